@@ -1,0 +1,87 @@
+"""Run a test's function on several ranks: real processes, gloo, one thread each.
+
+The processes are forked from a server that has torch and transformers loaded already and has never run a parallel
+region, so that starting a rank costs milliseconds and OpenMP is safe after the fork.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from typing import Any
+
+_PRELOAD = [
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "transformers",
+    "tests.preload",
+]
+
+
+def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
+    """`function(*args)` on `world` ranks in a gloo group; each rank's return value, in rank order.
+
+    `function` is a module's own (picklable) function. It runs with RANK, WORLD_SIZE and LOCAL_RANK set and the group
+    initialised; `tutti.core.dist.init_dist` joins it. The first rank to fail fails the test with its traceback.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        for rank in range(world):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_rank, args=(sender, rank, world, folder, function, args), daemon=True
+            )
+            process.start()
+            sender.close()
+            pipes.append(receiver)
+            processes.append(process)
+        try:
+            return _collect(pipes, timeout)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _collect(pipes: list, timeout: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
+        ready = wait(list(waiting), timeout)
+        if not ready:
+            raise TimeoutError(f"ranks {sorted(waiting.values())} did not finish in {timeout} s")
+        for pipe in ready:
+            rank = waiting[pipe]
+            try:
+                ok, value = pipe.recv()
+            except EOFError:
+                raise AssertionError(f"rank {rank} died") from None
+            if not ok:
+                raise AssertionError(f"rank {rank} failed:\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _rank(sender: Any, rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+        result = function(*args)
+        dist.barrier()
+        sender.send((True, result))
+    except BaseException:
+        sender.send((False, traceback.format_exc()))
+    finally:
+        sender.close()
+        os._exit(0)

@@ -1,0 +1,141 @@
+"""What data hands to training: samples, packed micro batches and global batches.
+
+A *sample* is one training sequence with its targets already shifted: `labels[t]` is the token that position `t`
+must predict, or `IGNORE`. A *batch* (micro batch) is several samples laid end to end without padding, together with
+the borders between them (`cu_seqlens`), which attention, rotary positions and the loss all honour. A *global batch*
+is everything that one optimizer step on this data-parallel rank consumes, plus the totals over all ranks, which are
+known before the forward pass because packing is planned globally: the loss is a sum divided by `num_targets`, and no
+communication is needed to find that number.
+
+Shapes: T tokens in a micro batch, S samples in it, N trained targets in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a position that is not trained on; the value torch's cross-entropy ignores."""
+
+PAD_SEGMENT = 256
+"""Padding is cut into segments of at most this many tokens, so that attention over it stays linear in its length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One training sequence of n tokens.
+
+    input_ids, labels: int32 [n]. For language modelling `labels[t]` is `input_ids[t + 1]` where that token is trained
+    on, else IGNORE; the last entry is always IGNORE. For classification the last entry is the class, all others IGNORE.
+    source: index of the data source the sample came from.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    source: int = 0
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A packed micro batch.
+
+    input_ids, labels, position_ids: int64 [T]; positions restart at 0 with every sample.
+    cu_seqlens: int32 [S + 1], the samples' borders, from 0 to T; segments of padding count as samples.
+    max_seqlen: length of the longest segment.
+    target_index: int64 [N], the positions whose label is not IGNORE, ascending.
+    sample_sources: int64 [S], the data source of each sample (padding: -1).
+    num_tokens: tokens that are not padding.
+    extras: what only some models take (pixel_values ...), by the name of the model's forward argument.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    target_index: Tensor
+    sample_sources: Tensor
+    num_tokens: int
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`; copies from pinned memory do not block."""
+        move = {
+            name: value.to(device, non_blocking=True)
+            for name in self.__slots__
+            if isinstance(value := getattr(self, name), Tensor)
+        }
+        extras = {name: value.to(device, non_blocking=True) for name, value in self.extras.items()}
+        return replace(self, **move, extras=extras)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory (the hook torch's DataLoader calls)."""
+        move = {
+            name: value.pin_memory()
+            for name in self.__slots__
+            if isinstance(value := getattr(self, name), Tensor)
+        }
+        return replace(self, **move, extras={name: value.pin_memory() for name, value in self.extras.items()})
+
+
+def pack(samples: Sequence[Sample], *, pad_to: int | None = None, pad_id: int = 0) -> Batch:
+    """Lay `samples` end to end as one micro batch of T tokens; with `pad_to`, T is exactly that.
+
+    Padding carries IGNORE labels and lies in segments of its own. With no samples the batch is padding alone (T =
+    pad_to or 1): what a rank runs that has nothing left to train on while others have.
+    """
+    if not samples and pad_to is None:
+        pad_to = 1
+    lengths = [len(sample) for sample in samples]
+    sources = [sample.source for sample in samples]
+    num_tokens = sum(lengths)
+    padding = max(0, (pad_to or 0) - num_tokens)
+    ids = [sample.input_ids for sample in samples] + [np.full(padding, pad_id, np.int64)]
+    labels = [sample.labels for sample in samples] + [np.full(padding, IGNORE, np.int64)]
+    while padding:
+        lengths.append(min(padding, PAD_SEGMENT))
+        sources.append(-1)
+        padding -= lengths[-1]
+    flat_labels = torch.from_numpy(np.concatenate(labels).astype(np.int64))
+    return Batch(
+        input_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64)),
+        labels=flat_labels,
+        position_ids=torch.from_numpy(np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])),
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+        max_seqlen=max(lengths),
+        target_index=(flat_labels != IGNORE).nonzero().flatten(),
+        sample_sources=torch.tensor(sources, dtype=torch.int64),
+        num_tokens=num_tokens,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalBatch:
+    """What this data-parallel rank runs in one optimizer step, and the totals over all ranks.
+
+    micro_batches: this rank's, as many as every other rank's (a rank short of data gets batches of padding).
+    num_targets: trained tokens over all ranks and micro batches: what the summed loss is divided by.
+    num_tokens, num_slots: tokens without and with padding or unfilled room, over all ranks (a micro batch has B slots
+    with dyn_bsz or pad_to_length; else its own length). num_samples: samples over all ranks.
+    source_tokens: trained tokens per source name over all ranks.
+    step: the optimizer step this is for, from 1. epoch: the epoch, from 0, that it belongs to. epoch_end: whether it is that
+    epoch's last.
+    """
+
+    micro_batches: tuple[Batch, ...]
+    num_targets: int
+    num_tokens: int
+    num_samples: int
+    num_slots: int
+    source_tokens: Mapping[str, int]
+    step: int
+    epoch: int
+    epoch_end: bool

@@ -1,0 +1,102 @@
+"""This process among the others: ranks, the process group, and collectives over plain Python objects.
+
+`Dist` is made once and passed along; there is no global state of ours. Outside torchrun it is one process, which gets
+a process group of one, so that the same code path (FSDP2, DTensor, distributed checkpoints) serves a laptop and a
+cluster.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Dist:
+    """rank and world over all processes; local_rank within this machine; device: where this rank computes."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value` (any picklable object), in rank order, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value` on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device if self.device.type != "cpu" else None)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def agree(self, action: Callable[[], Any]) -> Any:
+        """Run `action` on every rank; if it raises on any, raise the first rank's error on all of them.
+
+        This is what keeps bad input from hanging a run: no rank goes on to a collective that a failed rank never joins.
+        Every rank must call it, and `action` must not itself hold a collective that others may miss.
+        """
+        result, error = None, None
+        try:
+            result = action()
+        except Exception as caught:
+            error = caught
+        if self.world == 1:
+            if error is not None:
+                raise error
+            return result
+        described = None if error is None else (isinstance(error, (ValueError, OSError)), str(error))
+        for rank, failed in enumerate(self.gather(described)):
+            if failed is None:
+                continue
+            if error is not None and rank == self.rank:
+                raise error
+            is_users, message = failed
+            raise ValueError(message) if is_users else RuntimeError(f"rank {rank}: {message}")
+        return result
+
+
+def init_dist(device: torch.device, *, timeout_minutes: int = 30) -> Dist:
+    """Join the process group that torchrun's environment describes, or make one of a single process.
+
+    On CUDA collectives over host tensors go through gloo beside NCCL.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    backend = {"cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}.get(device.type, "gloo")
+    if device.type != "cpu":
+        device = torch.device(device.type, local_rank)
+        torch.accelerator.set_device_index(local_rank)
+    if not dist.is_initialized():
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return Dist(rank=rank, world=world, local_rank=local_rank, device=device)
+
+
+def shutdown_dist() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
