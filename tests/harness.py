@@ -35,9 +35,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
         pipes, processes = [], []
         for rank in range(world):
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_rank, args=(sender, rank, world, folder, function, args), daemon=True
-            )
+            process = context.Process(target=_rank, args=(sender, rank, world, folder, function, args), daemon=True)
             process.start()
             sender.close()
             pipes.append(receiver)

@@ -23,9 +23,9 @@ class ModelConfig(BaseModel):
     """Use the encoder or decoder to encode the output image"""
     encode_target: bool = False
     """Whether to encode the training data for the diffusion model"""
-    attn_implementation: Literal[
-        "eager", "sdpa", "flash_attention_2", "flash_attention_3", "native-sparse"
-    ] = "flash_attention_2"
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "native-sparse"] = (
+        "flash_attention_2"
+    )
     """The attention implementation to use."""
     moe_implementation: Literal["eager", "fused"] | None = None
     """The MoE implementation to use."""

@@ -78,11 +78,7 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (the hook torch's DataLoader calls)."""
-        move = {
-            name: value.pin_memory()
-            for name in self.__slots__
-            if isinstance(value := getattr(self, name), Tensor)
-        }
+        move = {name: value.pin_memory() for name in self.__slots__ if isinstance(value := getattr(self, name), Tensor)}
         return replace(self, **move, extras={name: value.pin_memory() for name, value in self.extras.items()})
 
 
