@@ -1,0 +1,56 @@
+# Everything runs in .venv, which is made on first use and made again only when pyproject.toml changes.
+
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+
+# The newest Python that Tutti runs on: plain `python3` where it is new enough.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+
+.PHONY: help quickstart install dev test lint format bench clean
+.DEFAULT_GOAL := help
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+quickstart: $(VENV)/.stamp ## Install, then train a small language model on data/quickstart (minutes, no GPU needed)
+	rm -rf runs/quickstart
+	$(BIN)/tutti train configs/quickstart.yaml
+
+install: $(VENV)/.stamp ## Install Tutti into .venv
+
+dev: $(VENV)/.stamp-dev ## Install Tutti and what its tests and checks need into .venv
+
+test: $(VENV)/.stamp-dev ## Run the whole test suite (WORKERS=2 test processes)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+lint: $(VENV)/.stamp-dev ## Check format, style, types, import directions, sizes and wording
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python .ci/limits.py
+	$(BIN)/python .ci/words.py
+
+format: $(VENV)/.stamp-dev ## Format the code and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.stamp-dev ## Measure speed side by side with transformers' Trainer (ARGS=--quick for a short look)
+	$(BIN)/python -m bench.speed $(ARGS)
+
+clean: ## Remove .venv and caches (runs/ stays)
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Tutti needs Python 3.11 or newer: install one, or name it: make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.stamp: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable .
+	@touch $@
+
+$(VENV)/.stamp-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	@touch $(VENV)/.stamp $@
