@@ -1,0 +1,45 @@
+"""Every recipe in configs/ is a valid configuration, and names files that are there."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tutti.config.load import load
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_loads(recipe: Path) -> None:
+    config = load([str(recipe)])
+    assert config.train.output_dir == f"runs/{recipe.stem}"
+    for path in (config.model.config_path, config.model.tokenizer_path, config.data.train_path, config.data.eval_path):
+        # runs/ holds what an earlier recipe makes.
+        assert path is None or path.startswith("runs/") or (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_starts_with_its_launch_line(recipe: Path) -> None:
+    lines = recipe.read_text().splitlines()
+    comment = lines[: next(index for index, line in enumerate(lines) if not line.startswith("#"))]
+    assert any(f"tutti train configs/{recipe.name}" in line for line in comment)
+
+
+def test_model_configs_fit_the_quickstart_tokenizer() -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/quickstart")
+    for folder in sorted((ROOT / "configs/models").iterdir()):
+        config = AutoConfig.from_pretrained(folder)
+        assert config.vocab_size == len(tokenizer)
+        assert config.eos_token_id == tokenizer.eos_token_id
+        assert config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_mixture_names_every_source() -> None:
+    mixture = yaml.safe_load((ROOT / "configs/sources/mixture.yaml").read_text())
+    assert len(mixture["sources"]) == len(mixture["names"])
+    assert all((ROOT / source).exists() for source in mixture["sources"])
+    assert all(len(point["weights"]) == len(mixture["sources"]) for point in mixture["schedule"])
