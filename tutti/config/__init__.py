@@ -1,21 +1,87 @@
 """The configuration: frozen, inert, typed, documented. `tutti.config.load` reads it from YAML and overrides."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
+from typing import Any
 
+from tutti.config.argument import Argument, arguments_of
 from tutti.config.data import DataConfig
 from tutti.config.infer import InferConfig
 from tutti.config.model import ModelConfig
 from tutti.config.train import TrainConfig
 
-__all__ = ["Config", "DataConfig", "InferConfig", "ModelConfig", "TrainConfig"]
+__all__ = [
+    "ARGUMENTS",
+    "GROUPS",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "InferConfig",
+    "ModelConfig",
+    "TrainConfig",
+    "away_from_default",
+    "get",
+    "resolve",
+]
 
 
-class Config(BaseModel):
-    """Everything one run is made from."""
+@dataclass(frozen=True)
+class Config:
+    """Everything one run is made from.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    explicit: the dotted names that the user set, as opposed to left at their defaults.
+    """
 
-    model: ModelConfig = Field(default_factory=ModelConfig)
-    data: DataConfig = Field(default_factory=DataConfig)
-    train: TrainConfig = Field(default_factory=TrainConfig)
-    infer: InferConfig = Field(default_factory=InferConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    infer: InferConfig = field(default_factory=InferConfig)
+    explicit: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+
+
+class ConfigError(ValueError):
+    """What is wrong with a configuration: every problem, one line each, that begins with the dotted argument."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+GROUPS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "infer": InferConfig}
+
+ARGUMENTS: dict[str, Argument] = {
+    argument.name: argument for group, cls in GROUPS.items() for argument in arguments_of(group, cls)
+}
+
+_TEXT_KEYS = {"plaintext": "content_split", "conversation": "messages", "classification": "text"}
+
+_DERIVED: dict[str, Callable[[Config], Any]] = {
+    "model.config_path": lambda config: config.model.model_path,
+    "model.tokenizer_path": lambda config: config.model.model_path or config.model.config_path,
+    "data.text_keys": lambda config: _TEXT_KEYS[config.data.data_type],
+    "infer.tokenizer_path": lambda config: config.model.model_path or config.infer.model_path,
+}
+"""Defaults that follow other arguments. (train.global_batch_size follows the world size: `layout.fit`.)"""
+
+
+def get(config: Config, name: str) -> Any:
+    """The value of the argument with this dotted name."""
+    return attrgetter(name)(config)
+
+
+def resolve(config: Config) -> Config:
+    """The same configuration with the defaults filled in that follow other arguments."""
+    for name, derive in _DERIVED.items():
+        if get(config, name) is None:
+            group, leaf = name.split(".")
+            config = replace(config, **{group: replace(getattr(config, group), **{leaf: derive(config)})})
+    return config
+
+
+def away_from_default(config: Config, name: str) -> bool:
+    """Whether the argument has another value than the default it would resolve to."""
+    value = get(config, name)
+    if name in _DERIVED:
+        return value is not None and value != _DERIVED[name](config)
+    return value != ARGUMENTS[name].default

@@ -1,43 +1,76 @@
+"""`data.*`: which data, how a row becomes tokens and labels, and how samples reach the training step."""
+
+from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from tutti.config.argument import Open, arg
 
 
-class DataConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-    train_path: str | None = None
-    """Path of training dataset Required."""
-    eval_path: str | None = None
-    """Path of evaluation dataset"""
-    train_size: int = 10000000
-    """Number of tokens for training to compute training steps for dynamic batch dataloader"""
-    train_sample: int = 10000
-    """Number of samples for training to compute training steps for non-dynamic batch dataloader"""
-    data_type: Literal["plaintext", "conversation", "classification"] = "conversation"
-    """Dataset type."""
-    dataloader_type: Literal["native"] = "native"
-    """Type of the dataloader"""
-    datasets_type: str = "mapping"
-    """Dataset type. `IterativeDataset` or `MappingDataset`, or your custom datsets"""
-    multisource_datasets_type: Literal["interleave"] = "interleave"
-    """Type of multisource datasets."""
-    source_name: str | None = None
-    """Name of the data source. Load from multisource yaml if multisource enabled"""
-    dyn_bsz_buffer_size: int = 200
-    """Buffer size for dynamic batch size."""
-    text_keys: str | None = None
-    """The key corresponding to the text samples in the data dictionary. Generally, it is "content_split" for pretraining and "messages" for SFT."""
-    chat_template: str = "default"
-    """Name of the chat template."""
-    max_seq_len: int = 2048
-    """Maximum training length."""
-    num_workers: int = 4
-    """Number of multi-process loaders for the dataloader."""
-    prefetch_factor: int = 2
-    """Number of samples preprocessed by the dataloader."""
-    drop_last: bool = True
-    """Whether to discard the remaining data at the end."""
-    pin_memory: bool = True
-    """Whether to pin the data in the CPU memory."""
-    silent_exception: bool = False
-    """Whether to ignore exceptions in the dataloader."""
+@dataclass(frozen=True)
+class DataConfig:
+    """The data. L is max_seq_len; B = train.micro_batch_size * L is the token budget of a micro batch."""
+
+    train_path: str | None = arg(
+        None,
+        "Training data: a file, a folder, a comma list of them, or a YAML of several sources "
+        "(jsonl, json, parquet, arrow, csv, txt).",
+        shown="Required",
+        required=("train", "check"),
+    )
+    eval_path: str | None = arg(
+        None, "Evaluation data, in the same forms; used every train.eval_steps or train.eval_epochs."
+    )
+    train_size: int = arg(
+        10_000_000,
+        "Tokens of an epoch with train.dyn_bsz, from which its steps follow: for iterable data, or when set.",
+        low=1,
+    )
+    train_sample: int = arg(
+        10_000,
+        "Samples of an epoch without train.dyn_bsz, from which its steps follow: for iterable data, or when set.",
+        low=1,
+    )
+    data_type: Literal["plaintext", "conversation", "classification"] = arg(
+        "conversation",
+        "What a row is: text trained on whole, a chat trained on its assistant turns, or a text with a class label.",
+    )
+    dataloader_type: Literal["native"] = arg("native", "The data loader: torch's DataLoader with Tutti's packing.")
+    datasets_type: str = arg(
+        "mapping",
+        "mapping: random access, shuffled globally by seed and epoch; iterable: streamed in order through a shuffle "
+        "buffer; or module:factory, a data set of your own.",
+        open_set=Open(("mapping", "iterable"), "module:factory", ":"),
+    )
+    multisource_datasets_type: Literal["interleave"] = arg(
+        "interleave", "How several sources are mixed: sampled one by one, by their (scheduled) weights."
+    )
+    source_name: str | None = arg(
+        None, "Label of the data in logs and metrics; in a YAML of several sources, the one to train on."
+    )
+    dyn_bsz_buffer_size: int = arg(
+        200, "Samples held back to fill each micro batch close to its B tokens, with train.dyn_bsz.", low=1
+    )
+    text_keys: str | None = arg(
+        None,
+        "Column with the text; of a comma list the first that a row has. "
+        "By data_type: content_split (plaintext), messages (conversation), text (classification).",
+        shown="content_split",
+    )
+    chat_template: str = arg(
+        "default",
+        "default (the tokenizer's own, else `Role: content<eos>`), chatml, llama2, or the path of a Jinja file.",
+        open_set=Open(("default", "chatml", "llama2"), "the path of a Jinja file", "/\\."),
+    )
+    max_seq_len: int = arg(2048, "Longest sample L, in tokens; longer ones are cut as their data_type says.", low=2)
+    num_workers: int = arg(4, "Processes per rank that read and tokenise; 0 does it in the training process.", low=0)
+    prefetch_factor: int = arg(2, "Batches of rows that each worker prepares ahead.", low=1)
+    drop_last: bool = arg(True, "Leave out what does not fill a last global batch, rather than train on it as well.")
+    pin_memory: bool = arg(True, "Put batches into page-locked memory, so that copies to the accelerator overlap.")
+    silent_exception: bool = arg(
+        False,
+        "Skip bad rows and count them by reason, rather than stop the run with the file, line and reason of the first.",
+    )
+    shuffle: bool = arg(True, "Shuffle the training data; false keeps its order.", added=True)
+    shuffle_buffer_size: int = arg(
+        10_000, "Rows that the shuffle buffer of an iterable data set holds.", low=1, added=True
+    )

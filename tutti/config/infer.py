@@ -1,19 +1,24 @@
-from pydantic import BaseModel, ConfigDict
+"""`infer.*`: which model to generate with, and how its tokens are sampled."""
+
+from dataclasses import dataclass
+
+from tutti.config.argument import arg
 
 
-class InferConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-    model_path: str | None = None
-    """Path to the model parameter file. Required."""
-    tokenizer_path: str | None = None
-    """Path to the tokenizer."""
-    seed: int = 42
-    """Random seed."""
-    do_sample: bool = True
-    """Whether to enable sampling."""
-    temperature: float = 1.0
-    """Sampling temperature."""
-    top_p: float = 1.0
-    """Sampling Top P value."""
-    max_tokens: int = 1024
-    """Maximum number of tokens generated each time."""
+@dataclass(frozen=True)
+class InferConfig:
+    """Generation."""
+
+    model_path: str | None = arg(
+        None, "Model to generate with: a Hugging Face folder.", shown="Required", required=("infer",)
+    )
+    tokenizer_path: str | None = arg(
+        None,
+        "Folder of the tokenizer; without a model.model_path it follows infer.model_path.",
+        shown="model.model_path",
+    )
+    seed: int = arg(42, "Seed of the sampling: the same seed gives the same text.", low=0)
+    do_sample: bool = arg(True, "Sample the next token; false takes the most likely one (greedy).")
+    temperature: float = arg(1.0, "Divides the logits before sampling: below 1 sharper, above 1 flatter.", low=0)
+    top_p: float = arg(1.0, "Sample from the smallest set of tokens whose probabilities reach this sum.", low=0, high=1)
+    max_tokens: int = arg(1024, "Most tokens that one answer may have.", low=1)

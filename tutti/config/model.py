@@ -1,33 +1,66 @@
+"""`model.*`: which model, where its weights come from, and which kernels it runs on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from tutti.config.argument import arg
 
 
-class ModelConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-    config_path: str | None = None
-    """Path to the model huggingface configuration, like `config.json`"""
-    model_path: str | None = None
-    """Path to the model parameter file. If empty, random initialization will be performed"""
-    tokenizer_path: str | None = None
-    """Path to the tokenizer"""
-    safetensor_idx_path: str | None = None
-    """Path to the safetensor index file"""
-    encoders: dict[str, Any] = Field(default_factory=dict)
-    """Configuration file for multi-modal encoders"""
-    decoders: dict[str, Any] = Field(default_factory=dict)
-    """Configuration file for multi-modal decoders"""
-    input_encoder: Literal["encoder", "decoder"] = "encoder"
-    """Use the encoder or decoder to encode the input image"""
-    output_encoder: Literal["encoder", "decoder"] = "decoder"
-    """Use the encoder or decoder to encode the output image"""
-    encode_target: bool = False
-    """Whether to encode the training data for the diffusion model"""
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "native-sparse"] = (
-        "flash_attention_2"
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model. `config_path` alone is random initialisation; `model_path` brings weights, config and tokenizer."""
+
+    config_path: str | None = arg(
+        None,
+        "Hugging Face config: a folder or its config.json. Alone, without model_path, it means random initialisation.",
+        shown="model.model_path",
     )
-    """The attention implementation to use."""
-    moe_implementation: Literal["eager", "fused"] | None = None
-    """The MoE implementation to use."""
-    basic_modules: tuple[str, ...] = ()
-    """Basic modules beyond model._no_split_modules to be sharded in FSDP."""
+    model_path: str | None = arg(
+        None,
+        "Hugging Face folder whose weights training starts from; None initialises them at random from config_path.",
+    )
+    tokenizer_path: str | None = arg(
+        None,
+        "Folder of the tokenizer; without a model_path it follows model.config_path.",
+        shown="model.model_path",
+    )
+    safetensor_idx_path: str | None = arg(
+        None,
+        "Index of the weight files (tensor to file), for reading and for the layout of exports; "
+        "None takes model.safetensors.index.json beside the weights, if it is there.",
+    )
+    encoders: Mapping[str, Any] = arg(
+        {}, "Towers that read media, by modality: {image, video, audio: {config_path, model_path, overrides ...}}."
+    )
+    decoders: Mapping[str, Any] = arg(
+        {}, "Heads that make media, by modality: {image: {config_path, model_path, overrides ...}}, VQ or diffusion."
+    )
+    input_encoder: Literal["encoder", "decoder"] = arg(
+        "encoder", "What embeds images the user gives: the vision tower's features, or the decoder's codes."
+    )
+    output_encoder: Literal["encoder", "decoder"] = arg(
+        "decoder",
+        "What embeds images the assistant makes: features are regressed, codes are predicted by cross-entropy.",
+    )
+    encode_target: bool = arg(
+        False, "Encode the target images of a diffusion decoder on the way into the batch, rather than in the step."
+    )
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "native-sparse"] = arg(
+        "flash_attention_2",
+        "Attention kernel; flash falls back to torch's variable-length attention on CUDA, to packed sdpa on a CPU.",
+    )
+    moe_implementation: Literal["eager", "fused"] | None = arg(
+        None,
+        "Expert kernel: the model's own loop, or sorted tokens and grouped matrix products; "
+        "None takes the fastest one that is right on this device.",
+    )
+    basic_modules: tuple[str, ...] = arg(
+        (), "Class names of modules that FSDP shards as units of their own, beside the model's _no_split_modules."
+    )
+    num_labels: int | None = arg(
+        None,
+        "Number of classes when data.data_type is classification; None takes the config's, or counts the labels.",
+        low=2,
+        added=True,
+    )

@@ -1,147 +1,152 @@
+"""`train.*`: the optimizer and its schedule, precision and memory, the parallel layout, and what a run writes."""
+
+from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from tutti.config.argument import arg
 
 
-class TrainConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-    output_dir: str | None = None
-    """Path to save the model. Required."""
-    architecture: Literal["full", "lora"] = "full"
-    """Whether to train the full model or LoRA."""
-    dyn_bsz: bool = False
-    """Whether to use dynamic batch size."""
-    lr: float = 5e-5
-    """Maximum learning rate."""
-    lr_min: float = 1e-7
-    """Minimum learning rate."""
-    lr_start: float = 0.0
-    """Starting learning rate for warmup."""
-    weight_decay: float = 0.0
-    """Weight decay coefficient."""
-    no_decay_modules: tuple[str, ...] = ()
-    """Modules to exclude from weight decay."""
-    no_decay_params: tuple[str, ...] = ()
-    """Parameters to exclude from weight decay."""
-    optimizer: Literal["adamw", "anyprecision_adamw"] = "adamw"
-    """Name of the optimizer."""
-    max_grad_norm: float = 1.0
-    """Gradient clipping norm."""
-    micro_batch_size: int = 1
-    """Number of samples processed simultaneously on each GPU."""
-    global_batch_size: int | None = None
-    """Global batch size, which must be a multiple of the number of GPUs."""
-    num_train_epochs: int = 1
-    """Number of training epochs."""
-    pad_to_length: bool = False
-    """Whether to pad the input to the maximum sequence length when using dyn_bsz."""
-    bsz_warmup_ratio: float = 0.0
-    """Proportion of batch size warmup in the total number of steps."""
-    bsz_warmup_init_mbtoken: int = 200
-    """Initial micro batch size for warmup."""
-    lr_warmup_ratio: float = 0.0
-    """Proportion of learning rate warmup in the total number of steps."""
-    lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
-    """Name of the learning rate scheduler."""
-    lr_decay_ratio: float = 1.0
-    """Proportion of learning rate decay in the total number of steps."""
-    enable_reshard_after_forward: bool = False
-    """Enable reshard after forward for FSDP2."""
-    enable_reshard_after_backward: bool = False
-    """Enable reshard after backward for FSDP2."""
-    enable_mixed_precision: bool = True
-    """Whether to enable mixed precision training (higher memory usage but more stable)."""
-    enable_gradient_checkpointing: bool = True
-    """Whether to enable gradient checkpointing to reduce memory usage."""
-    enable_reentrant: bool = True
-    """Whether to enable reentrant in gradient checkpointing."""
-    enable_full_shard: bool = True
-    """Whether to use full sharding FSDP (equivalent to ZeRO3)."""
-    enable_fsdp_offload: bool = False
-    """Whether to enable FSDP CPU offloading (only supported for FSDP1)."""
-    enable_activation_offload: bool = False
-    """Whether to enable activation value CPU offloading."""
-    activation_gpu_limit: float = 0.0
-    """Size of the activation values retained on the GPU (in GB)."""
-    init_device: str = "cuda"
-    """"cpu", "cuda", "meta", "npu", init device for model initialization. use "meta" or cpu for large model(>30B)"""
-    broadcast_model_weights_from_rank0: bool = True
-    """Whether to broadcast model weights from rank 0 to all other ranks."""
-    enable_full_determinism: bool = False
-    """Whether to enable deterministic mode (for bitwise alignment)."""
-    enable_batch_invariant_mode: bool = False
-    """Whether to enable batch invariant mode."""
-    empty_cache_steps: int = 500
-    """Number of steps between two cache clearings."""
-    gc_steps: int = 500
-    """Number of steps between two gc.collect."""
-    data_parallel_mode: Literal["ddp", "fsdp1", "fsdp2"] = "ddp"
-    """Data parallel algorithm."""
-    data_parallel_replicate_size: int = 1
-    """Number of replicas for data parallel."""
-    data_parallel_shard_size: int = 1
-    """Number of shards for data parallel."""
-    tensor_parallel_size: int = 1
-    """Tensor parallel size (currently not supported)."""
-    expert_parallel_size: int = 1
-    """Expert parallel size (currently only supported DeepseekMOE)"""
-    ep_outside: bool = False
-    """Whether to use expert parallel outside in ep-fsdp."""
-    pipeline_parallel_size: int = 1
-    """Pipeline parallel size (currently not supported)."""
-    ulysses_parallel_size: int = 1
-    """Ulysses sequence parallel size."""
-    async_enabled: bool = False
-    """Whether to enable async ulysses."""
-    context_parallel_size: int = 1
-    """Ring sequence parallel size (currently not supported)."""
-    ckpt_manager: Literal["dcp"] = "dcp"
-    """Checkpoint manager."""
-    save_async: bool = False
-    """Whether to save checkpoint asynchronously."""
-    load_checkpoint_path: str | None = None
-    """Path to the omnistore checkpoint for resuming training."""
-    save_steps: int = 0
-    """Number of steps between two checkpoint saves. 0 means invalid."""
-    save_epochs: int = 1
-    """Number of epochs between two checkpoint saves. 0 means invalid."""
-    hf_save_steps: int = 0
-    """Number of steps between two huggingface model weights saves. 0 means invalid."""
-    hf_save_epochs: int = 0
-    """Number of epochs between two huggingface model weights saves. 0 means invalid."""
-    eval_steps: int = 0
-    """Number of steps between two evaluation. 0 means invalid."""
-    eval_epochs: int = 0
-    """Number of epochs between two evaluation. 0 means invalid."""
-    save_hf_weights: bool = True
-    """Whether to save the model weights in the huggingface format at the end of training. It is recommended to set it to False for models > 30B to prevent NCCL timeout. You can convert it after training."""
-    seed: int = 42
-    """Random seed."""
-    enable_compile: bool = False
-    """Whether to enable torch compile."""
-    use_wandb: bool = False
-    """Whether to enable byted wandb experiment logging."""
-    wandb_project: str = "VeOmni"
-    """Name of the wandb experiment project."""
-    wandb_name: str | None = None
-    """Name of the wandb experiment."""
-    wandb_id: str | None = None
-    """Wandb run ID for resuming a previous run. When specified, training logs will continue in the existing wandb run."""
-    enable_profiling: bool = False
-    """Whether to use torch profiling."""
-    profile_start_step: int = 1
-    """Starting step of profiling."""
-    profile_end_step: int = 2
-    """Ending step of profiling."""
-    profile_trace_dir: str = "./trace"
-    """Path to save the profiling results."""
-    profile_record_shapes: bool = True
-    """Whether to record the shapes of the input tensors."""
-    profile_profile_memory: bool = True
-    """Whether to record the memory usage."""
-    profile_with_stack: bool = True
-    """Whether to record the stack information."""
-    profile_rank0_only: bool = True
-    """Whether to profile only on rank 0."""
-    max_steps: int | None = None
-    """Number of steps per training epoch (only used for debugging)."""
+@dataclass(frozen=True)
+class TrainConfig:
+    """Training. T is the number of optimizer steps in all; dp is the number of data-parallel ranks."""
+
+    output_dir: str | None = arg(
+        None,
+        "Folder that the run writes: config.yaml, metrics.jsonl, report.html, checkpoints/, hf/.",
+        shown="Required",
+        required=("train",),
+    )
+    architecture: Literal["full", "lora"] = arg("full", "Train all weights, or low-rank adapters on frozen ones.")
+    dyn_bsz: bool = arg(
+        False,
+        "Pack samples into micro batches of at most B tokens without padding; false takes micro_batch_size of them.",
+    )
+    lr: float = arg(5e-5, "Peak learning rate, reached after the warmup.", low=0)
+    lr_min: float = arg(1e-7, "Learning rate that linear and cosine decay end at.", low=0)
+    lr_start: float = arg(0.0, "Learning rate that the warmup starts from.", low=0)
+    weight_decay: float = arg(0.0, "Decoupled weight decay coefficient.", low=0)
+    no_decay_modules: tuple[str, ...] = arg((), "Class names of modules whose parameters get no weight decay.")
+    no_decay_params: tuple[str, ...] = arg((), "Parameters whose name contains one of these get no weight decay.")
+    optimizer: Literal["adamw", "anyprecision_adamw"] = arg(
+        "adamw", "adamw (torch's, fused), or anyprecision_adamw: bf16 state with Kahan compensation."
+    )
+    max_grad_norm: float = arg(
+        1.0, "Global gradient norm that gradients are clipped to; 0 measures without clipping.", low=0
+    )
+    micro_batch_size: int = arg(
+        1, "Samples of a micro batch on each rank; with dyn_bsz, its token budget B in units of max_seq_len.", low=1
+    )
+    global_batch_size: int | None = arg(
+        None,
+        "Samples of an optimizer step over all ranks (with dyn_bsz, in units of max_seq_len tokens), "
+        "a multiple of micro_batch_size * dp; the quotient is the gradient accumulation.",
+        shown="train.micro_batch_size * n_gpus",
+        low=1,
+    )
+    num_train_epochs: int = arg(1, "Passes over the training data.", low=1)
+    pad_to_length: bool = arg(
+        False, "Pad every micro batch to exactly B tokens with ignored ones: static shapes, for compilation."
+    )
+    bsz_warmup_ratio: float = arg(
+        0.0,
+        "Part of all steps over which a micro batch grows from bsz_warmup_init_mbtoken to B tokens, with dyn_bsz.",
+        low=0,
+        high=1,
+    )
+    bsz_warmup_init_mbtoken: int = arg(200, "Tokens of a micro batch where that warmup starts.", low=1)
+    lr_warmup_ratio: float = arg(0.0, "Part of all T steps over which the learning rate rises.", low=0, high=1)
+    lr_decay_style: Literal["constant", "linear", "cosine"] = arg("cosine", "Learning rate after the warmup.")
+    lr_decay_ratio: float = arg(
+        1.0, "Part of all T steps at whose end linear and cosine decay have reached lr_min; flat after.", low=0, high=1
+    )
+    enable_reshard_after_forward: bool = arg(
+        False, "FSDP2: free gathered parameters after the forward pass and gather them again for the backward pass."
+    )
+    enable_reshard_after_backward: bool = arg(
+        False, "FSDP2: free gathered parameters after every micro batch's backward pass, not just the last one's."
+    )
+    enable_mixed_precision: bool = arg(
+        True,
+        "fp32 parameters and optimizer, bf16 compute, fp32 gradient reduction; false holds everything in bf16.",
+    )
+    enable_gradient_checkpointing: bool = arg(
+        True, "Keep only the inputs of each block and recompute the rest in the backward pass."
+    )
+    enable_reentrant: bool = arg(True, "Use torch's reentrant kind of gradient checkpointing.")
+    enable_full_shard: bool = arg(
+        True, "FSDP: shard parameters, gradients and optimizer (ZeRO-3); false keeps gathered parameters (ZeRO-2)."
+    )
+    enable_fsdp_offload: bool = arg(False, "FSDP: hold parameters, gradients and optimizer in host memory.")
+    enable_activation_offload: bool = arg(
+        False, "Move activations to host memory in the forward pass and back in the backward pass."
+    )
+    activation_gpu_limit: float = arg(0.0, "Activations that stay on the device when they are offloaded, in GB.", low=0)
+    init_device: Literal["cpu", "cuda", "meta", "npu"] = arg(
+        "cuda",
+        "Where the model is built and loaded; meta builds it without storage, shards it, then loads (large models).",
+    )
+    broadcast_model_weights_from_rank0: bool = arg(
+        True, "Rank 0 alone reads the weight files and sends them on; false lets every rank read just its slices."
+    )
+    enable_full_determinism: bool = arg(False, "Deterministic kernels only: two runs are equal bit for bit.")
+    enable_batch_invariant_mode: bool = arg(
+        False, "Kernels with which a sample's logits do not depend, bit for bit, on the rest of its batch."
+    )
+    empty_cache_steps: int = arg(500, "Steps between two releases of cached device memory; 0 never.", low=0)
+    gc_steps: int = arg(
+        500, "Steps between two Python garbage collections, on all ranks at once; 0 leaves collection automatic.", low=0
+    )
+    data_parallel_mode: Literal["ddp", "fsdp1", "fsdp2"] = arg(
+        "ddp", "Data parallelism: whole replicas (ddp), or sharded parameters, gradients and optimizer."
+    )
+    data_parallel_replicate_size: int = arg(
+        1, "Replicas among the dp ranks; times data_parallel_shard_size it is dp.", low=1
+    )
+    data_parallel_shard_size: int = arg(
+        1, "Ranks that share one replica (FSDP); with both sizes at 1, FSDP shards over all of dp.", low=1
+    )
+    tensor_parallel_size: int = arg(1, "Ranks that share each matrix.", low=1)
+    expert_parallel_size: int = arg(1, "Ranks that share the experts of a mixture-of-experts model.", low=1)
+    ep_outside: bool = arg(False, "Expert groups of strided ranks, rather than of neighbouring ones.")
+    pipeline_parallel_size: int = arg(1, "Stages that the blocks are divided into.", low=1)
+    ulysses_parallel_size: int = arg(
+        1, "Ranks that share a sequence and exchange it for heads around attention.", low=1
+    )
+    async_enabled: bool = arg(False, "Overlap the exchange of Ulysses with the projections around it.")
+    context_parallel_size: int = arg(1, "Ranks that share a sequence in a ring of attention blocks.", low=1)
+    ckpt_manager: Literal["dcp"] = arg("dcp", "Checkpoint format: torch.distributed.checkpoint.")
+    save_async: bool = arg(False, "Write checkpoints in the background while training goes on.")
+    load_checkpoint_path: str | None = arg(
+        None, "Checkpoint folder to resume from, exactly; auto takes the newest whole one in output_dir, if any."
+    )
+    save_steps: int = arg(0, "Steps between two checkpoints; 0 never.", low=0)
+    save_epochs: int = arg(1, "Epochs between two checkpoints; 0 never.", low=0)
+    hf_save_steps: int = arg(0, "Steps between two exports as a Hugging Face folder; 0 never.", low=0)
+    hf_save_epochs: int = arg(0, "Epochs between two exports as a Hugging Face folder; 0 never.", low=0)
+    eval_steps: int = arg(0, "Steps between two evaluations on data.eval_path; 0 never.", low=0)
+    eval_epochs: int = arg(0, "Epochs between two evaluations on data.eval_path; 0 never.", low=0)
+    save_hf_weights: bool = arg(
+        True, "Export the final model as a Hugging Face folder; `tutti export` does the same for a checkpoint later."
+    )
+    seed: int = arg(42, "Seed of initialisation, data order and dropout.", low=0)
+    enable_compile: bool = arg(False, "Compile each repeated block with torch.compile.")
+    use_wandb: bool = arg(False, "Log to Weights & Biases as well, offline where there is no network.")
+    wandb_project: str = arg("VeOmni", "Project of the Weights & Biases run.")
+    wandb_name: str | None = arg(None, "Name of the Weights & Biases run.")
+    wandb_id: str | None = arg(None, "Id of the Weights & Biases run to go on with.")
+    enable_profiling: bool = arg(False, "Run torch's profiler and write Chrome traces.")
+    profile_start_step: int = arg(1, "First step that is profiled.", low=0)
+    profile_end_step: int = arg(2, "Step before which profiling ends.", low=1)
+    profile_trace_dir: str = arg("./trace", "Folder of the traces.")
+    profile_record_shapes: bool = arg(True, "Record the shapes of the operators' inputs.")
+    profile_profile_memory: bool = arg(True, "Record allocations.")
+    profile_with_stack: bool = arg(True, "Record the source lines of the operators.")
+    profile_rank0_only: bool = arg(True, "Profile rank 0 alone.")
+    max_steps: int | None = arg(None, "Most steps of an epoch; the schedule follows it. For trials.", low=1)
+    log_steps: int = arg(
+        1, "Steps between two lines of metrics (each line averages over the steps since).", low=1, added=True
+    )
+    adam_beta1: float = arg(0.9, "Decay of the optimizer's first moment, per step.", low=0, high=1, added=True)
+    adam_beta2: float = arg(0.999, "Decay of the optimizer's second moment, per step.", low=0, high=1, added=True)
+    adam_eps: float = arg(1e-8, "Added to the root of the second moment.", low=0, added=True)
+    max_checkpoints: int = arg(0, "Newest checkpoints that are kept; 0 keeps all.", low=0, added=True)

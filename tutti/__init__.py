@@ -1,0 +1,1 @@
+"""Tutti trains any model of the Hugging Face ecosystem on any number of processes, from one YAML."""

@@ -1,0 +1,42 @@
+"""What the reference has and this version does not: such an argument is refused when set, never ignored.
+
+A row is an argument (refused when away from its default) or `argument=value` (that one value is refused), and what it
+belongs to. Whoever brings the machinery deletes the row.
+"""
+
+from tutti.config import ARGUMENTS, Config, away_from_default, get
+
+NOT_YET: dict[str, str] = {
+    "model.encoders": "omni models",
+    "model.decoders": "omni models",
+    "model.input_encoder": "omni models",
+    "model.output_encoder": "omni models",
+    "model.encode_target": "omni models",
+    "model.attn_implementation=native-sparse": "Native Sparse Attention",
+    "train.architecture=lora": "adapters",
+    "train.enable_fsdp_offload": "offloading",
+    "train.enable_activation_offload": "offloading",
+    "train.activation_gpu_limit": "offloading",
+    "train.enable_batch_invariant_mode": "batch-invariant kernels",
+    "train.data_parallel_mode=fsdp1": "the first generation of FSDP",
+    "train.tensor_parallel_size": "tensor parallelism",
+    "train.expert_parallel_size": "expert parallelism",
+    "train.ep_outside": "expert parallelism",
+    "train.pipeline_parallel_size": "pipeline parallelism",
+    "train.ulysses_parallel_size": "Ulysses sequence parallelism",
+    "train.async_enabled": "Ulysses sequence parallelism",
+    "train.context_parallel_size": "context parallelism",
+    **{name: "inference" for name in ARGUMENTS if name.startswith("infer.")},
+}
+
+
+def unavailable(config: Config) -> list[str]:
+    """One problem for each argument of a resolved configuration that this version cannot act on."""
+    problems = []
+    for row, part in NOT_YET.items():
+        name, _, refused = row.partition("=")
+        value = get(config, name)
+        if str(value) == refused if refused else away_from_default(config, name):
+            instead = f"choose another value than {refused}" if refused else "leave it at its default"
+            problems.append(f"{name}: not available yet ({part}); {instead}")
+    return problems

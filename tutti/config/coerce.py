@@ -1,0 +1,108 @@
+"""From what a user wrote to a value of the argument's type, or one line that says what is wrong with it.
+
+Values come from YAML, already typed, and are taken strictly: `"3"` is no number and `3` no string. They also come from
+the command line as text, where the argument's type decides how to read it. `none` and `null` mean None for arguments
+that may be None.
+"""
+
+import difflib
+import math
+from typing import Any
+
+from tutti.config.argument import Argument
+from tutti.config.yamlfile import parse_value
+
+_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_WANTED = {
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    dict: "a mapping",
+    tuple: "a list of strings",
+}
+
+
+def coerce(argument: Argument, value: Any, *, text: bool = False) -> Any:
+    """`value` as the argument's type; `text`: it comes from the command line.  Raises ValueError: what is wrong."""
+    if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "~")):
+        if argument.optional:
+            return None
+        if argument.kind is not str or value is None:
+            raise ValueError(f"expects {_WANTED[argument.kind]}, got null")
+    typed = _from_text(argument, value) if text else value
+    typed = _of_type(argument, typed)
+    _check_set(argument, typed)
+    _check_range(argument, typed)
+    return typed
+
+
+def nearest(word: str, names: list[str] | tuple[str, ...]) -> str | None:
+    """The one of `names` that `word` was probably meant to be."""
+    matches = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return matches[0] if matches else None
+
+
+def _from_text(argument: Argument, text: str) -> Any:
+    """Read command-line text by the argument's type; what cannot be read stays text, for `_of_type` to refuse."""
+    kind = argument.kind
+    if kind is str:
+        return text
+    if kind is bool:
+        return _WORDS.get(text.lower(), text)
+    if kind is tuple and not text.lstrip().startswith("["):
+        return [part.strip() for part in text.split(",") if part.strip()]
+    if kind in (int, float):
+        for number in (int, float):
+            try:
+                return number(text)
+            except ValueError:
+                continue
+        return text
+    try:
+        return parse_value(text)
+    except ValueError:
+        return text
+
+
+def _of_type(argument: Argument, value: Any) -> Any:
+    kind = argument.kind
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is float and type(value) is float and not math.isfinite(value):
+        raise ValueError(f"expects a finite number, got {value}")
+    if kind is tuple and isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
+        return tuple(value)
+    if type(value) is kind and kind is not tuple:
+        return value
+    hint = ""
+    if kind is str and isinstance(value, bool | int | float):
+        hint = "; put it in quotes"
+    elif kind is int and isinstance(value, float) and value.is_integer():
+        hint = f"; write {int(value)}"
+    raise ValueError(f"expects {_WANTED[kind]}, got {_show(value)}{hint}")
+
+
+def _check_set(argument: Argument, value: Any) -> None:
+    known, other = argument.values, ""
+    if argument.open_set and not any(mark in value for mark in argument.open_set.marks):
+        known, other = argument.open_set.names, f", nor {argument.open_set.other}"
+    if known and value not in known:
+        guess = nearest(value, known)
+        hint = f"; did you mean {guess}?" if guess else ""
+        raise ValueError(f"{_show(value)} is not one of {', '.join(known)}{other}{hint}")
+
+
+def _check_range(argument: Argument, value: Any) -> None:
+    if argument.low is not None and value < argument.low:
+        raise ValueError(f"must be at least {argument.low}, got {value}")
+    if argument.high is not None and value > argument.high:
+        raise ValueError(f"must be at most {argument.high}, got {value}")
+
+
+def _show(value: Any) -> str:
+    """A value as the user would have written it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -1,0 +1,215 @@
+"""Reading a configuration: one YAML file, then overrides, into a checked and resolved `Config`.
+
+The steps: split the command line into the file and the overrides; lay both out as one flat table from dotted names to
+what was written for them, later entries winning; turn each entry into a value of its argument's type; build the frozen
+classes and fill in the defaults that follow other arguments; look at what can only be judged together. Every step adds
+to one list of problems, and a configuration with any is refused with all of them at once.
+"""
+
+import os
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from tutti.config import ARGUMENTS, GROUPS, Config, ConfigError, away_from_default, get, resolve
+from tutti.config.available import unavailable
+from tutti.config.coerce import coerce, nearest
+from tutti.config.yamlfile import parse_value, read_file, to_yaml
+
+__all__ = ["ConfigError", "from_dict", "load", "to_yaml"]
+
+
+class _Entry(NamedTuple):
+    """What was written for one argument; text: on the command line; where: in which line of which file."""
+
+    value: Any
+    text: bool = False
+    where: str = ""
+
+
+class _Draft(NamedTuple):
+    """A configuration being read: entries by dotted name, problems so far, and a file's own list of explicit names."""
+
+    entries: dict[str, _Entry]
+    problems: list[str]
+    explicit: list[frozenset[str]]
+
+
+def load(argv: list[str], verb: str | None = "train") -> Config:
+    """Read `[FILE.yaml] [--a.b VALUE | --a.b=VALUE | a.b=VALUE ...]` into a resolved configuration.
+
+    `verb`: what it is for, which says what is required (None: nothing is).  Raises ConfigError with every problem.
+    """
+    draft = _Draft({}, [], [])
+    files, overrides = _split(argv, draft.problems)
+    for path in files:
+        tree, lines = read_file(path)
+        _add_tree(draft, tree, {name: f" ({path}:{line})" for name, line in lines.items()})
+        if draft.explicit:
+            _drop_defaults(draft)
+    for name, value in overrides:
+        _add_override(draft, name, value)
+    return _build(draft, verb)
+
+
+def from_dict(tree: dict[str, Any]) -> Config:
+    """A resolved configuration from nested values, `{"train": {"lr": 1e-5}}`; nothing is required.
+
+    Raises ConfigError with every problem, by the rules of a YAML file.
+    """
+    draft = _Draft({}, [], [])
+    _add_tree(draft, tree, {})
+    return _build(draft, None)
+
+
+def _split(argv: list[str], problems: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The configuration file, if any, and the overrides in order."""
+    files: list[str] = []
+    overrides: list[tuple[str, str]] = []
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        name, equals, value = token.removeprefix("--").partition("=")
+        if not token.startswith("--") and (not equals or os.path.isfile(token)):
+            files.append(token)
+        elif equals:
+            overrides.append((name, value))
+        elif rest and _is_value(name, rest[0]):
+            overrides.append((name, rest.pop(0)))
+        elif name in ARGUMENTS and ARGUMENTS[name].kind is not bool:
+            problems.append(f"{name}: needs a value, as in --{name} VALUE")
+        else:
+            overrides.append((name, "true"))
+    if len(files) > 1:
+        problems.append(f"{files[1]}: unexpected; {files[0]} is the configuration file already, and there can be one")
+    return files[:1], overrides
+
+
+def _is_value(name: str, token: str) -> bool:
+    """Whether `token`, which follows `--name`, is its value; a switch can stand alone."""
+    if token.startswith("--"):
+        return False
+    if name in ARGUMENTS and ARGUMENTS[name].kind is not bool:
+        return True
+    return "=" not in token and not os.path.isfile(token)
+
+
+def _add_tree(draft: _Draft, tree: dict[str, Any], where: dict[str, str]) -> None:
+    """Add what a YAML file or a nested dict says."""
+    for group, values in tree.items():
+        place = where.get(str(group), "")
+        if group == "explicit" and isinstance(values, list):
+            draft.explicit.append(frozenset(map(str, values)))
+        elif group not in GROUPS:
+            draft.problems.append(_unknown(str(group)) + place)
+        elif values is None:
+            continue
+        elif not isinstance(values, dict):
+            draft.problems.append(f"{group}: expects a mapping of arguments, got {values!r}{place}")
+        else:
+            for leaf, value in values.items():
+                name = f"{group}.{leaf}"
+                place = where.get(name, "")
+                if name in ARGUMENTS:
+                    draft.entries[name] = _Entry(value, where=place)
+                else:
+                    draft.problems.append(_unknown(name) + place)
+
+
+def _drop_defaults(draft: _Draft) -> None:
+    """Forget entries of a written-back file that only repeat defaults, so that those follow later overrides."""
+    try:
+        config = _build(_Draft(draft.entries, list(draft.problems), draft.explicit), None)
+    except ConfigError:
+        return
+    for name in [name for name in draft.entries if name not in config.explicit]:
+        del draft.entries[name]
+
+
+def _add_override(draft: _Draft, name: str, value: str) -> None:
+    if name in ARGUMENTS:
+        draft.entries[name] = _Entry(value, text=True)
+        return
+    parent = ".".join(name.split(".")[:2])
+    if parent not in ARGUMENTS or ARGUMENTS[parent].kind is not dict:
+        draft.problems.append(_unknown(name))
+        return
+    before = draft.entries.get(parent, _Entry({}))
+    path = name.removeprefix(f"{parent}.").split(".")
+    try:
+        tree = coerce(ARGUMENTS[parent], before.value, text=before.text)
+        draft.entries[parent] = _Entry(_with(tree, path, parse_value(value)))
+    except ValueError:
+        draft.problems.append(f"{name}: {value!r} cannot be set here")
+
+
+def _with(tree: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
+    """A copy of `tree` with `value` at `path`; what is in the way is replaced."""
+    first, *rest = path
+    if rest:
+        below = tree.get(first)
+        value = _with(below if isinstance(below, dict) else {}, rest, value)
+    return {**tree, first: value}
+
+
+def _build(draft: _Draft, verb: str | None) -> Config:
+    """Check the entries and make the configuration of them; raises ConfigError with every problem."""
+    problems = list(draft.problems)
+    values: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
+    for name, entry in draft.entries.items():
+        argument = ARGUMENTS[name]
+        try:
+            values[argument.group][argument.leaf] = coerce(argument, entry.value, text=entry.text)
+        except ValueError as error:
+            problems.append(f"{name}: {error}{entry.where}")
+    config = resolve(Config(**{group: cls(**values[group]) for group, cls in GROUPS.items()}))
+    explicit = frozenset(draft.entries)
+    if draft.explicit:
+        away = {name for name in explicit if away_from_default(config, name)}
+        explicit = (draft.explicit[-1] & explicit) | away
+    config = replace(config, explicit=explicit)
+    problems += unavailable(config)
+    problems += _missing(config, verb, refused=problems)
+    problems += _contradictions(config)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _missing(config: Config, verb: str | None, refused: list[str]) -> list[str]:
+    """Required arguments without a value, unless a value was given and refused."""
+    named = {problem.partition(":")[0] for problem in refused}
+    problems = [
+        f"{name}: required; {argument.doc}"
+        for name, argument in ARGUMENTS.items()
+        if verb in argument.required and get(config, name) is None and name not in named
+    ]
+    if verb in ("train", "check") and config.model.config_path is None and "model.model_path" not in named:
+        problems.append("model.model_path: required, or model.config_path to start from random weights")
+    return problems
+
+
+def _contradictions(config: Config) -> list[str]:
+    """What is wrong with values that are each right by themselves."""
+    train = config.train
+    if train.enable_profiling and train.profile_end_step <= train.profile_start_step:
+        return [
+            f"train.profile_end_step: must be above train.profile_start_step ({train.profile_start_step}), "
+            f"got {train.profile_end_step}"
+        ]
+    return []
+
+
+def _unknown(name: str) -> str:
+    """The problem line for a name that is none, with the nearest one that is."""
+    leaf = name.rpartition(".")[2]
+    same_leaf = [known for known, argument in ARGUMENTS.items() if argument.leaf == leaf]
+    if "." not in name and not same_leaf:
+        guess = nearest(name, [*GROUPS, *ARGUMENTS])
+    else:
+        guess = same_leaf[0] if same_leaf else nearest(name, list(ARGUMENTS))
+    if guess is None:
+        by_leaf = {argument.leaf: known for known, argument in ARGUMENTS.items()}
+        guess = by_leaf.get(nearest(leaf, list(by_leaf)) or "")
+    return (
+        f"{name}: unknown argument; did you mean {guess}?" if guess else f"{name}: unknown argument; see `tutti args`"
+    )

@@ -1,0 +1,107 @@
+"""YAML as configurations are written in it: read with line numbers and without surprises, and written back.
+
+Three things differ from PyYAML's own reading: `5e-5` is a float (YAML 1.1 wants `5.0e-5`), dates stay strings, and a
+key given twice is an error. The file is parsed into nodes first, which know their lines; `lines` keeps them by dotted
+path, so that a wrong value is reported with the place it stands in.
+"""
+
+import re
+from dataclasses import fields
+from typing import Any
+
+import yaml
+
+from tutti.config import GROUPS, Config, ConfigError
+
+_FLOAT = re.compile(r"[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+$|[-+]?(?:\d[\d_]*)?\.\d[\d_]*(?:[eE][-+]?\d+)?$")
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads `5e-5` as a float and dates as strings."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every string that `_Loader` would not read as one."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _class in (_Loader, _Dumper):
+    _class.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in _class.yaml_implicit_resolvers.items()
+    }
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def read_file(path: str) -> tuple[dict, dict[str, int]]:
+    """The mapping in the YAML file, and the line of every key by dotted path.
+
+    Raises ConfigError: the file is not there, is not YAML, is not a mapping, or gives a key twice.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not a text file"
+        raise ConfigError([f"{path}: {reason}"]) from None
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return {}, {}
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(
+                [f"{path}:{node.start_mark.line + 1}: expects groups such as `train:`, not a single value"]
+            )
+        lines: dict[str, int] = {}
+        twice: list[str] = []
+        _walk(node, "", lines, twice)
+        if twice:
+            raise ConfigError([f"{path}:{problem}" for problem in twice])
+        return loader.construct_document(node), lines
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{path}:{mark.line + 1}" if mark else path
+        raise ConfigError([f"{place}: is not valid YAML: {error.problem or error.context}"]) from None
+    except yaml.YAMLError as error:
+        raise ConfigError([f"{path}: is not valid YAML: {' '.join(str(error).split())}"]) from None
+    finally:
+        loader.dispose()
+
+
+def parse_value(text: str) -> Any:
+    """The value of one override that is a list or a mapping, or that lies inside one.  Raises ValueError."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise ValueError(text) from None
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as YAML, defaults included; reading it gives an equal configuration.
+
+    `explicit` at its end lists what the user set, so that the rest is known to be defaults when it is read back.
+    """
+    tree: dict[str, Any] = {}
+    for group, cls in GROUPS.items():
+        values = ((field.name, getattr(getattr(config, group), field.name)) for field in fields(cls))
+        tree[group] = {name: list(value) if isinstance(value, tuple) else value for name, value in values}
+    tree["explicit"] = sorted(config.explicit)
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=4096)
+
+
+def _walk(node: yaml.MappingNode, prefix: str, lines: dict[str, int], twice: list[str]) -> None:
+    """Note the line of every key below `node`, and the keys that one mapping has twice."""
+    seen: dict[str, int] = {}
+    for key, value in node.value:
+        name, line = str(key.value), key.start_mark.line + 1
+        path = f"{prefix}{name}"
+        if name in seen and key.tag != _MERGE:
+            twice.append(f"{line}: {path} is given twice, before on line {seen[name]}")
+        seen[name] = line
+        lines[path] = line
+        if isinstance(value, yaml.MappingNode):
+            _walk(value, f"{path}.", lines, twice)
