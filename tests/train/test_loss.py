@@ -1,0 +1,64 @@
+"""The fused head and loss against torch's own cross-entropy on full logits."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from tutti.train import loss as module
+from tutti.train.loss import LogitTransform, apply_transform, linear_cross_entropy
+
+
+def make(dtype=torch.float64, positions=37, width=12, vocabulary=50):
+    torch.manual_seed(0)
+    hidden = torch.randn(positions, width, dtype=dtype).requires_grad_()
+    weight = torch.randn(vocabulary, width, dtype=dtype).requires_grad_()
+    bias = torch.randn(vocabulary, dtype=dtype).requires_grad_()
+    return hidden, weight, bias, torch.randint(0, vocabulary, (positions,))
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 10, 1000])
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.25, 0.0), LogitTransform(1.0, 2.0), LogitTransform(2.0, 1.5)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_equals_full_logits(monkeypatch, chunk_rows, transform, with_bias):
+    hidden, weight, bias, targets = make(torch.float32)
+    monkeypatch.setattr(module, "CHUNK_BYTES", chunk_rows * weight.shape[0] * weight.element_size())
+    monkeypatch.setattr(module, "CACHED_ELEMENTS", 3 * weight.shape[0])
+    used = [hidden, weight, *([bias] if with_bias else [])]
+    total, losses = linear_cross_entropy(hidden, weight, targets, bias=bias if with_bias else None, transform=transform)
+    (total * 0.5).backward()
+    got = [item.grad for item in used]
+    for item in used:
+        item.grad = None
+    raw = hidden @ weight.T + (bias if with_bias else 0)
+    want = cross_entropy(apply_transform(raw, transform), targets, reduction="none")
+    (want.sum() * 0.5).backward()
+    torch.testing.assert_close(losses, want.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(total, want.sum(), rtol=1e-5, atol=1e-5)
+    for ours, item in zip(got, used, strict=True):
+        torch.testing.assert_close(ours, item.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_no_positions_is_a_zero_loss_with_zero_gradients():
+    hidden, weight, _, _ = make(torch.float32, positions=0)
+    total, losses = linear_cross_entropy(hidden, weight, torch.empty(0, dtype=torch.int64))
+    total.backward()
+    assert total == 0 and losses.shape == (0,) and weight.grad.count_nonzero() == 0
+
+
+def test_very_unlikely_target_keeps_a_finite_exact_loss():
+    hidden = torch.tensor([[200.0]])
+    total, _ = linear_cross_entropy(hidden, torch.tensor([[1.0], [-1.0]]), torch.tensor([1]))
+    assert total.item() == pytest.approx(400.0)
+
+
+def test_bf16_accumulates_head_gradient_over_chunks_in_fp32(monkeypatch):
+    hidden, weight, _, targets = make(torch.float32, positions=4096, width=8, vocabulary=16)
+    total, _ = linear_cross_entropy(hidden, weight, targets)
+    total.backward()
+    exact = weight.grad.clone()
+    low_hidden, low_weight = (item.detach().bfloat16().requires_grad_() for item in (hidden, weight))
+    monkeypatch.setattr(module, "CHUNK_BYTES", 16 * 16 * 2)
+    total, _ = linear_cross_entropy(low_hidden, low_weight, targets)
+    total.backward()
+    error = (low_weight.grad.float() - exact).norm() / exact.norm()
+    assert error < 1e-2, f"relative error {error:.3g}: the sum over 256 chunks lost precision"

@@ -1,0 +1,350 @@
+"""Attention over packed batches, for every Hugging Face model, behind transformers' `AttentionInterface`.
+
+A packed batch holds many samples end to end in one row. Attending with one T x T mask would spend almost all of its
+work on pairs that the mask then throws away, so attention runs sample by sample:
+
+- On CUDA, one variable-length kernel (the flash-attn packages where installed, else torch's `varlen_attn`).
+- On the CPU, `packed_attention` below. Each sample's queries are cut into tiles of `TILE` rows; a tile multiplies only
+  with the keys it may see (its own sample's, up to the diagonal, within the sliding window); scores, softmax and their
+  gradients are plain batched matrix products, which on CPUs with bf16 instructions are two to three times as fast as
+  torch's fused kernel on samples of a few hundred tokens. It is a custom operator with its own backward, so that
+  torch.compile takes it as one node and no padded copies are made for the gradient of every slice.
+
+`eager` is the model's own attention with a block-diagonal mask that transformers derives from the restarting
+`position_ids`; it is the reference that the others are tested against.
+
+Shapes: T tokens, H query heads, K key/value heads (H = K * G), D head dimension, E value dimension. The operator
+takes heads first ([H, T, D], any strides) and returns [T, H, E], which is how the models lay out their projections.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from tutti.core.batch import Batch
+
+log = logging.getLogger(__name__)
+
+PACKED = "tutti_packed"
+"""The name under which packed attention is registered with transformers."""
+
+TILE = 256
+"""Query rows a tile: large enough for efficient products, small enough to skip most of the upper triangle."""
+
+SAVED_SCORES = 8
+"""The backward pass reads saved probabilities up to this many times the size of the queries, else recomputes them."""
+
+_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+
+
+def resolve_attention(requested: str, device: torch.device) -> str:
+    """The name to give transformers as `attn_implementation` for `model.attn_implementation` on this device.
+
+    Logs one line where something else than the request runs.
+    """
+    AttentionInterface.register(PACKED, _packed_forward)
+    AttentionMaskInterface.register(PACKED, _no_mask)
+    if requested == "eager":
+        return "eager"
+    if requested in _PACKAGES:
+        if device.type == "cuda" and importlib.util.find_spec(_PACKAGES[requested]) is not None:
+            return requested
+        instead = "torch's variable-length kernel" if device.type == "cuda" else "packed sdpa on the CPU"
+        log.info("model.attn_implementation %s is not available here: using %s", requested, instead)
+    return PACKED
+
+
+def packed_kwargs(batch: Batch) -> dict[str, Any]:
+    """What a decoder's forward is given for `batch`: its tokens as one row, positions, and the samples' borders."""
+    return {
+        "input_ids": batch.input_ids[None],
+        "position_ids": batch.position_ids[None],
+        "cu_seq_lens_q": batch.cu_seqlens,
+        "cu_seq_lens_k": batch.cu_seqlens,
+        "max_length_q": batch.max_seqlen,
+        "max_length_k": batch.max_seqlen,
+        "use_cache": False,
+    }
+
+
+def check_packable(config: Any) -> None:
+    """Raise ValueError for a model whose layers would carry state from one packed sample into the next."""
+    known = {"full_attention", "sliding_attention"}
+    unknown = set(getattr(config, "layer_types", None) or ()) - known
+    if unknown:
+        raise ValueError(
+            f"{config.model_type} has layers of type {', '.join(sorted(unknown))}, which would leak from one packed "
+            "sample into the next; only full and sliding-window attention can be trained packed"
+        )
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Packed attention needs no mask: it never looks across a sample's border."""
+
+
+def _packed_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature: query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, E]."""
+    assert attention_mask is None, "packed attention was given a mask; it was built for another implementation"
+    cu_seqlens = kwargs.get("cu_seq_lens_q")
+    if cu_seqlens is None:
+        raise ValueError(f"{type(module).__name__} does not pass the samples' borders on; set model.attn_implementation=eager")
+    if dropout:
+        raise ValueError("attention dropout is not supported with packed samples; set attention_dropout to 0 in the model's config")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    window = kwargs.get("sliding_window") or 0
+    softcap, sinks = kwargs.get("softcap") or 0.0, kwargs.get("s_aux")
+    arguments = (query[0], key[0], value[0], cu_seqlens)
+    if query.device.type == "cuda" and query.dtype != torch.float32 and not softcap and sinks is None:
+        return _varlen(*arguments, kwargs["max_length_q"], scale, causal, window)[None], None
+    return packed_attention(*arguments, scale, causal, window, softcap, sinks)[None], None
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, causal: bool, window: int
+) -> Tensor:
+    """torch's variable-length flash kernel; a value dimension below the key dimension (MLA) is padded and cut off."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    width, padded = value.shape[-1], query.shape[-1]
+    if width < padded:
+        value = nn.functional.pad(value, (0, padded - width))
+    out = varlen_attn(
+        query.transpose(0, 1).contiguous(),
+        key.transpose(0, 1).contiguous(),
+        value.transpose(0, 1).contiguous(),
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        scale=scale,
+        window_size=(window - 1 if window else -1, 0 if causal else -1),
+        enable_gqa=query.shape[0] != key.shape[0],
+    )
+    return out[..., :width]
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention within each of the samples that `cu_seqlens` [S + 1] borders; query [H, T, D] ... -> [T, H, E].
+
+    window: a query sees the last `window` keys, itself included (0 = all). softcap: scores become
+    softcap * tanh(score / softcap). sinks [H]: a learned score a head that takes part in the softmax and has no value.
+    """
+    return _forward(query, key, value, cu_seqlens, sinks, scale, causal, window, softcap)[0]
+
+
+def _tiles(length: int, causal: bool, window: int) -> Iterator[tuple[int, int, int, int]]:
+    """(first row, last row + 1, first key, last key + 1) of each tile of a sample of `length` tokens."""
+    for start in range(0, length, TILE):
+        stop = min(length, start + TILE)
+        first = max(0, start - window + 1) if window else 0
+        last = stop if causal else min(length, stop + window - 1) if window else length
+        yield start, stop, first, last
+
+
+def _bias(tile: tuple[int, int, int, int], groups: int, causal: bool, window: int, like: Tensor) -> Tensor | None:
+    """0 where the tile's query may see the key and -inf elsewhere, [G * rows, keys]; None where all may be seen."""
+    start, stop, first, last = tile
+    if not causal and not window:
+        return None
+    distance = torch.arange(start, stop, device=like.device)[:, None] - torch.arange(first, last, device=like.device)
+    hidden = distance < 0 if causal else distance < -(window - 1)
+    if window:
+        hidden |= distance >= window
+    bias = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
+    return bias.repeat(groups, 1)
+
+
+class _Biases:
+    """The tiles' biases of one call; equal tiles of different samples share theirs."""
+
+    def __init__(self, groups: int, causal: bool, window: int, like: Tensor) -> None:
+        self._arguments = (groups, causal, window, like)
+        self._made: dict[tuple[int, int, int], Tensor | None] = {}
+
+    def __call__(self, tile: tuple[int, int, int, int]) -> Tensor | None:
+        start, stop, first, last = tile
+        shape = (stop - start, last - first, start - first)
+        if shape not in self._made:
+            self._made[shape] = _bias(tile, *self._arguments)
+        return self._made[shape]
+
+
+def _probabilities(
+    rows: Tensor, keys: Tensor, bias: Tensor | None, sinks: Tensor | None, scale: float, softcap: float
+) -> tuple[Tensor, Tensor | None]:
+    """softmax of one tile's scores [K, G * rows, keys (+ 1 with sinks)] and, with softcap, tanh(score / softcap)."""
+    transposed = keys.transpose(1, 2)
+    if softcap:
+        tanh = torch.bmm(rows, transposed).mul_(scale / softcap).tanh_()
+        scores = tanh * softcap if bias is None else tanh * softcap + bias
+    else:
+        tanh = None
+        base = rows.new_zeros(1) if bias is None else bias
+        scores = torch.baddbmm(base, rows, transposed, beta=1, alpha=scale)
+    if sinks is not None:
+        kv_heads, num_rows, _ = scores.shape
+        column = sinks.view(kv_heads, -1, 1).expand(-1, -1, num_rows * kv_heads // sinks.numel()).reshape(kv_heads, -1, 1)
+        scores = torch.cat([scores, column.to(scores.dtype)], dim=-1)
+    return torch.softmax(scores, dim=-1), tanh
+
+
+@torch.library.custom_op("tutti::packed_attention", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """Returns the output [T, H, E] and the tiles' probabilities, flat, or empty where they are to be recomputed."""
+    heads, total, _ = query.shape
+    kv_heads, groups = key.shape[0], heads // key.shape[0]
+    out = query.new_empty(total, heads, value.shape[-1])
+    biases = _Biases(groups, causal, window, query)
+    borders = cu_seqlens.tolist()
+    saved: list[Tensor] = []
+    keep = _saves(borders, heads, causal, window, softcap, sinks) <= SAVED_SCORES * query.numel()
+    for begin, end in zip(borders[:-1], borders[1:], strict=True):
+        keys, values = key[:, begin:end].contiguous(), value[:, begin:end].contiguous()
+        for tile in _tiles(end - begin, causal, window):
+            start, stop, first, last = tile
+            rows = query[:, begin + start : begin + stop].reshape(kv_heads, groups * (stop - start), -1)
+            weights, _ = _probabilities(rows, keys[:, first:last], biases(tile), sinks, scale, softcap)
+            if keep:
+                saved.append(weights.view(-1))
+            seen = weights if sinks is None else weights[..., :-1]
+            mixed = torch.bmm(seen, values[:, first:last]).view(heads, stop - start, -1)
+            out[begin + start : begin + stop] = mixed.transpose(0, 1)
+    return out, torch.cat(saved) if saved else query.new_empty(0)
+
+
+def _saves(
+    borders: list[int], heads: int, causal: bool, window: int, softcap: float, sinks: Tensor | None
+) -> float:
+    """How many probabilities a forward pass makes; infinite where the backward pass needs more than those."""
+    if softcap or sinks is not None:
+        return float("inf")
+    tiles = (tile for a, b in zip(borders[:-1], borders[1:], strict=True) for tile in _tiles(b - a, causal, window))
+    return heads * sum((stop - start) * (last - first) for start, stop, first, last in tiles)
+
+
+@_forward.register_fake
+def _(query, key, value, cu_seqlens, sinks, scale, causal, window, softcap):  # type: ignore[no-untyped-def]
+    size = torch.library.get_ctx().new_dynamic_size()
+    return query.new_empty(query.shape[1], query.shape[0], value.shape[-1]), query.new_empty(size)
+
+
+@torch.library.custom_op("tutti::packed_attention_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    sinks: Tensor | None,
+    saved: Tensor,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and sinks (empty without), the first three laid out [T, heads, ...] in memory."""
+    heads, total, dim = query.shape
+    kv_heads, groups = key.shape[0], heads // key.shape[0]
+    grad_query = query.new_empty(total, heads, dim)
+    grad_key = key.new_empty(total, kv_heads, dim)
+    grad_value = value.new_empty(total, kv_heads, value.shape[-1])
+    grad_sinks = torch.zeros(heads if sinks is not None else 0, dtype=torch.float32, device=query.device)
+    biases = _Biases(groups, causal, window, query)
+    borders, offset = cu_seqlens.tolist(), 0
+    unused = query.new_zeros(1)
+    for begin, end in zip(borders[:-1], borders[1:], strict=True):
+        keys, values = key[:, begin:end].contiguous(), value[:, begin:end].contiguous()
+        sum_keys, sum_values = torch.zeros_like(keys), torch.zeros_like(values)
+        for tile in _tiles(end - begin, causal, window):
+            start, stop, first, last = tile
+            num_rows, place = groups * (stop - start), slice(begin + start, begin + stop)
+            rows = query[:, place].reshape(kv_heads, num_rows, -1)
+            tanh = None
+            if saved.numel():
+                size = kv_heads * num_rows * (last - first)
+                weights = saved[offset : offset + size].view(kv_heads, num_rows, last - first)
+                offset += size
+            else:
+                weights, tanh = _probabilities(rows, keys[:, first:last], biases(tile), sinks, scale, softcap)
+            outer = grad[place].transpose(0, 1).reshape(kv_heads, num_rows, -1)
+            grad_weights = torch.bmm(outer, values[:, first:last].transpose(1, 2))
+            if sinks is not None:
+                grad_weights = nn.functional.pad(grad_weights, (0, 1))
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            if sinks is not None:
+                grad_sinks += grad_scores[..., -1].float().view(heads, -1).sum(-1)
+                weights, grad_scores = weights[..., :-1], grad_scores[..., :-1]
+            if tanh is not None:
+                grad_scores = grad_scores * (1 - tanh * tanh)
+            sum_values[:, first:last] += torch.bmm(weights.transpose(1, 2), outer)
+            sum_keys[:, first:last] += torch.baddbmm(unused, grad_scores.transpose(1, 2), rows, beta=0, alpha=scale)
+            grad_rows = torch.baddbmm(unused, grad_scores, keys[:, first:last], beta=0, alpha=scale)
+            grad_query[place] = grad_rows.view(heads, stop - start, dim).transpose(0, 1)
+        grad_key[begin:end] = sum_keys.transpose(0, 1)
+        grad_value[begin:end] = sum_values.transpose(0, 1)
+    return grad_query, grad_key, grad_value, grad_sinks
+
+
+@_backward.register_fake
+def _(grad, query, key, value, cu_seqlens, sinks, saved, scale, causal, window, softcap):  # type: ignore[no-untyped-def]
+    def rows_first(tensor: Tensor) -> Tensor:
+        return tensor.new_empty(tensor.shape[1], tensor.shape[0], tensor.shape[2])
+
+    num_sinks = 0 if sinks is None else sinks.shape[0]
+    return rows_first(query), rows_first(key), rows_first(value), query.new_empty(num_sinks, dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, cu_seqlens, sinks, *settings = inputs
+    ctx.save_for_backward(query, key, value, cu_seqlens, sinks, output[1])
+    ctx.settings = settings
+
+
+def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
+    query, key, value, cu_seqlens, sinks, saved = ctx.saved_tensors
+    grads = _backward(grad, query, key, value, cu_seqlens, sinks, saved, *ctx.settings)
+    grad_query, grad_key, grad_value = (item.transpose(0, 1) for item in grads[:3])
+    grad_sinks = None if sinks is None else grads[3].to(sinks.dtype)
+    return grad_query, grad_key, grad_value, None, grad_sinks, None, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,0 +1,124 @@
+"""The output head and the cross-entropy in one pass, in chunks, so that the logits of a long batch never exist at once.
+
+For N trained positions and a vocabulary of V the logits are N x V, by far the largest tensor of a training step. The
+loss needs each row only once, so the head is applied to a chunk of rows at a time and, while a chunk's logits are
+there, they are turned in place into their own gradient (softmax minus one-hot), multiplied into the gradients of the
+hidden states and of the head, and dropped. The forward pass thus does the backward pass's work too, and nothing is
+computed twice. The idea is that of Cut Cross-Entropy (arXiv 2411.09009) and Liger (arXiv 2410.10989).
+
+On the CPU the elementwise part runs over a few rows at a time that stay in the cache: the softmax is taken in fp32 of
+rows that came out of the product in the compute dtype, as Hugging Face's own loss does.
+
+Shapes: N positions, H hidden size, V vocabulary (or classes).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 256 * 2**20
+"""Logits of one chunk take at most this much."""
+
+CACHED_ELEMENTS = 2**20
+"""Logits that the CPU's elementwise part handles at a time, so that its fp32 copies stay in the cache."""
+
+
+class LogitTransform(NamedTuple):
+    """What a model does between its head and its loss: logits = softcap * tanh(scale * head(x) / softcap)."""
+
+    scale: float = 1.0
+    softcap: float = 0.0
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    transform: LogitTransform = LogitTransform(),
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of `hidden @ weight.T` against `targets`.
+
+    hidden [N, H], weight [V, H], targets [N] int64, bias [V]. Returns the sum over the N positions (fp32 scalar, the
+    one to differentiate) and each position's loss (fp32 [N], detached).
+    """
+    total, losses = _LinearCrossEntropy.apply(hidden, weight, bias, targets, transform)
+    return total, losses
+
+
+def _rows_a_chunk(weight: Tensor) -> int:
+    return max(1, CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
+
+
+def apply_transform(logits: Tensor, transform: LogitTransform) -> Tensor:
+    """The logits a model gives for its head's raw output."""
+    logits = logits * transform.scale if transform.scale != 1.0 else logits
+    return torch.tanh(logits / transform.softcap) * transform.softcap if transform.softcap else logits
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform
+    ) -> tuple[Tensor, Tensor]:
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        differentiate = need_hidden or need_weight or need_bias
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        rows = _rows_a_chunk(weight)
+        several = len(hidden) > rows
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight and several else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
+        for start in range(0, len(hidden), rows):
+            chunk = slice(start, start + rows)
+            logits = hidden[chunk] @ weight.T
+            if bias is not None:
+                logits += bias
+            _loss_and_gradient(logits, targets[chunk], losses[chunk], transform, differentiate)
+            if grad_hidden is not None:
+                torch.mm(logits, weight, out=grad_hidden[chunk])
+            if need_weight:
+                product = logits.T @ hidden[chunk]
+                grad_weight = grad_weight.add_(product) if grad_weight is not None else product
+            if grad_bias is not None:
+                grad_bias += logits.sum(0, dtype=torch.float32)
+        if need_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight)
+        ctx.save_for_backward(
+            grad_hidden,
+            grad_weight.to(weight.dtype) if grad_weight is not None else None,
+            grad_bias.to(bias.dtype) if grad_bias is not None and bias is not None else None,
+        )
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grads = (None if item is None else item.mul_(grad.to(item.dtype)) for item in ctx.saved_tensors)
+        return (*grads, None, None)
+
+
+def _loss_and_gradient(
+    logits: Tensor, targets: Tensor, losses: Tensor, transform: LogitTransform, differentiate: bool
+) -> None:
+    """Write each row's loss to `losses` and turn `logits` in place into the gradient of their sum."""
+    rows = len(logits) if logits.is_cuda else max(1, CACHED_ELEMENTS // logits.shape[1])
+    for start in range(0, len(logits), rows):
+        part = slice(start, start + rows)
+        raw, target = logits[part], targets[part, None]
+        shaped = apply_transform(raw.float(), transform)
+        log_softmax = torch.log_softmax(shaped, dim=-1)
+        losses[part] = log_softmax.gather(1, target).neg_().squeeze(1)
+        if not differentiate:
+            continue
+        grad = log_softmax.exp_()
+        grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
+        if transform.softcap:
+            grad *= 1 - (shaped / transform.softcap).square()
+        if transform.scale != 1.0:
+            grad *= transform.scale
+        raw.copy_(grad)
