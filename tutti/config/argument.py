@@ -79,7 +79,8 @@ def arguments_of(group: str, cls: type) -> list[Argument]:
 
 def _describe(group: str, field: dataclasses.Field) -> Argument:
     facts = field.metadata
-    hint, optional = field.type, False
+    hint: Any = field.type
+    optional = False
     if get_origin(hint) in (Union, types.UnionType):
         (hint,) = (part for part in get_args(hint) if part is not types.NoneType)
         optional = True

@@ -1,0 +1,125 @@
+"""Settings that change nothing in the combination they were made in: nothing is accepted and silently ignored.
+
+A rule names arguments, says when they have no effect, and why. Only what the user set to something else than the
+default is worth a warning.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tutti.config import ARGUMENTS, Config, away_from_default
+
+
+class _Rule(NamedTuple):
+    names: tuple[str, ...]
+    idle: Callable[[Config], bool]
+    why: str
+
+
+def _prefixed(prefix: str) -> tuple[str, ...]:
+    return tuple(name for name in ARGUMENTS if name.startswith(prefix))
+
+
+def _ends_without_exports(config: Config) -> bool:
+    train = config.train
+    return not (train.save_hf_weights or train.hf_save_steps or train.hf_save_epochs or config.model.model_path)
+
+
+_RULES = (
+    _Rule(
+        ("data.train_size",),
+        lambda config: not config.train.dyn_bsz,
+        "without train.dyn_bsz steps are counted in samples; see data.train_sample",
+    ),
+    _Rule(
+        ("data.train_sample",),
+        lambda config: config.train.dyn_bsz,
+        "with train.dyn_bsz steps are counted in tokens; see data.train_size",
+    ),
+    _Rule(
+        ("data.dyn_bsz_buffer_size", "train.bsz_warmup_ratio", "train.bsz_warmup_init_mbtoken"),
+        lambda config: not config.train.dyn_bsz,
+        "train.dyn_bsz is off",
+    ),
+    _Rule(
+        ("train.bsz_warmup_init_mbtoken",),
+        lambda config: config.train.dyn_bsz and config.train.bsz_warmup_ratio == 0,
+        "train.bsz_warmup_ratio is 0",
+    ),
+    _Rule(("data.prefetch_factor",), lambda config: config.data.num_workers == 0, "data.num_workers is 0"),
+    _Rule(
+        ("data.chat_template",),
+        lambda config: config.data.data_type != "conversation",
+        "data.data_type is not conversation",
+    ),
+    _Rule(
+        ("data.shuffle_buffer_size",),
+        lambda config: config.data.datasets_type == "mapping",
+        "data.datasets_type mapping shuffles all of the data",
+    ),
+    _Rule(
+        ("data.shuffle_buffer_size",),
+        lambda config: config.data.datasets_type != "mapping" and not config.data.shuffle,
+        "data.shuffle is off",
+    ),
+    _Rule(
+        ("model.num_labels",),
+        lambda config: config.data.data_type != "classification",
+        "data.data_type is not classification",
+    ),
+    _Rule(
+        ("model.safetensor_idx_path",),
+        _ends_without_exports,
+        "no weights are read (model.model_path) and none exported (train.save_hf_weights, hf_save_*)",
+    ),
+    _Rule(
+        ("model.basic_modules", *_prefixed("train.enable_reshard_after_"), "train.enable_full_shard"),
+        lambda config: config.train.data_parallel_mode == "ddp",
+        "train.data_parallel_mode is ddp, which does not shard",
+    ),
+    _Rule(
+        ("train.broadcast_model_weights_from_rank0",),
+        lambda config: config.model.model_path is None,
+        "without model.model_path no weights are read",
+    ),
+    _Rule(
+        ("train.lr_min", "train.lr_decay_ratio"),
+        lambda config: config.train.lr_decay_style == "constant",
+        "train.lr_decay_style is constant",
+    ),
+    _Rule(("train.lr_start",), lambda config: config.train.lr_warmup_ratio == 0, "train.lr_warmup_ratio is 0"),
+    _Rule(
+        ("train.no_decay_modules", "train.no_decay_params"),
+        lambda config: config.train.weight_decay == 0,
+        "train.weight_decay is 0",
+    ),
+    _Rule(
+        ("train.enable_reentrant",),
+        lambda config: not config.train.enable_gradient_checkpointing,
+        "train.enable_gradient_checkpointing is off",
+    ),
+    _Rule(
+        ("train.eval_steps", "train.eval_epochs"),
+        lambda config: config.data.eval_path is None,
+        "data.eval_path is unset",
+    ),
+    _Rule(
+        ("data.eval_path",),
+        lambda config: config.train.eval_steps == config.train.eval_epochs == 0,
+        "train.eval_steps and train.eval_epochs are 0",
+    ),
+    _Rule(_prefixed("train.wandb_"), lambda config: not config.train.use_wandb, "train.use_wandb is off"),
+    _Rule(
+        _prefixed("train.profile_"), lambda config: not config.train.enable_profiling, "train.enable_profiling is off"
+    ),
+)
+
+
+def warnings(config: Config) -> list[str]:
+    """One line for each argument that was set and has no effect, saying why."""
+    return [
+        f"{name}: has no effect: {rule.why}"
+        for rule in _RULES
+        for name in rule.names
+        if name in config.explicit and away_from_default(config, name) and rule.idle(config)
+    ]

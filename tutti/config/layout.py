@@ -1,0 +1,133 @@
+"""Whether the sizes of a configuration fit a number of ranks, decided before any process group is made.
+
+The world is a product of axes: W = pipeline * data * context * ulysses * tensor, and data = replicate * shard. All but
+the data axis are given, so that data-parallel ranks are what is left: dp = W / (tp * pp * ulysses * cp). Experts are
+spread over ranks that hold one replica together. A global batch is a whole number of micro batches on each of the dp
+ranks. `fit` is pure: it takes the numbers, and gives the complete layout or an error that names sizes that would do.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+from tutti.config import Config, ConfigError, get
+
+_INNER = ("tensor", "pipeline", "ulysses", "context")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The size of every axis, and the batch in numbers.
+
+    world = pipeline * data * context * ulysses * tensor; data = replicate * shard; expert divides shard * context *
+    ulysses. global_batch_size = micro_batch_size * data * accumulation.
+    """
+
+    world: int
+    data: int
+    replicate: int
+    shard: int
+    tensor: int
+    pipeline: int
+    ulysses: int
+    context: int
+    expert: int
+    global_batch_size: int
+    accumulation: int
+
+
+def fit(config: Config, world: int) -> Layout:
+    """The layout of `config` on `world` ranks.  Raises ConfigError: which sizes do not fit, and which would."""
+    train = config.train
+    inner = {axis: get(config, f"train.{axis}_parallel_size") for axis in _INNER}
+    model_ranks = math.prod(inner.values())
+    if world % model_ranks:
+        raise ConfigError(_misfits(inner, world))
+    data = world // model_ranks
+    problems: list[str] = []
+    replicate, shard = _data_axes(config, data, problems)
+    expert_ranks = shard * inner["context"] * inner["ulysses"]
+    if expert_ranks % train.expert_parallel_size:
+        problems.append(
+            f"train.expert_parallel_size: {train.expert_parallel_size} does not divide the {expert_ranks} ranks of a "
+            f"replica; {_either(_divisors(expert_ranks))} would"
+        )
+    micro = train.micro_batch_size * data
+    global_batch_size = train.global_batch_size or micro
+    if global_batch_size % micro:
+        below = global_batch_size // micro * micro
+        sizes = [size for size in (below, below + micro) if size]
+        problems.append(
+            f"train.global_batch_size: {global_batch_size} is not a multiple of train.micro_batch_size times the "
+            f"data-parallel ranks ({train.micro_batch_size} * {data} = {micro}); {_either(sizes)} would be"
+        )
+    if problems:
+        raise ConfigError(problems)
+    return Layout(
+        world=world,
+        data=data,
+        replicate=replicate,
+        shard=shard,
+        **inner,
+        expert=train.expert_parallel_size,
+        global_batch_size=global_batch_size,
+        accumulation=global_batch_size // micro,
+    )
+
+
+def resolve_sizes(config: Config, world: int) -> Config:
+    """The same configuration with train.global_batch_size filled in for `world` ranks.  Raises what `fit` raises."""
+    return replace(config, train=replace(config.train, global_batch_size=fit(config, world).global_batch_size))
+
+
+def _data_axes(config: Config, data: int, problems: list[str]) -> tuple[int, int]:
+    """Replicas and ranks that share one, for `data` data-parallel ranks."""
+    train = config.train
+    replicate, shard = train.data_parallel_replicate_size, train.data_parallel_shard_size
+    if train.data_parallel_mode == "ddp":
+        if shard != 1:
+            problems.append(
+                f"train.data_parallel_shard_size: ddp does not shard, so {shard} does not fit; leave it at 1, or set "
+                "train.data_parallel_mode to fsdp2"
+            )
+        if replicate not in (1, data):
+            problems.append(f"train.data_parallel_replicate_size: ddp keeps {data} replicas here, not {replicate}")
+        return data, 1
+    if replicate == shard == 1:
+        return 1, data
+    if replicate * shard != data:
+        pairs = [f"{count} * {data // count}" for count in _divisors(data)]
+        problems.append(
+            f"train.data_parallel_replicate_size: {replicate} times train.data_parallel_shard_size {shard} is "
+            f"{replicate * shard}, not the {data} data-parallel ranks; {_either(pairs)} would be"
+        )
+    return replicate, shard
+
+
+def _misfits(inner: dict[str, int], world: int) -> list[str]:
+    """What to say when the product of the axes does not divide the world."""
+    product = math.prod(inner.values())
+    problems = []
+    for axis, size in inner.items():
+        others = product // size
+        if size > 1:
+            fitting = _divisors(world // others) if world % others == 0 else []
+            would = f"{_either(fitting)} would" if fitting else f"a multiple of {product} ranks would"
+            problems.append(
+                f"train.{axis}_parallel_size: the axes take {product} ranks together ({_product(inner)}), which does "
+                f"not divide {world}; {would}"
+            )
+    return problems
+
+
+def _product(inner: dict[str, int]) -> str:
+    return " * ".join(f"{axis} {size}" for axis, size in inner.items() if size > 1)
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _either(choices: list) -> str:
+    """`1, 2 or 4`"""
+    *first, last = map(str, choices)
+    return f"{', '.join(first)} or {last}" if first else last
