@@ -1,0 +1,194 @@
+"""The recorded history of a run: the lines of metrics.jsonl, and a summary of any length of them in bounded memory.
+
+Lines. Every record is one JSON object with floats in full precision (`repr`). JSON has no NaN or infinity, so such a
+value is written as null and named in `non_finite`: `{"step": 7, "loss": null, "non_finite": {"loss": "nan"}}`.
+
+Going back. A run that resumes at step N makes the steps after N again. `cut_back` moves what the interrupted run had
+written of them to metrics.superseded.jsonl, so that metrics.jsonl is always one clean history and nothing is lost.
+
+Bounded. The report draws at most `LIMIT` points however long the run is. `Buckets` gives every step range of equal
+width one bucket (count, sum, lowest, highest per column); when there are too many, the width doubles and neighbours
+merge. Which bucket a step falls into depends on its number alone, so a resumed run draws the same picture. Spikes stay
+visible because a bucket keeps its extremes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+LIMIT = 1000
+"""Most buckets of a table."""
+
+METRICS, SUPERSEDED = "metrics.jsonl", "metrics.superseded.jsonl"
+
+
+def encode(record: Mapping[str, Any]) -> str:
+    """`record` as one line of JSON, without the newline; numbers of numpy and torch become plain ones."""
+    plain = {key: value.item() if hasattr(value, "item") else value for key, value in record.items()}
+    strange = {key: repr(v) for key, v in plain.items() if isinstance(v, float) and not math.isfinite(v)}
+    if strange:
+        plain |= dict.fromkeys(strange)
+        plain["non_finite"] = strange
+    return json.dumps(plain, ensure_ascii=False, allow_nan=False)
+
+
+def decode(line: str) -> dict[str, Any] | None:
+    """The record of a line, or None where the line is no whole record (a writer was killed within it)."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def cut_back(folder: Path, step: int) -> int:
+    """Keep the lines of metrics.jsonl in `folder` up to `step`; append the others to metrics.superseded.jsonl.
+
+    Returns how many lines were moved. A kill in between loses nothing: the lines are appended before they are removed.
+    """
+    path = folder / METRICS
+    if not path.exists():
+        return 0
+    draft, moved = path.with_suffix(".draft"), 0
+    with path.open() as old, draft.open("w") as kept, (folder / SUPERSEDED).open("a") as superseded:
+        for line in old:
+            record = decode(line)
+            if record is not None and record["step"] <= step:
+                kept.write(line if line.endswith("\n") else line + "\n")
+            else:
+                superseded.write(line if line.endswith("\n") else line + "\n")
+                moved += 1
+        for file in (superseded, kept):
+            file.flush()
+            os.fsync(file.fileno())
+    os.replace(draft, path)
+    if (folder / SUPERSEDED).stat().st_size == 0:
+        (folder / SUPERSEDED).unlink()
+    return moved
+
+
+class Buckets:
+    """Columns of numbers over steps, in at most `limit` buckets of equal width.
+
+    A bucket spans steps (i * width, (i + 1) * width]. `ends` is the last step seen in each; `columns[name][bucket]` is
+    [count, sum, lowest, highest], or None where the bucket has no such value. Steps are added in ascending order.
+    """
+
+    def __init__(self, limit: int = LIMIT) -> None:
+        self.limit, self.width = limit, 1
+        self.ends: list[int] = []
+        self.columns: dict[str, list[list[float] | None]] = {}
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Add the finite numbers among `values`."""
+        if not self.ends or self._index(self.ends[-1]) != self._index(step):
+            self.ends.append(step)
+            for column in self.columns.values():
+                column.append(None)
+            while len(self.ends) > self.limit:
+                self._widen()
+        self.ends[-1] = step
+        for name, value in values.items():
+            if not math.isfinite(value):
+                continue
+            column = self.columns.setdefault(name, [None] * len(self.ends))
+            column[-1] = _merge(column[-1], [1, value, value, value])
+
+    def _index(self, step: int) -> int:
+        return (step - 1) // self.width
+
+    def _widen(self) -> None:
+        self.width *= 2
+        groups: list[list[int]] = []
+        for position, end in enumerate(self.ends):
+            if groups and self._index(self.ends[groups[-1][0]]) == self._index(end):
+                groups[-1].append(position)
+            else:
+                groups.append([position])
+        self.ends = [self.ends[group[-1]] for group in groups]
+        for name, column in self.columns.items():
+            self.columns[name] = [
+                column[group[0]] if len(group) == 1 else _merge(column[group[0]], column[group[1]]) for group in groups
+            ]
+
+
+def _merge(a: list[float] | None, b: list[float] | None) -> list[float] | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return [a[0] + b[0], a[1] + b[1], min(a[2], b[2]), max(a[3], b[3])]
+
+
+class History:
+    """What the report and the closing line need of all records so far.
+
+    train, evals: the curves. last, last_eval: the newest records. best_eval: the one of lowest loss. tokens,
+    trained_tokens, samples: sums. seconds: time spent in training steps (not in evaluation, saving or start-up).
+    source_tokens: trained tokens per source. non_finite: (step, what) of every non-finite value, the first 100.
+    """
+
+    def __init__(self) -> None:
+        self.train, self.evals = Buckets(), Buckets()
+        self.last: dict[str, Any] = {}
+        self.last_eval: dict[str, Any] = {}
+        self.best_eval: dict[str, Any] = {}
+        self.tokens = self.trained_tokens = self.samples = 0
+        self.seconds = 0.0
+        self.source_tokens: dict[str, int] = {}
+        self.non_finite: list[tuple[int, str]] = []
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Take in a training or evaluation record, as logged or as read back."""
+        values = {
+            key: value
+            for key, value in record.items()
+            if isinstance(value, int | float) and key not in ("step", "epoch")
+        }
+        self._note_non_finite(record, values)
+        step = int(record["step"])
+        if "eval_loss" in record:
+            self.evals.add(step, values)
+            self.last_eval = dict(record)
+            loss, best = values.get("eval_loss", math.nan), self.best_eval.get("eval_loss", math.inf)
+            if loss < best:
+                self.best_eval = dict(record)
+            return
+        self.train.add(step, values)
+        steps = step - self.last.get("step", step - 1)
+        self.last = dict(record)
+        self.tokens += int(values.get("tokens", 0))
+        self.trained_tokens += int(values.get("trained_tokens", 0))
+        self.samples += int(values.get("samples", 0))
+        self.seconds += steps * values.get("step_seconds", 0.0)
+        for key, value in values.items():
+            if key.startswith("source_tokens/"):
+                name = key.partition("/")[2]
+                self.source_tokens[name] = self.source_tokens.get(name, 0) + int(value)
+
+    def _note_non_finite(self, record: Mapping[str, Any], values: Mapping[str, float]) -> None:
+        found = dict(record.get("non_finite", {}))
+        found |= {key: repr(value) for key, value in values.items() if not math.isfinite(value)}
+        if len(self.non_finite) < 100:
+            self.non_finite += [(int(record["step"]), f"{key} is {what}") for key, what in found.items()]
+
+
+def read_history(path: Path) -> History:
+    """The history in a metrics.jsonl; empty where there is none."""
+    history = History()
+    for record in _records(path):
+        history.add(record)
+    return history
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    with path.open() as lines:
+        for line in lines:
+            record = decode(line)
+            if record is not None:
+                yield record
