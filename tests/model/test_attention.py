@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tutti.core.batch import Sample, pack
-from tutti.model.attention import PACKED, packed_attention, packed_kwargs, resolve_attention
+from tutti.model.attention import PACKED, Settings, packed_attention, packed_kwargs, resolve_attention
 
 BORDERS = torch.tensor([0, 1, 50, 600, 610], dtype=torch.int32)
 
@@ -45,7 +45,7 @@ def make_inputs(heads: int, kv_heads: int) -> list[Tensor]:
 def test_equals_masked_softmax(kv_heads, causal, window, softcap, with_sinks):
     ours, reference = make_inputs(4, kv_heads), make_inputs(4, kv_heads)
     sinks = [torch.linspace(-1, 1, 4, dtype=torch.float64).requires_grad_() if with_sinks else None for _ in range(2)]
-    got = packed_attention(*ours, BORDERS, 0.3, causal, window, softcap, sinks[0])
+    got = packed_attention(*ours, BORDERS, Settings(0.3, causal, window, softcap), sinks[0])
     want = masked_softmax(*reference, causal=causal, window=window, softcap=softcap, sinks=sinks[1])
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
     grad = torch.randn_like(want)
@@ -62,14 +62,14 @@ def test_saved_and_recomputed_probabilities_agree(monkeypatch):
     for limit in (0, 1e9):
         monkeypatch.setattr("tutti.model.attention.SAVED_SCORES", limit)
         inputs = make_inputs(4, 2)
-        packed_attention(*inputs, BORDERS, 0.3).square().sum().backward()
+        packed_attention(*inputs, BORDERS, Settings(0.3)).square().sum().backward()
         grads.append([item.grad for item in inputs])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_operator_is_sound_under_compile():
     query, key, value = (item.float().detach().requires_grad_() for item in make_inputs(4, 2))
-    arguments = (query, key, value, BORDERS, None, 0.3, True, 0, 0.0)
+    arguments = (query, key, value, BORDERS, None, [0.3, 1.0, 0.0, 0.0])
     torch.library.opcheck(torch.ops.tutti.packed_attention.default, arguments)
 
 

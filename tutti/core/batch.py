@@ -12,8 +12,9 @@ Shapes: T tokens in a micro batch, S samples in it, N trained targets in it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,18 +69,17 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; copies from pinned memory do not block."""
-        move = {
-            name: value.to(device, non_blocking=True)
-            for name in self.__slots__
-            if isinstance(value := getattr(self, name), Tensor)
-        }
-        extras = {name: value.to(device, non_blocking=True) for name, value in self.extras.items()}
-        return replace(self, **move, extras=extras)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory (the hook torch's DataLoader calls)."""
-        move = {name: value.pin_memory() for name in self.__slots__ if isinstance(value := getattr(self, name), Tensor)}
-        return replace(self, **move, extras={name: value.pin_memory() for name, value in self.extras.items()})
+        """The same batch in page-locked memory (the hook that torch's DataLoader calls)."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        values: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
+        values = {name: change(value) if isinstance(value, Tensor) else value for name, value in values.items()}
+        values["extras"] = {name: change(value) for name, value in self.extras.items()}
+        return Batch(**values)
 
 
 def pack(samples: Sequence[Sample], *, pad_to: int | None = None, pad_id: int = 0) -> Batch:
@@ -122,8 +122,8 @@ class GlobalBatch:
     num_tokens, num_slots: tokens without and with padding or unfilled room, over all ranks (a micro batch has B slots
     with dyn_bsz or pad_to_length; else its own length). num_samples: samples over all ranks.
     source_tokens: trained tokens per source name over all ranks.
-    step: the optimizer step this is for, from 1. epoch: the epoch, from 0, that it belongs to. epoch_end: whether it is that
-    epoch's last.
+    step: the optimizer step this is for, from 1. epoch: the epoch, from 0, that it belongs to. epoch_end: whether it is
+    that epoch's last.
     """
 
     micro_batches: tuple[Batch, ...]

@@ -22,7 +22,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Iterator
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,20 @@ TILE = 256
 
 SAVED_SCORES = 8
 """The backward pass reads saved probabilities up to this many times the size of the queries, else recomputes them."""
+
+
+class Settings(NamedTuple):
+    """How queries see keys within a sample.
+
+    scale: factor on the scores. causal: only keys up to the query. window: the last `window` keys, the query's own
+    included (0 = all). softcap: scores become softcap * tanh(score / softcap) (0 = off).
+    """
+
+    scale: float
+    causal: bool = True
+    window: int = 0
+    softcap: float = 0.0
+
 
 _PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
@@ -104,22 +119,23 @@ def _packed_forward(
     assert attention_mask is None, "packed attention was given a mask; it was built for another implementation"
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is None:
-        raise ValueError(f"{type(module).__name__} does not pass the samples' borders on; set model.attn_implementation=eager")
+        name = type(module).__name__
+        raise ValueError(f"{name} does not pass the samples' borders on; set model.attn_implementation=eager")
     if dropout:
-        raise ValueError("attention dropout is not supported with packed samples; set attention_dropout to 0 in the model's config")
+        raise ValueError("packed attention has no dropout; set attention_dropout to 0 in the model's config")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    window = kwargs.get("sliding_window") or 0
-    softcap, sinks = kwargs.get("softcap") or 0.0, kwargs.get("s_aux")
+    settings = Settings(scale, causal, kwargs.get("sliding_window") or 0, kwargs.get("softcap") or 0.0)
+    sinks = kwargs.get("s_aux")
     arguments = (query[0], key[0], value[0], cu_seqlens)
-    if query.device.type == "cuda" and query.dtype != torch.float32 and not softcap and sinks is None:
-        return _varlen(*arguments, kwargs["max_length_q"], scale, causal, window)[None], None
-    return packed_attention(*arguments, scale, causal, window, softcap, sinks)[None], None
+    if query.device.type == "cuda" and query.dtype != torch.float32 and not settings.softcap and sinks is None:
+        return _varlen(*arguments, kwargs["max_length_q"], settings)[None], None
+    return packed_attention(*arguments, settings, sinks)[None], None
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, causal: bool, window: int
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, settings: Settings
 ) -> Tensor:
     """torch's variable-length flash kernel; a value dimension below the key dimension (MLA) is padded and cut off."""
     from torch.nn.attention.varlen import varlen_attn
@@ -127,7 +143,8 @@ def _varlen(
     width, padded = value.shape[-1], query.shape[-1]
     if width < padded:
         value = nn.functional.pad(value, (0, padded - width))
-    out = varlen_attn(
+    window, right = settings.window, 0 if settings.causal else settings.window - 1
+    out: Tensor = varlen_attn(  # type: ignore[assignment]  # a tuple only where auxiliary outputs are asked for
         query.transpose(0, 1).contiguous(),
         key.transpose(0, 1).contiguous(),
         value.transpose(0, 1).contiguous(),
@@ -135,8 +152,8 @@ def _varlen(
         cu_seqlens,
         max_seqlen,
         max_seqlen,
-        scale=scale,
-        window_size=(window - 1 if window else -1, 0 if causal else -1),
+        scale=settings.scale,
+        window_size=(window - 1, right),
         enable_gqa=query.shape[0] != key.shape[0],
     )
     return out[..., :width]
@@ -147,32 +164,37 @@ def packed_attention(
     key: Tensor,
     value: Tensor,
     cu_seqlens: Tensor,
-    scale: float,
-    causal: bool = True,
-    window: int = 0,
-    softcap: float = 0.0,
+    settings: Settings,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention within each of the samples that `cu_seqlens` [S + 1] borders; query [H, T, D] ... -> [T, H, E].
+    """Attention within each of the samples that `cu_seqlens` [S + 1] borders.
 
-    window: a query sees the last `window` keys, itself included (0 = all). softcap: scores become
-    softcap * tanh(score / softcap). sinks [H]: a learned score a head that takes part in the softmax and has no value.
+    query [H, T, D], key [K, T, D], value [K, T, E] -> [T, H, E]. sinks [H]: a learned score per head that takes part
+    in the softmax and has no value.
     """
-    return _forward(query, key, value, cu_seqlens, sinks, scale, causal, window, softcap)[0]
+    return _forward(query, key, value, cu_seqlens, sinks, [float(item) for item in settings])[0]
 
 
-def _tiles(length: int, causal: bool, window: int) -> Iterator[tuple[int, int, int, int]]:
+def _unpack(settings: list[float]) -> Settings:
+    """Custom operators take lists of floats."""
+    scale, causal, window, softcap = settings
+    return Settings(scale, bool(causal), int(window), softcap)
+
+
+def _tiles(length: int, settings: Settings) -> Iterator[tuple[int, int, int, int]]:
     """(first row, last row + 1, first key, last key + 1) of each tile of a sample of `length` tokens."""
+    window = settings.window
     for start in range(0, length, TILE):
         stop = min(length, start + TILE)
         first = max(0, start - window + 1) if window else 0
-        last = stop if causal else min(length, stop + window - 1) if window else length
+        last = stop if settings.causal else min(length, stop + window - 1) if window else length
         yield start, stop, first, last
 
 
-def _bias(tile: tuple[int, int, int, int], groups: int, causal: bool, window: int, like: Tensor) -> Tensor | None:
+def _bias(tile: tuple[int, int, int, int], groups: int, settings: Settings, like: Tensor) -> Tensor | None:
     """0 where the tile's query may see the key and -inf elsewhere, [G * rows, keys]; None where all may be seen."""
     start, stop, first, last = tile
+    causal, window = settings.causal, settings.window
     if not causal and not window:
         return None
     distance = torch.arange(start, stop, device=like.device)[:, None] - torch.arange(first, last, device=like.device)
@@ -186,8 +208,8 @@ def _bias(tile: tuple[int, int, int, int], groups: int, causal: bool, window: in
 class _Biases:
     """The tiles' biases of one call; equal tiles of different samples share theirs."""
 
-    def __init__(self, groups: int, causal: bool, window: int, like: Tensor) -> None:
-        self._arguments = (groups, causal, window, like)
+    def __init__(self, groups: int, settings: Settings, like: Tensor) -> None:
+        self._arguments = (groups, settings, like)
         self._made: dict[tuple[int, int, int], Tensor | None] = {}
 
     def __call__(self, tile: tuple[int, int, int, int]) -> Tensor | None:
@@ -199,10 +221,10 @@ class _Biases:
 
 
 def _probabilities(
-    rows: Tensor, keys: Tensor, bias: Tensor | None, sinks: Tensor | None, scale: float, softcap: float
+    rows: Tensor, keys: Tensor, bias: Tensor | None, sinks: Tensor | None, settings: Settings
 ) -> tuple[Tensor, Tensor | None]:
     """softmax of one tile's scores [K, G * rows, keys (+ 1 with sinks)] and, with softcap, tanh(score / softcap)."""
-    transposed = keys.transpose(1, 2)
+    transposed, scale, softcap = keys.transpose(1, 2), settings.scale, settings.softcap
     if softcap:
         tanh = torch.bmm(rows, transposed).mul_(scale / softcap).tanh_()
         scores = tanh * softcap if bias is None else tanh * softcap + bias
@@ -212,7 +234,8 @@ def _probabilities(
         scores = torch.baddbmm(base, rows, transposed, beta=1, alpha=scale)
     if sinks is not None:
         kv_heads, num_rows, _ = scores.shape
-        column = sinks.view(kv_heads, -1, 1).expand(-1, -1, num_rows * kv_heads // sinks.numel()).reshape(kv_heads, -1, 1)
+        rows_a_head = num_rows * kv_heads // sinks.numel()
+        column = sinks.repeat_interleave(rows_a_head).view(kv_heads, num_rows, 1)
         scores = torch.cat([scores, column.to(scores.dtype)], dim=-1)
     return torch.softmax(scores, dim=-1), tanh
 
@@ -224,25 +247,23 @@ def _forward(
     value: Tensor,
     cu_seqlens: Tensor,
     sinks: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
+    settings: list[float],
 ) -> tuple[Tensor, Tensor]:
     """Returns the output [T, H, E] and the tiles' probabilities, flat, or empty where they are to be recomputed."""
     heads, total, _ = query.shape
     kv_heads, groups = key.shape[0], heads // key.shape[0]
     out = query.new_empty(total, heads, value.shape[-1])
-    biases = _Biases(groups, causal, window, query)
+    see = _unpack(settings)
+    biases = _Biases(groups, see, query)
     borders = cu_seqlens.tolist()
     saved: list[Tensor] = []
-    keep = _saves(borders, heads, causal, window, softcap, sinks) <= SAVED_SCORES * query.numel()
-    for begin, end in zip(borders[:-1], borders[1:], strict=True):
+    keep = _num_scores(borders, heads, see, sinks) <= SAVED_SCORES * query.numel()
+    for begin, end in pairwise(borders):
         keys, values = key[:, begin:end].contiguous(), value[:, begin:end].contiguous()
-        for tile in _tiles(end - begin, causal, window):
+        for tile in _tiles(end - begin, see):
             start, stop, first, last = tile
             rows = query[:, begin + start : begin + stop].reshape(kv_heads, groups * (stop - start), -1)
-            weights, _ = _probabilities(rows, keys[:, first:last], biases(tile), sinks, scale, softcap)
+            weights, _ = _probabilities(rows, keys[:, first:last], biases(tile), sinks, see)
             if keep:
                 saved.append(weights.view(-1))
             seen = weights if sinks is None else weights[..., :-1]
@@ -251,18 +272,16 @@ def _forward(
     return out, torch.cat(saved) if saved else query.new_empty(0)
 
 
-def _saves(
-    borders: list[int], heads: int, causal: bool, window: int, softcap: float, sinks: Tensor | None
-) -> float:
+def _num_scores(borders: list[int], heads: int, settings: Settings, sinks: Tensor | None) -> float:
     """How many probabilities a forward pass makes; infinite where the backward pass needs more than those."""
-    if softcap or sinks is not None:
+    if settings.softcap or sinks is not None:
         return float("inf")
-    tiles = (tile for a, b in zip(borders[:-1], borders[1:], strict=True) for tile in _tiles(b - a, causal, window))
+    tiles = (tile for begin, end in pairwise(borders) for tile in _tiles(end - begin, settings))
     return heads * sum((stop - start) * (last - first) for start, stop, first, last in tiles)
 
 
 @_forward.register_fake
-def _(query, key, value, cu_seqlens, sinks, scale, causal, window, softcap):  # type: ignore[no-untyped-def]
+def _(query, key, value, cu_seqlens, sinks, settings):  # type: ignore[no-untyped-def]
     size = torch.library.get_ctx().new_dynamic_size()
     return query.new_empty(query.shape[1], query.shape[0], value.shape[-1]), query.new_empty(size)
 
@@ -276,10 +295,7 @@ def _backward(
     cu_seqlens: Tensor,
     sinks: Tensor | None,
     saved: Tensor,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
+    settings: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and sinks (empty without), the first three laid out [T, heads, ...] in memory."""
     heads, total, dim = query.shape
@@ -288,13 +304,14 @@ def _backward(
     grad_key = key.new_empty(total, kv_heads, dim)
     grad_value = value.new_empty(total, kv_heads, value.shape[-1])
     grad_sinks = torch.zeros(heads if sinks is not None else 0, dtype=torch.float32, device=query.device)
-    biases = _Biases(groups, causal, window, query)
+    see = _unpack(settings)
+    biases = _Biases(groups, see, query)
     borders, offset = cu_seqlens.tolist(), 0
     unused = query.new_zeros(1)
-    for begin, end in zip(borders[:-1], borders[1:], strict=True):
+    for begin, end in pairwise(borders):
         keys, values = key[:, begin:end].contiguous(), value[:, begin:end].contiguous()
         sum_keys, sum_values = torch.zeros_like(keys), torch.zeros_like(values)
-        for tile in _tiles(end - begin, causal, window):
+        for tile in _tiles(end - begin, see):
             start, stop, first, last = tile
             num_rows, place = groups * (stop - start), slice(begin + start, begin + stop)
             rows = query[:, place].reshape(kv_heads, num_rows, -1)
@@ -304,7 +321,7 @@ def _backward(
                 weights = saved[offset : offset + size].view(kv_heads, num_rows, last - first)
                 offset += size
             else:
-                weights, tanh = _probabilities(rows, keys[:, first:last], biases(tile), sinks, scale, softcap)
+                weights, tanh = _probabilities(rows, keys[:, first:last], biases(tile), sinks, see)
             outer = grad[place].transpose(0, 1).reshape(kv_heads, num_rows, -1)
             grad_weights = torch.bmm(outer, values[:, first:last].transpose(1, 2))
             if sinks is not None:
@@ -316,8 +333,8 @@ def _backward(
             if tanh is not None:
                 grad_scores = grad_scores * (1 - tanh * tanh)
             sum_values[:, first:last] += torch.bmm(weights.transpose(1, 2), outer)
-            sum_keys[:, first:last] += torch.baddbmm(unused, grad_scores.transpose(1, 2), rows, beta=0, alpha=scale)
-            grad_rows = torch.baddbmm(unused, grad_scores, keys[:, first:last], beta=0, alpha=scale)
+            sum_keys[:, first:last] += torch.baddbmm(unused, grad_scores.transpose(1, 2), rows, beta=0, alpha=see.scale)
+            grad_rows = torch.baddbmm(unused, grad_scores, keys[:, first:last], beta=0, alpha=see.scale)
             grad_query[place] = grad_rows.view(heads, stop - start, dim).transpose(0, 1)
         grad_key[begin:end] = sum_keys.transpose(0, 1)
         grad_value[begin:end] = sum_values.transpose(0, 1)
@@ -325,7 +342,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad, query, key, value, cu_seqlens, sinks, saved, scale, causal, window, softcap):  # type: ignore[no-untyped-def]
+def _(grad, query, key, value, cu_seqlens, sinks, saved, settings):  # type: ignore[no-untyped-def]
     def rows_first(tensor: Tensor) -> Tensor:
         return tensor.new_empty(tensor.shape[1], tensor.shape[0], tensor.shape[2])
 
@@ -334,17 +351,16 @@ def _(grad, query, key, value, cu_seqlens, sinks, saved, scale, causal, window, 
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, cu_seqlens, sinks, *settings = inputs
+    query, key, value, cu_seqlens, sinks, ctx.settings = inputs
     ctx.save_for_backward(query, key, value, cu_seqlens, sinks, output[1])
-    ctx.settings = settings
 
 
 def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
     query, key, value, cu_seqlens, sinks, saved = ctx.saved_tensors
-    grads = _backward(grad, query, key, value, cu_seqlens, sinks, saved, *ctx.settings)
+    grads = _backward(grad, query, key, value, cu_seqlens, sinks, saved, ctx.settings)
     grad_query, grad_key, grad_value = (item.transpose(0, 1) for item in grads[:3])
     grad_sinks = None if sinks is None else grads[3].to(sinks.dtype)
-    return grad_query, grad_key, grad_value, None, grad_sinks, None, None, None, None
+    return grad_query, grad_key, grad_value, None, grad_sinks, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

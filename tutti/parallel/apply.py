@@ -1,0 +1,30 @@
+"""`parallelize`: everything that is done to a model so that it trains on many ranks, in one order, on one page.
+
+1. compile: each repeated block's forward (one compilation serves all blocks of a shape);
+2. remat: activation checkpointing around it;
+3. fsdp: parameters sharded or copied, mixed precision, a unit a block, gathering outside of the two above.
+
+The model may be on the meta device; weights are loaded afterwards, each rank reading its own slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from tutti.config import TrainConfig
+from tutti.parallel.fsdp import shard
+from tutti.parallel.mesh import Mesh
+from tutti.parallel.remat import apply_remat
+
+
+def parallelize(root: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, train: TrainConfig) -> None:
+    """Prepare `root`, whose repeated units are `blocks`, for training on `mesh`, in place."""
+    if train.enable_compile:
+        for block in blocks:
+            block.forward = torch.compile(block.forward)
+    if train.enable_gradient_checkpointing:
+        apply_remat(blocks, reentrant=train.enable_reentrant)
+    shard(root, blocks, mesh, train)

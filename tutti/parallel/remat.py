@@ -1,0 +1,35 @@
+"""Activation checkpointing: run a block's forward again in the backward pass instead of keeping its activations.
+
+The block's `forward` is wrapped rather than the block itself, so that FSDP's hooks stay outside (parameters are
+gathered once for the recomputation and the backward pass together) and module and parameter names do not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial, wraps
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def apply_remat(blocks: Iterable[nn.Module], *, reentrant: bool) -> None:
+    """Checkpoint each block's forward in training; evaluation runs as before.
+
+    reentrant: torch's older mechanism, which needs an input that requires a gradient, and recomputes a whole block at
+    once; otherwise saved-tensor hooks.
+    """
+    for block in blocks:
+        block.forward = _checkpointed(block, block.forward, reentrant)
+
+
+def _checkpointed(block: nn.Module, forward: Callable[..., Any], reentrant: bool) -> Callable[..., Any]:
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not block.training:
+            return forward(*args, **kwargs)
+        # The reentrant mechanism takes positional arguments alone; of the keyword arguments none needs a gradient.
+        return checkpoint(partial(forward, **kwargs), *args, use_reentrant=reentrant)
+
+    return run
