@@ -150,3 +150,6 @@ class TrainConfig:
     adam_beta2: float = arg(0.999, "Decay of the optimizer's second moment, per step.", low=0, high=1, added=True)
     adam_eps: float = arg(1e-8, "Added to the root of the second moment.", low=0, added=True)
     max_checkpoints: int = arg(0, "Newest checkpoints that are kept; 0 keeps all.", low=0, added=True)
+    compute_dtype: Literal["bfloat16", "float32"] = arg(
+        "bfloat16", "Dtype of the forward and backward pass (parameters: see enable_mixed_precision).", added=True
+    )

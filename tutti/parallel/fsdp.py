@@ -23,10 +23,11 @@ from tutti.parallel.mesh import Mesh
 def shard(root: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, train: TrainConfig) -> None:
     """Apply `fully_shard` to each of `blocks` and to `root`, in place.
 
-    Computes in bf16 (fp32 parameters with train.enable_mixed_precision; bf16 ones without).
+    Parameters are gathered in train.compute_dtype; gradients are reduced in fp32 with train.enable_mixed_precision.
     """
     reduce_dtype = torch.float32 if train.enable_mixed_precision else None
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    compute_dtype = getattr(torch, train.compute_dtype)
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     reshard = reshards(train) and mesh.shard_size > 1
     for block in blocks:
         fully_shard(block, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard)
