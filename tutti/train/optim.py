@@ -208,7 +208,10 @@ def _update(parameters: list[Tensor], states: list[dict[str, Tensor]], group: di
             target.copy_(second[i])
     for i, kept in zip(compensated, compensation, strict=True):
         stored[i].copy_(wide[i])
-        kept.copy_(wide[i].sub_(stored[i]))
+        wide[i].sub_(stored[i])
+        if kept.dtype == torch.bfloat16:
+            _round_by_step(wide[i], steps[i])
+        kept.copy_(wide[i])
 
 
 def _round_by_step(tensor: Tensor, step: int) -> None:
