@@ -73,9 +73,14 @@ _RULES = (
         "no weights are read (model.model_path) and none exported (train.save_hf_weights, hf_save_*)",
     ),
     _Rule(
-        ("model.basic_modules", *_prefixed("train.enable_reshard_after_"), "train.enable_full_shard"),
+        (*_prefixed("train.enable_reshard_after_"), "train.enable_full_shard"),
         lambda config: config.train.data_parallel_mode == "ddp",
         "train.data_parallel_mode is ddp, which does not shard",
+    ),
+    _Rule(
+        _prefixed("train.enable_reshard_after_"),
+        lambda config: config.train.data_parallel_mode != "ddp" and config.train.enable_full_shard,
+        "train.enable_full_shard frees gathered parameters after both passes anyway",
     ),
     _Rule(
         ("train.broadcast_model_weights_from_rank0",),

@@ -1,0 +1,285 @@
+"""The command `tutti`: verbs, each of which imports what it needs when it runs, and one way to report errors.
+
+Help, the reference of arguments and configuration errors answer at once, because nothing here imports torch: the
+configuration is read, and its sizes are checked against the number of ranks, before the training code is loaded.
+
+Exit status: 0 done; 1 the run failed; 2 the command or the configuration is wrong; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from tutti.config import Config, ConfigError
+from tutti.core.launch import ERROR_FILE, launch
+
+_HELP = """\
+Tutti trains any model of the Hugging Face ecosystem on any number of processes, from one YAML.
+
+usage: tutti VERB ...
+
+  train   [FILE.yaml] [--a.b VALUE | a.b=VALUE ...] [--nproc N]
+  check   [FILE.yaml] [--a.b VALUE | a.b=VALUE ...]     look at data, batches, sizes and memory; train nothing
+  export  CHECKPOINT_OR_OUTPUT_DIR OUT_FOLDER           make a Hugging Face folder of a checkpoint
+  args    [PREFIX] [--json | --markdown]                list the arguments
+  infer                                                 not available yet
+
+  --debug    with any verb: show the traceback of an error
+  --help     with a verb: more about it
+  --version
+
+examples:
+  tutti train run.yaml
+  tutti train run.yaml --train.lr 1e-5 --train.dyn_bsz --nproc 2
+  torchrun --nproc-per-node 8 -m tutti train run.yaml
+"""
+
+_CONFIGURED = """\
+The configuration is one YAML file, then overrides, of which the later wins; both are optional:
+
+  --train.lr 1e-5      --train.lr=1e-5      train.lr=1e-5
+  --train.dyn_bsz                           a switch alone is true
+  --train.no_decay_params bias,norm         a list
+  --model.config_path none                  no value
+
+`tutti args` lists all arguments, `tutti args train.lr` those that begin so."""
+
+_TRAIN_HELP = f"""\
+usage: tutti train [FILE.yaml] [--a.b VALUE | a.b=VALUE ...] [--nproc N]
+
+Train a model, and write metrics, a report, checkpoints and a Hugging Face folder to train.output_dir.
+
+{_CONFIGURED}
+
+  --nproc N    start N ranks on this machine; for several machines use torchrun ... -m tutti train
+
+examples:
+  tutti train run.yaml
+  tutti train --model.model_path Qwen3-0.6B --data.train_path chat.jsonl --train.output_dir runs/first
+  tutti train runs/first/config.yaml --train.load_checkpoint_path auto
+"""
+
+_CHECK_HELP = f"""\
+usage: tutti check [FILE.yaml] [--a.b VALUE | a.b=VALUE ...]
+
+Read the configuration and the data as a run would, and show the first batch with its loss mask, rows kept and dropped,
+steps and tokens, the parallel plan, parameters and memory. Nothing is trained.
+
+{_CONFIGURED}
+
+example:
+  tutti check run.yaml
+"""
+
+_EXPORT_HELP = """\
+usage: tutti export CHECKPOINT_OR_OUTPUT_DIR OUT_FOLDER
+
+Make a complete Hugging Face folder (config, weights, tokenizer) of a training checkpoint: a folder
+.../checkpoints/global_step_N, or a run's output_dir, whose newest whole checkpoint is taken.
+
+example:
+  tutti export runs/first runs/first/hf/final
+"""
+
+_ARGS_HELP = """\
+usage: tutti args [PREFIX] [--json | --markdown]
+
+List the arguments: name, type, default, and what it is. PREFIX is the beginning of a dotted name (train.lr) or of a
+name within its group (lr).
+
+examples:
+  tutti args train.save
+  tutti args --json
+"""
+
+
+class _Command(NamedTuple):
+    """A command line, taken apart: the verb, its arguments, and the options that are not arguments of a run."""
+
+    verb: str
+    argv: list[str]
+    nproc: int | None
+    debug: bool
+    help: bool
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv` (default: this process's); the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(argv)
+    except BrokenPipeError:
+        # Whoever read the output (`tutti args | head`) has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        _report(error, debug="--debug" in argv)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        print(_HELP, end="")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("tutti"))
+        return 0
+    command = _parse(argv)
+    if command.verb not in _VERBS:
+        from tutti.config.coerce import nearest
+
+        guess = nearest(command.verb, list(_VERBS))
+        hint = f"did you mean {guess}?" if guess else "see tutti --help"
+        raise ConfigError([f"there is no command {command.verb!r}; {hint}"])
+    run, text = _VERBS[command.verb]
+    if command.help:
+        print(text, end="")
+        return 0
+    if command.nproc is not None and command.verb != "train":
+        raise ConfigError([f"--nproc: {command.verb} runs in one process; only train takes it"])
+    return run(command)
+
+
+def _parse(argv: list[str]) -> _Command:
+    debug, help, nproc = False, False, None
+    rest: list[str] = []
+    tokens = iter(argv)
+    for token in tokens:
+        if token == "--debug":
+            debug = True
+        elif token in ("--help", "-h"):
+            help = True
+        elif token == "--nproc" or token.startswith("--nproc="):
+            nproc = _number(token.partition("=")[2] or next(tokens, ""))
+        else:
+            rest.append(token)
+    return _Command(rest[0] if rest else "", rest[1:], nproc, debug, help)
+
+
+def _number(value: str) -> int:
+    if not value.isdecimal() or int(value) < 1:
+        raise ConfigError([f"--nproc: expects a number of ranks, 1 or more, got {value!r}"])
+    return int(value)
+
+
+def _train(command: _Command) -> int:
+    if command.nproc is not None and "RANK" in os.environ:
+        raise ConfigError(["--nproc: this process is a rank already (RANK is set); use torchrun or --nproc, not both"])
+    config = _configure(command, command.nproc or _world())
+    if command.nproc is not None and command.nproc > 1:
+        debug = ["--debug"] if command.debug else []
+        return launch([sys.executable, "-m", "tutti", "train", *command.argv, *debug], command.nproc)
+
+    from tutti.train.run import train
+
+    train(config)
+    return 0
+
+
+def _check(command: _Command) -> int:
+    config = _configure(command, _world())
+
+    from tutti.train.check import check
+
+    check(config)
+    return 0
+
+
+def _export(command: _Command) -> int:
+    if len(command.argv) != 2:
+        raise ConfigError(
+            [f"export: takes CHECKPOINT_OR_OUTPUT_DIR OUT_FOLDER, got {' '.join(command.argv) or 'neither'}"]
+        )
+
+    from tutti.train.export import export
+
+    source, out = command.argv
+    export(source, out)
+    return 0
+
+
+def _args(command: _Command) -> int:
+    from tutti.config import docs
+
+    options = [token for token in command.argv if token.startswith("--")]
+    prefixes = [token for token in command.argv if not token.startswith("--")]
+    unknown = [option for option in options if option not in ("--json", "--markdown")] + prefixes[1:]
+    if unknown:
+        raise ConfigError([f"args: unexpected {token}; it takes [PREFIX] [--json | --markdown]" for token in unknown])
+    if "--markdown" in options:
+        print(docs.as_markdown(), end="")
+        return 0
+    arguments = docs.select(*prefixes or [""])
+    if not arguments:
+        raise ConfigError([f"{prefixes[0]}: no argument begins so"])
+    if "--json" in options:
+        print(docs.as_json(arguments))
+    elif sys.stdout.isatty():
+        docs.print_table(arguments)
+    else:
+        print(docs.as_lines(arguments))
+    return 0
+
+
+def _infer(command: _Command) -> int:
+    raise ConfigError([f"{command.verb}: not available yet (inference)"])
+
+
+_VERBS: dict[str, tuple[Callable[[_Command], int], str]] = {
+    "train": (_train, _TRAIN_HELP),
+    "check": (_check, _CHECK_HELP),
+    "export": (_export, _EXPORT_HELP),
+    "args": (_args, _ARGS_HELP),
+    "infer": (_infer, "usage: tutti infer\n\nNot available yet.\n"),
+}
+
+
+def _world() -> int:
+    """The number of ranks that torchrun (or the launcher) started, else 1."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _configure(command: _Command, world: int) -> Config:
+    """The configuration for `world` ranks, its warnings shown by the one process that speaks for all."""
+    from tutti.config.effect import warnings
+    from tutti.config.layout import resolve_sizes
+    from tutti.config.load import load
+
+    config = resolve_sizes(load(command.argv, command.verb), world)
+    if _speaks():
+        for warning in warnings(config):
+            print(f"tutti: warning: {warning}", file=sys.stderr)
+    return config
+
+
+def _speaks() -> bool:
+    """Whether this process tells the user what every rank finds out by itself: rank 0, or else the launcher."""
+    return os.environ.get("RANK", "0") == "0" and ERROR_FILE not in os.environ
+
+
+def _report(error: Exception, *, debug: bool) -> None:
+    """Say what went wrong: one line for each problem; with a traceback if asked for, or if the mistake is ours."""
+    if isinstance(error, ConfigError):
+        problems = error.problems
+    elif isinstance(error, OSError) and error.filename and error.strerror:
+        problems = [f"{error.filename}: {error.strerror}"]
+    elif isinstance(error, ValueError | OSError):
+        problems = [str(error)]
+    else:
+        problems = [f"{type(error).__name__}: {error}"]
+    text = "".join(f"tutti: error: {problem}\n" for problem in problems)
+    if debug or not isinstance(error, ValueError | OSError):
+        text = "".join(traceback.format_exception(error)) + text
+    if ERROR_FILE in os.environ:
+        Path(os.environ[ERROR_FILE]).write_text(text, encoding="utf-8")
+    elif _speaks() or not isinstance(error, ConfigError):
+        sys.stderr.write(text)

@@ -1,0 +1,143 @@
+"""Several ranks on this machine without torchrun: `tutti train --nproc N`.
+
+One process is started for each rank, with the environment that torchrun would give it. The launcher then only watches:
+1. SIGINT and SIGTERM are passed on to every rank, each once: ranks are in sessions of their own, so that a Ctrl-C in
+   the terminal reaches them through here alone, and they can save and leave.
+2. When a rank fails, the others get a moment to fail by themselves (most do, in their next collective), then are killed
+   together with the processes that they started.
+3. Ranks leave their last words in files (`ERROR_FILE`) instead of on the terminal. The earliest is the cause, and is
+   shown once; its rank's exit status is the launcher's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+ERROR_FILE = "TUTTI_ERROR_FILE"
+"""Environment variable: where a rank writes what ended it, for the launcher to show."""
+
+_GRACE_SECONDS = 5.0
+_POLL_SECONDS = 0.05
+_PR_SET_PDEATHSIG = 1
+
+
+def launch(command: Sequence[str], nproc: int) -> int:
+    """Run `command` as `nproc` ranks and wait for them; the exit status of the first that failed, else 0.
+
+    A rank that a signal ended counts as 128 + the signal's number. Call it from the main thread.
+    """
+    with tempfile.TemporaryDirectory(prefix="tutti-") as folder:
+        notes = [Path(folder, f"rank{rank}") for rank in range(nproc)]
+        ranks: list[subprocess.Popen] = []
+        with _passing_on_signals(ranks):
+            port = _free_port()
+            try:
+                for rank in range(nproc):
+                    environment = _environment(rank, nproc, port) | {ERROR_FILE: str(notes[rank])}
+                    ranks.append(
+                        subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
+                    )
+                failed = _watch(ranks)
+            finally:
+                _kill(ranks)
+        if failed is None:
+            return 0
+        return _explain(ranks, notes, failed)
+
+
+def _environment(rank: int, nproc: int, port: int) -> dict[str, str]:
+    """What torchrun gives a rank, and a fair share of the cores."""
+    threads = max(1, _cores() // nproc)
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _end_with_parent() -> None:
+    """In the new process: be told to end (and save) should the launcher be killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextmanager
+def _passing_on_signals(ranks: list[subprocess.Popen]) -> Iterator[None]:
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in ranks:
+            with suppress(ProcessLookupError):
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _watch(ranks: list[subprocess.Popen]) -> int | None:
+    """Wait until all have ended, or one has failed and the others had their moment; the rank that failed first."""
+    first: int | None = None
+    deadline = float("inf")
+    while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
+        if first is None and (first := _failed(ranks)) is not None:
+            deadline = time.monotonic() + _GRACE_SECONDS
+        time.sleep(_POLL_SECONDS)
+    return _failed(ranks) if first is None else first
+
+
+def _failed(ranks: list[subprocess.Popen]) -> int | None:
+    return next((rank for rank, process in enumerate(ranks) if process.returncode), None)
+
+
+def _kill(ranks: list[subprocess.Popen]) -> None:
+    """End the ranks that still run, with everything they started."""
+    for process in ranks:
+        if process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _explain(ranks: list[subprocess.Popen], notes: list[Path], failed: int) -> int:
+    """Show why the ranks ended, once: the earliest note of any, else how rank `failed` ended; the exit status."""
+    written = [rank for rank, note in enumerate(notes) if note.exists()]
+    if written:
+        failed = min(written, key=lambda rank: notes[rank].stat().st_mtime_ns)
+    code = ranks[failed].returncode
+    status = code if code >= 0 else 128 - code
+    if written:
+        sys.stderr.write(notes[failed].read_text(encoding="utf-8"))
+    elif code < 0:
+        hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+        sys.stderr.write(f"tutti: error: rank {failed} was ended by {signal.Signals(-code).name}{hint}\n")
+    else:
+        sys.stderr.write(f"tutti: error: rank {failed} ended with exit status {code}\n")
+    return status
