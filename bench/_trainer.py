@@ -1,0 +1,79 @@
+"""transformers' Trainer on the bench's samples, as a process of its own: `python -m bench._trainer FOLDER MODE`.
+
+FOLDER holds what bench.speed put there: config.json and workload.json. It trains in fp32 weights with bf16 autocast,
+padded to the longest of a batch. MODE `grouped` runs the samples in the length-grouped micro batches they come in, `padded`
+in a random order. Prints a line of JSON: trained tokens and seconds of the timed steps.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+IGNORE = -100
+
+
+class Timer(TrainerCallback):
+    """Seconds from the end of step `after` to the end of the last step."""
+
+    def __init__(self, after: int) -> None:
+        self.after, self.start, self.end = after, 0.0, 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.end = time.perf_counter()
+        if state.global_step == self.after:
+            self.start = self.end
+
+
+def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Pad to the longest row."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    batch = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE}
+    return {
+        name: torch.tensor([row[name] + [fill] * (longest - len(row[name])) for row in rows])
+        for name, fill in batch.items()
+    }
+
+
+def main(folder: Path, mode: str) -> None:
+    plan = json.loads((folder / "workload.json").read_text())
+    measured = plan["measured"]
+    if mode == "padded":
+        random.Random(0).shuffle(measured)
+    samples = plan["warmup"][: plan["batch_size"] * plan["accumulation"]] + measured
+    rows = [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for ids in samples]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    timer = Timer(after=1)
+    arguments = TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        use_cpu=not torch.accelerator.is_available(),
+        bf16=True,
+        per_device_train_batch_size=plan["batch_size"],
+        gradient_accumulation_steps=plan["accumulation"],
+        train_sampling_strategy="sequential",
+        learning_rate=1e-4,
+        optim="adamw_torch_fused",
+        num_train_epochs=1,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        logging_steps=1_000_000,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    Trainer(model, arguments, train_dataset=rows, data_collator=collate, callbacks=[timer]).train()
+    trained = sum(len(ids) - 1 for ids in measured)
+    print(json.dumps({"trained_tokens": trained, "seconds": timer.end - timer.start}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,127 @@
+"""The speed bench's common ground: the model, the samples, the operations they cost, and the machine's matrix rate.
+
+The model is a Qwen3 of 60 million parameters (hidden 512, 8 layers, vocabulary 32,000, untied). A sample is a text of
+random words, log-normal in length (mean 200, at most 1024 tokens, sigma 1). transformers' own length-grouped sampler groups a
+corpus of 4,000 samples into micro batches; a few of them are run, drawn evenly over the lengths, so that long and short
+ones are there in their right proportion. Every contender gets these same samples, besides others to warm up on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VOCABULARY = 32_000
+EOS = 0
+MAX_LENGTH = 1024
+CORPUS = 4_000
+
+MODEL: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": MAX_LENGTH,
+    "tie_word_embeddings": False,
+    "use_cache": False,
+    "bos_token_id": None,
+    "eos_token_id": EOS,
+    "pad_token_id": EOS,
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one round trains on: token ids, every sample ending in EOS.
+
+    warmup: samples that come first and are not timed. measured: the timed samples, in length-grouped micro batches.
+    """
+
+    warmup: list[list[int]]
+    measured: list[list[int]]
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.measured))
+
+
+def make_workload(micro_batches: int, batch_size: int, warmup: int, seed: int) -> Workload:
+    """`micro_batches` of `batch_size` samples of the length-grouped corpus, evenly spaced over the lengths."""
+    import torch
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    rng = np.random.default_rng(seed)
+    lengths = np.exp(rng.normal(np.log(200) - 0.5, 1.0, CORPUS)).round().clip(8, MAX_LENGTH).astype(int)
+    generator = torch.Generator().manual_seed(seed)
+    order = np.array(list(LengthGroupedSampler(batch_size, lengths=lengths.tolist(), generator=generator)))
+    groups = order[: CORPUS - CORPUS % batch_size].reshape(-1, batch_size)
+    groups = groups[np.argsort(lengths[groups].mean(1), kind="stable")]
+    strata = (np.arange(micro_batches) + rng.random(micro_batches)) / micro_batches
+    measured = rng.permutation(groups[(strata * len(groups)).astype(int)]).flatten()
+    rest = rng.permutation(np.setdiff1d(order, measured))[:warmup]
+
+    def text(index: int) -> list[int]:
+        return [*rng.integers(1, VOCABULARY, lengths[index] - 1).tolist(), EOS]
+
+    return Workload([text(index) for index in rest], [text(index) for index in measured])
+
+
+def matmul_parameters() -> int:
+    """Weights of the model that take part in a matrix product: all but the embedding and the norms."""
+    hidden, inner, layers = MODEL["hidden_size"], MODEL["intermediate_size"], MODEL["num_hidden_layers"]
+    heads, kv = (MODEL[name] * MODEL["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
+    return layers * (2 * hidden * heads + 2 * hidden * kv + 3 * hidden * inner) + hidden * VOCABULARY
+
+
+def flops_per_token(samples: list[list[int]]) -> float:
+    """Forward and backward operations a token: 6 a matrix weight, and causal attention within the sample.
+
+    Attention multiplies queries by keys and weights by values, n^2 / 2 pairs of 2 operations a channel each; backward
+    costs twice the forward.
+    """
+    channels = MODEL["num_attention_heads"] * MODEL["head_dim"] * MODEL["num_hidden_layers"]
+    attention = sum(3 * 2 * len(sample) ** 2 * channels for sample in samples)
+    return 6 * matmul_parameters() + attention / sum(map(len, samples))
+
+
+def write_model(folder: Path, model: dict[str, Any] = MODEL) -> None:
+    """A model folder without weights: config.json and a tokenizer whose words are w0, w1, ..."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(model))
+    words = {f"w{index}": index for index in range(model["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=f"w{EOS}"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    eos = f"w{EOS}"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=eos).save_pretrained(folder)
+
+
+def write_text(path: Path, samples: list[list[int]]) -> None:
+    """The samples as plaintext rows, without the EOS that Tutti appends itself."""
+    rows = (" ".join(f"w{token}" for token in sample[:-1]) for sample in samples)
+    path.write_text("".join(json.dumps({"content_split": row}) + "\n" for row in rows))
+
+
+def matrix_rate(seconds: float = 4.0) -> float:
+    """bf16 operations a second of this machine in one process: the best product of two 4096 x 4096 matrices."""
+    import torch
+
+    left, right = (torch.randn(4096, 4096).bfloat16() for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        torch.mm(left, right)
+        best = min(best, time.perf_counter() - start)
+    return 2 * 4096**3 / best
