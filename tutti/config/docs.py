@@ -39,7 +39,7 @@ def select(prefix: str) -> list[Argument]:
 
 
 def as_json(arguments: Iterable[Argument]) -> str:
-    """A list of objects: name, type, values (the closed set), default, required (by which verbs), description, added."""
+    """A list of objects: name, type, values (a closed set), default, required (for which verbs), description, added."""
     rows = [
         {
             "name": argument.name,

@@ -18,7 +18,7 @@ class ModelConfig:
     )
     model_path: str | None = arg(
         None,
-        "Hugging Face folder whose weights training starts from; None initialises them at random from config_path.",
+        "Hugging Face folder whose weights training starts from; none initialises them at random from config_path.",
     )
     tokenizer_path: str | None = arg(
         None,
@@ -28,7 +28,7 @@ class ModelConfig:
     safetensor_idx_path: str | None = arg(
         None,
         "Index of the weight files (tensor to file), for reading and for the layout of exports; "
-        "None takes model.safetensors.index.json beside the weights, if it is there.",
+        "none takes model.safetensors.index.json beside the weights, if it is there.",
     )
     encoders: Mapping[str, Any] = arg(
         {}, "Towers that read media, by modality: {image, video, audio: {config_path, model_path, overrides ...}}."
@@ -53,14 +53,14 @@ class ModelConfig:
     moe_implementation: Literal["eager", "fused"] | None = arg(
         None,
         "Expert kernel: the model's own loop, or sorted tokens and grouped matrix products; "
-        "None takes the fastest one that is right on this device.",
+        "none takes the fastest one that is right on this device.",
     )
     basic_modules: tuple[str, ...] = arg(
         (), "Class names of modules that FSDP shards as units of their own, beside the model's _no_split_modules."
     )
     num_labels: int | None = arg(
         None,
-        "Number of classes when data.data_type is classification; None takes the config's, or counts the labels.",
+        "Number of classes when data.data_type is classification; none takes the config's, or counts the labels.",
         low=2,
         added=True,
     )
