@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,12 +19,16 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Dist:
-    """rank and world over all processes; local_rank within this machine; device: where this rank computes."""
+    """rank and world over all processes; local_rank within this machine; device: where this rank computes.
+
+    group: the process group of the collectives, which holds every rank; None is the default group.
+    """
 
     rank: int
     world: int
     local_rank: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -35,7 +39,7 @@ class Dist:
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def broadcast(self, value: Any) -> Any:
@@ -43,12 +47,19 @@ class Dist:
         if self.world == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device if self.device.type != "cpu" else None)
+        device = self.device if self.device.type != "cpu" and self.group is None else None
+        dist.broadcast_object_list(box, src=0, group=self.group, device=device)
         return box[0]
 
     def barrier(self) -> None:
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
+
+    def on_own_group(self) -> Dist:
+        """The same ranks with a gloo group of their own, whose collectives may run in another thread. Collective."""
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        return replace(self, group=group)
 
     def agree(self, action: Callable[[], Any]) -> Any:
         """Run `action` on every rank; if it raises on any, raise the first rank's error on all of them.
