@@ -1,0 +1,177 @@
+"""From rows to samples: text, token ids, and which of them are trained on.
+
+Per batch of rows: (1) every row becomes a text with the character spans that are trained (for a conversation the chat
+template says which); (2) all texts are tokenised in one call, in parallel and outside the interpreter's lock; (3) spans
+become labels. A token is trained if it *begins* inside a trained span: one that straddles the border between a header
+and an answer is not, since at inference the header's tokens are given.
+
+- plaintext: every token and an end-of-text token, cut into pieces of at most L tokens.
+- conversation: the trained spans; a longer one keeps its last L tokens.
+- classification: the first L tokens; the last position is trained on the class.
+
+Labels are shifted here, once: `labels[t]` is the target of position t. A row that trains on nothing is a `BadRow`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from tutti.config import Config
+from tutti.core.batch import IGNORE, Sample
+from tutti.data.rows import RowError, class_of, conversation_of, text_of
+from tutti.data.source import BadRow, Row, text_columns
+from tutti.data.template import ChatTemplate, make_template
+from tutti.data.tokens import Tokens, tokenize
+
+
+@dataclass
+class Encoder:
+    """Turns rows into samples; picklable. Made by `make_encoder`."""
+
+    tokenizer: Any
+    data_type: str
+    columns: tuple[str, ...]
+    max_seq_len: int
+    vocab_size: int
+    num_labels: int | None
+    label_names: tuple[str, ...]
+    template: ChatTemplate | None
+
+    def __call__(self, rows: Sequence[Row | BadRow], source: int = 0) -> list[list[Sample] | BadRow]:
+        """Per row its samples (several for a long plaintext row), or why there are none. `source`: its index.
+
+        ValueError if the tokenizer gives ids the model has no embedding for.
+        """
+        results: list[Any] = list(rows)
+        numbers, texts, targets = [], [], []
+        for number, row in enumerate(rows):
+            if isinstance(row, BadRow):
+                continue
+            try:
+                text, target = self._text(row.value)
+            except RowError as error:
+                results[number] = BadRow(row.file, row.line, str(error))
+                continue
+            numbers.append(number)
+            texts.append(text)
+            targets.append(target)
+        tokens = tokenize(self.tokenizer, texts, special=self.data_type == "classification")
+        self._check_ids(tokens)
+        make: Any = {"plaintext": self._pieces, "conversation": self._chat, "classification": self._labelled}[
+            self.data_type
+        ]
+        for place, (number, target) in enumerate(zip(numbers, targets, strict=True)):
+            try:
+                results[number] = make(tokens, place, target, source)
+            except RowError as error:
+                results[number] = BadRow(rows[number].file, rows[number].line, str(error))
+        return results
+
+    def _text(self, value: dict[str, Any]) -> tuple[str, Any]:
+        """A row's text, and its class or its trained character spans."""
+        if self.template is not None:
+            return self.template(conversation_of(value, self.columns))
+        if self.data_type == "classification":
+            return text_of(value, self.columns), class_of(value, self.num_labels, self.label_names)
+        return text_of(value, self.columns), None
+
+    def _check_ids(self, tokens: Tokens) -> None:
+        if len(tokens.ids) and (highest := int(tokens.ids.max())) >= self.vocab_size:
+            raise ValueError(_too_large(f"gives token id {highest}", self.vocab_size))
+
+    def _pieces(self, tokens: Tokens, place: int, target: None, source: int) -> list[Sample]:
+        ids = np.append(tokens.of(place), np.int32(self.tokenizer.eos_token_id))
+        count, limit = len(ids), self.max_seq_len
+        if count < 2:
+            raise RowError("no trained token: the text has no tokens")
+        borders = [*range(0, count, limit), count]
+        if count - borders[-2] == 1:
+            borders[-2] -= 1
+        return [
+            Sample(ids[begin:end], np.append(ids[begin + 1 : end], np.int32(IGNORE)), source)
+            for begin, end in pairwise(borders)
+            if end - begin > 1
+        ]
+
+    def _chat(self, tokens: Tokens, place: int, spans: list[tuple[int, int]], source: int) -> list[Sample]:
+        ids = tokens.of(place)
+        labels = np.full(len(ids), IGNORE, np.int32)
+        for begin, end in spans:
+            first, last = max(tokens.first_from(place, begin), 1), tokens.first_from(place, end)
+            labels[first - 1 : last - 1] = ids[first:last]
+        ids, labels = ids[-self.max_seq_len :], labels[-self.max_seq_len :]
+        if (labels == IGNORE).all():
+            raise RowError(self._untrained(len(tokens.of(place)), spans))
+        return [Sample(ids, labels, source)]
+
+    def _untrained(self, count: int, spans: list[tuple[int, int]]) -> str:
+        if not spans:
+            return "no trained token: no assistant message, or loss_mask is 0 everywhere"
+        if count > self.max_seq_len:
+            return f"no trained token among the last {self.max_seq_len} (data.max_seq_len) of {count}"
+        return "no trained token: what would be trained on is empty"
+
+    def _labelled(self, tokens: Tokens, place: int, label: int, source: int) -> list[Sample]:
+        ids = tokens.of(place)[: self.max_seq_len]
+        if not len(ids):
+            raise RowError("no trained token: the text has no tokens")
+        labels = np.full(len(ids), IGNORE, np.int32)
+        labels[-1] = label
+        return [Sample(ids, labels, source)]
+
+
+def make_encoder(
+    config: Config,
+    tokenizer: Any,
+    *,
+    vocab_size: int,
+    num_labels: int | None = None,
+    label_names: Sequence[str] = (),
+) -> Encoder:
+    """The encoder for data.data_type. `vocab_size`: rows of the model's embedding.
+
+    `num_labels`, `label_names`: the classes, for classification. ValueError if tokenizer, template and model can't fit.
+    """
+    data = config.data
+    if len(tokenizer) > vocab_size:
+        raise ValueError(_too_large(f"has {len(tokenizer)} tokens", vocab_size))
+    if data.data_type == "plaintext" and tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no eos_token, which ends every text of data.data_type plaintext")
+    if data.max_seq_len < 2 and data.data_type != "classification":
+        raise ValueError(f"data.max_seq_len {data.max_seq_len} leaves nothing to predict: give 2 or more")
+    return Encoder(
+        tokenizer=tokenizer,
+        data_type=data.data_type,
+        columns=text_columns(config),
+        max_seq_len=data.max_seq_len,
+        vocab_size=vocab_size,
+        num_labels=num_labels,
+        label_names=tuple(label_names),
+        template=make_template(data.chat_template, tokenizer) if data.data_type == "conversation" else None,
+    )
+
+
+def describe(sample: Sample, tokenizer: Any) -> list[tuple[str, bool]]:
+    """The sample as consecutive pieces of text, each with whether its tokens are trained on (are targets).
+
+    For a classification sample nothing is: its target is a class, not a token.
+    """
+    trained = np.zeros(len(sample), bool)
+    trained[1:] = sample.labels[:-1] == sample.input_ids[1:]
+    borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(sample)]
+    return [
+        (tokenizer.decode(sample.input_ids[begin:end].tolist()), bool(trained[begin]))
+        for begin, end in pairwise(borders)
+    ]
+
+
+def _too_large(what: str, vocab_size: int) -> str:
+    return (
+        f"the tokenizer {what} but the model embeds only {vocab_size}: give the tokenizer that belongs to the model "
+        "(model.tokenizer_path) or a model whose vocab_size is large enough"
+    )
