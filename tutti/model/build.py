@@ -1,0 +1,199 @@
+"""From paths to a tokenizer, a model configuration and a model without storage.
+
+Models are Hugging Face's own classes, chosen by the config's `model_type` and built on the meta device: the modules
+are there, their parameters are only shapes. Sharding comes next, weights last (`tutti.model.weights`), so that no rank
+ever holds more than its own part. Which attention and which expert kernel a model runs on is settled here, once,
+through the names under which they are registered with transformers; no model code is patched.
+
+Everything is read from local paths. Nothing is downloaded, and code that lies in a checkpoint is not run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from tutti.config import Config
+from tutti.core.device import pick_device
+from tutti.model.attention import resolve_attention
+from tutti.model.experts import resolve_experts
+
+log = logging.getLogger(__name__)
+
+_SPECIAL_TOKENS = {
+    "eos_token": ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>", "<|eot_id|>"),
+    "bos_token": ("<|begin_of_text|>", "<|startoftext|>", "<s>", "<bos>", "[BOS]"),
+    "pad_token": ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>"),
+    "unk_token": ("<unk>", "[UNK]", "<|unk|>"),
+}
+"""What special tokens are usually called, best first: how a bare tokenizer.json gets its roles."""
+
+
+def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The tokenizer at model.tokenizer_path: a Hugging Face folder, or a tokenizer.json on its own.
+
+    A bare tokenizer.json does not say which of its tokens end a text; they are found by their usual names, and logged.
+    """
+    name = config.model.tokenizer_path or config.model.model_path or config.model.config_path
+    if name is None:
+        raise ValueError("model.tokenizer_path: required, no model.model_path or model.config_path to take it from")
+    path = _local(name, "model.tokenizer_path")
+    if path.is_file() and path.name == "config.json":
+        path = path.parent
+    bare = path if path.is_file() else path / "tokenizer.json"
+    try:
+        if bare.is_file() and not bare.with_name("tokenizer_config.json").is_file():
+            return _bare_tokenizer(bare)
+        return AutoTokenizer.from_pretrained(path if path.is_dir() else path.parent, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"model.tokenizer_path: no tokenizer could be read from {path}: {_line(error)}") from error
+
+
+def load_model_config(config: Config) -> PreTrainedConfig:
+    """The model's configuration, from model.config_path (by default model.model_path)."""
+    argument = "model.config_path" if config.model.config_path else "model.model_path"
+    name = config.model.config_path or config.model.model_path
+    if name is None:
+        raise ValueError("model.model_path: required, or model.config_path to start from random weights")
+    path = _local(name, argument)
+    file = path if path.is_file() else path / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{argument}: there is no config.json in {path}")
+    try:
+        model_config = AutoConfig.from_pretrained(file, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{argument}: {file} is not a configuration that can be used: {_line(error)}") from error
+    if getattr(model_config, "quantization_config", None):
+        method = dict(_as_dict(model_config.quantization_config)).get("quant_method", "quantized")
+        raise ValueError(
+            f"{argument}: {path} holds {method} weights, which cannot be trained; dequantize them first, save the "
+            "result with save_pretrained, and drop quantization_config from its config.json"
+        )
+    return model_config
+
+
+def build_model(
+    config: Config,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    num_labels: int | None = None,
+    device: torch.device | None = None,
+) -> PreTrainedModel:
+    """The model that `config` asks for, on the meta device, in training mode.
+
+    A causal language model, or with data.data_type classification a sequence classifier of `num_labels` classes (by
+    default model.num_labels, else the config's). Parameters are fp32 with train.enable_mixed_precision, else bf16.
+    tokenizer: checked to fit the embedding; a model that starts from random weights takes its end and beginning of text.
+    device: where it will run, which decides on the kernels (default: this machine's).
+    """
+    device = device or pick_device(config.train.init_device)
+    model_config = load_model_config(config)
+    dtype = torch.float32 if config.train.enable_mixed_precision else torch.bfloat16
+    if tokenizer is not None:
+        _check_vocabulary(model_config, tokenizer)
+        if config.model.model_path is None:
+            _take_special_tokens(model_config, tokenizer)
+    classify = config.data.data_type == "classification"
+    if classify:
+        model_config.num_labels = num_labels or config.model.num_labels or model_config.num_labels
+    factory = AutoModelForSequenceClassification if classify else AutoModelForCausalLM
+    if type(model_config) not in factory._model_mapping:
+        kind = "sequence classifier" if classify else "causal language model"
+        raise ValueError(f"model.config_path: transformers has no {kind} for model_type {model_config.model_type}")
+    with torch.device("meta"):
+        model = factory.from_config(
+            model_config,
+            dtype=dtype,
+            attn_implementation=resolve_attention(config.model.attn_implementation, device),
+            experts_implementation=resolve_experts(config.model.moe_implementation),
+        )
+    if config.model.model_path and model.can_generate():
+        _read_generation_config(model, Path(config.model.model_path))
+    return model.train()
+
+
+def _local(name: str, argument: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.exists():
+        hint = f" (hf download {name} --local-dir FOLDER)" if name.count("/") == 1 and name[0] not in "./~" else ""
+        raise ValueError(f"{argument}: {name} is not there; models are read from local paths, download first{hint}")
+    return path
+
+
+def _bare_tokenizer(file: Path) -> PreTrainedTokenizerBase:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
+    vocabulary = tokenizer.get_vocab()
+    roles = {
+        role: next((token for token in names if token in vocabulary), None) for role, names in _SPECIAL_TOKENS.items()
+    }
+    if roles["eos_token"] is None:
+        raise ValueError(
+            f"none of its tokens is a known end of text ({', '.join(_SPECIAL_TOKENS['eos_token'])}); "
+            "put a tokenizer_config.json that names eos_token beside it"
+        )
+    roles["pad_token"] = roles["pad_token"] or roles["eos_token"]
+    found = {role: token for role, token in roles.items() if token is not None}
+    tokenizer.add_special_tokens(found)
+    described = ", ".join(f"{role} {token}" for role, token in found.items())
+    log.info("%s has no tokenizer_config.json: using %s", file, described)
+    return tokenizer
+
+
+def _check_vocabulary(model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = model_config.get_text_config().vocab_size
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if needed > rows:
+        raise ValueError(
+            f"model.tokenizer_path: the tokenizer has {needed} tokens, but the model's embedding only {rows} rows; "
+            "use the model's own tokenizer, or a config with a larger vocab_size"
+        )
+
+
+def _take_special_tokens(model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A fresh model ends its texts as its tokenizer does, whatever its config was written for.
+
+    The padding token stays: it is the embedding's row that is never trained, and padding is often end of text.
+    """
+    for role in ("bos_token_id", "eos_token_id"):
+        mine, theirs = getattr(model_config, role, None), getattr(tokenizer, role)
+        if mine != theirs:
+            log.info("the model's %s is %s as in the tokenizer (the config has %s)", role, theirs, mine)
+            setattr(model_config, role, theirs)
+    padding = getattr(model_config, "pad_token_id", None)
+    if padding is not None and padding in (model_config.eos_token_id, model_config.bos_token_id):
+        model_config.pad_token_id = None
+    elif padding is not None and padding >= model_config.get_text_config().vocab_size:
+        model_config.pad_token_id = None
+
+
+def _read_generation_config(model: PreTrainedModel, folder: Path) -> None:
+    """Keep the sampling settings that the checkpoint came with, so that exports carry them on."""
+    if (folder / "generation_config.json").is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, json.JSONDecodeError) as error:
+            raise ValueError(f"model.model_path: generation_config.json in {folder}: {_line(error)}") from error
+
+
+def _as_dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else value.to_dict()
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error's text: what follows in those of transformers is advice for other situations."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,269 @@
+"""Facts about a Hugging Face model that training is planned by, read off the model itself rather than kept in a table.
+
+- `blocks`: the repeated layers, which are compiled, checkpointed and sharded one by one.
+- `decoder`, `head`, `logit_transform`: the model cut between its hidden states and its logits, so that the head can be
+  fused with the loss. What a model does with its logits after the head (scaling, soft-capping) is declared by its
+  config under a few names, and whether we have understood it is tried out: the class's own `forward` is run once with
+  its decoder and head replaced by stubs of a few numbers, and must give what our transform gives. A model that does
+  anything else is refused instead of being trained on another function than its own.
+- `num_params`, `count_flops`: sizes and work, for the log and for the utilisation of the hardware.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+HEAD_NAMES = ("score",)
+"""Where sequence classifiers on a decoder keep the linear layer that gives the classes' logits."""
+
+
+class LogitTransform(NamedTuple):
+    """What a model does between its head and its loss: logits = softcap * tanh(scale * head(x) / softcap).
+
+    softcap 0: no soft-capping.
+    """
+
+    scale: float = 1.0
+    softcap: float = 0.0
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        logits = logits * self.scale if self.scale != 1.0 else logits
+        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
+
+
+def blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """The model's repeated units with their names, in the order they run: its `_no_split_modules`, outermost only.
+
+    A model that names none has the members of its longest ModuleList.
+    """
+    names = set(model._no_split_modules or ())
+    found = [(name, module) for name, module in model.named_modules() if _class_name(module) in names]
+    if not found:
+        lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+        if not lists:
+            return []
+        prefix, longest = max(lists, key=lambda item: len(item[1]))
+        found = [(f"{prefix}.{name}", module) for name, module in longest.named_children()]
+    outer: list[tuple[str, nn.Module]] = []
+    for name, module in found:
+        if not outer or not name.startswith(outer[-1][0] + "."):
+            outer.append((name, module))
+    return outer
+
+
+def basic_modules(model: nn.Module, class_names: Iterable[str]) -> list[tuple[str, nn.Module]]:
+    """The modules of these classes (model.basic_modules) with their names, inner ones first; ValueError for a name
+    that the model has no module of."""
+    wanted = set(class_names)
+    found = [(name, module) for name, module in model.named_modules() if _class_name(module) in wanted]
+    unknown = wanted - {_class_name(module) for _, module in found}
+    if unknown:
+        known = sorted({_class_name(module) for module in model.modules() if any(True for _ in module.parameters())})
+        raise ValueError(
+            f"model.basic_modules: this model has no {', '.join(sorted(unknown))}; it is made of {', '.join(known)}"
+        )
+    return found[::-1]
+
+
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """The inner model, from tokens to `last_hidden_state`."""
+    inner = getattr(model, model.base_model_prefix, None)
+    if not isinstance(inner, nn.Module):
+        raise ValueError(f"{_class_name(model)} has no inner model to take hidden states from")
+    return inner
+
+
+def head(model: PreTrainedModel) -> nn.Linear:
+    """The linear layer from hidden states to logits: the output embedding, or a classifier's `score`."""
+    found = next((getattr(model, name) for name in HEAD_NAMES if hasattr(model, name)), None)
+    found = model.get_output_embeddings() if found is None else found
+    if not isinstance(found, nn.Linear):
+        raise ValueError(f"{_class_name(model)} has no linear head on its last hidden states; it cannot be trained")
+    return found
+
+
+def is_classifier(model: PreTrainedModel) -> bool:
+    """Whether the model gives logits of classes rather than of tokens."""
+    return any(hasattr(model, name) for name in HEAD_NAMES)
+
+
+def logit_transform(model: PreTrainedModel) -> LogitTransform:
+    """How the model's logits come from its head's output; ValueError where that is more than scale and softcap."""
+    head(model)
+    if is_classifier(model):
+        return LogitTransform()
+    config = model.config.get_text_config()
+    hidden = torch.linspace(-2.0, 3.0, 3 * config.hidden_size).view(1, 3, config.hidden_size)
+    probe, raw = _probe(model, config.vocab_size)
+    try:
+        with torch.no_grad():
+            logits = type(probe).forward(probe, inputs_embeds=hidden, use_cache=False).logits
+            output = raw(hidden)
+    except Exception as error:
+        raise ValueError(f"{_class_name(model)} cannot be cut between its hidden states and its head") from error
+    for scale, softcap in product(_scales(config), _softcaps(config)):
+        transform = LogitTransform(scale, softcap)
+        if logits.shape == output.shape and torch.allclose(transform(output), logits, rtol=1e-5, atol=1e-6):
+            return transform
+    raise ValueError(f"{_class_name(model)} does something to its logits that is not known here; it cannot be trained")
+
+
+def _scales(config: PreTrainedConfig) -> list[float]:
+    """Factors on the logits that configs declare, as they are and inverted, after the most likely one."""
+    names = ("logits_scaling", "logit_scale", "lm_head_multiplier", "logits_mup_width_multiplier", "output_multiplier")
+    values = [float(value) for name in names if (value := getattr(config, name, None))]
+    return [1.0, *values, *(1.0 / value for value in values)]
+
+
+def _softcaps(config: PreTrainedConfig) -> list[float]:
+    names = ("final_logit_softcapping", "logits_soft_cap", "final_logit_softcap", "logit_softcap")
+    return [0.0, *(float(value) for name in names if (value := getattr(config, name, None)))]
+
+
+class _StubOutput(tuple):
+    """A decoder's output with hidden states and nothing else, whatever it is asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[0] if name == "last_hidden_state" else None
+
+
+class _StubDecoder(nn.Module):
+    """Gives back what it is given as hidden states, under whatever path the class calls it by."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+    def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> Any:
+        return _StubOutput((inputs_embeds,))
+
+
+class _StubHead(nn.Module):
+    """A head of full width and rank two: [.., H] -> [.., V] without a weight of H x V."""
+
+    def __init__(self, num_logits: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.stack([torch.linspace(-9, 7, num_logits), torch.ones(num_logits)]))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden[..., [0, -1]] @ self.weight
+
+
+def _probe(model: PreTrainedModel, num_logits: int) -> tuple[PreTrainedModel, _StubHead]:
+    """An instance of the model's class around stubs, with the model's own plain attributes, on the CPU."""
+    cls = model_class(model)
+    probe = cls.__new__(cls)
+    nn.Module.__init__(probe)
+    internal = set(probe.__dict__)
+    probe.__dict__.update({key: value for key, value in model.__dict__.items() if key not in internal})
+    output = _StubHead(num_logits)
+    original = head(model)
+    for name, child in model.named_children():
+        if child is original:
+            setattr(probe, name, output)
+    inner = _StubDecoder()
+    inner.__dict__.update({key: value for key, value in decoder(model).__dict__.items() if key not in internal})
+    setattr(probe, model.base_model_prefix, inner)
+    return probe, output
+
+
+def model_class(model: nn.Module) -> type[Any]:
+    """The class as transformers wrote it: fully_shard derives a class of its own from it."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
+
+
+def _class_name(module: nn.Module) -> str:
+    return model_class(module).__name__
+
+
+class ParamCount(NamedTuple):
+    """Parameters in all, and those that take part in computing one token (of the experts, only the chosen ones)."""
+
+    total: int
+    active: int
+
+
+def num_params(model: PreTrainedModel) -> ParamCount:
+    """The model's size; tied parameters count once."""
+    share = _active_share(model)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    active = sum(int(parameter.numel() * share.get(id(parameter), 1.0)) for parameter in model.parameters())
+    return ParamCount(total, active)
+
+
+def _active_share(model: PreTrainedModel) -> dict[int, float]:
+    """The share of each expert parameter, by its id, that one token runs through."""
+    shares: dict[int, float] = {}
+    config = model.config.get_text_config()
+    names = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "experts_per_token")
+    chosen = next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
+    for module in model.modules():
+        if chosen is not None and is_experts(module):
+            num_experts = max(parameter.shape[0] for parameter in module.parameters(recurse=False))
+            shares.update((id(parameter), chosen / num_experts) for parameter in module.parameters(recurse=False))
+    return shares
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether the module is a stack of experts behind transformers' ExpertsInterface."""
+    return "_is_expert_parallel" in module.__dict__
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """Floating-point operations of training on a batch, forward and backward, recomputation not counted.
+
+    per_token: matrix products with parameters, 6 for each active one. pairs: for every attention layer the operations
+    for one query-key pair, and the layer's window (0 = none).
+    """
+
+    per_token: float
+    pairs: tuple[tuple[float, int], ...]
+
+    def batch(self, lengths: Sequence[int]) -> float:
+        """The work on samples of these lengths, causal attention within each."""
+        total = self.per_token * sum(lengths)
+        windows: dict[int, float] = {}
+        for flops, window in self.pairs:
+            windows[window] = windows.get(window, 0.0) + flops
+        for window, flops in windows.items():
+            total += flops * sum(_num_pairs(length, window) for length in lengths)
+        return total
+
+
+def _num_pairs(length: int, window: int) -> int:
+    """Query-key pairs of causal attention over `length` tokens, each seeing the last `window` ones (0 = all)."""
+    seen = min(length, window) if window else length
+    return seen * (seen + 1) // 2 + (length - seen) * seen
+
+
+def count_flops(model: PreTrainedModel) -> FlopCount:
+    """The work of one training step a token and a query-key pair, from the model's parameters and config."""
+    share = _active_share(model)
+    lookups = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    matrices = {id(p): p.numel() * share.get(id(p), 1.0) for p in model.parameters() if p.ndim >= 2}
+    output = head(model).weight
+    multiplied = sum(size for key, size in matrices.items() if key not in lookups or key == id(output))
+    return FlopCount(6.0 * multiplied, tuple(_pair_flops(model.config.get_text_config())))
+
+
+def _pair_flops(config: PreTrainedConfig) -> list[tuple[float, int]]:
+    heads = getattr(config, "num_attention_heads", 0) or 0
+    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    keys = (getattr(config, "qk_nope_head_dim", None) or 0) + (getattr(config, "qk_rope_head_dim", None) or 0)
+    values = getattr(config, "v_head_dim", None) or width
+    flops = 6.0 * heads * ((keys or width) + values)
+    window = getattr(config, "sliding_window", None) or 0
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return [(flops, window)] * config.num_hidden_layers
+    windows = {"full_attention": 0, "sliding_attention": window}
+    return [(flops, windows[kind]) for kind in kinds if kind in windows]
