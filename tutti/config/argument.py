@@ -25,6 +25,7 @@ class Argument:
     """One argument.
 
     kind: what its value is: str, int, float, bool, dict or tuple (of str). values: the closed set it must be of, or ().
+    examples: values that the reference lists though there are others.
     optional: whether it may be None. default: the class's. shown: the documented default, where that is not a value (it
     is required, or follows another argument) or depends on another one. low, high: inclusive bounds. required: the
     verbs that cannot run without it. added: not one of the 107 of the reference.
@@ -33,6 +34,7 @@ class Argument:
     name: str
     kind: type
     values: tuple[str, ...]
+    examples: tuple[str, ...]
     optional: bool
     default: Any
     shown: Any
@@ -48,8 +50,8 @@ class Argument:
         """The type as the reference writes it: `int`, `List of str`, `str: {"a", "b"}`."""
         if self.kind is tuple:
             return "List of str"
-        if self.values:
-            return "str: {" + ", ".join(f'"{value}"' for value in self.values) + "}"
+        if listed := self.values or self.examples:
+            return "str: {" + ", ".join(f'"{value}"' for value in listed) + "}"
         return self.kind.__name__
 
     @property
@@ -64,7 +66,7 @@ class Argument:
 def arg(default: Any, doc: str, **facts: Any) -> Any:
     """Declare a field: `lr: float = arg(5e-5, "Peak learning rate.", low=0)`.
 
-    `facts` are fields of `Argument`: low, high, shown, open_set, required, added.
+    `facts` are fields of `Argument`: low, high, shown, examples, open_set, required, added.
     """
     metadata = {"doc": doc, **facts}
     if isinstance(default, dict):
@@ -92,6 +94,7 @@ def _describe(group: str, field: dataclasses.Field) -> Argument:
         name=f"{group}.{field.name}",
         kind=dict if kind is Mapping else kind,
         values=values,
+        examples=facts.get("examples", ()),
         optional=optional,
         default=default,
         shown=facts.get("shown", default),

@@ -39,6 +39,7 @@ class DataConfig:
         "mapping",
         "mapping: random access, shuffled globally by seed and epoch; iterable: streamed in order through a shuffle "
         "buffer; or module:factory, a data set of your own.",
+        examples=("mapping", "iterable"),
         open_set=Open(("mapping", "iterable"), "module:factory", ":"),
     )
     multisource_datasets_type: Literal["interleave"] = arg(
@@ -55,6 +56,7 @@ class DataConfig:
         "Column with the text; of a comma list the first that a row has. "
         "By data_type: content_split (plaintext), messages (conversation), text (classification).",
         shown="content_split",
+        examples=("content_split", "messages"),
     )
     chat_template: str = arg(
         "default",

@@ -39,12 +39,13 @@ def select(prefix: str) -> list[Argument]:
 
 
 def as_json(arguments: Iterable[Argument]) -> str:
-    """A list of objects: name, type, values (a closed set), default, required (for which verbs), description, added."""
+    """A list of objects: name, type, values, open (to others), default, required (by which verbs), description, added."""
     rows = [
         {
             "name": argument.name,
             "type": argument.type,
-            "values": list(argument.values),
+            "values": list(argument.values or argument.examples),
+            "open": not argument.values,
             "default": argument.shown,
             "required": list(argument.required),
             "description": argument.doc,

@@ -153,3 +153,7 @@ class TrainConfig:
     compute_dtype: Literal["bfloat16", "float32"] = arg(
         "bfloat16", "Dtype of the forward and backward pass (parameters: see enable_mixed_precision).", added=True
     )
+    sample_prompts: tuple[str, ...] = arg(
+        (), "Prompts that the exported model completes when training ends, for the log and the report.", added=True
+    )
+    sample_tokens: int = arg(48, "Most tokens of each of these completions.", low=1, added=True)

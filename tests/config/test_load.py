@@ -1,0 +1,361 @@
+"""Reading rules: files, overrides, precedence, types, and every problem at once with the nearest valid name."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tutti.config import ARGUMENTS, Config, ConfigError, get
+from tutti.config.load import from_dict, load, to_yaml
+
+NEEDED = ["--data.train_path", "rows.jsonl", "--train.output_dir=runs/x", "model.model_path=qwen"]
+
+
+def problems(*argv: str, verb: str | None = None) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(list(argv), verb)
+    return caught.value.problems
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("tokens", [["--train.lr", "1e-4"], ["--train.lr=1e-4"], ["train.lr=1e-4"]])
+def test_an_override_in_every_form_without_a_file(tokens: list[str]) -> None:
+    assert load([*NEEDED, *tokens]).train.lr == 1e-4
+
+
+def test_overrides_beat_the_file_and_later_ones_earlier_ones(tmp_path: Path) -> None:
+    path = write(tmp_path, "train: {lr: 1.0, seed: 1, gc_steps: 7}")
+    config = load(["train.seed=3", path, "--train.lr", "2.0", "train.lr=3.0"], None)
+    assert (config.train.lr, config.train.seed, config.train.gc_steps) == (3.0, 3, 7)
+    assert config.explicit == {"train.lr", "train.seed", "train.gc_steps"}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("5e-5", 5e-5), ("1e-7", 1e-7), ("1E3", 1000.0), ("+.5e-1", 0.05), ("1.e-3", 1e-3), ("2", 2.0)]
+)
+def test_numbers_are_floats_from_yaml_and_from_the_command_line(tmp_path: Path, text: str, value: float) -> None:
+    for argv in ([write(tmp_path, f"train:\n  lr: {text}\n")], ["--train.lr", text]):
+        lr = load(argv, None).train.lr
+        assert isinstance(lr, float)
+        assert lr == value
+
+
+def test_what_looks_like_a_number_or_a_date_stays_a_string_where_one_is_wanted(tmp_path: Path) -> None:
+    assert load(["--train.wandb_name", "5e-5"], None).train.wandb_name == "5e-5"
+    assert load(["--train.wandb_name", "2024"], None).train.wandb_name == "2024"
+    path = write(tmp_path, "train: {wandb_name: 2024-01-31, wandb_project: '5e-5', output_dir: a-1e5}")
+    train = load([path], None).train
+    assert (train.wandb_name, train.wandb_project, train.output_dir) == ("2024-01-31", "5e-5", "a-1e5")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "value"),
+    [
+        (["--train.dyn_bsz"], True),
+        (["--train.dyn_bsz", "true"], True),
+        (["--train.dyn_bsz", "False"], False),
+        (["train.dyn_bsz=no"], False),
+        (["--train.dyn_bsz", "--train.seed=1"], True),
+        (["--train.dyn_bsz", "train.seed=1"], True),
+    ],
+)
+def test_switches(tokens: list[str], value: bool) -> None:
+    assert load(tokens, None).train.dyn_bsz is value
+
+
+def test_a_file_after_a_switch_is_the_file(tmp_path: Path) -> None:
+    config = load(["--train.dyn_bsz", write(tmp_path, "train: {seed: 9}")], None)
+    assert config.train.dyn_bsz
+    assert config.train.seed == 9
+
+
+@pytest.mark.parametrize("text", ["a,b", "a, b", "[a, b]", '["a", "b"]'])
+def test_lists(text: str) -> None:
+    assert load([f"--train.no_decay_params={text}"], None).train.no_decay_params == ("a", "b")
+
+
+def test_lists_from_yaml_are_tuples_and_can_be_empty(tmp_path: Path) -> None:
+    path = write(tmp_path, "train:\n  no_decay_modules:\n    - A\n    - B\nmodel: {basic_modules: []}")
+    config = load([path], None)
+    assert config.train.no_decay_modules == ("A", "B")
+    assert config.model.basic_modules == ()
+
+
+@pytest.mark.parametrize("word", ["none", "None", "null"])
+def test_none(word: str) -> None:
+    config = load(["--model.model_path=a", f"--model.model_path={word}", f"model.moe_implementation={word}"], None)
+    assert config.model.model_path is None
+    assert config.model.moe_implementation is None
+
+
+def test_a_negative_number_is_a_value() -> None:
+    assert problems("--train.lr", "-1") == ["train.lr: must be at least 0, got -1.0"]
+
+
+def test_mappings_by_longer_names_and_inline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tutti.config.available.NOT_YET", {})
+    path = write(tmp_path, "model: {encoders: {image: {config_path: siglip, scale: 1}}}")
+    config = load([path, "model.encoders.image.scale=5e-1", "--model.encoders.audio.model_path", "whisper"], None)
+    assert config.model.encoders == {
+        "image": {"config_path": "siglip", "scale": 0.5},
+        "audio": {"model_path": "whisper"},
+    }
+    config = load([path, '--model.encoders={"image": {"model_path": "x"}}', "model.encoders.image.scale=2"], None)
+    assert config.model.encoders == {"image": {"model_path": "x", "scale": 2}}
+
+
+def test_all_problems_at_once_one_line_each(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "train:\n  lr_warmup: 0.1\n  lr_decay_style: cosin\n  seed: x\n  dyn_bsz: 1\ntrian: {lr: 1}\ndata: 5\n",
+    )
+    found = problems(path, "--train.micro_batch_size", "1.5", "train.lr_warmup_ratio=2", "max_seq_len=3", verb="train")
+    assert found == [
+        f"train.lr_warmup: unknown argument; did you mean train.lr_warmup_ratio? ({path}:2)",
+        f"trian: unknown argument; did you mean train? ({path}:6)",
+        f"data: expects a mapping of arguments, got 5 ({path}:7)",
+        "max_seq_len: unknown argument; did you mean data.max_seq_len?",
+        f"train.lr_decay_style: 'cosin' is not one of constant, linear, cosine; did you mean cosine? ({path}:3)",
+        f"train.seed: expects a whole number, got 'x' ({path}:4)",
+        f"train.dyn_bsz: expects true or false, got 1 ({path}:5)",
+        "train.micro_batch_size: expects a whole number, got 1.5",
+        "train.lr_warmup_ratio: must be at most 1, got 2.0",
+        "data.train_path: required; " + ARGUMENTS["data.train_path"].doc,
+        "train.output_dir: required; " + ARGUMENTS["train.output_dir"].doc,
+        "model.model_path: required, or model.config_path to start from random weights",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("train.lr_decay_rati", "train.lr_decay_ratio"),
+        ("train.max_seq_len", "data.max_seq_len"),
+        ("train.eval_path", "data.eval_path"),
+        ("lr", "train.lr"),
+        ("train.microbatch_size", "train.micro_batch_size"),
+        ("modle.model_path", "model.model_path"),
+        ("train.tensor_paralel_size", "train.tensor_parallel_size"),
+        ("train.max-steps", "train.max_steps"),
+    ],
+)
+def test_nearest_name(name: str, meant: str) -> None:
+    assert problems(f"--{name}", "1") == [f"{name}: unknown argument; did you mean {meant}?"]
+
+
+def test_a_name_like_no_other() -> None:
+    assert problems("zzzz=1") == ["zzzz: unknown argument; see `tutti args`"]
+
+
+@pytest.mark.parametrize(
+    ("tree", "problem"),
+    [
+        ({"train": {"seed": True}}, "train.seed: expects a whole number, got true"),
+        ({"train": {"lr": "1e-5"}}, "train.lr: expects a number, got '1e-5'"),
+        ({"train": {"lr": float("nan")}}, "train.lr: expects a finite number, got nan"),
+        ({"train": {"seed": 3.0}}, "train.seed: expects a whole number, got 3.0; write 3"),
+        ({"train": {"seed": None}}, "train.seed: expects a whole number, got null"),
+        ({"train": {"no_decay_params": "a"}}, "train.no_decay_params: expects a list of strings, got 'a'"),
+        ({"train": {"no_decay_params": [1]}}, "train.no_decay_params: expects a list of strings, got [1]"),
+        ({"train": {"wandb_name": 7}}, "train.wandb_name: expects a string, got 7; put it in quotes"),
+        ({"train": {"micro_batch_size": 0}}, "train.micro_batch_size: must be at least 1, got 0"),
+        ({"data": {"max_seq_len": 1}}, "data.max_seq_len: must be at least 2, got 1"),
+        ({"train": {"ckpt_manager": "x"}}, "train.ckpt_manager: 'x' is not one of dcp"),
+        (
+            {"data": {"datasets_type": "maping"}},
+            "data.datasets_type: 'maping' is not one of mapping, iterable, nor module:factory; did you mean mapping?",
+        ),
+        (
+            {"data": {"chat_template": "chatlm"}},
+            "data.chat_template: 'chatlm' is not one of default, chatml, llama2, nor the path of a Jinja file; "
+            "did you mean chatml?",
+        ),
+        (
+            {"train": {"enable_profiling": True, "profile_start_step": 5}},
+            "train.profile_end_step: must be above train.profile_start_step (5), got 2",
+        ),
+    ],
+)
+def test_wrong_values(tree: dict, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_dict(tree)
+    assert caught.value.problems == [problem]
+
+
+@pytest.mark.parametrize("value", ["mapping", "iterable", "my.module:make"])
+def test_open_sets(value: str) -> None:
+    assert from_dict({"data": {"datasets_type": value}}).data.datasets_type == value
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("train:\n  lr: 1\n  seed: 2\n  lr: 3\n", "PATH:4: train.lr is given twice, before on line 2"),
+        ("train: {lr: 1}\ndata: {}\ntrain: {}\n", "PATH:3: train is given twice, before on line 1"),
+        ("train:\n  lr: [1\n", "PATH:3: is not valid YAML: expected ',' or ']', but got '<stream end>'"),
+        ("train:\n\tlr: 1\n", "PATH:2: is not valid YAML: found character '\\t' that cannot start any token"),
+        ("- a\n", "PATH:1: expects groups such as `train:`, not a single value"),
+    ],
+)
+def test_broken_yaml(tmp_path: Path, text: str, problem: str) -> None:
+    path = write(tmp_path, text)
+    assert problems(path) == [problem.replace("PATH", path)]
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    assert problems(f"{tmp_path}/no.yaml") == [f"{tmp_path}/no.yaml: No such file or directory"]
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    assert problems(f"{tmp_path}/binary.yaml") == [f"{tmp_path}/binary.yaml: is not a text file"]
+
+
+def test_an_empty_file_and_an_empty_group_are_defaults(tmp_path: Path) -> None:
+    assert load([write(tmp_path, "")], None) == load([write(tmp_path, "train:\n")], None) == load([], None)
+
+
+def test_one_file_only(tmp_path: Path) -> None:
+    path = write(tmp_path, "train: {}")
+    assert problems(path, "b.yaml") == [
+        f"b.yaml: unexpected; {path} is the configuration file already, and there can be one"
+    ]
+
+
+def test_a_value_is_missing() -> None:
+    assert problems("--train.lr") == ["train.lr: needs a value, as in --train.lr VALUE"]
+    assert problems("--train.lr", "--train.seed", "1") == ["train.lr: needs a value, as in --train.lr VALUE"]
+
+
+def test_yaml_anchors_and_merges(tmp_path: Path) -> None:
+    path = write(tmp_path, "train: &a {seed: 3}\ndata:\n  train_path: &p rows\n  eval_path: *p\n")
+    config = load([path], None)
+    assert (config.data.eval_path, config.train.seed) == ("rows", 3)
+
+
+@pytest.mark.parametrize(
+    ("verb", "names"),
+    [
+        ("train", ["data.train_path", "train.output_dir", "model.model_path"]),
+        ("check", ["data.train_path", "model.model_path"]),
+        ("infer", ["infer.model_path"]),
+        (None, None),
+    ],
+)
+def test_required(verb: str | None, names: list[str] | None) -> None:
+    if names is None:
+        load([], None)
+    else:
+        assert [problem.partition(":")[0] for problem in problems(verb=verb)] == names
+
+
+def test_a_config_alone_is_enough_of_a_model() -> None:
+    load([*NEEDED[:3], "model.config_path=conf"])
+
+
+def test_defaults_that_follow_others() -> None:
+    config = load(["model.model_path=m"], None)
+    assert (config.model.config_path, config.model.tokenizer_path, config.infer.tokenizer_path) == ("m", "m", "m")
+    config = load(["model.config_path=c"], None)
+    assert (config.model.model_path, config.model.tokenizer_path) == (None, "c")
+    config = load(["model.config_path=c", "model.model_path=m"], None)
+    assert (config.model.config_path, config.model.tokenizer_path) == ("c", "m")
+    for data_type, column in [("plaintext", "content_split"), ("conversation", "messages"), ("classification", "text")]:
+        assert load([f"data.data_type={data_type}"], None).data.text_keys == column
+    assert load(["data.text_keys=a,b"], None).data.text_keys == "a,b"
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("train.tensor_parallel_size=2", "tensor parallelism"),
+        ("train.architecture=lora", "adapters"),
+        ("model.attn_implementation=native-sparse", "Native Sparse Attention"),
+        ("train.data_parallel_mode=fsdp1", "the first generation of FSDP"),
+        ("infer.temperature=0.5", "inference"),
+        ("model.encoders.image.model_path=x", "omni models"),
+    ],
+)
+def test_what_is_not_available_yet_is_refused(override: str, part: str) -> None:
+    (problem,) = problems(override)
+    name = override.partition("=")[0].removesuffix(".image.model_path")
+    assert problem.startswith(f"{name}: not available yet ({part}); ")
+
+
+def test_what_is_not_available_may_be_set_to_its_default() -> None:
+    load(
+        ["train.tensor_parallel_size=1", "train.architecture=full", "infer.seed=42", "train.async_enabled=false"], None
+    )
+
+
+_TEXT = st.text("aZ0 -:#'\"é~[]{},.\n", max_size=6)
+
+
+def _values(name: str) -> st.SearchStrategy:
+    argument = ARGUMENTS[name]
+    low, high = argument.low or 0, argument.high
+    if argument.values:
+        values: st.SearchStrategy = st.sampled_from(argument.values)
+    elif argument.open_set:
+        values = st.sampled_from([*argument.open_set.names, "some.module:factory", "./template.jinja"]).filter(
+            lambda value: value in argument.open_set.names or argument.open_set.marks[0] in value  # type: ignore[union-attr]
+        )
+    elif argument.kind is bool:
+        values = st.booleans()
+    elif argument.kind is int:
+        values = st.integers(int(low), 10**9)
+    elif argument.kind is float:
+        values = st.floats(low, high if high is not None else 1e9, allow_nan=False)
+    elif argument.kind is tuple:
+        values = st.lists(_TEXT, max_size=3)
+    elif argument.kind is dict:
+        values = st.dictionaries(_TEXT, st.none() | st.booleans() | st.floats(-1, 1) | _TEXT)
+    else:
+        values = _TEXT | st.sampled_from(["5e-5", "1", "true", "2024-01-31", "a: b", "#", "[", "~"])
+    return values | st.none() if argument.optional else values
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_what_is_written_reads_back_equal(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Any configuration, with any of its arguments set, survives to_yaml and load with its explicit names."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tutti.config.available.NOT_YET", {})
+        tree: dict[str, dict] = {}
+        for name in data.draw(st.sets(st.sampled_from(sorted(ARGUMENTS)), max_size=8)):
+            if not name.startswith("train.profile_"):
+                group, leaf = name.split(".")
+                tree.setdefault(group, {})[leaf] = data.draw(_values(name), label=name)
+        config = from_dict(tree)
+        path = tmp_path_factory.getbasetemp() / "round.yaml"
+        path.write_text(to_yaml(config), encoding="utf-8")
+        back = load([str(path)], None)
+    assert back == config
+    assert back.explicit == config.explicit
+    assert back.model.basic_modules == config.model.basic_modules
+
+
+def test_a_file_written_back_has_every_default_and_follows_overrides(tmp_path: Path) -> None:
+    config = load([*NEEDED, "data.train_size=10_000_000"])
+    path = write(tmp_path, to_yaml(config))
+    for name in ARGUMENTS:
+        assert f"  {name.partition('.')[2]}:" in Path(path).read_text()
+    back = load([path, "model.model_path=other"])
+    assert (back.model.config_path, back.model.tokenizer_path) == ("other", "other")
+    assert "data.train_size" in back.explicit
+    assert "data.train_sample" not in back.explicit
+
+
+def test_a_file_written_back_and_edited_counts_the_edit_as_explicit(tmp_path: Path) -> None:
+    text = to_yaml(load(NEEDED)).replace("seed: 42\n  enable_compile", "seed: 43\n  enable_compile")
+    config = load([write(tmp_path, text)])
+    assert config.train.seed == 43
+    assert "train.seed" in config.explicit
+
+
+def test_get_and_direct_construction() -> None:
+    assert get(Config(), "train.lr") == 5e-5
+    assert Config() == Config(explicit=frozenset({"train.lr"}))
