@@ -28,13 +28,11 @@ METRICS, SUPERSEDED = "metrics.jsonl", "metrics.superseded.jsonl"
 
 
 def encode(record: Mapping[str, Any]) -> str:
-    """`record` as one line of JSON, without the newline; numbers of numpy and torch become plain ones."""
-    plain = {key: value.item() if hasattr(value, "item") else value for key, value in record.items()}
-    strange = {key: repr(v) for key, v in plain.items() if isinstance(v, float) and not math.isfinite(v)}
+    """`record` as one line of JSON, without the newline."""
+    strange = {key: repr(v) for key, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
     if strange:
-        plain |= dict.fromkeys(strange)
-        plain["non_finite"] = strange
-    return json.dumps(plain, ensure_ascii=False, allow_nan=False)
+        record = {**record, **dict.fromkeys(strange), "non_finite": strange}
+    return json.dumps(record, ensure_ascii=False, allow_nan=False)
 
 
 def decode(line: str) -> dict[str, Any] | None:

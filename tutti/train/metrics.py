@@ -75,11 +75,13 @@ class Metrics:
 
     def log_step(self, record: Record) -> None:
         """A training record."""
+        record = _plain(record)
         for sink in self._sinks:
             sink.step(record)
 
     def log_eval(self, record: Record) -> None:
         """An evaluation record."""
+        record = _plain(record)
         for sink in self._sinks:
             sink.evaluation(record)
 
@@ -91,8 +93,8 @@ class Metrics:
     def close(self, summary: Record) -> None:
         """Finish every sink, once; later calls do nothing.
 
-        summary: `status` (finished, stopped or failed), `message` (why it stopped or failed), and any further figures
-        to show at the end.
+        summary: `status` (finished, stopped or failed), `message` (why it stopped or failed), `data` (the data report
+        as it is at the end, where reading streamed data has changed it), and any further figures to show.
         """
         if self._closed:
             return
@@ -109,6 +111,11 @@ class Metrics:
         else:
             status = "failed" if isinstance(error, Exception) else "stopped"
             self.close({"status": status, "message": f"{type(error).__name__}: {error}"})
+
+
+def _plain(record: Record) -> dict[str, Any]:
+    """The record with plain numbers for those of numpy and torch."""
+    return {key: value.item() if hasattr(value, "item") else value for key, value in record.items()}
 
 
 class _JsonLines:

@@ -3,7 +3,7 @@
 The page is a template with the style, the script and the data written into it, so that it can be opened from disk,
 mailed, or kept beside a model. The script draws the charts from the data; nothing is fetched. While the run goes on the
 page is replaced at most every `WRITE_EVERY` seconds (and reloads itself); a write costs a few hundredths of a second
-and the file stays under 1 MB however long the run is, because curves are kept in a bounded number of buckets (`history`).
+and the file stays under 1 MB however long the run is, because curves are kept in a bounded number of buckets.
 
     run.json       what is known of the run beside its metrics: configuration, versions, data, status, sample texts
     metrics.jsonl  the records
@@ -18,7 +18,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -78,12 +78,12 @@ class Report:
         self.step(record)
 
     def close(self, summary: Mapping[str, Any]) -> None:
-        figures = {key: _plain(value) for key, value in summary.items() if key not in ("status", "message", "texts")}
+        figures = {key: _plain(value) for key, value in summary.items() if key not in ("status", "message", "data")}
         self._run |= {
             "status": summary.get("status", "finished"),
             "message": summary.get("message"),
             "summary": figures,
-            "texts": [*self._run["texts"], *summary.get("texts", [])][-MAX_TEXTS:],
+            "data": _plain(summary.get("data", self._run.get("data"))),
         }
         self._write()
 
@@ -112,14 +112,14 @@ def write_report(output_dir: str | Path) -> Path:
 
 def render(run: Mapping[str, Any], history: History) -> str:
     """The page, of what run.json holds and the records."""
-    data = _payload(run, history)
     assets = resources.files("tutti.train") / "assets"
     page = (assets / "report.html").read_text(encoding="utf-8")
     parts = {
         "TITLE": html.escape(str(run.get("name", "run"))),
         "STYLE": (assets / "report.css").read_text(encoding="utf-8"),
+        "CHART": (assets / "chart.js").read_text(encoding="utf-8"),
         "SCRIPT": (assets / "report.js").read_text(encoding="utf-8"),
-        "DATA": "{" + ",".join(f"{json.dumps(key)}:{value}" for key, value in data.items()) + "}",
+        "DATA": _object(_payload(run, history)),
     }
     before, *rest = page.split("{{")
     return before + "".join(parts[name] + text for name, _, text in (piece.partition("}}") for piece in rest))
@@ -138,10 +138,10 @@ def _payload(run: Mapping[str, Any], history: History) -> dict[str, str]:
     """The page's data: JSON texts by name."""
     ranked = sorted(history.source_tokens, key=lambda name: -history.source_tokens[name])
     sources = [{"name": name, "tokens": history.source_tokens[name]} for name in ranked[:MAX_SOURCES]]
-    if rest := ranked[MAX_SOURCES:]:
-        others = sum(history.source_tokens[name] for name in rest)
-        sources.append({"name": f"{len(rest)} smaller sources", "tokens": others, "rest": True})
-    keep = {f"{kind}/{source['name']}" for source in sources for kind in ("source_loss", "source_tokens")}
+    small, rest = ranked[MAX_SOURCES:], ""
+    if small:
+        rest = f"{len(small)} smaller sources"
+        sources.append({"name": rest, "tokens": sum(history.source_tokens[name] for name in small), "rest": True})
     figures = {
         "last": history.last,
         "last_eval": history.last_eval,
@@ -156,26 +156,44 @@ def _payload(run: Mapping[str, Any], history: History) -> dict[str, str]:
         "run": _script_json(run),
         "figures": _script_json(figures),
         "sources": _script_json(sources),
-        "train": _table(history.train, keep),
-        "evals": _table(history.evals, keep),
+        "train": _table(history.train, set(small), rest),
+        "evals": _table(history.evals),
     }
 
 
-def _table(buckets: Buckets, keep: set[str]) -> str:
-    """`buckets` as JSON: {width, step, columns: {name: {mean, low?, high?}}}; exact while a bucket is one step."""
+def _table(buckets: Buckets, small: Collection[str] = (), rest: str = "") -> str:
+    """`buckets` as JSON: {width, step, columns: {name: {mean, low?, high?} or {sum}}}, exact if width is 1.
+
+    The sources in `small` get no columns; their tokens are counted together under the name `rest`.
+    """
     exact = buckets.width == 1
-    columns = []
+    arrays: dict[str, dict[str, list[float | None]]] = {}
+    others = [0.0] * len(buckets.ends)
     for name, column in buckets.columns.items():
-        if name.startswith("source_") and name not in keep:
-            continue
-        arrays = {"mean": [None if bucket is None else bucket[1] / bucket[0] for bucket in column]}
-        if name in BANDED and not exact:
-            arrays["low"] = [None if bucket is None else bucket[2] for bucket in column]
-            arrays["high"] = [None if bucket is None else bucket[3] for bucket in column]
-        texts = ",".join(f'"{kind}":{_numbers(values, exact)}' for kind, values in arrays.items())
-        columns.append(f"{_script_json(name)}:{{{texts}}}")
-    ends = ",".join(map(str, buckets.ends))
-    return f'{{"width":{buckets.width},"step":[{ends}],"columns":{{{",".join(columns)}}}}}'
+        kind, _, source = name.partition("/")
+        if kind == "source_tokens":
+            sums = [0.0 if bucket is None else bucket[1] for bucket in column]
+            if source in small:
+                others = [a + b for a, b in zip(others, sums, strict=True)]
+            else:
+                arrays[name] = {"sum": [*sums]}
+        elif source not in small:
+            arrays[name] = {"mean": [None if bucket is None else bucket[1] / bucket[0] for bucket in column]}
+            if name in BANDED and not exact:
+                arrays[name]["low"] = [None if bucket is None else bucket[2] for bucket in column]
+                arrays[name]["high"] = [None if bucket is None else bucket[3] for bucket in column]
+    if rest:
+        arrays[f"source_tokens/{rest}"] = {"sum": [*others]}
+    columns = {
+        name: _object({kind: _numbers(values, exact) for kind, values in kinds.items()})
+        for name, kinds in arrays.items()
+    }
+    return _object({"width": str(buckets.width), "step": str(buckets.ends), "columns": _object(columns)})
+
+
+def _object(members: Mapping[str, str]) -> str:
+    """A JSON object of members that are JSON already. (Formatting the many numbers here is cheaper than `json.dumps`.)"""
+    return "{" + ",".join(f"{_script_json(name)}:{text}" for name, text in members.items()) + "}"
 
 
 def _numbers(values: list[float | None], exact: bool) -> str:
