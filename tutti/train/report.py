@@ -192,7 +192,7 @@ def _table(buckets: Buckets, small: Collection[str] = (), rest: str = "") -> str
 
 
 def _object(members: Mapping[str, str]) -> str:
-    """A JSON object of members that are JSON already. (Formatting the many numbers here is cheaper than `json.dumps`.)"""
+    """A JSON object of members that are JSON already. (For many numbers this is cheaper than `json.dumps`.)"""
     return "{" + ",".join(f"{_script_json(name)}:{text}" for name, text in members.items()) + "}"
 
 

@@ -95,7 +95,7 @@ function charts() {
   const last = figures.last;
   const small = [
     single("lr", "Learning rate", "lr", { axis: power, now: power(last.lr ?? 0), fromZero: true }),
-    single("grad_norm", "Gradient norm", "grad_norm", { axis: power, log: true, smoothing: gentle(column(train, "grad_norm")), fromZero: true }),
+    single("grad_norm", "Gradient norm", "grad_norm", { axis: power, now: fixed(last.grad_norm, 3), log: true, smoothing: gentle(column(train, "grad_norm")), fromZero: true }),
     single("throughput", "Throughput", "tokens_per_second", { unit: "tokens/s", axis: short, now: short(last.tokens_per_second ?? 0), smoothing: gentle(train.step), fromZero: true }),
     single("packing", "Packing efficiency", "packing", { unit: "tokens per slot", axis: (v) => percent(v, 0), smoothing: gentle(train.step), fromZero: true, exact: (v) => percent(v, 2), now: percent(last.packing ?? 0), cap: 1 }),
     single("memory", "Memory", "memory_gib", { unit: "peak, GiB", axis: (v) => String(Number(v.toPrecision(3))), now: fixed(last.memory_gib, 2), fromZero: true }),
