@@ -26,7 +26,7 @@ from tutti.core.batch import IGNORE, Sample
 from tutti.data.rows import RowError, class_of, conversation_of, text_of
 from tutti.data.source import BadRow, Row, text_columns
 from tutti.data.template import ChatTemplate, make_template
-from tutti.data.tokens import Tokens, tokenize
+from tutti.data.tokens import tokenize
 
 
 @dataclass
@@ -61,13 +61,14 @@ class Encoder:
             texts.append(text)
             targets.append(target)
         tokens = tokenize(self.tokenizer, texts, special=self.data_type == "classification")
-        self._check_ids(tokens)
-        make: Any = {"plaintext": self._pieces, "conversation": self._chat, "classification": self._labelled}[
-            self.data_type
-        ]
+        self._check_ids(tokens.ids)
+        labels = np.full(len(tokens.ids), IGNORE, np.int32)
         for place, (number, target) in enumerate(zip(numbers, targets, strict=True)):
+            begin, end = tokens.ends[place], tokens.ends[place + 1]
+            if self.data_type == "conversation":
+                target = [(tokens.first_from(place, first), tokens.first_from(place, last)) for first, last in target]
             try:
-                results[number] = make(tokens, place, target, source)
+                results[number] = self._samples(tokens.ids[begin:end], labels[begin:end], target, source)
             except RowError as error:
                 results[number] = BadRow(rows[number].file, rows[number].line, str(error))
         return results
@@ -80,49 +81,57 @@ class Encoder:
             return text_of(value, self.columns), class_of(value, self.num_labels, self.label_names)
         return text_of(value, self.columns), None
 
-    def _check_ids(self, tokens: Tokens) -> None:
-        if len(tokens.ids) and (highest := int(tokens.ids.max())) >= self.vocab_size:
+    def _check_ids(self, ids: np.ndarray) -> None:
+        if len(ids) and (highest := int(ids.max())) >= self.vocab_size:
             raise ValueError(_too_large(f"gives token id {highest}", self.vocab_size))
 
-    def _pieces(self, tokens: Tokens, place: int, target: None, source: int) -> list[Sample]:
-        ids = np.append(tokens.of(place), np.int32(self.tokenizer.eos_token_id))
-        count, limit = len(ids), self.max_seq_len
-        if count < 2:
-            raise RowError("no trained token: the text has no tokens")
-        borders = [*range(0, count, limit), count]
-        if count - borders[-2] == 1:
-            borders[-2] -= 1
-        return [
-            Sample(ids[begin:end], np.append(ids[begin + 1 : end], np.int32(IGNORE)), source)
-            for begin, end in pairwise(borders)
-            if end - begin > 1
-        ]
-
-    def _chat(self, tokens: Tokens, place: int, spans: list[tuple[int, int]], source: int) -> list[Sample]:
-        ids = tokens.of(place)
-        labels = np.full(len(ids), IGNORE, np.int32)
-        for begin, end in spans:
-            first, last = max(tokens.first_from(place, begin), 1), tokens.first_from(place, end)
-            labels[first - 1 : last - 1] = ids[first:last]
-        ids, labels = ids[-self.max_seq_len :], labels[-self.max_seq_len :]
-        if (labels == IGNORE).all():
-            raise RowError(self._untrained(len(tokens.of(place)), spans))
-        return [Sample(ids, labels, source)]
-
-    def _untrained(self, count: int, spans: list[tuple[int, int]]) -> str:
-        if not spans:
-            return "no trained token: no assistant message, or loss_mask is 0 everywhere"
-        if count > self.max_seq_len:
-            return f"no trained token among the last {self.max_seq_len} (data.max_seq_len) of {count}"
-        return "no trained token: what would be trained on is empty"
-
-    def _labelled(self, tokens: Tokens, place: int, label: int, source: int) -> list[Sample]:
-        ids = tokens.of(place)[: self.max_seq_len]
+    def _samples(self, ids: np.ndarray, labels: np.ndarray, target: Any, source: int) -> list[Sample]:
+        """A row's samples from its tokens [n] and as many labels, all IGNORE, to be filled in."""
+        if self.data_type == "plaintext":
+            return _pieces(np.append(ids, np.int32(self.tokenizer.eos_token_id)), self.max_seq_len, source)
+        if self.data_type == "conversation":
+            return [_chat(ids, labels, target, self.max_seq_len, source)]
         if not len(ids):
             raise RowError("no trained token: the text has no tokens")
-        labels = np.full(len(ids), IGNORE, np.int32)
-        labels[-1] = label
+        ids, labels = ids[: self.max_seq_len], labels[: self.max_seq_len]
+        labels[-1] = target
         return [Sample(ids, labels, source)]
+
+
+def _pieces(ids: np.ndarray, max_seq_len: int, source: int) -> list[Sample]:
+    """Samples of at most `max_seq_len` tokens, each token but the first of each trained on.
+
+    A last piece of one token would train on nothing, so the piece before it gives it one of its own.
+    """
+    count = len(ids)
+    if count < 2:
+        raise RowError("no trained token: the text has no tokens")
+    borders = [*range(0, count, max_seq_len), count]
+    if count - borders[-2] == 1 and max_seq_len > 2:
+        borders[-2] -= 1
+    return [
+        Sample(ids[begin:end], np.append(ids[begin + 1 : end], np.int32(IGNORE)), source)
+        for begin, end in pairwise(borders)
+        if end - begin > 1
+    ]
+
+
+def _chat(ids: np.ndarray, labels: np.ndarray, spans: list[tuple[int, int]], max_seq_len: int, source: int) -> Sample:
+    """The last `max_seq_len` tokens, trained on the token spans."""
+    start = max(0, len(ids) - max_seq_len)
+    trained = False
+    for first, last in spans:
+        first = max(first, start + 1)
+        if first < last:
+            labels[first - 1 : last - 1] = ids[first:last]
+            trained = True
+    if trained:
+        return Sample(ids[start:], labels[start:], source)
+    if not spans:
+        raise RowError("no trained token: no assistant message, or loss_mask is 0 everywhere")
+    if start:
+        raise RowError(f"no trained token among the last {max_seq_len} (data.max_seq_len) of {len(ids)}")
+    raise RowError("no trained token: what would be trained on is empty")
 
 
 def make_encoder(

@@ -129,7 +129,7 @@ class _SpanFile(DataFile):
 
     def _parse_json(self, text: bytes, line: int) -> Row | BadRow:
         try:
-            return self.row(json.loads(text), line)
+            return self.row(json.loads(text.decode("utf-8-sig")), line)
         except json.JSONDecodeError as error:
             return BadRow(self.path, line, f"not valid JSON: {error.msg} at column {error.colno}")
         except (UnicodeDecodeError, RecursionError) as error:

@@ -82,7 +82,7 @@ def conversation_of(value: dict[str, Any], columns: Sequence[str]) -> Conversati
         raise RowError("the conversation is empty")
     messages, trained, plain = [], [], True
     for number, turn in enumerate(turns):
-        message, train = _message(number, turn)
+        message, train = _simple(turn) or _message(number, turn)
         plain = plain and len(message) == 2
         messages.append(message)
         trained.append(train)
@@ -126,6 +126,17 @@ def _alpaca(value: dict[str, Any]) -> list[dict[str, Any]]:
     if extra and isinstance(extra, str) and isinstance(question, str):
         question = f"{question}\n{extra}" if question else extra
     return [*turns, {"role": "user", "content": question}, {"role": "assistant", "content": value["output"]}]
+
+
+def _simple(turn: Any) -> tuple[dict[str, Any], bool] | None:
+    """The common message, a known role and a text, without further looks; None for any other."""
+    try:
+        role = turn["role"]
+        if len(turn) == 2 and role in ROLES and type(turn["content"]) is str:
+            return turn, role == "assistant"
+    except (TypeError, KeyError):
+        pass
+    return None
 
 
 def _message(number: int, turn: Any) -> tuple[dict[str, Any], bool]:

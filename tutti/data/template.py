@@ -29,6 +29,7 @@ and so do the first rows of each shape, whose results must be equal.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from tutti.data.rows import Conversation, RowError
+
+log = logging.getLogger(__name__)
 
 Span = tuple[int, int]
 
@@ -270,8 +273,8 @@ class ChatTemplate:
         """The header of an assistant message that nothing comes before, by the generation prompt of another chat."""
         user = [_marked(0, {"role": "user"})]
         without, full = self.render(user, conversation), self.render(user, conversation, prompt=True)
-        prompt = full[len(without) :] if full.startswith(without) else ""
-        found = between.rfind(prompt) if prompt else -1
+        prompt = full[len(without) :] if full.startswith(without) else between
+        found = between.rfind(prompt) if prompt and full.endswith(prompt) else -1
         if found < 0:
             raise RowError(f"the conversation starts with an assistant message, whose header is not known, {_INEXACT}")
         return between[: found + len(prompt)]
@@ -293,6 +296,14 @@ class ChatTemplate:
         marked = Conversation([_marked(n, m) for n, m in enumerate(conversation.messages)], conversation.trained)
         text, spans = self._exact(marked)
         literals, order = _split(text)
+        if missing := {message["role"] for n, message in enumerate(conversation.messages) if n not in order}:
+            log.warning(
+                "the chat template leaves out %s messages of conversations such as %s",
+                *(
+                    ", ".join(names)
+                    for names in (sorted(missing), [message["role"] for message in conversation.messages])
+                ),
+            )
         ends = [mark.end() for mark in _MARK.finditer(text)]
         places = []
         for begin, end in spans:
