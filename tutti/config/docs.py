@@ -39,7 +39,7 @@ def select(prefix: str) -> list[Argument]:
 
 
 def as_json(arguments: Iterable[Argument]) -> str:
-    """A list of objects: name, type, values, open (to others), default, required (by which verbs), description, added."""
+    """A list of objects: name, type, values, open (to other values), default, required (verbs), description, added."""
     rows = [
         {
             "name": argument.name,

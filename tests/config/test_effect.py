@@ -1,0 +1,98 @@
+"""Settings without an effect are warned of, with the reason; settings with one, and defaults, are not."""
+
+import pytest
+
+from tutti.config import ARGUMENTS
+from tutti.config.effect import _RULES, warnings
+from tutti.config.load import from_dict, load, to_yaml
+
+CASES = [
+    (["data.train_size=5"], "data.train_size", "train.dyn_bsz"),
+    (["data.train_sample=5", "train.dyn_bsz=true"], "data.train_sample", "train.dyn_bsz"),
+    (["data.dyn_bsz_buffer_size=5"], "data.dyn_bsz_buffer_size", "train.dyn_bsz"),
+    (["train.bsz_warmup_ratio=0.5"], "train.bsz_warmup_ratio", "train.dyn_bsz"),
+    (["train.bsz_warmup_init_mbtoken=5"], "train.bsz_warmup_init_mbtoken", "train.dyn_bsz"),
+    (["train.bsz_warmup_init_mbtoken=5", "train.dyn_bsz=on"], "train.bsz_warmup_init_mbtoken", "bsz_warmup_ratio is 0"),
+    (["data.prefetch_factor=5", "data.num_workers=0"], "data.prefetch_factor", "data.num_workers is 0"),
+    (["data.chat_template=chatml", "data.data_type=plaintext"], "data.chat_template", "data.data_type"),
+    (["data.shuffle_buffer_size=5"], "data.shuffle_buffer_size", "mapping"),
+    (
+        ["data.shuffle_buffer_size=5", "data.shuffle=no", "data.datasets_type=iterable"],
+        "data.shuffle_buffer_size",
+        "data.shuffle is off",
+    ),
+    (["model.num_labels=5"], "model.num_labels", "classification"),
+    (["model.safetensor_idx_path=x", "train.save_hf_weights=no"], "model.safetensor_idx_path", "none exported"),
+    (["train.enable_full_shard=no"], "train.enable_full_shard", "ddp"),
+    (["train.enable_reshard_after_forward=on"], "train.enable_reshard_after_forward", "ddp"),
+    (["train.enable_reshard_after_backward=on"], "train.enable_reshard_after_backward", "ddp"),
+    (
+        ["train.enable_reshard_after_backward=on", "train.data_parallel_mode=fsdp2"],
+        "train.enable_reshard_after_backward",
+        "train.enable_full_shard",
+    ),
+    (
+        ["train.broadcast_model_weights_from_rank0=no"],
+        "train.broadcast_model_weights_from_rank0",
+        "no weights are read",
+    ),
+    (["train.lr_min=1e-5", "train.lr_decay_style=constant"], "train.lr_min", "constant"),
+    (["train.lr_decay_ratio=0.5", "train.lr_decay_style=constant"], "train.lr_decay_ratio", "constant"),
+    (["train.lr_start=1e-5"], "train.lr_start", "train.lr_warmup_ratio is 0"),
+    (["train.no_decay_modules=A"], "train.no_decay_modules", "train.weight_decay is 0"),
+    (["train.no_decay_params=A"], "train.no_decay_params", "train.weight_decay is 0"),
+    (
+        ["train.enable_reentrant=no", "train.enable_gradient_checkpointing=no"],
+        "train.enable_reentrant",
+        "train.enable_gradient_checkpointing is off",
+    ),
+    (["train.eval_steps=5"], "train.eval_steps", "data.eval_path is unset"),
+    (["train.eval_epochs=5"], "train.eval_epochs", "data.eval_path is unset"),
+    (["data.eval_path=x"], "data.eval_path", "train.eval_steps and train.eval_epochs are 0"),
+    (["train.wandb_name=x"], "train.wandb_name", "train.use_wandb is off"),
+    (["train.wandb_project=x"], "train.wandb_project", "train.use_wandb is off"),
+    (["train.wandb_id=x"], "train.wandb_id", "train.use_wandb is off"),
+    (["train.profile_end_step=9"], "train.profile_end_step", "train.enable_profiling is off"),
+    (["train.profile_with_stack=no"], "train.profile_with_stack", "train.enable_profiling is off"),
+]
+
+
+@pytest.mark.parametrize(("argv", "name", "why"), CASES, ids=[f"{name}-{why}" for _, name, why in CASES])
+def test_no_effect(argv: list[str], name: str, why: str) -> None:
+    (warning,) = warnings(load(argv, None))
+    assert warning.startswith(f"{name}: has no effect: ")
+    assert why in warning
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["data.train_size=5", "train.dyn_bsz=true", "data.dyn_bsz_buffer_size=5", "train.bsz_warmup_ratio=0.1"],
+        ["train.enable_reshard_after_forward=on", "train.data_parallel_mode=fsdp2", "train.enable_full_shard=no"],
+        ["train.eval_steps=5", "data.eval_path=x"],
+        ["train.use_wandb=on", "train.wandb_name=x"],
+        ["train.lr_start=1e-5", "train.lr_warmup_ratio=0.1", "train.lr_min=0", "train.lr_decay_ratio=0.5"],
+        ["train.weight_decay=0.1", "train.no_decay_params=bias"],
+        ["train.broadcast_model_weights_from_rank0=no", "model.model_path=x", "model.safetensor_idx_path=y"],
+        ["train.enable_reentrant=no"],
+        ["train.pad_to_length=yes"],
+        ["train.wandb_project=VeOmni", "data.train_size=10_000_000"],
+    ],
+)
+def test_an_effect_or_the_default(argv: list[str]) -> None:
+    assert warnings(load(argv, None)) == []
+
+
+def test_every_rule_names_arguments_and_is_tested() -> None:
+    names = {name for rule in _RULES for name in rule.names}
+    assert names <= set(ARGUMENTS)
+    tested = {name for _, name, _ in CASES}
+    assert {name for name in names - tested if not name.startswith("train.profile_")} == set()
+
+
+def test_reading_a_written_file_back_warns_of_nothing_new() -> None:
+    config = from_dict({"train": {"lr": 1.0}})
+    assert warnings(config) == []
+    import yaml
+
+    assert warnings(from_dict(yaml.safe_load(to_yaml(config)))) == []
