@@ -1,0 +1,148 @@
+"""Named tensors into a folder and back, through torch's distributed checkpoint format.
+
+Every rank writes the parts that it holds into files of its own, and rank 0 an index (`.metadata`) of which part of
+which tensor lies where; a reader takes from them whatever its own layout needs. Two things are done differently from
+torch's own reader and writer:
+
+- A checkpoint may come from anybody, and unpickling runs code. The index, which is a pickle, is read with an unpickler
+  that knows the classes of an index and nothing else, and entries that are not tensors, which torch would unpickle
+  freely, are refused. Tensors are read with weights_only.
+- The parts can be given as copies in host memory: then the live tensors say only where each part belongs and may change
+  while it is being written.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+
+INDEX = ".metadata"
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_KNOWN = {
+    (_METADATA, "Metadata"),
+    (_METADATA, "TensorStorageMetadata"),
+    (_METADATA, "BytesStorageMetadata"),
+    (_METADATA, "TensorProperties"),
+    (_METADATA, "ChunkStorageMetadata"),
+    (_METADATA, "MetadataIndex"),
+    (_METADATA, "StorageMeta"),
+    (_METADATA, "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+}
+
+
+def copy_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy in host memory of what this rank holds of each tensor."""
+    return {
+        name: (tensor.to_local() if isinstance(tensor, DTensor) else tensor).to("cpu", copy=True)
+        for name, tensor in tensors.items()
+    }
+
+
+def write(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    copies: Mapping[str, Tensor] | None,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Write `tensors` into `folder`, on stable storage when this returns; every rank of `group` calls this.
+
+    copies: what `copy_to_host` made of them, to be written in their stead. If a rank fails, the first one's error is
+    raised on all ranks.
+    """
+    # Copies need no staging ahead, which on CUDA would run on the current device of whatever thread this is.
+    writer = _Writer(folder) if copies is None else _Writer(folder, per_thread_copy_ahead=0)
+    try:
+        dcp.save(dict(tensors), storage_writer=writer, planner=_Planner(copies), process_group=group)
+    except dcp.CheckpointException as error:
+        raise _first_failure(error) from error
+
+
+def files_of(folder: Path, rank: int) -> list[Path]:
+    """The files that `write` made on `rank`."""
+    return sorted(folder.glob(f"__{rank}_*.distcp")) + ([folder / INDEX] if rank == 0 else [])
+
+
+def read_index(folder: Path) -> Metadata:
+    """The index of `folder`. ValueError: it holds what an index of tensors does not."""
+    path = folder / INDEX
+    try:
+        with path.open("rb") as stream:
+            index = _IndexUnpickler(stream).load()
+        assert isinstance(index, Metadata)
+        for name, entry in index.state_dict_metadata.items():
+            if not isinstance(name, str) or not isinstance(entry, TensorStorageMetadata):
+                raise ValueError(f"{name} is not a tensor")
+        for key, place in index.storage_data.items():
+            if not isinstance(key, MetadataIndex) or not isinstance(place, _StorageInfo):
+                raise ValueError("a place in the files is not described as one")
+            if place.transform_descriptors or Path(place.relative_path).name != place.relative_path:
+                raise ValueError(f"it refers to a file outside the checkpoint: {place.relative_path}")
+    except (pickle.UnpicklingError, ValueError, TypeError, AttributeError, AssertionError, EOFError) as error:
+        raise ValueError(f"{path} is not the index of a checkpoint: {error}") from None
+    return index
+
+
+def read(folder: Path, index: Metadata, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
+    """Fill `tensors` in place from `folder`; every rank of `group` calls this.
+
+    index: from `read_index`; it must hold every name, in the same shape.
+    """
+    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        dcp.load(dict(tensors), storage_reader=_Reader(folder, index), planner=planner, process_group=group)
+    except dcp.CheckpointException as error:
+        raise _first_failure(error) from error
+
+
+class _Writer(dcp.FileSystemWriter):
+    def storage_meta(self) -> StorageMeta:
+        """torch's notes the folder's path here, which is a temporary one."""
+        return StorageMeta(save_id=self.save_id)
+
+
+class _Planner(dcp.DefaultSavePlanner):
+    def __init__(self, copies: Mapping[str, Tensor] | None) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._copies = copies
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return super().lookup_object(index) if self._copies is None else self._copies[index.fqn]
+
+
+class _Reader(dcp.FileSystemReader):
+    def __init__(self, folder: Path, index: Metadata) -> None:
+        super().__init__(folder)
+        self._index = index
+
+    def read_metadata(self) -> Metadata:
+        return self._index
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _KNOWN:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which has no place there")
+
+
+def _first_failure(error: dcp.CheckpointException) -> BaseException:
+    rank, (cause, _) = next(iter(sorted(error.failures.items())))
+    if isinstance(cause, (OSError, ValueError)):
+        return ValueError(f"rank {rank}: {cause}")
+    return RuntimeError(f"rank {rank}: {type(cause).__name__}: {cause}")

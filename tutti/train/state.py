@@ -1,0 +1,130 @@
+"""What a checkpoint holds, as one flat dictionary of named tensors, and the state of the random generators.
+
+The names do not depend on the layout: `model.<parameter or buffer>` and `optimizer.<parameter>.<state>`, without what
+DDP, compilation or rematerialisation put into module names, and tied parameters once. The tensors are the live ones
+(DTensors where the model is sharded), so reading into them loads the model and the optimizer; nothing is copied for a
+save. Because the optimizer's state goes by parameter name, its groups may be cut and ordered otherwise when it is read.
+
+An optimizer makes its state at a parameter's first step. Before a load it is therefore stepped once with zero gradients
+and a learning rate of zero, which changes no parameter.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from tutti.train.optim import set_lr
+
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def model_entries(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer of `model` by its name in the plain model; tied ones under each name."""
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    entries = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        assert isinstance(tensor, Tensor), f"{name}: state that is no tensor has no place in a checkpoint"
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        entries[name] = tensor
+    return entries
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """`model.<name>` for every parameter and persistent buffer, tied ones under their first name."""
+    first: dict[Tensor, str] = {}
+    for name, tensor in model_entries(model).items():
+        first.setdefault(tensor, name)
+    return {f"model.{name}": tensor.detach() for tensor, name in first.items()}
+
+
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """`optimizer.<parameter>.<state>` for every parameter that has been stepped."""
+    return {
+        f"optimizer.{name}.{key}": value.detach()
+        for name, parameter in _optimized(model, optimizer).items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def unstepped(model: nn.Module, optimizer: Optimizer) -> list[str]:
+    """The parameters that the optimizer holds no state for, since none ever had a gradient."""
+    return [name for name, parameter in _optimized(model, optimizer).items() if not optimizer.state.get(parameter)]
+
+
+def create_optimizer_state(model: nn.Module, optimizer: Optimizer, skip: set[str]) -> None:
+    """Make the state of every parameter except those named in `skip`, without changing any parameter."""
+    assert not any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+    rates = [group["lr"] for group in optimizer.param_groups]
+    parameters = [parameter for name, parameter in _optimized(model, optimizer).items() if name not in skip]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.state.clear()
+    set_lr(optimizer, 0.0)
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _optimized(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The parameters in `optimizer`'s groups, by their first name in the plain model."""
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    named: dict[str, Tensor] = {}
+    for name, tensor in model_entries(model).items():
+        if tensor in held:
+            named[name] = tensor
+            held.remove(tensor)
+    assert not held, "the optimizer holds parameters that are not in the model"
+    return named
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The state of this process's generators (Python, NumPy, torch on the CPU and on `device`), as plain data."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    state = {
+        "python": random.getstate(),
+        "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, gauss],
+        "torch": _encode(torch.get_rng_state()),
+    }
+    if device.type != "cpu":
+        state[device.type] = _encode(torch.get_device_module(device).get_rng_state(device))
+    return state
+
+
+def restore_rng(state: dict[str, Any], device: torch.device) -> None:
+    """Go on from where `rng_state` was taken; an accelerator whose state was not kept is seeded from the CPU's."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(_decode(state["torch"]))
+    if device.type in state:
+        torch.get_device_module(device).set_rng_state(_decode(state[device.type]), device)
+    elif device.type != "cpu":
+        torch.get_device_module(device).manual_seed(torch.initial_seed())
+
+
+def derive_rng(origin: str, rank: int) -> None:
+    """Seed all generators from `origin` and `rank`: where the ranks are not those that saved their state."""
+    seed = int.from_bytes(hashlib.sha256(f"{origin}:{rank}".encode()).digest()[:8], "big") >> 1
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+    torch.manual_seed(seed)
+
+
+def _encode(state: Tensor) -> str:
+    return base64.b64encode(state.cpu().numpy().tobytes()).decode()
+
+
+def _decode(state: str) -> Tensor:
+    return torch.from_numpy(np.frombuffer(base64.b64decode(state), dtype=np.uint8).copy())
