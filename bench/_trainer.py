@@ -1,8 +1,8 @@
 """transformers' Trainer on the bench's samples, as a process of its own: `python -m bench._trainer FOLDER MODE`.
 
 FOLDER holds what bench.speed put there: config.json and workload.json. It trains in fp32 weights with bf16 autocast,
-padded to the longest of a batch. MODE `grouped` runs the samples in the length-grouped micro batches they come in, `padded`
-in a random order. Prints a line of JSON: trained tokens and seconds of the timed steps.
+padded to the longest of a batch. MODE `grouped` runs the samples in the length-grouped micro batches they come in,
+`padded` in a random order. Prints a line of JSON: trained tokens and seconds of the timed steps.
 """
 
 from __future__ import annotations
