@@ -106,11 +106,15 @@ def _watch(ranks: list[subprocess.Popen]) -> int | None:
     """Wait until all have ended, or one has failed and the others had their moment; the rank that failed first."""
     first: int | None = None
     deadline = float("inf")
-    while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
+    while _running(ranks) and time.monotonic() < deadline:
         if first is None and (first := _failed(ranks)) is not None:
             deadline = time.monotonic() + _GRACE_SECONDS
         time.sleep(_POLL_SECONDS)
     return _failed(ranks) if first is None else first
+
+
+def _running(ranks: list[subprocess.Popen]) -> list[subprocess.Popen]:
+    return [process for process in ranks if process.poll() is None]
 
 
 def _failed(ranks: list[subprocess.Popen]) -> int | None:
@@ -119,11 +123,10 @@ def _failed(ranks: list[subprocess.Popen]) -> int | None:
 
 def _kill(ranks: list[subprocess.Popen]) -> None:
     """End the ranks that still run, with everything they started."""
-    for process in ranks:
-        if process.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    for process in _running(ranks):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _explain(ranks: list[subprocess.Popen], notes: list[Path], failed: int) -> int:
