@@ -17,6 +17,10 @@ help: ## Show this list
 quickstart: $(VENV)/.stamp ## Install, then train a small language model on data/quickstart (minutes, no GPU needed)
 	rm -rf runs/quickstart
 	$(BIN)/tutti train configs/quickstart.yaml
+	@echo
+	@echo "Look at runs/quickstart/report.html in a browser. The model is in runs/quickstart/hf/final. To train it further:"
+	@echo "  $(BIN)/tutti check configs/sft_lm.yaml    what it would see"
+	@echo "  $(BIN)/tutti train configs/sft_lm.yaml"
 
 install: $(VENV)/.stamp ## Install Tutti into .venv
 

@@ -42,8 +42,8 @@ model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
 texts = [json.loads(line)["content_split"] for line in (folder / "rows.jsonl").read_text().splitlines()]
 rows = [{"input_ids": ids} for ids in tokenizer(texts)["input_ids"]]
 arguments = TrainingArguments(
-    output_dir=str(folder / "run"), per_device_train_batch_size=8, max_steps=2, logging_steps=1, bf16=True, use_cpu=True,
-    report_to="none", save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
+    output_dir=str(folder / "run"), per_device_train_batch_size=8, max_steps=2, logging_steps=1,
+    bf16=True, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
 )
 (folder / "run").mkdir(exist_ok=True)
 collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
