@@ -21,6 +21,8 @@ CASES = [
         "data.shuffle_buffer_size",
         "data.shuffle is off",
     ),
+    (["data.drop_last=no", "data.datasets_type=iterable"], "data.drop_last", "data.train_size"),
+    (["data.drop_last=no", "data.train_sample=9"], "data.drop_last", "data.train_sample"),
     (["model.num_labels=5"], "model.num_labels", "classification"),
     (["model.safetensor_idx_path=x", "train.save_hf_weights=no"], "model.safetensor_idx_path", "none exported"),
     (["train.enable_full_shard=no"], "train.enable_full_shard", "ddp"),
@@ -75,7 +77,7 @@ def test_no_effect(argv: list[str], name: str, why: str) -> None:
         ["train.weight_decay=0.1", "train.no_decay_params=bias"],
         ["train.broadcast_model_weights_from_rank0=no", "model.model_path=x", "model.safetensor_idx_path=y"],
         ["train.enable_reentrant=no"],
-        ["train.pad_to_length=yes"],
+        ["train.pad_to_length=yes", "data.drop_last=no"],
         ["train.wandb_project=VeOmni", "data.train_size=10_000_000"],
     ],
 )

@@ -178,7 +178,8 @@ def test_a_name_like_no_other() -> None:
         ),
         (
             {"train": {"enable_profiling": True, "profile_start_step": 5}},
-            "train.profile_end_step: must be above train.profile_start_step (5), got 2",
+            "train.profile_end_step: must be above 1, which is the first step, and above train.profile_start_step (5), "
+            "got 2",
         ),
     ],
 )

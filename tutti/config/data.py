@@ -74,5 +74,5 @@ class DataConfig:
     )
     shuffle: bool = arg(True, "Shuffle the training data; false keeps its order.", added=True)
     shuffle_buffer_size: int = arg(
-        10_000, "Rows that the shuffle buffer of an iterable data set holds.", low=1, added=True
+        10_000, "Samples that the shuffle buffer of an iterable data set holds.", low=1, added=True
     )

@@ -23,6 +23,10 @@ Set an argument in the YAML file, under its group, or on the command line, where
 On the command line a switch alone means true, a list is written `a,b` or `[a, b]`, a mapping as YAML or JSON or by a
 longer name (`model.encoders.image.model_path=...`), and no value is `none`. `tutti args train.lr` looks arguments up.
 
+A run writes its whole configuration, defaults included, to `config.yaml` in its output folder, and `tutti train` takes
+that file again. The list `explicit` at its end names what was set; all else is a default, and follows if what it
+depends on is overridden.
+
 L is `data.max_seq_len`; B = `train.micro_batch_size` * L is the token budget of a micro batch; T is the number of
 optimizer steps in all; dp is the number of data-parallel ranks.
 """

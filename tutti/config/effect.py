@@ -20,6 +20,11 @@ def _prefixed(prefix: str) -> tuple[str, ...]:
     return tuple(name for name in ARGUMENTS if name.startswith(prefix))
 
 
+def _has_fixed_steps(config: Config) -> bool:
+    size = "data.train_size" if config.train.dyn_bsz else "data.train_sample"
+    return config.data.datasets_type == "iterable" or size in config.explicit
+
+
 def _ends_without_exports(config: Config) -> bool:
     train = config.train
     return not (train.save_hf_weights or train.hf_save_steps or train.hf_save_epochs or config.model.model_path)
@@ -61,6 +66,11 @@ _RULES = (
         ("data.shuffle_buffer_size",),
         lambda config: config.data.datasets_type != "mapping" and not config.data.shuffle,
         "data.shuffle is off",
+    ),
+    _Rule(
+        ("data.drop_last",),
+        _has_fixed_steps,
+        "the steps of an epoch are given by data.train_size or data.train_sample, so that nothing remains",
     ),
     _Rule(
         ("model.num_labels",),

@@ -191,10 +191,10 @@ def _missing(config: Config, verb: str | None, refused: list[str]) -> list[str]:
 def _contradictions(config: Config) -> list[str]:
     """What is wrong with values that are each right by themselves."""
     train = config.train
-    if train.enable_profiling and train.profile_end_step <= train.profile_start_step:
+    if train.enable_profiling and train.profile_end_step <= max(1, train.profile_start_step):
         return [
-            f"train.profile_end_step: must be above train.profile_start_step ({train.profile_start_step}), "
-            f"got {train.profile_end_step}"
+            f"train.profile_end_step: must be above 1, which is the first step, and above train.profile_start_step "
+            f"({train.profile_start_step}), got {train.profile_end_step}"
         ]
     return []
 

@@ -60,7 +60,7 @@ class ModelConfig:
     )
     num_labels: int | None = arg(
         None,
-        "Number of classes when data.data_type is classification; none takes the config's, or counts the labels.",
+        "Number of classes when data.data_type is classification; none takes the config's.",
         low=2,
         added=True,
     )

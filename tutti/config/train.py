@@ -135,7 +135,7 @@ class TrainConfig:
     wandb_name: str | None = arg(None, "Name of the Weights & Biases run.")
     wandb_id: str | None = arg(None, "Id of the Weights & Biases run to go on with.")
     enable_profiling: bool = arg(False, "Run torch's profiler and write Chrome traces.")
-    profile_start_step: int = arg(1, "First step that is profiled.", low=0)
+    profile_start_step: int = arg(1, "First step that is profiled; a run's first step is 1.", low=0)
     profile_end_step: int = arg(2, "Step before which profiling ends.", low=1)
     profile_trace_dir: str = arg("./trace", "Folder of the traces.")
     profile_record_shapes: bool = arg(True, "Record the shapes of the operators' inputs.")

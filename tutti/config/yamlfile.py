@@ -90,7 +90,8 @@ def to_yaml(config: Config) -> str:
         values = ((field.name, getattr(getattr(config, group), field.name)) for field in fields(cls))
         tree[group] = {name: list(value) if isinstance(value, tuple) else value for name, value in values}
     tree["explicit"] = sorted(config.explicit)
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=4096)
+    head = "# The whole configuration of a run, to be passed to `tutti train` again. `explicit` lists what was set.\n"
+    return head + yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=4096)
 
 
 def _walk(node: yaml.MappingNode, prefix: str, lines: dict[str, int], twice: list[str]) -> None:
