@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from tests.harness import run_ranks
 from tutti.core.dist import Dist, init_dist, shutdown_dist
@@ -48,12 +48,12 @@ class Tiny(nn.Module):
 def build(layout: str, kind: str = "adamw", seed: int = 0, groups: bool = False):
     torch.manual_seed(seed)
     model: nn.Module = Tiny()
-    if layout == "fsdp2":
-        for block in (model.body[0], model.body[2]):
-            fully_shard(block)
-        fully_shard(model)
-    elif layout == "ddp":
-        model = DistributedDataParallel(model, find_unused_parameters=True)
+    if layout != "plain":
+        world = torch.distributed.get_world_size()
+        shape = {"shard": (1, world), "copies": (world, 1), "hybrid": (world // 2, 2)}[layout]
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+        for block in (model.body[0], model.body[2], model):
+            fully_shard(block, mesh=mesh, reshard_after_forward=layout != "copies")
     parameters = list(model.parameters())
     split = [{"params": parameters[::-2]}, {"params": parameters[-2::-2]}] if groups else parameters
     if kind == "bf16":
@@ -64,8 +64,8 @@ def build(layout: str, kind: str = "adamw", seed: int = 0, groups: bool = False)
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
     for _ in range(steps):
-        ids = torch.randint(0, 17, (4, 6))
-        nn.functional.cross_entropy(model(ids).float().flatten(0, 1), ids.flatten()).backward()
+        ids = torch.randint(0, 17, (24,))
+        nn.functional.cross_entropy(model(ids).float(), ids).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -100,7 +100,7 @@ def warnings(caplog):
 
 
 def checkpointer(root: Path, dist: Dist, **settings) -> Checkpointer:
-    return Checkpointer(root / "checkpoints", dist, **{"save_async": False, **settings})
+    return Checkpointer(root, dist, **{"save_async": False, **settings})
 
 
 def saved(root: Path, dist: Dist, *steps: int, layout: str = "plain", **settings) -> tuple:
@@ -118,7 +118,7 @@ def names(root: Path) -> list[str]:
     return sorted(path.name for path in (root / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("layout", ["plain", "fsdp2", "ddp"])
+@pytest.mark.parametrize("layout", ["plain", "shard", "copies"])
 @pytest.mark.parametrize("kind", ["adamw", "bf16"])
 def test_resumes_bit_equal(tmp_path, one_rank, layout, kind):
     model, optimizer = build(layout, kind)
@@ -132,7 +132,7 @@ def test_resumes_bit_equal(tmp_path, one_rank, layout, kind):
 
     again, resumed = build(layout, kind, seed=1, groups=True)
     torch.manual_seed(5)
-    assert checkpointer(tmp_path, one_rank).load("auto", again, resumed) == state
+    assert checkpointer(tmp_path, one_rank).resume("auto", again, resumed) == state
     assert_same(everything(again, resumed), at_save)
     assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == drawn
     train(again, resumed, 2)
@@ -182,7 +182,7 @@ def load_on_ranks(root: Path, layout: str) -> tuple[dict[str, np.ndarray], list[
     keeper = checkpointer(root, dist)
     draws = []
     for _ in range(2):
-        assert keeper.load(str(root), model, optimizer) == {"step": 2}
+        assert keeper.resume(str(root), model, optimizer) == {"step": 2}
         draws.append(torch.rand(2).tolist())
     assert draws[0] == draws[1]
     return everything(model, optimizer), draws[0]
@@ -191,10 +191,11 @@ def load_on_ranks(root: Path, layout: str) -> tuple[dict[str, np.ndarray], list[
 @pytest.mark.parametrize(
     ("source", "source_ranks", "save_async", "target", "target_ranks"),
     [
-        ("fsdp2", 2, False, "plain", 1),
-        ("fsdp2", 1, False, "fsdp2", 2),
-        ("fsdp2", 2, True, "fsdp2", 3),
-        ("ddp", 2, True, "fsdp2", 1),
+        ("shard", 2, False, "plain", 1),
+        ("shard", 1, False, "shard", 2),
+        ("shard", 2, True, "shard", 3),
+        ("copies", 2, True, "shard", 1),
+        ("shard", 1, False, "hybrid", 4),
     ],
 )
 def test_other_layouts_read_it(tmp_path, source, source_ranks, save_async, target, target_ranks):
@@ -206,8 +207,8 @@ def test_other_layouts_read_it(tmp_path, source, source_ranks, save_async, targe
 
 
 def test_every_rank_gets_its_own_generator_back(tmp_path):
-    run_ranks(2, save_on_ranks, tmp_path, "fsdp2", False)
-    for rank, (_, draw) in enumerate(run_ranks(2, load_on_ranks, tmp_path, "fsdp2")):
+    run_ranks(2, save_on_ranks, tmp_path, "shard", False)
+    for rank, (_, draw) in enumerate(run_ranks(2, load_on_ranks, tmp_path, "shard")):
         torch.manual_seed(rank)
         assert draw == torch.rand(2).tolist()
 
@@ -216,17 +217,17 @@ def test_async_save_is_of_the_moment_it_was_asked_for(tmp_path, one_rank, monkey
     may_write = threading.Event()
     write = shards.write
     monkeypatch.setattr(shards, "write", lambda *args: may_write.wait(30) and write(*args))
-    model, optimizer = build("fsdp2")
+    model, optimizer = build("shard")
     train(model, optimizer, 2)
     keeper = checkpointer(tmp_path, one_rank, save_async=True)
     keeper.save(2, model, optimizer, {})
     asked = everything(model, optimizer)
     train(model, optimizer, 3)
-    assert keeper.latest() is None
+    assert not (tmp_path / "checkpoints/global_step_2").exists()
     may_write.set()
     keeper.wait()
-    again, resumed = build("fsdp2", seed=1)
-    keeper.load("auto", again, resumed)
+    again, resumed = build("shard", seed=1)
+    keeper.resume("auto", again, resumed)
     assert_same(everything(again, resumed), asked)
 
 
@@ -291,7 +292,7 @@ def test_a_kill_after_the_commit_counts_as_saved(tmp_path, one_rank, monkeypatch
 def fill_the_disk(root: Path) -> list[str]:
     """A save while this rank, if it is 1, cannot write more than a few bytes into a file."""
     dist = init_dist(torch.device("cpu"))
-    model, optimizer, keeper = saved(root, dist, 1, layout="fsdp2")
+    model, optimizer, keeper = saved(root, dist, 1, layout="shard")
     if dist.rank == 1:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
@@ -331,7 +332,7 @@ def test_a_flipped_bit_is_found_and_named_before_anything_is_read(tmp_path, one_
     monkeypatch.setattr(shards, "_IndexUnpickler", raising(Killed()))
     monkeypatch.setattr(torch, "load", raising(Killed()))
     with pytest.raises(ValueError, match=f"{name} is damaged"):
-        keeper.load(str(folder), model, optimizer)
+        keeper.resume(str(folder), model, optimizer)
     assert_same(everything(model, optimizer), before)
 
 
@@ -359,20 +360,20 @@ def test_latest_passes_over_damage_and_says_why(tmp_path, one_rank, warnings, da
     [record] = [record for record in warnings.records if record.levelno == logging.WARNING]
     assert "global_step_3" in record.getMessage()
     with pytest.raises(ValueError, match=reason) as error:
-        keeper.load(str(tmp_path / "checkpoints/global_step_3"), model, optimizer)
+        keeper.resume(str(tmp_path / "checkpoints/global_step_3"), model, optimizer)
     assert str(error.value) in record.getMessage()
-    assert keeper.load("auto", model, optimizer) == {"step": 2}
+    assert keeper.resume("auto", model, optimizer) == {"step": 2}
 
 
 def damaged_on_ranks(root: Path) -> list[str]:
     """Rank 1 hashes the damaged file; both must hear of it."""
     dist = init_dist(torch.device("cpu"))
-    model, optimizer, keeper = saved(root, dist, 1, 2, layout="fsdp2")
+    model, optimizer, keeper = saved(root, dist, 1, 2, layout="shard")
     if dist.is_main:
         flip(root / "checkpoints/global_step_2/__0_0.distcp")
     dist.barrier()
     with pytest.raises(ValueError, match=r"__0_0\.distcp is damaged"):
-        keeper.load(str(root / "checkpoints/global_step_2"), model, optimizer)
+        keeper.resume(str(root / "checkpoints/global_step_2"), model, optimizer)
     found = keeper.latest()
     assert found is not None
     return [found.name]
@@ -393,7 +394,7 @@ def test_saving_a_step_again_replaces_it(tmp_path, one_rank):
     assert names(tmp_path) == ["global_step_1", "global_step_2", "latest"]
     expected = everything(model, optimizer)
     train(model, optimizer, 1)
-    keeper.load("auto", model, optimizer)
+    keeper.resume("auto", model, optimizer)
     assert_same(everything(model, optimizer), expected)
 
 
@@ -434,12 +435,12 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, one_rank):
     index.planner_data = Harmful(mark)
     forge(folder, ".metadata", pickle.dumps(index))
     with pytest.raises(ValueError, match=r"\.metadata is not the index of a checkpoint: it names pathlib"):
-        keeper.load(str(folder), model, optimizer)
+        keeper.resume(str(folder), model, optimizer)
     assert not mark.exists()
     for content in (b"", b"junk", pickle.dumps({}), pickle.dumps([1])):
         forge(folder, ".metadata", content)
         with pytest.raises(ValueError, match="is not the index of a checkpoint"):
-            keeper.load(str(folder), model, optimizer)
+            keeper.resume(str(folder), model, optimizer)
 
 
 def test_an_entry_that_would_be_unpickled_freely_is_refused(tmp_path, one_rank):
@@ -449,7 +450,7 @@ def test_an_entry_that_would_be_unpickled_freely_is_refused(tmp_path, one_rank):
     index.state_dict_metadata["model.scale"] = torch.distributed.checkpoint.metadata.BytesStorageMetadata()
     forge(folder, ".metadata", pickle.dumps(index))
     with pytest.raises(ValueError, match=r"model\.scale is not a tensor"):
-        keeper.load(str(folder), model, optimizer)
+        keeper.resume(str(folder), model, optimizer)
 
 
 def test_a_place_outside_the_checkpoint_is_refused(tmp_path, one_rank):
@@ -459,11 +460,11 @@ def test_a_place_outside_the_checkpoint_is_refused(tmp_path, one_rank):
     next(iter(index.storage_data.values())).relative_path = "../elsewhere"
     forge(folder, ".metadata", pickle.dumps(index))
     with pytest.raises(ValueError, match=r"outside the checkpoint: \.\./elsewhere"):
-        keeper.load(str(folder), model, optimizer)
+        keeper.resume(str(folder), model, optimizer)
     content = (folder / "manifest.json").read_text().replace('"state.json"', '"../state.json"')
     (folder / "manifest.json").write_text(content)
     with pytest.raises(ValueError, match=r"outside its folder: \.\./state\.json"):
-        keeper.load(str(folder), model, optimizer)
+        keeper.resume(str(folder), model, optimizer)
 
 
 def test_tensors_that_do_not_fit_are_listed(tmp_path, one_rank):
@@ -474,7 +475,7 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path, one_rank):
     model.body[2] = nn.Linear(5, 6, bias=False)
     optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(ValueError) as error:
-        keeper.load("auto", model, optimizer)
+        keeper.resume("auto", model, optimizer)
     message = str(error.value)
     assert "lacks model.extra" in message
     assert "model.body.0.weight [5, 6] instead of [4, 6]" in message
@@ -485,14 +486,14 @@ def test_missing_optimizer_state_is_listed(tmp_path, one_rank):
     saved(tmp_path, one_rank, 1)
     model, optimizer = build("plain", "bf16")
     with pytest.raises(ValueError, match=r"lacks .*optimizer\.embed\.weight\.compensation.*train\.optimizer"):
-        checkpointer(tmp_path, one_rank).load("auto", model, optimizer)
+        checkpointer(tmp_path, one_rank).resume("auto", model, optimizer)
 
 
 def test_another_precision_is_said(tmp_path, one_rank, warnings):
     model, _, keeper = saved(tmp_path, one_rank, 1)
     other, resumed = build("plain")
     other.bfloat16()
-    keeper.load("auto", other, resumed)
+    keeper.resume("auto", other, resumed)
     assert "another precision" in warnings.text
     torch.testing.assert_close(other.embed.weight, model.embed.weight.bfloat16())
 
@@ -500,19 +501,21 @@ def test_another_precision_is_said(tmp_path, one_rank, warnings):
 def test_where_to_load_from(tmp_path, one_rank, warnings):
     model, optimizer = build("plain")
     keeper = checkpointer(tmp_path, one_rank)
-    assert keeper.load("auto", model, optimizer) is None
+    assert keeper.resume(None, model, optimizer) is None
+    assert not warnings.records
+    assert keeper.resume("auto", model, optimizer) is None
     assert "starting afresh" in warnings.text
     with pytest.raises(ValueError, match=r"train\.load_checkpoint_path: there is no folder .*nowhere"):
-        keeper.load(str(tmp_path / "nowhere"), model, optimizer)
+        keeper.resume(str(tmp_path / "nowhere"), model, optimizer)
     with pytest.raises(ValueError, match=r"train\.load_checkpoint_path: .* holds no whole checkpoint"):
-        keeper.load(str(tmp_path), model, optimizer)
+        keeper.resume(str(tmp_path), model, optimizer)
     saved(tmp_path, one_rank, 1, 2)
     folder = tmp_path / "checkpoints"
     elsewhere = checkpointer(tmp_path / "other", one_rank)
     for path, step in ((tmp_path, 2), (folder, 2), (folder / "global_step_1", 1)):
-        assert elsewhere.load(str(path), model, optimizer) == {"step": step}
+        assert elsewhere.resume(str(path), model, optimizer) == {"step": step}
     shutil.move(folder / "global_step_2", tmp_path / "kept")
-    assert elsewhere.load(str(tmp_path), model, optimizer) == {"step": 1}
+    assert elsewhere.resume(str(tmp_path), model, optimizer) == {"step": 1}
 
 
 def test_load_model_only(tmp_path, one_rank):

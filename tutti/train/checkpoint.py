@@ -56,7 +56,7 @@ LATEST = "latest"
 
 
 class Checkpointer:
-    """Saves to and loads from `root`, the folder `checkpoints` of an output folder. Its methods are collective.
+    """Saves to and resumes from the checkpoints of one output folder. Its methods are collective.
 
     save_async: write in the background. max_checkpoints: how many to keep, 0 for all. facts: what the manifest is to
     say of the run besides versions and number of ranks (layout, configuration digest); plain data.
@@ -64,14 +64,14 @@ class Checkpointer:
 
     def __init__(
         self,
-        root: Path,
+        output: Path,
         dist: Dist,
         *,
         save_async: bool,
         max_checkpoints: int = 0,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
-        self._root = root
+        self._root = output / "checkpoints"
         self._dist = dist.on_own_group()
         self._save_async = save_async
         self._max_checkpoints = max_checkpoints
@@ -101,23 +101,27 @@ class Checkpointer:
             self._write(snapshot)
 
     def wait(self) -> None:
-        """Return when no save is under way, raising on every rank what the last one failed with."""
+        """Let a save under way come to its end, raising on every rank what it failed with, if it did."""
         background, self._background = self._background, None
         if background is not None:
             background.join()
 
     def latest(self) -> Path | None:
         """The checkpoint committed last that is whole; damaged ones are passed over with a warning that says why."""
+        self.wait()
         newest = _newest(self._root, self._dist)
         return newest[0] if newest else None
 
-    def load(self, path: str, model: nn.Module, optimizer: Optimizer) -> dict[str, Any] | None:
+    def resume(self, path: str | None, model: nn.Module, optimizer: Optimizer) -> dict[str, Any] | None:
         """Fill `model` and `optimizer` from a checkpoint, restore the random generators, and return its `state`.
 
-        path: train.load_checkpoint_path: a checkpoint, an output folder (its newest whole checkpoint), or `auto`: the
-        newest whole one under `root`, or None if there is none. ValueError, on every rank: there is no checkpoint at
-        `path`, it is damaged, or its tensors are not those of `model` and `optimizer`.
+        path: train.load_checkpoint_path: a checkpoint, an output folder (its newest whole checkpoint), or `auto`: this
+        output folder's. None is returned, and nothing changed, for None, and for `auto` where there is none yet.
+        ValueError, on every rank: no checkpoint is at `path`, or it is damaged or not of this `model` and `optimizer`.
         """
+        if path is None:
+            return None
+        self.wait()
         dist = self._dist
         if path == "auto":
             newest = _newest(self._root, dist)
@@ -190,7 +194,7 @@ class Checkpointer:
 def load_model_only(path: Path, model: nn.Module, dist: Dist) -> None:
     """Fill `model`, which must have its storage, from a checkpoint or an output folder's newest. Collective.
 
-    ValueError: as `Checkpointer.load`.
+    ValueError: as `Checkpointer.resume`.
     """
     folder, _ = _find(path, dist)
     _read(folder, model_tensors(model), set(model_entries(model)), dist, prefixes=("model.",))

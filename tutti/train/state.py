@@ -1,9 +1,9 @@
 """What a checkpoint holds, as one flat dictionary of named tensors, and the state of the random generators.
 
-The names do not depend on the layout: `model.<parameter or buffer>` and `optimizer.<parameter>.<state>`, without what
-DDP, compilation or rematerialisation put into module names, and tied parameters once. The tensors are the live ones
-(DTensors where the model is sharded), so reading into them loads the model and the optimizer; nothing is copied for a
-save. Because the optimizer's state goes by parameter name, its groups may be cut and ordered otherwise when it is read.
+The names are `model.<parameter or buffer>` and `optimizer.<parameter>.<state>`, tied parameters once, whatever the
+layout. The tensors are the live ones (DTensors where the model is sharded), so reading into them loads the model and
+the optimizer; nothing is copied for a save. Because the optimizer's state goes by parameter name, its groups may be cut
+and ordered otherwise when it is read.
 
 An optimizer makes its state at a parameter's first step. Before a load it is therefore stepped once with zero gradients
 and a learning rate of zero, which changes no parameter.
@@ -19,24 +19,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from tutti.train.optim import set_lr
 
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-
 
 def model_entries(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer of `model` by its name in the plain model; tied ones under each name."""
-    if isinstance(model, DistributedDataParallel):
-        model = model.module
-    entries = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        assert isinstance(tensor, Tensor), f"{name}: state that is no tensor has no place in a checkpoint"
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")
-        entries[name] = tensor
+    """Every parameter and persistent buffer of `model`, tied ones under each of their names.
+
+    By way of state_dict, which has FSDP put gathered parameters back into shards.
+    """
+    entries = model.state_dict(keep_vars=True)
+    assert all(isinstance(entry, Tensor) for entry in entries.values()), "a checkpoint has room for tensors only"
     return entries
 
 
@@ -78,7 +72,7 @@ def create_optimizer_state(model: nn.Module, optimizer: Optimizer, skip: set[str
 
 
 def _optimized(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The parameters in `optimizer`'s groups, by their first name in the plain model."""
+    """The parameters in `optimizer`'s groups, by their first name."""
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     named: dict[str, Tensor] = {}
     for name, tensor in model_entries(model).items():
