@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tutti.config import ARGUMENTS, Config, ConfigError, get
+from tutti.config.available import NOT_YET
 from tutti.config.load import from_dict, load, to_yaml
 
 NEEDED = ["--data.train_path", "rows.jsonl", "--train.output_dir=runs/x", "model.model_path=qwen"]
@@ -87,10 +88,11 @@ def test_lists_from_yaml_are_tuples_and_can_be_empty(tmp_path: Path) -> None:
     assert config.model.basic_modules == ()
 
 
-@pytest.mark.parametrize("word", ["none", "None", "null"])
+@pytest.mark.parametrize("word", ["none", "None", "null", ""])
 def test_none(word: str) -> None:
     config = load(["--model.model_path=a", f"--model.model_path={word}", f"model.moe_implementation={word}"], None)
     assert config.model.model_path is None
+    assert load([f"train.no_decay_params={word}"], None).train.no_decay_params == ()
     assert config.model.moe_implementation is None
 
 
@@ -226,6 +228,10 @@ def test_one_file_only(tmp_path: Path) -> None:
     ]
 
 
+def test_one_dash_is_not_enough() -> None:
+    assert problems("-train.lr=1") == ["-train.lr=1: unknown option; an argument is written --a.b VALUE or a.b=VALUE"]
+
+
 def test_a_value_is_missing() -> None:
     assert problems("--train.lr") == ["train.lr: needs a value, as in --train.lr VALUE"]
     assert problems("--train.lr", "--train.seed", "1") == ["train.lr: needs a value, as in --train.lr VALUE"]
@@ -284,6 +290,12 @@ def test_what_is_not_available_yet_is_refused(override: str, part: str) -> None:
     (problem,) = problems(override)
     name = override.partition("=")[0].removesuffix(".image.model_path")
     assert problem.startswith(f"{name}: not available yet ({part}); ")
+
+
+def test_what_is_listed_as_not_available_exists() -> None:
+    for row in NOT_YET:
+        name, _, value = row.partition("=")
+        assert not value or value in ARGUMENTS[name].values, row
 
 
 def test_what_is_not_available_may_be_set_to_its_default() -> None:

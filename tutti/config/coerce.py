@@ -1,8 +1,8 @@
 """From what a user wrote to a value of the argument's type, or one line that says what is wrong with it.
 
 Values come from YAML, already typed, and are taken strictly: `"3"` is no number and `3` no string. They also come from
-the command line as text, where the argument's type decides how to read it. `none` and `null` mean None for arguments
-that may be None.
+the command line as text, where the argument's type decides how to read it. `none`, `null` and nothing at all mean None
+for arguments that may be None, and an empty list or mapping.
 """
 
 import difflib
@@ -13,6 +13,7 @@ from tutti.config.argument import Argument
 from tutti.config.yamlfile import parse_value
 
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_NONE = ("none", "null", "~", "")
 _WANTED = {
     str: "a string",
     int: "a whole number",
@@ -25,10 +26,12 @@ _WANTED = {
 
 def coerce(argument: Argument, value: Any, *, text: bool = False) -> Any:
     """`value` as the argument's type; `text`: it comes from the command line.  Raises ValueError: what is wrong."""
-    if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "~")):
+    if value is None or (isinstance(value, str) and value.lower() in _NONE):
         if argument.optional:
             return None
-        if argument.kind is not str or value is None:
+        if argument.kind in (tuple, dict):
+            return argument.kind()
+        if value is None:
             raise ValueError(f"expects {_WANTED[argument.kind]}, got null")
     typed = _from_text(argument, value) if text else value
     typed = _of_type(argument, typed)

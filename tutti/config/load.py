@@ -69,8 +69,10 @@ def _split(argv: list[str], problems: list[str]) -> tuple[list[str], list[tuple[
     while rest:
         token = rest.pop(0)
         name, equals, value = token.removeprefix("--").partition("=")
-        if not token.startswith("--") and (not equals or os.path.isfile(token)):
+        if not token.startswith("-") and (not equals or os.path.isfile(token)):
             files.append(token)
+        elif not token.startswith("--") and token.startswith("-"):
+            problems.append(f"{token}: unknown option; an argument is written --a.b VALUE or a.b=VALUE")
         elif equals:
             overrides.append((name, value))
         elif rest and _is_value(name, rest[0]):
