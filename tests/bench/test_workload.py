@@ -1,0 +1,46 @@
+"""The speed bench's workload is what it says: the model's size, the operations counted, samples in proportion."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from bench import workload
+
+
+def test_model_has_60_million_parameters(tmp_path: Path) -> None:
+    workload.write_model(tmp_path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == 60
+    matrices = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert workload.matmul_parameters() == sum(matrix.weight.numel() for matrix in matrices)
+
+
+def test_operations_a_token() -> None:
+    # One token attends to nothing but itself; of two samples the longer costs more a token.
+    channels = 8 * 64 * 8
+    assert workload.flops_per_token([[1]]) == 6 * workload.matmul_parameters() + 6 * channels
+    assert workload.flops_per_token([[1] * 100]) == 6 * workload.matmul_parameters() + 6 * channels * 100
+
+
+def test_samples_are_ragged_and_grouped() -> None:
+    work = workload.make_workload(micro_batches=16, batch_size=10, warmup=20, seed=0)
+    lengths = np.array([len(sample) for sample in work.measured]).reshape(16, 10)
+    assert len(work.warmup) == 20
+    assert 150 < lengths.mean() < 250
+    assert lengths.max() <= workload.MAX_LENGTH
+    assert lengths.sum() / (lengths.max(1) * 10).sum() > 0.85, "length-grouped batches hold little padding"
+    assert all(sample[-1] == workload.EOS and workload.EOS not in sample[:-1] for sample in work.measured)
+
+
+def test_text_gives_back_the_tokens(tmp_path: Path) -> None:
+    work = workload.make_workload(micro_batches=1, batch_size=2, warmup=0, seed=0)
+    workload.write_model(tmp_path)
+    workload.write_text(tmp_path / "rows.jsonl", work.measured)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    for line, sample in zip((tmp_path / "rows.jsonl").read_text().splitlines(), work.measured, strict=True):
+        assert tokenizer(json.loads(line)["content_split"])["input_ids"] == sample[:-1]
+        assert tokenizer.eos_token_id == sample[-1]
