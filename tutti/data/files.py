@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 _BLOCK = 1 << 22
-_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{},]', re.DOTALL)
+_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)
 _QUOTED_OR_NEWLINE = re.compile(rb'"[^"]*"?|\n')
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 

@@ -233,6 +233,9 @@ def _known() -> str:
 
 def _has_row_per_line(path: str) -> bool:
     """Whether a .json file holds an object a line, as many do."""
+    with open(path, "rb") as file:
+        if file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            return False
     first = next(JsonLines(path).stream(), None)
     return isinstance(first, Row) and not isinstance(first.value.get("data"), list)
 

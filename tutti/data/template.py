@@ -13,9 +13,11 @@ of content:
 3. The *close* of turn i is what follows its mark when it is the last message, up to and including the first of the
    tokenizer's added tokens (`<|im_end|>`), or all of it if there is none; the full rendering must agree again. Some
    templates end the last turn with another token than the earlier ones; the full rendering's token counts.
-4. Render the conversation as it is, and once more with only message i replaced by its mark. What follows the mark must
+4. Render the conversation as it is, and once more with only message i replaced by a mark. What follows the mark must
    be what the real text ends with, so that the content ends there, whatever the template did to it (stripping, dropping
    earlier thoughts). Header and close, which must be found at these places, give the span.
+   (Where a mark in place of the message before i changes more than that, the prompt of the real messages [0, i) does
+   as well, if the text begins with it.)
 
 Anything that fails to agree is an error for that row; nothing is guessed.
 
@@ -128,7 +130,8 @@ class ChatTemplate:
     def __post_init__(self) -> None:
         self._end = re.compile("|".join(re.escape(end) for end in sorted(self.ends, key=len, reverse=True)) or "(?!)")
         self._tagged = bool(_GENERATION.search(self.source))
-        self._odd, self._blanks_matter = self._learn_odd()
+        odd, self._blanks_matter = self._learn_odd()
+        self._odd = re.compile("|".join(map(re.escape, odd)))
 
     def __call__(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The text and its trained spans, ascending. RowError if the template refuses or spans can't be exact."""
@@ -137,7 +140,7 @@ class ChatTemplate:
         messages = conversation.messages
         shape = (*[message["role"] for message in messages], *conversation.trained)
         contents = [message["content"] for message in messages]
-        if not all(map(self._is_plain, contents)):
+        if not self._are_plain(contents):
             return self._exact(conversation)
         if shape not in self._plans:
             self._plans[shape] = self._plan(conversation)
@@ -188,16 +191,27 @@ class ChatTemplate:
         spans = []
         for number in [number for number, train in enumerate(trained) if train]:
             turn = self._turn(conversation, number)
-            for wanted in (turn.before, number):
-                if wanted is not None and wanted not in ends:
-                    ends[wanted] = self._content_end(conversation, wanted, text)
-            begin, end = 0 if turn.before is None else ends[turn.before], ends[number]
-            if not text.startswith(turn.header, begin) or not text.startswith(turn.close, end):
-                raise RowError(f"the chat template rewrites what stands around message {number}, {_INEXACT}")
-            spans.append((begin + len(turn.header), end + len(turn.close)))
+            begin = self._begin(conversation, number, turn, text, ends)
+            end = self._content_end(conversation, number, text, ends)
+            if not text.startswith(turn.close, end):
+                raise RowError(f"the chat template rewrites what follows message {number}, {_INEXACT}")
+            spans.append((begin, end + len(turn.close)))
         if any(begin > end for begin, end in spans) or any(a[1] > b[0] for a, b in pairwise(spans)):
             raise RowError(f"the chat template changes the order of messages, {_INEXACT}")
         return text, spans
+
+    def _begin(self, conversation: Conversation, number: int, turn: _Turn, text: str, ends: dict[int, int]) -> int:
+        """Where the span of a message begins: after its header, or else after the whole prompt, if `text` has that."""
+        try:
+            begin = 0 if turn.before is None else self._content_end(conversation, turn.before, text, ends)
+            if text.startswith(turn.header, begin):
+                return begin + len(turn.header)
+            raise RowError(f"the chat template rewrites what precedes message {number}, {_INEXACT}")
+        except RowError:
+            prompt = self.render(conversation.messages[:number], conversation, prompt=True)
+            if conversation.messages[number]["role"] == "assistant" and text.startswith(prompt):
+                return len(prompt)
+            raise
 
     def _tagged_spans(self, conversation: Conversation, tagged: list[Span]) -> list[Span]:
         """The spans the template itself tags, less those of assistant messages that are not to be trained on."""
@@ -212,14 +226,17 @@ class ChatTemplate:
             )
         return [span for number, span in zip(assistants, tagged, strict=True) if conversation.trained[number]]
 
-    def _content_end(self, conversation: Conversation, number: int, text: str) -> int:
-        """Where the content of a message ends in `text`: before what follows when it alone is replaced by its mark."""
+    def _content_end(self, conversation: Conversation, number: int, text: str, ends: dict[int, int]) -> int:
+        """Where a message's content ends in `text`: before what follows when it alone is a mark. Kept in `ends`."""
+        if number in ends:
+            return ends[number]
         messages = list(conversation.messages)
         messages[number] = {**_marked(number, messages[number]), "content": _PROBE}
         _, *after = self.render(messages, conversation).split(_PROBE)
         if len(after) != 1 or not text.endswith(after[0]):
             raise RowError(f"the chat template writes other things after message {number} for this content, {_INEXACT}")
-        return len(text) - len(after[0])
+        ends[number] = len(text) - len(after[0])
+        return ends[number]
 
     def _turn(self, conversation: Conversation, number: int) -> _Turn:
         messages = [_marked(n, message) for n, message in enumerate(conversation.messages)]
@@ -314,12 +331,12 @@ class ChatTemplate:
             )
         return _Plan(literals, order, places)
 
-    def _is_plain(self, content: str) -> bool:
-        if self._blanks_matter and (not content or content[0].isspace() or content[-1].isspace()):
+    def _are_plain(self, contents: list[str]) -> bool:
+        if self._blanks_matter and any([not text or text[0].isspace() or text[-1].isspace() for text in contents]):
             return False
-        return not any(odd in content for odd in self._odd)
+        return self._odd.search("\0".join(contents)) is None
 
-    def _learn_odd(self) -> tuple[tuple[str, ...], bool]:
+    def _learn_odd(self) -> tuple[set[str], bool]:
         """Strings that may make the template treat a content as other than text, and whether blanks at its edges do."""
         constants = _constants(self.source) | {"\n", "\n\n", "\ue000", "\ue001", _PROBE}
         odd = {
@@ -327,7 +344,7 @@ class ChatTemplate:
         }
         sample = self._sample()
         if sample is None:
-            return ("",), True
+            return {""}, True
         literals, order = _split(self.render([_marked(n, m) for n, m in enumerate(sample)], _BARE))
         plan = _Plan(literals, order, [])
 
@@ -344,7 +361,7 @@ class ChatTemplate:
             if any(map(matters, tries)):
                 odd.add(text)
         blanks = any(map(matters, ("", " x", "x ", "\nx", "x\n")))
-        return tuple(text for text in odd if not any(other in text for other in odd - {text})), blanks
+        return odd, blanks
 
     def _sample(self) -> list[dict[str, Any]] | None:
         """A conversation with as many roles as the template knows, to try contents in."""
