@@ -104,7 +104,7 @@ def test_train_alone_says_what_is_needed(capsys: pytest.CaptureFixture[str]) -> 
         (["args", "--yaml"], "args: unexpected --yaml; it takes [PREFIX] [--json | --markdown]"),
         (["train", "--nproc", "0"], "--nproc: expects a number of ranks, 1 or more, got '0'"),
         (["train", "--nproc"], "--nproc: expects a number of ranks, 1 or more, got ''"),
-        (["args", "--nproc=2"], "--nproc: args runs in one process; only train takes it"),
+        (["args", "--nproc=2"], "--nproc: only train and check take it, args does not"),
         (["train", *NEEDED, "--train.lrr=1"], "train.lrr: unknown argument; did you mean train.lr?"),
         (["train", "none.yaml"], "none.yaml: No such file or directory"),
     ],
@@ -134,6 +134,16 @@ def test_train_gets_the_resolved_configuration(monkeypatch: pytest.MonkeyPatch) 
     assert seen[0].train.global_batch_size == 3
     assert seen[0].model.tokenizer_path == "qwen"
     assert "train.global_batch_size" not in seen[0].explicit
+
+
+def test_check_looks_at_the_ranks_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int | None, int]] = []
+    module = ModuleType("tutti.train.check")
+    module.check = lambda config, world: seen.append((config.train.global_batch_size, world))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tutti.train.check", module)
+    assert main(["check", *NEEDED]) == 0
+    assert main(["check", *NEEDED, "--nproc", "64"]) == 0
+    assert seen == [(1, 1), (64, 64)]
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,11 @@ Tutti trains any model of the Hugging Face ecosystem on any number of processes,
 
 usage: tutti VERB ...
 
-  train   [FILE.yaml] [--a.b VALUE | a.b=VALUE ...] [--nproc N]
-  check   [FILE.yaml] [--a.b VALUE | a.b=VALUE ...]     look at data, batches, sizes and memory; train nothing
-  export  CHECKPOINT_OR_OUTPUT_DIR OUT_FOLDER           make a Hugging Face folder of a checkpoint
-  args    [PREFIX] [--json | --markdown]                list the arguments
-  infer                                                 not available yet
+  train   [FILE.yaml] [--a.b VALUE | a.b=VALUE ...] [--nproc N]    train a model
+  check   [FILE.yaml] [--a.b VALUE | a.b=VALUE ...] [--nproc N]    look at its data, batches, sizes and memory first
+  export  CHECKPOINT_OR_OUTPUT_DIR OUT_FOLDER                      make a Hugging Face folder of a checkpoint
+  args    [PREFIX] [--json | --markdown]                           list the arguments of a configuration
+  infer                                                            not available yet
 
   --debug    with any verb: show the traceback of an error
   --help     with a verb: more about it
@@ -65,15 +65,18 @@ examples:
 """
 
 _CHECK_HELP = f"""\
-usage: tutti check [FILE.yaml] [--a.b VALUE | a.b=VALUE ...]
+usage: tutti check [FILE.yaml] [--a.b VALUE | a.b=VALUE ...] [--nproc N]
 
 Read the configuration and the data as a run would, and show the first batch with its loss mask, rows kept and dropped,
 steps and tokens, the parallel plan, parameters and memory. Nothing is trained.
 
 {_CONFIGURED}
 
-example:
+  --nproc N    look at a run of N ranks; none of them is started
+
+examples:
   tutti check run.yaml
+  tutti check run.yaml --nproc 64
 """
 
 _EXPORT_HELP = """\
@@ -144,8 +147,8 @@ def _dispatch(argv: list[str]) -> int:
     if command.help:
         print(text, end="")
         return 0
-    if command.nproc is not None and command.verb != "train":
-        raise ConfigError([f"--nproc: {command.verb} runs in one process; only train takes it"])
+    if command.nproc is not None and command.verb not in ("train", "check"):
+        raise ConfigError([f"--nproc: only train and check take it, {command.verb} does not"])
     return run(command)
 
 
@@ -186,11 +189,12 @@ def _train(command: _Command) -> int:
 
 
 def _check(command: _Command) -> int:
-    config = _configure(command, _world())
+    world = command.nproc or _world()
+    config = _configure(command, world)
 
     from tutti.train.check import check
 
-    check(config)
+    check(config, world)
     return 0
 
 
