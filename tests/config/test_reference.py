@@ -103,6 +103,7 @@ def test_the_page_is_in_sync() -> None:
 def test_select_by_prefix_of_the_whole_name_or_of_the_leaf() -> None:
     assert [argument.name for argument in select("train.lr_w")] == ["train.lr_warmup_ratio"]
     assert [argument.name for argument in select("tokenizer")] == ["model.tokenizer_path", "infer.tokenizer_path"]
+    assert {argument.group for argument in select("model")} == {"model"}
     assert select("nothing") == []
 
 

@@ -33,12 +33,13 @@ optimizer steps in all; dp is the number of data-parallel ranks.
 
 
 def select(prefix: str) -> list[Argument]:
-    """The arguments whose dotted name, or whose name within its group, begins with `prefix`; added ones last."""
-    found = [
-        argument
-        for argument in ARGUMENTS.values()
-        if argument.name.startswith(prefix) or argument.leaf.startswith(prefix)
-    ]
+    """The arguments whose dotted name begins with `prefix`, or else those whose name within its group does.
+
+    Those that were added to the reference come last.
+    """
+    arguments = ARGUMENTS.values()
+    found = [argument for argument in arguments if argument.name.startswith(prefix)]
+    found = found or [argument for argument in arguments if argument.leaf.startswith(prefix)]
     return sorted(found, key=lambda argument: argument.added)
 
 
