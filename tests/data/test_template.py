@@ -172,6 +172,13 @@ def test_no_guessing(name: str, messages: list, reason: str) -> None:
         template_for(name)(conversation_of({"messages": messages}, ("messages",)))
 
 
+def test_a_template_without_a_generation_prompt() -> None:
+    source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>\n{% endfor %}"
+    template = ChatTemplate(source, source, {}, ("<end>",))
+    spans = template(conversation_of({"messages": [user("q"), assistant("a")]}, ("messages",)))
+    assert bracketed(*spans) == "<user>q<end>\n<assistant>[[a<end>]]\n"
+
+
 def test_a_template_whose_prompt_is_not_its_header() -> None:
     source = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[A]{% endif %}"

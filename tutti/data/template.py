@@ -10,6 +10,7 @@ of content:
    template writes around the contents.
 2. The *header* of turn i is what the generation prompt puts after the previous mark: render messages [0, i) with
    `add_generation_prompt=True` and read off what follows the last mark. The full rendering must have the same there.
+   Of a template without a generation prompt it is all visible text up to the content.
 3. The *close* of turn i is what follows its mark when it is the last message, up to and including the first of the
    tokenizer's added tokens (`<|im_end|>`), or all of it if there is none; the full rendering must agree again. Some
    templates end the last turn with another token than the earlier ones; the full rendering's token counts.
@@ -281,7 +282,8 @@ class ChatTemplate:
             raise RowError(f"the chat template moves message {before} behind others, {_INEXACT}")
         prompt = literals[-1]
         if between.startswith(prompt):
-            return prompt
+            unprompted = _split(self.render(messages, conversation))[0][-1] == prompt
+            return between if unprompted and between[len(prompt) :].strip() else prompt
         if prompt.startswith(between):
             return between
         raise RowError(f"the chat template's generation prompt {prompt!r} is not how it writes {between!r}, {_INEXACT}")

@@ -1,0 +1,308 @@
+"""Rows to samples: every row shape, labels, cutting, what makes a row bad, and tokens at the borders of spans."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from tutti.config import Config, DataConfig
+from tutti.core.batch import IGNORE, Sample
+from tutti.data.encode import Encoder, describe, make_encoder
+from tutti.data.source import BadRow, Row
+
+QUICKSTART = Path(__file__).parents[2] / "data" / "quickstart"
+CHAT = [{"role": "user", "content": "Hi there!"}, {"role": "assistant", "content": "Hello, how are you?"}]
+TRAINED = "Hello, how are you?<|im_end|>"
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_file=str(QUICKSTART / "tokenizer.json"), eos_token="<|endoftext|>")
+
+
+def encoder(data_type: str = "conversation", num_labels: int | None = None, **data: Any) -> Encoder:
+    settings: dict[str, Any] = {"data_type": data_type, "chat_template": "chatml", **data}
+    return make_encoder(Config(data=DataConfig(**settings)), tokenizer(), vocab_size=2048, num_labels=num_labels)
+
+
+def encode(encoder: Encoder, *values: dict[str, Any]) -> list[Any]:
+    return encoder([Row(value, "f.jsonl", line) for line, value in enumerate(values, 1)], source=3)
+
+
+def trained_text(sample: Sample) -> str:
+    return "".join(text for text, trained in describe(sample, tokenizer()) if trained)
+
+
+def check_shifted(sample: Sample) -> None:
+    assert sample.input_ids.dtype == sample.labels.dtype == np.int32
+    assert len(sample.labels) == len(sample)
+    assert sample.labels[-1] == IGNORE
+    kept = sample.labels[:-1] != IGNORE
+    np.testing.assert_array_equal(sample.labels[:-1][kept], sample.input_ids[1:][kept])
+
+
+SHAPES = {
+    "messages": {"messages": CHAT},
+    "messages as JSON text": {"messages": json.dumps(CHAT)},
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": "Hi there!"}, {"from": "gpt", "value": CHAT[1]["content"]}]
+    },
+    "alpaca": {"instruction": "Hi there!", "input": "", "output": CHAT[1]["content"]},
+    "parts": {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "Hi "}, {"type": "text", "text": "there!"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": CHAT[1]["content"]}]},
+        ]
+    },
+    "absent columns as null": {
+        "messages": [{**message, "name": None, "loss_mask": None} for message in CHAT],
+        "tools": None,
+        "instruction": None,
+    },
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_conversation_shapes_give_the_same_sample(shape: str) -> None:
+    ((sample,),) = encode(encoder(), SHAPES[shape])
+    check_shifted(sample)
+    assert sample.source == 3
+    assert describe(sample, tokenizer()) == [
+        ("<|im_start|>user\nHi there!<|im_end|>\n<|im_start|>assistant\n", False),
+        (TRAINED, True),
+        ("\n", False),
+    ]
+
+
+def test_alpaca_with_everything() -> None:
+    row = {"system": "S", "history": [["a", "b"]], "instruction": "c", "input": "d", "output": "e"}
+    ((sample,),) = encode(encoder(), row)
+    text = "".join(text for text, _ in describe(sample, tokenizer()))
+    turns = [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c\nd"), ("assistant", "e")]
+    assert text == "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
+    assert trained_text(sample) == "b<|im_end|>e<|im_end|>"
+
+
+def test_ids_are_those_of_the_whole_text() -> None:
+    tok = tokenizer()
+    tok.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    rows = [json.loads(line) for line in (QUICKSTART / "chat.jsonl").read_text().splitlines()]
+    encoded = encode(make_encoder(Config(), tok, vocab_size=2048), *rows)
+    for row, (sample,) in zip(rows, encoded, strict=True):
+        expected = tok.apply_chat_template(row["messages"], tokenize=True, return_dict=False)
+        assert sample.input_ids.tolist() == expected
+        check_shifted(sample)
+
+
+def test_a_token_across_the_border_of_a_header_is_not_trained() -> None:
+    tok = tokenizer()
+    tok.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    ((sample,),) = encode(make_encoder(Config(), tok, vocab_size=2048), {"messages": CHAT})
+    assert [tok.decode([i]) for i in sample.input_ids[-9:-5]] == [" H", "ell", "o", ","]
+    assert trained_text(sample) == "ello, how are you?<|endoftext|>"
+
+
+@pytest.mark.parametrize("trim", [True, False])
+def test_offsets_trimmed_by_the_tokenizer_hide_no_border(trim: bool) -> None:
+    """A post-processor that trims blanks off offsets (as Llama 3's does) must not make " H" look like "H"."""
+    backend = tokenizer().backend_tokenizer
+    backend.post_processor = processors.ByteLevel(trim_offsets=trim)
+    tok = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    tok.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    ((sample,),) = encode(make_encoder(Config(), tok, vocab_size=2048), {"messages": CHAT})
+    assert trained_text(sample) == "ello, how are you?<|endoftext|>"
+
+
+def test_no_second_first_token() -> None:
+    words = {"<s>": 0, "</s>": 1, "a": 2, "b": 3}
+    backend = Tokenizer(models.WordLevel(words, unk_token="b"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tok = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tok.chat_template = "{{ bos_token }}{% for m in messages %} {{ m.content }} {{ eos_token }}{% endfor %}"
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    ((sample,),) = encode(make_encoder(Config(), tok, vocab_size=4), row)
+    assert sample.input_ids.tolist() == [0, 2, 1, 3, 1]
+    assert sample.labels.tolist() == [IGNORE, IGNORE, 3, 1, IGNORE]
+    config = Config(data=DataConfig(data_type="classification"))
+    ((sample,),) = encode(make_encoder(config, tok, vocab_size=4), {"text": "a b", "label": 1})
+    assert sample.input_ids.tolist() == [0, 2, 3], "a text to classify is what the tokenizer makes of it by itself"
+
+
+@pytest.mark.parametrize("limit", [2, 3, 7, 8, 100])
+def test_plaintext_is_cut_into_pieces_and_nothing_lost(limit: int) -> None:
+    text = "It is a truth universally acknowledged, 🙂 that"
+    tok = tokenizer()
+    ids = [*tok.encode(text), tok.eos_token_id]
+    (samples,) = encode(encoder("plaintext", max_seq_len=limit), {"content_split": text})
+    assert (
+        np.concatenate([sample.input_ids for sample in samples]).tolist()
+        == ids[: len(ids) - (limit == 2 and len(ids) % 2)]
+    )
+    for sample in samples:
+        check_shifted(sample)
+        assert 2 <= len(sample) <= limit
+        assert (sample.labels[:-1] != IGNORE).all()
+
+
+def test_no_piece_is_a_single_token() -> None:
+    tok = tokenizer()
+    count = len(tok.encode("one two three four five")) + 1
+    (samples,) = encode(encoder("plaintext", max_seq_len=count - 1), {"content_split": "one two three four five"})
+    assert [len(sample) for sample in samples] == [count - 2, 2]
+
+
+def test_a_long_conversation_keeps_its_last_tokens() -> None:
+    ((whole,),) = encode(encoder(), {"messages": CHAT})
+    limit = len(whole) - 5
+    ((cut,),) = encode(encoder(max_seq_len=limit), {"messages": CHAT})
+    assert cut.input_ids.tolist() == whole.input_ids[-limit:].tolist()
+    ((cut,),) = encode(encoder(max_seq_len=4), {"messages": CHAT})
+    assert trained_text(cut) == "?<|im_end|>", "the first token kept is never a target"
+    long_question = [*CHAT, {"role": "user", "content": "why " * 30}]
+    (bad,) = encode(encoder(max_seq_len=16), {"messages": long_question})
+    assert str(bad).startswith("f.jsonl:1: no trained token among the last 16 (data.max_seq_len) of ")
+
+
+def test_classification_trains_on_the_class_at_the_last_token() -> None:
+    whole, (cut,) = (
+        encode(encoder("classification", 4, max_seq_len=n), {"text": "so good", "label": 3})[0] for n in (99, 2)
+    )
+    assert whole[0].input_ids.tolist() == tokenizer().encode("so good")
+    assert whole[0].labels.tolist() == [IGNORE] * (len(whole[0]) - 1) + [3]
+    assert cut.input_ids.tolist() == whole[0].input_ids[:2].tolist() and cut.labels.tolist() == [IGNORE, 3]
+    made = make_encoder(
+        Config(data=DataConfig(data_type="classification")),
+        tokenizer(),
+        vocab_size=2048,
+        num_labels=2,
+        label_names=["no", "yes"],
+    )
+    labels = [
+        sample.labels[-1] for (sample,) in encode(made, {"text": "a", "label": "yes"}, {"text": "a", "label": "0"})
+    ]
+    assert labels == [1, 0]
+
+
+def chat(*messages: Any, **row: Any) -> dict[str, Any]:
+    return {"messages": list(messages), **row}
+
+
+ANSWER = {"role": "assistant", "content": "a"}
+NOT_TRAINED = "no trained token: no assistant message, or loss_mask is 0 everywhere"
+BAD = [
+    (
+        "conversation",
+        {"dialog": [], "id": 1},
+        "has no column messages (data.text_keys), nor conversations, nor instruction and output; "
+        "its columns are dialog, id",
+    ),
+    ("conversation", chat(), "the conversation is empty"),
+    ("conversation", {"messages": 5}, "messages must be a list of messages, not int"),
+    ("conversation", {"messages": "Hi"}, "messages is text that is not valid JSON: Expecting value"),
+    ("conversation", chat("Hi"), "message 0 must be an object with role and content, not str"),
+    (
+        "conversation",
+        chat(ANSWER, {"role": "narrator", "content": "x"}),
+        "message 1 has unknown role 'narrator'; known are system, developer, user, assistant, tool",
+    ),
+    ("conversation", chat({"content": "x"}), "message 0 has no role; its keys are content"),
+    ("conversation", chat({"role": "user"}), "message 0 has no content"),
+    (
+        "conversation",
+        chat({"role": "user", "content": 7}),
+        "message 0: content must be text or a list of parts, not int",
+    ),
+    (
+        "conversation",
+        chat({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}),
+        "message 0 has a part of type image_url: only text parts can be trained on so far",
+    ),
+    ("conversation", chat({**ANSWER, "loss_mask": 2}), "message 0: loss_mask must be 0 or 1, not 2"),
+    ("conversation", chat({"role": "user", "content": "x"}), NOT_TRAINED),
+    ("conversation", chat({**ANSWER, "loss_mask": 0}), NOT_TRAINED),
+    ("conversation", chat(ANSWER, tools=5), "tools must be a list, not int"),
+    (
+        "conversation",
+        {"instruction": "x", "outputs": "y"},
+        "has an instruction but no output; its columns are instruction, outputs",
+    ),
+    ("plaintext", {"text": "x"}, "has no column content_split (data.text_keys); its columns are text"),
+    ("plaintext", {"content_split": ["x"]}, "content_split must be text, not list"),
+    ("plaintext", {"content_split": ""}, "content_split is empty"),
+    ("classification", {"text": "x"}, "has no column label; its columns are text"),
+    ("classification", {"text": "x", "label": 4}, "label 4 is outside 0 to 3"),
+    ("classification", {"text": "x", "label": -1}, "label -1 is outside 0 to 3"),
+    ("classification", {"text": "x", "label": True}, "label must be a whole number, not bool True"),
+    ("classification", {"text": "x", "label": 1.5}, "label must be a whole number, not float 1.5"),
+    ("classification", {"text": "x", "label": "good"}, "label 'good' must be a whole number"),
+]
+
+
+@pytest.mark.parametrize(("data_type", "value", "reason"), BAD)
+def test_bad_rows_say_exactly_what_is_wrong(data_type: str, value: dict[str, Any], reason: str) -> None:
+    good = {"messages": CHAT, "content_split": "good text", "text": "good", "label": 1}
+    first, bad, last = encode(encoder(data_type, 4), good, value, good)
+    assert bad == BadRow("f.jsonl", 2, reason)
+    assert first[0].input_ids.tolist() == last[0].input_ids.tolist()
+
+
+def test_bad_rows_pass_through() -> None:
+    bad = BadRow("x", 1, "not valid JSON")
+    assert encoder()([bad]) == [bad]
+    assert encoder()([]) == []
+
+
+def test_text_keys() -> None:
+    made = encoder("plaintext", text_keys="body, title")
+    rows = [{"title": "some title"}, {"title": "t", "body": "some body"}, {"text": "x"}]
+    title, body, bad = encode(made, *rows)
+    assert [tokenizer().decode(samples[0].input_ids) for samples in (title, body)] == [
+        "some title<|endoftext|>",
+        "some body<|endoftext|>",
+    ]
+    assert bad.reason == "has no column body or title (data.text_keys); its columns are text"
+
+
+def test_what_can_not_fit_is_an_error() -> None:
+    with pytest.raises(
+        ValueError, match=r"the tokenizer has 2048 tokens but the model embeds only 2000: .*tokenizer_path"
+    ):
+        make_encoder(Config(), tokenizer(), vocab_size=2000)
+    made = encoder()
+    made.vocab_size = 100
+    with pytest.raises(ValueError, match=r"gives token id \d+ but the model embeds only 100"):
+        encode(made, {"messages": CHAT})
+    bare = PreTrainedTokenizerFast(tokenizer_file=str(QUICKSTART / "tokenizer.json"))
+    with pytest.raises(ValueError, match="the tokenizer has no eos_token"):
+        make_encoder(Config(data=DataConfig(data_type="plaintext")), bare, vocab_size=2048)
+    with pytest.raises(ValueError, match=r"data.max_seq_len 1 leaves nothing to predict"):
+        encoder(max_seq_len=1)
+
+
+def test_a_tokenizer_without_offsets() -> None:
+    from transformers import ByT5Tokenizer
+
+    tok = ByT5Tokenizer()
+    tok.chat_template = (
+        tokenizer().chat_template or "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}"
+    )
+    ((sample,),) = encode(make_encoder(Config(), tok, vocab_size=len(tok)), {"messages": CHAT})
+    assert [text for text, trained in describe(sample, tok) if trained] == ["Hello, how are you?</s>"]
+
+
+def test_pickled_encoders_work() -> None:
+    made = pickle.loads(pickle.dumps(encoder()))
+    assert trained_text(encode(made, {"messages": CHAT})[0][0]) == TRAINED
