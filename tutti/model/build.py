@@ -98,7 +98,7 @@ def build_model(
 
     A causal language model, or with data.data_type classification a sequence classifier of `num_labels` classes (by
     default model.num_labels, else the config's). Parameters are fp32 with train.enable_mixed_precision, else bf16.
-    tokenizer: checked to fit the embedding; a model that starts from random weights takes its end and beginning of text.
+    tokenizer: checked to fit the embedding; a model that starts from random weights ends its texts as it does.
     device: where it will run, which decides on the kernels (default: this machine's).
     """
     device = device or pick_device(config.train.init_device)
@@ -110,7 +110,9 @@ def build_model(
             _take_special_tokens(model_config, tokenizer)
     classify = config.data.data_type == "classification"
     if classify:
-        model_config.num_labels = num_labels or config.model.num_labels or model_config.num_labels
+        count = num_labels or config.model.num_labels
+        if count is not None:
+            model_config.num_labels = count
     factory = AutoModelForSequenceClassification if classify else AutoModelForCausalLM
     if type(model_config) not in factory._model_mapping:
         kind = "sequence classifier" if classify else "causal language model"
@@ -147,7 +149,7 @@ def _bare_tokenizer(file: Path) -> PreTrainedTokenizerBase:
             "put a tokenizer_config.json that names eos_token beside it"
         )
     roles["pad_token"] = roles["pad_token"] or roles["eos_token"]
-    found = {role: token for role, token in roles.items() if token is not None}
+    found: dict[str, Any] = {role: token for role, token in roles.items() if token is not None}
     tokenizer.add_special_tokens(found)
     described = ", ".join(f"{role} {token}" for role, token in found.items())
     log.info("%s has no tokenizer_config.json: using %s", file, described)
@@ -174,10 +176,9 @@ def _take_special_tokens(model_config: PreTrainedConfig, tokenizer: PreTrainedTo
         if mine != theirs:
             log.info("the model's %s is %s as in the tokenizer (the config has %s)", role, theirs, mine)
             setattr(model_config, role, theirs)
+    vocab_size = model_config.get_text_config().vocab_size
     padding = getattr(model_config, "pad_token_id", None)
-    if padding is not None and padding in (model_config.eos_token_id, model_config.bos_token_id):
-        model_config.pad_token_id = None
-    elif padding is not None and padding >= model_config.get_text_config().vocab_size:
+    if padding in (model_config.eos_token_id, model_config.bos_token_id) or (padding or 0) >= vocab_size:
         model_config.pad_token_id = None
 
 

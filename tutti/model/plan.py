@@ -149,6 +149,7 @@ class _StubHead(nn.Module):
 
     def __init__(self, num_logits: int) -> None:
         super().__init__()
+        self.weight: Tensor
         self.register_buffer("weight", torch.stack([torch.linspace(-9, 7, num_logits), torch.ones(num_logits)]))
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -158,7 +159,7 @@ class _StubHead(nn.Module):
 def _probe(model: PreTrainedModel, num_logits: int) -> tuple[PreTrainedModel, _StubHead]:
     """An instance of the model's class around stubs, with the model's own plain attributes, on the CPU."""
     cls = model_class(model)
-    probe = cls.__new__(cls)
+    probe: PreTrainedModel = object.__new__(cls)
     nn.Module.__init__(probe)
     internal = set(probe.__dict__)
     probe.__dict__.update({key: value for key, value in model.__dict__.items() if key not in internal})

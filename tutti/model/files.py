@@ -1,0 +1,109 @@
+"""The weight files of a Hugging Face checkpoint: which there are, what they hold, and tensors read lazily from them.
+
+A checkpoint is one `model.safetensors`, several files with an index (`model.safetensors.index.json`) that says which
+holds which tensor, or the older `pytorch_model.bin` in both forms, which is memory-mapped and unpickled with nothing
+but tensors allowed. Everything that can be wrong with the files is found on opening them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.modeling_utils import str_to_torch_dtype
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_BIN_SINGLE = "pytorch_model.bin"
+_BIN_INDEX = "pytorch_model.bin.index.json"
+
+
+def find_index(weights: str | Path | None, index_path: str | Path | None = None) -> Path | None:
+    """The index to read and to export by: `index_path` if given, else the one beside the weights, if there."""
+    if index_path is not None:
+        return Path(index_path)
+    beside = Path(weights) / INDEX if weights is not None else None
+    return beside if beside is not None and beside.is_file() else None
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name, as the index says."""
+    try:
+        weight_map = json.loads(path.read_text())["weight_map"]
+        assert isinstance(weight_map, dict)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(f"model.safetensor_idx_path: {path} is not an index of weight files: {error}") from error
+    return weight_map
+
+
+class Checkpoint:
+    """An open checkpoint. `read(key)` gives something to slice: nothing is read from the file before that."""
+
+    def __init__(self, path: Path, index_path: str | Path | None = None) -> None:
+        """Open all files at `path` (a folder or a single file); ValueError names what is missing or damaged."""
+        self._slices: dict[str, Any] = {}
+        self._opened: list[Any] = []
+        expected = self._expected(path, index_path)
+        lacking = [file for file in expected if not file.is_file()]
+        if lacking:
+            names = ", ".join(file.name for file in lacking[:5])
+            raise ValueError(f"model.model_path: {len(lacking)} of {len(expected)} weight files are not there: {names}")
+        for file, keys in expected.items():
+            held = self._open(file)
+            gone = [key for key in keys or () if key not in held]
+            if gone:
+                raise ValueError(
+                    f"model.model_path: {file} lacks {gone[0]} and {len(gone) - 1} more that the index names"
+                )
+            self._slices.update(held)
+
+    def read(self, key: str) -> Any:
+        """The tensor of this key, unread: index it."""
+        return self._slices[key]
+
+    def meta(self) -> dict[str, Tensor]:
+        """Every key with a meta tensor of its shape and dtype."""
+        return {key: _meta(value) for key, value in self._slices.items()}
+
+    @staticmethod
+    def _expected(path: Path, index_path: str | Path | None) -> dict[Path, list[str] | None]:
+        """The files, each with the keys that an index says it holds (None: no index)."""
+        if path.is_file():
+            return {path: None}
+        index = find_index(path, index_path)
+        if index is None and (path / SINGLE).is_file():
+            return {path / SINGLE: None}
+        if index is None and (path / _BIN_INDEX).is_file():
+            index = path / _BIN_INDEX
+        if index is None and (path / _BIN_SINGLE).is_file():
+            return {path / _BIN_SINGLE: None}
+        if index is None:
+            raise ValueError(f"model.model_path: no weights in {path} ({SINGLE}, or {INDEX} and its files)")
+        files: dict[Path, list[str] | None] = {}
+        for key, name in read_index(index).items():
+            keys = files.setdefault(path / name, [])
+            assert keys is not None
+            keys.append(key)
+        return files
+
+    def _open(self, file: Path) -> Mapping[str, Any]:
+        try:
+            if file.suffix == ".bin":
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            handle = safe_open(file, framework="pt", device="cpu")
+            self._opened.append(handle)
+            return {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118  # no mapping
+        except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"model.model_path: {file} is damaged or no weight file: {line}") from error
+
+
+def _meta(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return torch.empty_like(value, device="meta")
+    return torch.empty(value.get_shape(), dtype=str_to_torch_dtype[value.get_dtype()], device="meta")

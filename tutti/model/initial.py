@@ -1,0 +1,190 @@
+"""Storage for a model that lies on the meta device, and values by its class's own initialisation rules.
+
+Random initialisation follows the class's `_init_weights`, but is bit-equal on every layout: a module's parameters are
+made in full on the CPU from a generator seeded by the seed and their name, each rank takes its own part, and they are
+dropped before the next module's turn. The rules run on a twin of the model without storage:
+
+1. Each module's rule is run on tensors without storage. Their version counters tell which ones it writes; modules that
+   write the same tensor (a projection, and the attention around it that rescales it) are one unit.
+2. A unit's tensors get storage, its rules run in order, innermost first, and the values are cut and copied.
+
+The same way recomputes the buffers that checkpoints do not hold (rotary frequencies, embedding scales), and gives a
+classifier its new head.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.distributed.sharding_utils import DtensorShardOperation
+from transformers.initialization import no_tie_weights
+
+from tutti.model.plan import model_class
+
+
+def init_weights(model: PreTrainedModel, seed: int, device: torch.device) -> None:
+    """Fill `model` at random by its class's own rules, bit-equal whatever the layout and the number of ranks."""
+    materialize(model, device)
+    persistent = set(model.state_dict()) - set(model.all_tied_weights_keys)
+    fill_by_rules(model, persistent, seed)
+
+
+def materialize(model: PreTrainedModel, device: torch.device) -> None:
+    """Give everything that is on meta storage on `device`: parameters and saved buffers hold nothing in particular,
+    buffers that checkpoints do not hold are recomputed. Tied parameters stay one."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for store in stores:
+            for name, tensor in store.items():
+                if tensor is not None and local_part(tensor).is_meta:
+                    made.setdefault(id(tensor), _with_storage(tensor, device))
+                    store[name] = made[id(tensor)]
+    rebuild_buffers(model)
+
+
+def rebuild_buffers(model: PreTrainedModel) -> None:
+    """Recompute the buffers that no checkpoint holds (rotary frequencies, embedding scales, position tables)."""
+    names = {name for name, _ in model.named_buffers()} - set(model.state_dict())
+    fill_by_rules(model, names, seed=0)
+
+
+def _with_storage(tensor: Tensor, device: torch.device) -> Tensor:
+    local = torch.empty_like(local_part(tensor), device=device)
+    if isinstance(tensor, DTensor):
+        local = DTensor.from_local(
+            local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        )
+    return nn.Parameter(local, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else local
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, sharing its storage."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def own_part(tensor: Any, target: Tensor) -> Tensor:
+    """The part of a full `tensor` (or of a lazy slice of a file) that belongs in this rank's part of `target`."""
+    if isinstance(target, DTensor) and target.ndim:
+        part = DtensorShardOperation(target).shard_tensor(tensor)
+        assert part is not None
+        return part
+    return tensor[...]
+
+
+def fill_by_rules(model: PreTrainedModel, names: set[str], seed: int) -> None:
+    """Set these parameters and buffers of `model` as its class's initialisation rules say, each from its own seed."""
+    if not names:
+        return
+    twin = _twin(model)
+    units = _units(twin, names)
+    uncovered = names - {name for unit in units for name in unit.names}
+    if uncovered:
+        raise ValueError(f"{model_class(model).__name__} has no rule to initialise {', '.join(sorted(uncovered)[:20])}")
+    targets = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    for unit in units:
+        for name, value in unit.run(seed, {name: targets[name].dtype for name in unit.names}).items():
+            local_part(targets[name]).copy_(own_part(value, targets[name]))
+
+
+def _twin(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model without storage, undivided and untied."""
+    with torch.device("meta"), no_tie_weights():
+        return model_class(model)._from_config(copy.deepcopy(model.config), dtype=torch.float32)
+
+
+Rule = Callable[[nn.Module], None]
+
+
+@dataclass
+class _Unit:
+    """Modules whose rules write the same tensors, innermost first, and those of the tensors that are asked for."""
+
+    steps: list[tuple[Rule, nn.Module]]
+    names: dict[str, tuple[nn.Module, str]]
+
+    def run(self, seed: int, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+        """The tensors' full values: parameters in fp32, buffers in the model's dtype."""
+        digest = hashlib.sha256(f"{seed} {min(self.names)}".encode()).digest()
+        made: dict[str, Tensor] = {}
+        kept: dict[str, Tensor] = {}
+        for name, (module, leaf) in self.names.items():
+            kept[name] = getattr(module, leaf)
+            is_parameter = leaf in module._parameters
+            dtype = kept[name].dtype if is_parameter else dtypes[name]
+            made[name] = torch.full(kept[name].shape, _blank(dtype), dtype=dtype)
+            _store(module, leaf)[leaf] = nn.Parameter(made[name], requires_grad=False) if is_parameter else made[name]
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            for rule, module in self.steps:
+                rule(module)
+        for name, (module, leaf) in self.names.items():
+            _store(module, leaf)[leaf] = kept[name]
+            assert not _is_blank(made[name]), f"the rule for {name} did not set all of it"
+        return made
+
+
+def _store(module: nn.Module, leaf: str) -> dict[str, Any]:
+    """Where the module keeps this parameter or buffer."""
+    return module._parameters if leaf in module._parameters else module._buffers
+
+
+def _blank(dtype: torch.dtype) -> float | int | bool:
+    """A value that no rule gives."""
+    if dtype == torch.bool:
+        return False
+    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+
+
+def _is_blank(tensor: Tensor) -> bool:
+    if tensor.dtype == torch.bool:
+        return False
+    blank = tensor.isnan() if tensor.dtype.is_floating_point else tensor == torch.iinfo(tensor.dtype).min
+    return bool(blank.any())
+
+
+def _units(twin: PreTrainedModel, names: set[str]) -> list[_Unit]:
+    """Group the twin's modules by what their rules write, seen from running each on tensors without storage."""
+    unit_of: dict[str, _Unit] = {}
+    rules = dict(_rules(twin))
+    for path, module in reversed(list(twin.named_modules())):
+        before = [(name, tensor, tensor._version) for name, tensor in _below(path, module) if name in names]
+        if not before:
+            continue
+        with torch.no_grad():
+            rules[path](module)
+        written = [name for name, tensor, version in before if tensor._version != version]
+        if not written:
+            continue
+        merged = _Unit([], {})
+        for unit in {id(unit_of[name]): unit_of[name] for name in written if name in unit_of}.values():
+            merged.steps.extend(unit.steps)
+            merged.names.update(unit.names)
+        merged.steps.append((rules[path], module))
+        for name in written:
+            parent, _, leaf = name.rpartition(".")
+            merged.names[name] = (twin.get_submodule(parent), leaf)
+        unit_of.update(dict.fromkeys(merged.names, merged))
+    return list({id(unit): unit for unit in unit_of.values()}.values())
+
+
+def _below(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    prefix = path + "." if path else ""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        yield prefix + name, tensor
+
+
+def _rules(model: PreTrainedModel) -> Iterator[tuple[str, Rule]]:
+    """Each module's path and the rule that holds for it: the one of the innermost pretrained model around it."""
+    found: dict[str, Rule] = {}
+    for path, module in model.named_modules():
+        found[path] = module._init_weights if isinstance(module, PreTrainedModel) else found[path.rpartition(".")[0]]
+        yield path, found[path]
