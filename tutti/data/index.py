@@ -1,0 +1,286 @@
+"""The index of data with random access: how long every sample is and how much of it is trained on.
+
+Steps and packing are planned from lengths, so every row is tokenised once before training begins:
+
+1. the rows of every source are cut into chunks, which are dealt out to the ranks,
+2. each rank encodes its chunks: in this process, or, when the first ones show that it will take seconds, in
+   `data.num_workers` processes,
+3. all ranks gather all results, in the order of the chunks, so that each has the same index.
+
+The tokens themselves are kept as well as long as there are no more than `KEEP_TOKENS` of them: small data is then
+never tokenised again, and needs no worker processes. Larger data is read and encoded again when its turn comes.
+
+A row that cannot be used stops the run, on all ranks, with its file, line and reason; with `data.silent_exception` it
+is left out and counted. `digest` stands for every token and label of the data, to tell on resume that it is the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import multiprocessing
+import os
+import time
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from tutti.core.batch import IGNORE, Sample
+from tutti.core.dist import Dist
+from tutti.data.mix import Mix, Permuted, Weights
+from tutti.data.pack import Drawn
+from tutti.data.worker import be_a_worker, quiet_fork
+
+log = logging.getLogger(__name__)
+
+CHUNK = 64
+"""Rows encoded at a time."""
+
+KEEP_TOKENS = 32_000_000
+"""Data of at most so many tokens (8 bytes each, with their labels) stays in memory."""
+
+_POOL_SECONDS = 2.0
+"""Encoding that takes no longer than this is not worth starting processes for."""
+
+_LOG_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive rows of one source, encoded: n samples of T tokens in all.
+
+    row, piece, length, targets: int64 [n]; targets counts the trained tokens. tokens: int32 [2, T], ids above labels,
+    or None where only the numbers are wanted. bad: the rows left out. rows: how many there were. crc: of the tokens.
+    """
+
+    source: int
+    row: np.ndarray
+    piece: np.ndarray
+    length: np.ndarray
+    targets: np.ndarray
+    tokens: np.ndarray | None
+    bad: tuple[Any, ...]
+    rows: int
+    crc: int
+
+    def samples(self) -> Iterator[Sample]:
+        """The samples, each with memory of its own."""
+        assert self.tokens is not None
+        end = 0
+        for length in self.length.tolist():
+            start, end = end, end + length
+            ids, labels = self.tokens[:, start:end].copy()
+            yield Sample(ids, labels, self.source)
+
+
+def encode_chunk(encoder: Any, source: int, numbers: Sequence[int], rows: Sequence[Any]) -> Chunk:
+    """Encode `rows` of `source`, whose row numbers are `numbers`."""
+    found = []
+    bad = []
+    for number, encoded in zip(numbers, encoder(rows, source), strict=True):
+        if isinstance(encoded, list):
+            found += [(number, piece, sample) for piece, sample in enumerate(encoded)]
+        else:
+            bad.append(encoded)
+    tokens = np.empty((2, sum(len(sample) for _, _, sample in found)), np.int32)
+    if found:
+        np.concatenate([sample.input_ids for _, _, sample in found], out=tokens[0], casting="same_kind")
+        np.concatenate([sample.labels for _, _, sample in found], out=tokens[1], casting="same_kind")
+    length = np.array([len(sample) for _, _, sample in found], np.int64)
+    return Chunk(
+        source=source,
+        row=np.array([number for number, _, _ in found], np.int64),
+        piece=np.array([piece for _, piece, _ in found], np.int64),
+        length=length,
+        targets=_sums(tokens[1] != IGNORE, length),
+        tokens=tokens,
+        bad=tuple(bad),
+        rows=len(numbers),
+        crc=zlib.crc32(tokens.data),
+    )
+
+
+def _sums(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Sums of `values` over consecutive segments of `lengths`."""
+    totals = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+    ends = np.cumsum(lengths)
+    return totals[ends] - totals[ends - lengths]
+
+
+@dataclass(frozen=True)
+class Index:
+    """Every sample of the data, by source and row: n samples; `tokens` as in Chunk, or None when there are too many."""
+
+    source: np.ndarray
+    row: np.ndarray
+    piece: np.ndarray
+    length: np.ndarray
+    targets: np.ndarray
+    tokens: np.ndarray | None
+    rows: int
+    dropped: dict[str, int]
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+
+class Indexed:
+    """The supply of samples that an index gives: items are the numbers of samples."""
+
+    def __init__(self, index: Index, weights: Weights | None, names: Sequence[str], seed: int, shuffle: bool) -> None:
+        self.index, self.weights, self.names, self.seed, self.shuffle = index, weights, names, seed, shuffle
+        self.size: int | None = len(index)
+
+    def mix(self) -> Mix:
+        """One stream over all samples; with weights one for every source."""
+        index = self.index
+        if self.weights is None:
+            groups = [np.arange(len(index)) if self.shuffle else _interleaved(index.source)]
+        else:
+            groups = [np.flatnonzero(index.source == source) for source in range(len(self.names))]
+            if empty := [name for name, ids in zip(self.names, groups, strict=True) if not len(ids)]:
+                raise ValueError(f"data.train_path: source {empty[0]} has a weight but no usable row")
+        streams = [
+            Permuted(ids, index.length[ids], key=(self.seed, number), shuffle=self.shuffle)
+            for number, ids in enumerate(groups)
+        ]
+        return Mix(streams, self.weights, self.size)
+
+    def facts(self, items: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.asarray(items, np.int64)
+        return self.index.targets[ids], self.index.source[ids]
+
+    def name(self, item: int) -> int:
+        return item
+
+    def find(self, names: Sequence[int]) -> list[Drawn]:
+        return [(int(self.index.length[name]), name) for name in names]
+
+
+def _interleaved(source: np.ndarray) -> np.ndarray:
+    """The samples in order, the sources spread evenly over each other."""
+    place = np.empty(len(source))
+    for one in np.unique(source):
+        ids = np.flatnonzero(source == one)
+        place[ids] = (np.arange(len(ids)) + 0.5) / len(ids)
+    return np.argsort(place, kind="stable")
+
+
+def build_index(
+    sources: Sequence[Any], encoder: Any, dist: Dist, *, num_workers: int, silent: bool, argument: str
+) -> Index:
+    """Encode all rows of `sources` once, shared among the ranks; the same index on every rank.
+
+    argument: the dotted argument that names the data, for messages. ValueError on all ranks: a bad row (unless
+    `silent`), or no sample at all.
+    """
+    spans = [
+        (number, start, min(start + CHUNK, len(source)))
+        for number, source in enumerate(sources)
+        for start in range(0, len(source), CHUNK)
+    ]
+    if not spans:
+        raise ValueError(f"{argument} is empty: it has no rows")
+    mine = dist.agree(lambda: _encode_spans(sources, encoder, spans[dist.rank :: dist.world], num_workers))
+    if sum(dist.gather(sum(int(chunk.length.sum()) for chunk in mine))) > KEEP_TOKENS:
+        mine = [replace(chunk, tokens=None) for chunk in mine]
+    shares = dist.gather(mine)
+    chunks = [shares[place % dist.world][place // dist.world] for place in range(len(spans))]
+    bad = [row for chunk in chunks for row in chunk.bad]
+    if bad and not silent:
+        raise bad_row_error(bad[0], len(bad) - 1)
+    dropped = dict(Counter(row.reason for row in bad))
+    if not any(len(chunk.row) for chunk in chunks):
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.items())
+        raise ValueError(f"{argument} has no usable row: all {len(bad)} were left out ({reasons})")
+    return _join(chunks, dropped)
+
+
+def bad_row_error(row: Any, more: int = 0) -> ValueError:
+    """The error that a bad row is, with the way out."""
+    others = f" ({more} more bad rows follow)" if more else ""
+    return ValueError(f"{row.file}, line {row.line}: {row.reason}{others}; data.silent_exception: true skips bad rows")
+
+
+def _join(chunks: list[Chunk], dropped: dict[str, int]) -> Index:
+    length = np.concatenate([chunk.length for chunk in chunks])
+    kept = [chunk.tokens for chunk in chunks if chunk.tokens is not None]
+    columns = {
+        "source": np.concatenate([np.full(len(chunk.row), chunk.source, np.int64) for chunk in chunks]),
+        "row": np.concatenate([chunk.row for chunk in chunks]),
+        "piece": np.concatenate([chunk.piece for chunk in chunks]),
+        "length": length,
+        "targets": np.concatenate([chunk.targets for chunk in chunks]),
+    }
+    digest = hashlib.sha256(np.array([chunk.crc for chunk in chunks], np.int64).tobytes())
+    for column in columns.values():
+        digest.update(column.tobytes())
+    return Index(
+        **columns,
+        tokens=np.concatenate(kept, axis=1) if kept else None,
+        rows=sum(chunk.rows for chunk in chunks),
+        dropped=dropped,
+        digest=digest.hexdigest()[:32],
+    )
+
+
+def _encode_spans(
+    sources: Sequence[Any], encoder: Any, spans: list[tuple[int, int, int]], num_workers: int
+) -> list[Chunk]:
+    chunks: list[Chunk] = []
+    tokens, rows = 0, sum(stop - start for _, start, stop in spans)
+    begun = shown = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        stream: Iterator[Chunk] = (_encode_span(sources, encoder, span) for span in spans)
+        pooled = num_workers == 0
+        while len(chunks) < len(spans):
+            chunk = next(stream)
+            tokens += int(chunk.length.sum())
+            chunks.append(chunk if tokens <= KEEP_TOKENS else replace(chunk, tokens=None))
+            now = time.monotonic()
+            left = (now - begun) / len(chunks) * (len(spans) - len(chunks))
+            if not pooled and now - begun > _POOL_SECONDS / 4 and left > _POOL_SECONDS:
+                pooled = True
+                pool = stack.enter_context(_pool(sources, encoder, num_workers))
+                stream = pool.map(_encode_in_pool, spans[len(chunks) :], chunksize=4)
+            if now - shown > _LOG_SECONDS:
+                shown, done = now, sum(stop - start for _, start, stop in spans[: len(chunks)])
+                log.info("tokenising: %d of %d rows, about %.0f s left", done, rows, left)
+    return chunks
+
+
+def _encode_span(sources: Sequence[Any], encoder: Any, span: tuple[int, int, int]) -> Chunk:
+    source, start, stop = span
+    numbers = range(start, stop)
+    return encode_chunk(encoder, source, numbers, sources[source].rows(numbers))
+
+
+_inherited: tuple[Sequence[Any], Any] | None = None
+"""Sources and encoder in a process of the pool, which gets them by being forked."""
+
+
+@contextlib.contextmanager
+def _pool(sources: Sequence[Any], encoder: Any, num_workers: int) -> Iterator[ProcessPoolExecutor]:
+    processes = max(1, min(num_workers, len(os.sched_getaffinity(0))))
+    context = multiprocessing.get_context("fork")
+    log.info("tokenising in %d processes", processes)
+    with quiet_fork(), ProcessPoolExecutor(processes, context, _start_in_pool, (sources, encoder)) as pool:
+        yield pool
+
+
+def _start_in_pool(sources: Sequence[Any], encoder: Any) -> None:
+    global _inherited
+    _inherited = (sources, encoder)
+    be_a_worker()
+
+
+def _encode_in_pool(span: tuple[int, int, int]) -> Chunk:
+    assert _inherited is not None
+    return _encode_span(*_inherited, span)

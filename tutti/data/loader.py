@@ -1,0 +1,308 @@
+"""The data of a run: global batches for this data-parallel rank, and the position to resume from.
+
+`build_data` opens the sources, learns the lengths of all samples (index.py) or sets up streams (stream.py), and plans
+how many steps that makes (plan.py). `Data.train()` then follows the plan, step by step:
+
+1. the planner says which samples make up the step's M micro batches, for all ranks;
+2. this rank's are read, encoded and packed, in worker processes where that takes time (fetch.py);
+3. the totals over all ranks come from the plan.
+
+The planner runs ahead together with the workers. Every planned step therefore carries the position after it, and
+`state_dict()` is that of the last global batch handed out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from tutti.config import Config
+from tutti.core.batch import Batch, GlobalBatch
+from tutti.core.dist import Dist
+from tutti.data.encode import make_encoder
+from tutti.data.fetch import Fetch, PackedSamples, fetch_indexed, fetch_streamed, loader_options
+from tutti.data.index import Index, Indexed, build_index
+from tutti.data.mix import Weights
+from tutti.data.plan import Planner, Recipe, StepPlan, Supply, describe_steps, make_recipe, one_pass
+from tutti.data.source import Source, open_sources
+from tutti.data.stream import BadRows, Feed, Streaming, data_changed
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What the training data is; of streamed data, what has been read so far.
+
+    rows, samples, tokens, trained_tokens: of one pass. dropped: rows left out, by reason. packing_efficiency: tokens
+    per slot, over the whole run or (streamed) so far; None before the first step.
+    """
+
+    rows: int
+    samples: int
+    tokens: int
+    trained_tokens: int
+    dropped: dict[str, int]
+    packing_efficiency: float | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Data for training or evaluation: the plan, how its micro batches are fetched, and where its report comes from."""
+
+    planner: Planner
+    fetch: Fetch
+    report: Callable[[np.ndarray], DataReport]
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which micro batches are this rank's, and what the sources are called."""
+
+    dp_rank: int
+    dp_size: int
+    sources: tuple[str, ...]
+
+
+def global_batches(planner: Planner, fetch: Fetch, share: Share) -> Iterator[tuple[StepPlan, GlobalBatch]]:
+    """Follow `planner` from its position on; `fetch` may run ahead, the plans wait for its batches."""
+    planned: deque[StepPlan] = deque()
+    micro_batches = planner.recipe.micro_batches
+
+    def mine() -> Iterator[list[Any]]:
+        for plan in planner.steps():
+            planned.append(plan)
+            for k in range(share.dp_rank, micro_batches, share.dp_size):
+                yield [item for _, item in plan.micro_batches[k]] if k < len(plan.micro_batches) else []
+
+    batches = fetch(mine())
+    while batch := tuple(islice(batches, micro_batches // share.dp_size)):
+        plan = planned.popleft()
+        yield plan, _with_totals(plan, batch, planner.supply, share.sources)
+
+
+def _with_totals(plan: StepPlan, batch: tuple[Batch, ...], supply: Supply, names: Sequence[str]) -> GlobalBatch:
+    drawn = [one for micro_batch in plan.micro_batches for one in micro_batch]
+    targets, sources = supply.facts([item for _, item in drawn])
+    per_source = np.bincount(sources, weights=targets, minlength=len(names))
+    return GlobalBatch(
+        micro_batches=batch,
+        num_targets=int(targets.sum()),
+        num_tokens=sum(length for length, _ in drawn),
+        num_samples=len(drawn),
+        num_slots=plan.slots,
+        source_tokens={name: int(count) for name, count in zip(names, per_source, strict=True)},
+        step=plan.step,
+        epoch=plan.epoch,
+        epoch_end=plan.epoch_end,
+    )
+
+
+class Data:
+    """Training and evaluation data of a run, made by `build_data`.
+
+    total_steps: optimizer steps of the whole run, those before the position included. steps_reason: the log line that
+    says why. Both follow `load_state_dict`. sources: names. state_dict() is the position after the last global batch
+    that train() gave: plain data, the same on every rank.
+    """
+
+    def __init__(self, train: Part, evaluation: Part | None, share: Share, settings: dict[str, Any]) -> None:
+        self.sources = share.sources
+        self._train, self._evaluation, self._share, self._settings = train, evaluation, share, settings
+        self._given = np.zeros(4, np.int64)
+        self._ahead = False
+        self._plan_ahead()
+        if evaluation is not None:
+            evaluation.planner.count()
+            self._evaluation_start = evaluation.planner.position()
+
+    def _plan_ahead(self) -> None:
+        planner = self._train.planner
+        planner.count()
+        self.total_steps = planner.total_steps
+        self._position = planner.position()
+
+    @property
+    def steps_reason(self) -> str:
+        return describe_steps(self._train.planner)
+
+    @property
+    def report(self) -> DataReport:
+        return self._train.report(self._given)
+
+    def train(self) -> Iterator[GlobalBatch]:
+        """Global batches from the position to the end of the last epoch."""
+        if self._ahead:
+            self._train.planner.load_position(self._position)
+        self._ahead = True
+        for plan, batch in global_batches(self._train.planner, self._train.fetch, self._share):
+            self._position = plan.position
+            self._given += (batch.num_samples, batch.num_tokens, batch.num_targets, batch.num_slots)
+            yield batch
+
+    def evaluate(self) -> Iterator[GlobalBatch]:
+        """Global batches of one pass over data.eval_path, in order, each sample once over all ranks."""
+        if self._evaluation is None:
+            raise ValueError("there is nothing to evaluate on: set data.eval_path")
+        planner = self._evaluation.planner
+        planner.load_position(self._evaluation_start)
+        for _, batch in global_batches(planner, self._evaluation.fetch, self._share):
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and what it holds for (data, seed, order)."""
+        return {"settings": _plain(self._settings), "position": _plain(self._position)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`; ValueError if it was made with other data, another seed or another order."""
+        for name, now in self._settings.items():
+            before = state["settings"].get(name)
+            if before == now:
+                continue
+            if name == "digest":
+                raise data_changed()
+            raise ValueError(f"{name} is {now} but was {before} when the checkpoint was made: set it back to go on")
+        self._train.planner.load_position(state["position"])
+        self._ahead = False
+        self._plan_ahead()
+
+
+def build_data(
+    config: Config,
+    tokenizer: Any,
+    *,
+    dist: Dist,
+    dp_rank: int,
+    dp_size: int,
+    vocab_size: int,
+    num_labels: int | None = None,
+    label_names: Sequence[str] = (),
+) -> Data:
+    """Open data.train_path (and data.eval_path), see what is in them and plan the run. A collective: all ranks call it.
+
+    dp_rank, dp_size: this rank's place along the data-parallel axes; ranks that share a place get the same batches.
+    vocab_size: rows of the model's embedding. num_labels, label_names: the classes, for classification.
+    ValueError, on all ranks: data that is missing, empty or bad, or too little for one global batch.
+    """
+    encoder, sources, held_out = dist.agree(
+        lambda: (
+            make_encoder(config, tokenizer, vocab_size=vocab_size, num_labels=num_labels, label_names=label_names),
+            open_sources(config),
+            open_sources(config, config.data.eval_path) if config.data.eval_path else None,
+        )
+    )
+    pad_id = _pad_id(tokenizer, vocab_size)
+    streams = config.data.datasets_type == "iterable" or not all(source.mapping for source in sources)
+    explicit = "data.train_size" if config.train.dyn_bsz else "data.train_sample"
+    recipe = make_recipe(config, dp_size=dp_size, by_formula=streams or explicit in config.explicit)
+    names = [source.name for source in sources]
+    settings: dict[str, Any] = {
+        "train.seed": config.train.seed,
+        "data.max_seq_len": config.data.max_seq_len,
+        "data.shuffle": config.data.shuffle,
+        "whether data is streamed (data.datasets_type)": streams,
+        "the list of sources": names,
+        "whether sources have weights": _weights(sources) is not None,
+    }
+    if streams:
+        part = _streamed_part(config, sources, encoder, recipe, pad_id)
+    else:
+        index = _index(config, sources, encoder, dist, "data.train_path")
+        settings["digest"] = index.digest
+        supply = Indexed(index, _weights(sources), names, config.train.seed, config.data.shuffle)
+        part = _indexed_part(config, PackedSamples(index, sources, encoder, recipe.pad_to, pad_id), supply, recipe)
+    evaluation = None
+    if held_out is not None:
+        held_out = [source if source.mapping else Loaded(source) for source in held_out]
+        index = _index(config, held_out, encoder, dist, "data.eval_path")
+        supply = Indexed(index, None, [source.name for source in held_out], config.train.seed, shuffle=False)
+        samples = PackedSamples(index, held_out, encoder, recipe.pad_to, pad_id)
+        evaluation = _indexed_part(config, samples, supply, one_pass(recipe))
+    return Data(part, evaluation, Share(dp_rank, dp_size, tuple(names)), settings)
+
+
+class Loaded:
+    """A source without random access, read whole: evaluation data is small."""
+
+    def __init__(self, source: Source) -> None:
+        self.name = source.name
+        self._rows = list(source.stream())
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def rows(self, ids: Sequence[int]) -> list[Any]:
+        return [self._rows[one] for one in ids]
+
+
+def _pad_id(tokenizer: Any, vocab_size: int) -> int:
+    pad_id = getattr(tokenizer, "pad_token_id", None)
+    return pad_id if pad_id is not None and pad_id < vocab_size else 0
+
+
+def _weights(sources: Sequence[Source]) -> Weights | None:
+    """The sources' weights by step; None if none are given: each sample then comes once a pass."""
+    if len(sources) == 1 or all(source.schedule == ((0, 1.0, False),) for source in sources):
+        return None
+    return lambda step: [source.weight_at(step) for source in sources]
+
+
+def _index(config: Config, sources: Sequence[Any], encoder: Any, dist: Dist, argument: str) -> Index:
+    data = config.data
+    return build_index(
+        sources, encoder, dist, num_workers=data.num_workers, silent=data.silent_exception, argument=argument
+    )
+
+
+def _indexed_part(config: Config, samples: PackedSamples, supply: Indexed, recipe: Recipe) -> Part:
+    index = samples.index
+    planner = Planner(supply, recipe)
+    # Samples in memory are packed faster here than workers could send them.
+    num_workers = config.data.num_workers if index.tokens is None else 0
+
+    def report(given: np.ndarray) -> DataReport:
+        counted = planner.counted
+        return DataReport(
+            rows=index.rows,
+            samples=len(index),
+            tokens=int(index.length.sum()),
+            trained_tokens=int(index.targets.sum()),
+            dropped=index.dropped,
+            packing_efficiency=counted.tokens / counted.slots if counted.slots else _efficiency(given),
+        )
+
+    return Part(planner, fetch_indexed(samples, loader_options(config, num_workers)), report)
+
+
+def _streamed_part(config: Config, sources: Sequence[Source], encoder: Any, recipe: Recipe, pad_id: int) -> Part:
+    bad = BadRows(config.data.silent_exception)
+    feed = Feed(sources, encoder, loader_options(config, config.data.num_workers) | {"pin_memory": False})
+    capacity = config.data.shuffle_buffer_size if config.data.shuffle else 1
+    supply = Streaming(feed, _weights(sources), seed=config.train.seed, capacity=capacity, bad=bad)
+
+    def report(given: np.ndarray) -> DataReport:
+        samples, tokens, targets, _ = given.tolist()
+        return DataReport(bad.rows, samples, tokens, targets, bad.counts(), _efficiency(given))
+
+    return Part(Planner(supply, recipe), fetch_streamed(config, recipe.pad_to, pad_id), report)
+
+
+def _efficiency(given: np.ndarray) -> float | None:
+    return float(given[1] / given[3]) if given[3] else None
+
+
+def _plain(value: Any) -> Any:
+    """Arrays as lists, at any depth."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value

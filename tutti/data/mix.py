@@ -1,0 +1,168 @@
+"""Mixing: in which order samples are drawn, from one source or several.
+
+A *stream* gives the samples of one source, a pass at a time, each pass in an order of its own; `Permuted` here is the
+one over data with random access. A *mix* draws from several streams.
+
+Without weights every sample comes exactly once a pass. With weights a pass is as many draws as there are samples
+(where that is known), and a source that runs out starts over, reshuffled. Draws do not use chance: each draw adds its
+weight to every source's credit and takes one from the source with the most, so that after any number of draws every
+source is within one sample of its exact share. Which samples these are is random, through each source's order.
+Weights count samples, not tokens, and only their proportions matter; they may change with the optimizer step that is
+being planned.
+
+Random numbers come from Philox, keyed by (seed, source, pass): nothing but the pass and the place in it is state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from tutti.data.pack import Drawn
+
+Weights = Callable[[int], Sequence[float]]
+"""The sources' weights at an optimizer step, from 0."""
+
+_BLOCK = 8192
+
+
+def random_words(count: int, *key: int) -> np.ndarray:
+    """`count` random uint64 that depend on `key` alone, on every machine and in every version."""
+    return np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
+
+
+def permutation(count: int, *key: int) -> np.ndarray:
+    """A random order of `range(count)` that depends on `key` alone."""
+    return np.argsort(random_words(count, *key), kind="stable")
+
+
+class Stream(Protocol):
+    """The samples of one source, pass after pass."""
+
+    def draw(self) -> Drawn | None:
+        """The next sample of this pass; None at its end."""
+
+    def restart(self) -> None:
+        """Begin the next pass, wherever this one stands."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Permuted:
+    """Samples with random access: `ids` and their `lengths`, permuted anew for every pass, or in order."""
+
+    def __init__(self, ids: np.ndarray, lengths: np.ndarray, *, key: tuple[int, ...], shuffle: bool) -> None:
+        self.ids, self.lengths, self.key, self.shuffle = ids, lengths, key, shuffle
+        self._begin(-1, len(ids))
+
+    def _begin(self, number: int, at: int) -> None:
+        self._pass, self._start, self._next = number, at, 0
+        self._block: list[Drawn] = []
+        self._order: np.ndarray | None = None
+
+    def draw(self) -> Drawn | None:
+        if self._next == len(self._block) and not self._fill():
+            return None
+        drawn = self._block[self._next]
+        self._next += 1
+        return drawn
+
+    def _fill(self) -> bool:
+        self._start, self._next = self._start + self._next, 0
+        if self._order is None and self.shuffle and self._start < len(self.ids):
+            self._order = permutation(len(self.ids), *self.key, self._pass)
+        places: Any = slice(self._start, self._start + _BLOCK)
+        if self._order is not None:
+            places = self._order[places]
+        self._block = list(zip(self.lengths[places].tolist(), self.ids[places].tolist(), strict=True))
+        return bool(self._block)
+
+    def restart(self) -> None:
+        self._begin(self._pass + 1, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"pass": self._pass, "at": self._start + self._next}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._begin(state["pass"], state["at"])
+
+
+class Mix:
+    """Draws from several streams, by weights or (without) each sample once a pass.
+
+    weights: the sources' weights at a step, relative to each other. size: draws in a pass with weights; None: such a
+    pass has no end.
+    """
+
+    def __init__(self, streams: Sequence[Stream], weights: Weights | None = None, size: int | None = None) -> None:
+        self.streams = list(streams)
+        self.weights = weights if len(self.streams) > 1 else None
+        self.size = size
+        self._begun, self._draws = False, 0
+        self._credit = [0.0] * len(self.streams)
+        self._running = list(range(len(self.streams)))
+        self._step, self._shares = -1, [1.0] * len(self.streams)
+
+    def draw(self, step: int) -> Drawn | None:
+        """The next sample, with the weights of `step`; None at the end of the pass."""
+        if len(self.streams) == 1:
+            return self.streams[0].draw()
+        if self.weights is None:
+            return self._draw_once()
+        if self._draws == self.size:
+            return None
+        if step != self._step:
+            weights = self.weights(step)
+            self._step, self._shares = step, [weight / sum(weights) for weight in weights]
+        self._draws += 1
+        stream = self.streams[self._pick()]
+        if (drawn := stream.draw()) is None:
+            stream.restart()
+            drawn = stream.draw()
+        return drawn
+
+    def _draw_once(self) -> Drawn | None:
+        while self._running:
+            source = self._pick()
+            if (drawn := self.streams[source].draw()) is not None:
+                return drawn
+            self._running.remove(source)
+        return None
+
+    def _pick(self) -> int:
+        credit, shares = self._credit, self._shares
+        for source in self._running:
+            credit[source] += shares[source]
+        source = max(self._running, key=credit.__getitem__)
+        credit[source] -= sum(shares[source] for source in self._running)
+        return source
+
+    def restart(self) -> None:
+        """Begin the next pass. With weights the sources go on where they are; without, they start over."""
+        self._draws = 0
+        if self.weights is not None and self._begun:
+            return
+        self._begun = True
+        self._credit = [0.0] * len(self.streams)
+        self._running = list(range(len(self.streams)))
+        for stream in self.streams:
+            stream.restart()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "begun": self._begun,
+            "draws": self._draws,
+            "credit": list(self._credit),
+            "running": list(self._running),
+            "streams": [stream.state_dict() for stream in self.streams],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._begun, self._draws = state["begun"], state["draws"]
+        self._credit, self._running = list(state["credit"]), list(state["running"])
+        for stream, one in zip(self.streams, state["streams"], strict=True):
+            stream.load_state_dict(one)

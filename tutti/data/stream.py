@@ -1,0 +1,275 @@
+"""Streaming: samples of data that is read in order and never loaded whole.
+
+Every source is read row by row in chunks. Workers encode the chunks ahead: each reads the whole stream but encodes
+only the chunks it is asked for, which come back in the order of asking, so the samples and their order do not depend
+on the number of workers. A shuffle buffer of `data.shuffle_buffer_size` samples stands between a stream and the mix: a
+random one is drawn and the next of the stream takes its place; at the end of the stream the buffer runs empty.
+
+Every rank streams everything, because packing is planned from the lengths of all samples. The position holds no
+tokens: it names the samples in the buffers by row and piece, and going on reads these rows again, from the oldest.
+A checksum over their tokens tells whether the data is still the same.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from tutti.core.batch import Sample
+from tutti.data.index import CHUNK, Chunk, bad_row_error, encode_chunk
+from tutti.data.mix import Mix, Weights, random_words
+from tutti.data.pack import Drawn
+from tutti.data.worker import quiet_fork
+
+_BLOCK = 4096
+
+
+class Streamed(NamedTuple):
+    """A sample of a stream, and what finds it again."""
+
+    row: int
+    piece: int
+    crc: int
+    targets: int
+    sample: Sample
+
+    @property
+    def drawn(self) -> Drawn:
+        return len(self.sample), self
+
+
+def streamed(chunk: Chunk) -> Iterator[Streamed]:
+    """The samples of a chunk, in order."""
+    facts = zip(chunk.row.tolist(), chunk.piece.tolist(), chunk.targets.tolist(), chunk.samples(), strict=True)
+    for row, piece, targets, sample in facts:
+        yield Streamed(row, piece, zlib.crc32(sample.labels.data, zlib.crc32(sample.input_ids.data)), targets, sample)
+
+
+class BadRows:
+    """Counts rows as they come, and those left out by reason, each once; or the first of these is an error."""
+
+    def __init__(self, silent: bool) -> None:
+        self.silent, self.rows = silent, 0
+        self._seen: dict[tuple[str, int], str] = {}
+
+    def add(self, chunk: Chunk) -> None:
+        self.rows += chunk.rows
+        if chunk.bad and not self.silent:
+            raise bad_row_error(chunk.bad[0])
+        for row in chunk.bad:
+            self._seen[row.file, row.line] = row.reason
+
+    def counts(self) -> dict[str, int]:
+        return dict(Counter(self._seen.values()))
+
+
+class Request(NamedTuple):
+    """The rows [start, start + CHUNK) of a source, for the `run`-th time that it is read."""
+
+    source: int
+    run: int
+    start: int
+
+
+class ChunkReader(Dataset):
+    """What a worker does with a request. It keeps a reader per source open and moves it forward."""
+
+    def __init__(self, sources: Sequence[Any], encoder: Any) -> None:
+        self.sources, self.encoder = sources, encoder
+        self._open: dict[int, tuple[int, int, Iterator[Any]]] = {}
+
+    def __getitems__(self, request: Request) -> tuple[Request, Chunk]:
+        run, at, rows = self._open.get(request.source, (-1, 0, iter(())))
+        if run != request.run or at > request.start:
+            at, rows = request.start, self.sources[request.source].stream(request.start)
+        found = list(islice(rows, request.start - at, request.start - at + CHUNK))
+        self._open[request.source] = (request.run, request.start + CHUNK, rows)
+        numbers = range(request.start, request.start + len(found))
+        return request, encode_chunk(self.encoder, request.source, numbers, found)
+
+
+class Feed:
+    """The chunks of every source in order, over and over, prepared ahead by workers."""
+
+    def __init__(self, sources: Sequence[Any], encoder: Any, loader_options: dict[str, Any]) -> None:
+        self.count = len(sources)
+        self.reader = ChunkReader(sources, encoder)
+        self._options = loader_options
+        self._results: Iterator[tuple[Request, Chunk]] | None = None
+        self._next = [Request(source, 0, 0) for source in range(self.count)]
+        self._ready: list[deque[Chunk]] = [deque() for _ in range(self.count)]
+        self._asked = [0] * self.count
+        self._wanted = 0
+
+    def seek(self, source: int, start: int) -> None:
+        """Read `source` from row `start` on."""
+        self._next[source] = Request(source, self._next[source].run + 1, start)
+        self._ready[source].clear()
+        self._asked[source] = 0
+
+    def next(self, source: int) -> Chunk:
+        """The next chunk of `source`; one with fewer than CHUNK rows is the last, after which it begins again."""
+        if self._results is None:
+            with quiet_fork():
+                self._results = iter(DataLoader(self.reader, batch_sampler=self._requests(), **self._options))
+        self._wanted = source
+        while not self._ready[source]:
+            request, chunk = next(self._results)
+            upcoming = self._next[request.source]
+            if request.run != upcoming.run:
+                continue
+            if chunk.rows < CHUNK:
+                self._next[request.source] = Request(request.source, upcoming.run + 1, 0)
+                self._asked[request.source] = len(self._ready[request.source]) + 1
+            self._ready[request.source].append(chunk)
+        self._asked[source] -= 1
+        return self._ready[source].popleft()
+
+    def _requests(self) -> Iterator[Any]:
+        """What to prepare next: for the source that is waited for, else for the one with the least in store."""
+        while True:
+            source = min(range(self.count), key=lambda one: (self._asked[one], one != self._wanted))
+            request = self._next[source]
+            self._next[source] = request._replace(start=request.start + CHUNK)
+            self._asked[source] += 1
+            yield request
+
+
+class Shuffled:
+    """One source of a stream, through a shuffle buffer of `capacity` samples."""
+
+    def __init__(self, feed: Feed, source: int, *, seed: int, capacity: int, bad: BadRows) -> None:
+        self.feed, self.source, self.seed, self.capacity, self.bad = feed, source, seed, capacity, bad
+        self._pass, self._draws = -1, 0
+        self._row, self._piece, self._ended = 0, 0, True
+        self._buffer: list[Streamed] = []
+        self._names = np.zeros((capacity, 3), np.int64)
+        self._incoming: Iterator[Streamed] = iter(())
+        self._words: list[int] = []
+
+    def draw(self) -> Drawn | None:
+        buffer = self._buffer
+        while len(buffer) < self.capacity and (one := self._read()) is not None:
+            self._put(len(buffer), one)
+        if not buffer:
+            return None
+        place = self._word() % len(buffer)
+        drawn, last = buffer[place], buffer.pop()
+        if place < len(buffer):
+            self._put(place, last)
+        return drawn.drawn
+
+    def _put(self, place: int, one: Streamed) -> None:
+        if place == len(self._buffer):
+            self._buffer.append(one)
+        else:
+            self._buffer[place] = one
+        self._names[place] = one.row, one.piece, one.crc
+
+    def _word(self) -> int:
+        block, place = divmod(self._draws, _BLOCK)
+        if place == 0 or not self._words:
+            self._words = random_words(_BLOCK, self.seed, self.source, self._pass, block).tolist()
+        self._draws += 1
+        return self._words[place]
+
+    def _read(self) -> Streamed | None:
+        """The next sample of the stream; None at its end."""
+        while True:
+            if (one := next(self._incoming, None)) is not None:
+                self._row, self._piece = one.row, one.piece + 1
+                return one
+            if self._ended:
+                return None
+            chunk = self.feed.next(self.source)
+            self._ended = chunk.rows < CHUNK
+            self.bad.add(chunk)
+            position = self._row, self._piece
+            self._incoming = (one for one in streamed(chunk) if (one.row, one.piece) >= position)
+
+    def restart(self) -> None:
+        if not self._ended:
+            self.feed.seek(self.source, 0)
+        self._pass, self._draws = self._pass + 1, 0
+        self._row, self._piece, self._ended = 0, 0, False
+        self._buffer, self._words, self._incoming = [], [], iter(())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "pass": self._pass,
+            "draws": self._draws,
+            "row": self._row,
+            "piece": self._piece,
+            "buffer": self._names[: len(self._buffer)].copy(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._pass, self._draws = state["pass"], state["draws"]
+        self._row, self._piece, self._ended = state["row"], state["piece"], self._pass < 0
+        self._buffer, self._words, self._incoming = [], [], iter(())
+        self.feed.seek(self.source, self._row)
+        names = np.asarray(state["buffer"], np.int64).reshape(-1, 3).tolist()
+        self._names = np.zeros((max(self.capacity, len(names)), 3), np.int64)
+        for one in find_rows(self.feed.reader, self.source, names):
+            self._put(len(self._buffer), one)
+
+
+def find_rows(reader: ChunkReader, source: int, names: Sequence[Sequence[int]]) -> list[Streamed]:
+    """The samples of `source` with these (row, piece, crc), read again; ValueError if they are not what they were."""
+    if not names:
+        return []
+    wanted = {row for row, _, _ in names}
+    first, last = min(wanted), max(wanted)
+    rows = enumerate(islice(reader.sources[source].stream(first), last + 1 - first), first)
+    picked = ((number, row) for number, row in rows if number in wanted)
+    found: dict[tuple[int, int], Streamed] = {}
+    while batch := list(islice(picked, CHUNK)):
+        numbers, read = zip(*batch, strict=True)
+        found |= {(one.row, one.piece): one for one in streamed(encode_chunk(reader.encoder, source, numbers, read))}
+    samples = [found.get((row, piece)) for row, piece, _ in names]
+    if any(one is None or one.crc != name[2] for one, name in zip(samples, names, strict=True)):
+        raise data_changed()
+    return [one for one in samples if one is not None]
+
+
+def data_changed() -> ValueError:
+    return ValueError(
+        "data.train_path does not hold the data that the checkpoint was made with (files, tokenizer, template or "
+        "data.max_seq_len have changed): bring it back, or start anew without train.load_checkpoint_path"
+    )
+
+
+class Streaming:
+    """The supply of samples that streams give: items are the samples themselves."""
+
+    size: int | None = None
+
+    def __init__(self, feed: Feed, weights: Weights | None, *, seed: int, capacity: int, bad: BadRows) -> None:
+        self.feed, self.weights, self.seed, self.capacity, self.bad = feed, weights, seed, capacity, bad
+
+    def mix(self) -> Mix:
+        streams = [
+            Shuffled(self.feed, source, seed=self.seed, capacity=self.capacity, bad=self.bad)
+            for source in range(self.feed.count)
+        ]
+        return Mix(streams, self.weights)
+
+    def facts(self, items: Sequence[Streamed]) -> tuple[np.ndarray, np.ndarray]:
+        targets = np.array([item.targets for item in items], np.int64)
+        return targets, np.array([item.sample.source for item in items], np.int64)
+
+    def name(self, item: Streamed) -> list[int]:
+        return [item.sample.source, item.row, item.piece, item.crc]
+
+    def find(self, names: Sequence[Sequence[int]]) -> list[Drawn]:
+        found: dict[tuple[int, int, int], Streamed] = {}
+        for source in {name[0] for name in names}:
+            for one in find_rows(self.feed.reader, source, [name[1:] for name in names if name[0] == source]):
+                found[source, one.row, one.piece] = one
+        return [found[source, row, piece].drawn for source, row, piece, _ in names]
