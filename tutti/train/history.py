@@ -126,7 +126,8 @@ class History:
 
     train, evals: the curves. last, last_eval: the newest records. best_eval: the one of lowest loss. tokens,
     trained_tokens, samples: sums. seconds: time spent in training steps (not in evaluation, saving or start-up).
-    source_tokens: trained tokens per source. non_finite: (step, what) of every non-finite value, the first 100.
+    source_tokens: trained tokens per source. skipped: steps that a non-finite gradient left without an update.
+    non_finite: (step, what) of every non-finite value, the first 100.
     """
 
     def __init__(self) -> None:
@@ -134,7 +135,7 @@ class History:
         self.last: dict[str, Any] = {}
         self.last_eval: dict[str, Any] = {}
         self.best_eval: dict[str, Any] = {}
-        self.tokens = self.trained_tokens = self.samples = 0
+        self.tokens = self.trained_tokens = self.samples = self.skipped = 0
         self.seconds = 0.0
         self.source_tokens: dict[str, int] = {}
         self.non_finite: list[tuple[int, str]] = []
@@ -156,12 +157,13 @@ class History:
                 self.best_eval = dict(record)
             return
         self.train.add(step, values)
-        steps = step - self.last.get("step", step - 1)
         self.last = dict(record)
         self.tokens += int(values.get("tokens", 0))
         self.trained_tokens += int(values.get("trained_tokens", 0))
         self.samples += int(values.get("samples", 0))
-        self.seconds += steps * values.get("step_seconds", 0.0)
+        self.skipped += int(values.get("skipped_steps", 0))
+        rate = values.get("tokens_per_second", 0.0)
+        self.seconds += values.get("tokens", 0) / rate if rate > 0 else values.get("step_seconds", 0.0)
         for key, value in values.items():
             if key.startswith("source_tokens/"):
                 name = key.partition("/")[2]

@@ -8,7 +8,7 @@ A training record has `step, epoch, loss, grad_norm, lr, tokens, trained_tokens,
 tokens_per_second, mfu, memory_gib, packing`, and with several sources `source_loss/<name>` and `source_tokens/<name>`.
 Where a record stands for several steps (train.log_steps), tokens, trained_tokens, samples and source_tokens are sums
 over them and the rest are means, or the last value. mfu is None where the device's peak is unknown. An evaluation
-record has `step, eval_loss, eval_tokens`, and `eval_accuracy` for classification.
+record has `step, eval_loss, eval_tokens`, and `eval_accuracy` for classification. Either may hold more.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import IO, Any, Literal, Protocol
 
 from tutti.config import Config
 from tutti.core.dist import Dist
@@ -122,10 +122,12 @@ class _JsonLines:
     """metrics.jsonl, flushed line by line; keeps `history`, which the other sinks read, up to date."""
 
     def __init__(self, path: Path, history: History) -> None:
-        self._file = path.open("a", encoding="utf-8")
-        self._history = history
+        self._path, self._history = path, history
+        self._file: IO[str] | None = None
 
     def step(self, record: Record) -> None:
+        # Opened at the first record: a run that fails before it leaves no history for the next one to trip over.
+        self._file = self._file or self._path.open("a", encoding="utf-8")
         self._file.write(encode(record) + "\n")
         self._file.flush()
         self._history.add(record)
@@ -136,7 +138,8 @@ class _JsonLines:
         pass
 
     def close(self, summary: Record) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 class _Wandb:
@@ -183,7 +186,7 @@ def _wandb_mode() -> Literal["offline"] | None:
     if "WANDB_MODE" in os.environ:
         return None
     reason = _unreachable(wandb.setup().settings.base_url)
-    if reason is None and not wandb.api.api_key:
+    if reason is None and not wandb.login(verify=False, prompt=False):
         reason = "nobody is logged in"
     if reason is None:
         return None

@@ -149,6 +149,7 @@ def _payload(run: Mapping[str, Any], history: History) -> dict[str, str]:
         "tokens": history.tokens,
         "trained_tokens": history.trained_tokens,
         "samples": history.samples,
+        "skipped": history.skipped,
         "train_seconds": history.seconds,
         "non_finite": history.non_finite,
     }

@@ -9,7 +9,8 @@ function make(tag, attributes = {}, ...children) {
   const node = isSvg ? document.createElementNS(SVG, tag) : document.createElement(tag);
   for (const [key, value] of Object.entries(attributes)) {
     if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
-    else if (value !== undefined && value !== null && value !== false) node.setAttribute(key, value === true ? "" : value);
+    else if (value !== undefined && value !== null && value !== false)
+      node.setAttribute(key, value === true ? "" : value);
   }
   node.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== ""));
   return node;
@@ -26,7 +27,8 @@ function niceStep(span, count) {
 function linearTicks(low, high, count) {
   const step = niceStep(high - low, count);
   const ticks = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i += 1) ticks.push(Number((i * step).toPrecision(12)));
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i += 1)
+    ticks.push(Number((i * step).toPrecision(12)));
   return ticks;
 }
 
@@ -56,7 +58,12 @@ function makeScale({ values, log, fromZero, cap }) {
     if (low === high) [low, high] = [low / 2, high * 2];
     const pad = (high / low) ** 0.04;
     [low, high] = [low / pad, high * pad];
-    return { low, high, ticks: (count) => logTicks(low, high, count), at: (v) => Math.log(Math.max(v, low) / low) / Math.log(high / low) };
+    return {
+      low,
+      high,
+      ticks: (count) => logTicks(low, high, count),
+      at: (v) => Math.log(Math.max(v, low) / low) / Math.log(high / low),
+    };
   }
   if (fromZero) low = Math.min(0, low);
   if (low === high) [low, high] = low === 0 ? [0, 1] : [low - Math.abs(low) * 0.1, high + Math.abs(high) * 0.1];
@@ -116,10 +123,20 @@ class Chart {
     this.tip = make("div", { class: "tip", role: "status" });
     this.legend = make("ul", { class: "legend" });
     const tools = this.tools();
-    this.node = make("figure", { class: "card chart", id: `chart-${spec.id}` },
-      make("header", {}, make("h3", {}, spec.title, spec.unit ? make("span", {}, ` ${spec.unit}`) : null),
-        spec.now ? make("span", { class: "now" }, spec.now) : null, tools),
-      this.plot, this.legend, this.tip);
+    this.node = make(
+      "figure",
+      { class: "card chart", id: `chart-${spec.id}` },
+      make(
+        "header",
+        {},
+        make("h3", {}, spec.title, spec.unit ? make("span", {}, ` ${spec.unit}`) : null),
+        spec.now ? make("span", { class: "now" }, spec.now) : null,
+        tools,
+      ),
+      this.plot,
+      this.legend,
+      this.tip,
+    );
     Charts.add(this);
   }
 
@@ -129,22 +146,45 @@ class Chart {
     const box = make("div", { class: "tools" });
     if (slider) {
       const shown = make("output", {}, this.smoothing.toFixed(2));
-      box.append(make("label", {}, "Smoothing", make("input", {
-        type: "range", min: 0, max: 0.99, step: 0.01, value: this.smoothing, "aria-label": `${this.spec.title}: smoothing`,
-        oninput: (event) => {
-          this.smoothing = remember(`${id}.smoothing`, Number(event.target.value));
-          shown.textContent = this.smoothing.toFixed(2);
-          this.draw();
-        },
-      }), shown));
+      box.append(
+        make(
+          "label",
+          {},
+          "Smoothing",
+          make("input", {
+            type: "range",
+            min: 0,
+            max: 0.99,
+            step: 0.01,
+            value: this.smoothing,
+            "aria-label": `${this.spec.title}: smoothing`,
+            oninput: (event) => {
+              this.smoothing = remember(`${id}.smoothing`, Number(event.target.value));
+              shown.textContent = this.smoothing.toFixed(2);
+              this.draw();
+            },
+          }),
+          shown,
+        ),
+      );
     }
-    if (log) box.append(make("label", {}, make("input", {
-      type: "checkbox", checked: this.log, "aria-label": `${this.spec.title}: logarithmic scale`,
-      onchange: (event) => {
-        this.log = remember(`${id}.log`, event.target.checked);
-        this.draw();
-      },
-    }), "Log scale"));
+    if (log)
+      box.append(
+        make(
+          "label",
+          {},
+          make("input", {
+            type: "checkbox",
+            checked: this.log,
+            "aria-label": `${this.spec.title}: logarithmic scale`,
+            onchange: (event) => {
+              this.log = remember(`${id}.log`, event.target.checked);
+              this.draw();
+            },
+          }),
+          "Log scale",
+        ),
+      );
     return box;
   }
 
@@ -154,7 +194,10 @@ class Chart {
     return this.spec.series.flatMap((series) => {
       if (series.kind === "dots" || this.smoothing === 0) return [series];
       const name = this.spec.slider ? `${series.name}, smoothed` : series.name;
-      return [{ ...series, faint: true, unseen: many }, { ...series, name, y: smooth(series.y, this.smoothing), low: undefined, smoothed: true }];
+      return [
+        { ...series, faint: true, unseen: many },
+        { ...series, name, y: smooth(series.y, this.smoothing), low: undefined, smoothed: true },
+      ];
     });
   }
 
@@ -163,7 +206,12 @@ class Chart {
     const width = Math.max(240, this.plot.clientWidth || 600);
     const height = spec.height ?? 210;
     const curves = this.curves();
-    const scale = makeScale({ values: spec.stack ? [0, 1] : curves.flatMap((c) => (c.low ? [...c.low, ...c.high, ...c.y] : c.y)), log: this.log, fromZero: spec.fromZero, cap: spec.cap });
+    const scale = makeScale({
+      values: spec.stack ? [0, 1] : curves.flatMap((c) => (c.low ? [...c.low, ...c.high, ...c.y] : c.y)),
+      log: this.log,
+      fromZero: spec.fromZero,
+      cap: spec.cap,
+    });
     const yTicks = scale.ticks(Math.max(3, Math.floor(height / 48)));
     const labels = yTicks.map((tick) => spec.axis(tick));
     const left = 14 + 6.6 * Math.max(...labels.map((label) => label.length), 2);
@@ -171,44 +219,88 @@ class Chart {
     const steps = Charts.range;
     const x = (step) => left + ((step - steps[0]) / Math.max(1, steps[1] - steps[0])) * (width - left - right);
     const y = (value) => (value === null ? null : height - bottom - scale.at(value) * (height - bottom - top));
-    const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", tabindex: 0, "aria-label": this.describe() });
-    yTicks.forEach((tick, i) => svg.append(
-      make("line", { class: "gridline", x1: left, x2: width - right, y1: y(tick), y2: y(tick) }),
-      make("text", { x: left - 7, y: y(tick) + 4, "text-anchor": "end" }, labels[i])));
-    for (const tick of linearTicks(steps[0], steps[1], Math.floor((width - left) / 64)).filter((t) => Number.isInteger(t)))
+    const svg = make("svg", {
+      viewBox: `0 0 ${width} ${height}`,
+      role: "img",
+      tabindex: 0,
+      "aria-label": this.describe(),
+    });
+    yTicks.forEach((tick, i) =>
+      svg.append(
+        make("line", { class: "gridline", x1: left, x2: width - right, y1: y(tick), y2: y(tick) }),
+        make("text", { x: left - 7, y: y(tick) + 4, "text-anchor": "end" }, labels[i]),
+      ),
+    );
+    for (const tick of linearTicks(steps[0], steps[1], Math.floor((width - left) / 64)).filter((t) =>
+      Number.isInteger(t),
+    ))
       svg.append(make("text", { x: x(tick), y: height - bottom + 17, "text-anchor": "middle" }, short(tick)));
-    svg.append(make("line", { class: "axis", x1: left, x2: width - right, y1: height - bottom, y2: height - bottom }),
-      make("text", { x: (left + width - right) / 2, y: height - 4, "text-anchor": "middle" }, "step"));
+    svg.append(
+      make("line", { class: "axis", x1: left, x2: width - right, y1: height - bottom, y2: height - bottom }),
+      make("text", { x: (left + width - right) / 2, y: height - 4, "text-anchor": "middle" }, "step"),
+    );
+    if (curves.every((curve) => curve.y.every((value) => value === null)))
+      svg.append(
+        make("text", { x: (left + width - right) / 2, y: height / 2, "text-anchor": "middle" }, "no values yet"),
+      );
     if (spec.stack) this.bars(svg, x, y);
     else for (const curve of curves.filter((c) => !c.unseen)) this.line(svg, curve, x, y);
     this.cursor = make("line", { class: "cursor", y1: top, y2: height - bottom });
     svg.append(this.cursor);
-    this.marks = spec.stack ? [] : curves.filter((c) => !c.faint).map((curve) => {
-      const mark = make("circle", { r: 4, class: "dot", fill: curve.tone, visibility: "hidden" });
-      svg.append(mark);
-      return [curve, mark];
-    });
+    this.marks = spec.stack
+      ? []
+      : curves
+          .filter((c) => !c.faint)
+          .map((curve) => {
+            const mark = make("circle", { r: 4, class: "dot", fill: curve.tone, visibility: "hidden" });
+            svg.append(mark);
+            return [curve, mark];
+          });
     this.place = { x, y, left, right, width, height };
     this.drawn = curves;
     this.listen(svg);
     this.plot.replaceChildren(svg);
-    this.legend.replaceChildren(...curves.filter((c) => spec.slider || (spec.series.length > 1 && !c.faint)).map((curve) => make("li", {},
-      make("span", { class: `swatch ${curve.faint ? "faint" : ""} ${spec.stack ? "block" : curve.kind === "dots" ? "dotted" : ""}`, style: `--tone:${curve.tone}` }), curve.name)));
+    this.legend.replaceChildren(
+      ...curves
+        .filter((c) => spec.slider || (spec.series.length > 1 && !c.faint))
+        .map((curve) =>
+          make(
+            "li",
+            {},
+            make("span", {
+              class: `swatch ${curve.faint ? "faint" : ""} ${spec.stack ? "block" : curve.kind === "dots" ? "dotted" : ""}`,
+              style: `--tone:${curve.tone}`,
+            }),
+            curve.name,
+          ),
+        ),
+    );
   }
 
   line(svg, curve, x, y) {
     if (curve.low) {
       const upper = curve.x.map((step, i) => [x(step), y(curve.high[i])]).filter((p) => p[1] !== null);
-      const lower = curve.x.map((step, i) => [x(step), y(curve.low[i])]).filter((p) => p[1] !== null).reverse();
+      const lower = curve.x
+        .map((step, i) => [x(step), y(curve.low[i])])
+        .filter((p) => p[1] !== null)
+        .reverse();
       svg.append(make("path", { class: "band", d: `${pathOf([...upper, ...lower])}Z`, fill: curve.tone }));
     }
     const points = curve.x.map((step, i) => [x(step), y(curve.y[i])]);
-    svg.append(make("path", {
-      class: `line ${curve.faint ? "raw" : ""}`, d: pathOf(points), stroke: curve.tone, "data-series": curve.name,
-    }));
-    const lone = points.filter((p) => p[1] !== null);
-    if (lone.length === 1 || (curve.kind === "dots" && lone.length <= 60))
-      for (const [cx, cy] of lone) svg.append(make("circle", { class: "dot", cx, cy, r: curve.kind === "dots" ? 3.5 : 3, fill: curve.tone }));
+    svg.append(
+      make("path", {
+        class: `line ${curve.faint ? "raw" : ""}`,
+        d: pathOf(points),
+        stroke: curve.tone,
+        "data-series": curve.name,
+      }),
+    );
+    const marked = curve.kind === "dots" && points.length <= 60;
+    const missing = (point) => (point?.[1] ?? null) === null;
+    points.forEach((point, i) => {
+      if (!missing(point) && (marked || (missing(points[i - 1]) && missing(points[i + 1]))))
+        svg.append(make("circle", { class: "dot", cx: point[0], cy: point[1], r: 3.5, fill: curve.tone }));
+    });
   }
 
   // Shares of a whole, one column for each range of steps.
@@ -218,23 +310,37 @@ class Chart {
       const from = x(series[0].from[i]);
       let below = 0;
       for (const { y: shares, tone } of series) {
-        if (shares[i]) svg.append(make("rect", {
-          x: from, width: Math.max(0.5, x(end) - from + 0.4), y: y(below + shares[i]), height: y(below) - y(below + shares[i]), fill: tone,
-        }));
+        if (shares[i])
+          svg.append(
+            make("rect", {
+              x: from,
+              width: Math.max(0.5, x(end) - from + 0.4),
+              y: y(below + shares[i]),
+              height: y(below) - y(below + shares[i]),
+              fill: tone,
+            }),
+          );
         below += shares[i] ?? 0;
       }
     });
-    for (const { name, tone, x: steps } of series) svg.append(make("path", { "data-series": name, "data-columns": steps.length, d: "", fill: tone }));
+    for (const { name, tone, x: steps } of series)
+      svg.append(make("path", { "data-series": name, "data-columns": steps.length, d: "", fill: tone }));
   }
 
   describe() {
-    return `${this.spec.title}${this.spec.unit ? `, ${this.spec.unit}` : ""}, over steps. ` + this.spec.series.map((series) => {
-      const known = series.y.map((value, i) => [series.x[i], value]).filter(([, value]) => value !== null);
-      if (!known.length) return `${series.name}: no values.`;
-      const [[firstStep, first], [lastStep, last]] = [known[0], known[known.length - 1]];
-      const say = this.spec.exact;
-      return `${series.name}: ${say(first)} at step ${firstStep}, ${say(last)} at step ${lastStep}.`;
-    }).join(" ") + " Arrow keys read single steps.";
+    return (
+      `${this.spec.title}${this.spec.unit ? `, ${this.spec.unit}` : ""}, over steps. ` +
+      this.spec.series
+        .map((series) => {
+          const known = series.y.map((value, i) => [series.x[i], value]).filter(([, value]) => value !== null);
+          if (!known.length) return `${series.name}: no values.`;
+          const [[firstStep, first], [lastStep, last]] = [known[0], known[known.length - 1]];
+          const say = this.spec.exact;
+          return `${series.name}: ${say(first)} at step ${firstStep}, ${say(last)} at step ${lastStep}.`;
+        })
+        .join(" ") +
+      " Arrow keys read single steps."
+    );
   }
 
   listen(svg) {
@@ -269,18 +375,43 @@ class Chart {
     for (const [curve, mark] of this.marks) {
       const i = nearest(curve.x, step);
       const seen = i >= 0 && curve.y[i] !== null;
-      if (seen) [["cx", x(curve.x[i])], ["cy", y(curve.y[i])]].forEach(([key, value]) => mark.setAttribute(key, value));
+      if (seen)
+        [
+          ["cx", x(curve.x[i])],
+          ["cy", y(curve.y[i])],
+        ].forEach(([key, value]) => mark.setAttribute(key, value));
       mark.setAttribute("visibility", seen ? "visible" : "hidden");
     }
     if (!speak) return;
     const base = this.drawn[0];
     const at = base.x[nearest(base.x, step)];
     const told = this.drawn.filter((curve) => this.spec.slider || !curve.smoothed);
-    const rows = told.map((curve) => [curve, nearest(curve.x, step)]).filter(([curve, i]) => i >= 0 && curve.y[i] !== null);
-    this.tip.replaceChildren(make("b", {}, `step ${at.toLocaleString("en")}${this.spec.width > 1 ? `, mean of ${this.spec.width} steps` : ""}`),
-      ...rows.map(([curve, i]) => make("div", {}, make("span", { class: `swatch ${curve.faint && this.spec.slider ? "faint" : ""}`, style: `--tone:${curve.tone}` }),
-        make("span", {}, curve.kind === "dots" && curve.x[i] !== at ? `${curve.name} (step ${curve.x[i]})` : curve.name),
-        make("span", {}, this.spec.exact(curve.y[i])))));
+    const rows = told
+      .map((curve) => [curve, nearest(curve.x, step)])
+      .filter(([curve, i]) => i >= 0 && curve.y[i] !== null);
+    this.tip.replaceChildren(
+      make(
+        "b",
+        {},
+        `step ${at.toLocaleString("en")}${this.spec.width > 1 ? `, mean of ${this.spec.width} steps` : ""}`,
+      ),
+      ...rows.map(([curve, i]) =>
+        make(
+          "div",
+          {},
+          make("span", {
+            class: `swatch ${curve.faint && this.spec.slider ? "faint" : ""}`,
+            style: `--tone:${curve.tone}`,
+          }),
+          make(
+            "span",
+            {},
+            curve.kind === "dots" && curve.x[i] !== at ? `${curve.name} (step ${curve.x[i]})` : curve.name,
+          ),
+          make("span", {}, this.spec.exact(curve.y[i])),
+        ),
+      ),
+    );
     const [tipWidth, plotLeft] = [this.tip.offsetWidth, this.plot.offsetLeft];
     const shown = (x(step) / width) * this.plot.clientWidth;
     const start = shown + tipWidth + 20 > this.plot.clientWidth ? shown - tipWidth - 14 : shown + 14;
