@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from tutti.model.plan import LogitTransform
 from tutti.train import loss as module
-from tutti.train.loss import LogitTransform, apply_transform, linear_cross_entropy
+from tutti.train.loss import linear_cross_entropy
 
 
 def make(dtype=torch.float64, positions=37, width=12, vocabulary=50):
@@ -17,7 +18,9 @@ def make(dtype=torch.float64, positions=37, width=12, vocabulary=50):
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 10, 1000])
-@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.25, 0.0), LogitTransform(1.0, 2.0), LogitTransform(2.0, 1.5)])
+@pytest.mark.parametrize(
+    "transform", [LogitTransform(), LogitTransform(0.25, 0.0), LogitTransform(1.0, 2.0), LogitTransform(2.0, 1.5)]
+)
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_equals_full_logits(monkeypatch, chunk_rows, transform, with_bias):
     hidden, weight, bias, targets = make(torch.float32)
@@ -30,7 +33,7 @@ def test_equals_full_logits(monkeypatch, chunk_rows, transform, with_bias):
     for item in used:
         item.grad = None
     raw = hidden @ weight.T + (bias if with_bias else 0)
-    want = cross_entropy(apply_transform(raw, transform), targets, reduction="none")
+    want = cross_entropy(transform(raw), targets, reduction="none")
     (want.sum() * 0.5).backward()
     torch.testing.assert_close(losses, want.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(total, want.sum(), rtol=1e-5, atol=1e-5)

@@ -67,6 +67,11 @@ class Batch:
     num_tokens: int
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def lengths(self) -> list[int]:
+        """The samples' lengths, padding left out; for a batch on the host."""
+        lengths = self.cu_seqlens.diff().tolist()
+        return [length for length, source in zip(lengths, self.sample_sources.tolist(), strict=True) if source >= 0]
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; copies from pinned memory do not block."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from tutti.config import TrainConfig
+from tutti.config.layout import Layout
 from tutti.core.dist import Dist
 
 
@@ -49,21 +49,7 @@ class Mesh:
         return " x ".join(parts)
 
 
-def dp_shape(train: TrainConfig, dp_size: int) -> tuple[int, int]:
-    """(replicate, shard) for `dp_size` data-parallel ranks.
-
-    ddp: copies only. Else replicate * shard = dp_size, where both sizes left at 1 mean: shard over all ranks.
-    """
-    replicate, shard = train.data_parallel_replicate_size, train.data_parallel_shard_size
-    if train.data_parallel_mode == "ddp":
-        return dp_size, 1
-    if replicate == shard == 1:
-        return 1, dp_size
-    assert replicate * shard == dp_size, "the layout was not validated"
-    return replicate, shard
-
-
-def build_mesh(train: TrainConfig, dist: Dist) -> Mesh:
-    """Arrange all ranks of `dist`. A collective call."""
-    shape = dp_shape(train, dist.world)
+def build_mesh(layout: Layout, dist: Dist) -> Mesh:
+    """Arrange all ranks of `dist` as `layout` says. A collective call."""
+    shape = (layout.replicate, layout.shard)
     return Mesh(init_device_mesh(dist.device.type, shape, mesh_dim_names=("replicate", "shard")))

@@ -14,10 +14,12 @@ Shapes: N positions, H hidden size, V vocabulary (or classes).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from tutti.model.plan import LogitTransform
 
 CHUNK_BYTES = 256 * 2**20
 """Logits of one chunk take at most this much."""
@@ -26,11 +28,7 @@ CACHED_ELEMENTS = 2**20
 """Logits that the CPU's elementwise part handles at a time, so that its fp32 copies stay in the cache."""
 
 
-class LogitTransform(NamedTuple):
-    """What a model does between its head and its loss: logits = softcap * tanh(scale * head(x) / softcap)."""
-
-    scale: float = 1.0
-    softcap: float = 0.0
+_AS_IS = LogitTransform()
 
 
 def linear_cross_entropy(
@@ -39,7 +37,7 @@ def linear_cross_entropy(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
-    transform: LogitTransform = LogitTransform(),
+    transform: LogitTransform = _AS_IS,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of `hidden @ weight.T` against `targets`.
 
@@ -52,12 +50,6 @@ def linear_cross_entropy(
 
 def _rows_a_chunk(weight: Tensor) -> int:
     return max(1, CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
-
-
-def apply_transform(logits: Tensor, transform: LogitTransform) -> Tensor:
-    """The logits a model gives for its head's raw output."""
-    logits = logits * transform.scale if transform.scale != 1.0 else logits
-    return torch.tanh(logits / transform.softcap) * transform.softcap if transform.softcap else logits
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -110,7 +102,7 @@ def _loss_and_gradient(
     for start in range(0, len(logits), rows):
         part = slice(start, start + rows)
         raw, target = logits[part], targets[part, None]
-        shaped = apply_transform(raw.float(), transform)
+        shaped = transform(raw.float())
         log_softmax = torch.log_softmax(shaped, dim=-1)
         losses[part] = log_softmax.gather(1, target).neg_().squeeze(1)
         if not differentiate:

@@ -1,0 +1,37 @@
+"""Evaluation: the mean loss over all trained tokens of the evaluation data, and accuracy for classification."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tutti.core.batch import GlobalBatch
+from tutti.core.dist import Dist
+from tutti.train.task import Objective
+
+
+def evaluate(objective: Objective, batches: Iterable[GlobalBatch], ranks: Dist) -> dict[str, Any]:
+    """`eval_loss` (token mean), `eval_tokens` and, where the objective predicts, `eval_accuracy`, over all ranks.
+
+    Leaves the model in training mode. A collective call.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+    objective.eval()
+    with torch.no_grad():
+        for batch in batches:
+            for micro in batch.micro_batches:
+                out = objective(micro.to(ranks.device))
+                correct = out.num_correct if out.num_correct is not None else torch.zeros(())
+                sums += torch.stack([out.loss.double().cpu(), correct.double().cpu(), sums.new_tensor(len(out.losses))])
+    objective.train()
+    if ranks.world > 1:
+        sums = sums.to(ranks.device)
+        dist.all_reduce(sums)
+    loss, correct, num_targets = sums.tolist()
+    result: dict[str, Any] = {"eval_loss": loss / num_targets, "eval_tokens": int(num_targets)}
+    if objective.predicts:
+        result["eval_accuracy"] = correct / num_targets
+    return result

@@ -1,0 +1,120 @@
+"""The run: everything that `tutti train` does, in the order in which it happens.
+
+configuration -> process group -> mesh -> model on the meta device -> data -> parallelize -> weights -> optimizer ->
+checkpoint -> loop. What can be wrong with the user's input is looked at before anything costly, on all ranks. State is
+passed along as arguments; what runs (which kernel, which layout) was decided when the parts were built.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from pathlib import Path
+
+import torch
+
+from tutti.config import Config
+from tutti.core.batch import GlobalBatch
+from tutti.core.dist import Dist, init_dist, shutdown_dist
+from tutti.model.weights import export_hf
+from tutti.parallel.fsdp import GradientSync
+from tutti.train.checkpoint import Checkpointer
+from tutti.train.evaluate import evaluate
+from tutti.train.metrics import Metrics
+from tutti.train.optim import build_optimizer, set_lr
+from tutti.train.profile import make_profiler
+from tutti.train.reporter import Reporter
+from tutti.train.sample import show_samples
+from tutti.train.schedule import learning_rate
+from tutti.train.setup import Parts, assemble, claim_output, load_parameters, prepare_process
+from tutti.train.step import Trainer
+from tutti.train.stop import StopSignal
+
+log = logging.getLogger(__name__)
+
+
+def train(config: Config) -> None:
+    """Train as `config` says, on this rank; every rank of the job calls it.
+
+    ValueError and OSError: what the user can mend, the same on every rank. SIGTERM and SIGINT end the run normally
+    once a checkpoint is saved.
+    """
+    ranks = init_dist(prepare_process(config))
+    try:
+        ranks.agree(lambda: claim_output(config, ranks))
+        _run(config, ranks)
+    finally:
+        shutdown_dist()
+
+
+def _run(config: Config, ranks: Dist) -> None:
+    output = Path(config.train.output_dir or "")
+    parts = assemble(config, ranks)
+    load_parameters(config, parts, ranks)
+    optimizer = build_optimizer(parts.model, config)
+    checkpoints = Checkpointer(
+        output, ranks, save_async=config.train.save_async, max_checkpoints=config.train.max_checkpoints
+    )
+    state = checkpoints.resume(config.train.load_checkpoint_path, parts.model, optimizer)
+    step = state["step"] if state else 0
+    if state:
+        parts.data.load_state_dict(state["data"])
+    sync = GradientSync(parts.objective, parts.mesh, config.train)
+    trainer = Trainer(parts.objective, optimizer, sync, ranks.device, config.train.max_grad_norm)
+    run_info = parts.describe(ranks)
+    with (
+        Metrics(config, ranks, total_steps=parts.data.total_steps, run_info=run_info, start_step=step) as metrics,
+        make_profiler(config.train, ranks, start_step=step) as profiler,
+        StopSignal(ranks) as stop,
+    ):
+        report = Reporter(config, parts, ranks, metrics)
+        for batch in report.clock.waiting(parts.data.train()):
+            step = batch.step
+            set_lr(optimizer, learning_rate(step - 1, parts.data.total_steps, config.train))
+            trainer.step(batch, report.totals)
+            report.after_step(batch, optimizer.param_groups[0]["lr"])
+            profiler.step()
+            housekeeping(step, config)
+            report.clock.pause()
+            if config.data.eval_path and due(batch, config.train.eval_steps, config.train.eval_epochs):
+                metrics.log_eval({"step": step, **evaluate(parts.objective, parts.data.evaluate(), ranks)})
+            stopping = stop.requested()
+            if stopping or due(batch, config.train.save_steps, config.train.save_epochs):
+                state = {"step": step, "epoch": batch.epoch, "data": parts.data.state_dict()}
+                checkpoints.save(step, parts.model, optimizer, state)
+            if due(batch, config.train.hf_save_steps, config.train.hf_save_epochs):
+                _export(config, parts, output / "hf" / f"global_step_{step}", ranks)
+            if stopping:
+                break
+            report.clock.go_on()
+        checkpoints.wait()
+        if step < parts.data.total_steps:
+            metrics.close({"status": "stopped", "message": f"asked to stop after step {step}"})
+            log.info("stopped after step %d; go on with --train.load_checkpoint_path auto", step)
+            return
+        if config.train.save_hf_weights:
+            _export(config, parts, output / "hf" / "final", ranks)
+            if ranks.is_main:
+                show_samples(config, output / "hf" / "final", metrics, step)
+        metrics.close({"status": "finished"})
+    log.info("report: %s", output / "report.html")
+
+
+def due(batch: GlobalBatch, steps: int, epochs: int) -> bool:
+    """Whether something that happens every `steps` steps or `epochs` epochs (0: never) happens after `batch`."""
+    by_step = steps > 0 and batch.step % steps == 0
+    return by_step or (epochs > 0 and batch.epoch_end and (batch.epoch + 1) % epochs == 0)
+
+
+def housekeeping(step: int, config: Config) -> None:
+    """Collect garbage and empty the device's cache when it is time, which is at the same step on all ranks."""
+    if config.train.gc_steps > 0 and step % config.train.gc_steps == 0:
+        gc.collect()
+    empty_every = config.train.empty_cache_steps if torch.accelerator.is_available() else 0
+    if empty_every > 0 and step % empty_every == 0:
+        torch.accelerator.empty_cache()
+
+
+def _export(config: Config, parts: Parts, folder: Path, ranks: Dist) -> None:
+    export_hf(parts.model, folder, parts.tokenizer, dist=ranks, index_path=config.model.safetensor_idx_path)
+    log.info("wrote the model to %s", folder)

@@ -1,0 +1,187 @@
+"""What a run is made of before its first step: the process, the output folder, and the parts it is assembled from.
+
+`assemble` is shared by training, `tutti check` and export: it makes everything that is described by the configuration
+and the data, and leaves parameters without storage where training would load them (`load_parameters`).
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tutti.config import Config
+from tutti.config.layout import Layout, fit
+from tutti.config.yamlfile import to_yaml
+from tutti.core.device import keep_freed_memory, limit_threads, pick_device
+from tutti.core.dist import Dist
+from tutti.core.log import setup_logging
+from tutti.data.loader import Data, build_data
+from tutti.data.template import make_template
+from tutti.model.build import build_model, build_tokenizer
+from tutti.model.plan import basic_modules, blocks, num_params
+from tutti.model.weights import init_weights, load_weights
+from tutti.parallel.apply import parallelize
+from tutti.parallel.mesh import Mesh, build_mesh
+from tutti.train.task import Objective
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a run. The objective is the parallelized root; model is the Hugging Face model within it."""
+
+    layout: Layout
+    mesh: Mesh
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    objective: Objective
+    data: Data
+
+    def describe(self, ranks: Dist) -> dict[str, Any]:
+        """What the report shows beside the curves."""
+        sizes = num_params(self.model)
+        packages = ("tutti", "torch", "transformers")
+        return {
+            "model": f"{type(self.objective.model).__name__} ({self.model.config.model_type})",
+            "parameters": sizes.total,
+            "trainable_parameters": sum(item.numel() for item in self.model.parameters() if item.requires_grad),
+            "device": _device_name(ranks.device),
+            "layout": {"ranks": ranks.world, "mesh": str(self.mesh), "accumulation": self.layout.accumulation},
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "data": self.data.report,
+            "steps_reason": self.data.steps_reason,
+        }
+
+
+def prepare_process(config: Config) -> torch.device:
+    """Set up logging, threads, memory, seeds and determinism of this process; the device it computes on."""
+    rank, local_world = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    setup_logging(rank)
+    limit_threads(local_world)
+    keep_freed_memory()
+    if config.train.enable_full_determinism:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    if config.train.gc_steps > 0:
+        gc.disable()
+    # Dropout differs from rank to rank; nothing else draws from these generators.
+    torch.manual_seed(config.train.seed + rank)
+    return pick_device(config.train.init_device)
+
+
+def claim_output(config: Config, ranks: Dist) -> None:
+    """Make train.output_dir ready, on rank 0, and write config.yaml there.
+
+    ValueError: it cannot be written, or it holds another run that this one does not go on from.
+    """
+    if not ranks.is_main:
+        return
+    output = Path(config.train.output_dir or "")
+    if (output / "metrics.jsonl").exists() and not config.train.load_checkpoint_path:
+        raise ValueError(
+            f"train.output_dir {output} holds a run already: go on with it by --train.load_checkpoint_path auto, or "
+            "choose another folder"
+        )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"train.output_dir {output} cannot be written: {error.strerror}") from error
+
+
+def assemble(config: Config, ranks: Dist) -> Parts:
+    """Everything that `config` and its data describe; parameters still on the meta device where they can be.
+
+    A collective call. ValueError, on all ranks: what is wrong with the model's or the data's files.
+    """
+    layout = fit(config, ranks.world)
+    mesh = build_mesh(layout, ranks)
+    tokenizer, model = ranks.agree(lambda: tokenizer_and_model(config, ranks.device))
+    data = open_data(config, tokenizer, model, ranks, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
+    log.info("%s", data.steps_reason)
+    objective = ranks.agree(lambda: Objective(model))
+    return Parts(layout, mesh, tokenizer, model, objective, data)
+
+
+def tokenizer_and_model(config: Config, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """The tokenizer, with the chat template that data.chat_template names, and the model on the meta device."""
+    tokenizer = build_tokenizer(config)
+    named = config.data.chat_template != "default"
+    if config.data.data_type == "conversation" and (named or not tokenizer.chat_template):
+        # What is exported must render chats as they were rendered in training.
+        tokenizer.chat_template = make_template(config.data.chat_template, tokenizer).source
+    return tokenizer, build_model(config, tokenizer=tokenizer, device=device)
+
+
+def open_data(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    ranks: Dist,
+    *,
+    dp_rank: int,
+    dp_size: int,
+) -> Data:
+    """The run's data, encoded for `model`. A collective call."""
+    return build_data(
+        config,
+        tokenizer,
+        dist=ranks,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        vocab_size=model.config.get_text_config().vocab_size,
+        num_labels=model.config.num_labels,
+        label_names=_label_names(model),
+    )
+
+
+def load_parameters(config: Config, parts: Parts, ranks: Dist) -> None:
+    """Parallelize the model and give it its weights, from model.model_path or drawn from train.seed.
+
+    train.init_device meta: first parallelize, then fill each rank's slices; else build whole on that device first.
+    A collective call.
+    """
+    model, train = parts.model, config.train
+    units = [module for _, module in (*basic_modules(model, config.model.basic_modules), *blocks(model))]
+    whole = train.init_device != "meta"
+    if not whole:
+        parallelize(parts.objective, units, parts.mesh, train)
+    device = torch.device("cpu") if train.init_device == "cpu" else ranks.device
+    if config.model.model_path is None:
+        init_weights(model, train.seed, device)
+    else:
+        load_weights(
+            model,
+            Path(config.model.model_path),
+            dist=ranks,
+            device=device,
+            broadcast=train.broadcast_model_weights_from_rank0,
+            index_path=config.model.safetensor_idx_path,
+            seed=train.seed,
+        )
+    if whole:
+        model.to(ranks.device)
+        parallelize(parts.objective, units, parts.mesh, train)
+    parts.objective.train()
+
+
+def _label_names(model: PreTrainedModel) -> tuple[str, ...]:
+    names = [name for _, name in sorted((model.config.id2label or {}).items())]
+    return () if all(name == f"LABEL_{number}" for number, name in enumerate(names)) else tuple(names)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,152 @@
+"""One optimizer step: forward and backward over the micro batches, the global gradient norm, clipping, the update.
+
+The loss of each micro batch is a sum divided by the number of targets of the whole global batch, on all ranks, which is
+known beforehand; gradients are summed over micro batches and ranks. So the gradient is exactly that of the mean over
+all trained tokens, however they were packed and spread. Nothing here waits for the device: what is worth knowing is
+left there in `Totals` and read when a line of metrics is due.
+
+A step whose gradient is not finite changes nothing (neither parameters nor optimizer state) and is counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tutti.core.batch import GlobalBatch
+from tutti.core.dist import Dist
+from tutti.model.plan import count_flops
+from tutti.parallel.fsdp import GradientSync
+from tutti.parallel.grads import clip_gradients, gradient_norm
+from tutti.train.task import Objective, source_sums
+
+
+class Trainer:
+    """Runs steps; holds what stays the same from one to the next, made once before the loop."""
+
+    def __init__(
+        self, objective: Objective, optimizer: Optimizer, sync: GradientSync, device: torch.device, max_grad_norm: float
+    ) -> None:
+        self._objective = objective
+        self._optimizer = optimizer
+        self._sync = sync
+        self._device = device
+        self._max_grad_norm = max_grad_norm
+        self._flops = count_flops(objective.model)
+        self._parameters: list[nn.Parameter] = [item for item in objective.parameters() if item.requires_grad]
+
+    def step(self, batch: GlobalBatch, totals: Totals) -> None:
+        """Train on `batch` and add what happened to `totals`. A collective call."""
+        for index, micro in enumerate(batch.micro_batches):
+            self._sync.before(last=index == len(batch.micro_batches) - 1)
+            on_device = micro.to(self._device)
+            out = self._objective(on_device)
+            loss = out.loss / batch.num_targets
+            if out.router_loss is not None:
+                loss = loss + out.router_loss / batch.num_tokens
+                totals.router_loss += out.router_loss.detach()
+            loss.backward()
+            totals.loss += out.loss.detach()
+            totals.flops += self._flops.batch(micro.lengths())
+            if len(totals.source_loss) > 1:
+                totals.source_loss += source_sums(on_device, out.losses, len(totals.source_loss))
+        norm = gradient_norm(self._parameters)
+        clip_gradients(self._parameters, norm, self._max_grad_norm)
+        finite = norm.isfinite()
+        _update(self._optimizer, finite)
+        self._optimizer.zero_grad(set_to_none=True)
+        totals.grad_norm = norm
+        totals.skipped += ~finite
+        totals.consecutive_skips = (totals.consecutive_skips + 1) * ~finite
+        totals.count(batch)
+
+
+def _update(optimizer: Optimizer, finite: Tensor) -> None:
+    """Take the optimizer's step, if `finite`; fused optimizers decide that on the device."""
+    if optimizer.defaults.get("fused"):
+        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif finite:
+        optimizer.step()
+
+
+@dataclass
+class Totals:
+    """Sums since the last line of metrics. The tensors are this rank's, on the device; the counts are global.
+
+    loss: over targets. router_loss: times tokens. source_loss: by source. grad_norm: the last step's. flops: of the
+    model, this rank's. skipped: steps whose gradient was not finite; consecutive_skips: how many of the last ones in a
+    row, over the whole run.
+    """
+
+    loss: Tensor
+    router_loss: Tensor
+    source_loss: Tensor
+    grad_norm: Tensor
+    skipped: Tensor
+    consecutive_skips: Tensor
+    num_steps: int = 0
+    num_targets: int = 0
+    num_tokens: int = 0
+    num_samples: int = 0
+    num_slots: int = 0
+    flops: float = 0.0
+    source_tokens: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def zero(cls, num_sources: int, device: torch.device) -> Totals:
+        def scalar(dtype: torch.dtype) -> Tensor:
+            return torch.zeros((), dtype=dtype, device=device)
+
+        fp64 = torch.float64 if device.type != "npu" else torch.float32
+        return cls(
+            loss=scalar(fp64),
+            router_loss=scalar(fp64),
+            source_loss=torch.zeros(num_sources, dtype=torch.float32, device=device),
+            grad_norm=scalar(torch.float32),
+            skipped=scalar(torch.int64),
+            consecutive_skips=scalar(torch.int64),
+        )
+
+    def count(self, batch: GlobalBatch) -> None:
+        self.num_steps += 1
+        self.num_targets += batch.num_targets
+        self.num_tokens += batch.num_tokens
+        self.num_samples += batch.num_samples
+        self.num_slots += batch.num_slots
+        for name, count in batch.source_tokens.items():
+            self.source_tokens[name] = self.source_tokens.get(name, 0) + count
+
+    def reduce(self, ranks: Dist) -> Means:
+        """What the totals come to over all ranks, on the host; waits for the device. A collective call."""
+        local = self.loss.new_tensor([self.flops])
+        sums = torch.cat([self.loss[None], self.router_loss[None], local, self.source_loss.to(self.loss.dtype)])
+        if ranks.world > 1:
+            dist.all_reduce(sums)
+        loss, router_loss, flops, *source_loss = sums.tolist()
+        return Means(
+            loss=loss / self.num_targets,
+            router_loss=router_loss / self.num_tokens,
+            flops=flops,
+            source_loss=source_loss,
+            grad_norm=self.grad_norm.item(),
+            skipped=int(self.skipped),
+            consecutive_skips=int(self.consecutive_skips),
+        )
+
+
+class Means(NamedTuple):
+    """Totals over all ranks: means over targets or tokens, sums of flops and source_loss, the last step's grad_norm."""
+
+    loss: float
+    router_loss: float
+    flops: float
+    source_loss: list[float]
+    grad_norm: float
+    skipped: int
+    consecutive_skips: int

@@ -1,0 +1,94 @@
+"""What a run optimizes: the model and its loss as one module, from a packed batch to sums.
+
+`Objective` is the root that is parallelized. It calls the model's decoder for hidden states and applies the head inside
+the fused loss, at the trained positions alone; logit scaling and soft-capping come along as data. Language modelling
+and classification are the same computation, with the vocabulary or the classes as the head's outputs. Sums leave here,
+never means: what they are divided by is a matter of the global batch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tutti.core.batch import Batch
+from tutti.model.attention import packed_kwargs
+from tutti.model.plan import decoder, head, is_classifier, logit_transform
+from tutti.train.loss import linear_cross_entropy
+
+
+class Output(NamedTuple):
+    """Sums over one micro batch of N targets.
+
+    loss: to differentiate. losses [N]: each target's own, detached. router_loss: the auxiliary loss of a mixture of
+    experts (already weighted by its coefficient) times the batch's tokens, or None. num_correct: targets that a
+    classifier ranks first, else None.
+    """
+
+    loss: Tensor
+    losses: Tensor
+    router_loss: Tensor | None
+    num_correct: Tensor | None
+
+
+class Objective(nn.Module):
+    """The model with its loss. `predicts`: it is a classifier, whose right answers are counted."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.predicts = is_classifier(model)
+        self._transform = logit_transform(model)
+        self._router_loss = _router_loss(model)
+
+    def forward(self, batch: Batch) -> Output:
+        extra: dict[str, Any] = dict(batch.extras)
+        if self._router_loss is not None:
+            extra["output_router_logits"] = True
+        states = decoder(self.model)(**packed_kwargs(batch), **extra)
+        hidden = states.last_hidden_state.squeeze(0).index_select(0, batch.target_index)
+        targets = batch.labels.index_select(0, batch.target_index)
+        layer = head(self.model)
+        loss, losses = linear_cross_entropy(hidden, layer.weight, targets, bias=layer.bias, transform=self._transform)
+        router_loss = None
+        if self._router_loss is not None:
+            router_loss = self._router_loss(states.router_logits) * batch.num_tokens
+        num_correct = None
+        if self.predicts:
+            logits = self._transform(nn.functional.linear(hidden, layer.weight, layer.bias))
+            num_correct = (logits.argmax(-1) == targets).sum()
+        return Output(loss, losses, router_loss, num_correct)
+
+
+def _router_loss(model: PreTrainedModel) -> Callable[[Any], Tensor] | None:
+    """The model family's own load-balancing loss, where its config asks for one (output_router_logits)."""
+    config = model.config
+    if not getattr(config, "output_router_logits", False):
+        return None
+    family = sys.modules[
+        next(cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers.")).__module__
+    ]
+    if not hasattr(family, "load_balancing_loss_func"):
+        raise ValueError(
+            f"the config of {type(model).__name__} sets output_router_logits, but the family has no router loss: "
+            "set it to false"
+        )
+    coefficient, top_k = config.router_aux_loss_coef, config.num_experts_per_tok
+    num_experts = getattr(config, "num_experts", None) or config.num_local_experts
+
+    def compute(router_logits: Any) -> Tensor:
+        return coefficient * family.load_balancing_loss_func(router_logits, num_experts, top_k)
+
+    return compute
+
+
+def source_sums(batch: Batch, losses: Tensor, num_sources: int) -> Tensor:
+    """The losses [N] of a batch's targets, summed by data source: fp32 [num_sources], on the losses' device."""
+    sample = torch.bucketize(batch.target_index, batch.cu_seqlens[1:], right=True)
+    source = batch.sample_sources.index_select(0, sample)
+    return losses.new_zeros(num_sources).index_add_(0, source, losses)
