@@ -115,7 +115,7 @@ def test_hyperparameters_and_set_lr():
 
 
 def test_fp32_state_is_adamw(monkeypatch):
-    monkeypatch.setattr(optim, "BUCKET_ELEMENTS", 100)
+    monkeypatch.setattr(optim, "BUCKET_ON_CPU", 30)
     ours, theirs = tiny(), tiny()
     kwargs = {"lr": 1e-2, "weight_decay": 0.1}
     mine = AnyPrecisionAdamW(ours.parameters(), state_dtype=torch.float32, **kwargs)
@@ -128,6 +128,18 @@ def test_fp32_state_is_adamw(monkeypatch):
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
     assert "compensation" not in mine.state[next(ours.parameters())]
+
+
+def test_a_parameter_that_is_not_contiguous():
+    start = torch.randn(6, 4).t()
+    ours, theirs = nn.Parameter(start.clone(memory_format=torch.preserve_format)), nn.Parameter(start.contiguous())
+    assert not ours.is_contiguous()
+    mine, reference = AnyPrecisionAdamW([ours], state_dtype=torch.float32), torch.optim.AdamW([theirs], weight_decay=0)
+    for _ in range(3):
+        ours.grad, theirs.grad = start.cos().contiguous(), start.cos()
+        mine.step()
+        reference.step()
+    torch.testing.assert_close(ours, theirs)
 
 
 def distance_from_fp32(make, dtype: torch.dtype, steps: int = 200) -> float:

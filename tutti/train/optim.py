@@ -19,8 +19,8 @@ back, and keep the parameter's rounding error as the new c. fp32 parameters are 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,8 @@ from torch.optim import Optimizer
 
 from tutti.config import Config, TrainConfig
 
-BUCKET_ELEMENTS = 1 << 25
-"""Elements that are widened to fp32 at once: bounds the temporary memory, large enough that launches do not matter."""
+BUCKET_ON_CPU, BUCKET_ON_DEVICE = 1 << 18, 1 << 24
+"""Elements that are widened to fp32 at once: within a CPU's caches; on an accelerator, enough to hide the launches."""
 
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
@@ -132,12 +132,20 @@ class AnyPrecisionAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for bucket in _buckets(p for p in group["params"] if p.grad is not None):
-                for parameter in bucket:
-                    if not self.state[parameter]:
-                        self.state[parameter] = self._fresh_state(parameter)
-                _update(bucket, [self.state[parameter] for parameter in bucket], group)
+            for bucket in _buckets(self._advance(group["params"])):
+                _update(bucket, group)
         return loss
+
+    def _advance(self, parameters: Iterable[Tensor]) -> Iterator[_Part]:
+        """Count the step of every parameter that has a gradient, and cut it up for the update."""
+        for parameter in parameters:
+            if parameter.grad is None:
+                continue
+            if not self.state[parameter]:
+                self.state[parameter] = self._fresh_state(parameter)
+            state = self.state[parameter]
+            state["step"] += 1
+            yield from _parts(parameter, parameter.grad, state)
 
     def _fresh_state(self, parameter: Tensor) -> dict[str, Tensor]:
         state = {
@@ -158,60 +166,82 @@ def _restore_state_dtype(optimizer: Optimizer) -> None:
             state[name] = state[name].to(optimizer._state_dtype)
 
 
-def _buckets(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive parameters in lists of about BUCKET_ELEMENTS local elements."""
-    bucket: list[Tensor] = []
+class _Part(NamedTuple):
+    """At most a bucket's elements of a parameter on this rank, its gradient and state, and how many steps it has taken."""
+
+    parameter: Tensor
+    grad: Tensor
+    average: Tensor
+    square: Tensor
+    compensation: Tensor | None
+    step: int
+
+
+def _parts(parameter: Tensor, grad: Tensor, state: dict[str, Tensor]) -> Iterator[_Part]:
+    """The parts of a parameter; of one that is not contiguous, the whole."""
+    step = int(state["step"].item())
+    whole = [_local(tensor) for tensor in (parameter, grad, state["exp_avg"], state["exp_avg_sq"])]
+    if "compensation" in state:
+        whole.append(_local(state["compensation"]))
+    if all(tensor.is_contiguous() for tensor in whole):
+        parts = zip(*(tensor.view(-1).split(_bucket_size(tensor)) for tensor in whole), strict=True)
+    else:
+        parts = zip(*([tensor] for tensor in whole), strict=True)
+    for stored, gradient, average, square, *compensation in parts:
+        yield _Part(stored, gradient, average, square, compensation[0] if compensation else None, step)
+
+
+def _bucket_size(tensor: Tensor) -> int:
+    return BUCKET_ON_CPU if tensor.device.type == "cpu" else BUCKET_ON_DEVICE
+
+
+def _buckets(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
+    """Consecutive parts in lists of about a bucket's elements."""
+    bucket: list[_Part] = []
     size = 0
-    for parameter in parameters:
-        bucket.append(parameter)
-        size += _local(parameter).numel()
-        if size >= BUCKET_ELEMENTS:
+    for part in parts:
+        bucket.append(part)
+        size += part.parameter.numel()
+        if size >= _bucket_size(part.parameter):
             yield bucket
             bucket, size = [], 0
     if bucket:
         yield bucket
 
 
-def _update(parameters: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]) -> None:
-    """One AdamW step of a bucket, in fp32, on local shards."""
+def _update(bucket: Sequence[_Part], group: dict[str, Any]) -> None:
+    """One AdamW step of a bucket, in fp32."""
     lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
-    stored = [_local(parameter) for parameter in parameters]
-    averages = [_local(state["exp_avg"]) for state in states]
-    squares = [_local(state["exp_avg_sq"]) for state in states]
-    grads = [_local(parameter.grad).float() for parameter in parameters if parameter.grad is not None]
-    torch._foreach_add_([state["step"] for state in states], 1)
-    steps = [int(state["step"].item()) for state in states]
-
-    # .float() of an fp32 tensor is that tensor: fp32 parameters and state are then updated in place.
-    wide = [tensor.float() for tensor in stored]
-    first = [tensor.float() for tensor in averages]
-    second = [tensor.float() for tensor in squares]
-    compensated = [i for i, state in enumerate(states) if "compensation" in state]
-    compensation = [_local(states[i]["compensation"]) for i in compensated]
-    if compensated:
-        torch._foreach_add_([wide[i] for i in compensated], compensation)
+    # .float() of an fp32 tensor is that tensor: fp32 parameters and state are updated in place.
+    wide = [part.parameter.float() for part in bucket]
+    grads = [part.grad.float() for part in bucket]
+    averages = [part.average.float() for part in bucket]
+    squares = [part.square.float() for part in bucket]
+    for tensor, part in zip(wide, bucket, strict=True):
+        if part.compensation is not None:
+            tensor.add_(part.compensation)
 
     torch._foreach_mul_(wide, 1 - lr * group["weight_decay"])
-    torch._foreach_lerp_(first, grads, 1 - beta1)
-    torch._foreach_mul_(second, beta2)
-    torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-    denominator = torch._foreach_sqrt(second)
-    torch._foreach_div_(denominator, [math.sqrt(1 - beta2**step) for step in steps])
-    torch._foreach_add_(denominator, eps)
-    torch._foreach_addcdiv_(wide, first, denominator, [-lr / (1 - beta1**step) for step in steps])
+    torch._foreach_lerp_(averages, grads, 1 - beta1)
+    torch._foreach_mul_(squares, beta2)
+    torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+    denominators = torch._foreach_sqrt(squares)
+    torch._foreach_div_(denominators, [math.sqrt(1 - beta2**part.step) for part in bucket])
+    torch._foreach_add_(denominators, eps)
+    torch._foreach_addcdiv_(wide, averages, denominators, [-lr / (1 - beta1**part.step) for part in bucket])
 
-    for i, target in enumerate(squares):
-        if target.dtype == torch.bfloat16:
-            _round_by_step(second[i], steps[i])
-        if target is not second[i]:
-            averages[i].copy_(first[i])
-            target.copy_(second[i])
-    for i, kept in zip(compensated, compensation, strict=True):
-        stored[i].copy_(wide[i])
-        wide[i].sub_(stored[i])
-        if kept.dtype == torch.bfloat16:
-            _round_by_step(wide[i], steps[i])
-        kept.copy_(wide[i])
+    for part, parameter, average, square in zip(bucket, wide, averages, squares, strict=True):
+        if part.square.dtype == torch.bfloat16:
+            _round_by_step(square, part.step)
+        if part.square is not square:
+            part.average.copy_(average)
+            part.square.copy_(square)
+        if part.compensation is not None:
+            part.parameter.copy_(parameter)
+            parameter.sub_(part.parameter)
+            if part.compensation.dtype == torch.bfloat16:
+                _round_by_step(parameter, part.step)
+            part.compensation.copy_(parameter)
 
 
 def _round_by_step(tensor: Tensor, step: int) -> None:
