@@ -13,6 +13,7 @@ and the file stays under 1 MB however long the run is, because curves are kept i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import html
 import json
 import logging
@@ -112,17 +113,21 @@ def write_report(output_dir: str | Path) -> Path:
 
 def render(run: Mapping[str, Any], history: History) -> str:
     """The page, of what run.json holds and the records."""
-    assets = resources.files("tutti.train") / "assets"
-    page = (assets / "report.html").read_text(encoding="utf-8")
     parts = {
         "TITLE": html.escape(str(run.get("name", "run"))),
-        "STYLE": (assets / "report.css").read_text(encoding="utf-8"),
-        "CHART": (assets / "chart.js").read_text(encoding="utf-8"),
-        "SCRIPT": (assets / "report.js").read_text(encoding="utf-8"),
+        "STYLE": _asset("report.css"),
+        "FORMAT": _asset("format.js"),
+        "CHART": _asset("chart.js"),
+        "SCRIPT": _asset("report.js"),
         "DATA": _object(_payload(run, history)),
     }
-    before, *rest = page.split("{{")
+    before, *rest = _asset("report.html").split("{{")
     return before + "".join(parts[name] + text for name, _, text in (piece.partition("}}") for piece in rest))
+
+
+@functools.cache
+def _asset(name: str) -> str:
+    return (resources.files("tutti.train") / "assets" / name).read_text(encoding="utf-8")
 
 
 def config_rows(config: Config) -> list[dict[str, Any]]:
