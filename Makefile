@@ -52,9 +52,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.stamp: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable .
+	@echo "Installing Tutti with PyTorch into $(VENV): some gigabytes, a few minutes"
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable .
 	@touch $@
 
 $(VENV)/.stamp-dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	@echo "Installing Tutti with PyTorch and the tools for its tests into $(VENV): some gigabytes, a few minutes"
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
 	@touch $(VENV)/.stamp $@
