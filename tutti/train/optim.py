@@ -167,7 +167,7 @@ def _restore_state_dtype(optimizer: Optimizer) -> None:
 
 
 class _Part(NamedTuple):
-    """At most a bucket's elements of a parameter on this rank, its gradient and state, and how many steps it has taken."""
+    """At most a bucket's elements of a parameter on this rank, with gradient and state; `step` counts its steps."""
 
     parameter: Tensor
     grad: Tensor
