@@ -52,8 +52,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": (
         "gpt2",
         {
-            **{"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 1, "eos_token_id": 2},
-            **{"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 256,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "attn_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "resid_pdrop": 0.0,
         },
     ),
     "phi3": ("phi3", _BASE),
