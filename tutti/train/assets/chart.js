@@ -112,8 +112,8 @@ const pathOf = (points) => {
 };
 
 // One chart. spec: {id, title, unit, series, axis: value -> text, exact: value -> text, height, log, fromZero, cap,
-// smoothing, slider, now}. Without a slider the smoothing is fixed. A series is {name, tone, x: [steps], y: [values], low,
-// high, kind: "line" | "dots", faint}.
+// smoothing, slider, now}. Without a slider the smoothing is fixed. A series is {name, tone, x: [steps], y: [values],
+// low, high, kind: "line" | "dots", faint}.
 // Charts draw at their real width, so that text has its size on every screen; `Charts` redraws and moves the cursor.
 class Chart {
   constructor(spec) {

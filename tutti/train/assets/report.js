@@ -6,6 +6,8 @@ const { run, figures, sources, train, evals } = DATA;
 const column = (table, name) => table.columns[name]?.mean;
 const known = (values) => values?.some((value) => value !== null && value !== 0);
 
+const dataType = run.config?.find((row) => row.name === "data.data_type")?.value;
+const lossUnit = dataType === "classification" ? "nats per sample" : "nats per trained token";
 const step = figures.last.step ?? figures.last_eval.step ?? 0;
 const total = run.total_steps ?? step;
 const secondsAgo = run.updated ? Date.now() / 1000 - run.updated : 0;
@@ -262,7 +264,7 @@ function charts() {
     new Chart({
       id: "loss",
       title: "Loss",
-      unit: "nats per trained token",
+      unit: lossUnit,
       series: lossSeries,
       axis: power,
       exact,
@@ -302,7 +304,7 @@ function sourceCharts() {
         ? new Chart({
             id: "source_loss",
             title: "Loss by source",
-            unit: "nats per trained token",
+            unit: lossUnit,
             series: losses,
             axis: power,
             exact,
@@ -352,31 +354,29 @@ function continuation(prompt, text, chat) {
 
 function texts() {
   if (!run.texts?.length) return [];
-  const chat = run.config?.some((row) => row.name === "data.data_type" && row.value === "conversation");
-  const newest = [...run.texts].reverse();
+  const chat = dataType === "conversation";
   const card = ({ step: at, prompt, text }) =>
     make(
       "article",
       { class: "card" },
-      make("h3", {}, make("span", {}, `after step ${whole(at)}`)),
       make("pre", {}, make("mark", {}, prompt, chat ? "\n" : ""), continuation(prompt, text, chat)),
+      make("p", { class: "when" }, `after step ${whole(at)}`),
     );
-  const older = newest.slice(3);
+  const cards = (items) =>
+    make("div", { class: "grid texts", style: `--columns:${Math.min(2, items.length)}` }, items.map(card));
+  const latest = run.texts[run.texts.length - 1].step;
+  const older = run.texts.filter((item) => item.step !== latest).reverse();
   return [
     make("h2", {}, "What the model writes"),
-    make(
-      "div",
-      { class: "texts" },
-      newest.slice(0, 3).map(card),
-      older.length
-        ? make(
-            "details",
-            {},
-            make("summary", {}, `Earlier texts `, make("span", {}, `(${older.length})`)),
-            make("div", { class: "texts", style: "margin-top:12px" }, older.map(card)),
-          )
-        : null,
-    ),
+    cards(run.texts.filter((item) => item.step === latest)),
+    older.length
+      ? make(
+          "details",
+          { class: "card", style: "margin-top:14px" },
+          make("summary", {}, "Earlier ", make("span", {}, `(${older.length})`)),
+          make("div", { style: "margin-top:12px" }, cards(older)),
+        )
+      : null,
   ];
 }
 
@@ -431,8 +431,8 @@ function dataPanel() {
       ...Object.entries(rest).map(([key, value]) =>
         /packing|efficiency/.test(key) && typeof value === "number" ? [key, percent(value)] : [key, value],
       ),
-      ...(run.steps_reason ? [["steps", run.steps_reason]] : []),
     ]),
+    run.steps_reason ? make("p", { class: "about" }, run.steps_reason) : null,
   );
 }
 
