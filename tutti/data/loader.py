@@ -248,7 +248,7 @@ def _pad_id(tokenizer: Any, vocab_size: int) -> int:
 
 def _weights(sources: Sequence[Source]) -> Weights | None:
     """The sources' weights by step; None if none are given: each sample then comes once a pass."""
-    if len(sources) == 1 or all(source.schedule == ((0, 1.0, False),) for source in sources):
+    if len(sources) == 1 or not any(source.weighted for source in sources):
         return None
     return lambda step: [source.weight_at(step) for source in sources]
 

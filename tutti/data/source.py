@@ -47,10 +47,11 @@ class Source:
 
     name: what its loss and token counts are logged under. mapping: whether it has a length and random access.
     weight: its share of the samples at step 0, relative to the other sources'; `weight_at(step)` for later steps.
+    weighted: whether the user gave weights; without, every sample is due once a pass, whatever its source.
     """
 
     def __init__(
-        self, name: str, files: Sequence[DataFile], schedule: Sequence[tuple[int, float, bool]] = ((0, 1.0, False),)
+        self, name: str, files: Sequence[DataFile], schedule: Sequence[tuple[int, float, bool]] = ()
     ) -> None:
         self.name = name
         self.files = tuple(files)
@@ -58,11 +59,17 @@ class Source:
         self.mapping = all(not isinstance(file, _Custom) or file.mapping for file in files)
 
     @property
+    def weighted(self) -> bool:
+        return bool(self.schedule)
+
+    @property
     def weight(self) -> float:
         return self.weight_at(0)
 
     def weight_at(self, step: int) -> float:
         """The weight at optimizer step `step`, from 0: that of the last entry begun, or on the line to the next."""
+        if not self.schedule:
+            return 1.0
         begun = max(i for i, (start, _, _) in enumerate(self.schedule) if start <= max(step, 0))
         start, weight, linear = self.schedule[begun]
         if not linear or begun + 1 == len(self.schedule):
@@ -159,7 +166,7 @@ def open_sources(config: Config, path: str | None = None) -> list[Source]:
 
 
 def _source(
-    config: Config, key: str, name: str, path: str, schedule: Sequence[tuple[int, float, bool]] = ((0, 1.0, False),)
+    config: Config, key: str, name: str, path: str, schedule: Sequence[tuple[int, float, bool]] = ()
 ) -> Source:
     files = [_open_file(config, file) for file in _files(key, path)]
     source = Source(name, files, schedule)
@@ -296,7 +303,9 @@ def _schedules(path: Path, spec: dict[str, Any], count: int) -> list[list[tuple[
     """Per source its (first step, weight, whether it moves on a line to the next weight)."""
     if "weights" in spec and "schedule" in spec:
         raise ValueError(f"{path}: give `weights` or `schedule`, not both")
-    entries = spec.get("schedule") or [{"weights": spec.get("weights") or [1.0] * count}]
+    if "weights" not in spec and "schedule" not in spec:
+        return [[] for _ in range(count)]
+    entries = spec.get("schedule") or [{"weights": spec.get("weights")}]
     steps = [entry.get("step", 0) for entry in entries]
     if steps[0] != 0 or steps != sorted(set(steps)):
         raise ValueError(f"{path}: the steps of `schedule` must start at 0 and increase, not {steps}")

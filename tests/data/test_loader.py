@@ -1,0 +1,543 @@
+"""Global batches: the same for any number of ranks and workers, counted in advance, resumed exactly from any step.
+
+Rows here are `{"id", "n", "pieces"?}`: an encoder of the tests' own makes samples of n tokens that all carry the id, so
+that a batch shows which samples it holds. A row with `bad` cannot be used.
+"""
+
+import dataclasses
+import json
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from tests.harness import run_ranks
+from tutti.config import Config
+from tutti.core.batch import IGNORE, Sample
+from tutti.core.dist import Dist, init_dist
+from tutti.data import index, loader
+from tutti.data.loader import build_data
+from tutti.data.source import BadRow
+
+L = 64
+ALONE = Dist(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
+
+
+def encode(rows, source):
+    results = []
+    for row in rows:
+        if isinstance(row, BadRow):
+            results.append(row)
+        elif "bad" in row.value:
+            results.append(BadRow(row.file, row.line, row.value["bad"]))
+        else:
+            value = row.value
+            results.append([sample(value["id"] + piece, value["n"], source) for piece in range(value.get("pieces", 1))])
+    return results
+
+
+def sample(number, length, source):
+    labels = np.full(length, number, np.int32)
+    labels[-1] = IGNORE
+    return Sample(np.full(length, number, np.int32), labels, source)
+
+
+def make_rows(count, *, first=0, seed=0):
+    lengths = np.clip(np.random.default_rng(seed).lognormal(2.8, 0.6, count), 2, L).astype(int)
+    return [{"id": first + number, "n": int(length)} for number, length in enumerate(lengths)]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def fake_encoder(monkeypatch):
+    use_fake_encoder(monkeypatch.setattr)
+
+
+def use_fake_encoder(setattr_):
+    setattr_(loader, "make_encoder", lambda *args, **kwargs: encode)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return write(tmp_path / "train.jsonl", make_rows(150))
+
+
+DATA = {"max_seq_len": L, "num_workers": 0, "dyn_bsz_buffer_size": 20, "shuffle_buffer_size": 16}
+
+
+def configure(path, explicit=(), data=None, **train):
+    base = Config(explicit=frozenset(explicit))
+    return dataclasses.replace(
+        base,
+        data=dataclasses.replace(base.data, **{"train_path": path, **DATA, **(data or {})}),
+        train=dataclasses.replace(base.train, **train),
+    )
+
+
+def build(config, dp_rank=0, dp_size=1, dist=ALONE):
+    return build_data(config, None, dist=dist, dp_rank=dp_rank, dp_size=dp_size, vocab_size=10**6)
+
+
+def samples_of(batch):
+    """The ids of a micro batch's samples, in order."""
+    starts = batch.cu_seqlens[:-1][batch.sample_sources >= 0]
+    return batch.input_ids[starts.long()].tolist()
+
+
+def facts(batch):
+    return batch.num_targets, batch.num_tokens, batch.num_samples, batch.num_slots, dict(batch.source_tokens)
+
+
+def record(batches):
+    """Everything about global batches that a trainer could see."""
+    return [
+        (batch.step, batch.epoch, batch.epoch_end, facts(batch), [samples_of(one) for one in batch.micro_batches])
+        for batch in batches
+    ]
+
+
+def ids(batches):
+    return [one for *_, micro_batches in record(batches) for micro_batch in micro_batches for one in micro_batch]
+
+
+STREAMED = {"datasets_type": "iterable", "train_size": 2_000, "train_sample": 100}
+KINDS = {
+    "fixed": ({}, {"micro_batch_size": 2, "global_batch_size": 8}),
+    "packed": ({}, {"micro_batch_size": 2, "global_batch_size": 8, "dyn_bsz": True}),
+    "streamed": (STREAMED, {"micro_batch_size": 2, "global_batch_size": 8}),
+    "streamed packed": (STREAMED, {"micro_batch_size": 2, "global_batch_size": 8, "dyn_bsz": True}),
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+@kinds
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_any_number_of_ranks_gets_the_same_global_batches(path, kind, drop_last):
+    data, train = KINDS[kind]
+    config = configure(path, data=data | {"drop_last": drop_last}, **train)
+    whole = record(build(config).train())
+    for dp_size in (2, 4):
+        ranks = [record(build(config, rank, dp_size).train()) for rank in range(dp_size)]
+        for step, (*same, batches) in enumerate(whole):
+            for rank in ranks:
+                assert list(rank[step][:4]) == same
+                assert len(rank[step][4]) == 4 // dp_size
+            dealt = [ranks[k % dp_size][step][4][k // dp_size] for k in range(4)]
+            assert dealt == batches
+        assert all(len(rank) == len(whole) for rank in ranks)
+
+
+def test_totals_are_those_of_the_micro_batches(path):
+    for batch in build(configure(path, micro_batch_size=4, global_batch_size=8, dyn_bsz=True)).train():
+        assert batch.num_targets == sum(len(one.target_index) for one in batch.micro_batches)
+        assert batch.num_tokens == sum(one.num_tokens for one in batch.micro_batches)
+        assert batch.num_samples == sum(len(samples_of(one)) for one in batch.micro_batches)
+        assert batch.num_slots == 4 * L * 2
+        assert all(one.num_tokens <= 4 * L for one in batch.micro_batches)
+        assert sum(batch.source_tokens.values()) == batch.num_targets
+
+
+@kinds
+@pytest.mark.parametrize("sources", [1, 2])
+def test_resuming_at_every_step_equals_going_on(tmp_path, kind, sources):
+    data, train = KINDS[kind]
+    path = sources_yaml(tmp_path, weights=[1, 2]) if sources == 2 else write(tmp_path / "a.jsonl", make_rows(60))
+    config = configure(path, data=data, num_train_epochs=2, bsz_warmup_ratio=0.3, bsz_warmup_init_mbtoken=70, **train)
+    running = build(config)
+    states, batches = [running.state_dict()], []
+    for batch in running.train():
+        batches += record([batch])
+        states.append(running.state_dict())
+    assert batches[-1][0] == len(batches) == running.total_steps
+    assert [one[2] for one in batches].count(True) == 2
+    for step, state in enumerate(states):
+        state = json.loads(json.dumps(state))
+        resumed = build(config)
+        resumed.load_state_dict(state)
+        assert resumed.total_steps == running.total_steps
+        assert record(resumed.train()) == batches[step:], f"resumed after step {step}"
+        assert json.loads(json.dumps(resumed.state_dict())) == json.loads(json.dumps(states[-1]))
+
+
+def sources_yaml(folder, weights=None, names=("few", "many")):
+    write(folder / "few.jsonl", make_rows(20))
+    write(folder / "many.jsonl", make_rows(50, first=1000, seed=1))
+    spec = {"sources": ["few.jsonl", "many.jsonl"], "names": list(names)}
+    if isinstance(weights, dict):
+        spec |= weights
+    elif weights:
+        spec["weights"] = weights
+    (folder / "mix.yaml").write_text(json.dumps(spec))
+    return str(folder / "mix.yaml")
+
+
+@kinds
+def test_workers_change_nothing(path, kind, monkeypatch):
+    monkeypatch.setattr(index, "KEEP_TOKENS", 0)
+    data, train = KINDS[kind]
+    inline = build(configure(path, data=data, num_train_epochs=2, **train))
+    expected = record(inline.train())
+    config = configure(path, data=data | {"num_workers": 2}, num_train_epochs=2, **train)
+    working = build(config)
+    given = []
+    for batch in working.train():
+        given += record([batch])
+        if batch.step == 3:
+            state = working.state_dict()
+    assert given == expected
+    working.load_state_dict(state)
+    assert record(working.train()) == expected[3:]
+
+
+def test_workers_leave_the_random_state_alone(path, monkeypatch):
+    monkeypatch.setattr(index, "KEEP_TOKENS", 0)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    next(build(configure(path, data={"num_workers": 1})).train())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_pool_of_processes_indexes_the_same(tmp_path, monkeypatch):
+    config = configure(write(tmp_path / "a.jsonl", make_rows(1000)), data={"num_workers": 2})
+    expected = build(config)
+    monkeypatch.setattr(index, "_POOL_SECONDS", 0)
+    pooled = build(config)
+    assert pooled.state_dict() == expected.state_dict()
+    assert pooled.report == expected.report
+
+
+@pytest.mark.parametrize("kind", ["fixed", "packed"])
+@pytest.mark.parametrize("batch_size, micro_batch_size", [(4, 1), (4, 4), (16, 2)])
+def test_another_batch_size_goes_on_with_what_is_left(path, kind, batch_size, micro_batch_size):
+    _, train = KINDS[kind]
+    config = configure(path, data={"drop_last": False}, num_train_epochs=2, **train)
+    first = build(config)
+    batches = first.train()
+    seen = ids(next(batches) for _ in range(3))
+    other = {**train, "global_batch_size": batch_size, "micro_batch_size": micro_batch_size}
+    resumed = build(dataclasses.replace(config, train=dataclasses.replace(config.train, **other)))
+    resumed.load_state_dict(first.state_dict())
+    rest = list(resumed.train())
+    assert rest[-1].step == resumed.total_steps
+    assert sorted(seen + ids(one for one in rest if one.epoch == 0)) == list(range(150))
+    assert sorted(ids(one for one in rest if one.epoch == 1)) == list(range(150))
+
+
+def test_a_stream_goes_on_with_another_batch_size(path):
+    data = STREAMED | {"train_sample": 150}
+    first = build(configure(path, data=data, micro_batch_size=2, global_batch_size=10))
+    batches = first.train()
+    seen = ids(next(batches) for _ in range(6))
+    resumed = build(configure(path, data=data, micro_batch_size=3, global_batch_size=30))
+    resumed.load_state_dict(first.state_dict())
+    rest = list(resumed.train())
+    assert len(rest) == 3
+    assert sorted(seen + ids(rest)) == list(range(150))
+
+
+def test_an_epoch_is_one_pass_in_an_order_of_its_own(path):
+    data = build(configure(path, micro_batch_size=5, num_train_epochs=2))
+    batches = list(data.train())
+    first, second = ids(batches[:30]), ids(batches[30:])
+    assert data.total_steps == 60
+    assert sorted(first) == sorted(second) == list(range(150))
+    assert first != second != sorted(first)
+    assert ids(build(configure(path, micro_batch_size=5, data={"shuffle": False})).train()) == list(range(150))
+
+
+@pytest.mark.parametrize("kind", ["fixed", "packed"])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_drop_last(path, kind, drop_last):
+    train = KINDS[kind][1] | {"global_batch_size": 32}
+    data = build(configure(path, data={"drop_last": drop_last}, **train), 1, 2)
+    batches = list(data.train())
+    assert len(batches) == data.total_steps
+    assert {len(one.micro_batches) for one in batches} == {8}
+    assert batches[-1].epoch_end and not any(one.epoch_end for one in batches[:-1])
+    total = sum(one.num_samples for one in batches)
+    assert total == 150 if not drop_last else total < 150
+    padding = [one for one in batches[-1].micro_batches if one.num_tokens == 0]
+    assert bool(padding) != drop_last
+
+
+def test_less_than_one_global_batch(tmp_path):
+    path = write(tmp_path / "few.jsonl", make_rows(3))
+    with pytest.raises(ValueError, match=r"3 samples.*global batch of 8.*data\.drop_last false"):
+        build(configure(path, global_batch_size=8))
+    data = build(configure(path, data={"drop_last": False}, global_batch_size=8))
+    assert [one.num_samples for one in data.train()] == [3]
+
+
+def test_pad_to_length_gives_static_shapes(path):
+    train = {"micro_batch_size": 2, "global_batch_size": 8, "dyn_bsz": True, "pad_to_length": True}
+    train |= {"bsz_warmup_ratio": 0.5, "bsz_warmup_init_mbtoken": 70}
+    for batch in build(configure(path, data={"drop_last": False}, **train)).train():
+        assert {len(one.input_ids) for one in batch.micro_batches} == {2 * L}
+        assert batch.num_slots == 4 * 2 * L
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5, 0.9, 1.0])
+def test_the_budget_grows_over_the_first_part_of_all_steps(path, ratio):
+    train = {"micro_batch_size": 4, "global_batch_size": 8, "dyn_bsz": True, "num_train_epochs": 3}
+    data = build(configure(path, bsz_warmup_ratio=ratio, bsz_warmup_init_mbtoken=80, **train))
+    batches = list(data.train())
+    assert len(batches) == data.total_steps >= build(configure(path, **train)).total_steps + (ratio >= 0.3)
+    warmup = int(ratio * data.total_steps)
+    for step, batch in enumerate(batches):
+        budget = 80 + (4 * L - 80) * min(step, warmup) // warmup
+        assert all(one.num_tokens <= budget for one in batch.micro_batches), f"step {step}"
+        assert batch.num_slots == 2 * budget
+    assert f"growing over the first {warmup}" in data.steps_reason
+
+
+def test_a_sample_longer_than_the_budget_goes_alone(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"id": number, "n": 50} for number in range(40)])
+    train = {"dyn_bsz": True, "bsz_warmup_ratio": 1.0, "bsz_warmup_init_mbtoken": 10}
+    data = build(configure(path, **train))
+    assert sorted(ids(data.train())) == list(range(40))
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.5])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_steps_by_formula(path, warmup, dynamic, streamed):
+    values = {"train_size": 10_000, "train_sample": 333}
+    explicit = () if streamed else ("data.train_size" if dynamic else "data.train_sample",)
+    data = values | ({"datasets_type": "iterable"} if streamed else {})
+    train = {"dyn_bsz": dynamic, "global_batch_size": 4, "num_train_epochs": 2, "bsz_warmup_ratio": warmup}
+    built = build(configure(path, explicit, data, **train))
+    steps = math.ceil(10_000 * (1 + warmup / 2) / (4 * L)) if dynamic else math.ceil(333 / 4)
+    batches = list(built.train())
+    assert built.total_steps == len(batches) == 2 * steps
+    assert [one.step for one in batches if one.epoch_end] == [steps, 2 * steps]
+    assert f"{steps:,} " in built.steps_reason
+    counts = Counter(ids(one for one in batches if one.epoch == 0))
+    if not dynamic:
+        assert set(counts.values()) == {2, 3}, "data that is too short starts over"
+
+
+def test_data_longer_than_the_formula_is_cut(path):
+    data = build(configure(path, ["data.train_sample"], {"train_sample": 40}, global_batch_size=4, num_train_epochs=2))
+    seen = ids(data.train())
+    assert len(seen) == 80 and len(set(seen[:40])) == len(set(seen[40:])) == 40
+    assert seen[:40] != seen[40:]
+
+
+def test_a_formula_rules_only_when_set(path):
+    assert build(configure(path, data={"train_sample": 40})).total_steps == 150
+    assert build(configure(path, ["data.train_size"], {"train_size": 64})).total_steps == 150, "needs train.dyn_bsz"
+
+
+@kinds
+def test_max_steps_caps_each_epoch(path, kind):
+    data, train = KINDS[kind]
+    built = build(configure(path, data=data, max_steps=2, num_train_epochs=3, **train))
+    assert built.total_steps == 6
+    assert [(one.epoch, one.epoch_end) for one in built.train()] == [
+        (e, end) for e in range(3) for end in (False, True)
+    ]
+    assert "train.max_steps 2" in built.steps_reason
+
+
+def test_a_batch_size_that_does_not_divide(path):
+    with pytest.raises(ValueError, match=r"train\.global_batch_size 6 .* 2 times 2 .* = 4"):
+        build(configure(path, micro_batch_size=2, global_batch_size=6), 0, 2)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"train": {"seed": 43}}, "train.seed is 43 but was 42"),
+        ({"data": {"max_seq_len": 65}}, "data.max_seq_len is 65"),
+        ({"data": {"shuffle": False}}, "data.shuffle is False"),
+        ({"rows": 149}, "files, tokenizer, template"),
+    ],
+)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_resuming_on_other_data_is_refused(tmp_path, change, named, streamed):
+    path = write(tmp_path / "a.jsonl", make_rows(150))
+    config = configure(path, data=STREAMED if streamed else {})
+    first = build(config)
+    next(first.train())
+    if "rows" in change:
+        write(tmp_path / "a.jsonl", make_rows(149, first=500))
+    groups = {
+        group: dataclasses.replace(getattr(config, group), **change.get(group, {})) for group in ("data", "train")
+    }
+    other = build(dataclasses.replace(config, **groups))
+    with pytest.raises(ValueError, match=named):
+        other.load_state_dict(first.state_dict())
+
+
+def test_evaluation_is_one_pass_in_order_over_all_ranks(path, tmp_path):
+    held_out = write(tmp_path / "eval.jsonl", make_rows(13, first=5000))
+    for data, train in KINDS.values():
+        config = configure(path, data=data | {"eval_path": held_out}, **train)
+        ranks = [build(config, rank, 4) for rank in range(4)]
+        for _ in range(2):
+            parts = [list(rank.evaluate()) for rank in ranks]
+            assert len({len(part) for part in parts}) == 1
+            assert sorted(ids(one for part in parts for one in part)) == list(range(5000, 5013))
+            assert sum(one.num_samples for one in parts[0]) == 13
+            assert {len(one.micro_batches) for part in parts for one in part} == {1}
+    with pytest.raises(ValueError, match=r"data\.eval_path"):
+        next(build(configure(path)).evaluate())
+
+
+def test_evaluation_does_not_disturb_training(path):
+    config = configure(path, data={"eval_path": path}, dyn_bsz=True)
+    expected = record(build(config).train())
+    data = build(config)
+    given = []
+    for batch in data.train():
+        given += record([batch])
+        list(data.evaluate())
+    assert given == expected
+
+
+BAD = [{"id": 0, "n": 9}, {"bad": "no good"}, {"id": 2, "n": 9}, {"bad": "worse"}, {"bad": "no good"}]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_bad_rows_stop_the_run_or_are_counted(tmp_path, streamed):
+    path = write(tmp_path / "a.jsonl", BAD)
+    data = STREAMED | {"train_sample": 4} if streamed else {}
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: no good.*data\.silent_exception") as error:
+        list(build(configure(path, data=data)).train())
+    assert streamed or "2 more bad rows" in str(error.value)
+    silent = build(configure(path, data=data | {"silent_exception": True}))
+    assert set(ids(silent.train())) == {0, 2}
+    assert silent.report.dropped == {"no good": 2, "worse": 1}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_nothing_but_bad_rows(tmp_path, streamed):
+    path = write(tmp_path / "a.jsonl", [{"bad": "no good"}] * 3)
+    data = (STREAMED if streamed else {}) | {"silent_exception": True}
+    with pytest.raises(ValueError, match=r"data\.train_path has no"):
+        list(build(configure(path, data=data)).train())
+
+
+def test_rows_of_several_pieces(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", [{"id": 10 * number, "n": 5, "pieces": 3} for number in range(6)])
+    expected = {10 * number + piece for number in range(6) for piece in range(3)}
+    data = build(configure(path, global_batch_size=2))
+    assert (data.report.rows, data.report.samples, data.total_steps) == (6, 18, 9)
+    assert set(ids(data.train())) == expected
+    monkeypatch.setattr(index, "KEEP_TOKENS", 0)
+    assert set(ids(build(configure(path)).train())) == expected
+
+
+def test_a_row_that_changes_during_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "KEEP_TOKENS", 0)
+    path = tmp_path / "a.jsonl"
+    data = build(configure(write(path, make_rows(5)), data={"shuffle": False}))
+    monkeypatch.setattr(
+        data._train.fetch.__closure__[1].cell_contents, "encoder", lambda rows, source: [[] for _ in rows]
+    )
+    with pytest.raises(ValueError, match="row 1 of source a has changed"):
+        next(data.train())
+
+
+def test_the_report(path):
+    rows = make_rows(150)
+    data = build(configure(path, micro_batch_size=4, dyn_bsz=True))
+    tokens = sum(row["n"] for row in rows)
+    report = data.report
+    assert (report.rows, report.samples, report.tokens, report.trained_tokens) == (150, 150, tokens, tokens - 150)
+    batches = list(data.train())
+    efficiency = sum(one.num_tokens for one in batches) / sum(one.num_slots for one in batches)
+    assert report.packing_efficiency == pytest.approx(efficiency)
+    assert efficiency > 0.9
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_sources_are_counted_by_name(tmp_path, streamed):
+    data = STREAMED | {"train_sample": 70} if streamed else {}
+    built = build(configure(sources_yaml(tmp_path), data=data, global_batch_size=10))
+    assert built.sources == ("few", "many")
+    batches = list(built.train())
+    for batch in batches:
+        counts = Counter()
+        for one in batch.micro_batches:
+            few = int((one.labels[one.target_index] < 1000).sum())
+            counts += Counter(few=few, many=len(one.target_index) - few)
+        assert {name: counts[name] for name in ("few", "many")} == batch.source_tokens
+    assert sorted(ids(batches)) == [*range(20), *range(1000, 1050)], "without weights each sample comes once"
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_weights_set_the_share_of_samples(tmp_path, streamed):
+    path = sources_yaml(tmp_path, weights=[3, 1])
+    data = STREAMED | {"train_sample": 80} if streamed else {}
+    counts = [one >= 1000 for one in ids(build(configure(path, data=data, global_batch_size=10)).train())]
+    assert sum(counts) / len(counts) == pytest.approx(1 / 4, abs=1 / len(counts))
+
+
+def test_equal_weights_are_weights(tmp_path):
+    counts = [one >= 1000 for one in ids(build(configure(sources_yaml(tmp_path, weights=[1, 1]))).train())]
+    assert sum(counts) == 35
+
+
+def test_weights_can_follow_a_schedule(tmp_path):
+    schedule = [{"step": 0, "weights": [1, 0]}, {"step": 4, "weights": [0, 1]}]
+    path = sources_yaml(tmp_path, weights={"schedule": schedule})
+    batches = list(build(configure(path, global_batch_size=10)).train())
+    shares = [np.mean([one >= 1000 for one in ids([batch])]) for batch in batches]
+    assert shares == [0, 0, 0, 0, 1, 1, 1]
+
+
+def two_ranks(path, bad_path):
+    use_fake_encoder(setattr)
+    dist = init_dist(torch.device("cpu"))
+    config = configure(path, micro_batch_size=2, global_batch_size=8, dyn_bsz=True)
+    data = build(config, dist.rank, dist.world, dist)
+    errors = []
+    for silent in (False, True):
+        try:
+            build(configure(bad_path, data={"silent_exception": silent}), dist.rank, dist.world, dist)
+        except ValueError as error:
+            errors.append(str(error))
+    return data.state_dict(), data.total_steps, record(data.train()), errors
+
+
+def test_two_ranks_share_the_index(tmp_path):
+    path = write(tmp_path / "a.jsonl", make_rows(300))
+    rows = make_rows(200)
+    rows[150] = {"bad": "no good"}
+    bad_path = write(tmp_path / "bad.jsonl", rows)
+    first, second = run_ranks(2, two_ranks, path, bad_path)
+    alone = build(configure(path, micro_batch_size=2, global_batch_size=8, dyn_bsz=True))
+    assert first[0] == second[0] == alone.state_dict()
+    assert first[1] == second[1] == alone.total_steps
+    for one, other, whole in zip(first[2], second[2], record(alone.train()), strict=True):
+        assert one[3] == other[3] == whole[3]
+        assert [one[4][0], other[4][0], one[4][1], other[4][1]] == whole[4]
+    assert first[3] == second[3] and len(first[3]) == 1 and "line 151: no good" in first[3][0]
+
+
+def custom(path):
+    return [{"id": number, "n": 5} for number in range(int(path))]
+
+
+def custom_stream(path):
+    class Rows:
+        def __iter__(self):
+            yield from custom(path)
+
+    return Rows()
+
+
+@pytest.mark.parametrize("factory, steps", [("custom", 12), ("custom_stream", 30)])
+def test_a_dataset_of_the_users_own(factory, steps):
+    data = {"datasets_type": f"{__name__}:{factory}", "train_sample": 30, "eval_path": "7"}
+    built = build(configure("12", data=data))
+    assert built.total_steps == steps
+    assert set(ids(built.train())) == set(range(12))
+    assert ids(built.evaluate()) == list(range(7))
