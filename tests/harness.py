@@ -76,7 +76,8 @@ def _rank(sender: Any, rank: int, world: int, folder: str, function: Callable[..
     try:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
         result = function(*args)
-        dist.barrier()
+        if dist.is_initialized():
+            dist.barrier()
         sender.send((True, result))
     except BaseException:
         sender.send((False, traceback.format_exc()))

@@ -46,7 +46,7 @@ def tiny_config(folder: Path, *, world: int = 1, **changes: Any) -> Config:
         "train.dyn_bsz": True,
         "train.micro_batch_size": 2,
         "train.global_batch_size": 8,
-        "train.lr": 1e-3,
+        "train.lr": 1e-2,
         "train.max_steps": 4,
         "train.init_device": "meta",
         "train.enable_gradient_checkpointing": False,

@@ -10,7 +10,8 @@ import torch
 from tutti.config.load import load
 from tutti.core.dist import init_dist, shutdown_dist
 from tutti.core.log import setup_logging
-from tutti.model.weights import export_hf, materialize
+from tutti.model.export import export_hf
+from tutti.model.initial import materialize
 from tutti.train.checkpoint import load_model_only
 from tutti.train.setup import tokenizer_and_model
 

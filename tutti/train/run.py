@@ -16,7 +16,7 @@ import torch
 from tutti.config import Config
 from tutti.core.batch import GlobalBatch
 from tutti.core.dist import Dist, init_dist, shutdown_dist
-from tutti.model.weights import export_hf
+from tutti.model.export import export_hf
 from tutti.parallel.fsdp import GradientSync
 from tutti.train.checkpoint import Checkpointer
 from tutti.train.evaluate import evaluate

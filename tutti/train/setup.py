@@ -27,8 +27,9 @@ from tutti.core.log import setup_logging
 from tutti.data.loader import Data, build_data
 from tutti.data.template import make_template
 from tutti.model.build import build_model, build_tokenizer
+from tutti.model.initial import init_weights
 from tutti.model.plan import basic_modules, blocks, num_params
-from tutti.model.weights import init_weights, load_weights
+from tutti.model.weights import load_weights
 from tutti.parallel.apply import parallelize
 from tutti.parallel.mesh import Mesh, build_mesh
 from tutti.train.task import Objective
