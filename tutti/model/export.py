@@ -112,7 +112,8 @@ class _Reverted:
         else:
             converter = copy.deepcopy(self._by_pattern[pattern])
             for name, tensor in tensors.items():
-                converter.add_tensor(first, name, apply_converters(name, self._converters)[1], tensor)
+                matched: Any = apply_converters(name, self._converters)[1]
+                converter.add_tensor(first, name, matched, tensor)  # type: ignore[arg-type]  # takes tensors too
             values = converter.convert(first, model=self._model, config=self._model.config)
             made = {
                 apply_renamings(key, self._renamings): value[0] if isinstance(value, list) else value
@@ -162,7 +163,7 @@ def _gather(tensor: Tensor, *, keep: bool) -> Tensor:
     """The full tensor on the CPU, for the rank that keeps it; every rank takes part."""
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
-        tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
+        tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
     return tensor.to("cpu") if keep else tensor.new_empty(0)
 
 
