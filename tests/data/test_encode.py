@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from tutti.config import Config, DataConfig
@@ -290,6 +290,31 @@ def test_what_can_not_fit_is_an_error() -> None:
         make_encoder(Config(data=DataConfig(data_type="plaintext")), bare, vocab_size=2048)
     with pytest.raises(ValueError, match=r"data.max_seq_len 1 leaves nothing to predict"):
         encoder(max_seq_len=1)
+
+
+TRICKY = ["é", "e\u0301", "🙂🙂", "\u212b", "日本語", "a\nb", "  ", "x" * 50, "\u0958", "<|im_end|>", "\x00", "\r\n\t"]
+
+
+@pytest.mark.parametrize("normalizer", [None, normalizers.NFC(), normalizers.NFD()])
+def test_places_by_bytes_are_those_by_offsets(normalizer: Any) -> None:
+    """Trained tokens are the same whether their places come from byte lengths or from the library's offsets."""
+    tok = tokenizer()
+    tok.backend_tokenizer.normalizer = normalizer
+    by_bytes = make_encoder(Config(data=DataConfig(chat_template="chatml")), tok, vocab_size=2048)
+    by_offsets = pickle.loads(pickle.dumps(by_bytes))
+    assert (by_bytes.tokenize._byte_lengths is None) == isinstance(normalizer, normalizers.NFD)
+    by_offsets.tokenize._byte_lengths = None
+    texts = [*TRICKY, *(first + second for first in TRICKY for second in TRICKY), ""]
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text[::-1] + "."}]}
+        for text in texts
+    ]
+    for size in (1, len(rows)):
+        for start in range(0, len(rows), size):
+            pairs = zip(*(encode(made, *rows[start : start + size]) for made in (by_bytes, by_offsets)), strict=True)
+            for (one,), (other,) in pairs:
+                assert one.input_ids.tolist() == other.input_ids.tolist()
+                assert one.labels.tolist() == other.labels.tolist()
 
 
 def test_a_tokenizer_without_offsets() -> None:

@@ -26,14 +26,14 @@ from tutti.core.batch import IGNORE, Sample
 from tutti.data.rows import RowError, class_of, conversation_of, text_of
 from tutti.data.source import BadRow, Row, text_columns
 from tutti.data.template import ChatTemplate, make_template
-from tutti.data.tokens import tokenize
+from tutti.data.tokens import BatchTokenizer, Tokens
 
 
 @dataclass
 class Encoder:
     """Turns rows into samples; picklable. Made by `make_encoder`."""
 
-    tokenizer: Any
+    tokenize: BatchTokenizer
     data_type: str
     columns: tuple[str, ...]
     max_seq_len: int
@@ -60,13 +60,13 @@ class Encoder:
             numbers.append(number)
             texts.append(text)
             targets.append(target)
-        tokens = tokenize(self.tokenizer, texts, special=self.data_type == "classification")
+        tokens = self.tokenize(texts)
         self._check_ids(tokens.ids)
         labels = np.full(len(tokens.ids), IGNORE, np.int32)
+        if self.template is not None:
+            targets = _token_spans(tokens, targets)
         for place, (number, target) in enumerate(zip(numbers, targets, strict=True)):
             begin, end = tokens.ends[place], tokens.ends[place + 1]
-            if self.data_type == "conversation":
-                target = [(tokens.first_from(place, first), tokens.first_from(place, last)) for first, last in target]
             try:
                 results[number] = self._samples(tokens.ids[begin:end], labels[begin:end], target, source)
             except RowError as error:
@@ -88,7 +88,7 @@ class Encoder:
     def _samples(self, ids: np.ndarray, labels: np.ndarray, target: Any, source: int) -> list[Sample]:
         """A row's samples from its tokens [n] and as many labels, all IGNORE, to be filled in."""
         if self.data_type == "plaintext":
-            return _pieces(np.append(ids, np.int32(self.tokenizer.eos_token_id)), self.max_seq_len, source)
+            return _pieces(np.append(ids, np.int32(self.tokenize.tokenizer.eos_token_id)), self.max_seq_len, source)
         if self.data_type == "conversation":
             return [_chat(ids, labels, target, self.max_seq_len, source)]
         if not len(ids):
@@ -96,6 +96,14 @@ class Encoder:
         ids, labels = ids[: self.max_seq_len], labels[: self.max_seq_len]
         labels[-1] = target
         return [Sample(ids, labels, source)]
+
+
+def _token_spans(tokens: Tokens, spans: list[list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
+    """Spans of characters, a list for each text, as spans of tokens."""
+    places = [place for place, found in enumerate(spans) for _ in range(2 * len(found))]
+    chars = [char for found in spans for span in found for char in span]
+    borders = iter(tokens.first_from(places, chars))
+    return [[(next(borders), next(borders)) for _ in found] for found in spans]
 
 
 def _pieces(ids: np.ndarray, max_seq_len: int, source: int) -> list[Sample]:
@@ -121,6 +129,11 @@ def _chat(ids: np.ndarray, labels: np.ndarray, spans: list[tuple[int, int]], max
     start = max(0, len(ids) - max_seq_len)
     trained = False
     for first, last in spans:
+        if first < 0 or last < 0:
+            raise RowError(
+                "the tokenizer gives no character offsets and joins text across the border of a trained span, so that "
+                "the loss mask can't be exact; use its fast version"
+            )
         first = max(first, start + 1)
         if first < last:
             labels[first - 1 : last - 1] = ids[first:last]
@@ -154,7 +167,9 @@ def make_encoder(
     if data.max_seq_len < 2 and data.data_type != "classification":
         raise ValueError(f"data.max_seq_len {data.max_seq_len} leaves nothing to predict: give 2 or more")
     return Encoder(
-        tokenizer=tokenizer,
+        tokenize=BatchTokenizer(
+            tokenizer, special=data.data_type == "classification", places=data.data_type == "conversation"
+        ),
         data_type=data.data_type,
         columns=text_columns(config),
         max_seq_len=data.max_seq_len,
