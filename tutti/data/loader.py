@@ -54,11 +54,15 @@ class DataReport:
 
 @dataclass(frozen=True)
 class Part:
-    """Data for training or evaluation: the plan, how its micro batches are fetched, and where its report comes from."""
+    """Data for training or evaluation: the plan, how its micro batches are fetched, its report, and how to end it.
+
+    report: from the samples, tokens, trained tokens and slots given out so far.
+    """
 
     planner: Planner
     fetch: Fetch
     report: Callable[[np.ndarray], DataReport]
+    close: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -141,10 +145,13 @@ class Data:
         if self._ahead:
             self._train.planner.load_position(self._position)
         self._ahead = True
-        for plan, batch in global_batches(self._train.planner, self._train.fetch, self._share):
-            self._position = plan.position
-            self._given += (batch.num_samples, batch.num_tokens, batch.num_targets, batch.num_slots)
-            yield batch
+        try:
+            for plan, batch in global_batches(self._train.planner, self._train.fetch, self._share):
+                self._position = plan.position
+                self._given += (batch.num_samples, batch.num_tokens, batch.num_targets, batch.num_slots)
+                yield batch
+        finally:
+            self._train.close()
 
     def evaluate(self) -> Iterator[GlobalBatch]:
         """Global batches of one pass over data.eval_path, in order, each sample once over all ranks."""
@@ -290,7 +297,7 @@ def _streamed_part(config: Config, sources: Sequence[Source], encoder: Any, reci
         samples, tokens, targets, _ = given.tolist()
         return DataReport(bad.rows, samples, tokens, targets, bad.counts(), _efficiency(given))
 
-    return Part(Planner(supply, recipe), fetch_streamed(config, recipe.pad_to, pad_id), report)
+    return Part(Planner(supply, recipe), fetch_streamed(config, recipe.pad_to, pad_id), report, feed.close)
 
 
 def _efficiency(given: np.ndarray) -> float | None:

@@ -94,6 +94,31 @@ class ChunkReader(Dataset):
         return request, encode_chunk(self.encoder, request.source, numbers, found)
 
 
+class Agenda:
+    """Endless requests: for the source that is waited for if nothing of it is asked, else for the one with least asked.
+
+    upcoming: each source's next request. asked: its chunks asked for and not yet used. wanted: who is waited for.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.upcoming = [Request(source, 0, 0) for source in range(count)]
+        self.asked = [0] * count
+        self.wanted = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            source = min(range(len(self.asked)), key=lambda one: (self.asked[one], one != self.wanted))
+            request = self.upcoming[source]
+            self.upcoming[source] = request._replace(start=request.start + CHUNK)
+            self.asked[source] += 1
+            yield request
+
+    def begin(self, source: int, start: int, asked: int = 0) -> None:
+        """Read `source` anew from `start`; what was asked for before is not wanted any more."""
+        self.upcoming[source] = Request(source, self.upcoming[source].run + 1, start)
+        self.asked[source] = asked
+
+
 class Feed:
     """The chunks of every source in order, over and over, prepared ahead by workers."""
 
@@ -101,44 +126,34 @@ class Feed:
         self.count = len(sources)
         self.reader = ChunkReader(sources, encoder)
         self._options = loader_options
-        self._results: Iterator[tuple[Request, Chunk]] | None = None
-        self._next = [Request(source, 0, 0) for source in range(self.count)]
+        self._agenda = Agenda(self.count)
         self._ready: list[deque[Chunk]] = [deque() for _ in range(self.count)]
-        self._asked = [0] * self.count
-        self._wanted = 0
+        self._results: Iterator[tuple[Request, Chunk]] | None = None
 
     def seek(self, source: int, start: int) -> None:
         """Read `source` from row `start` on."""
-        self._next[source] = Request(source, self._next[source].run + 1, start)
+        self._agenda.begin(source, start)
         self._ready[source].clear()
-        self._asked[source] = 0
 
     def next(self, source: int) -> Chunk:
         """The next chunk of `source`; one with fewer than CHUNK rows is the last, after which it begins again."""
         if self._results is None:
             with quiet_fork():
-                self._results = iter(DataLoader(self.reader, batch_sampler=self._requests(), **self._options))
-        self._wanted = source
+                self._results = iter(DataLoader(self.reader, batch_sampler=self._agenda, **self._options))
+        self._agenda.wanted = source
         while not self._ready[source]:
             request, chunk = next(self._results)
-            upcoming = self._next[request.source]
-            if request.run != upcoming.run:
-                continue
-            if chunk.rows < CHUNK:
-                self._next[request.source] = Request(request.source, upcoming.run + 1, 0)
-                self._asked[request.source] = len(self._ready[request.source]) + 1
-            self._ready[request.source].append(chunk)
-        self._asked[source] -= 1
+            ready = self._ready[request.source]
+            if request.run == self._agenda.upcoming[request.source].run:
+                ready.append(chunk)
+                if chunk.rows < CHUNK:
+                    self._agenda.begin(request.source, 0, asked=len(ready))
+        self._agenda.asked[source] -= 1
         return self._ready[source].popleft()
 
-    def _requests(self) -> Iterator[Any]:
-        """What to prepare next: for the source that is waited for, else for the one with the least in store."""
-        while True:
-            source = min(range(self.count), key=lambda one: (self._asked[one], one != self._wanted))
-            request = self._next[source]
-            self._next[source] = request._replace(start=request.start + CHUNK)
-            self._asked[source] += 1
-            yield request
+    def close(self) -> None:
+        """End the workers. What they had prepared is lost: `seek` before going on."""
+        self._results = None
 
 
 class Shuffled:
