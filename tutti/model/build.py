@@ -66,8 +66,8 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
 def load_model_config(config: Config) -> PreTrainedConfig:
     """The model's configuration, from model.config_path (by default model.model_path)."""
-    argument = "model.config_path" if config.model.config_path else "model.model_path"
     name = config.model.config_path or config.model.model_path
+    argument = "model.model_path" if name == config.model.model_path else "model.config_path"
     if name is None:
         raise ValueError("model.model_path: required, or model.config_path to start from random weights")
     path = _local(name, argument)

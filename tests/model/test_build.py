@@ -1,0 +1,165 @@
+"""Tokenizer, configuration and model come from local paths, fit one another, or one line says why not."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+from tests.model.zoo import FAMILIES, tiny
+from tutti.config import Config
+from tutti.config.load import from_dict
+from tutti.model.attention import PACKED
+from tutti.model.build import build_model, build_tokenizer, load_model_config
+from tutti.model.experts import FUSED
+
+QUICKSTART = Path(__file__).parents[2] / "data" / "quickstart"
+CPU = torch.device("cpu")
+
+
+def _config(model: dict[str, Any], **groups: dict[str, Any]) -> Config:
+    return from_dict({"model": model, **groups})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A Qwen3 of 2048 tokens with its tokenizer, as transformers saves it."""
+    config = tiny("qwen3", vocab_size=2048)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(QUICKSTART / "tokenizer.json"), eos_token="<|im_end|>")
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_tokenizer_from_its_folder(folder: Path) -> None:
+    tokenizer = build_tokenizer(_config({"model_path": str(folder)}))
+    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.chat_template
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A folder with nothing but a tokenizer.json."""
+    (tmp_path / "bare").mkdir()
+    return Path(shutil.copy(QUICKSTART / "tokenizer.json", tmp_path / "bare")).parent
+
+
+@pytest.mark.parametrize("file", ["", "tokenizer.json"])
+def test_a_bare_tokenizer_gets_its_special_tokens(file: str, bare: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "tutti"):
+        tokenizer = build_tokenizer(_config({"tokenizer_path": str(bare / file)}))
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == ("<|endoftext|>", "<|endoftext|>", None)
+    assert "eos_token <|endoftext|>" in caplog.text
+    assert len(tokenizer) == 2048
+    assert tokenizer.decode(tokenizer("Hello, world")["input_ids"]) == "Hello, world"
+
+
+def test_a_tokenizer_follows_the_model_or_its_config(folder: Path) -> None:
+    assert build_tokenizer(_config({"config_path": str(folder)})).eos_token == "<|im_end|>"
+    assert build_tokenizer(_config({"config_path": str(folder / "config.json")})).eos_token == "<|im_end|>"
+
+
+def test_bare_tokenizers_without_an_end_of_text_are_refused(tmp_path: Path) -> None:
+    tree = json.loads((QUICKSTART / "tokenizer.json").read_text())
+    tree["added_tokens"] = []
+    for token in ("<|endoftext|>", "<|im_end|>"):
+        tree["model"]["vocab"][token + "x"] = tree["model"]["vocab"].pop(token)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=r"model.tokenizer_path: .*none of its tokens is a known end of text"):
+        build_tokenizer(_config({"tokenizer_path": str(tmp_path)}))
+
+
+def test_tokenizers_that_are_not_there_or_damaged_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^model.tokenizer_path: .*gone is not there"):
+        build_tokenizer(_config({"tokenizer_path": str(tmp_path / "gone")}))
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"^model.tokenizer_path: no tokenizer could be read from"):
+        build_tokenizer(_config({"tokenizer_path": str(tmp_path)}))
+
+
+def test_hub_names_are_not_downloaded() -> None:
+    with pytest.raises(
+        ValueError, match=r"^model.model_path: Qwen/Qwen3-0.6B is not there.*hf download Qwen/Qwen3-0.6B"
+    ):
+        load_model_config(_config({"model_path": "Qwen/Qwen3-0.6B"}))
+
+
+def test_configs_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    config = _config({"config_path": str(tmp_path)})
+    with pytest.raises(ValueError, match=r"^model.config_path: there is no config.json in"):
+        load_model_config(config)
+    for text in ("{", '{"model_type": "no_such_model"}', '{"hidden_size": 4}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(
+            ValueError, match=r"^model.config_path: .*config.json is not a configuration that can be used"
+        ):
+            load_model_config(config)
+    tree = {**tiny("llama").to_dict(), "quantization_config": {"quant_method": "mxfp4"}}
+    (tmp_path / "config.json").write_text(json.dumps(tree, default=str))
+    with pytest.raises(ValueError, match=r"^model.config_path: .* holds mxfp4 weights"):
+        load_model_config(config)
+    (tmp_path / "config.json").write_text('{"model_type": "clip_vision_model"}')
+    with pytest.raises(ValueError, match="no causal language model for model_type clip_vision_model"):
+        build_model(config, device=CPU)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_models_are_built_on_meta(name: str, tmp_path: Path) -> None:
+    tiny(name).save_pretrained(tmp_path)
+    model = build_model(_config({"config_path": str(tmp_path)}), device=CPU)
+    assert all(parameter.is_meta and parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert model.training
+    assert model.config._attn_implementation == PACKED and model.config._experts_implementation == FUSED
+
+
+def test_kernels_and_dtype_follow_the_configuration(folder: Path) -> None:
+    plain = {"model_path": str(folder), "attn_implementation": "eager", "moe_implementation": "eager"}
+    model = build_model(_config(plain, train={"enable_mixed_precision": False}), device=CPU)
+    assert model.config._attn_implementation == model.config._experts_implementation == "eager"
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for name, buffer in model.named_buffers() if "inv_freq" in name} == {torch.float32}
+
+
+def test_classifiers_and_their_number_of_labels(folder: Path) -> None:
+    data = {"data_type": "classification"}
+    assert build_model(_config({"model_path": str(folder)}, data=data), device=CPU).score.out_features == 2
+    settings = _config({"model_path": str(folder), "num_labels": 5}, data=data)
+    assert build_model(settings, device=CPU).score.out_features == 5
+    assert build_model(settings, num_labels=7, device=CPU).score.out_features == 7
+    named = AutoModelForSequenceClassification.from_config(tiny("qwen3", id2label={0: "no", 1: "maybe", 2: "yes"}))
+    named.config.save_pretrained(folder)
+    model = build_model(_config({"model_path": str(folder), "num_labels": 3}, data=data), device=CPU)
+    assert model.config.id2label == {0: "no", 1: "maybe", 2: "yes"}
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(folder: Path) -> None:
+    tiny("qwen3").save_pretrained(folder)
+    config = _config({"model_path": str(folder)})
+    with pytest.raises(ValueError, match=r"^model.tokenizer_path: the tokenizer has 2048 tokens, .* only 256 rows"):
+        build_model(config, tokenizer=build_tokenizer(config), device=CPU)
+
+
+def test_a_fresh_model_ends_its_texts_as_its_tokenizer_does(folder: Path, bare: Path) -> None:
+    fresh = _config({"config_path": str(folder), "tokenizer_path": str(bare)})
+    tokenizer = build_tokenizer(fresh)
+    model = build_model(fresh, tokenizer=tokenizer, device=CPU)
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id == 0
+    # The config's padding token is now the end of text, whose embedding must be trained.
+    assert model.config.pad_token_id is None and model.get_input_embeddings().padding_idx is None
+    trained = build_model(_config({"model_path": str(folder)}), tokenizer=tokenizer, device=CPU)
+    assert trained.config.eos_token_id == 2 and trained.config.pad_token_id == 0
+
+
+def test_generation_settings_come_along(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": true, "eos_token_id": [1, 2]}')
+    model = build_model(_config({"model_path": str(folder)}), device=CPU)
+    assert (model.generation_config.temperature, model.generation_config.eos_token_id) == (0.6, [1, 2])
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"generation_config\.json"):
+        build_model(_config({"model_path": str(folder)}), device=CPU)
