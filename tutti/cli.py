@@ -272,6 +272,8 @@ def _speaks() -> bool:
 
 def _report(error: Exception, *, debug: bool) -> None:
     """Say what went wrong: one line for each problem; with a traceback if asked for, or if the mistake is ours."""
+    if getattr(error, "told", False):  # by the rank that found it
+        return
     if isinstance(error, ConfigError):
         problems = error.problems
     elif isinstance(error, OSError) and error.filename and error.strerror:

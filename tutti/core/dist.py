@@ -17,6 +17,12 @@ import torch
 import torch.distributed as dist
 
 
+class OtherRankError(ValueError):
+    """The user's mistake, found and told by another rank; this rank ends silently."""
+
+    told = True
+
+
 @dataclass(frozen=True)
 class Dist:
     """rank and world over all processes; local_rank within this machine; device: where this rank computes.
@@ -83,7 +89,7 @@ class Dist:
             if error is not None and rank == self.rank:
                 raise error
             is_users, message = failed
-            raise ValueError(message) if is_users else RuntimeError(f"rank {rank}: {message}")
+            raise OtherRankError(message) if is_users else RuntimeError(f"rank {rank}: {message}")
         return result
 
 

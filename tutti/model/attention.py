@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -65,8 +65,8 @@ def resolve_attention(requested: str, device: torch.device) -> str:
 
     Logs one line where something else than the request runs.
     """
-    AttentionInterface.register(PACKED, _packed_forward)
-    AttentionMaskInterface.register(PACKED, _no_mask)
+    AttentionInterface.register(PACKED, packed_forward)
+    AttentionMaskInterface.register(PACKED, no_mask)
     if requested == "eager":
         return "eager"
     if requested in _PACKAGES:
@@ -101,11 +101,11 @@ def check_packable(config: Any) -> None:
         )
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
+def no_mask(*args: Any, **kwargs: Any) -> None:
     """Packed attention needs no mask: it never looks across a sample's border."""
 
 
-def _packed_forward(
+def packed_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -123,15 +123,20 @@ def _packed_forward(
         raise ValueError(f"{name} does not pass the samples' borders on; set model.attn_implementation=eager")
     if dropout:
         raise ValueError("packed attention has no dropout; set attention_dropout to 0 in the model's config")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    settings = Settings(scale, causal, kwargs.get("sliding_window") or 0, kwargs.get("softcap") or 0.0)
+    settings = settings_of(module, query, scaling, kwargs)
     sinks = kwargs.get("s_aux")
-    arguments = (query[0], key[0], value[0], cu_seqlens)
+    arguments = (query.squeeze(0), key.squeeze(0), value.squeeze(0), cu_seqlens)
     if query.device.type == "cuda" and query.dtype != torch.float32 and not settings.softcap and sinks is None:
         return _varlen(*arguments, kwargs["max_length_q"], settings)[None], None
     return packed_attention(*arguments, settings, sinks)[None], None
+
+
+def settings_of(module: nn.Module, query: Tensor, scaling: float | None, kwargs: Mapping[str, Any]) -> Settings:
+    """What transformers' attention signature says of how queries see keys."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    return Settings(scale, causal, kwargs.get("sliding_window") or 0, kwargs.get("softcap") or 0.0)
 
 
 def _varlen(
@@ -220,7 +225,7 @@ class _Biases:
         return self._made[shape]
 
 
-def _probabilities(
+def probabilities(
     rows: Tensor, keys: Tensor, bias: Tensor | None, sinks: Tensor | None, settings: Settings
 ) -> tuple[Tensor, Tensor | None]:
     """softmax of one tile's scores [K, G * rows, keys (+ 1 with sinks)] and, with softcap, tanh(score / softcap)."""
@@ -263,7 +268,7 @@ def _forward(
         for tile in _tiles(end - begin, see):
             start, stop, first, last = tile
             rows = query[:, begin + start : begin + stop].reshape(kv_heads, groups * (stop - start), -1)
-            weights, _ = _probabilities(rows, keys[:, first:last], biases(tile), sinks, see)
+            weights, _ = probabilities(rows, keys[:, first:last], biases(tile), sinks, see)
             if keep:
                 saved.append(weights.view(-1))
             seen = weights if sinks is None else weights[..., :-1]
@@ -321,7 +326,7 @@ def _backward(
                 weights = saved[offset : offset + size].view(kv_heads, num_rows, last - first)
                 offset += size
             else:
-                weights, tanh = _probabilities(rows, keys[:, first:last], biases(tile), sinks, see)
+                weights, tanh = probabilities(rows, keys[:, first:last], biases(tile), sinks, see)
             outer = grad[place].transpose(0, 1).reshape(kv_heads, num_rows, -1)
             grad_weights = torch.bmm(outer, values[:, first:last].transpose(1, 2))
             if sinks is not None:

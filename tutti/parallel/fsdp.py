@@ -28,7 +28,7 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, train: Train
     reduce_dtype = torch.float32 if train.enable_mixed_precision else None
     compute_dtype = getattr(torch, train.compute_dtype)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    reshard = reshards(train) and mesh.shard_size > 1
+    reshard = reshards(train) and mesh.num_shards > 1
     for block in blocks:
         fully_shard(block, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard)
     # The root's parameters are needed first in the backward pass, so they stay gathered in between.
@@ -60,7 +60,7 @@ class GradientSync:
     def __init__(self, root: nn.Module, mesh: Mesh, train: TrainConfig) -> None:
         self._root = root
         self._modules: Sequence[FSDPModule] = fsdp_modules(root)
-        sharded = train.data_parallel_mode != "ddp" and mesh.shard_size > 1
+        sharded = train.data_parallel_mode != "ddp" and mesh.num_shards > 1
         self._reduce_each = sharded and train.enable_full_shard
         self._reshard_each = self._reduce_each or train.enable_reshard_after_backward
 

@@ -1,55 +1,99 @@
-"""The device mesh: how the ranks are arranged, made once from the configuration and passed along.
+"""The device mesh: how the ranks are arranged, made once from the layout and passed along.
 
-The axes, slowest first, are `replicate` (copies of the model: gradients are all-reduced) and `shard` (parameters,
-gradients and optimizer state are split: ZeRO). Their product is the data-parallel size. Whether sizes fit the world is
-decided before, in `tutti.config.layout`, without torch.
+The ranks form a grid whose axes are, slowest first:
+
+    pipeline    stages of the model's depth
+    replicate   copies of the model that see different data; their gradients are all-reduced
+    shard       ranks that see different data and split parameters, gradients and optimizer state (ZeRO)
+    context     ranks that split the samples of one batch, and pass keys and values around (ring attention)
+    ulysses     ranks that split the samples of one batch, and exchange tokens for heads in attention
+    tensor      ranks that split single matrix products
+
+Ranks close together talk most, so the axes that talk most come last. Parameters are sharded over shard x context x
+ulysses together (`fsdp`), since the ranks of one batch hold the same parameters too; with ddp they are copied over all
+of these. Experts have a grid of their own over the same ranks, in which fsdp is split into `expert` (each rank holds
+some of the experts) and `expert_shard` (ranks that share those): neighbouring ranks form an expert group, or with
+train.ep_outside strided ones. Whether sizes fit the world is decided before, in `tutti.config.layout`, without torch.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tutti.config.layout import Layout
 from tutti.core.dist import Dist
 
+AXES = ("pipeline", "replicate", "shard", "context", "ulysses", "tensor")
+
 
 @dataclass(frozen=True)
 class Mesh:
-    """The ranks as a grid. `device_mesh` has the axes `replicate` and `shard`; sizes of 1 included."""
+    """The ranks as a grid.
 
-    device_mesh: DeviceMesh
+    grid: all `AXES`, those of size 1 included. fsdp: what `fully_shard` takes for dense parameters, (shards,) or
+    (copies, shards). expert: the 1-D mesh that splits the experts, and expert_fsdp: what `fully_shard` takes for them.
+    """
+
+    grid: DeviceMesh
+    fsdp: DeviceMesh
+    expert: DeviceMesh
+    expert_fsdp: DeviceMesh
+
+    def size(self, axis: str) -> int:
+        return self.grid[axis].size()
+
+    def rank(self, axis: str) -> int:
+        """This rank's coordinate on `axis`."""
+        return self.grid.get_local_rank(axis)
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """The ranks that differ from this one on `axis` alone."""
+        return self.grid.get_group(axis)
 
     @property
     def dp_size(self) -> int:
         """Number of data-parallel ranks: ranks that see different data."""
-        return self.device_mesh.size()
+        return self.size("replicate") * self.size("shard")
 
     @property
     def dp_rank(self) -> int:
         """This rank's place among them."""
-        return self.device_mesh.get_local_rank("replicate") * self.shard_size + self.device_mesh.get_local_rank("shard")
+        return self.rank("replicate") * self.size("shard") + self.rank("shard")
 
     @property
-    def replicate_size(self) -> int:
-        return self.device_mesh["replicate"].size()
-
-    @property
-    def shard_size(self) -> int:
-        return self.device_mesh["shard"].size()
-
-    @property
-    def fsdp(self) -> DeviceMesh:
-        """What `fully_shard` takes: (shard,) alone, or (replicate, shard) where there are copies."""
-        return self.device_mesh if self.replicate_size > 1 else self.device_mesh["shard"]
+    def num_shards(self) -> int:
+        """Number of ranks that a dense parameter is split over by FSDP."""
+        return self.fsdp.size(-1)
 
     def __str__(self) -> str:
-        parts = [f"{name} {self.device_mesh[name].size()}" for name in self.device_mesh.mesh_dim_names or ()]
-        return " x ".join(parts)
+        sizes = {axis: self.size(axis) for axis in AXES} | {"expert": self.expert.size()}
+        return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one rank"
 
 
-def build_mesh(layout: Layout, dist: Dist) -> Mesh:
-    """Arrange all ranks of `dist` as `layout` says. A collective call."""
-    shape = (layout.replicate, layout.shard)
-    return Mesh(init_device_mesh(dist.device.type, shape, mesh_dim_names=("replicate", "shard")))
+def build_mesh(layout: Layout, ranks: Dist, *, ddp: bool = False, ep_outside: bool = False) -> Mesh:
+    """Arrange all ranks as `layout` says. ddp: parameters are copied and not split. A collective call."""
+    device = ranks.device.type
+    shape = tuple(getattr(layout, axis) for axis in AXES)
+    grid = init_device_mesh(device, shape, mesh_dim_names=AXES)
+    if ddp:
+        assert layout.shard == 1, "the layout was not validated"
+        grid["replicate", "context", "ulysses"]._flatten("copies")
+        fsdp = grid["copies", "shard"]
+    else:
+        shards = grid["shard", "context", "ulysses"]._flatten("fsdp")
+        fsdp = grid["replicate", "fsdp"] if layout.replicate > 1 else shards
+    num_shards = math.prod(shape[2:5])
+    inner, names = (num_shards // layout.expert, layout.expert), ("expert_shard", "expert")
+    if ep_outside:
+        inner, names = inner[::-1], names[::-1]
+    experts = init_device_mesh(
+        device,
+        (layout.pipeline, layout.replicate, *inner, layout.tensor),
+        mesh_dim_names=("pipeline", "replicate", *names, "tensor"),
+    )
+    copies = ("replicate", "expert_shard") if layout.replicate > 1 else "expert_shard"
+    return Mesh(grid=grid, fsdp=fsdp, expert=experts["expert"], expert_fsdp=experts[copies])

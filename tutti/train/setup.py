@@ -107,7 +107,8 @@ def assemble(config: Config, ranks: Dist) -> Parts:
     A collective call. ValueError, on all ranks: what is wrong with the model's or the data's files.
     """
     layout = fit(config, ranks.world)
-    mesh = build_mesh(layout, ranks)
+    train = config.train
+    mesh = build_mesh(layout, ranks, ddp=train.data_parallel_mode == "ddp", ep_outside=train.ep_outside)
     tokenizer, model = ranks.agree(lambda: tokenizer_and_model(config, ranks.device))
     data = open_data(config, tokenizer, model, ranks, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
     log.info("%s", data.steps_reason)
