@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+from importlib import import_module
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 from torch import Tensor
@@ -29,13 +33,56 @@ def _run(name: str, implementation: str, dtype: torch.dtype = torch.float32, **o
     }
 
 
-@pytest.mark.parametrize("name", [*EXPERTS, "nemotron_h", "aria"])
+@pytest.mark.parametrize("name", EXPERTS)
 def test_loss_and_gradients_equal_the_models_own_loop(name: str) -> None:
     resolve_experts(None)
     eager, fused = _run(name, "eager"), _run(name, FUSED)
     assert eager.keys() == fused.keys()
     for key, value in eager.items():
         torch.testing.assert_close(fused[key], value, rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+LAYOUTS = {
+    "gate and up in halves": ("qwen3_moe", "Qwen3MoeExperts"),
+    "interleaved, transposed, with biases": ("gpt_oss", "GptOssExperts"),
+    "transposed": ("aria", "AriaExperts"),
+    "transposed, with biases, in halves": ("openai_privacy_filter", "OpenAIPrivacyFilterExperts"),
+    "no gate": ("nemotron_h", "NemotronHExperts"),
+    "a norm after each expert": ("muse_spark", "MuseSparkExperts"),
+    "clamped gate": ("deepseek_v4", "DeepseekV4Experts"),
+}
+"""Every combination of what transformers' decorator for experts can declare, by a class that has it."""
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_equals_the_models_own_loop(layout: str) -> None:
+    family, class_name = LAYOUTS[layout]
+    experts_class = getattr(import_module(f"transformers.models.{family}.modeling_{family}"), class_name)
+    config = MagicMock(
+        **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+        **dict.fromkeys(("hidden_size", "moe_hidden_size"), 32),
+        **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), 16),
+        **dict.fromkeys(("hidden_act", "mlp_hidden_act"), "silu"),
+        moe_latent_size=None,
+        post_norm_eps=1e-6,
+        swiglu_alpha=1.7,
+        swiglu_limit=7.0,
+        _experts_implementation="eager",
+    )
+    torch.manual_seed(0)
+    experts = experts_class(config)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    hidden, weights = torch.randn(37, 32), torch.rand(37, 2)
+    chosen = torch.rand(37, 4).topk(2, dim=1).indices
+    results = []
+    for function in (experts, partial(fused_experts, experts)):
+        leaves = [hidden.clone().requires_grad_(), weights.clone().requires_grad_()]
+        output = function(leaves[0], chosen, leaves[1])
+        gradients = torch.autograd.grad((output * torch.arange(32)).sum(), [*leaves, *experts.parameters()])
+        results.append([output, *gradients])
+    for ours, theirs in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
 
 
 @pytest.mark.parametrize("name", EXPERTS)

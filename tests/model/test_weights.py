@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from tests.harness import run_ranks
 from tests.model.zoo import EXPERTS, FAMILIES, tiny
 from tutti.core.dist import Dist, init_dist
 from tutti.model.export import export_hf
-from tutti.model.files import INDEX, find_index
+from tutti.model.files import INDEX, Checkpoint, find_index
 from tutti.model.initial import init_weights, materialize
 from tutti.model.plan import blocks
 from tutti.model.weights import load_weights
@@ -363,6 +364,30 @@ def test_loaded_and_exported_on_several_ranks(world: int, broadcast: bool, folde
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / ranks[0])
         assert torch.equal(_logits(exported), expected["logits"])
         assert _held(tmp_path / ranks[0]) == _held(folders / ranks[0])
+
+
+def _opened(root: Path, broadcast: bool) -> list[str]:
+    """The keys of the experts that this rank reads from the files."""
+    keys = []
+
+    class Recorded(Checkpoint):
+        def read(self, key: str) -> Any:
+            keys.append(key)
+            return super().read(key)
+
+    with patch("tutti.model.weights.Checkpoint", Recorded):
+        model = _sharded("qwen3_moe", hybrid=False)
+        load_weights(model, root / "qwen3_moe", dist=init_dist(CPU), broadcast=broadcast)
+    return [key for key in keys if "experts" in key]
+
+
+def test_ranks_read_their_own_experts_or_rank_0_alone_reads(folders: Path) -> None:
+    experts = {key for key in _held(folders / "qwen3_moe") if "experts" in key}
+    for number, keys in enumerate(run_ranks(2, _opened, folders, False)):
+        mine = {key for key in experts if int(key.split(".")[5]) // 2 == number}
+        assert len(keys) == len(mine) and set(keys) == mine
+    first, second = run_ranks(2, _opened, folders, True)
+    assert set(first) == experts and second == []
 
 
 def _failing(path: Path, broadcast: bool) -> str:

@@ -208,8 +208,9 @@ def _active_share(model: PreTrainedModel) -> dict[int, float]:
     chosen = next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
     for module in model.modules():
         if chosen is not None and is_experts(module):
-            num_experts = max(parameter.shape[0] for parameter in module.parameters(recurse=False))
-            shares.update((id(parameter), chosen / num_experts) for parameter in module.parameters(recurse=False))
+            num_experts: Any = module.num_experts
+            share = chosen / num_experts
+            shares.update((id(parameter), share) for parameter in module.parameters(recurse=False))
     return shares
 
 
