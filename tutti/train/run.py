@@ -53,7 +53,11 @@ def _run(config: Config, ranks: Dist) -> None:
     load_parameters(config, parts, ranks)
     optimizer = build_optimizer(parts.model, config)
     checkpoints = Checkpointer(
-        output, ranks, save_async=config.train.save_async, max_checkpoints=config.train.max_checkpoints
+        output,
+        ranks,
+        save_async=config.train.save_async,
+        max_checkpoints=config.train.max_checkpoints,
+        facts=parts.facts(config),
     )
     state = checkpoints.resume(config.train.load_checkpoint_path, parts.model, optimizer)
     step = state["step"] if state else 0
@@ -96,7 +100,7 @@ def _run(config: Config, ranks: Dist) -> None:
             _export(config, parts, output / "hf" / "final", ranks)
             if ranks.is_main:
                 show_samples(config, output / "hf" / "final", metrics, step)
-        metrics.close({"status": "finished"})
+        metrics.close({"status": "finished", "data": parts.data.report})
     log.info("report: %s", output / "report.html")
 
 

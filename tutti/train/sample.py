@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,9 +23,9 @@ def show_samples(config: Config, folder: Path, metrics: Metrics, step: int) -> N
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
     chat = config.data.data_type == "conversation"
     for prompt in config.train.sample_prompts:
-        text = prompt
+        messages = [{"role": "user", "content": prompt}]
+        text: Any = prompt
         if chat:
-            messages = [{"role": "user", "content": prompt}]
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)
         with torch.no_grad():
@@ -35,6 +36,6 @@ def show_samples(config: Config, folder: Path, metrics: Metrics, step: int) -> N
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
             )
-        answer = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        log.info("sample: %s -> %s", prompt, answer)
+        answer = str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+        log.info("sample: %s -> %s", prompt, " ".join(answer.split()))
         metrics.log_text(step, prompt, answer)

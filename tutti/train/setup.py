@@ -7,16 +7,19 @@ and the data, and leaves parameters without storage where training would load th
 from __future__ import annotations
 
 import gc
+import hashlib
 import logging
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from tutti.config import Config
 from tutti.config.layout import Layout, fit
@@ -63,11 +66,17 @@ class Parts:
             "steps_reason": self.data.steps_reason,
         }
 
+    def facts(self, config: Config) -> dict[str, Any]:
+        """What a checkpoint's manifest says of the run that wrote it."""
+        digest = hashlib.sha256(to_yaml(config).encode()).hexdigest()
+        return {"layout": asdict(self.layout), "config": digest}
+
 
 def prepare_process(config: Config) -> torch.device:
     """Set up logging, threads, memory, seeds and determinism of this process; the device it computes on."""
     rank, local_world = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     setup_logging(rank)
+    disable_progress_bar()
     limit_threads(local_world)
     keep_freed_memory()
     if config.train.enable_full_determinism:
@@ -173,7 +182,7 @@ def load_parameters(config: Config, parts: Parts, ranks: Dist) -> None:
             seed=train.seed,
         )
     if whole:
-        model.to(ranks.device)
+        nn.Module.to(model, ranks.device)
         parallelize(parts.objective, units, parts.mesh, train)
     parts.objective.train()
 
