@@ -154,9 +154,10 @@ class _Group:
             return
         experts = self._own_experts(targets)
         if experts is None:
-            for name, value in self.convert(model, checkpoint.read).items():
+            values = self.convert(model, checkpoint.read)
+            for name, _ in self.targets:
                 if local_part(targets[name]).numel():
-                    yield name, own_part(value, targets[name])
+                    yield name, own_part(values[name], targets[name])
         elif experts:
             yield from self._converted(model, experts, checkpoint.read).items()
 
@@ -225,7 +226,9 @@ def _plan(model: PreTrainedModel, source: Mapping[str, Tensor]) -> _Plan:
             listed = _listed([key for key, _ in members])
             raise ValueError(f"the keys {listed} of the checkpoint do not combine into {name}: {error}") from error
         plan.unexpected.extend(set(made) - set(names))
-        targets = tuple((made_name, _Spec(tuple(t.shape), t.dtype)) for made_name, t in made.items())
+        targets = tuple(
+            (made_name, _Spec(tuple(t.shape), t.dtype)) for made_name, t in made.items() if made_name in names
+        )
         plan.groups.append(_Group(group.keys, converter, name, targets))
     plan.matched = [position for position, entry in enumerate(mapping) if entry.was_used()]
     return plan
@@ -234,7 +237,7 @@ def _plan(model: PreTrainedModel, source: Mapping[str, Tensor]) -> _Plan:
 def _check(model: PreTrainedModel, plan: _Plan, path: str | Path) -> set[str]:
     """The names that are rightly missing (a classifier's new head); ValueError if anything else does not fit."""
     targets = _tensors(model)
-    given = {name: spec for group in plan.groups for name, spec in group.targets if name in targets}
+    given = {name: spec for group in plan.groups for name, spec in group.targets}
     satisfied = {id(targets[name]) for name in given}
     missing = {name for name, tensor in targets.items() if id(tensor) not in satisfied}
     missing = _without(missing, model._keys_to_ignore_on_load_missing)
