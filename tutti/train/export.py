@@ -11,6 +11,7 @@ from tutti.config.load import load
 from tutti.core.dist import init_dist, shutdown_dist
 from tutti.core.log import setup_logging
 from tutti.model.export import export_hf
+from tutti.model.files import find_index
 from tutti.model.initial import materialize
 from tutti.train.checkpoint import load_model_only
 from tutti.train.setup import tokenizer_and_model
@@ -33,7 +34,8 @@ def export(source: str, out: str) -> None:
         tokenizer, model = tokenizer_and_model(config, ranks.device)
         materialize(model, ranks.device)
         load_model_only(Path(source), model, ranks)
-        export_hf(model, Path(out), tokenizer, dist=ranks, index_path=config.model.safetensor_idx_path)
+        index = find_index(config.model.model_path, config.model.safetensor_idx_path)
+        export_hf(model, Path(out), tokenizer, dist=ranks, index_path=index)
     finally:
         shutdown_dist()
     log.info("wrote the model to %s", out)

@@ -17,6 +17,7 @@ from tutti.config import Config
 from tutti.core.batch import GlobalBatch
 from tutti.core.dist import Dist, init_dist, shutdown_dist
 from tutti.model.export import export_hf
+from tutti.model.files import find_index
 from tutti.parallel.fsdp import GradientSync
 from tutti.train.checkpoint import Checkpointer
 from tutti.train.evaluate import evaluate
@@ -120,5 +121,6 @@ def housekeeping(step: int, config: Config) -> None:
 
 
 def _export(config: Config, parts: Parts, folder: Path, ranks: Dist) -> None:
-    export_hf(parts.model, folder, parts.tokenizer, dist=ranks, index_path=config.model.safetensor_idx_path)
+    index = find_index(config.model.model_path, config.model.safetensor_idx_path)
+    export_hf(parts.model, folder, parts.tokenizer, dist=ranks, index_path=index)
     log.info("wrote the model to %s", folder)
