@@ -7,6 +7,11 @@ that a batch shows which samples it holds. A row with `bad` cannot be used.
 import dataclasses
 import json
 import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -193,6 +198,58 @@ def test_workers_change_nothing(path, kind, monkeypatch):
     assert given == expected
     working.load_state_dict(state)
     assert record(working.train()) == expected[3:]
+    inline.load_state_dict(state)
+    assert record(inline.train()) == expected[3:]
+
+
+@kinds
+def test_another_number_of_ranks_goes_on_with_the_same_global_batches(path, kind):
+    data, train = KINDS[kind]
+    config = configure(path, data=data, **train)
+    first = build(config)
+    batches = first.train()
+    for _ in range(3):
+        next(batches)
+    state, rest = first.state_dict(), record(batches)
+    for rank in range(4):
+        resumed = build(config, rank, 4)
+        resumed.load_state_dict(state)
+        given = record(resumed.train())
+        assert [one[:4] for one in given] == [one[:4] for one in rest]
+        assert [one[4] for one in given] == [[one[4][rank]] for one in rest]
+
+
+@pytest.mark.parametrize("kind", ["fixed", "streamed"])
+def test_workers_survive_signals_meant_for_the_trainer(path, kind, monkeypatch):
+    monkeypatch.setattr(index, "KEEP_TOKENS", 0)
+    data, train = KINDS[kind]
+    batches = build(configure(path, data=data | {"num_workers": 2}, **train)).train()
+    given = [next(batches)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGINT)
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    given += batches
+    assert len(given) == given[-1].step and given[-1].epoch_end
+    assert all(not worker.is_alive() for worker in workers), "they end with the data"
+
+
+def test_workers_end_when_the_trainer_exits_in_the_middle(path):
+    code = f"""
+import sys
+sys.path[:0] = [{os.getcwd()!r}]
+from tests.data.test_loader import *
+use_fake_encoder(setattr)
+index.KEEP_TOKENS = 0
+kept = build(configure({path!r}, data=STREAMED | {{"num_workers": 2}})).train()
+next(kept)
+other = build(configure({path!r}, data={{"num_workers": 2}})).train()
+next(other)
+print("leaving", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "leaving\n", "")
 
 
 def test_workers_leave_the_random_state_alone(path, monkeypatch):
@@ -262,6 +319,7 @@ def test_drop_last(path, kind, drop_last):
     assert batches[-1].epoch_end and not any(one.epoch_end for one in batches[:-1])
     total = sum(one.num_samples for one in batches)
     assert total == 150 if not drop_last else total < 150
+    assert (f"{150 - total} in all left out" in data.steps_reason) == drop_last
     padding = [one for one in batches[-1].micro_batches if one.num_tokens == 0]
     assert bool(padding) != drop_last
 
@@ -338,7 +396,7 @@ def test_a_formula_rules_only_when_set(path):
 def test_max_steps_caps_each_epoch(path, kind):
     data, train = KINDS[kind]
     built = build(configure(path, data=data, max_steps=2, num_train_epochs=3, **train))
-    assert built.total_steps == 6
+    assert built.total_steps == 6 and built.steps_reason.startswith("6 steps: 3 epochs of 2 ")
     assert [(one.epoch, one.epoch_end) for one in built.train()] == [
         (e, end) for e in range(3) for end in (False, True)
     ]

@@ -15,7 +15,7 @@ def stream(count, number=0, shuffle=True):
 
 def drain(mix, step=0):
     drawn = []
-    while (one := mix.draw(step)) is not None:
+    while (one := mix.drawer(step)()) is not None:
         drawn.append(one[1])
     return drawn
 
@@ -61,7 +61,7 @@ def test_every_source_is_within_one_sample_of_its_share(weights):
     mix = started([stream(7, number) for number in range(len(weights))], constant(*weights))
     counts = np.zeros(len(weights))
     for draws in range(1, 200):
-        counts[mix.draw(0)[1] // 1000] += 1
+        counts[mix.drawer(0)()[1] // 1000] += 1
         assert np.abs(counts - draws * np.array(weights) / sum(weights)).max() <= len(weights) - 1
 
 
@@ -69,7 +69,7 @@ def test_two_sources_stay_within_one_sample():
     mix = started([stream(7, 0), stream(7, 1)], constant(0.3, 0.7))
     counts = np.zeros(2)
     for draws in range(1, 500):
-        counts[mix.draw(0)[1] // 1000] += 1
+        counts[mix.drawer(0)()[1] // 1000] += 1
         assert abs(counts[0] - 0.3 * draws) < 1
 
 
@@ -92,7 +92,7 @@ def test_a_weighted_pass_has_its_size_and_the_next_goes_on():
 
 def test_weights_follow_the_step():
     mix = started([stream(50, 0), stream(50, 1)], lambda step: (1 - step / 10, step / 10))
-    shares = [np.mean([mix.draw(step)[1] >= 1000 for _ in range(100)]) for step in (0, 5, 10)]
+    shares = [np.mean([mix.drawer(step)()[1] >= 1000 for _ in range(100)]) for step in (0, 5, 10)]
     assert shares == pytest.approx([0, 0.5, 1], abs=0.011)
 
 
@@ -105,10 +105,10 @@ def test_the_state_goes_on_exactly(weights, size, stop):
     def take(mix, count):
         drawn = []
         for _ in range(count):
-            one = mix.draw(0)
+            one = mix.drawer(0)()
             if one is None:
                 mix.restart()
-                one = mix.draw(0)
+                one = mix.drawer(0)()
             drawn.append(one)
         return drawn
 

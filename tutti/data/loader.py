@@ -213,9 +213,9 @@ def build_data(
         "train.seed": config.train.seed,
         "data.max_seq_len": config.data.max_seq_len,
         "data.shuffle": config.data.shuffle,
-        "whether data is streamed (data.datasets_type)": streams,
-        "the list of sources": names,
-        "whether sources have weights": _weights(sources) is not None,
+        "data.datasets_type iterable": streams,
+        "the list of sources in data.train_path": names,
+        "whether sources in data.train_path have weights": _weights(sources) is not None,
     }
     if streams:
         part = _streamed_part(config, sources, encoder, recipe, pad_id)
@@ -262,9 +262,18 @@ def _weights(sources: Sequence[Source]) -> Weights | None:
 
 def _index(config: Config, sources: Sequence[Any], encoder: Any, dist: Dist, argument: str) -> Index:
     data = config.data
-    return build_index(
+    index = build_index(
         sources, encoder, dist, num_workers=data.num_workers, silent=data.silent_exception, argument=argument
     )
+    log.info(
+        "%s: %s rows, %s samples, %s tokens, %s of them trained%s",
+        argument,
+        *(f"{count:,}" for count in (index.rows, len(index), index.length.sum(), index.targets.sum())),
+        "; kept in memory, no workers needed" if index.tokens is not None and data.num_workers else "",
+    )
+    for reason, count in index.dropped.items():
+        log.warning("%s: left out %s rows: %s", argument, f"{count:,}", reason)
+    return index
 
 
 def _indexed_part(config: Config, samples: PackedSamples, supply: Indexed, recipe: Recipe) -> Part:

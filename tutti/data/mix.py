@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tutti.data.pack import Drawn
+from tutti.data.pack import Draw, Drawn
 
 Weights = Callable[[int], Sequence[float]]
 """The sources' weights at an optimizer step, from 0."""
@@ -105,19 +105,21 @@ class Mix:
         self._begun, self._draws = False, 0
         self._credit = [0.0] * len(self.streams)
         self._running = list(range(len(self.streams)))
-        self._step, self._shares = -1, [1.0] * len(self.streams)
+        self._shares = [1 / len(self.streams)] * len(self.streams)
 
-    def draw(self, step: int) -> Drawn | None:
-        """The next sample, with the weights of `step`; None at the end of the pass."""
+    def drawer(self, step: int) -> Draw:
+        """A function that gives the next sample, with the weights of `step`; None at the end of the pass."""
         if len(self.streams) == 1:
-            return self.streams[0].draw()
+            return self.streams[0].draw
         if self.weights is None:
-            return self._draw_once()
+            return self._draw_once
+        weights = self.weights(step)
+        self._shares = [weight / sum(weights) for weight in weights]
+        return self._draw_weighted
+
+    def _draw_weighted(self) -> Drawn | None:
         if self._draws == self.size:
             return None
-        if step != self._step:
-            weights = self.weights(step)
-            self._step, self._shares = step, [weight / sum(weights) for weight in weights]
         self._draws += 1
         stream = self.streams[self._pick()]
         if (drawn := stream.draw()) is None:
@@ -134,12 +136,15 @@ class Mix:
         return None
 
     def _pick(self) -> int:
-        credit, shares = self._credit, self._shares
+        credit, most, total = self._credit, self._running[0], 0.0
         for source in self._running:
-            credit[source] += shares[source]
-        source = max(self._running, key=credit.__getitem__)
-        credit[source] -= sum(shares[source] for source in self._running)
-        return source
+            share = self._shares[source]
+            total += share
+            credit[source] += share
+            if credit[source] > credit[most]:
+                most = source
+        credit[most] -= total
+        return most
 
     def restart(self) -> None:
         """Begin the next pass. With weights the sources go on where they are; without, they start over."""

@@ -81,11 +81,14 @@ class Recipe:
     def packer(self) -> Packer:
         return BestFit(self.buffer_size) if self.dynamic else Fixed(self.micro_batch_size)
 
-    def slots(self, budget: int, tokens: int) -> int:
-        """Room of a micro batch of `tokens` tokens that was planned with `budget`."""
+    def slots(self, budget: int, batch: Sequence[Drawn]) -> int:
+        """Room of a micro batch that was planned with `budget`; one without samples is a single token."""
         if self.pad:
             return self.budget
-        return max(budget, tokens) if self.dynamic and tokens else max(1, tokens)
+        if self.dynamic and len(batch) > 1:
+            return budget
+        tokens = sum([length for length, _ in batch])
+        return max(budget, tokens) if self.dynamic and batch else max(1, tokens)
 
     def capped(self, steps: int) -> int:
         return steps if self.max_steps is None else min(steps, self.max_steps)
@@ -137,10 +140,13 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Count:
-    """What planning ahead found: steps of every epoch (those before the position: 0), and sums over these steps."""
+    """What planning ahead found: steps of every epoch (those before the position: 0), and sums over these steps.
+
+    left_out: samples that filled no last step of an epoch.
+    """
 
     epoch_steps: tuple[int, ...]
-    samples: int = 0
+    left_out: int = 0
     tokens: int = 0
     slots: int = 0
 
@@ -153,9 +159,12 @@ class Planner:
         self.mix, self.packer = supply.mix(), recipe.packer()
         self.step = self.epoch = self.step_in_epoch = 0
         self.warmup_steps = 0
-        self.counted = Count(())
+        self._set_counted(Count(()))
         self._formula_steps = recipe.epoch_steps
         self._recipe = asdict(recipe)
+
+    def _set_counted(self, counted: Count) -> None:
+        self.counted, self._counted = counted, asdict(counted)
 
     @property
     def total_steps(self) -> int:
@@ -188,21 +197,21 @@ class Planner:
         slots = 0
         while len(batches) < recipe.micro_batches and (batch := self.packer.take(draw, budget)):
             batches.append(batch)
-            slots += recipe.slots(budget, sum(length for length, _ in batch))
-        slots += (recipe.micro_batches - len(batches)) * recipe.slots(budget, 0)
+            slots += recipe.slots(budget, batch)
+        slots += (recipe.micro_batches - len(batches)) * recipe.slots(budget, ())
         self.step += 1
         self.step_in_epoch += 1
         return batches, slots
 
     def _drawer(self) -> Callable[[], Drawn | None]:
-        mix, step = self.mix, self.step
+        draw = self.mix.drawer(self.step)
         if self.recipe.epoch_steps is None:
-            return lambda: mix.draw(step)
+            return draw
 
         def draw_for_ever() -> Drawn | None:
-            if (drawn := mix.draw(step)) is None:
-                mix.restart()
-                if (drawn := mix.draw(step)) is None:
+            if (drawn := draw()) is None:
+                self.mix.restart()
+                if (drawn := draw()) is None:
                     raise ValueError("data.train_path has no sample to train on")
             return drawn
 
@@ -220,7 +229,7 @@ class Planner:
         ratio = self.recipe.warmup_ratio
         seen: set[int] = set()
         self.warmup_steps = 0
-        self.counted = self._count()
+        self._set_counted(self._count())
         if self.step == 0 and not all(self.counted.epoch_steps):
             raise ValueError(
                 f"data.train_path gives {self.supply.size:,} samples, less than one global batch of "
@@ -230,7 +239,7 @@ class Planner:
             circled = warmup in seen
             seen.add(warmup)
             self.warmup_steps = warmup
-            self.counted = self._count()
+            self._set_counted(self._count())
             if circled:
                 break
 
@@ -240,22 +249,23 @@ class Planner:
             old = self._formula_steps or recipe.epoch_steps
             left = math.ceil(recipe.epoch_steps * max(0, old - self.step_in_epoch) / old)
             current, later = recipe.capped(self.step_in_epoch + left), recipe.capped(recipe.epoch_steps)
-            return Count(tuple([0] * self.epoch + [current] + [later] * (recipe.epochs - self.epoch - 1)))
+            steps = [0] * self.epoch + [current] + [later] * (recipe.epochs - self.epoch - 1)
+            return Count(tuple(steps[: recipe.epochs]))
         ahead = Planner(self.supply, recipe)
         ahead.load_position(self.position())
-        counts, samples, tokens, slots = [0] * self.epoch, 0, 0, 0
+        counts, left_out, tokens, slots = [0] * self.epoch, 0, 0, 0
         while ahead.epoch < recipe.epochs:
             while recipe.max_steps is None or ahead.step_in_epoch < recipe.max_steps:
                 batches, room = ahead._take()
                 if not batches or (recipe.drop_last and not self._is_full(batches)):
                     ahead.step, ahead.step_in_epoch = ahead.step - 1, ahead.step_in_epoch - 1
+                    left_out += sum(map(len, batches))
                     break
-                samples += sum(map(len, batches))
-                tokens += sum(length for batch in batches for length, _ in batch)
+                tokens += sum([length for batch in batches for length, _ in batch])
                 slots += room
             counts.append(ahead.step_in_epoch)
             ahead._end_epoch()
-        return Count(tuple(counts), samples, tokens, slots)
+        return Count(tuple(counts), left_out, tokens, slots)
 
     def _is_full(self, batches: list[list[Drawn]]) -> bool:
         recipe = self.recipe
@@ -267,7 +277,7 @@ class Planner:
         return {
             "recipe": self._recipe,
             "warmup_steps": self.warmup_steps,
-            "counted": asdict(self.counted),
+            "counted": self._counted,
             "step": self.step,
             "epoch": self.epoch,
             "step_in_epoch": self.step_in_epoch,
@@ -284,7 +294,7 @@ class Planner:
         self.packer.hold(self.supply.find(position["held"]))
         same = position["recipe"] == self._recipe
         self.warmup_steps = position["warmup_steps"] if same else 0
-        self.counted = Count(**position["counted"]) if same else Count(())
+        self._set_counted(Count(**position["counted"]) if same else Count(()))
 
 
 def one_pass(recipe: Recipe) -> Recipe:
@@ -301,8 +311,8 @@ def describe_steps(planner: Planner) -> str:
     batch = f"{recipe.micro_batches} micro batches of {recipe.budget:,} tokens" if recipe.dynamic else f"{size} samples"
     if recipe.epoch_steps is None:
         why = f"one pass over {planner.supply.size:,} samples, {batch} a step"
-        if recipe.drop_last:
-            why += ", without what does not fill a last step (data.drop_last)"
+        if counted.left_out:
+            why += f", {counted.left_out:,} in all left out that fill no last step (data.drop_last)"
     elif recipe.dynamic:
         why = f"ceil(data.train_size * (1 + {recipe.warmup_ratio:g} / 2) / ({size} * data.max_seq_len))"
     else:
@@ -310,4 +320,5 @@ def describe_steps(planner: Planner) -> str:
     if recipe.max_steps is not None and max(steps) == recipe.max_steps:
         why += f", no more than train.max_steps {recipe.max_steps:,}"
     grows = f", the budget growing over the first {planner.warmup_steps:,}" if planner.warmup_steps else ""
-    return f"{planner.total_steps:,} steps: {recipe.epochs} epochs of {each} ({why}){grows}"
+    epochs = "1 epoch" if recipe.epochs == 1 else f"{recipe.epochs} epochs"
+    return f"{planner.total_steps:,} steps: {epochs} of {each} ({why}){grows}"

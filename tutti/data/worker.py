@@ -39,12 +39,15 @@ def be_a_worker(*_: Any) -> None:
     """What a worker process does first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if hasattr(signal, "sigwaitinfo"):
+    if hasattr(signal, "sigtimedwait"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey_parent, daemon=True).start()
+        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
 
 
-def _obey_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+def _obey(parent: int) -> None:
+    """End this process when `parent` says so, or is no more."""
+    while os.getppid() == parent:
+        heard = signal.sigtimedwait({signal.SIGTERM}, 5.0)
+        if heard is not None and heard.si_pid == parent:
+            break
     os._exit(0)
