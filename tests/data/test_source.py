@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from tutti.config import Config, DataConfig
+from tutti.data import files
 from tutti.data.source import BadRow, Row, open_sources
 
 VALUES = [{"text": f'row {i}, "quoted" é' + ("\nsecond line" if i % 3 == 0 else ""), "label": i} for i in range(40)]
@@ -118,6 +119,25 @@ def test_bad_rows_are_returned_with_file_line_and_reason(tmp_path: Path) -> None
     assert [type(row) for row in open_one(path).rows(range(3))] == [Row, BadRow, Row]
 
 
+@pytest.mark.parametrize("window", [1, 5, 64, 1000])
+def test_json_arrays_are_read_alike_whatever_the_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    monkeypatch.setattr(files, "_BLOCK", window)
+    values = [{"text": 'é🙂 "[{,]}"\\', "label": [i, {"a": [i]}], "more": "日本" * i} for i in range(9)]
+    path = tmp_path / "a.json"
+    path.write_text("\n" + json.dumps(values, ensure_ascii=False, indent=2), encoding="utf-8")
+    source = open_one(path)
+    assert [row.value for row in source.stream()] == values
+    lines = path.read_text(encoding="utf-8").split("\n")
+    assert [lines[row.line - 1].strip() for row in source.rows(range(9))] == ["{"] * 9
+    path.write_text('[{"text": "a"}, {"text": nope, "é": [1]}, {"text": "c"}]', encoding="utf-8")
+    assert [type(row) for row in open_one(path).stream()] == [Row, BadRow, Row]
+    path.write_text('[{"text": "a"},\n{"text": [1}, {"text": "c"}]', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a.json:2: not valid JSON: .* a row that begins here, never ends"):
+        list(open_one(path).stream())
+
+
 def test_text_is_a_document_a_file(tmp_path: Path) -> None:
     for name in "ba":
         (tmp_path / f"{name}.txt").write_text(f"{name}\n\n{name}")
@@ -167,7 +187,7 @@ def test_folder_of_save_to_disk(tmp_path: Path) -> None:
         ("broken.parquet", "not a readable parquet file"),
         ("broken.arrow", "not a readable Arrow file"),
         ("object.json", 'must hold an array of rows, {"data": .rows.}, or one row a line'),
-        ("open.json", "its array of rows never ends"),
+        ("open.json", r"open.json:2: not valid JSON: the array of rows, .* never ends"),
     ],
 )
 def test_what_is_wrong_with_a_path(tmp_path: Path, path: str, message: str) -> None:

@@ -33,6 +33,7 @@ import numpy as np
 
 _BLOCK = 1 << 22
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)
+_GAP, _GAP_BYTES = re.compile(r"[\s,]*"), re.compile(rb"[\s,]*")
 _QUOTED_OR_NEWLINE = re.compile(rb'"[^"]*"?|\n')
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 
@@ -117,9 +118,9 @@ class _SpanFile(DataFile):
         return len(self._index[0])
 
     def read(self, ids: Sequence[int]) -> list[Row | BadRow]:
-        begin, end, line = self._index
         data = self._bytes
-        return [self._parse(data[begin[i] : end[i]], int(line[i])) for i in ids]
+        spans = zip(*(column[list(ids)].tolist() for column in self._index), strict=True)
+        return [self._parse(data[begin:end], line) for begin, end, line in spans]
 
     def stream(self, start: int = 0) -> Iterator[Row | BadRow]:
         data = self._bytes
@@ -175,25 +176,38 @@ class JsonArray(_SpanFile):
 
     def _spans(self) -> Iterator[tuple[int, int, int]]:
         data = self._bytes
-        opening = re.compile(rb"\s*\[").match(data)
+        opening = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[").match(data)
         at = opening.end() if opening else self._find_data()
-        begin, line, counted, depth = at, 1, 0, 0
-        for token in _TOKEN.finditer(data, at):
+        line = data[:at].count(b"\n") + 1
+        while True:
+            window, done = data[at : at + _BLOCK].decode("utf-8", "surrogateescape"), 0
+            for begin, end in _whole_values(window):
+                line += window.count("\n", done, begin)
+                first = at + _num_bytes(window[done:begin])
+                at = first + _num_bytes(window[begin:end])
+                yield first, at, line
+                line += window.count("\n", begin, end)
+                done = end
+            # What follows is the end, or a row that the window cuts off, or one that is malformed.
+            first = _GAP_BYTES.match(data, at).end()  # type: ignore[union-attr]
+            if data[first : first + 1] == b"]":
+                return
+            line += data[at:first].count(b"\n")
+            at = self._end_by_brackets(first, line)
+            yield first, at, line
+            line += data[first:at].count(b"\n")
+
+    def _end_by_brackets(self, begin: int, line: int) -> int:
+        """Where the row that begins there ends, without understanding it."""
+        depth = 0
+        for token in _TOKEN.finditer(self._bytes, begin):
             kind = token[0][:1]
-            if kind in b"[{":
-                depth += 1
-            elif depth and kind in b"]}":
-                depth -= 1
-            elif not depth and kind in b",]":
-                text = data[begin : token.start()]
-                if text.strip() or kind == b",":
-                    first = begin + len(text) - len(text.lstrip())
-                    line, counted = line + data[counted:first].count(b"\n"), first
-                    yield first, token.start(), line
-                if kind == b"]":
-                    return
-                begin = token.end()
-        raise ValueError(f"{self.path} is not valid JSON: its array of rows never ends")
+            if not depth and kind in b",]":
+                return token.start()
+            depth += (kind in b"[{") - (kind in b"]}")
+        raise ValueError(
+            f"{self.path}:{line}: not valid JSON: the array of rows, or a row that begins here, never ends"
+        )
 
     def _find_data(self) -> int:
         """Where the array under the top-level key "data" begins."""
@@ -354,6 +368,24 @@ def _arrow_batches(path: str) -> Iterator[Any]:
         yield reader.get_batch(number)
 
 
+def _whole_values(text: str) -> Iterator[tuple[int, int]]:
+    """Begin and end of the JSON values that stand, with commas between, at the start of `text`."""
+    decode, end = json.JSONDecoder().raw_decode, 0
+    while True:
+        begin = _GAP.match(text, end).end()  # type: ignore[union-attr]
+        try:
+            _, end = decode(text, begin)
+        except (json.JSONDecodeError, RecursionError):
+            return
+        if end == len(text):
+            return
+        yield begin, end
+
+
+def _num_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogateescape"))
+
+
 def _blocks(path: str) -> Iterator[bytes]:
     """The file's contents, decompressed, a few MiB at a time."""
     compression = _COMPRESSED.get(Path(path).suffix)
@@ -394,7 +426,13 @@ def _unpacked(path: str, write: Callable[[str], None]) -> str:
     status = os.stat(path)
     key = f"{os.path.realpath(path)}:{status.st_size}:{status.st_mtime_ns}"
     folder = Path(os.environ.get("TUTTI_CACHE") or "~/.cache/tutti").expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{path} must be unpacked for random access, and {folder} can't be made ({error.strerror}): let TUTTI_CACHE "
+            "name a folder that can be written, or set data.datasets_type: iterable"
+        ) from None
     copy = folder / hashlib.sha256(key.encode()).hexdigest()[:32]
     with open(f"{copy}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

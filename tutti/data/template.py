@@ -408,6 +408,8 @@ def make_template(name: str, tokenizer: Any) -> ChatTemplate:
     if source == TEMPLATES["llama2"]:
         variables.setdefault("bos_token", "")
     added = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+    if source == TEMPLATES["chatml"] and "<|im_end|>" not in added:
+        log.warning("the tokenizer has no token <|im_end|>, so that data.chat_template chatml spells it in several")
     return ChatTemplate(source, tool_source, variables, tuple(sorted(token for token in added if token.strip())))
 
 
