@@ -430,8 +430,8 @@ def _unpacked(path: str, write: Callable[[str], None]) -> str:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
-            f"{path} must be unpacked for random access, and {folder} can't be made ({error.strerror}): let TUTTI_CACHE "
-            "name a folder that can be written, or set data.datasets_type: iterable"
+            f"{path} must be unpacked for random access, and {folder} can't be made ({error.strerror}): let the "
+            "environment variable TUTTI_CACHE name a folder that can, or set data.datasets_type: iterable"
         ) from None
     copy = folder / hashlib.sha256(key.encode()).hexdigest()[:32]
     with open(f"{copy}.lock", "w") as lock:

@@ -151,10 +151,11 @@ class ChatTemplate:
         result = plan.write(contents)
         if plan.trials:
             plan.trials -= 1
+            self._plans[shape] = None
             exact = self._exact(conversation)
             if exact != result:
-                self._plans[shape] = None
                 return exact
+            self._plans[shape] = plan
         return result
 
     def render(self, messages: list[dict[str, Any]], conversation: Conversation, *, prompt: bool = False) -> str:
@@ -209,9 +210,10 @@ class ChatTemplate:
                 return begin + len(turn.header)
             raise RowError(f"the chat template rewrites what precedes message {number}, {_INEXACT}")
         except RowError:
-            prompt = self.render(conversation.messages[:number], conversation, prompt=True)
-            if conversation.messages[number]["role"] == "assistant" and text.startswith(prompt):
-                return len(prompt)
+            if conversation.messages[number]["role"] == "assistant":
+                prompt = self.render(conversation.messages[:number], conversation, prompt=True)
+                if text.startswith(prompt) and prompt.endswith(turn.header):
+                    return len(prompt)
             raise
 
     def _tagged_spans(self, conversation: Conversation, tagged: list[Span]) -> list[Span]:
@@ -315,13 +317,10 @@ class ChatTemplate:
         marked = Conversation([_marked(n, m) for n, m in enumerate(conversation.messages)], conversation.trained)
         text, spans = self._exact(marked)
         literals, order = _split(text)
-        if missing := {message["role"] for n, message in enumerate(conversation.messages) if n not in order}:
+        roles = [message["role"] for message in conversation.messages]
+        if missing := sorted({role for number, role in enumerate(roles) if number not in order}):
             log.warning(
-                "the chat template leaves out %s messages of conversations such as %s",
-                *(
-                    ", ".join(names)
-                    for names in (sorted(missing), [message["role"] for message in conversation.messages])
-                ),
+                "the chat template leaves out %s from conversations of %s", ", ".join(missing), ", ".join(roles)
             )
         ends = [mark.end() for mark in _MARK.finditer(text)]
         places = []
