@@ -27,7 +27,8 @@ usage: tutti VERB ...
   check   [FILE.yaml] [--a.b VALUE | a.b=VALUE ...] [--nproc N]    look at its data, batches, sizes and memory first
   export  CHECKPOINT_OR_OUTPUT_DIR OUT_FOLDER                      make a Hugging Face folder of a checkpoint
   args    [PREFIX] [--json | --markdown]                           list the arguments of a configuration
-  infer                                                            not available yet
+  infer   [FILE.yaml] [--infer.b VALUE ...] [--prompt TEXT | --input FILE --output FILE] [--nproc N]
+                                                                   talk to a model, or let it answer prompts
 
   --debug    with any verb: show the traceback of an error
   --help     with a verb: more about it
@@ -89,6 +90,28 @@ example:
   tutti export runs/first runs/first/hf/final
 """
 
+_INFER_HELP = """\
+usage: tutti infer [FILE.yaml] --infer.model_path PATH [--a.b VALUE | a.b=VALUE ...] [--nproc N]
+                   [--prompt TEXT ... | --input FILE.jsonl --output FILE.jsonl]
+
+Generate text with a model: a Hugging Face folder, a training checkpoint (.../checkpoints/global_step_N), or a run's
+output_dir.
+
+  --prompt TEXT    answer this and end; may be given several times
+  --input FILE     answer its rows ({"prompt": ...} or {"messages": [...]}) into the file given by --output; when
+                   interrupted, the same command goes on
+  (neither)        talk: answers come as they are made, /help lists the commands; or pipe in a message a line
+
+  --nproc N        divide a model that is too large for one device among N ranks
+
+`tutti args infer` lists the arguments: sampling, length, seed.
+
+examples:
+  tutti infer --infer.model_path runs/first --prompt "What is the capital of Sweden?"
+  tutti infer --infer.model_path runs/first --infer.do_sample false --input ask.jsonl --output answers.jsonl
+  tutti infer --infer.model_path runs/first
+"""
+
 _ARGS_HELP = """\
 usage: tutti args [PREFIX] [--json | --markdown]
 
@@ -147,8 +170,8 @@ def _dispatch(argv: list[str]) -> int:
     if command.help:
         print(text, end="")
         return 0
-    if command.nproc is not None and command.verb not in ("train", "check"):
-        raise ConfigError([f"--nproc: only train and check take it, {command.verb} does not"])
+    if command.nproc is not None and command.verb not in ("train", "check", "infer"):
+        raise ConfigError([f"--nproc: only train, check and infer take it, {command.verb} does not"])
     return run(command)
 
 
@@ -175,12 +198,10 @@ def _number(value: str) -> int:
 
 
 def _train(command: _Command) -> int:
-    if command.nproc is not None and "RANK" in os.environ:
-        raise ConfigError(["--nproc: this process is a rank already (RANK is set); use torchrun or --nproc, not both"])
+    _refuse_nproc_in_rank(command)
     config = _configure(command, command.nproc or _world())
     if command.nproc is not None and command.nproc > 1:
-        debug = ["--debug"] if command.debug else []
-        return launch([sys.executable, "-m", "tutti", "train", *command.argv, *debug], command.nproc)
+        return _launch(command)
 
     from tutti.train.run import train
 
@@ -235,7 +256,49 @@ def _args(command: _Command) -> int:
 
 
 def _infer(command: _Command) -> int:
-    raise ConfigError([f"{command.verb}: not available yet (inference)"])
+    from tutti.config.load import load
+
+    _refuse_nproc_in_rank(command)
+    rest, options = _take_options(command.argv, ("--prompt", "--input", "--output"))
+    given = {name: values for name, values in options.items() if values}
+    problems = [f"{name}: can be given once" for name in ("--input", "--output") if len(options[name]) > 1]
+    if ("--input" in given) != ("--output" in given):
+        problems.append("--input and --output belong together: the rows to answer, and where the answers go")
+    if "--prompt" in given and "--input" in given:
+        problems.append("--prompt: either prompts or --input, not both")
+    try:
+        config = load(rest, "infer")
+    except ConfigError as error:
+        raise ConfigError(problems + error.problems) from None
+    if problems:
+        raise ConfigError(problems)
+    _warn(config)
+    if command.nproc is not None and command.nproc > 1:
+        return _launch(command)
+
+    from tutti.infer.run import Job, infer
+    from tutti.train.checkpoint import load_model_only
+
+    source, out = (options[name][0] if options[name] else None for name in ("--input", "--output"))
+    infer(config, Job(tuple(options["--prompt"]), source, out), load_model_only)
+    return 0
+
+
+def _take_options(argv: list[str], names: tuple[str, ...]) -> tuple[list[str], dict[str, list[str]]]:
+    """The command line without the options of these names, and the values of each."""
+    rest: list[str] = []
+    values: dict[str, list[str]] = {name: [] for name in names}
+    tokens = iter(argv)
+    for token in tokens:
+        name, equals, value = token.partition("=")
+        if name not in values:
+            rest.append(token)
+            continue
+        following = value if equals else next(tokens, None)
+        if following is None:
+            raise ConfigError([f"{name}: needs a value"])
+        values[name].append(following)
+    return rest, values
 
 
 _VERBS: dict[str, tuple[Callable[[_Command], int], str]] = {
@@ -243,8 +306,20 @@ _VERBS: dict[str, tuple[Callable[[_Command], int], str]] = {
     "check": (_check, _CHECK_HELP),
     "export": (_export, _EXPORT_HELP),
     "args": (_args, _ARGS_HELP),
-    "infer": (_infer, "usage: tutti infer\n\nNot available yet.\n"),
+    "infer": (_infer, _INFER_HELP),
 }
+
+
+def _refuse_nproc_in_rank(command: _Command) -> None:
+    if command.nproc is not None and "RANK" in os.environ:
+        raise ConfigError(["--nproc: this process is a rank already (RANK is set); use torchrun or --nproc, not both"])
+
+
+def _launch(command: _Command) -> int:
+    """Run the command as its number of ranks on this machine; the exit status."""
+    assert command.nproc is not None
+    debug = ["--debug"] if command.debug else []
+    return launch([sys.executable, "-m", "tutti", command.verb, *command.argv, *debug], command.nproc)
 
 
 def _world() -> int:
@@ -254,15 +329,21 @@ def _world() -> int:
 
 def _configure(command: _Command, world: int) -> Config:
     """The configuration for `world` ranks, its warnings shown by the one process that speaks for all."""
-    from tutti.config.effect import warnings
     from tutti.config.layout import resolve_sizes
     from tutti.config.load import load
 
     config = resolve_sizes(load(command.argv, command.verb), world)
+    _warn(config)
+    return config
+
+
+def _warn(config: Config) -> None:
+    """Say which settings have no effect."""
+    from tutti.config.effect import warnings
+
     if _speaks():
         for warning in warnings(config):
             print(f"tutti: warning: {warning}", file=sys.stderr)
-    return config
 
 
 def _speaks() -> bool:

@@ -4,7 +4,7 @@ A row is an argument (refused when away from its default) or `argument=value` (t
 belongs to. Whoever brings the machinery deletes the row.
 """
 
-from tutti.config import ARGUMENTS, Config, away_from_default, get
+from tutti.config import Config, away_from_default, get
 
 NOT_YET: dict[str, str] = {
     "model.encoders": "omni models",
@@ -26,7 +26,6 @@ NOT_YET: dict[str, str] = {
     "train.ulysses_parallel_size": "Ulysses sequence parallelism",
     "train.async_enabled": "Ulysses sequence parallelism",
     "train.context_parallel_size": "context parallelism",
-    **{name: "inference" for name in ARGUMENTS if name.startswith("infer.")},
 }
 
 

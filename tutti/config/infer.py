@@ -10,11 +10,14 @@ class InferConfig:
     """Generation."""
 
     model_path: str | None = arg(
-        None, "Model to generate with: a Hugging Face folder.", shown="Required", required=("infer",)
+        None,
+        "Model to generate with: a Hugging Face folder, a training checkpoint, or a run's output_dir.",
+        shown="Required",
+        required=("infer",),
     )
     tokenizer_path: str | None = arg(
         None,
-        "Folder of the tokenizer; without a model.model_path it follows infer.model_path.",
+        "Folder of the tokenizer; without a model.model_path, the one that belongs to infer.model_path.",
         shown="model.model_path",
     )
     seed: int = arg(42, "Seed of the sampling: the same seed gives the same text.", low=0)
@@ -22,3 +25,12 @@ class InferConfig:
     temperature: float = arg(1.0, "Divides the logits before sampling: below 1 sharper, above 1 flatter.", low=0)
     top_p: float = arg(1.0, "Sample from the smallest set of tokens whose probabilities reach this sum.", low=0, high=1)
     max_tokens: int = arg(1024, "Most tokens that one answer may have.", low=1)
+    chat_template: str = arg(
+        "default",
+        "How conversations are rendered: default (as the model was trained, or by its tokenizer's template), none "
+        "(prompts are texts to go on with), plain, chatml, llama2, or the path of a Jinja file.",
+        added=True,
+    )
+    batch_tokens: int = arg(
+        32768, "Most tokens that the sequences generated together may take, prompts and answers.", low=1, added=True
+    )

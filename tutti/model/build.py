@@ -93,17 +93,20 @@ def build_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     num_labels: int | None = None,
     device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """The model that `config` asks for, on the meta device, in training mode.
 
     A causal language model, or with data.data_type classification a sequence classifier of `num_labels` classes (by
-    default model.num_labels, else the config's). Parameters are fp32 with train.enable_mixed_precision, else bf16.
+    default model.num_labels, else the config's). Parameters are of `dtype`, by default fp32 with
+    train.enable_mixed_precision, else bf16.
     tokenizer: checked to fit the embedding; a model that starts from random weights ends its texts as it does.
     device: where it will run, which decides on the kernels (default: this machine's).
     """
     device = device or pick_device(config.train.init_device)
     model_config = load_model_config(config)
-    dtype = torch.float32 if config.train.enable_mixed_precision else torch.bfloat16
+    if dtype is None:
+        dtype = torch.float32 if config.train.enable_mixed_precision else torch.bfloat16
     if tokenizer is not None:
         _check_vocabulary(model_config, tokenizer)
         if config.model.model_path is None:

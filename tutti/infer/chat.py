@@ -1,0 +1,192 @@
+"""A conversation with the model, turn by turn: in a terminal, or with what is piped into it, a turn a line.
+
+The whole history is rendered for each answer, and the answer is shown as it comes. When the history no longer fits
+into the model's context beside an answer, its oldest turns are left out, which is said. Ctrl-C stops an answer (what
+was said of it stays in the history), not the program. With several ranks rank 0 reads and writes.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from tutti.config import Config
+from tutti.data.rows import Conversation, RowError
+from tutti.infer.generate import Generator, Request
+from tutti.infer.prompts import conversation_ids, request
+from tutti.infer.speaker import Speaker
+from tutti.infer.text import TextStream, answer_text
+
+_HELP = """\
+Write a message and press Enter; a line that ends in \\ goes on in the next one. Ctrl-C stops an answer.
+  /reset          forget the conversation
+  /system TEXT    set the system message, and forget the conversation (without TEXT: none)
+  /help           this
+  /exit           leave (or Ctrl-D)
+"""
+
+_LEAST_ROOM = 256
+"""An answer is given at least this many tokens (or max_tokens, or a quarter of the context) before history goes."""
+
+
+@dataclass
+class History:
+    """The conversation so far. answered: turns answered since the start, which seeds the next one."""
+
+    system: str | None = None
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    answered: int = 0
+
+    def conversation(self) -> Conversation:
+        head = [{"role": "system", "content": self.system}] if self.system else []
+        messages = head + self.messages
+        return Conversation(messages, (False,) * len(messages))
+
+
+def chat(config: Config, speaker: Speaker, generator: Generator) -> None:
+    """Talk until /exit or the end of the input. Collective. ValueError: the model has no chat template."""
+    ranks = generator.dist
+    if speaker.template is None:
+        raise ValueError("infer.chat_template: the model has no chat template to talk by; name one (chatml, say)")
+    show: Callable[[str], None] = _show if ranks.is_main else lambda text: None
+    terminal = ranks.broadcast(sys.stdin.isatty())
+    if terminal:
+        show("Talk to the model; /help lists commands.\n")
+    history = History()
+    while True:
+        line = ranks.broadcast(_read_turn(terminal) if ranks.is_main else None)
+        if line is None:
+            return
+        if line.startswith("/") and not line.startswith("//"):
+            if not _command(line, history, show):
+                return
+        elif line.strip():
+            _answer(config, speaker, generator, history, line.removeprefix("/") if line[:2] == "//" else line, show)
+
+
+def _read_turn(terminal: bool) -> str | None:
+    """The next message or command; None at the end of the input."""
+    lines: list[str] = []
+    while True:
+        try:
+            line = _read_line("... " if lines else "> ", terminal)
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            _show("\n(/exit or Ctrl-D leaves)\n")
+            lines.clear()
+            continue
+        if line is None:
+            return "\n".join(lines) if lines else None
+        if line.endswith("\\"):
+            lines.append(line[:-1])
+            continue
+        return "\n".join([*lines, line])
+
+
+def _read_line(mark: str, terminal: bool) -> str | None:
+    if not terminal:
+        line = sys.stdin.readline()
+        return line.rstrip("\r\n") if line else None
+    with suppress(ImportError):
+        import readline  # noqa: F401  # gives input() editing and a history
+    try:
+        return input(mark)
+    except EOFError:
+        _show("\n")
+        return None
+
+
+def _command(line: str, history: History, show: Callable[[str], None]) -> bool:
+    """Do a line that begins with /; False if it is to leave."""
+    name, _, text = line.partition(" ")
+    if name in ("/exit", "/quit"):
+        return False
+    if name == "/reset":
+        history.messages.clear()
+        show("(the conversation is forgotten)\n")
+    elif name == "/system":
+        history.messages.clear()
+        history.system = text.strip() or None
+        show("(a new conversation with this system message)\n" if history.system else "(no system message)\n")
+    elif name == "/help":
+        show(_HELP)
+    else:
+        show(f"(there is no command {name}; /help lists them; a message that begins with / is written //)\n")
+    return True
+
+
+def _answer(
+    config: Config,
+    speaker: Speaker,
+    generator: Generator,
+    history: History,
+    message: str,
+    show: Callable[[str], None],
+) -> None:
+    """Answer `message`, as far as Ctrl-C lets it, and keep both in the history."""
+    history.messages.append({"role": "user", "content": message})
+    try:
+        asked = _fitting(config, speaker, history, show)
+    except RowError as error:
+        history.messages.pop()
+        show(f"(not sent: {error})\n")
+        return
+    stream = TextStream(speaker.tokenizer)
+    ids: list[int] = []
+    with _interruptible(generator):
+        for token in generator.stream([asked]):
+            if token.end != "stop":
+                ids.append(token.id)
+                show(stream.add(token.id))
+    show(stream.end() + "\n")
+    history.messages.append({"role": "assistant", "content": answer_text(speaker.tokenizer, ids)})
+    history.answered += 1
+
+
+def _fitting(config: Config, speaker: Speaker, history: History, show: Callable[[str], None]) -> Request:
+    """The request of the history, less the oldest turns that the context has no room for."""
+    dropped = 0
+    while True:
+        ids = conversation_ids(speaker, history.conversation())
+        context = speaker.context
+        room = 1 if context is None else min(config.infer.max_tokens, _LEAST_ROOM, max(1, context // 4))
+        if context is None or len(ids) + room <= context or len(history.messages) <= 1:
+            break
+        del history.messages[:2]
+        dropped += 1
+    if dropped:
+        show(f"(the conversation outgrew the context of {context} tokens: its oldest {_turns(dropped)} left out)\n")
+    return request(speaker, ids, history.answered, config.infer.max_tokens)
+
+
+def _turns(count: int) -> str:
+    return "turn is" if count == 1 else f"{count} turns are"
+
+
+@contextmanager
+def _interruptible(generator: Generator) -> Iterator[None]:
+    """Ctrl-C ends the stream under way, instead of the program."""
+    pressed = False
+
+    def press(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, press)
+    generator.interrupted = lambda: pressed
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        generator.interrupted = lambda: False
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

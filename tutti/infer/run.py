@@ -1,0 +1,114 @@
+"""`tutti infer`: answers to prompts of the command line, to the rows of a file, or in a conversation.
+
+The model is opened once (`tutti.infer.speaker`), on every rank of the job; what is asked comes from rank 0's command
+line, files or terminal, and rank 0 alone writes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tutti.config import Config
+from tutti.core.device import keep_freed_memory, limit_threads, pick_device
+from tutti.core.dist import Dist, init_dist, shutdown_dist
+from tutti.core.log import setup_logging
+from tutti.data.rows import RowError
+from tutti.infer.chat import chat
+from tutti.infer.generate import Generator, Request
+from tutti.infer.prompts import prompt_ids, request
+from tutti.infer.sampling import Sampler
+from tutti.infer.speaker import LoadCheckpoint, Speaker, open_speaker
+from tutti.infer.table import answer_rows, read_rows
+from tutti.infer.text import TextStream
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to answer: prompts, or the rows of `input` into `output`, or with neither whoever types."""
+
+    prompts: tuple[str, ...] = ()
+    input: str | None = None
+    output: str | None = None
+
+
+def infer(config: Config, job: Job, load_checkpoint: LoadCheckpoint) -> None:
+    """Do `job` with the model of `config.infer`, on this rank; every rank of the job calls it.
+
+    ValueError and OSError: what the user can mend, the same on every rank.
+    """
+    rank, local_world = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    setup_logging(rank)
+    limit_threads(local_world)
+    keep_freed_memory()
+    ranks = init_dist(pick_device("cpu"))
+    try:
+        rows = ranks.agree(lambda: read_rows(Path(job.input)) if job.input else [])
+        speaker = open_speaker(config, ranks, load_checkpoint)
+        generator = make_generator(config, speaker, ranks)
+        if job.input and job.output:
+            answer_rows(config, speaker, generator, rows, Path(job.input), Path(job.output))
+        elif job.prompts:
+            _answer_prompts(config, speaker, generator, job.prompts)
+        else:
+            chat(config, speaker, generator)
+    finally:
+        shutdown_dist()
+
+
+def make_generator(config: Config, speaker: Speaker, ranks: Dist, **options: Callable[[], bool]) -> Generator:
+    """The generator of `speaker`'s model, set up by `config.infer`."""
+    return Generator(
+        speaker.model, Sampler.of(config.infer), speaker.stop_ids, ranks, config.infer.batch_tokens, **options
+    )
+
+
+def _answer_prompts(config: Config, speaker: Speaker, generator: Generator, prompts: Sequence[str]) -> None:
+    """Print the answers in the order of `prompts`, each as it comes, under its prompt if there are several."""
+    requests: list[Request] = []
+    for number, prompt in enumerate(prompts):
+        try:
+            requests.append(request(speaker, prompt_ids(speaker, prompt), number, config.infer.max_tokens))
+        except RowError as error:
+            raise ValueError(f"--prompt {number + 1}: {error}") from None
+    streams = [TextStream(speaker.tokenizer) for _ in prompts]
+    waiting: list[list[str]] = [[] for _ in prompts]
+    ended = [False] * len(prompts)
+    current = 0
+    show = _show if generator.dist.is_main else _hide
+    show(_heading(prompts, 0))
+    for token in generator.stream(requests):
+        stream = streams[token.number]
+        text = stream.end() if token.end == "stop" else stream.add(token.id)
+        if token.end == "length":
+            text += stream.end()
+        ended[token.number] = token.end is not None
+        waiting[token.number].append(text)
+        while current < len(prompts):
+            show("".join(waiting[current]))
+            waiting[current].clear()
+            if not ended[current]:
+                break
+            current += 1
+            show("\n" + (_heading(prompts, current) if current < len(prompts) else ""))
+
+
+def _heading(prompts: Sequence[str], number: int) -> str:
+    if len(prompts) == 1:
+        return ""
+    return f"{'' if number == 0 else chr(10)}> {prompts[number]}\n"
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _hide(text: str) -> None:
+    pass

@@ -1,0 +1,62 @@
+"""Choosing the next token from logits, so that a text depends on its own seed and on nothing beside it.
+
+Every sequence has a random generator of its own, seeded by `infer.seed` and the sequence's number. One uniform number
+a token is drawn from it, and looked up in the cumulative distribution: neither the batch a sequence is in nor the order
+in which sequences are finished changes what is drawn.
+
+Shapes: B sequences, V tokens in the vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tutti.config import InferConfig
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How tokens are chosen. greedy: the most likely one, always. The rest as in `infer.*`."""
+
+    greedy: bool
+    temperature: float
+    top_p: float
+    seed: int
+
+    @classmethod
+    def of(cls, config: InferConfig) -> Sampler:
+        """As configured; a temperature of 0 is the limit, which is greedy."""
+        greedy = not config.do_sample or config.temperature == 0
+        return cls(greedy, config.temperature, config.top_p, config.seed)
+
+    def generator(self, number: int) -> torch.Generator:
+        """The random generator of sequence `number`."""
+        digest = hashlib.sha256(f"{self.seed} {number}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+    def pick(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """The next token of each sequence, [B], from logits [B, V]. ValueError: they are not finite."""
+        if self.greedy:
+            return logits.argmax(-1)
+        probabilities = torch.softmax(logits.float() / self.temperature, dim=-1)
+        if not bool(probabilities[:, 0].isfinite().all()):
+            raise ValueError("infer.model_path: the model's logits are not finite")
+        order = None
+        if self.top_p < 1:
+            probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
+            before = probabilities.cumsum(-1, dtype=torch.float64) - probabilities
+            outside = before >= self.top_p
+            outside[:, 0] = False
+            probabilities = probabilities.masked_fill(outside, 0.0)
+        sums = probabilities.cumsum(-1, dtype=torch.float64)
+        draws = torch.stack([torch.rand(1, generator=item, dtype=torch.float64) for item in generators])
+        places = torch.searchsorted(sums, draws.to(sums.device) * sums[:, -1:], right=True)
+        # Rounding may put a draw at the very end, behind the last token that has a probability.
+        last = (probabilities > 0).cumsum(-1).argmax(-1, keepdim=True)
+        places = places.minimum(last)
+        return (places if order is None else order.gather(-1, places))[:, 0]
