@@ -30,6 +30,7 @@ from tutti.data.fetch import Fetch, PackedSamples, fetch_indexed, fetch_streamed
 from tutti.data.index import Index, Indexed, build_index
 from tutti.data.mix import Weights
 from tutti.data.plan import Planner, Recipe, StepPlan, Supply, describe_steps, make_recipe, one_pass
+from tutti.data.ready import ReadyMade
 from tutti.data.source import Source, open_sources
 from tutti.data.stream import BadRows, Feed, Streaming, data_changed
 
@@ -204,6 +205,8 @@ def build_data(
             open_sources(config, config.data.eval_path) if config.data.eval_path else None,
         )
     )
+    if ":" in config.data.datasets_type:
+        encoder = ReadyMade(encoder, config.data.max_seq_len, vocab_size)
     pad_id = _pad_id(tokenizer, vocab_size)
     streams = config.data.datasets_type == "iterable" or not all(source.mapping for source in sources)
     explicit = "data.train_size" if config.train.dyn_bsz else "data.train_sample"

@@ -231,9 +231,11 @@ class Planner:
         self.warmup_steps = 0
         self._set_counted(self._count())
         if self.step == 0 and not all(self.counted.epoch_steps):
+            size, recipe = self.supply.size, self.recipe
+            needs = f"{recipe.micro_batches} full micro batches" if recipe.dynamic else f"{recipe.global_batch_size}"
             raise ValueError(
-                f"data.train_path gives {self.supply.size:,} samples, less than one global batch of "
-                f"{self.recipe.global_batch_size}: lower train.global_batch_size, or set data.drop_last false"
+                f"data.train_path gives {size:,} samples, less than one global batch of {needs}: lower "
+                "train.global_batch_size or train.micro_batch_size, or set data.drop_last false"
             )
         while (warmup := int(ratio * self.total_steps)) != self.warmup_steps:
             circled = warmup in seen

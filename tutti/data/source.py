@@ -50,9 +50,7 @@ class Source:
     weighted: whether the user gave weights; without, every sample is due once a pass, whatever its source.
     """
 
-    def __init__(
-        self, name: str, files: Sequence[DataFile], schedule: Sequence[tuple[int, float, bool]] = ()
-    ) -> None:
+    def __init__(self, name: str, files: Sequence[DataFile], schedule: Sequence[tuple[int, float, bool]] = ()) -> None:
         self.name = name
         self.files = tuple(files)
         self.schedule = tuple(schedule)
@@ -112,7 +110,10 @@ class Source:
 
 
 class _Custom(DataFile):
-    """The user's own dataset: anything with a length and items, or anything that can be iterated."""
+    """The user's own dataset: anything with a length and items, or anything that can be iterated.
+
+    Its items are rows like those of files, or samples that need no encoding: `ready.ReadyMade` tells them apart.
+    """
 
     def __init__(self, name: str, path: str) -> None:
         super().__init__(path or name)
@@ -135,6 +136,9 @@ class _Custom(DataFile):
 
     def __len__(self) -> int:
         return len(self._dataset)
+
+    def row(self, value: Any, line: int) -> Row | BadRow:
+        return Row(value, self.path, line) if hasattr(value, "input_ids") else super().row(value, line)
 
     def read(self, ids: Sequence[int]) -> list[Row | BadRow]:
         return [self.row(self._dataset[i], i + 1) for i in ids]
@@ -165,9 +169,7 @@ def open_sources(config: Config, path: str | None = None) -> list[Source]:
     return [_source(config, key, name or _stem(path.split(",")[0]), path)]
 
 
-def _source(
-    config: Config, key: str, name: str, path: str, schedule: Sequence[tuple[int, float, bool]] = ()
-) -> Source:
+def _source(config: Config, key: str, name: str, path: str, schedule: Sequence[tuple[int, float, bool]] = ()) -> Source:
     files = [_open_file(config, file) for file in _files(key, path)]
     source = Source(name, files, schedule)
     if next(source.stream(), None) is None:

@@ -1,0 +1,48 @@
+"""Samples that a dataset of the user's own gives ready-made: they pass the encoder by, after a look at them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tutti.core.batch import IGNORE, Sample
+from tutti.data.source import BadRow
+
+
+@dataclass
+class ReadyMade:
+    """An encoder for rows of which some are samples already; `encoder` does the others."""
+
+    encoder: Any
+    max_seq_len: int
+    vocab_size: int
+
+    def __call__(self, rows: Sequence[Any], source: int = 0) -> list[list[Sample] | BadRow]:
+        """As the encoder's: per row its samples, or what is wrong with it."""
+        results: list[Any] = [None] * len(rows)
+        raw = []
+        for number, row in enumerate(rows):
+            if isinstance(row, BadRow) or isinstance(row.value, dict):
+                raw.append(number)
+            elif wrong := self._wrong(row.value):
+                results[number] = BadRow(row.file, row.line, wrong)
+            else:
+                results[number] = [replace(row.value, source=source)]
+        for number, result in zip(raw, self.encoder([rows[number] for number in raw], source), strict=True):
+            results[number] = result
+        return results
+
+    def _wrong(self, sample: Any) -> str | None:
+        """Why a sample can't be trained on."""
+        if not isinstance(sample, Sample):
+            return f"a row must be a dict of columns or a tutti.core.batch.Sample, not {type(sample).__name__}"
+        if sample.input_ids.shape != sample.labels.shape or sample.input_ids.ndim != 1 or not len(sample):
+            return "input_ids and labels of a Sample must be one-dimensional, equally long and not empty"
+        if len(sample) > self.max_seq_len:
+            return f"a Sample of {len(sample)} tokens is longer than data.max_seq_len {self.max_seq_len}"
+        if not 0 <= sample.input_ids.min() <= sample.input_ids.max() < self.vocab_size:
+            return f"a Sample has token ids outside the model's vocabulary of {self.vocab_size}"
+        if (sample.labels == IGNORE).all():
+            return "no trained token: every label of the Sample is ignored"
+        return None
