@@ -81,11 +81,11 @@ def build_mesh(layout: Layout, ranks: Dist, *, ddp: bool = False, ep_outside: bo
     grid = init_device_mesh(device, shape, mesh_dim_names=AXES)
     if ddp:
         assert layout.shard == 1, "the layout was not validated"
-        grid["replicate", "context", "ulysses"]._flatten("copies")
-        fsdp = grid["copies", "shard"]
+        copies = grid["replicate", "context", "ulysses"]._flatten("copies")
+        fsdp = DeviceMesh._concatenate([copies, grid["shard"]])
     else:
         shards = grid["shard", "context", "ulysses"]._flatten("fsdp")
-        fsdp = grid["replicate", "fsdp"] if layout.replicate > 1 else shards
+        fsdp = DeviceMesh._concatenate([grid["replicate"], shards]) if layout.replicate > 1 else shards
     num_shards = math.prod(shape[2:5])
     inner, names = (num_shards // layout.expert, layout.expert), ("expert_shard", "expert")
     if ep_outside:
@@ -95,5 +95,5 @@ def build_mesh(layout: Layout, ranks: Dist, *, ddp: bool = False, ep_outside: bo
         (layout.pipeline, layout.replicate, *inner, layout.tensor),
         mesh_dim_names=("pipeline", "replicate", *names, "tensor"),
     )
-    copies = ("replicate", "expert_shard") if layout.replicate > 1 else "expert_shard"
-    return Mesh(grid=grid, fsdp=fsdp, expert=experts["expert"], expert_fsdp=experts[copies])
+    spread = ("replicate", "expert_shard") if layout.replicate > 1 else "expert_shard"
+    return Mesh(grid=grid, fsdp=fsdp, expert=experts["expert"], expert_fsdp=experts[spread])
