@@ -22,6 +22,7 @@ _ALIASES = {
     "observation": "tool",
     "ipython": "tool",
 } | {role: role for role in ROLES}
+_CONVERSATIONS = ("messages", "conversations")
 _TAKEN = {"role", "content", "from", "value", "loss_mask"}
 
 
@@ -102,10 +103,11 @@ def conversation_of(value: dict[str, Any], columns: Sequence[str]) -> Conversati
 
 
 def _turns(value: dict[str, Any], columns: Sequence[str]) -> Any:
-    for column in (*columns, "messages", "conversations"):
-        turns = value.get(column)
-        if turns is not None:
-            return _json(turns, list, column) if isinstance(turns, str) else turns
+    for names in (columns, _CONVERSATIONS):
+        for column in names:
+            turns = value.get(column)
+            if turns is not None:
+                return _json(turns, list, column) if isinstance(turns, str) else turns
     if "instruction" in value:
         return _alpaca(value)
     raise RowError(
