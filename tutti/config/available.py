@@ -23,8 +23,6 @@ NOT_YET: dict[str, str] = {
     "train.expert_parallel_size": "expert parallelism",
     "train.ep_outside": "expert parallelism",
     "train.pipeline_parallel_size": "pipeline parallelism",
-    "train.ulysses_parallel_size": "Ulysses sequence parallelism",
-    "train.async_enabled": "Ulysses sequence parallelism",
     "train.context_parallel_size": "context parallelism",
 }
 

@@ -49,7 +49,7 @@ def fit(config: Config, world: int) -> Layout:
     if expert_ranks % train.expert_parallel_size:
         problems.append(
             f"train.expert_parallel_size: {train.expert_parallel_size} does not divide the {expert_ranks} ranks of a "
-            f"replica; {_either(_divisors(expert_ranks))} would"
+            f"replica; {either(divisors(expert_ranks))} would"
         )
     micro = train.micro_batch_size * data
     global_batch_size = train.global_batch_size or micro
@@ -58,7 +58,7 @@ def fit(config: Config, world: int) -> Layout:
         sizes = [size for size in (below, below + micro) if size]
         problems.append(
             f"train.global_batch_size: {global_batch_size} is not a multiple of train.micro_batch_size times the "
-            f"data-parallel ranks ({train.micro_batch_size} * {data} = {micro}); {_either(sizes)} would be"
+            f"data-parallel ranks ({train.micro_batch_size} * {data} = {micro}); {either(sizes)} would be"
         )
     if problems:
         raise ConfigError(problems)
@@ -95,10 +95,10 @@ def _data_axes(config: Config, data: int, problems: list[str]) -> tuple[int, int
     if replicate == shard == 1:
         return 1, data
     if replicate * shard != data:
-        pairs = [f"{count} * {data // count}" for count in _divisors(data)]
+        pairs = [f"{count} * {data // count}" for count in divisors(data)]
         problems.append(
             f"train.data_parallel_replicate_size: {replicate} times train.data_parallel_shard_size {shard} is "
-            f"{replicate * shard}, not the {data} data-parallel ranks; {_either(pairs)} would be"
+            f"{replicate * shard}, not the {data} data-parallel ranks; {either(pairs)} would be"
         )
     return replicate, shard
 
@@ -110,8 +110,8 @@ def _misfits(inner: dict[str, int], world: int) -> list[str]:
     for axis, size in inner.items():
         others = product // size
         if size > 1:
-            fitting = _divisors(world // others) if world % others == 0 else []
-            would = f"{_either(fitting)} would" if fitting else f"a multiple of {product} ranks would"
+            fitting = divisors(world // others) if world % others == 0 else []
+            would = f"{either(fitting)} would" if fitting else f"a multiple of {product} ranks would"
             problems.append(
                 f"train.{axis}_parallel_size: the axes take {product} ranks together ({_product(inner)}), which does "
                 f"not divide {world}; {would}"
@@ -123,11 +123,12 @@ def _product(inner: dict[str, int]) -> str:
     return " * ".join(f"{axis} {size}" for axis, size in inner.items() if size > 1)
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """All of them, ascending."""
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def _either(choices: list) -> str:
+def either(choices: list) -> str:
     """`1, 2 or 4`"""
     *first, last = map(str, choices)
     return f"{', '.join(first)} or {last}" if first else last

@@ -193,12 +193,23 @@ def _missing(config: Config, verb: str | None, refused: list[str]) -> list[str]:
 def _contradictions(config: Config) -> list[str]:
     """What is wrong with values that are each right by themselves."""
     train = config.train
+    problems = []
+    if train.ulysses_parallel_size * train.context_parallel_size > 1 and config.model.attn_implementation == "eager":
+        problems.append(
+            "model.attn_implementation: eager attention sees the tokens of one rank alone, and with "
+            "train.ulysses_parallel_size or train.context_parallel_size they are split over ranks; choose sdpa"
+        )
+    if train.async_enabled and train.enable_compile:
+        problems.append(
+            "train.async_enabled: an exchange that is under way cannot cross compiled code; leave it false, or set "
+            "train.enable_compile to false"
+        )
     if train.enable_profiling and train.profile_end_step <= max(1, train.profile_start_step):
-        return [
+        problems.append(
             f"train.profile_end_step: must be above 1, which is the first step, and above train.profile_start_step "
             f"({train.profile_start_step}), got {train.profile_end_step}"
-        ]
-    return []
+        )
+    return problems
 
 
 def _unknown(name: str) -> str:

@@ -13,8 +13,8 @@ Shapes: T tokens in a micro batch, S samples in it, N trained targets in it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +44,40 @@ class Sample:
         return len(self.input_ids)
 
 
+class SequenceRanks(NamedTuple):
+    """The ranks that split the tokens of one batch, and this rank's place among them.
+
+    Plain data, which compiled code and custom operators can be handed: groups are named as torch registers them.
+    context: ranks that pass keys and values around. ulysses: ranks that exchange tokens for heads.
+    """
+
+    context_rank: int
+    context_size: int
+    context_group: str
+    ulysses_rank: int
+    ulysses_size: int
+    ulysses_group: str
+
+    @property
+    def size(self) -> int:
+        return self.context_size * self.ulysses_size
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """What attention, which looks beyond a rank's own tokens, needs to know of the batch that they are a part of.
+
+    length: its tokens before it was padded to a multiple of the ranks. cu_seqlens: int32, the borders of its samples
+    and of that padding. borders: the same, always on the host. max_seqlen: length of the longest segment.
+    """
+
+    length: int
+    cu_seqlens: Tensor
+    borders: Tensor
+    max_seqlen: int
+    ranks: SequenceRanks
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """A packed micro batch.
@@ -55,6 +89,8 @@ class Batch:
     sample_sources: int64 [S], the data source of each sample (padding: -1).
     num_tokens: tokens that are not padding.
     extras: what only some models take (pixel_values ...), by the name of the model's forward argument.
+    whole: where these are one rank's tokens of a batch that several ranks share, what that batch was. The samples are
+    then the pieces of samples that lie on this rank, and a piece's positions go on from where it was cut.
     """
 
     input_ids: Tensor
@@ -66,6 +102,7 @@ class Batch:
     sample_sources: Tensor
     num_tokens: int
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    whole: Whole | None = None
 
     def lengths(self) -> list[int]:
         """The samples' lengths, padding left out; for a batch on the host."""
@@ -84,6 +121,8 @@ class Batch:
         values: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
         values = {name: change(value) if isinstance(value, Tensor) else value for name, value in values.items()}
         values["extras"] = {name: change(value) for name, value in self.extras.items()}
+        if self.whole is not None:
+            values["whole"] = replace(self.whole, cu_seqlens=change(self.whole.cu_seqlens))
         return Batch(**values)
 
 

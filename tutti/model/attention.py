@@ -10,6 +10,9 @@ work on pairs that the mask then throws away, so attention runs sample by sample
   torch's fused kernel on samples of a few hundred tokens. It is a custom operator with its own backward, so that
   torch.compile takes it as one node and no padded copies are made for the gradient of every slice.
 
+Where the tokens of a batch are split over ranks (`tutti.parallel.sequence`), the kernel is wrapped in the exchange of
+tokens for heads.
+
 `eager` is the model's own attention with a block-diagonal mask that transformers derives from the restarting
 `position_ids`; it is the reference that the others are tested against.
 
@@ -27,10 +30,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from tutti.core.batch import Batch
+from tutti.config import ConfigError
+from tutti.config.layout import Layout, divisors, either
+from tutti.core.batch import Batch, Whole
+from tutti.parallel.ulysses import heads_to_tokens, own_heads, tokens_to_heads
 
 log = logging.getLogger(__name__)
 
@@ -60,34 +66,42 @@ class Settings(NamedTuple):
 _PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
 
-def resolve_attention(requested: str, device: torch.device) -> str:
+def resolve_attention(requested: str, device: torch.device, *, split: bool = False) -> str:
     """The name to give transformers as `attn_implementation` for `model.attn_implementation` on this device.
 
-    Logs one line where something else than the request runs.
+    split: the tokens of a batch are split over ranks, which only our attention can do. Logs one line where something
+    else than the request runs.
     """
     AttentionInterface.register(PACKED, packed_forward)
     AttentionMaskInterface.register(PACKED, no_mask)
     if requested == "eager":
         return "eager"
     if requested in _PACKAGES:
-        if device.type == "cuda" and importlib.util.find_spec(_PACKAGES[requested]) is not None:
+        installed = importlib.util.find_spec(_PACKAGES[requested]) is not None
+        if device.type == "cuda" and installed and not split:
             return requested
+        reason = "where ranks share a batch" if installed and split else "here"
         instead = "torch's variable-length kernel" if device.type == "cuda" else "packed sdpa on the CPU"
-        log.info("model.attn_implementation %s is not available here: using %s", requested, instead)
+        log.info("model.attn_implementation %s is not available %s: using %s", requested, reason, instead)
     return PACKED
 
 
 def packed_kwargs(batch: Batch) -> dict[str, Any]:
-    """What a decoder's forward is given for `batch`: its tokens as one row, positions, and the samples' borders."""
-    return {
+    """What a decoder's forward is given for `batch`: its tokens as one row, positions, and the samples' borders.
+
+    Of a batch that ranks share: this rank's tokens and positions, and the whole batch's borders.
+    """
+    bordered = batch.whole or batch
+    kwargs = {
         "input_ids": batch.input_ids[None],
         "position_ids": batch.position_ids[None],
-        "cu_seq_lens_q": batch.cu_seqlens,
-        "cu_seq_lens_k": batch.cu_seqlens,
-        "max_length_q": batch.max_seqlen,
-        "max_length_k": batch.max_seqlen,
+        "cu_seq_lens_q": bordered.cu_seqlens,
+        "cu_seq_lens_k": bordered.cu_seqlens,
+        "max_length_q": bordered.max_seqlen,
+        "max_length_k": bordered.max_seqlen,
         "use_cache": False,
     }
+    return kwargs if batch.whole is None else kwargs | {"whole": batch.whole}
 
 
 def check_packable(config: Any) -> None:
@@ -98,6 +112,30 @@ def check_packable(config: Any) -> None:
         raise ValueError(
             f"{config.model_type} has layers of type {', '.join(sorted(unknown))}, which would leak from one packed "
             "sample into the next; only full and sliding-window attention can be trained packed"
+        )
+
+
+def check_splittable(model: PreTrainedModel, layout: Layout) -> None:
+    """Raise ValueError for a model whose batches cannot be split over the layout's context and ulysses ranks."""
+    sizes = {"ulysses": layout.ulysses, "context": layout.context}
+    asked = [f"train.{axis}_parallel_size" for axis, size in sizes.items() if size > 1]
+    if not asked:
+        return
+    config = model.config.get_text_config()
+    try:
+        check_packable(config)
+        if model._is_stateful or not model._supports_attention_backend:
+            raise ValueError(f"{type(model).__name__} has layers that mix tokens otherwise than by attention")
+    except ValueError as error:
+        raise ConfigError([f"{name}: {error}; leave it at 1" for name in asked]) from error
+    heads = config.num_attention_heads // layout.tensor
+    if heads % layout.ulysses:
+        shared = f" on each of the {layout.tensor} tensor-parallel ranks" if layout.tensor > 1 else ""
+        raise ConfigError(
+            [
+                f"train.ulysses_parallel_size: {layout.ulysses} does not divide the model's {heads} attention heads"
+                f"{shared}; {either(divisors(heads))} would"
+            ]
         )
 
 
@@ -125,10 +163,28 @@ def packed_forward(
         raise ValueError("packed attention has no dropout; set attention_dropout to 0 in the model's config")
     settings = settings_of(module, query, scaling, kwargs)
     sinks = kwargs.get("s_aux")
-    arguments = (query.squeeze(0), key.squeeze(0), value.squeeze(0), cu_seqlens)
+    heads = (query.squeeze(0), key.squeeze(0), value.squeeze(0))
+    whole: Whole | None = kwargs.get("whole")
+    if whole is None:
+        return _attend(*heads, cu_seqlens, kwargs["max_length_q"], settings, sinks)[None], None
+    heads = tokens_to_heads(*heads, whole.ranks, getattr(module, "early_values", None))
+    out = _attend(*heads, cu_seqlens, kwargs["max_length_q"], settings, own_heads(sinks, whole.ranks))
+    return heads_to_tokens(out, whole.ranks)[None], None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    settings: Settings,
+    sinks: Tensor | None,
+) -> Tensor:
+    """The device's kernel over all tokens of a batch: heads first -> [T, H, E]."""
     if query.device.type == "cuda" and query.dtype != torch.float32 and not settings.softcap and sinks is None:
-        return _varlen(*arguments, kwargs["max_length_q"], settings)[None], None
-    return packed_attention(*arguments, settings, sinks)[None], None
+        return _varlen(query, key, value, cu_seqlens, max_seqlen, settings)
+    return packed_attention(query, key, value, cu_seqlens, settings, sinks)
 
 
 def settings_of(module: nn.Module, query: Tensor, scaling: float | None, kwargs: Mapping[str, Any]) -> Settings:

@@ -120,11 +120,12 @@ def build_model(
     if type(model_config) not in factory._model_mapping:
         kind = "sequence classifier" if classify else "causal language model"
         raise ValueError(f"model.config_path: transformers has no {kind} for model_type {model_config.model_type}")
+    split = config.train.ulysses_parallel_size * config.train.context_parallel_size > 1
     with torch.device("meta"):
         model = factory.from_config(
             model_config,
             dtype=dtype,
-            attn_implementation=resolve_attention(config.model.attn_implementation, device),
+            attn_implementation=resolve_attention(config.model.attn_implementation, device, split=split),
             experts_implementation=resolve_experts(config.model.moe_implementation),
         )
     if config.model.model_path and model.can_generate():

@@ -34,7 +34,7 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, train: Train
     # The root's parameters are needed first in the backward pass, so they stay gathered in between.
     fully_shard(root, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=False)
     for module in fsdp_modules(root):
-        if mesh.dp_size > 1:
+        if mesh.fsdp.size() > 1:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 

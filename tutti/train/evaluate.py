@@ -10,20 +10,23 @@ import torch.distributed as dist
 
 from tutti.core.batch import GlobalBatch
 from tutti.core.dist import Dist
+from tutti.parallel.mesh import Mesh
+from tutti.parallel.sequence import sequence_ranks, split_tokens
 from tutti.train.task import Objective
 
 
-def evaluate(objective: Objective, batches: Iterable[GlobalBatch], ranks: Dist) -> dict[str, Any]:
+def evaluate(objective: Objective, batches: Iterable[GlobalBatch], mesh: Mesh, ranks: Dist) -> dict[str, Any]:
     """`eval_loss` (token mean), `eval_tokens` and, where the objective predicts, `eval_accuracy`, over all ranks.
 
     Leaves the model in training mode. A collective call.
     """
+    sharing = sequence_ranks(mesh)
     sums = torch.zeros(3, dtype=torch.float64)
     objective.eval()
     with torch.no_grad():
         for batch in batches:
             for micro in batch.micro_batches:
-                out = objective(micro.to(ranks.device))
+                out = objective(split_tokens(micro, sharing).to(ranks.device))
                 correct = out.num_correct if out.num_correct is not None else torch.zeros(())
                 sums += torch.stack([out.loss.double().cpu(), correct.double().cpu(), sums.new_tensor(len(out.losses))])
     objective.train()

@@ -65,7 +65,7 @@ def _run(config: Config, ranks: Dist) -> None:
     if state:
         parts.data.load_state_dict(state["data"])
     sync = GradientSync(parts.objective, parts.mesh, config.train)
-    trainer = Trainer(parts.objective, optimizer, sync, ranks.device, config.train.max_grad_norm)
+    trainer = Trainer(parts.objective, optimizer, sync, parts.mesh, ranks.device, config.train.max_grad_norm)
     run_info = parts.describe(ranks)
     with (
         Metrics(config, ranks, total_steps=parts.data.total_steps, run_info=run_info, start_step=step) as metrics,
@@ -82,7 +82,8 @@ def _run(config: Config, ranks: Dist) -> None:
             housekeeping(step, config)
             report.clock.pause()
             if config.data.eval_path and due(batch, config.train.eval_steps, config.train.eval_epochs):
-                metrics.log_eval({"step": step, **evaluate(parts.objective, parts.data.evaluate(), ranks)})
+                found = evaluate(parts.objective, parts.data.evaluate(), parts.mesh, ranks)
+                metrics.log_eval({"step": step, **found})
             stopping = stop.requested()
             if stopping or due(batch, config.train.save_steps, config.train.save_epochs):
                 state = {"step": step, "epoch": batch.epoch, "data": parts.data.state_dict()}

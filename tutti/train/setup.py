@@ -29,6 +29,7 @@ from tutti.core.dist import Dist
 from tutti.core.log import setup_logging
 from tutti.data.loader import Data, build_data
 from tutti.data.template import make_template
+from tutti.model.attention import check_splittable
 from tutti.model.build import build_model, build_tokenizer
 from tutti.model.initial import init_weights
 from tutti.model.plan import basic_modules, blocks, num_params
@@ -119,6 +120,7 @@ def assemble(config: Config, ranks: Dist) -> Parts:
     train = config.train
     mesh = build_mesh(layout, ranks, ddp=train.data_parallel_mode == "ddp", ep_outside=train.ep_outside)
     tokenizer, model = ranks.agree(lambda: tokenizer_and_model(config, ranks.device))
+    ranks.agree(lambda: check_splittable(model, layout))
     data = open_data(config, tokenizer, model, ranks, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
     log.info("%s", data.steps_reason)
     objective = ranks.agree(lambda: Objective(model))

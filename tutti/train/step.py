@@ -23,6 +23,8 @@ from tutti.core.dist import Dist
 from tutti.model.plan import count_flops
 from tutti.parallel.fsdp import GradientSync
 from tutti.parallel.grads import clip_gradients, gradient_norm
+from tutti.parallel.mesh import Mesh
+from tutti.parallel.sequence import sequence_ranks, split_tokens
 from tutti.train.task import Objective, source_sums
 
 
@@ -30,11 +32,19 @@ class Trainer:
     """Runs steps; holds what stays the same from one to the next, made once before the loop."""
 
     def __init__(
-        self, objective: Objective, optimizer: Optimizer, sync: GradientSync, device: torch.device, max_grad_norm: float
+        self,
+        objective: Objective,
+        optimizer: Optimizer,
+        sync: GradientSync,
+        mesh: Mesh,
+        device: torch.device,
+        max_grad_norm: float,
     ) -> None:
         self._objective = objective
         self._optimizer = optimizer
         self._sync = sync
+        self._sharing = sequence_ranks(mesh)
+        self._num_sharing = mesh.grid.size() // mesh.dp_size
         self._device = device
         self._max_grad_norm = max_grad_norm
         self._flops = count_flops(objective.model)
@@ -44,7 +54,7 @@ class Trainer:
         """Train on `batch` and add what happened to `totals`. A collective call."""
         for index, micro in enumerate(batch.micro_batches):
             self._sync.before(last=index == len(batch.micro_batches) - 1)
-            on_device = micro.to(self._device)
+            on_device = split_tokens(micro, self._sharing).to(self._device)
             out = self._objective(on_device)
             loss = out.loss / batch.num_targets
             if out.router_loss is not None:
@@ -52,7 +62,7 @@ class Trainer:
                 totals.router_loss += out.router_loss.detach()
             loss.backward()
             totals.loss += out.loss.detach()
-            totals.flops += self._flops.batch(micro.lengths())
+            totals.flops += self._flops.batch(micro.lengths()) / self._num_sharing
             if len(totals.source_loss) > 1:
                 totals.source_loss += source_sums(on_device, out.losses, len(totals.source_loss))
         norm = gradient_norm(self._parameters)
@@ -80,8 +90,8 @@ class Totals:
     """Sums since the last line of metrics. The tensors are this rank's, on the device; the counts are global.
 
     loss: over targets. router_loss: times tokens. source_loss: by source. grad_norm: the last step's. flops: of the
-    model, this rank's. skipped: steps whose gradient was not finite; consecutive_skips: how many of the last ones in a
-    row, over the whole run.
+    model, this rank's share. skipped: steps whose gradient was not finite; consecutive_skips: how many of the last
+    ones in a row, over the whole run.
     """
 
     loss: Tensor

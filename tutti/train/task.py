@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from tutti.core.batch import Batch
 from tutti.model.attention import packed_kwargs
 from tutti.model.plan import decoder, head, is_classifier, logit_transform
+from tutti.parallel.sequence import gather_tokens
 from tutti.train.loss import linear_cross_entropy
 
 
@@ -57,7 +58,9 @@ class Objective(nn.Module):
         loss, losses = linear_cross_entropy(hidden, layer.weight, targets, bias=layer.bias, transform=self._transform)
         router_loss = None
         if self._router_loss is not None:
-            router_loss = self._router_loss(states.router_logits) * batch.num_tokens
+            # Not a sum over tokens: it takes the router's logits of a batch that ranks share as a whole.
+            routed = tuple(gather_tokens(logits, batch.whole) for logits in states.router_logits)
+            router_loss = self._router_loss(routed) * batch.num_tokens
         num_correct = None
         if self.predicts:
             logits = self._transform(nn.functional.linear(hidden, layer.weight, layer.bias))

@@ -1,0 +1,38 @@
+"""Runs of tiny models on several ranks beside the same on one, for tests of parallel layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.model.zoo import tiny
+from tests.train.runs import run, tiny_config
+
+
+def train_family(
+    folder: Path, family: str, world: int = 1, overrides: dict | None = None, **changes: Any
+) -> list[dict]:
+    """Lines of metrics of four steps with a tiny model of `family` (see `tests.model.zoo`) on `world` ranks.
+
+    changes: arguments of the train group.
+    """
+    path = folder / family
+    tiny(family, vocab_size=2048, **(overrides or {})).save_pretrained(path)
+    arguments = {f"train.{name}": value for name, value in changes.items()}
+    return run(tiny_config(folder, world=world, **{"model.config_path": str(path)}, **arguments), world)
+
+
+def assert_same(got: list[dict], want: list[dict], *, loss: float = 1e-5, norm: float = 1e-4) -> None:
+    """The same training: losses and gradient norms within these relative errors, and the same tokens."""
+    assert [line["step"] for line in got] == [line["step"] for line in want]
+    for ours, theirs in zip(got, want, strict=True):
+        where = f"step {ours['step']}"
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=loss), where
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=norm), where
+        for key in ("tokens", "trained_tokens", "samples"):
+            assert ours[key] == theirs[key], where
+        for key in theirs:
+            if key.startswith("source_loss/") or key == "router_loss":
+                assert ours[key] == pytest.approx(theirs[key], rel=loss), where

@@ -1,0 +1,160 @@
+"""Sequence parallelism: the tokens of one batch split over ranks, for samples too long for one.
+
+All ranks along the context and ulysses axes are given the same packed batch, and each keeps its share of the tokens:
+
+1. The batch is padded (a segment of its own) until its length divides evenly.
+2. Over the context axis of size C it is cut into 2C chunks, of which rank r gets chunks r and 2C - 1 - r ("zig-zag").
+   A query's work grows with its place in a long sample, so an early and a late chunk make even shares.
+3. Over the ulysses axis, a context rank's tokens are cut again, into contiguous slices.
+
+Everything but attention looks at one token at a time and runs on the share as it is: embedding, norms, MLPs, experts,
+head and loss. Positions and targets come along with the tokens. Attention is told where the samples of the whole batch
+begin (`Whole`), and gets at the other tokens by `tutti.parallel.ulysses` and `tutti.parallel.ring`.
+
+Sums over the shares are sums over the batch, and gradients are summed over all ranks anyway. What is not a sum over
+tokens (the load-balancing loss of a router) is computed from `gather_tokens`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
+
+from tutti.core.batch import IGNORE, Batch, SequenceRanks, Whole
+from tutti.parallel.mesh import Mesh
+
+
+def sequence_ranks(mesh: Mesh) -> SequenceRanks | None:
+    """The ranks that share this rank's batches; None where it has them for itself."""
+    context, ulysses = mesh.group("context"), mesh.group("ulysses")
+    ranks = SequenceRanks(
+        mesh.rank("context"),
+        mesh.size("context"),
+        context.group_name,
+        mesh.rank("ulysses"),
+        mesh.size("ulysses"),
+        ulysses.group_name,
+    )
+    return ranks if ranks.size > 1 else None
+
+
+def process_group(name: str) -> dist.ProcessGroup:
+    """The process group that torch knows by `name`."""
+    return _resolve_process_group(GroupName(name))
+
+
+def chunks(rank: int, size: int, length: int) -> list[tuple[int, int]]:
+    """The (first, last + 1) tokens of a batch of `length` that context rank `rank` of `size` holds, ascending."""
+    if size == 1:
+        return [(0, length)]
+    width = length // (2 * size)
+    return [(place * width, (place + 1) * width) for place in (rank, 2 * size - 1 - rank)]
+
+
+def padded_length(length: int, ranks: SequenceRanks) -> int:
+    """`length` rounded up to what splits evenly: equal chunks, and equal slices of a pair of them."""
+    unit = ranks.ulysses_size if ranks.context_size == 1 else ranks.context_size * math.lcm(2, ranks.ulysses_size)
+    return -(-length // unit) * unit
+
+
+def held_tokens(length: int, ranks: SequenceRanks) -> Tensor:
+    """int64 [T]: the places in a batch of `length` (a padded length) of the tokens that this rank holds, in order."""
+    held = torch.cat([torch.arange(*chunk) for chunk in chunks(ranks.context_rank, ranks.context_size, length)])
+    return held.chunk(ranks.ulysses_size)[ranks.ulysses_rank]
+
+
+def split_tokens(batch: Batch, ranks: SequenceRanks | None) -> Batch:
+    """This rank's share of `batch`, which all of `ranks` are given; a batch on the host.
+
+    ValueError for a batch with inputs that do not lie along its tokens.
+    """
+    if ranks is None:
+        return batch
+    if batch.extras:
+        raise ValueError(
+            f"inputs beside the tokens ({', '.join(batch.extras)}) are not split over ranks; "
+            "set train.ulysses_parallel_size and train.context_parallel_size to 1"
+        )
+    length = len(batch.input_ids)
+    padded = _pad(batch, padded_length(length, ranks) - length)
+    held = held_tokens(len(padded.input_ids), ranks)
+    sample = torch.bucketize(held, padded.cu_seqlens[1:], right=True)
+    labels = padded.labels[held]
+    # A piece ends where the next token is of another sample, or not the next of its sample.
+    ends = (sample.diff() != 0) | (held.diff() != 1)
+    last = torch.cat([ends.nonzero().flatten(), torch.tensor([len(held) - 1])])
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int32), (last + 1).int()])
+    sources = padded.sample_sources[sample]
+    return Batch(
+        input_ids=padded.input_ids[held],
+        labels=labels,
+        position_ids=padded.position_ids[held],
+        cu_seqlens=cu_seqlens,
+        max_seqlen=int(cu_seqlens.diff().max()),
+        target_index=(labels != IGNORE).nonzero().flatten(),
+        sample_sources=sources[last],
+        num_tokens=int((sources >= 0).sum()),
+        whole=Whole(length, padded.cu_seqlens, padded.cu_seqlens, padded.max_seqlen, ranks),
+    )
+
+
+def _pad(batch: Batch, padding: int) -> Batch:
+    """`batch` with a segment of `padding` more tokens that nothing is trained on."""
+    if not padding:
+        return batch
+
+    def extend(tensor: Tensor, values: Tensor) -> Tensor:
+        return torch.cat([tensor, values.to(tensor.dtype)])
+
+    return replace(
+        batch,
+        input_ids=extend(batch.input_ids, torch.zeros(padding)),
+        labels=extend(batch.labels, torch.full((padding,), IGNORE)),
+        position_ids=extend(batch.position_ids, torch.arange(padding)),
+        cu_seqlens=extend(batch.cu_seqlens, batch.cu_seqlens[-1:] + padding),
+        max_seqlen=max(batch.max_seqlen, padding),
+        sample_sources=extend(batch.sample_sources, torch.tensor([-1])),
+    )
+
+
+def gather_tokens(tensor: Tensor, whole: Whole | None) -> Tensor:
+    """[T, ...] of this rank's tokens -> the same of all of the batch's tokens, in the batch's order, on every rank.
+
+    Differentiable: gradients of all ranks are summed. The padding that made the batch divide evenly is left out.
+    """
+    if whole is None:
+        return tensor
+    ranks = whole.ranks
+    total = len(tensor) * ranks.size
+    places = [
+        held_tokens(total, ranks._replace(context_rank=context, ulysses_rank=ulysses))
+        for context in range(ranks.context_size)
+        for ulysses in range(ranks.ulysses_size)
+    ]
+    found = torch.cat(places).argsort()[: whole.length].to(tensor.device)
+    tensor = _Gather.apply(tensor, ranks.ulysses_group)
+    return _Gather.apply(tensor, ranks.context_group).index_select(0, found)
+
+
+class _Gather(torch.autograd.Function):
+    """The tensors of all ranks of a group, end to end; each rank's gradient is the sum of what all ranks have for it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group_name: str) -> Tensor:
+        ctx.group = group = process_group(group_name)
+        parts = [torch.empty_like(tensor) for _ in range(group.size())]
+        dist.all_gather(parts, tensor.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # Not a reduce-scatter, which gloo lacks: what is gathered is small.
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad.chunk(ctx.group.size())[ctx.group.rank()], None
