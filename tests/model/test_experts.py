@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.model.zoo import EXPERTS, tiny
-from tutti.model.experts import FUSED, fused_experts, resolve_experts
+from tutti.model.experts import EAGER, FUSED, fused_experts, resolve_experts
 from tutti.model.plan import is_experts
 
 
@@ -116,5 +116,5 @@ def test_experts_that_no_token_chose_get_no_gradient() -> None:
 
 
 def test_names() -> None:
-    assert resolve_experts("eager") == "eager"
+    assert resolve_experts("eager") == EAGER
     assert resolve_experts("fused") == resolve_experts(None) == FUSED

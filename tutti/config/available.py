@@ -20,8 +20,6 @@ NOT_YET: dict[str, str] = {
     "train.enable_batch_invariant_mode": "batch-invariant kernels",
     "train.data_parallel_mode=fsdp1": "the first generation of FSDP",
     "train.tensor_parallel_size": "tensor parallelism",
-    "train.expert_parallel_size": "expert parallelism",
-    "train.ep_outside": "expert parallelism",
     "train.pipeline_parallel_size": "pipeline parallelism",
     "train.context_parallel_size": "context parallelism",
 }

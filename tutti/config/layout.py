@@ -46,7 +46,12 @@ def fit(config: Config, world: int) -> Layout:
     problems: list[str] = []
     replicate, shard = _data_axes(config, data, problems)
     expert_ranks = shard * inner["context"] * inner["ulysses"]
-    if expert_ranks % train.expert_parallel_size:
+    if train.expert_parallel_size > 1 and train.data_parallel_mode == "ddp":
+        problems.append(
+            f"train.expert_parallel_size: ddp keeps a whole copy on each rank, so experts are not divided; set "
+            f"train.data_parallel_mode to fsdp2, or leave it at 1 instead of {train.expert_parallel_size}"
+        )
+    elif expert_ranks % train.expert_parallel_size:
         problems.append(
             f"train.expert_parallel_size: {train.expert_parallel_size} does not divide the {expert_ranks} ranks of a "
             f"replica; {either(divisors(expert_ranks))} would"

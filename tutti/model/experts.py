@@ -15,20 +15,30 @@ The layouts that occur are the class's own attributes: `has_gate` (gate and up i
 splits it, halves or interleaved), `has_bias`, `is_transposed` ([E, in, out] instead of [E, out, in]) and
 `has_post_expert_norm`.
 
+Where the experts are divided among ranks (an `exchange` is on the layer, see `tutti.parallel.expert`), the sorted
+tokens travel before step 2 and come back after it, and either kind of product runs on the local experts. How many
+tokens chose each expert is counted on the way, where a layer has been given an `expert_load` to count in.
+
 Shapes: N tokens, H hidden size, E experts, k experts a token, S = N * k pairs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import grouped_mm
 from transformers.integrations.moe import ExpertsInterface
 
-FUSED = "tutti_fused"
-"""The name under which grouped experts are registered with transformers."""
+from tutti.model.lora import adapter_for
+from tutti.parallel.expert import inverse
+
+FUSED, EAGER = "tutti_fused", "tutti_eager"
+"""The names under which grouped experts, and the models' own loop, are registered with transformers."""
 
 
 def resolve_experts(requested: str | None) -> str:
@@ -37,27 +47,92 @@ def resolve_experts(requested: str | None) -> str:
     None is fused: it is the fastest everywhere, and right to rounding.
     """
     ExpertsInterface.register(FUSED, fused_experts)
-    return "eager" if requested == "eager" else FUSED
+    ExpertsInterface.register(EAGER, eager_experts)
+    return EAGER if requested == "eager" else FUSED
 
 
 def fused_experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """The experts' weighted output for each token.
+    """The experts' weighted output for each token, as grouped products.
 
     module: the model's experts layer. hidden [N, H], chosen [N, k] expert indices, weights [N, k] -> [N, H].
     """
+    return _by_expert(module, hidden, chosen, weights, _grouped)
+
+
+def eager_experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """The same by the layer's own loop over experts."""
+    if _exchange(module) is not None:
+        return _by_expert(module, hidden, chosen, weights, _one_by_one)
+    _count(module, chosen.flatten().bincount(minlength=module.num_experts))
+    return _own_loop(module)(module, hidden, chosen, weights)
+
+
+Products = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+"""(layer, rows [R, H] sorted by expert, experts [R], counts of rows for each expert) -> [R, H], not weighted"""
+
+
+def _by_expert(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, products: Products) -> Tensor:
     num_tokens, num_chosen = chosen.shape
     experts, order = chosen.flatten().sort(stable=True)
     counts = torch.bincount(experts, minlength=module.num_experts)
+    _count(module, counts)
+    rows = hidden[order // num_chosen]
+    exchange = _exchange(module)
+    if exchange is None:
+        out = products(module, rows, experts, counts)
+    else:
+        out = exchange(rows, counts, partial(products, _LocalExperts(module)))
+    weighted = out * weights.flatten()[order, None]
+    return weighted[inverse(order)].view(num_tokens, num_chosen, -1).sum(dim=1).to(hidden.dtype)
+
+
+def _exchange(module: Any) -> Any:
+    return getattr(module, "exchange", None)
+
+
+def _count(module: Any, counts: Tensor) -> None:
+    load = getattr(module, "expert_load", None)
+    if load is not None and module.training:
+        load.add_(counts)
+
+
+class _LocalExperts:
+    """An experts layer as its own code sees it on a rank that holds a part of the experts: just these."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._module, name)
+        return value.to_local() if isinstance(value, DTensor) else value
+
+    @property
+    def num_experts(self) -> int:
+        return self._module.num_experts // self._module.exchange.group.size()
+
+
+def _grouped(module: Any, rows: Tensor, experts: Tensor, counts: Tensor) -> Tensor:
+    """All experts' products at once."""
     name = "gate_up_proj" if module.has_gate else "up_proj"
     groups = _Groups(module, experts, counts)
-    raw = groups.linear(hidden[order // num_chosen], name)
+    raw = groups.linear(rows, name)
     out = groups.linear(module._apply_gate(raw) if module.has_gate else module.act_fn(raw), "down_proj")
-    if module.has_post_expert_norm:
-        out = module.post_expert_norm(out)
-    weighted = out * weights.flatten()[order, None]
-    position = torch.empty_like(order)
-    position[order] = torch.arange(len(order), device=order.device)
-    return weighted[position].view(num_tokens, num_chosen, -1).sum(dim=1).to(hidden.dtype)
+    return module.post_expert_norm(out) if module.has_post_expert_norm else out
+
+
+def _one_by_one(module: _LocalExperts, rows: Tensor, experts: Tensor, counts: Tensor) -> Tensor:
+    """The layer's own loop, over rows of which each has chosen one expert.
+
+    Without rows the loop uses no parameter, and no gradient would flow, which the other ranks wait for.
+    """
+    if not len(rows):
+        return _grouped(module, rows, experts, counts)
+    return _own_loop(module._module)(module, rows, experts[:, None], rows.new_ones(len(rows), 1))
+
+
+def _own_loop(module: Any) -> Callable[..., Tensor]:
+    """The layer's forward as its class defines it, without transformers' choice of implementation around it."""
+    return type(module).forward.__wrapped__
 
 
 class _Groups:
@@ -74,14 +149,20 @@ class _Groups:
         weight = getattr(self._module, name)
         bias = getattr(self._module, f"{name}_bias") if self._module.has_bias else None
         weight = weight if self._module.is_transposed else weight.transpose(1, 2)
+        out = self._product(rows, weight)
+        adapter = adapter_for(self._module, name)
+        if adapter is not None:
+            out = adapter.grouped(self._module, rows, out, self._experts, self._product)
+        return out if bias is None else out + bias[self._experts]
+
+    def _product(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """rows [S, in], weight [E, in, out] -> [S, out]."""
         rows = rows.to(weight.dtype)
         if _has_kernel(weight):
-            out = grouped_mm(rows, weight, offs=self._ends)
-        else:
-            # unbind, because indexing one expert at a time would make a gradient of the whole stack for each
-            pairs = zip(rows.split(self._counts.tolist()), weight.unbind(0), strict=True)
-            out = torch.cat([part @ matrix for part, matrix in pairs])
-        return out if bias is None else out + bias[self._experts]
+            return grouped_mm(rows, weight, offs=self._ends)
+        # unbind, because indexing one expert at a time would make a gradient of the whole stack for each
+        pairs = zip(rows.split(self._counts.tolist()), weight.unbind(0), strict=True)
+        return torch.cat([part @ matrix for part, matrix in pairs])
 
 
 def _has_kernel(weight: Tensor) -> bool:

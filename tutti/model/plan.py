@@ -214,6 +214,11 @@ def _active_share(model: PreTrainedModel) -> dict[int, float]:
     return shares
 
 
+def experts(model: nn.Module) -> list[nn.Module]:
+    """The model's stacks of experts, in the order they run."""
+    return [module for module in model.modules() if is_experts(module)]
+
+
 def is_experts(module: nn.Module) -> bool:
     """Whether the module is a stack of experts behind transformers' ExpertsInterface."""
     return "_is_expert_parallel" in module.__dict__

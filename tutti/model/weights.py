@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -101,11 +103,19 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _block(target: Tensor) -> tuple[slice, ...] | None:
-    """Where this rank's part lies in the whole of `target`; None if it is not one block."""
+    """Where this rank's part lies in the whole of `target`; None if it is not one block.
+
+    FSDP splits what other axes have split before, which a strided placement on its own, leftmost axis stands for: the
+    part is a block if the strides are exactly those splits.
+    """
     if not isinstance(target, DTensor):
         return tuple(slice(0, size) for size in target.shape)
-    if any(hasattr(placement, "dim") and not placement.is_shard() for placement in target.placements):
-        return None
+    mesh, placements = target.device_mesh, target.placements
+    for axis, placement in enumerate(placements):
+        if isinstance(placement, _StridedShard):
+            splits = (mesh.size(i) for i in range(axis + 1, mesh.ndim) if placements[i].is_shard(placement.dim))
+            if math.prod(splits) != placement.split_factor:
+                return None
     sizes, offsets = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
     return tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
 
@@ -159,7 +169,10 @@ class _Group:
                 if local_part(targets[name]).numel():
                     yield name, own_part(values[name], targets[name])
         elif experts:
-            yield from self._converted(model, experts, checkpoint.read).items()
+            block = _block(targets[self.first])
+            assert block is not None
+            for name, value in self._converted(model, experts, checkpoint.read).items():
+                yield name, value[(slice(None), *block[1:])]
 
     def _own_experts(self, targets: Mapping[str, Tensor]) -> list[tuple[str, str]] | None:
         """The keys of this rank's experts, if they are all that it takes to make its part of a stack of experts."""
@@ -176,8 +189,7 @@ class _Group:
         lists: dict[str, list[str]] = {}
         for key, pattern in self.keys:
             lists.setdefault(pattern, []).append(key)
-        whole = all(part == slice(0, size) for part, size in zip(block[1:], target.shape[1:], strict=True))
-        if not whole or any(len(keys) != target.shape[0] for keys in lists.values()):
+        if any(len(keys) != target.shape[0] for keys in lists.values()):
             return None
         return [(key, pattern) for pattern, keys in lists.items() for key in keys[block[0]]]
 

@@ -1,9 +1,10 @@
 """`parallelize`: everything that is done to a model so that it trains on many ranks, in one order, on one page.
 
-1. ulysses: with train.async_enabled, values set out early (attention itself does the rest, and the ring);
-2. compile: each repeated block's forward (one compilation serves all blocks of a shape);
-3. remat: activation checkpointing around it;
-4. fsdp: parameters sharded or copied, mixed precision, a unit a block, gathering outside of the two above.
+1. experts: each rank keeps its share of every experts layer, and tokens travel;
+2. ulysses: with train.async_enabled, values set out early (attention itself does the rest, and the ring);
+3. compile: each repeated block's forward (one compilation serves all blocks of a shape);
+4. remat: activation checkpointing around it;
+5. fsdp: parameters sharded or copied, mixed precision, a unit a block, gathering outside of the two above.
 
 The model may be on the meta device; weights are loaded afterwards, each rank reading its own slices.
 """
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from tutti.config import TrainConfig
+from tutti.parallel.expert import divide_experts
 from tutti.parallel.fsdp import shard
 from tutti.parallel.mesh import Mesh
 from tutti.parallel.remat import apply_remat
@@ -23,8 +25,11 @@ from tutti.parallel.sequence import sequence_ranks
 from tutti.parallel.ulysses import overlap_values
 
 
-def parallelize(root: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, train: TrainConfig) -> None:
-    """Prepare `root`, whose repeated units are `blocks`, for training on `mesh`, in place."""
+def parallelize(
+    root: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, train: TrainConfig, *, experts: Sequence[nn.Module] = ()
+) -> None:
+    """Prepare `root`, whose repeated units are `blocks` and layers of experts `experts`, for training, in place."""
+    divide_experts(experts, mesh)
     sharing = sequence_ranks(mesh)
     if train.async_enabled and sharing is not None and sharing.ulysses_size > 1:
         overlap_values(blocks, sharing)

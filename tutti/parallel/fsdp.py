@@ -3,7 +3,8 @@
 ddp is a mesh of copies with one shard each, ZeRO-2 and ZeRO-3 shard, hybrid sharding does both; a single process is a
 mesh of one. So parameters are fp32 DTensors everywhere, computed with in bf16, and reduced in fp32, and a checkpoint
 looks the same whatever made it. Each block is a unit that is gathered (and cast) just before it runs; what is left
-(embedding, final norm, head) belongs to the root.
+(embedding, final norm, head) belongs to the root. Experts that are divided among ranks are units of their own, on a
+mesh of their own.
 
 Gradients are summed over ranks, not averaged: the loss is divided by the number of targets of the global batch.
 """
@@ -15,8 +16,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from tutti.config import TrainConfig
+from tutti.parallel.expert import divided_experts, shard_dim
 from tutti.parallel.mesh import Mesh
 
 
@@ -29,7 +32,12 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, train: Train
     compute_dtype = getattr(torch, train.compute_dtype)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     reshard = reshards(train) and mesh.num_shards > 1
+    divided = divided_experts(root)
+    for experts in divided:
+        _shard_experts(experts, mesh, policy, reshard=reshard)
     for block in blocks:
+        if block in divided:
+            continue
         fully_shard(block, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard)
     # The root's parameters are needed first in the backward pass, so they stay gathered in between.
     fully_shard(root, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=False)
@@ -37,6 +45,22 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, train: Train
         if mesh.fsdp.size() > 1:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _shard_experts(experts: nn.Module, mesh: Mesh, policy: MixedPrecisionPolicy, *, reshard: bool) -> None:
+    """Split a layer's experts further over the ranks that hold the same ones; its submodules (norms) are not divided
+    by experts, and belong to all ranks."""
+    num_shards = mesh.expert_fsdp.size(-1)
+    for child in experts.children():
+        if any(True for _ in child.parameters()):
+            fully_shard(child, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(
+        experts,
+        mesh=mesh.expert_fsdp,
+        mp_policy=policy,
+        reshard_after_forward=reshard and num_shards > 1,
+        shard_placement_fn=lambda parameter: Shard(shard_dim(parameter, num_shards)),
+    )
 
 
 def reshards(train: TrainConfig) -> bool:

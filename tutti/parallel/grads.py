@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
         key = None
         if isinstance(grad, DTensor):
             assert not any(placement.is_partial() for placement in grad.placements), "a gradient was not reduced"
-            sharded = tuple(dim for dim, placement in enumerate(grad.placements) if isinstance(placement, Shard))
+            sharded = tuple(dim for dim, placement in enumerate(grad.placements) if not placement.is_replicate())
             key = (grad.device_mesh, sharded)
         grouped[key].append(local(grad))
     total: Tensor | None = None

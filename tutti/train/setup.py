@@ -32,9 +32,10 @@ from tutti.data.template import make_template
 from tutti.model.attention import check_splittable
 from tutti.model.build import build_model, build_tokenizer
 from tutti.model.initial import init_weights
-from tutti.model.plan import basic_modules, blocks, num_params
+from tutti.model.plan import basic_modules, blocks, experts, num_params
 from tutti.model.weights import load_weights
 from tutti.parallel.apply import parallelize
+from tutti.parallel.expert import check_experts
 from tutti.parallel.mesh import Mesh, build_mesh
 from tutti.train.task import Objective
 
@@ -120,6 +121,7 @@ def assemble(config: Config, ranks: Dist) -> Parts:
     train = config.train
     mesh = build_mesh(layout, ranks, ddp=train.data_parallel_mode == "ddp", ep_outside=train.ep_outside)
     tokenizer, model = ranks.agree(lambda: tokenizer_and_model(config, ranks.device))
+    ranks.agree(lambda: check_experts(experts(model), layout))
     ranks.agree(lambda: check_splittable(model, layout))
     data = open_data(config, tokenizer, model, ranks, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
     log.info("%s", data.steps_reason)
@@ -169,7 +171,7 @@ def load_parameters(config: Config, parts: Parts, ranks: Dist) -> None:
     units = [module for _, module in (*basic_modules(model, config.model.basic_modules), *blocks(model))]
     whole = train.init_device != "meta"
     if not whole:
-        parallelize(parts.objective, units, parts.mesh, train)
+        parallelize(parts.objective, units, parts.mesh, train, experts=experts(model))
     device = torch.device("cpu") if train.init_device == "cpu" else ranks.device
     if config.model.model_path is None:
         init_weights(model, train.seed, device)
@@ -185,7 +187,7 @@ def load_parameters(config: Config, parts: Parts, ranks: Dist) -> None:
         )
     if whole:
         nn.Module.to(model, ranks.device)
-        parallelize(parts.objective, units, parts.mesh, train)
+        parallelize(parts.objective, units, parts.mesh, train, experts=experts(model))
     parts.objective.train()
 
 
