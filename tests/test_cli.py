@@ -98,7 +98,17 @@ def test_train_alone_says_what_is_needed(capsys: pytest.CaptureFixture[str]) -> 
     [
         (["trian"], "there is no command 'trian'; did you mean train?"),
         (["xyz"], "there is no command 'xyz'; see tutti --help"),
-        (["infer"], "infer: not available yet (inference)"),
+        (["infer"], "infer.model_path: required; "),
+        (["infer", "--prompt"], "--prompt: needs a value"),
+        (["infer", "infer.model_path=x", "--input", "a"], "--input and --output belong together"),
+        (
+            ["infer", "infer.model_path=x", "--input", "a", "--output", "b", "--prompt", "c"],
+            "--prompt: either prompts or --input, not both",
+        ),
+        (
+            ["infer", "infer.model_path=x", "--output", "a", "--output", "b", "--input", "c"],
+            "--output: can be given once",
+        ),
         (["export", "a"], "export: takes CHECKPOINT_OR_OUTPUT_DIR OUT_FOLDER, got a"),
         (["args", "nothing"], "nothing: no argument begins so"),
         (["args", "--yaml"], "args: unexpected --yaml; it takes [PREFIX] [--json | --markdown]"),

@@ -7,6 +7,11 @@ from tutti.config.effect import _RULES, warnings
 from tutti.config.load import from_dict, load, to_yaml
 
 CASES = [
+    *(
+        (["infer.do_sample=no", f"infer.{name}=0.5"], f"infer.{name}", "infer.do_sample")
+        for name in ("temperature", "top_p")
+    ),
+    (["infer.do_sample=no", "infer.seed=5"], "infer.seed", "infer.do_sample"),
     (["data.train_size=5"], "data.train_size", "train.dyn_bsz"),
     (["data.train_sample=5", "train.dyn_bsz=true"], "data.train_sample", "train.dyn_bsz"),
     (["data.dyn_bsz_buffer_size=5"], "data.dyn_bsz_buffer_size", "train.dyn_bsz"),

@@ -282,7 +282,6 @@ def test_defaults_that_follow_others() -> None:
         ("train.architecture=lora", "adapters"),
         ("model.attn_implementation=native-sparse", "Native Sparse Attention"),
         ("train.data_parallel_mode=fsdp1", "the first generation of FSDP"),
-        ("infer.temperature=0.5", "inference"),
         ("model.encoders.image.model_path=x", "omni models"),
     ],
 )

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.infer.models import ONE, PROMPTS, open_model, write_model
+from tests.model.zoo import FAMILIES
 from tutti.infer.cache import CACHED
 from tutti.infer.fallback import needs_generate
 from tutti.infer.generate import Generator, Request
@@ -52,5 +53,108 @@ def test_greedy_equals_generate_in_a_batch_of_mixed_lengths(tmp_path, family):
     assert len({tuple(answer) for answer in got}) >= 2, "the answers are to differ, or this shows little"
 
 
-if __name__ == "__main__":
-    pytest.main([__file__])
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("qwen"))
+
+
+@pytest.mark.parametrize(
+    "infer", [{"do_sample": False}, {"temperature": 0.8, "top_p": 0.95}], ids=["greedy", "sampled"]
+)
+def test_a_batch_gives_what_single_runs_give(qwen, infer):
+    config, speaker = open_model(qwen, **infer)
+    together = answers(config, speaker, PROMPTS)
+    generator = Generator(speaker.model, Sampler.of(config.infer), speaker.stop_ids, ONE, 10_000)
+    for number, prompt in enumerate(PROMPTS):
+        alone = [token.id for token in generator.stream([Request(number, prompt_ids(speaker, prompt), NEW)])]
+        assert alone == together[number], prompt
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 200, 400])
+def test_the_budget_only_says_how_many_run_at_once(qwen, batch_tokens):
+    """Sequences join as others end; with a budget of 1 they run one by one."""
+    config, speaker = open_model(qwen)
+    largest = 0
+
+    def watch(module, args, kwargs):
+        nonlocal largest
+        largest = max(largest, len(kwargs["kv_cache"].lengths))
+
+    hook = speaker.model.register_forward_pre_hook(watch, with_kwargs=True)
+    got = answers(config, speaker, PROMPTS, batch_tokens=batch_tokens)
+    hook.remove()
+    assert largest == 1 if batch_tokens == 1 else 1 < largest < len(PROMPTS)
+    assert got == answers(config, speaker, PROMPTS)
+
+
+def test_logits_equal_a_pass_without_a_cache(qwen):
+    _, speaker = open_model(qwen, do_sample=False)
+    reference = AutoModelForCausalLM.from_pretrained(qwen)
+    seen: dict[int, list[torch.Tensor]] = {number: [] for number in range(len(PROMPTS))}
+
+    class Watching(Sampler):
+        def pick(self, logits, generators):
+            for number, row in zip(range(len(PROMPTS)), logits, strict=True):
+                seen[number].append(row)
+            return super().pick(logits, generators)
+
+    generator = Generator(speaker.model, Watching(True, 1.0, 1.0, 0), frozenset(), ONE, 10_000)
+    ids = [prompt_ids(speaker, prompt) for prompt in PROMPTS]
+    made = {number: [] for number in range(len(PROMPTS))}
+    for token in generator.stream([Request(number, prompt, 8) for number, prompt in enumerate(ids)]):
+        made[token.number].append(token.id)
+    for number, prompt in enumerate(ids):
+        with torch.no_grad():
+            logits = reference(torch.tensor([[*prompt, *made[number]]])).logits[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(torch.stack(seen[number]), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_bf16_is_kept(tmp_path):
+    _, speaker = open_model(write_model(tmp_path, dtype=torch.bfloat16))
+    assert speaker.model.dtype == torch.bfloat16
+
+
+def test_stop_tokens_and_limits_end_an_answer(qwen):
+    config, speaker = open_model(qwen, do_sample=False)
+    (whole,) = answers(config, speaker, PROMPTS[1:2])
+    stop = next(token for place, token in enumerate(whole) if token not in whole[:place] and place > 3)
+    generator = Generator(speaker.model, Sampler.of(config.infer), frozenset({stop}), ONE, 1000)
+    tokens = list(generator.stream([Request(0, prompt_ids(speaker, PROMPTS[1]), NEW)]))
+    assert [token.id for token in tokens] == whole[: whole.index(stop) + 1]
+    assert [token.end for token in tokens] == [None] * (len(tokens) - 1) + ["stop"]
+    short = list(generator.stream([Request(0, prompt_ids(speaker, PROMPTS[1]), 2)]))
+    assert [token.end for token in short] == [None, "length"]
+
+
+OTHERS = {
+    "states": ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "eos_token_id": 2}),
+    "coupled rotary": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}),
+}
+
+
+@pytest.mark.parametrize("kind", [*OTHERS, "penalty"])
+def test_other_models_run_by_transformers_generate(tmp_path, monkeypatch, kind):
+    family, overrides = OTHERS.get(kind, ("qwen3", {}))
+    monkeypatch.setitem(FAMILIES, "mamba", ("mamba", {}))
+    path = write_model(tmp_path, family, **overrides)
+    if kind == "penalty":
+        (tmp_path / "generation_config.json").write_text('{"repetition_penalty": 1.3, "eos_token_id": 2}')
+    config, speaker = open_model(path, do_sample=False)
+    assert needs_generate(speaker.model)
+    prompts = [*PROMPTS[:3], "Howdy"]
+    assert answers(config, speaker, prompts, limit=10) == by_transformers(path, speaker, prompts, limit=10)
+    config, _ = open_model(path)
+    sampled = answers(config, speaker, prompts, limit=10)
+    assert sampled == answers(config, speaker, prompts, limit=10) != answers(config, speaker, prompts[::-1], limit=10)
+
+
+@pytest.mark.parametrize("penalty", [False, True], ids=["own loop", "transformers' generate"])
+def test_interruption_ends_the_stream(tmp_path, penalty):
+    path = write_model(tmp_path)
+    if penalty:
+        (tmp_path / "generation_config.json").write_text('{"repetition_penalty": 1.3, "eos_token_id": 2}')
+    config, speaker = open_model(path)
+    rounds = iter([False, False, True])
+    generator = Generator(speaker.model, Sampler.of(config.infer), frozenset(), ONE, 1000, lambda: next(rounds))
+    tokens = list(generator.stream([Request(0, prompt_ids(speaker, "Hello"), NEW)]))
+    assert [token.end for token in tokens] == [None, None]

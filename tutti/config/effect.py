@@ -32,6 +32,11 @@ def _ends_without_exports(config: Config) -> bool:
 
 _RULES = (
     _Rule(
+        ("infer.temperature", "infer.top_p", "infer.seed"),
+        lambda config: not config.infer.do_sample,
+        "infer.do_sample is off: the most likely token is always taken",
+    ),
+    _Rule(
         ("data.train_size",),
         lambda config: not config.train.dyn_bsz,
         "without train.dyn_bsz steps are counted in samples; see data.train_sample",
@@ -122,6 +127,16 @@ _RULES = (
         ("data.eval_path",),
         lambda config: config.train.eval_steps == config.train.eval_epochs == 0,
         "train.eval_steps and train.eval_epochs are 0",
+    ),
+    _Rule(
+        (*_prefixed("train.lora_"), "model.adapter_path"),
+        lambda config: config.train.architecture != "lora",
+        "train.architecture is not lora",
+    ),
+    _Rule(
+        tuple(name for name in _prefixed("train.lora_") if name != "train.lora_dropout"),
+        lambda config: config.train.architecture == "lora" and config.model.adapter_path is not None,
+        "the adapter at model.adapter_path has its own",
     ),
     _Rule(_prefixed("train.wandb_"), lambda config: not config.train.use_wandb, "train.use_wandb is off"),
     _Rule(

@@ -48,12 +48,24 @@ def row_ids(speaker: Speaker, row: dict[str, Any]) -> list[int]:
         if text is None:
             raise RowError(f"has neither prompt nor messages; its columns are {', '.join(row) or 'none'}")
         return speaker.tokenizer(text).input_ids
+    _refuse_media(row)
     conversation = conversation_of(row, ("messages",))
     while conversation.messages and conversation.messages[-1]["role"] == "assistant":
         conversation.messages.pop()
     if not conversation.messages:
         raise RowError("the conversation has no message to answer")
     return conversation_ids(speaker, conversation)
+
+
+def _refuse_media(row: dict[str, Any]) -> None:
+    """Images, audio and video have no way into a model yet: RowError."""
+    turns = row.get("messages") or row.get("conversations")
+    for number, turn in enumerate(turns if isinstance(turns, list) else ()):
+        content = turn.get("content") if isinstance(turn, dict) else None
+        for part in content if isinstance(content, list) else ():
+            kind = part.get("type", "text") if isinstance(part, dict) else "text"
+            if "text" not in str(kind):
+                raise RowError(f"message {number} has a part of type {kind}; a model can be given only text so far")
 
 
 def prompt_ids(speaker: Speaker, prompt: str) -> list[int]:
@@ -65,8 +77,6 @@ def prompt_ids(speaker: Speaker, prompt: str) -> list[int]:
 
 def conversation_ids(speaker: Speaker, conversation: Conversation) -> list[int]:
     """The conversation as the model is to answer it. RowError: the template can't render it."""
-    if any(not isinstance(message.get("content", ""), str) for message in conversation.messages):
-        raise RowError("only text can be given to a model so far, no images, audio or video")
     if speaker.template is None:
         raise RowError("the model has no chat template; name one by infer.chat_template (chatml, say)")
     text = speaker.template.render(conversation.messages, conversation, prompt=True)

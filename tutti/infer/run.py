@@ -49,7 +49,7 @@ def infer(config: Config, job: Job, load_checkpoint: LoadCheckpoint) -> None:
     keep_freed_memory()
     ranks = init_dist(pick_device("cpu"))
     try:
-        rows = ranks.agree(lambda: read_rows(Path(job.input)) if job.input else [])
+        rows = ranks.agree(lambda: read_rows(Path(job.input)) if job.input else {})
         speaker = open_speaker(config, ranks, load_checkpoint)
         generator = make_generator(config, speaker, ranks)
         if job.input and job.output:

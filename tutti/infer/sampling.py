@@ -46,17 +46,19 @@ class Sampler:
         probabilities = torch.softmax(logits.float() / self.temperature, dim=-1)
         if not bool(probabilities[:, 0].isfinite().all()):
             raise ValueError("infer.model_path: the model's logits are not finite")
-        order = None
         if self.top_p < 1:
-            probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
-            before = probabilities.cumsum(-1, dtype=torch.float64) - probabilities
-            outside = before >= self.top_p
-            outside[:, 0] = False
-            probabilities = probabilities.masked_fill(outside, 0.0)
+            probabilities = probabilities.masked_fill(self._outside(probabilities), 0.0)
+        # In the vocabulary's order: among sorted ones, rounding would swap neighbours and so change what is drawn.
         sums = probabilities.cumsum(-1, dtype=torch.float64)
         draws = torch.stack([torch.rand(1, generator=item, dtype=torch.float64) for item in generators])
         places = torch.searchsorted(sums, draws.to(sums.device) * sums[:, -1:], right=True)
         # Rounding may put a draw at the very end, behind the last token that has a probability.
         last = (probabilities > 0).cumsum(-1).argmax(-1, keepdim=True)
-        places = places.minimum(last)
-        return (places if order is None else order.gather(-1, places))[:, 0]
+        return places.minimum(last)[:, 0]
+
+    def _outside(self, probabilities: Tensor) -> Tensor:
+        """Which tokens [B, V] the smallest set that reaches top_p leaves out; the most likely one is always in."""
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        outside = ordered.cumsum(-1, dtype=torch.float64) - ordered >= self.top_p
+        outside[:, 0] = False
+        return outside.scatter(-1, order, outside)

@@ -23,8 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tutti.config import Config, ModelConfig
 from tutti.config.load import load
 from tutti.core.dist import Dist
-from tutti.data.rows import Conversation
-from tutti.data.template import ChatTemplate, make_template
+from tutti.data.template import ChatTemplate, end_of_turn, make_template
 from tutti.infer.cache import register
 from tutti.infer.fallback import needs_generate
 from tutti.model.build import build_model, build_tokenizer, load_model_config
@@ -179,11 +178,9 @@ def _stop_ids(
     ends = model.generation_config.eos_token_id
     ends = tokenizer.eos_token_id if ends is None else ends
     stops = {ends} if isinstance(ends, int) else set(ends or ())
-    if template is not None:
-        turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
-        text, spans = template(Conversation(turn, (False, True)))
-        close = tokenizer.encode(text[slice(*spans[-1])], add_special_tokens=False)[-1:] if spans else []
-        stops.update(id for id in close if id in tokenizer.added_tokens_decoder)
+    turn = end_of_turn(template, tokenizer) if template is not None else None
+    if turn is not None:
+        stops.add(turn)
     return frozenset(stops)
 
 

@@ -37,11 +37,15 @@ _LISTED = 5
 _LOG_SECONDS = 15.0
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+Rows = dict[int, dict[str, Any]]
+"""Rows by the line they stand in, from 1."""
+
+
+def read_rows(path: Path) -> Rows:
     """The rows of a JSONL file. ValueError: the file is not there, or has no rows, or which line is no JSON object."""
     if not path.is_file():
         raise ValueError(f"--input: there is no file {path}")
-    rows = []
+    rows: Rows = {}
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -52,15 +56,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
                 raise ValueError(f"{path}:{number}: is not JSON: {error}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{path}:{number}: must be a JSON object, not {type(row).__name__}")
-            rows.append(row)
+            rows[number] = row
     if not rows:
         raise ValueError(f"--input: {path} has no rows")
     return rows
 
 
-def answer_rows(
-    config: Config, speaker: Speaker, generator: Generator, rows: list[dict[str, Any]], source: Path, output: Path
-) -> None:
+def answer_rows(config: Config, speaker: Speaker, generator: Generator, rows: Rows, source: Path, output: Path) -> None:
     """Answer `rows`, which are those of `source`, into `output`, going on from what an earlier run left. Collective.
 
     ValueError, on all ranks: rows that can't be asked, with their places; an output that belongs to something else.
@@ -86,26 +88,26 @@ def answer_rows(
             bar.token()
             if token.end:
                 answers[token.number] = answer_text(speaker.tokenizer, tokens.pop(token.number))
-                write({"row": token.number, RESPONSE: answers[token.number]})
+                write({"line": token.number, RESPONSE: answers[token.number]})
                 bar.row()
     ranks.agree(lambda: _finish(output, rows, answers, journal) if ranks.is_main else None)
     log.info("wrote %d answers to %s", len(rows), output)
 
 
-def _requests(config: Config, speaker: Speaker, rows: list[dict[str, Any]], source: Path) -> list[Request]:
+def _requests(config: Config, speaker: Speaker, rows: Rows, source: Path) -> list[Request]:
     requests, problems = [], []
-    for number, row in enumerate(rows):
+    for number, row in rows.items():
         try:
             requests.append(request(speaker, row_ids(speaker, row), number, config.infer.max_tokens))
         except RowError as error:
-            problems.append(f"{source}: row {number + 1}: {error}")
+            problems.append(f"{source}:{number}: {error}")
     if problems:
         more = f" (and {len(problems) - _LISTED} more rows)" if len(problems) > _LISTED else ""
         raise ValueError("\n".join(problems[:_LISTED]) + more)
     return requests
 
 
-def _is_done(output: Path, rows: list[dict[str, Any]]) -> bool:
+def _is_done(output: Path, rows: Rows) -> bool:
     """Whether `output` holds answers to just these rows. ValueError: it holds something else."""
     if not output.exists():
         if not output.absolute().parent.is_dir():
@@ -114,7 +116,7 @@ def _is_done(output: Path, rows: list[dict[str, Any]]) -> bool:
     try:
         there = [json.loads(line) for line in output.read_bytes().splitlines() if line.strip()]
         asked = [{key: value for key, value in row.items() if key != RESPONSE} for row in there]
-        same = asked == [{key: value for key, value in row.items() if key != RESPONSE} for row in rows]
+        same = asked == [{key: value for key, value in row.items() if key != RESPONSE} for row in rows.values()]
         same = same and all(RESPONSE in row for row in there)
     except (ValueError, AttributeError, OSError):
         same = False
@@ -123,8 +125,8 @@ def _is_done(output: Path, rows: list[dict[str, Any]]) -> bool:
     return True
 
 
-def _digest(rows: list[dict[str, Any]]) -> str:
-    return hashlib.sha256("\n".join(json.dumps(row, sort_keys=True) for row in rows).encode()).hexdigest()
+def _digest(rows: Rows) -> str:
+    return hashlib.sha256(json.dumps(list(rows.items()), sort_keys=True).encode()).hexdigest()
 
 
 def _read_journal(journal: Path, header: Mapping[str, Any]) -> dict[int, str]:
@@ -142,7 +144,7 @@ def _read_journal(journal: Path, header: Mapping[str, Any]) -> dict[int, str]:
             f"--output: {journal} is what a run with another input or other infer.* settings left; delete it, or "
             "choose another output"
         )
-    return {entry["row"]: entry[RESPONSE] for entry in entries[1:]}
+    return {entry["line"]: entry[RESPONSE] for entry in entries[1:]}
 
 
 @contextmanager
@@ -172,10 +174,10 @@ def _is_json(line: bytes) -> bool:
         return False
 
 
-def _finish(output: Path, rows: list[dict[str, Any]], answers: Mapping[int, str], journal: Path) -> None:
+def _finish(output: Path, rows: Rows, answers: Mapping[int, str], journal: Path) -> None:
     partial = output.with_name(f".{output.name}.tmp")
     with partial.open("w", encoding="utf-8") as file:
-        for number, row in enumerate(rows):
+        for number, row in rows.items():
             file.write(json.dumps({**row, RESPONSE: answers[number]}, ensure_ascii=False) + "\n")
     os.replace(partial, output)
     journal.unlink()

@@ -1,0 +1,163 @@
+"""Talking to a model: a turn a line, commands, a history that fits the context, and Ctrl-C."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.infer.models import ONE, open_model, write_model
+from tutti.infer.chat import chat
+from tutti.infer.generate import Generator
+from tutti.infer.sampling import Sampler
+
+
+class Talk:
+    """A chat on given lines; `asked` are the prompts that the model was given."""
+
+    def __init__(self, path: str, monkeypatch, capsys, **infer):
+        self._config, self._speaker = open_model(path, **{"do_sample": False, "max_tokens": 6} | infer)
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+        self.asked: list[str] = []
+        self.requests = []
+
+    def __call__(self, *lines: str, press_after: int | None = None) -> str:
+        self.asked, self.requests = [], []
+        stream = Generator.stream
+
+        def watched(generator, requests):
+            self.requests += requests
+            self.asked += [self._speaker.tokenizer.decode(request.ids) for request in requests]
+            for made, token in enumerate(stream(generator, requests), start=1):
+                if made == press_after:
+                    os.kill(os.getpid(), signal.SIGINT)
+                yield token
+
+        self._monkeypatch.setattr(Generator, "stream", watched)
+        self._monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        self._capsys.readouterr()
+        sampler = Sampler.of(self._config.infer)
+        chat(self._config, self._speaker, Generator(self._speaker.model, sampler, self._speaker.stop_ids, ONE, 10_000))
+        self._monkeypatch.setattr(Generator, "stream", stream)
+        return self._capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def talk(model, monkeypatch, capsys):
+    return Talk(model, monkeypatch, capsys)
+
+
+def user(text: str) -> str:
+    return f"<|im_start|>user\n{text}<|im_end|>\n"
+
+
+PROMPT = "<|im_start|>assistant\n"
+
+
+def test_the_history_is_given_with_each_turn(talk):
+    answers = talk("Hello", "And now?").splitlines()
+    assert len(answers) == 2
+    first, second = talk.asked
+    assert first == user("Hello") + PROMPT
+    assert second == f"{user('Hello')}{PROMPT}{answers[0]}<|im_end|>\n{user('And now?')}{PROMPT}"
+
+
+def test_commands(talk):
+    shown = talk(
+        "Hello", "/reset", "Again", "/system Be brief", "Hm", "/system", "//slash", "/what", "", "/exit", "never"
+    )
+    assert talk.asked == [
+        user("Hello") + PROMPT,
+        user("Again") + PROMPT,
+        f"<|im_start|>system\nBe brief<|im_end|>\n{user('Hm')}{PROMPT}",
+        user("/slash") + PROMPT,
+    ]
+    assert "there is no command /what" in shown and "(the conversation is forgotten)" in shown
+    assert "/reset" in talk("/help") and not talk.asked
+
+
+def test_lines_that_go_on(talk):
+    talk("one\\", "two\\", "three", "four\\")
+    assert talk.asked[0] == user("one\ntwo\nthree") + PROMPT
+    assert talk.asked[1].endswith(user("four") + PROMPT)
+
+
+def test_the_oldest_turns_go_when_the_context_is_full(talk):
+    long = "word " * 60
+    shown = talk("/system Be brief", *[f"{number} {long}" for number in range(4)], "x " * 300, "short")
+    assert "(the conversation outgrew the context of 256 tokens: its oldest turn is left out)" in shown
+    assert all(len(request.ids) + 6 <= 256 for request in talk.requests)
+    assert all("Be brief" in asked for asked in talk.asked)
+    assert "0 word" not in talk.asked[3] and "3 word" in talk.asked[3]
+    assert "(not sent: the prompt has" in shown, "a message that can't fit"
+    assert len(talk.asked) == 5 and "short" in talk.asked[4], "and the talk goes on"
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(talk, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    whole = talk("Hello").rstrip("\n")
+    lines = talk("Hello", "Next", press_after=3).splitlines()
+    assert len(lines) == 2, "the next turn was answered"
+    assert whole.startswith(lines[0]) and len(lines[0]) < len(whole)
+    assert f"{PROMPT}{lines[0]}<|im_end|>" in talk.asked[1]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_turns_of_a_talk_are_sampled_anew_and_the_talk_again_alike(model, monkeypatch, capsys):
+    talk = Talk(model, monkeypatch, capsys, do_sample=True)
+    shown = talk("Hello", "/reset", "Hello")
+    answers = [line for line in shown.splitlines() if not line.startswith("(")]
+    assert answers[0] != answers[1] and talk("Hello", "/reset", "Hello") == shown
+
+
+def test_a_model_without_template_can_not_talk(model, monkeypatch, capsys):
+    from dataclasses import replace
+
+    talk = Talk(model, monkeypatch, capsys)
+    talk._speaker = replace(talk._speaker, template=None)
+    with pytest.raises(ValueError, match=r"infer\.chat_template: the model has no chat template"):
+        talk("Hello")
+
+
+def test_in_a_terminal(model):
+    """Marks for input, a streamed answer, Ctrl-C at the mark and in an answer, Ctrl-D to leave."""
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "tutti", "infer", f"--infer.model_path={model}", "--infer.max_tokens=200"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
+    process = subprocess.Popen(
+        command, stdin=slave, stdout=slave, stderr=subprocess.DEVNULL, env=environment, start_new_session=True
+    )
+    os.close(slave)
+    try:
+        _until(master, "> ")
+        process.send_signal(signal.SIGINT)
+        _until(master, "leaves)")
+        os.write(master, b"Hello\n")
+        _until(master, "> ")
+        os.write(master, b"/system Be brief\n")
+        _until(master, "new conversation")
+        _until(master, "> ")
+        os.write(master, b"\x04")
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        os.close(master)
+
+
+def _until(master: int, text: str, seconds: float = 60) -> str:
+    seen, deadline = "", time.monotonic() + seconds
+    while text not in seen:
+        assert time.monotonic() < deadline, f"no {text!r} in {seen!r}"
+        seen += os.read(master, 4096).decode(errors="replace")
+    return seen

@@ -1,0 +1,197 @@
+"""`tutti infer` as a whole: what each argument changes, where a model may come from, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from tests.harness import run_ranks
+from tests.infer.models import PROMPTS, infer_config, no_checkpoint, write_model
+from tests.train.runs import QUICKSTART, tiny_config
+from tutti.cli import main
+from tutti.infer.run import Job, infer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A short run that saved a checkpoint, and its export."""
+    config = tiny_config(
+        tmp_path_factory.mktemp("run"),
+        **{"train.max_steps": 2, "train.save_steps": 1, "train.save_hf_weights": True, "train.lr": 0.05},
+    )
+    run_ranks(1, _train, config)
+    return Path(config.train.output_dir)
+
+
+def _train(config):
+    from tests.train.runs import train_quietly
+
+    train_quietly(config)
+
+
+@pytest.fixture
+def say(capsys):
+    """Run `tutti infer` on a prompt; what it prints."""
+
+    def run(path: str, prompts=("What is the capital of Sweden?",), **values) -> str:
+        arguments = {"model_path": path, "max_tokens": 12} | values
+        capsys.readouterr()
+        asked = [part for prompt in prompts for part in ("--prompt", prompt)]
+        status = main(["infer", *(f"--infer.{name}={value}" for name, value in arguments.items()), *asked, "--debug"])
+        shown = capsys.readouterr()
+        assert status == 0, shown.err
+        return shown.out
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", 7),
+        ("do_sample", False),
+        ("temperature", 0.2),
+        ("top_p", 0.2),
+        ("max_tokens", 3),
+        ("chat_template", "none"),
+    ],
+)
+def test_each_argument_changes_the_text(model, say, name, value):
+    assert say(model, **{name: value}) != say(model)
+
+
+def test_the_same_seed_gives_the_same_text(model, say):
+    assert say(model, seed=5) == say(model, seed=5) == say(model, seed=5, batch_tokens=1)
+
+
+def test_max_tokens_and_context_limit_an_answer(model, say):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert len(tokenizer(say(model, max_tokens=4, do_sample=False)).input_ids) <= 6
+    say(model, max_tokens=10_000, do_sample=False)  # as far as the context of 256 reaches
+
+
+def test_another_tokenizer(model, say, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(QUICKSTART / name, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    other = say(model, do_sample=False, tokenizer_path=str(tmp_path))
+    assert other == say(model, do_sample=False, chat_template="none") != say(model, do_sample=False)
+
+
+def test_several_prompts_are_answered_in_order(model, say):
+    shown = say(model, prompts=PROMPTS[:3], do_sample=False, max_tokens=4)
+    places = [shown.index(f"> {prompt}\n") for prompt in PROMPTS[:3]]
+    assert places == sorted(places) and places[0] == 0
+    for prompt in PROMPTS[:3]:
+        assert say(model, prompts=[prompt], do_sample=False, max_tokens=4) in shown
+
+
+def test_a_checkpoint_speaks_as_its_export_does(trained, say):
+    final = say(str(trained / "hf" / "final"), do_sample=False)
+    assert final.strip()
+    for path in (trained, trained / "checkpoints" / "global_step_2"):
+        assert say(str(path), do_sample=False) == final, path
+    assert say(str(trained / "checkpoints" / "global_step_1"), do_sample=False) != final
+
+
+def test_an_output_folder_without_export_gives_its_newest_whole_checkpoint(trained, say, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    shutil.rmtree(copy / "hf")
+    final = say(str(trained), do_sample=False)
+    assert say(str(copy), do_sample=False) == final
+    assert say(str(copy / "checkpoints"), do_sample=False) == final
+    next((copy / "checkpoints" / "global_step_2").glob("*.distcp")).write_bytes(b"damaged")
+    assert say(str(copy), do_sample=False) == say(str(trained / "checkpoints" / "global_step_1"), do_sample=False)
+
+
+def test_a_base_model_without_template_goes_on_with_the_text(model, say, tmp_path):
+    shutil.copytree(model, tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(config))
+    base = str(tmp_path / "base")
+    assert say(base, do_sample=False) == say(model, do_sample=False, chat_template="none")
+    assert say(base, do_sample=False, chat_template="chatml") == say(model, do_sample=False)
+
+
+def _refused(capsys, *argv: str) -> str:
+    capsys.readouterr()
+    assert main(["infer", *argv]) == 1
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    return line
+
+
+def test_what_is_no_model_is_refused(capsys, tmp_path, model, trained):
+    def refused(path: Path, *argv: str) -> str:
+        return _refused(capsys, f"--infer.model_path={path}", "--prompt", "x", *argv)
+
+    assert "infer.model_path: " in refused(tmp_path / "none") and "is not there" in refused(tmp_path / "none")
+    assert "is neither a Hugging Face folder" in refused(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "holds an adapter" in refused(tmp_path)
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    (broken / "model.safetensors").unlink()
+    assert "infer.model_path: no weights in" in refused(broken)
+    step = tmp_path / "run" / "checkpoints" / "global_step_1"
+    shutil.copytree(trained / "checkpoints" / "global_step_1", step)
+    shutil.copy(trained / "config.yaml", tmp_path / "run")
+    next(step.glob("*.distcp")).write_bytes(b"x")
+    assert "is damaged" in refused(step)
+    assert "infer.tokenizer_path" in refused(model, f"--infer.tokenizer_path={tmp_path / 'nowhere'}")
+    assert "--prompt 1: the prompt has" in _refused(capsys, f"--infer.model_path={model}", "--prompt", "word " * 300)
+
+
+def test_a_classifier_is_refused(capsys, tmp_path, model):
+    shutil.copytree(model, tmp_path / "classifier")
+    config = json.loads((tmp_path / "classifier" / "config.json").read_text())
+    (tmp_path / "classifier" / "config.json").write_text(
+        json.dumps(config | {"architectures": ["Qwen3ForSequenceClassification"]})
+    )
+    line = _refused(capsys, f"--infer.model_path={tmp_path / 'classifier'}", "--prompt", "x")
+    assert "is a classifier, which generates no text" in line
+
+
+def _infer_on_rank(path, source, output, settings):
+    import logging
+
+    from tutti.train.checkpoint import load_model_only
+
+    logging.disable(logging.INFO)
+    infer(infer_config(path, **settings), Job((), source, output), load_model_only)
+    return torch.get_num_threads()
+
+
+@pytest.mark.parametrize("kind", ["folder", "checkpoint", "transformers' generate"])
+def test_ranks_that_share_a_model_give_the_same_text(tmp_path, model, trained, kind):
+    path = {"folder": model, "checkpoint": str(trained / "checkpoints" / "global_step_2")}.get(kind)
+    if path is None:
+        path = str(tmp_path / "model")
+        shutil.copytree(model, path)
+        (tmp_path / "model" / "generation_config.json").write_text('{"repetition_penalty": 1.3, "eos_token_id": 2}')
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    outputs = []
+    for world in (1, 2):
+        output = tmp_path / f"out{world}.jsonl"
+        run_ranks(world, _infer_on_rank, path, str(source), str(output), {"max_tokens": 8, "batch_tokens": 400})
+        outputs.append([json.loads(line)["response"] for line in output.read_text().splitlines()])
+    assert outputs[0] == outputs[1]
+
+
+def test_a_checkpoint_is_not_read_where_there_is_none(model):
+    with pytest.raises(ValueError, match=r"--prompt 1"):
+        infer(infer_config(model), Job(("word " * 300,)), no_checkpoint)
