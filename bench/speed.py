@@ -27,7 +27,7 @@ from bench.workload import Workload
 ROOT = Path(__file__).parents[1]
 BATCH_SIZE, ACCUMULATION = 10, 2
 MICRO_BATCH_SLOTS = 2 * workload.MAX_LENGTH
-WARMUP_STEPS = 2
+WARMUP_STEPS = 4
 CONTENDERS = ("Trainer, padded", "Trainer, length-grouped", "Tutti", "Tutti, compiled")
 
 
@@ -55,7 +55,9 @@ def main() -> None:
     results: dict[str, list[Result]] = {name: [] for name in contenders}
     rates = []
     for number in range(rounds):
-        work = workload.make_workload(steps * ACCUMULATION, BATCH_SIZE, 4 * BATCH_SIZE * ACCUMULATION, seed=number)
+        work = workload.make_workload(
+            steps * ACCUMULATION, BATCH_SIZE, WARMUP_STEPS * BATCH_SIZE * ACCUMULATION, seed=number
+        )
         for name in contenders:
             rates.append(_matrix_rate())
             speed = _run(name, work)
@@ -95,6 +97,7 @@ def _run_tutti(folder: Path, work: Workload, *, compile: bool) -> float:
         "data.max_seq_len": workload.MAX_LENGTH,
         "data.num_workers": 0,
         "data.shuffle": False,
+        "data.drop_last": False,
         "train.output_dir": folder / "run",
         "train.dyn_bsz": True,
         "train.micro_batch_size": MICRO_BATCH_SLOTS // workload.MAX_LENGTH,
