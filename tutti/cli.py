@@ -25,7 +25,7 @@ usage: tutti VERB ...
 
   train   [FILE.yaml] [--a.b VALUE | a.b=VALUE ...] [--nproc N]    train a model
   check   [FILE.yaml] [--a.b VALUE | a.b=VALUE ...] [--nproc N]    look at its data, batches, sizes and memory first
-  export  CHECKPOINT_OR_OUTPUT_DIR OUT_FOLDER                      make a Hugging Face folder of a checkpoint
+  export  CHECKPOINT_OR_OUTPUT_DIR OUT_FOLDER [--merge]            make a Hugging Face folder of a checkpoint
   args    [PREFIX] [--json | --markdown]                           list the arguments of a configuration
   infer   [FILE.yaml] [--infer.b VALUE ...] [--prompt TEXT | --input FILE --output FILE] [--nproc N]
                                                                    talk to a model, or let it answer prompts
@@ -81,14 +81,17 @@ examples:
 """
 
 _EXPORT_HELP = """\
-usage: tutti export CHECKPOINT_OR_OUTPUT_DIR OUT_FOLDER
+usage: tutti export CHECKPOINT_OR_OUTPUT_DIR OUT_FOLDER [--merge]
 
 Make a complete Hugging Face folder (config, weights, tokenizer) of a training checkpoint: a folder
 .../checkpoints/global_step_N, or a run's output_dir, whose newest whole checkpoint is taken.
 
-example:
+  --merge    add the adapters to the base model instead, and write it complete
+
+examples:
   tutti export runs/first runs/first/hf/final
 """
+  tutti export runs/lora runs/lora/hf/merged --merge
 
 _INFER_HELP = """\
 usage: tutti infer [FILE.yaml] --infer.model_path PATH [--a.b VALUE | a.b=VALUE ...] [--nproc N]
@@ -220,15 +223,13 @@ def _check(command: _Command) -> int:
 
 
 def _export(command: _Command) -> int:
-    if len(command.argv) != 2:
-        raise ConfigError(
-            [f"export: takes CHECKPOINT_OR_OUTPUT_DIR OUT_FOLDER, got {' '.join(command.argv) or 'neither'}"]
-        )
+    paths = [token for token in command.argv if token != "--merge"]
+    if len(paths) != 2:
+        raise ConfigError([f"export: takes CHECKPOINT_OR_OUTPUT_DIR OUT_FOLDER, got {' '.join(paths) or 'neither'}"])
 
     from tutti.train.export import export
 
-    source, out = command.argv
-    export(source, out)
+    export(*paths, merge_adapters="--merge" in command.argv)
     return 0
 
 

@@ -58,6 +58,12 @@ class ModelConfig:
     basic_modules: tuple[str, ...] = arg(
         (), "Class names of modules that FSDP shards as units of their own, beside the model's _no_split_modules."
     )
+    adapter_path: str | None = arg(
+        None,
+        "LoRA adapter to go on with, of Tutti or peft, with train.architecture lora; "
+        "what it adapts, rank and alpha are its own.",
+        added=True,
+    )
     num_labels: int | None = arg(
         None,
         "Number of classes when data.data_type is classification; none takes the config's.",

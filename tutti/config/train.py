@@ -153,6 +153,24 @@ class TrainConfig:
     compute_dtype: Literal["bfloat16", "float32"] = arg(
         "bfloat16", "Dtype of the forward and backward pass (parameters: see enable_mixed_precision).", added=True
     )
+    lora_rank: int = arg(16, "Rank of the adapters, with architecture lora.", low=1, added=True)
+    lora_alpha: float = arg(
+        32.0, "An adapter's change is scaled by lora_alpha / lora_rank (see lora_rslora).", low=0, added=True
+    )
+    lora_dropout: float = arg(
+        0.0, "Part of an adapter's inputs that are set to zero in training.", low=0, high=0.99, added=True
+    )
+    lora_targets: tuple[str, ...] = arg(
+        (),
+        "Layers to adapt: names or ends of names, with * and ? (q_proj, layers.0.*, experts.down_proj); "
+        "none is every linear layer and every stack of experts in the blocks.",
+        added=True,
+    )
+    lora_rslora: bool = arg(False, "Scale by lora_alpha / sqrt(lora_rank), for large ranks.", added=True)
+    lora_dora: bool = arg(False, "DoRA: train the magnitude of each of a weight's rows as well.", added=True)
+    lora_full_modules: tuple[str, ...] = arg(
+        (), "Modules to train whole beside the adapters: names or ends of names (embed_tokens, lm_head).", added=True
+    )
     sample_prompts: tuple[str, ...] = arg(
         (), "Prompts that the exported model completes when training ends, for the log and the report.", added=True
     )

@@ -34,6 +34,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import grouped_mm
 from transformers.integrations.moe import ExpertsInterface
 
+from tutti.model.lora import adapter_for
 from tutti.parallel.expert import inverse
 
 FUSED, EAGER = "tutti_fused", "tutti_eager"
@@ -149,6 +150,9 @@ class _Groups:
         bias = getattr(self._module, f"{name}_bias") if self._module.has_bias else None
         weight = weight if self._module.is_transposed else weight.transpose(1, 2)
         out = self._product(rows, weight)
+        adapter = adapter_for(self._module, name)
+        if adapter is not None:
+            out = adapter.grouped(self._module, rows, out, self._experts, self._product)
         return out if bias is None else out + bias[self._experts]
 
     def _product(self, rows: Tensor, weight: Tensor) -> Tensor:

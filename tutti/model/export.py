@@ -55,13 +55,13 @@ def export_hf(
     """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
-    dist.agree(lambda: _prepare(partial) if dist.is_main else None)
+    dist.agree(lambda: prepare_folder(partial) if dist.is_main else None)
     groups = _Reverted(model, dtype)
     layout = dist.agree(lambda: _layout(groups.sizes, index_path, max_shard_gb))
     writer = _Writer(partial, layout)
     failure: Exception | None = None
     for names in groups.in_order_of(layout):
-        gathered = {name: _gather(groups.tensors[name], keep=dist.is_main) for name in names}
+        gathered = {name: gather_full(groups.tensors[name], keep=dist.is_main) for name in names}
         if not dist.is_main or failure is not None:
             continue
         try:
@@ -159,7 +159,7 @@ def _layout(sizes: Mapping[str, int], index_path: str | Path | None, max_shard_g
     return {key: f"model-{position:05d}-of-{number:05d}.safetensors" for key, position in numbers.items()}
 
 
-def _gather(tensor: Tensor, *, keep: bool) -> Tensor:
+def gather_full(tensor: Tensor, *, keep: bool) -> Tensor:
     """The full tensor on the CPU, for the rank that keeps it; every rank takes part."""
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
@@ -204,7 +204,8 @@ class _Writer:
         (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _prepare(partial: Path) -> None:
+def prepare_folder(partial: Path) -> None:
+    """Make the folder, empty, that is to be put in place when it is whole."""
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -227,6 +228,11 @@ def _finish(
     if model.can_generate():
         model.generation_config.to_json_file(partial / "generation_config.json")
     tokenizer.save_pretrained(partial)
+    put_in_place(partial, folder)
+
+
+def put_in_place(partial: Path, folder: Path) -> None:
+    """Give a folder that is whole its name, in place of what had it."""
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

@@ -27,14 +27,14 @@ from transformers import PreTrainedModel
 from transformers.distributed.sharding_utils import DtensorShardOperation
 from transformers.initialization import no_tie_weights
 
-from tutti.model.plan import model_class
+from tutti.model.plan import ADAPTER_MARK, model_class
 
 
 def init_weights(model: PreTrainedModel, seed: int, device: torch.device) -> None:
     """Fill `model` at random by its class's own rules, bit-equal whatever the layout and the number of ranks."""
     materialize(model, device)
     persistent = set(model.state_dict()) - set(model.all_tied_weights_keys)
-    fill_by_rules(model, persistent, seed)
+    fill_by_rules(model, {name for name in persistent if ADAPTER_MARK not in name}, seed)
 
 
 def materialize(model: PreTrainedModel, device: torch.device) -> None:

@@ -23,6 +23,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 HEAD_NAMES = ("score",)
 """Where sequence classifiers on a decoder keep the linear layer that gives the classes' logits."""
 
+ADAPTER_MARK = "_lora_"
+"""What the names of low-rank adapters' parameters have in them (`tutti.model.lora`), and no name of a model has."""
+
 
 class LogitTransform(NamedTuple):
     """What a model does between its head and its loss: logits = softcap * tanh(scale * head(x) / softcap).

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from functools import partial, wraps
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -30,6 +31,15 @@ def _checkpointed(block: nn.Module, forward: Callable[..., Any], reentrant: bool
         if not block.training:
             return forward(*args, **kwargs)
         # The reentrant mechanism takes positional arguments alone; of the keyword arguments none needs a gradient.
+        if reentrant and not any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            # What comes before the block is frozen; nothing of the block would get a gradient.
+            args = tuple(_requiring_grad(arg) for arg in args)
         return checkpoint(partial(forward, **kwargs), *args, use_reentrant=reentrant)
 
     return run
+
+
+def _requiring_grad(arg: Any) -> Any:
+    if isinstance(arg, Tensor) and arg.is_floating_point() and torch.is_grad_enabled():
+        return arg.detach().requires_grad_()
+    return arg

@@ -1,27 +1,34 @@
-"""`tutti export`: a training checkpoint as a complete Hugging Face folder."""
+"""`tutti export`: a training checkpoint as a complete Hugging Face folder, or as an adapter folder."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tutti.config import Config
 from tutti.config.load import load
-from tutti.core.dist import init_dist, shutdown_dist
+from tutti.core.dist import Dist, init_dist, shutdown_dist
 from tutti.core.log import setup_logging
+from tutti.model.adapter import export_adapter
 from tutti.model.export import export_hf
 from tutti.model.files import find_index
-from tutti.model.initial import materialize
+from tutti.model.initial import init_weights, materialize
+from tutti.model.lora import lora_of, merge
+from tutti.model.weights import load_weights
 from tutti.train.checkpoint import load_model_only
 from tutti.train.setup import tokenizer_and_model
 
 log = logging.getLogger(__name__)
 
 
-def export(source: str, out: str) -> None:
+def export(source: str, out: str, *, merge_adapters: bool = False) -> None:
     """Write the model of `source` (a checkpoint, or an output folder: its newest whole one) to the new folder `out`.
 
+    merge_adapters: of an adapted model not the adapter, but the complete model that it makes of its base.
     Runs in one process on the CPU. ValueError: there is no checkpoint, it is damaged, or `out` exists.
     """
     setup_logging(0)
@@ -31,14 +38,45 @@ def export(source: str, out: str) -> None:
     config = load([str(output / "config.yaml")], verb=None)
     ranks = init_dist(torch.device("cpu"))
     try:
+        if merge_adapters:
+            # What is merged into bf16 is rounded away.
+            config = replace(config, train=replace(config.train, compute_dtype="float32"))
         tokenizer, model = tokenizer_and_model(config, ranks.device)
-        materialize(model, ranks.device)
-        load_model_only(Path(source), model, ranks)
-        index = find_index(config.model.model_path, config.model.safetensor_idx_path)
-        export_hf(model, Path(out), tokenizer, dist=ranks, index_path=index)
+        if merge_adapters and lora_of(model) is None:
+            raise ValueError(f"--merge: {source} is of a model that was trained whole, there is nothing to merge")
+        load_trained(config, Path(source), model, ranks)
+        if merge_adapters:
+            merge(model)
+        export_trained(config, model, tokenizer, Path(out), ranks)
     finally:
         shutdown_dist()
     log.info("wrote the model to %s", out)
+
+
+def load_trained(config: Config, source: Path, model: PreTrainedModel, ranks: Dist) -> None:
+    """Give `model`, which has no storage, what the run of `config` had trained at checkpoint `source`. Collective.
+
+    A checkpoint of adapters holds no more than these: the base model is read from where the run read it.
+    """
+    if lora_of(model) is None:
+        materialize(model, ranks.device)
+    elif config.model.model_path is None:
+        init_weights(model, config.train.seed, ranks.device)
+    else:
+        load_weights(model, config.model.model_path, dist=ranks, broadcast=False, seed=config.train.seed)
+    load_model_only(source, model, ranks)
+
+
+def export_trained(
+    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, ranks: Dist
+) -> None:
+    """Write `model` to `folder`: complete, or of an adapted one its adapter, which peft reads. Collective."""
+    if lora_of(model) is not None:
+        base = config.model.model_path or config.model.config_path
+        export_adapter(model, folder, tokenizer, dist=ranks, base=base and str(Path(base).absolute()))
+        return
+    index = find_index(config.model.model_path, config.model.safetensor_idx_path)
+    export_hf(model, folder, tokenizer, dist=ranks, index_path=index)
 
 
 def _output_folder(source: Path) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,11 +17,12 @@ import torch
 from tutti.config import Config
 from tutti.core.batch import GlobalBatch
 from tutti.core.dist import Dist, init_dist, shutdown_dist
-from tutti.model.export import export_hf
-from tutti.model.files import find_index
+from tutti.model.adapter import base_of, require_base
+from tutti.model.lora import lora_of, require_gradients
 from tutti.parallel.fsdp import GradientSync
 from tutti.train.checkpoint import Checkpointer
 from tutti.train.evaluate import evaluate
+from tutti.train.export import export_trained
 from tutti.train.metrics import Metrics
 from tutti.train.optim import build_optimizer, set_lr
 from tutti.train.profile import make_profiler
@@ -62,10 +64,20 @@ def _run(config: Config, ranks: Dist) -> None:
     )
     state = checkpoints.resume(config.train.load_checkpoint_path, parts.model, optimizer)
     step = state["step"] if state else 0
+    base = base_of(config, ranks)
     if state:
+        require_base(state.get("base"), base)
         parts.data.load_state_dict(state["data"])
     sync = GradientSync(parts.objective, parts.mesh, config.train)
-    trainer = Trainer(parts.objective, optimizer, sync, parts.mesh, ranks.device, config.train.max_grad_norm)
+    trainer = Trainer(
+        parts.objective,
+        optimizer,
+        sync,
+        parts.mesh,
+        ranks.device,
+        config.train.max_grad_norm,
+        inspect_gradients=partial(require_gradients, parts.model, ranks),
+    )
     run_info = parts.describe(ranks)
     with (
         Metrics(config, ranks, total_steps=parts.data.total_steps, run_info=run_info, start_step=step) as metrics,
@@ -86,7 +98,7 @@ def _run(config: Config, ranks: Dist) -> None:
                 metrics.log_eval({"step": step, **found})
             stopping = stop.requested()
             if stopping or due(batch, config.train.save_steps, config.train.save_epochs):
-                state = {"step": step, "epoch": batch.epoch, "data": parts.data.state_dict()}
+                state = {"step": step, "epoch": batch.epoch, "data": parts.data.state_dict(), "base": base}
                 checkpoints.save(step, parts.model, optimizer, state)
             if due(batch, config.train.hf_save_steps, config.train.hf_save_epochs):
                 _export(config, parts, output / "hf" / f"global_step_{step}", ranks)
@@ -100,7 +112,7 @@ def _run(config: Config, ranks: Dist) -> None:
             return
         if config.train.save_hf_weights:
             _export(config, parts, output / "hf" / "final", ranks)
-            if ranks.is_main:
+            if ranks.is_main and base is None:
                 show_samples(config, output / "hf" / "final", metrics, step)
         metrics.close({"status": "finished", "data": parts.data.report})
     log.info("report: %s", output / "report.html")
@@ -122,6 +134,5 @@ def housekeeping(step: int, config: Config) -> None:
 
 
 def _export(config: Config, parts: Parts, folder: Path, ranks: Dist) -> None:
-    index = find_index(config.model.model_path, config.model.safetensor_idx_path)
-    export_hf(parts.model, folder, parts.tokenizer, dist=ranks, index_path=index)
-    log.info("wrote the model to %s", folder)
+    export_trained(config, parts.model, parts.tokenizer, folder, ranks)
+    log.info("wrote the %s to %s", "model" if lora_of(parts.model) is None else "adapter", folder)

@@ -29,9 +29,11 @@ from tutti.core.dist import Dist
 from tutti.core.log import setup_logging
 from tutti.data.loader import Data, build_data
 from tutti.data.template import make_template
+from tutti.model.adapter import load_adapter, plan_adapters
 from tutti.model.attention import check_splittable
 from tutti.model.build import build_model, build_tokenizer
 from tutti.model.initial import init_weights
+from tutti.model.lora import add_adapters, init_adapters
 from tutti.model.plan import basic_modules, blocks, experts, num_params
 from tutti.model.weights import load_weights
 from tutti.parallel.apply import parallelize
@@ -130,13 +132,18 @@ def assemble(config: Config, ranks: Dist) -> Parts:
 
 
 def tokenizer_and_model(config: Config, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """The tokenizer, with the chat template that data.chat_template names, and the model on the meta device."""
+    """The tokenizer, with the chat template that data.chat_template names, and the model on the meta device, adapted
+    with train.architecture lora."""
     tokenizer = build_tokenizer(config)
     named = config.data.chat_template != "default"
     if config.data.data_type == "conversation" and (named or not tokenizer.chat_template):
         # What is exported must render chats as they were rendered in training.
         tokenizer.chat_template = make_template(config.data.chat_template, tokenizer).source
-    return tokenizer, build_model(config, tokenizer=tokenizer, device=device)
+    model = build_model(config, tokenizer=tokenizer, device=device)
+    lora = plan_adapters(config, model)
+    if lora is not None:
+        add_adapters(model, lora, getattr(torch, config.train.compute_dtype))
+    return tokenizer, model
 
 
 def open_data(
@@ -185,6 +192,10 @@ def load_parameters(config: Config, parts: Parts, ranks: Dist) -> None:
             index_path=config.model.safetensor_idx_path,
             seed=train.seed,
         )
+    if config.model.adapter_path is not None and train.architecture == "lora":
+        ranks.agree(lambda: load_adapter(model, Path(config.model.adapter_path or "")))
+    else:
+        init_adapters(model, train.seed)
     if whole:
         nn.Module.to(model, ranks.device)
         parallelize(parts.objective, units, parts.mesh, train, experts=experts(model))

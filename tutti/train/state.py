@@ -21,15 +21,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tutti.model.lora import lora_of
 from tutti.train.optim import set_lr
 
 
 def model_entries(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and persistent buffer of `model`, tied ones under each of their names.
 
-    By way of state_dict, which has FSDP put gathered parameters back into shards.
+    Of an adapted model only what trains: the rest is its base model. By way of state_dict, which has FSDP put gathered
+    parameters back into shards.
     """
     entries = model.state_dict(keep_vars=True)
+    if lora_of(model) is not None:
+        entries = {name: entry for name, entry in entries.items() if entry.requires_grad}
     assert all(isinstance(entry, Tensor) for entry in entries.values()), "a checkpoint has room for tensors only"
     return entries
 

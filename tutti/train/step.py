@@ -10,6 +10,7 @@ A step whose gradient is not finite changes nothing (neither parameters nor opti
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -39,7 +40,10 @@ class Trainer:
         mesh: Mesh,
         device: torch.device,
         max_grad_norm: float,
+        *,
+        inspect_gradients: Callable[[], None] | None = None,
     ) -> None:
+        """inspect_gradients: called once, after the first step's backward pass."""
         self._objective = objective
         self._optimizer = optimizer
         self._sync = sync
@@ -47,6 +51,7 @@ class Trainer:
         self._num_sharing = mesh.grid.size() // mesh.dp_size
         self._device = device
         self._max_grad_norm = max_grad_norm
+        self._inspect_gradients = inspect_gradients
         self._flops = count_flops(objective.model)
         self._parameters: list[nn.Parameter] = [item for item in objective.parameters() if item.requires_grad]
 
@@ -65,6 +70,9 @@ class Trainer:
             totals.flops += self._flops.batch(micro.lengths()) / self._num_sharing
             if len(totals.source_loss) > 1:
                 totals.source_loss += source_sums(on_device, out.losses, len(totals.source_loss))
+        if self._inspect_gradients is not None:
+            self._inspect_gradients()
+            self._inspect_gradients = None
         norm = gradient_norm(self._parameters)
         clip_gradients(self._parameters, norm, self._max_grad_norm)
         finite = norm.isfinite()

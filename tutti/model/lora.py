@@ -1,0 +1,383 @@
+"""Low-rank adapters: a frozen model, and beside each chosen weight W a trained change s * B A of small rank.
+
+(LoRA, arXiv 2106.09685; rank-stabilised scaling, 2312.03732; DoRA, 2402.09353.)
+
+The model stays what it is: names, classes and code do not change, so that loading, sharding and exports need not know.
+An adapted layer holds the adapter's parameters beside its weight (`weight_lora_A` beside `weight`), and a forward hook
+adds what they make of the layer's input to its output. Stacks of experts have no layer for each expert; their grouped
+products ask for the adapter (`grouped`), whose parameters are stacks too and are divided among ranks as the experts
+are. No change s * B A is ever made whole: the input goes through A, which leaves r numbers a token, and then through B.
+
+1. `add_adapters` freezes a model on the meta device, holds what is frozen in the compute dtype, and adds parameters;
+2. the model is parallelized and its weights are loaded as ever; `init_adapters` then draws A, and sets B to zero;
+3. after the first backward pass `require_gradients` finds adapters whose output never reaches the loss;
+4. `merge` adds the changes to the weights, and leaves the model as its class made it.
+
+DoRA scales each output by m / |W + s B A|, with the norm of the weight's row that belongs to the output. Three things:
+
+- the norm comes from |W|^2 + 2 s B.(W A^T) + s^2 B.(B A A^T), row by row: nothing larger than [out, r] is made;
+- as in the paper, no gradient flows through the norm;
+- what is trained is m - |W|, which begins at zero: it needs no weights to begin with, and rounding it to bf16 loses a
+  little of the change, not of the norm.
+
+Shapes: r rank, E experts; A [(E,) r, in], B [(E,) out, r], offset [(E,) out].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout, linear
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from tutti.core.dist import Dist
+from tutti.model.initial import local_part, own_part
+from tutti.model.plan import ADAPTER_MARK, blocks, head, is_classifier, is_experts
+
+LISTED = 20
+"""Names that an error lists before it only counts."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What is adapted, and how.
+
+    targets: patterns of layer names (of parameter names, for experts); () is every linear layer and every stack of
+    experts in the blocks. full_modules: patterns of modules that are trained whole. ranks, alphas: of adapters, by
+    name, where they differ from `rank` and `alpha`.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    rslora: bool = False
+    dora: bool = False
+    targets: tuple[str, ...] = ()
+    full_modules: tuple[str, ...] = ()
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
+
+    def rank_of(self, name: str) -> int:
+        return self.ranks.get(name, self.rank)
+
+    def scaling(self, name: str) -> float:
+        """s: alpha / r, or alpha / sqrt(r) with rslora."""
+        rank = self.rank_of(name)
+        return self.alphas.get(name, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+
+class Factors(NamedTuple):
+    """An adapter's parameters; `offset` with DoRA only."""
+
+    A: Tensor
+    B: Tensor
+    offset: Tensor | None
+
+    @staticmethod
+    def names(weight: str) -> tuple[str, str, str]:
+        """What they are called beside the weight of this name."""
+        return tuple(f"{weight}{ADAPTER_MARK}{part}" for part in ("A", "B", "offset"))  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How one weight is adapted; the parameters are the layer's.
+
+    name: of the layer, or of the stack of experts. weight: the parameter's name within its module. transposed: it is
+    held as [(E,) in, out].
+    """
+
+    name: str
+    weight: str
+    scaling: float
+    dropout: float
+    transposed: bool
+
+    def factors(self, module: Any) -> Factors:
+        A, B, offset = Factors.names(self.weight)
+        return Factors(getattr(module, A), getattr(module, B), getattr(module, offset, None))
+
+    def output(self, module: Any, inputs: Tensor, out: Tensor) -> Tensor:
+        """What the layer gives for `inputs` [.., in], from what its frozen weight gave, `out` [.., out]."""
+        A, B, offset = self.factors(module)
+        low = linear(dropout(inputs, self.dropout, module.training).to(A.dtype), A) * self.scaling
+        change = linear(low, B).to(out.dtype)
+        if offset is None:
+            return out + change
+        bias = 0 if module.bias is None else module.bias
+        return ((out - bias + change) * self._ratio(module) + bias).to(out.dtype)
+
+    def grouped(
+        self, module: Any, rows: Tensor, out: Tensor, experts: Tensor, product: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """The same for a stack of experts, before the bias: `rows` [S, in] sorted by `experts` [S].
+
+        product: multiplies each row [in] by its expert's matrix of a stack [E, in, out].
+        """
+        A, B, offset = self.factors(module)
+        low = product(dropout(rows, self.dropout, module.training), A.transpose(1, 2)) * self.scaling
+        change = product(low, B.transpose(1, 2)).to(out.dtype)
+        if offset is None:
+            return out + change
+        return ((out + change) * self._ratio(module)[experts]).to(out.dtype)
+
+    def weight_of(self, module: Any) -> Tensor:
+        """The frozen weight, as [(E,) out, in]."""
+        weight = getattr(module, self.weight).detach()
+        return weight.transpose(-2, -1) if self.transposed else weight
+
+    def _ratio(self, module: Any) -> Tensor:
+        """DoRA's factor for each output, fp32 [(E,) out]; only the offset gets a gradient."""
+        A, B, offset = self.factors(module)
+        assert offset is not None
+        with torch.no_grad():
+            weight = self.weight_of(module)
+            base = row_norms(weight)
+            a, b = A.float(), B.float()
+            cross = ((weight.to(A.dtype) @ A.transpose(-2, -1)).float() * b).sum(-1)
+            square = ((b @ (a @ a.transpose(-2, -1))) * b).sum(-1)
+            norm = (base.square() + 2 * self.scaling * cross + self.scaling**2 * square).clamp(min=0).sqrt()
+        return (base + offset.float()) / norm
+
+    def merge(self, module: nn.Module) -> None:
+        """Write W + s B A, scaled by DoRA if there is an offset, over the weight; of experts one at a time."""
+        weight = self.weight_of(module)
+        factors = [part.detach().float() for part in self.factors(module) if part is not None]
+        stacked = weight.ndim == 3
+        for part, A, B, *offset in zip(weight, *factors, strict=True) if stacked else [(weight, *factors)]:
+            changed = torch.addmm(part.float(), B, A, alpha=self.scaling)
+            if offset:
+                changed *= ((row_norms(part) + offset[0]) / row_norms(changed)).unsqueeze(-1)
+            part.copy_(changed)
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    """fp32 [(E,) out] of a weight [(E,) out, in]."""
+    return torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32)
+
+
+def add_adapters(model: PreTrainedModel, lora: Lora, frozen_dtype: torch.dtype) -> None:
+    """Freeze `model`, all but what `lora` trains, and add the adapters' parameters, in place.
+
+    Frozen parameters are held in `frozen_dtype`, trained ones in the dtype they had; what is added holds nothing in
+    particular. ValueError: a pattern that matches nothing, or experts that run by the model's own loop.
+    """
+    full = _full_modules(model, lora)
+    targets = _targets(model, lora, full)
+    trained = {parameter for module in full.values() for parameter in module.parameters()}
+    if is_classifier(model):
+        trained.update(head(model).parameters())
+    dtype = next(iter(trained), next(model.parameters())).dtype
+    if any(is_experts(module) for module, _ in targets.values()) and "eager" in str(
+        model.config._experts_implementation
+    ):
+        raise ValueError(
+            "model.moe_implementation: eager is the model's own loop, which knows no adapters of experts; leave it "
+            "unset, or name the layers to adapt without the experts in train.lora_targets"
+        )
+    _freeze(model, trained, frozen_dtype)
+    model.__dict__["lora"] = lora
+    added: list[str] = []
+    for name, (module, weight) in targets.items():
+        transposed = isinstance(module, Conv1D) or bool(is_experts(module) and module.is_transposed)
+        adapter = Adapter(name, weight, lora.scaling(name), lora.dropout, transposed)
+        base = adapter.weight_of(module)
+        shapes = _shapes(base.shape, lora.rank_of(name), dora=lora.dora)
+        for leaf, shape in zip(Factors.names(weight), shapes, strict=False):
+            module.register_parameter(leaf, nn.Parameter(torch.empty(shape, dtype=dtype, device=base.device)))
+            owner = name.removesuffix(f".{weight}") if is_experts(module) else name
+            added.append(f"{owner}.{leaf}")
+        held: dict[str, Adapter] = module.__dict__.setdefault("low_rank", {})
+        held[weight] = adapter
+        if not is_experts(module):
+            module.register_forward_hook(_adapted)
+    model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or ()), ADAPTER_MARK]
+    model._keys_to_ignore_on_save = [*(model._keys_to_ignore_on_save or ()), *added]
+
+
+def _adapted(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+    adapter = module.__dict__["low_rank"].get("weight")
+    return out if adapter is None else adapter.output(module, args[0], out)
+
+
+def adapter_for(module: nn.Module, weight: str) -> Adapter | None:
+    """The adapter of the parameter of this name in `module`, if it has one."""
+    return module.__dict__.get("low_rank", {}).get(weight)
+
+
+def adapters(model: nn.Module) -> list[tuple[nn.Module, Adapter]]:
+    """Every adapter of `model` with the module that holds it, in the order of modules."""
+    return [(module, item) for module in model.modules() for item in module.__dict__.get("low_rank", {}).values()]
+
+
+def lora_of(model: nn.Module) -> Lora | None:
+    """What is adapted in `model`; None for a model that trains as a whole."""
+    return model.__dict__.get("lora")
+
+
+def full_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that are trained whole, by name: those with a parameter of their own that is trained."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if any(p.requires_grad and ADAPTER_MARK not in leaf for leaf, p in module.named_parameters(recurse=False))
+    }
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Compute without the adapters' changes: as the base model, if no module is trained whole."""
+    held = [(module, module.__dict__["low_rank"]) for module in model.modules() if "low_rank" in module.__dict__]
+    for module, _ in held:
+        module.__dict__["low_rank"] = {}
+    try:
+        yield
+    finally:
+        for module, before in held:
+            module.__dict__["low_rank"] = before
+
+
+def init_adapters(model: nn.Module, seed: int) -> None:
+    """Draw each A from the seed and its adapter's name, uniform within 1 / sqrt(in), whatever the layout; the rest is
+    zero, so that the adapted model begins as the base."""
+    for module, adapter in adapters(model):
+        A, B, offset = adapter.factors(module)
+        digest = hashlib.sha256(f"{seed} {adapter.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        bound = 1 / math.sqrt(A.shape[-1])
+        drawn = torch.empty(A.shape).uniform_(-bound, bound, generator=generator)
+        local_part(A).copy_(own_part(drawn, A))
+        for part in (B, offset):
+            if part is not None:
+                local_part(part).zero_()
+
+
+def require_gradients(model: nn.Module, dist: Dist) -> None:
+    """To be called after the first backward pass. Collective.
+
+    ValueError, on all ranks, that names the adapters whose B has no gradient on any rank.
+    """
+    if lora_of(model) is None:
+        return
+    flags = {
+        adapter.name: grad is not None and bool((local_part(grad) != 0).any())
+        for module, adapter in adapters(model)
+        for grad in [adapter.factors(module).B.grad]
+    }
+    gathered = dist.gather(flags)
+    names = {name: None for part in gathered for name in part}
+    dead = [name for name in names if not any(part.get(name) for part in gathered)]
+    if dead:
+        raise ValueError(
+            f"the adapters of {listed(dead)} got no gradient in the first step: what these layers compute does not "
+            "reach the loss (they are unused, or the model reads their weights without calling them); name the layers "
+            "to adapt without them in train.lora_targets"
+        )
+
+
+def merge(model: PreTrainedModel) -> None:
+    """Add every adapter's change to its weight, in place, and remove the adapters. Parameters must not be sharded."""
+    for module, adapter in adapters(model):
+        adapter.merge(module)
+        for leaf in Factors.names(adapter.weight):
+            module._parameters.pop(leaf, None)
+    for module in model.modules():
+        if "low_rank" in module.__dict__:
+            module.__dict__["low_rank"] = {}
+    model.__dict__.pop("lora", None)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first of `names`, and how many more there are."""
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+
+
+def _shapes(weight: Sequence[int], rank: int, *, dora: bool) -> list[tuple[int, ...]]:
+    """Of A, B and, with DoRA, the offset."""
+    *stack, rows, columns = weight
+    shapes = [(*stack, rank, columns), (*stack, rows, rank)]
+    return [*shapes, (*stack, rows)] if dora else shapes
+
+
+def _freeze(model: nn.Module, trained: set[nn.Parameter], dtype: torch.dtype) -> None:
+    """Tied parameters stay one."""
+    frozen: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter in trained:
+                continue
+            if parameter not in frozen:
+                kind = dtype if parameter.is_floating_point() else parameter.dtype
+                frozen[parameter] = nn.Parameter(parameter.detach().to(kind), requires_grad=False)
+            module._parameters[leaf] = frozen[parameter]
+
+
+def _candidates(model: PreTrainedModel) -> dict[str, tuple[nn.Module, str]]:
+    """Everything that can have an adapter, by name: linear layers but for the head, and stacks of experts."""
+    found: dict[str, tuple[nn.Module, str]] = {}
+    output = head(model)
+    for name, module in model.named_modules():
+        if is_experts(module):
+            stacks = [leaf for leaf, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
+            found.update({f"{name}.{leaf}": (module, leaf) for leaf in stacks})
+        elif type(module) in (nn.Linear, Conv1D) and module is not output:
+            found[name] = (module, "weight")
+    return found
+
+
+def _targets(model: PreTrainedModel, lora: Lora, full: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, str]]:
+    """What `lora` adapts: each with the module and the name of its weight in there."""
+    whole = {id(part) for module in full.values() for part in module.modules()}
+    candidates = {name: item for name, item in _candidates(model).items() if id(item[0]) not in whole}
+    if not lora.targets:
+        inside = tuple(f"{name}." for name, _ in blocks(model))
+        chosen = {name: item for name, item in candidates.items() if name.startswith(inside)}
+        if not chosen:
+            raise ValueError(f"train.architecture: lora, but the blocks of {type(model).__name__} have no linear layer")
+        return chosen
+    kinds = ", ".join(dict.fromkeys(_kind(name) for name in candidates))
+    for pattern in lora.targets:
+        if any(matches(pattern, name) for name in candidates):
+            continue
+        if any(matches(pattern, name) for name, _ in model.named_modules()):
+            raise ValueError(
+                f"train.lora_targets: {pattern} is no layer that an adapter goes beside ({kinds}); embeddings, heads "
+                "and norms are trained whole by train.lora_full_modules"
+            )
+        raise ValueError(f"train.lora_targets: nothing is called {pattern}; there are {kinds}")
+    return {name: item for name, item in candidates.items() if any(matches(pattern, name) for pattern in lora.targets)}
+
+
+def _full_modules(model: PreTrainedModel, lora: Lora) -> dict[str, nn.Module]:
+    """The modules that `lora` trains whole."""
+    candidates = {
+        name: module for name, module in model.named_modules() if name and any(True for _ in module.parameters())
+    }
+    found: dict[str, nn.Module] = {}
+    for pattern in lora.full_modules:
+        hits = {name: module for name, module in candidates.items() if matches(pattern, name)}
+        if not hits:
+            kinds = ", ".join(dict.fromkeys(_kind(name) for name in candidates if not _kind(name).isdecimal()))
+            raise ValueError(f"train.lora_full_modules: nothing is called {pattern}; there are {kinds}")
+        found.update(hits)
+    return found
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether `name`, or its end after some dot, is of `pattern` (with * and ?)."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def _kind(name: str) -> str:
+    """A layer's name within its block: its last part, and the one before if that is a stack of experts."""
+    *_, before, last = f".{name}".split(".")
+    return f"{before}.{last}" if before == "experts" else last
