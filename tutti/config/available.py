@@ -18,7 +18,6 @@ NOT_YET: dict[str, str] = {
     "train.activation_gpu_limit": "offloading",
     "train.enable_batch_invariant_mode": "batch-invariant kernels",
     "train.data_parallel_mode=fsdp1": "the first generation of FSDP",
-    "train.tensor_parallel_size": "tensor parallelism",
     "train.pipeline_parallel_size": "pipeline parallelism",
     "train.context_parallel_size": "context parallelism",
 }

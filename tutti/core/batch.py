@@ -48,7 +48,8 @@ class SequenceRanks(NamedTuple):
     """The ranks that split the tokens of one batch, and this rank's place among them.
 
     Plain data, which compiled code and custom operators can be handed: groups are named as torch registers them.
-    context: ranks that pass keys and values around. ulysses: ranks that exchange tokens for heads.
+    context: ranks that pass keys and values around. ulysses: ranks that exchange tokens for heads. tensor: ranks that
+    are given the same tokens and cut them among themselves between attention and MLP.
     """
 
     context_rank: int
@@ -59,9 +60,11 @@ class SequenceRanks(NamedTuple):
     ulysses_group: str
 
     @property
+    tensor_size: int = 1
     def size(self) -> int:
         return self.context_size * self.ulysses_size
 
+        """How many ranks have different tokens."""
 
 @dataclass(frozen=True, slots=True)
 class Whole:

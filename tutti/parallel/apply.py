@@ -1,10 +1,11 @@
 """`parallelize`: everything that is done to a model so that it trains on many ranks, in one order, on one page.
 
 1. experts: each rank keeps its share of every experts layer, and tokens travel;
-2. ulysses: with train.async_enabled, values set out early (attention itself does the rest, and the ring);
-3. compile: each repeated block's forward (one compilation serves all blocks of a shape);
-4. remat: activation checkpointing around it;
-5. fsdp: parameters sharded or copied, mixed precision, a unit a block, gathering outside of the two above.
+2. tensor: each rank keeps its share of every matrix, and collectives lie around attention and MLP;
+3. ulysses: with train.async_enabled, values set out early (attention itself does the rest, and the ring);
+4. compile: each repeated block's forward (one compilation serves all blocks of a shape), on local parameters;
+5. remat: activation checkpointing around it;
+6. fsdp: parameters sharded or copied, mixed precision, a unit a block, gathering outside of the two above.
 
 The model may be on the meta device; weights are loaded afterwards, each rank reading its own slices.
 """
@@ -20,22 +21,37 @@ from tutti.config import TrainConfig
 from tutti.parallel.expert import divide_experts
 from tutti.parallel.fsdp import shard
 from tutti.parallel.mesh import Mesh
+from tutti.parallel.plan import TensorPlan
 from tutti.parallel.remat import apply_remat
 from tutti.parallel.sequence import sequence_ranks
+from tutti.parallel.tensor import split_tensors, use_local
 from tutti.parallel.ulysses import overlap_values
 
 
 def parallelize(
-    root: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, train: TrainConfig, *, experts: Sequence[nn.Module] = ()
+    root: nn.Module,
+    blocks: Sequence[nn.Module],
+    mesh: Mesh,
+    train: TrainConfig,
+    *,
+    experts: Sequence[nn.Module] = (),
+    plan: TensorPlan | None = None,
 ) -> None:
-    """Prepare `root`, whose repeated units are `blocks` and layers of experts `experts`, for training, in place."""
+    """Prepare `root`, whose repeated units are `blocks` and layers of experts `experts`, for training, in place.
+
+    plan: what is split over the tensor axis; None if nothing is.
+    """
     divide_experts(experts, mesh)
+    if plan is not None:
+        split_tensors(root, plan, mesh)
     sharing = sequence_ranks(mesh)
     if train.async_enabled and sharing is not None and sharing.ulysses_size > 1:
         overlap_values(blocks, sharing)
     if train.enable_compile:
         for block in blocks:
             block.forward = torch.compile(block.forward)
+    if plan is not None:
+        use_local((*blocks, root))
     if train.enable_gradient_checkpointing:
         apply_remat(blocks, reentrant=train.enable_reentrant)
     shard(root, blocks, mesh, train)

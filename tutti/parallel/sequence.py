@@ -40,8 +40,9 @@ def sequence_ranks(mesh: Mesh) -> SequenceRanks | None:
         mesh.rank("ulysses"),
         mesh.size("ulysses"),
         ulysses.group_name,
+        mesh.size("tensor"),
     )
-    return ranks if ranks.size > 1 else None
+    return ranks if ranks.size * ranks.tensor_size > 1 else None
 
 
 def process_group(name: str) -> dist.ProcessGroup:
@@ -60,6 +61,7 @@ def chunks(rank: int, size: int, length: int) -> list[tuple[int, int]]:
 def padded_length(length: int, ranks: SequenceRanks) -> int:
     """`length` rounded up to what splits evenly: equal chunks, and equal slices of a pair of them."""
     unit = ranks.ulysses_size if ranks.context_size == 1 else ranks.context_size * math.lcm(2, ranks.ulysses_size)
+    unit *= ranks.tensor_size
     return -(-length // unit) * unit
 
 

@@ -21,20 +21,22 @@ def evaluate(objective: Objective, batches: Iterable[GlobalBatch], mesh: Mesh, r
     Leaves the model in training mode. A collective call.
     """
     sharing = sequence_ranks(mesh)
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(2, dtype=torch.float64)
+    num_targets = 0
     objective.eval()
     with torch.no_grad():
         for batch in batches:
+            num_targets += batch.num_targets
             for micro in batch.micro_batches:
                 out = objective(split_tokens(micro, sharing).to(ranks.device))
                 correct = out.num_correct if out.num_correct is not None else torch.zeros(())
-                sums += torch.stack([out.loss.double().cpu(), correct.double().cpu(), sums.new_tensor(len(out.losses))])
+                sums += torch.stack([out.loss.double().cpu(), correct.double().cpu()])
     objective.train()
     if ranks.world > 1:
         sums = sums.to(ranks.device)
         dist.all_reduce(sums)
-    loss, correct, num_targets = sums.tolist()
-    result: dict[str, Any] = {"eval_loss": loss / num_targets, "eval_tokens": int(num_targets)}
+    loss, correct = sums.tolist()
+    result: dict[str, Any] = {"eval_loss": loss / num_targets, "eval_tokens": num_targets}
     if objective.predicts:
         result["eval_accuracy"] = correct / num_targets
     return result

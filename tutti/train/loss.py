@@ -6,6 +6,10 @@ there, they are turned in place into their own gradient (softmax minus one-hot),
 hidden states and of the head, and dropped. The forward pass thus does the backward pass's work too, and nothing is
 computed twice. The idea is that of Cut Cross-Entropy (arXiv 2411.09009) and Liger (arXiv 2410.10989).
 
+Where the head is split by the vocabulary over ranks (`VocabularyShard`), each rank has its columns of the logits and no
+others: the ranks' log-sum-exps are merged, the target's logit comes from the rank that has it, both a number a row, and
+each rank goes on to the gradients of its own columns.
+
 On the CPU the elementwise part runs over a few rows at a time that stay in the cache: the softmax is taken in fp32 of
 rows that came out of the product in the compute dtype, as Hugging Face's own loss does.
 
@@ -14,12 +18,15 @@ Shapes: N positions, H hidden size, V vocabulary (or classes).
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tutti.model.plan import LogitTransform
+from tutti.parallel.sequence import process_group
 
 CHUNK_BYTES = 256 * 2**20
 """Logits of one chunk take at most this much."""
@@ -31,6 +38,14 @@ CACHED_ELEMENTS = 2**20
 _AS_IS = LogitTransform()
 
 
+class VocabularyShard(NamedTuple):
+    """The part of the vocabulary that this rank has the head's rows of: from `start` on. group: the ranks' name."""
+
+    start: int
+    group: str
+    size: int
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -38,13 +53,17 @@ def linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     transform: LogitTransform = _AS_IS,
+    shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of `hidden @ weight.T` against `targets`.
 
     hidden [N, H], weight [V, H], targets [N] int64, bias [V]. Returns the sum over the N positions (fp32 scalar, the
     one to differentiate) and each position's loss (fp32 [N], detached).
+
+    shard: weight and bias are this rank's rows, hidden and targets the same on all ranks. The results are an equal
+    share of the loss on each rank, to be summed; so is the gradient of hidden, a part of a sum. A collective call.
     """
-    total, losses = _LinearCrossEntropy.apply(hidden, weight, bias, targets, transform)
+    total, losses = _LinearCrossEntropy.apply(hidden, weight, bias, targets, transform, shard)
     return total, losses
 
 
@@ -55,7 +74,13 @@ def _rows_a_chunk(weight: Tensor) -> int:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: LogitTransform,
+        shard: VocabularyShard | None,
     ) -> tuple[Tensor, Tensor]:
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         differentiate = need_hidden or need_weight or need_bias
@@ -70,7 +95,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = hidden[chunk] @ weight.T
             if bias is not None:
                 logits += bias
-            _loss_and_gradient(logits, targets[chunk], losses[chunk], transform, differentiate)
+            if shard is None:
+                _loss_and_gradient(logits, targets[chunk], losses[chunk], transform, differentiate)
+            else:
+                _shard_loss_and_gradient(logits, targets[chunk], losses[chunk], transform, shard)
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[chunk])
             if need_weight:
@@ -85,22 +113,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight.to(weight.dtype) if grad_weight is not None else None,
             grad_bias.to(bias.dtype) if grad_bias is not None and bias is not None else None,
         )
+        if shard is not None:
+            losses /= shard.size
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grads = (None if item is None else item.mul_(grad.to(item.dtype)) for item in ctx.saved_tensors)
-        return (*grads, None, None)
+        return (*grads, None, None, None)
 
 
 def _loss_and_gradient(
     logits: Tensor, targets: Tensor, losses: Tensor, transform: LogitTransform, differentiate: bool
 ) -> None:
     """Write each row's loss to `losses` and turn `logits` in place into the gradient of their sum."""
-    rows = len(logits) if logits.is_cuda else max(1, CACHED_ELEMENTS // logits.shape[1])
-    for start in range(0, len(logits), rows):
-        part = slice(start, start + rows)
+    for part in _parts(logits):
         raw, target = logits[part], targets[part, None]
         shaped = transform(raw.float())
         log_softmax = torch.log_softmax(shaped, dim=-1)
@@ -109,8 +137,45 @@ def _loss_and_gradient(
             continue
         grad = log_softmax.exp_()
         grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
-        if transform.softcap:
-            grad *= 1 - (shaped / transform.softcap).square()
-        if transform.scale != 1.0:
-            grad *= transform.scale
-        raw.copy_(grad)
+        raw.copy_(_before_transform(grad, shaped, transform))
+
+
+def _shard_loss_and_gradient(
+    logits: Tensor, targets: Tensor, losses: Tensor, transform: LogitTransform, shard: VocabularyShard
+) -> None:
+    """The same where `logits` are a rank's columns of them."""
+    group = process_group(shard.group)
+    columns = targets - shard.start
+    held = (columns >= 0) & (columns < logits.shape[1])
+    columns = columns.masked_fill(~held, 0)[:, None]
+    own, at_target = torch.empty_like(losses), torch.empty_like(losses)
+    for part in _parts(logits):
+        shaped = transform(logits[part].float())
+        own[part] = shaped.logsumexp(dim=-1)
+        at_target[part] = shaped.gather(1, columns[part]).squeeze(1)
+    peak = own.clone()
+    dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
+    sums = torch.stack([(own - peak).exp_(), at_target * held])
+    dist.all_reduce(sums, group=group)
+    log_sum = sums[0].log_().add_(peak)
+    torch.sub(log_sum, sums[1], out=losses)
+    for part in _parts(logits):
+        shaped = transform(logits[part].float())
+        grad = torch.exp(shaped - log_sum[part, None])
+        grad.scatter_add_(1, columns[part], -held[part, None].to(grad.dtype))
+        logits[part].copy_(_before_transform(grad, shaped, transform))
+
+
+def _parts(logits: Tensor) -> Iterator[slice]:
+    """The rows whose elementwise part is done at a time."""
+    rows = len(logits) if logits.is_cuda else max(1, CACHED_ELEMENTS // logits.shape[1])
+    return (slice(start, start + rows) for start in range(0, len(logits), max(1, rows)))
+
+
+def _before_transform(grad: Tensor, shaped: Tensor, transform: LogitTransform) -> Tensor:
+    """The gradient of the head's output, from the `grad` (overwritten) of what the transform `shaped` it into."""
+    if transform.softcap:
+        grad *= 1 - (shaped / transform.softcap).square()
+    if transform.scale != 1.0:
+        grad *= transform.scale
+    return grad

@@ -34,11 +34,13 @@ from tutti.model.attention import check_splittable
 from tutti.model.build import build_model, build_tokenizer
 from tutti.model.initial import init_weights
 from tutti.model.lora import add_adapters, init_adapters
-from tutti.model.plan import basic_modules, blocks, experts, num_params
+from tutti.model.plan import basic_modules, blocks, decoder, experts, head, is_classifier, num_params
 from tutti.model.weights import load_weights
 from tutti.parallel.apply import parallelize
 from tutti.parallel.expert import check_experts
 from tutti.parallel.mesh import Mesh, build_mesh
+from tutti.parallel.plan import TensorPlan, check_plan, read_plan
+from tutti.parallel.tensor import tensor_ranks
 from tutti.train.task import Objective
 
 log = logging.getLogger(__name__)
@@ -125,9 +127,10 @@ def assemble(config: Config, ranks: Dist) -> Parts:
     tokenizer, model = ranks.agree(lambda: tokenizer_and_model(config, ranks.device))
     ranks.agree(lambda: check_experts(experts(model), layout))
     ranks.agree(lambda: check_splittable(model, layout))
+    ranks.agree(lambda: tensor_plan(model, layout))
     data = open_data(config, tokenizer, model, ranks, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
     log.info("%s", data.steps_reason)
-    objective = ranks.agree(lambda: Objective(model))
+    objective = ranks.agree(lambda: Objective(model, tensor_ranks(mesh)))
     return Parts(layout, mesh, tokenizer, model, objective, data)
 
 
@@ -178,7 +181,7 @@ def load_parameters(config: Config, parts: Parts, ranks: Dist) -> None:
     units = [module for _, module in (*basic_modules(model, config.model.basic_modules), *blocks(model))]
     whole = train.init_device != "meta"
     if not whole:
-        parallelize(parts.objective, units, parts.mesh, train, experts=experts(model))
+        parallelize(parts.objective, units, parts.mesh, train, experts=experts(model), plan=plan)
     device = torch.device("cpu") if train.init_device == "cpu" else ranks.device
     if config.model.model_path is None:
         init_weights(model, train.seed, device)
@@ -194,11 +197,12 @@ def load_parameters(config: Config, parts: Parts, ranks: Dist) -> None:
         )
     if config.model.adapter_path is not None and train.architecture == "lora":
         ranks.agree(lambda: load_adapter(model, Path(config.model.adapter_path or "")))
+    plan = tensor_plan(model, parts.layout)
     else:
         init_adapters(model, train.seed)
     if whole:
         nn.Module.to(model, ranks.device)
-        parallelize(parts.objective, units, parts.mesh, train, experts=experts(model))
+        parallelize(parts.objective, units, parts.mesh, train, experts=experts(model), plan=plan)
     parts.objective.train()
 
 
@@ -211,3 +215,14 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+def tensor_plan(model: PreTrainedModel, layout: Layout) -> TensorPlan | None:
+    """What of `model` the layout's tensor axis splits; ValueError, with the sizes that would do, where it cannot."""
+    if layout.tensor == 1:
+        return None
+    output = None if is_classifier(model) else head(model)
+    units = [block for _, block in blocks(model)]
+    plan = read_plan(type(model).__name__, decoder(model), model.config.get_text_config(), units, output)
+    check_plan(plan, layout.tensor)
+    return plan
+
+

@@ -20,11 +20,12 @@ from tutti.core.batch import Batch
 from tutti.model.attention import packed_kwargs
 from tutti.model.plan import decoder, head, is_classifier, logit_transform
 from tutti.parallel.sequence import gather_tokens
-from tutti.train.loss import linear_cross_entropy
+from tutti.parallel.tensor import TensorRanks, gather_tensor
+from tutti.train.loss import VocabularyShard, linear_cross_entropy
 
 
 class Output(NamedTuple):
-    """Sums over one micro batch of N targets.
+    """Sums over one micro batch of N targets; where ranks share its tokens, a rank's share of them.
 
     loss: to differentiate. losses [N]: each target's own, detached. router_loss: the auxiliary loss of a mixture of
     experts (already weighted by its coefficient) times the batch's tokens, or None. num_correct: targets that a
@@ -38,12 +39,21 @@ class Output(NamedTuple):
 
 
 class Objective(nn.Module):
-    """The model with its loss. `predicts`: it is a classifier, whose right answers are counted."""
+    """The model with its loss. `predicts`: it is a classifier, whose right answers are counted.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    tensor: the ranks that split the model's matrices. They have the same targets, and each answers for an equal share
+    of every sum.
+    """
+
+    def __init__(self, model: PreTrainedModel, tensor: TensorRanks | None = None) -> None:
         super().__init__()
         self.model = model
         self.predicts = is_classifier(model)
+        self._tensor = tensor
+        self._share = 1.0 if tensor is None else 1.0 / tensor.size
+        self._shard: VocabularyShard | None = None
+        if tensor is not None and not self.predicts:
+            self._shard = VocabularyShard(tensor.start(head(model).out_features), tensor.group, tensor.size)
         self._transform = logit_transform(model)
         self._router_loss = _router_loss(model)
 
@@ -52,20 +62,37 @@ class Objective(nn.Module):
         if self._router_loss is not None:
             extra["output_router_logits"] = True
         states = decoder(self.model)(**packed_kwargs(batch), **extra)
-        hidden = states.last_hidden_state.squeeze(0).index_select(0, batch.target_index)
+        hidden = self._at_targets(states, batch)
         targets = batch.labels.index_select(0, batch.target_index)
         layer = head(self.model)
-        loss, losses = linear_cross_entropy(hidden, layer.weight, targets, bias=layer.bias, transform=self._transform)
+        loss, losses = linear_cross_entropy(
+            hidden, layer.weight, targets, bias=layer.bias, transform=self._transform, shard=self._shard
+        )
+        if self._shard is None and self._tensor is not None:
+            loss, losses = loss * self._share, losses * self._share
         router_loss = None
         if self._router_loss is not None:
             # Not a sum over tokens: it takes the router's logits of a batch that ranks share as a whole.
             routed = tuple(gather_tokens(logits, batch.whole) for logits in states.router_logits)
-            router_loss = self._router_loss(routed) * batch.num_tokens
+            router_loss = self._router_loss(routed) * (batch.num_tokens * self._share)
         num_correct = None
         if self.predicts:
             logits = self._transform(nn.functional.linear(hidden, layer.weight, layer.bias))
-            num_correct = (logits.argmax(-1) == targets).sum()
+            num_correct = (logits.argmax(-1) == targets).sum() * self._share
         return Output(loss, losses, router_loss, num_correct)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """What the model says at the batch's N target positions, whatever their labels: [N, V]."""
+        states = decoder(self.model)(**packed_kwargs(batch), **batch.extras)
+        layer = head(self.model)
+        return self._transform(nn.functional.linear(self._at_targets(states, batch), layer.weight, layer.bias))
+
+    def _at_targets(self, states: Any, batch: Batch) -> Tensor:
+        """The last hidden states [N, H] of a decoder's output at the batch's target positions."""
+        hidden = states.last_hidden_state.squeeze(0)
+        if self._tensor is not None:
+            hidden = gather_tensor(hidden, self._tensor, 0)
+        return hidden.index_select(0, batch.target_index)
 
 
 def _router_loss(model: PreTrainedModel) -> Callable[[Any], Tensor] | None:

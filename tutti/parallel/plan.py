@@ -1,0 +1,160 @@
+"""How a model's matrices are to be split over the ranks of a tensor group, as its own Hugging Face config says.
+
+Configs carry a plan: names of modules, with `*` for a layer's number, and a style for each (`base_model_tp_plan`). Here
+it becomes facts about one model that `tutti.parallel.tensor` acts on, and whatever it does not know how to act on is
+refused by name, before anything is built:
+
+- `Linear`: a projection that is split, by the features it gives (colwise) or by those it takes (rowwise).
+- `Region`: a part of a block that mixes tokens or splits features (attention, MLP). It is given all tokens, and what it
+  gives is brought back to a rank's own; everything else in a block (norms, residuals) runs on the rank's own tokens.
+  A part with matrices that the plan does not split is a region too: every rank computes it for all tokens.
+- the input embedding and the output head are split by the vocabulary, whatever the plan says of them.
+
+A projection of heads is split between heads, never within one. Key/value heads that are fewer than the ranks are held
+by several of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from tutti.config.layout import either
+
+COLWISE, GATHERED = "colwise", ("colwise_gather_output", "colwise_rep")
+ROWWISE, SLICED = "rowwise", ("rowwise_split_input", "rowwise_rep")
+_SPLITTING = {COLWISE, ROWWISE, *GATHERED, *SLICED}
+_REPLICATED = {"replicated_with_grad_allreduce", "mla_kv_a_proj", "sequence_parallel", "replicate"}
+"""Styles of modules that every rank holds whole: gradients of such parameters are summed over the ranks anyway."""
+
+_KEYS_AND_VALUES = ("k_proj", "v_proj")
+
+
+class Linear(NamedTuple):
+    """A projection that is split. units: how many equal pieces its split dimension has; a piece stays on one rank.
+
+    shared: it projects keys or values, so that with more ranks than heads several hold the same head.
+    """
+
+    name: str
+    module: nn.Linear
+    style: str
+    units: int
+    shared: bool
+
+    @property
+    def dim(self) -> int:
+        """The dimension of the weight that is split."""
+        return 1 if self.style == ROWWISE or self.style in SLICED else 0
+
+    def fits(self, size: int) -> bool:
+        return self.units % size == 0 or (self.shared and size % self.units == 0)
+
+
+class Region(NamedTuple):
+    """A part of a block that is given all tokens. reduces: its last projection leaves a rank its own tokens."""
+
+    module: nn.Module
+    reduces: bool
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What is split in one model. head: None where it is small and stays whole (a classifier's).
+
+    first: the first block, where the row of tokens is cut among the ranks.
+    """
+
+    embedding: nn.Embedding
+    head: nn.Linear | None
+    linears: tuple[Linear, ...]
+    regions: tuple[Region, ...]
+    first: nn.Module
+
+
+def read_plan(
+    name: str,
+    decoder: nn.Module,
+    config: PreTrainedConfig,
+    blocks: Sequence[nn.Module],
+    head: nn.Linear | None,
+) -> TensorPlan:
+    """The plan of `config` applied to `decoder`, whose repeated units are `blocks`. name: what errors call the model.
+
+    ValueError: the config has no plan, or one with something that is not known here.
+    """
+    styles: dict[str, str] = dict(config.base_model_tp_plan or {})
+    refuse = f"train.tensor_parallel_size: {name} cannot be split into tensors: "
+    if not styles:
+        raise ValueError(f"{refuse}its config has no base_model_tp_plan; leave it at 1")
+    names = {module: path for path, module in decoder.named_modules()}
+    inner = [block for block in blocks if block in names]
+    unknown = sorted(set(styles.values()) - _SPLITTING - _REPLICATED)
+    if unknown:
+        raise ValueError(f"{refuse}its plan has {', '.join(unknown)}, which is not known here; leave it at 1")
+    linears: list[Linear] = []
+    regions: list[Region] = []
+    for block in inner:
+        for region in _regions(block):
+            found = [
+                _linear(names[module], module, style, region, config)
+                for module in region.modules()
+                if (style := styles.get(_wildcards(names[module]))) in _SPLITTING
+            ]
+            ends = [linear for linear in found if linear.dim == 1]
+            if len(ends) > 1 or region is block or (found and found[0].module is region):
+                raise ValueError(f"{refuse}{type(region).__name__} is not made of a pair of projections; leave it at 1")
+            linears += found
+            regions.append(Region(region, bool(ends)))
+    planned = {linear.name for linear in linears}
+    missed = [path for path in names.values() if styles.get(_wildcards(path)) in _SPLITTING and path not in planned]
+    if missed or not linears:
+        raise ValueError(f"{refuse}its plan splits {', '.join(missed[:4]) or 'nothing'} outside of its blocks")
+    embedding: Any = decoder.get_input_embeddings()  # type: ignore[operator]
+    if not isinstance(embedding, nn.Embedding):
+        raise ValueError(f"{refuse}its tokens are not embedded by a table; leave it at 1")
+    return TensorPlan(embedding, head, tuple(linears), tuple(regions), inner[0])
+
+
+def check_plan(plan: TensorPlan, size: int) -> None:
+    """ValueError, with the sizes that would do, unless everything in `plan` divides among `size` ranks."""
+    if plan.embedding.weight.shape[0] <= (size - 1) * -(-plan.embedding.weight.shape[0] // size):
+        raise ValueError(f"train.tensor_parallel_size: {size} ranks are too many for a vocabulary this small")
+    misfit = next((linear for linear in plan.linears if not linear.fits(size)), None)
+    if misfit is not None:
+        fitting = [n for n in range(1, 2 * size + 1) if all(linear.fits(n) for linear in plan.linears)]
+        raise ValueError(
+            f"train.tensor_parallel_size: {size} does not divide the {misfit.units} "
+            f"{'heads' if misfit.units < misfit.module.weight.shape[misfit.dim] else 'features'} of {misfit.name}; "
+            f"{either(fitting)} would"
+        )
+
+
+def _wildcards(path: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", path)
+
+
+def _regions(block: nn.Module) -> list[nn.Module]:
+    """The block's children that have matrices; norms and the like have vectors at most."""
+    return [child for child in block.children() if any(parameter.ndim > 1 for parameter in child.parameters())]
+
+
+def _linear(path: str, module: Any, style: str, region: nn.Module, config: PreTrainedConfig) -> Linear:
+    leaf = path.rpartition(".")[2]
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"train.tensor_parallel_size: {path} is no linear layer that can be split; leave it at 1")
+    linear = Linear(path, module, style, 0, False)
+    features = module.weight.shape[linear.dim]
+    if style in GATHERED or style in SLICED or "Attention" not in type(region).__name__:
+        return linear._replace(units=features)
+    shared = leaf in _KEYS_AND_VALUES
+    heads = config.num_attention_heads
+    if shared:
+        width = getattr(region, "head_dim", None)
+        heads = features // width if width else config.num_key_value_heads
+    return linear._replace(units=heads if features % heads == 0 else features, shared=shared)
