@@ -412,6 +412,17 @@ def make_template(name: str, tokenizer: Any) -> ChatTemplate:
     return ChatTemplate(source, tool_source, variables, tuple(sorted(token for token in added if token.strip())))
 
 
+def end_of_turn(template: ChatTemplate, tokenizer: Any) -> int | None:
+    """The token by which `template` ends an assistant's turn; None if it is not one of the tokenizer's added tokens."""
+    turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+    try:
+        text, spans = template(Conversation(turn, (False, True)))
+    except RowError:
+        return None
+    last = tokenizer.encode(text[slice(*spans[-1])], add_special_tokens=False)[-1:] if spans else []
+    return next((token for token in last if token in tokenizer.added_tokens_decoder), None)
+
+
 def _marked(number: int, message: dict[str, Any]) -> dict[str, Any]:
     """The message with a mark in place of all it says; role, name and call id stay."""
     kept: dict[str, Any] = {key: message[key] for key in ("role", "name", "tool_call_id") if key in message}
