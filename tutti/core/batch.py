@@ -58,13 +58,13 @@ class SequenceRanks(NamedTuple):
     ulysses_rank: int
     ulysses_size: int
     ulysses_group: str
+    tensor_size: int = 1
 
     @property
-    tensor_size: int = 1
     def size(self) -> int:
+        """How many ranks have different tokens."""
         return self.context_size * self.ulysses_size
 
-        """How many ranks have different tokens."""
 
 @dataclass(frozen=True, slots=True)
 class Whole:

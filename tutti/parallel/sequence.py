@@ -59,7 +59,7 @@ def chunks(rank: int, size: int, length: int) -> list[tuple[int, int]]:
 
 
 def padded_length(length: int, ranks: SequenceRanks) -> int:
-    """`length` rounded up to what splits evenly: equal chunks, and equal slices of a pair of them."""
+    """`length` rounded up to what splits evenly: equal chunks, equal slices of a pair of them, equal parts of these."""
     unit = ranks.ulysses_size if ranks.context_size == 1 else ranks.context_size * math.lcm(2, ranks.ulysses_size)
     unit *= ranks.tensor_size
     return -(-length // unit) * unit

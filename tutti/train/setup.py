@@ -179,6 +179,7 @@ def load_parameters(config: Config, parts: Parts, ranks: Dist) -> None:
     """
     model, train = parts.model, config.train
     units = [module for _, module in (*basic_modules(model, config.model.basic_modules), *blocks(model))]
+    plan = tensor_plan(model, parts.layout)
     whole = train.init_device != "meta"
     if not whole:
         parallelize(parts.objective, units, parts.mesh, train, experts=experts(model), plan=plan)
@@ -197,7 +198,6 @@ def load_parameters(config: Config, parts: Parts, ranks: Dist) -> None:
         )
     if config.model.adapter_path is not None and train.architecture == "lora":
         ranks.agree(lambda: load_adapter(model, Path(config.model.adapter_path or "")))
-    plan = tensor_plan(model, parts.layout)
     else:
         init_adapters(model, train.seed)
     if whole:
@@ -206,15 +206,6 @@ def load_parameters(config: Config, parts: Parts, ranks: Dist) -> None:
     parts.objective.train()
 
 
-def _label_names(model: PreTrainedModel) -> tuple[str, ...]:
-    names = [name for _, name in sorted((model.config.id2label or {}).items())]
-    return () if all(name == f"LABEL_{number}" for number, name in enumerate(names)) else tuple(names)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
 def tensor_plan(model: PreTrainedModel, layout: Layout) -> TensorPlan | None:
     """What of `model` the layout's tensor axis splits; ValueError, with the sizes that would do, where it cannot."""
     if layout.tensor == 1:
@@ -226,3 +217,12 @@ def tensor_plan(model: PreTrainedModel, layout: Layout) -> TensorPlan | None:
     return plan
 
 
+def _label_names(model: PreTrainedModel) -> tuple[str, ...]:
+    names = [name for _, name in sorted((model.config.id2label or {}).items())]
+    return () if all(name == f"LABEL_{number}" for number, name in enumerate(names)) else tuple(names)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
