@@ -16,11 +16,11 @@ def train_family(
 ) -> list[dict]:
     """Lines of metrics of four steps with a tiny model of `family` (see `tests.model.zoo`) on `world` ranks.
 
-    changes: arguments of the train group.
+    changes: arguments of the train group, or of another by their dotted names.
     """
     path = folder / family
     tiny(family, vocab_size=2048, **(overrides or {})).save_pretrained(path)
-    arguments = {f"train.{name}": value for name, value in changes.items()}
+    arguments = {name if "." in name else f"train.{name}": value for name, value in changes.items()}
     return run(tiny_config(folder, world=world, **{"model.config_path": str(path)}, **arguments), world)
 
 

@@ -19,7 +19,6 @@ NOT_YET: dict[str, str] = {
     "train.enable_batch_invariant_mode": "batch-invariant kernels",
     "train.data_parallel_mode=fsdp1": "the first generation of FSDP",
     "train.pipeline_parallel_size": "pipeline parallelism",
-    "train.context_parallel_size": "context parallelism",
 }
 
 

@@ -4,14 +4,14 @@ A packed batch holds many samples end to end in one row. Attending with one T x 
 work on pairs that the mask then throws away, so attention runs sample by sample:
 
 - On CUDA, one variable-length kernel (the flash-attn packages where installed, else torch's `varlen_attn`).
-- On the CPU, `packed_attention` below. Each sample's queries are cut into tiles of `TILE` rows; a tile multiplies only
+- On the CPU, `packed_attention` below. Each sample's queries are cut into tiles of rows; a tile multiplies only
   with the keys it may see (its own sample's, up to the diagonal, within the sliding window); scores, softmax and their
   gradients are plain batched matrix products, which on CPUs with bf16 instructions are two to three times as fast as
   torch's fused kernel on samples of a few hundred tokens. It is a custom operator with its own backward, so that
   torch.compile takes it as one node and no padded copies are made for the gradient of every slice.
 
 Where the tokens of a batch are split over ranks (`tutti.parallel.sequence`), the kernel is wrapped in the exchange of
-tokens for heads.
+tokens for heads, and ring attention takes its place over the context axis.
 
 `eager` is the model's own attention with a block-diagonal mask that transformers derives from the restarting
 `position_ids`; it is the reference that the others are tested against.
@@ -26,7 +26,7 @@ import importlib.util
 import logging
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from tutti.config import ConfigError
 from tutti.config.layout import Layout, divisors, either
 from tutti.core.batch import Batch, Whole
+from tutti.core.tiles import Biases, Settings, Tile, scores, tiles
+from tutti.parallel.ring import ring_attention
 from tutti.parallel.ulysses import heads_to_tokens, own_heads, tokens_to_heads
 
 log = logging.getLogger(__name__)
@@ -43,24 +45,8 @@ log = logging.getLogger(__name__)
 PACKED = "tutti_packed"
 """The name under which packed attention is registered with transformers."""
 
-TILE = 256
-"""Query rows a tile: large enough for efficient products, small enough to skip most of the upper triangle."""
-
 SAVED_SCORES = 8
 """The backward pass reads saved probabilities up to this many times the size of the queries, else recomputes them."""
-
-
-class Settings(NamedTuple):
-    """How queries see keys within a sample.
-
-    scale: factor on the scores. causal: only keys up to the query. window: the last `window` keys, the query's own
-    included (0 = all). softcap: scores become softcap * tanh(score / softcap) (0 = off).
-    """
-
-    scale: float
-    causal: bool = True
-    window: int = 0
-    softcap: float = 0.0
 
 
 _PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
@@ -168,7 +154,11 @@ def packed_forward(
     if whole is None:
         return _attend(*heads, cu_seqlens, kwargs["max_length_q"], settings, sinks)[None], None
     heads = tokens_to_heads(*heads, whole.ranks, getattr(module, "early_values", None))
-    out = _attend(*heads, cu_seqlens, kwargs["max_length_q"], settings, own_heads(sinks, whole.ranks))
+    sinks = own_heads(sinks, whole.ranks)
+    if whole.ranks.context_size > 1:
+        out = ring_attention(*heads, whole.borders, settings, sinks, whole.ranks.context_group)
+    else:
+        out = _attend(*heads, cu_seqlens, kwargs["max_length_q"], settings, sinks)
     return heads_to_tokens(out, whole.ranks)[None], None
 
 
@@ -236,69 +226,21 @@ def packed_attention(
     return _forward(query, key, value, cu_seqlens, sinks, [float(item) for item in settings])[0]
 
 
-def _unpack(settings: list[float]) -> Settings:
-    """Custom operators take lists of floats."""
-    scale, causal, window, softcap = settings
-    return Settings(scale, bool(causal), int(window), softcap)
-
-
-def _tiles(length: int, settings: Settings) -> Iterator[tuple[int, int, int, int]]:
-    """(first row, last row + 1, first key, last key + 1) of each tile of a sample of `length` tokens."""
-    window = settings.window
-    for start in range(0, length, TILE):
-        stop = min(length, start + TILE)
-        first = max(0, start - window + 1) if window else 0
-        last = stop if settings.causal else min(length, stop + window - 1) if window else length
-        yield start, stop, first, last
-
-
-def _bias(tile: tuple[int, int, int, int], groups: int, settings: Settings, like: Tensor) -> Tensor | None:
-    """0 where the tile's query may see the key and -inf elsewhere, [G * rows, keys]; None where all may be seen."""
-    start, stop, first, last = tile
-    causal, window = settings.causal, settings.window
-    if not causal and not window:
-        return None
-    distance = torch.arange(start, stop, device=like.device)[:, None] - torch.arange(first, last, device=like.device)
-    hidden = distance < 0 if causal else distance < -(window - 1)
-    if window:
-        hidden |= distance >= window
-    bias = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
-    return bias.repeat(groups, 1)
-
-
-class _Biases:
-    """The tiles' biases of one call; equal tiles of different samples share theirs."""
-
-    def __init__(self, groups: int, settings: Settings, like: Tensor) -> None:
-        self._arguments = (groups, settings, like)
-        self._made: dict[tuple[int, int, int], Tensor | None] = {}
-
-    def __call__(self, tile: tuple[int, int, int, int]) -> Tensor | None:
-        start, stop, first, last = tile
-        shape = (stop - start, last - first, start - first)
-        if shape not in self._made:
-            self._made[shape] = _bias(tile, *self._arguments)
-        return self._made[shape]
+def _sample_tiles(length: int, settings: Settings) -> Iterator[Tile]:
+    return tiles((0, length), (0, length), settings)
 
 
 def probabilities(
     rows: Tensor, keys: Tensor, bias: Tensor | None, sinks: Tensor | None, settings: Settings
 ) -> tuple[Tensor, Tensor | None]:
     """softmax of one tile's scores [K, G * rows, keys (+ 1 with sinks)] and, with softcap, tanh(score / softcap)."""
-    transposed, scale, softcap = keys.transpose(1, 2), settings.scale, settings.softcap
-    if softcap:
-        tanh = torch.bmm(rows, transposed).mul_(scale / softcap).tanh_()
-        scores = tanh * softcap if bias is None else tanh * softcap + bias
-    else:
-        tanh = None
-        base = rows.new_zeros(1) if bias is None else bias
-        scores = torch.baddbmm(base, rows, transposed, beta=1, alpha=scale)
+    made, tanh = scores(rows, keys, bias, settings)
     if sinks is not None:
-        kv_heads, num_rows, _ = scores.shape
+        kv_heads, num_rows, _ = made.shape
         rows_a_head = num_rows * kv_heads // sinks.numel()
         column = sinks.repeat_interleave(rows_a_head).view(kv_heads, num_rows, 1)
-        scores = torch.cat([scores, column.to(scores.dtype)], dim=-1)
-    return torch.softmax(scores, dim=-1), tanh
+        made = torch.cat([made, column.to(made.dtype)], dim=-1)
+    return torch.softmax(made, dim=-1), tanh
 
 
 @torch.library.custom_op("tutti::packed_attention", mutates_args=())
@@ -314,14 +256,14 @@ def _forward(
     heads, total, _ = query.shape
     kv_heads, groups = key.shape[0], heads // key.shape[0]
     out = query.new_empty(total, heads, value.shape[-1])
-    see = _unpack(settings)
-    biases = _Biases(groups, see, query)
+    see = Settings.unpack(settings)
+    biases = Biases(groups, see, query)
     borders = cu_seqlens.tolist()
     saved: list[Tensor] = []
     keep = _num_scores(borders, heads, see, sinks) <= SAVED_SCORES * query.numel()
     for begin, end in pairwise(borders):
         keys, values = key[:, begin:end].contiguous(), value[:, begin:end].contiguous()
-        for tile in _tiles(end - begin, see):
+        for tile in _sample_tiles(end - begin, see):
             start, stop, first, last = tile
             rows = query[:, begin + start : begin + stop].reshape(kv_heads, groups * (stop - start), -1)
             weights, _ = probabilities(rows, keys[:, first:last], biases(tile), sinks, see)
@@ -337,7 +279,7 @@ def _num_scores(borders: list[int], heads: int, settings: Settings, sinks: Tenso
     """How many probabilities a forward pass makes; infinite where the backward pass needs more than those."""
     if settings.softcap or sinks is not None:
         return float("inf")
-    tiles = (tile for begin, end in pairwise(borders) for tile in _tiles(end - begin, settings))
+    tiles = (tile for begin, end in pairwise(borders) for tile in _sample_tiles(end - begin, settings))
     return heads * sum((stop - start) * (last - first) for start, stop, first, last in tiles)
 
 
@@ -365,14 +307,14 @@ def _backward(
     grad_key = key.new_empty(total, kv_heads, dim)
     grad_value = value.new_empty(total, kv_heads, value.shape[-1])
     grad_sinks = torch.zeros(heads if sinks is not None else 0, dtype=torch.float32, device=query.device)
-    see = _unpack(settings)
-    biases = _Biases(groups, see, query)
+    see = Settings.unpack(settings)
+    biases = Biases(groups, see, query)
     borders, offset = cu_seqlens.tolist(), 0
     unused = query.new_zeros(1)
     for begin, end in pairwise(borders):
         keys, values = key[:, begin:end].contiguous(), value[:, begin:end].contiguous()
         sum_keys, sum_values = torch.zeros_like(keys), torch.zeros_like(values)
-        for tile in _tiles(end - begin, see):
+        for tile in _sample_tiles(end - begin, see):
             start, stop, first, last = tile
             num_rows, place = groups * (stop - start), slice(begin + start, begin + stop)
             rows = query[:, place].reshape(kv_heads, num_rows, -1)

@@ -145,7 +145,7 @@ def gather_tokens(tensor: Tensor, whole: Whole | None) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """The tensors of all ranks of a group, end to end; each rank's gradient is the sum of what all ranks have for it."""
+    """The tensors of all ranks of a group, end to end; a rank's gradient is the sum of what all have for it."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group_name: str) -> Tensor:

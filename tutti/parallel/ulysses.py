@@ -1,8 +1,8 @@
 """Ulysses (arXiv 2309.14509): ranks that hold different tokens hold different heads instead while attention runs.
 
-Before attention each of the U ranks has all heads of its T / U tokens; one all-to-all gives it all T tokens of its H / U
-heads, any attention kernel runs on those as it would on one rank, and a second all-to-all brings the outputs back. Four
-exchanges a layer and step, each of 1 / U of the tensors' size, whatever the length.
+Before attention each of the U ranks has all heads of its T / U tokens; one all-to-all gives it all T tokens of its
+H / U heads, any attention kernel runs on those as it would on one rank, and a second all-to-all brings the outputs
+back. That is two exchanges a layer in each pass, and a rank sends less than 1 / U of what one process would hold.
 
 Queries, keys and values, of whatever widths, travel in one message to each rank. Key/value heads that U does not divide
 are repeated, by as little as makes it even (U / gcd(K, U)), so all that is asked of a model is that U divides its H
