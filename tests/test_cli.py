@@ -98,9 +98,16 @@ def test_train_alone_says_what_is_needed(capsys: pytest.CaptureFixture[str]) -> 
     [
         (["trian"], "there is no command 'trian'; did you mean train?"),
         (["xyz"], "there is no command 'xyz'; see tutti --help"),
-        (["infer"], "infer.model_path: required; "),
+        (
+            ["infer"],
+            "infer.model_path: required; Model to generate with: a Hugging Face or adapter folder, a training "
+            "checkpoint, or a run's output_dir.",
+        ),
         (["infer", "--prompt"], "--prompt: needs a value"),
-        (["infer", "infer.model_path=x", "--input", "a"], "--input and --output belong together"),
+        (
+            ["infer", "infer.model_path=x", "--input", "a"],
+            "--input and --output belong together: the rows to answer, and where the answers go",
+        ),
         (
             ["infer", "infer.model_path=x", "--input", "a", "--output", "b", "--prompt", "c"],
             "--prompt: either prompts or --input, not both",
@@ -114,7 +121,7 @@ def test_train_alone_says_what_is_needed(capsys: pytest.CaptureFixture[str]) -> 
         (["args", "--yaml"], "args: unexpected --yaml; it takes [PREFIX] [--json | --markdown]"),
         (["train", "--nproc", "0"], "--nproc: expects a number of ranks, 1 or more, got '0'"),
         (["train", "--nproc"], "--nproc: expects a number of ranks, 1 or more, got ''"),
-        (["args", "--nproc=2"], "--nproc: only train and check take it, args does not"),
+        (["args", "--nproc=2"], "--nproc: only train, check and infer take it, args does not"),
         (["train", *NEEDED, "--train.lrr=1"], "train.lrr: unknown argument; did you mean train.lr?"),
         (["train", "none.yaml"], "none.yaml: No such file or directory"),
     ],

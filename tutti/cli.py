@@ -84,21 +84,22 @@ _EXPORT_HELP = """\
 usage: tutti export CHECKPOINT_OR_OUTPUT_DIR OUT_FOLDER [--merge]
 
 Make a complete Hugging Face folder (config, weights, tokenizer) of a training checkpoint: a folder
-.../checkpoints/global_step_N, or a run's output_dir, whose newest whole checkpoint is taken.
+.../checkpoints/global_step_N, or a run's output_dir, whose newest whole checkpoint is taken. Of a run that trained
+adapters (train.architecture lora) it makes an adapter folder, which peft reads as well.
 
   --merge    add the adapters to the base model instead, and write it complete
 
 examples:
   tutti export runs/first runs/first/hf/final
-"""
   tutti export runs/lora runs/lora/hf/merged --merge
+"""
 
 _INFER_HELP = """\
 usage: tutti infer [FILE.yaml] --infer.model_path PATH [--a.b VALUE | a.b=VALUE ...] [--nproc N]
                    [--prompt TEXT ... | --input FILE.jsonl --output FILE.jsonl]
 
-Generate text with a model: a Hugging Face folder, a training checkpoint (.../checkpoints/global_step_N), or a run's
-output_dir.
+Generate text with a model: a Hugging Face folder, an adapter folder (on the base that it names, or model.model_path),
+a training checkpoint (.../checkpoints/global_step_N), or a run's output_dir.
 
   --prompt TEXT    answer this and end; may be given several times
   --input FILE     answer its rows ({"prompt": ...} or {"messages": [...]}) into the file given by --output; when
@@ -278,10 +279,10 @@ def _infer(command: _Command) -> int:
         return _launch(command)
 
     from tutti.infer.run import Job, infer
-    from tutti.train.checkpoint import load_model_only
+    from tutti.train.export import load_trained
 
     source, out = (options[name][0] if options[name] else None for name in ("--input", "--output"))
-    infer(config, Job(tuple(options["--prompt"]), source, out), load_model_only)
+    infer(config, Job(tuple(options["--prompt"]), source, out), load_trained)
     return 0
 
 

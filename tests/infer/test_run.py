@@ -106,6 +106,32 @@ def test_a_checkpoint_speaks_as_its_export_does(trained, say):
     assert say(str(trained / "checkpoints" / "global_step_1"), do_sample=False) != final
 
 
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory, model):
+    """A short run that trained adapters on `model`."""
+    changes = {"train.architecture": "lora", "train.lora_rank": 4, "train.save_hf_weights": True, "train.lr": 0.1}
+    config = tiny_config(
+        tmp_path_factory.mktemp("lora"),
+        **{"train.max_steps": 2, "train.save_steps": 2, "model.model_path": model},
+        **changes,
+    )
+    run_ranks(1, _train, config)
+    return Path(config.train.output_dir)
+
+
+def test_an_adapter_speaks_as_its_merged_model_does(adapted, model, say, tmp_path):
+    from tutti.train.export import export
+
+    export(str(adapted), str(tmp_path / "merged"), merge_adapters=True)
+    merged = say(str(tmp_path / "merged"), do_sample=False)
+    assert merged != say(model, do_sample=False)
+    for path in (adapted / "hf" / "final", adapted, adapted / "checkpoints" / "global_step_2"):
+        assert say(str(path), do_sample=False) == merged, path
+    other = write_model(tmp_path / "other", dtype=torch.bfloat16)
+    asked = ["--model.model_path", other, "--infer.model_path", str(adapted / "hf" / "final"), "--prompt", "x"]
+    assert main(["infer", *asked, "--infer.max_tokens=2"]) == 0, "an adapter on a base that is named"
+
+
 def test_an_output_folder_without_export_gives_its_newest_whole_checkpoint(trained, say, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(trained, copy)
@@ -141,7 +167,8 @@ def test_what_is_no_model_is_refused(capsys, tmp_path, model, trained):
     assert "infer.model_path: " in refused(tmp_path / "none") and "is not there" in refused(tmp_path / "none")
     assert "is neither a Hugging Face folder" in refused(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert "holds an adapter" in refused(tmp_path)
+    assert "infer.model_path: " in refused(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
     broken = tmp_path / "broken"
     shutil.copytree(model, broken)
     (broken / "model.safetensors").unlink()
@@ -168,10 +195,10 @@ def test_a_classifier_is_refused(capsys, tmp_path, model):
 def _infer_on_rank(path, source, output, settings):
     import logging
 
-    from tutti.train.checkpoint import load_model_only
+    from tutti.train.export import load_trained
 
     logging.disable(logging.INFO)
-    infer(infer_config(path, **settings), Job((), source, output), load_model_only)
+    infer(infer_config(path, **settings), Job((), source, output), load_trained)
     return torch.get_num_threads()
 
 

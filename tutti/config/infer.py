@@ -11,7 +11,7 @@ class InferConfig:
 
     model_path: str | None = arg(
         None,
-        "Model to generate with: a Hugging Face folder, a training checkpoint, or a run's output_dir.",
+        "Model to generate with: a Hugging Face or adapter folder, a training checkpoint, or a run's output_dir.",
         shown="Required",
         required=("infer",),
     )

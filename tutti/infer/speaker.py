@@ -1,8 +1,8 @@
 """From `infer.model_path` to a model that is ready to speak: weights loaded, tokenizer, chat template, limits.
 
-The path may be a Hugging Face folder, a training checkpoint (`OUTPUT_DIR/checkpoints/global_step_N`) or a run's
-`train.output_dir`, of which the final export is taken, or else the newest whole checkpoint. A checkpoint holds weights
-alone; what model they are of, and how chats are rendered, stands in the run's config.yaml.
+The path may be a Hugging Face folder, an adapter folder, a training checkpoint (`OUTPUT_DIR/checkpoints/global_step_N`)
+or a run's `train.output_dir`, of which the final export is taken, or else the newest whole checkpoint. A checkpoint
+holds weights alone; what model they are of, and how chats are rendered, stands in the run's config.yaml.
 
 With several ranks each of them reads and holds its slices only (FSDP2); a block is gathered when it runs.
 """
@@ -18,23 +18,25 @@ from pathlib import Path
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tutti.config import Config, ModelConfig
+from tutti.config import Config, ModelConfig, TrainConfig
 from tutti.config.load import load
 from tutti.core.dist import Dist
 from tutti.data.template import ChatTemplate, end_of_turn, make_template
 from tutti.infer.cache import register
 from tutti.infer.fallback import needs_generate
+from tutti.model.adapter import base_path, is_adapter_folder, load_adapter, plan_adapters
 from tutti.model.build import build_model, build_tokenizer, load_model_config
-from tutti.model.initial import materialize
+from tutti.model.lora import add_adapters
 from tutti.model.plan import blocks, num_params
 from tutti.model.weights import load_weights
 
 log = logging.getLogger(__name__)
 
-LoadCheckpoint = Callable[[Path, PreTrainedModel, Dist], None]
-"""Fills a model that has its storage from a training checkpoint, or from an output folder's newest one."""
+LoadCheckpoint = Callable[[Config, Path, PreTrainedModel, Dist], None]
+"""Gives a model without storage what the run of a configuration had trained at a checkpoint, or at an output folder's
+newest one. Training knows how, and inference does not know training: whoever calls both hands it over."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,17 @@ def open_speaker(config: Config, ranks: Dist, load_checkpoint: LoadCheckpoint) -
 
     ValueError, on all ranks: it is not there, damaged, or not a model that generates text.
     """
-    source = ranks.agree(lambda: _find(config))
+    with _speaking_of_infer():
+        source = ranks.agree(lambda: _find(config))
     tokenizer, model = ranks.agree(lambda: _build(source, ranks.device))
     _shard(model, ranks)
     with _speaking_of_infer():
         if source.checkpoint is None:
-            load_weights(model, source.config.model.model_path, dist=ranks, broadcast=False)
+            load_weights(model, source.config.model.model_path or "", dist=ranks, broadcast=False)
+            if source.config.model.adapter_path is not None:
+                ranks.agree(lambda: load_adapter(model, Path(source.config.model.adapter_path or "")))
         else:
-            materialize(model, ranks.device)
-            load_checkpoint(source.checkpoint, model, ranks)
+            load_checkpoint(source.config, source.checkpoint, model, ranks)
     model.eval()
     template = ranks.agree(lambda: _template(config, source, tokenizer))
     is_chat = _is_chat(config, source, tokenizer)
@@ -98,21 +102,17 @@ def _find(config: Config) -> _Source:
     tokenizer = None if given == config.infer.model_path else given
     if not path.exists():
         raise ValueError(f"infer.model_path: {path} is not there; models are read from local paths, download it first")
-    if (path / "adapter_config.json").is_file():
-        raise ValueError(f"infer.model_path: {path} holds an adapter, and adapters are not available yet")
-    if (path / "config.json").is_file():
-        return _hugging_face(path, tokenizer)
-    output = next(
-        (folder for folder in (path, *path.absolute().parents[:2]) if (folder / "config.yaml").is_file()), None
-    )
+    output = next((part for part in (path, *path.absolute().parents[:2]) if (part / "config.yaml").is_file()), None)
+    for folder in (path, path / "hf" / "final") if output == path else (path,):
+        if is_adapter_folder(folder):
+            return _adapted(folder, config, tokenizer)
+        if (folder / "config.json").is_file():
+            return _Source(Config(model=ModelConfig(model_path=str(folder), tokenizer_path=tokenizer)))
     if output is None:
         raise ValueError(
-            f"infer.model_path: {path} is neither a Hugging Face folder (with its config.json) nor an output folder of "
-            "a run (with its config.yaml) nor a checkpoint in one"
+            f"infer.model_path: {path} is neither a Hugging Face folder (with its config.json) nor an adapter nor an "
+            "output folder of a run (with its config.yaml) nor a checkpoint in one"
         )
-    final = path / "hf" / "final"
-    if output == path and (final / "config.json").is_file():
-        return _hugging_face(final, tokenizer)
     run = load([str(output / "config.yaml")], verb=None)
     if run.data.data_type == "classification":
         raise ValueError(f"infer.model_path: {path} is of a classifier, which generates no text")
@@ -121,8 +121,14 @@ def _find(config: Config) -> _Source:
     return _Source(run, path, run.data.chat_template if run.data.data_type == "conversation" else "default")
 
 
-def _hugging_face(folder: Path, tokenizer: str | None) -> _Source:
-    return _Source(Config(model=ModelConfig(model_path=str(folder), tokenizer_path=tokenizer)))
+def _adapted(folder: Path, config: Config, tokenizer: str | None) -> _Source:
+    """The adapter in `folder` on model.model_path, or else on the model that it names as its base."""
+    base = config.model.model_path or base_path(folder)
+    own = str(folder) if (folder / "tokenizer_config.json").is_file() else None
+    if tokenizer == config.model.model_path and "infer.tokenizer_path" not in config.explicit:
+        tokenizer = None  # merely the default, and the tokenizer beside the adapter knows how its chats are rendered
+    model = ModelConfig(model_path=base, tokenizer_path=tokenizer or own, adapter_path=str(folder))
+    return _Source(Config(model=model, train=TrainConfig(architecture="lora")))
 
 
 def _build(source: _Source, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
@@ -130,18 +136,26 @@ def _build(source: _Source, device: torch.device) -> tuple[PreTrainedTokenizerBa
     with _speaking_of_infer():
         config = replace(source.config, model=replace(source.config.model, attn_implementation="sdpa"))
         tokenizer = build_tokenizer(config)
-        dtype = None
-        if source.checkpoint is None:
-            model_config = load_model_config(config)
-            if any(name.endswith("ForSequenceClassification") for name in model_config.architectures or ()):
-                raise ValueError("infer.model_path: the model is a classifier, which generates no text")
-            dtype = model_config.dtype if isinstance(model_config.dtype, torch.dtype) else torch.float32
+        dtype = _dtype(source, load_model_config(config))
         model = build_model(config, tokenizer=tokenizer, device=device, dtype=dtype)
+        lora = plan_adapters(config, model)
+        if lora is not None:
+            add_adapters(model, lora, model.dtype)
     if needs_generate(model):
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     else:
         model.set_attn_implementation(register())
     return tokenizer, model
+
+
+def _dtype(source: _Source, model_config: PreTrainedConfig) -> torch.dtype | None:
+    """What parameters are held in: as in the files; None: as in the run's checkpoints."""
+    if source.checkpoint is None:
+        if any(name.endswith("ForSequenceClassification") for name in model_config.architectures or ()):
+            raise ValueError("infer.model_path: the model is a classifier, which generates no text")
+        return model_config.dtype if isinstance(model_config.dtype, torch.dtype) else torch.float32
+    # Adapters are trained in fp32 beside a base in the dtype of the computation, in which both are used.
+    return getattr(torch, source.config.train.compute_dtype) if source.config.train.architecture == "lora" else None
 
 
 def _shard(model: PreTrainedModel, ranks: Dist) -> None:
@@ -196,7 +210,7 @@ def _speaking_of_infer() -> Iterator[None]:
         yield
     except ValueError as error:
         text = str(error)
-        for name in ("model.model_path", "model.config_path", "train.load_checkpoint_path"):
+        for name in ("model.model_path", "model.config_path", "model.adapter_path", "train.load_checkpoint_path"):
             text = text.replace(name, "infer.model_path")
         text = text.replace("model.tokenizer_path", "infer.tokenizer_path")
         raise ValueError(text) from error
