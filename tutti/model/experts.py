@@ -24,11 +24,13 @@ Shapes: N tokens, H hidden size, E experts, k experts a token, S = N * k pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import grouped_mm
@@ -36,6 +38,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from tutti.model.lora import adapter_for
 from tutti.parallel.expert import inverse
+from tutti.parallel.mesh import AXES, Mesh
 
 FUSED, EAGER = "tutti_fused", "tutti_eager"
 """The names under which grouped experts, and the models' own loop, are registered with transformers."""
@@ -94,6 +97,40 @@ def _count(module: Any, counts: Tensor) -> None:
     load = getattr(module, "expert_load", None)
     if load is not None and module.training:
         load.add_(counts)
+
+
+class ExpertLoad:
+    """Counts for each layer how many tokens chose each expert, from training batches, padding included.
+
+    Layers that are run again for their gradients count again, all alike: the counts are good for shares alone.
+    """
+
+    def __init__(self, layers: Sequence[Any], mesh: Mesh, device: torch.device) -> None:
+        self._mesh = mesh
+        self._sizes = [layer.num_experts for layer in layers]
+        self._counts = torch.zeros(sum(self._sizes), dtype=torch.int64, device=device)
+        for layer, counts in zip(layers, self._counts.split(self._sizes), strict=True):
+            layer.expert_load = counts
+
+    def take(self) -> dict[str, float]:
+        """`expert_load_max` and `expert_load_min` since the last call: what the busiest and the least busy expert of
+        any layer got, as a multiple of an even share; nothing for a model without experts. A collective call."""
+        stages = self._mesh.size("pipeline")
+        if not self._sizes and stages == 1:
+            return {}
+        for axis in AXES[1:]:  # all ranks that have these layers: those that hold the same tokens count alike
+            if self._mesh.size(axis) > 1:
+                dist.all_reduce(self._counts, group=self._mesh.group(axis))
+        shares = [counts / counts.float().mean() for counts in self._counts.split(self._sizes)]
+        extremes = self._counts.new_tensor([-torch.inf, -torch.inf], dtype=torch.float32)
+        if shares:
+            flat = torch.cat(shares)
+            extremes = torch.stack([flat.max(), -flat.min()])
+        if stages > 1:
+            dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self._mesh.group("pipeline"))
+        self._counts.zero_()
+        busiest, idlest = extremes.tolist()
+        return {"expert_load_max": busiest, "expert_load_min": -idlest} if math.isfinite(busiest) else {}
 
 
 class _LocalExperts:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,9 @@ from transformers.core_model_loading import (
 from tutti.core.dist import Dist
 from tutti.model.files import INDEX, SINGLE, read_index
 from tutti.model.plan import model_class
+
+# What FSDP has split after other axes takes one gather for each, which torch finds worth a warning on every rank.
+logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 
 def export_hf(

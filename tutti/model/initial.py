@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import PreTrainedModel
 from transformers.distributed.sharding_utils import DtensorShardOperation
 from transformers.initialization import no_tie_weights
@@ -71,13 +74,33 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
 
 
+def own_block(target: Tensor) -> tuple[slice, ...] | None:
+    """Where this rank's part lies in the whole of `target`; None if it is not one block.
+
+    FSDP splits what other axes have split before, which a strided placement on its own, leftmost axis stands for: the
+    part is a block if the strides are exactly those splits.
+    """
+    if not isinstance(target, DTensor):
+        return tuple(slice(0, size) for size in target.shape)
+    mesh, placements = target.device_mesh, target.placements
+    for axis, placement in enumerate(placements):
+        if isinstance(placement, _StridedShard):
+            splits = (mesh.size(i) for i in range(axis + 1, mesh.ndim) if placements[i].is_shard(placement.dim))
+            if math.prod(splits) != placement.split_factor:
+                return None
+    sizes, offsets = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+    return tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
+
+
 def own_part(tensor: Any, target: Tensor) -> Tensor:
     """The part of a full `tensor` (or of a lazy slice of a file) that belongs in this rank's part of `target`."""
-    if isinstance(target, DTensor) and target.ndim:
+    block = own_block(target)
+    if block is None:
+        assert isinstance(target, DTensor)
         part = DtensorShardOperation(target).shard_tensor(tensor)
         assert part is not None
         return part
-    return tensor[...]
+    return tensor[block or ...]
 
 
 def fill_by_rules(model: PreTrainedModel, names: set[str], seed: int) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,9 +24,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -42,7 +38,7 @@ from transformers.core_model_loading import (
 
 from tutti.core.dist import Dist
 from tutti.model.files import Checkpoint
-from tutti.model.initial import fill_by_rules, local_part, materialize, own_part
+from tutti.model.initial import fill_by_rules, local_part, materialize, own_block, own_part
 from tutti.model.plan import head, is_classifier, model_class
 
 log = logging.getLogger(__name__)
@@ -102,24 +98,6 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named if name in saved}
 
 
-def _block(target: Tensor) -> tuple[slice, ...] | None:
-    """Where this rank's part lies in the whole of `target`; None if it is not one block.
-
-    FSDP splits what other axes have split before, which a strided placement on its own, leftmost axis stands for: the
-    part is a block if the strides are exactly those splits.
-    """
-    if not isinstance(target, DTensor):
-        return tuple(slice(0, size) for size in target.shape)
-    mesh, placements = target.device_mesh, target.placements
-    for axis, placement in enumerate(placements):
-        if isinstance(placement, _StridedShard):
-            splits = (mesh.size(i) for i in range(axis + 1, mesh.ndim) if placements[i].is_shard(placement.dim))
-            if math.prod(splits) != placement.split_factor:
-                return None
-    sizes, offsets = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-    return tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
-
-
 class _Spec(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -169,7 +147,7 @@ class _Group:
                 if local_part(targets[name]).numel():
                     yield name, own_part(values[name], targets[name])
         elif experts:
-            block = _block(targets[self.first])
+            block = own_block(targets[self.first])
             assert block is not None
             for name, value in self._converted(model, experts, checkpoint.read).items():
                 yield name, value[(slice(None), *block[1:])]
@@ -183,7 +161,7 @@ class _Group:
             for op in others
         )
         target = targets[self.first]
-        block = _block(target)
+        block = own_block(target)
         if not isinstance(stack, MergeModulelist) or stack.dim != 0 or not inner or len(self.targets) > 1 or not block:
             return None
         lists: dict[str, list[str]] = {}
@@ -313,7 +291,7 @@ def _receive(target: Tensor, value: Tensor | None, spec: _Spec, dist: Dist) -> T
     A part that is not one block needs the whole tensor at once.
     """
     shape = spec.shape or (1,)
-    block = _block(target) if spec.shape else (slice(0, 1),)
+    block = own_block(target) if spec.shape else (slice(0, 1),)
     row_bytes = max(1, spec.dtype.itemsize * torch.Size(shape[1:]).numel())
     rows = shape[0] if block is None else max(1, PIECE_BYTES // row_bytes)
     part = torch.empty_like(local_part(target), dtype=spec.dtype)

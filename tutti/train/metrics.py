@@ -5,7 +5,8 @@ else can be made from), the progress line on the terminal, report.html, and Weig
 anything with the five methods of `Sink`. Rank 0 alone has sinks; on the other ranks every call does nothing.
 
 A training record has `step, epoch, loss, grad_norm, lr, tokens, trained_tokens, samples, step_seconds,
-tokens_per_second, mfu, memory_gib, packing`, and with several sources `source_loss/<name>` and `source_tokens/<name>`.
+tokens_per_second, mfu, memory_gib, packing`, with several sources `source_loss/<name>` and `source_tokens/<name>`, and
+with experts `expert_load_max`, `expert_load_min` (as multiples of an even share) and maybe `router_loss`.
 Where a record stands for several steps (train.log_steps), tokens, trained_tokens, samples and source_tokens are sums
 over them and the rest are means, or the last value. mfu is None where the device's peak is unknown. An evaluation
 record has `step, eval_loss, eval_tokens`, and `eval_accuracy` for classification. Either may hold more.

@@ -13,6 +13,8 @@ from tutti.config import Config
 from tutti.core.batch import GlobalBatch
 from tutti.core.device import memory_gib, peak_flops
 from tutti.core.dist import Dist
+from tutti.model.experts import ExpertLoad
+from tutti.model.plan import experts
 from tutti.train.metrics import Metrics
 from tutti.train.setup import Parts
 from tutti.train.step import Totals
@@ -64,6 +66,7 @@ class Reporter:
     def __init__(self, config: Config, parts: Parts, ranks: Dist, metrics: Metrics) -> None:
         self._config, self._parts, self._ranks, self._metrics = config, parts, ranks, metrics
         self._peak: float | None = None
+        self._expert_load = ExpertLoad(experts(parts.model), parts.mesh, ranks.device)
         self.clock = Clock()
         self.totals = self._fresh()
 
@@ -92,7 +95,7 @@ class Reporter:
             "memory_gib": memory_gib(self._ranks.device),
             "packing": totals.num_tokens / totals.num_slots,
         }
-        record |= self._by_source(means.source_loss)
+        record |= self._by_source(means.source_loss) | self._expert_load.take()
         if means.router_loss:
             record["router_loss"] = means.router_loss
         if means.skipped:

@@ -247,6 +247,17 @@ function charts() {
       now: fixed(last.router_loss),
       smoothing: gentle(train.step),
     }),
+    single("expert_load_max", "Load of experts", "expert_load_max", {
+      unit: "times an even share",
+      axis: plain,
+      now: fixed(last.expert_load_max, 2),
+      smoothing: gentle(train.step),
+      fromZero: true,
+      series: [
+        curve(train, "expert_load_max", "Busiest"),
+        curve(train, "expert_load_min", "Least busy", "var(--second)"),
+      ],
+    }),
   ];
   if (known(column(evals, "eval_accuracy")))
     small.unshift(
