@@ -54,7 +54,7 @@ ARGUMENTS: dict[str, Argument] = {
     argument.name: argument for group, cls in GROUPS.items() for argument in arguments_of(group, cls)
 }
 
-_TEXT_KEYS = {"plaintext": "content_split", "conversation": "messages", "classification": "text"}
+_TEXT_KEYS = {"plaintext": "content_split", "conversation": "messages", "classification": "text", "dpo": "prompt"}
 
 _DERIVED: dict[str, Callable[[Config], Any]] = {
     "model.config_path": lambda config: config.model.model_path,

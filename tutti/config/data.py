@@ -30,9 +30,10 @@ class DataConfig:
         "Samples of an epoch without train.dyn_bsz, from which its steps follow: for iterable data, or when set.",
         low=1,
     )
-    data_type: Literal["plaintext", "conversation", "classification"] = arg(
+    data_type: Literal["plaintext", "conversation", "classification", "dpo"] = arg(
         "conversation",
-        "What a row is: text trained on whole, a chat trained on its assistant turns, or a text with a class label.",
+        "What a row is: text trained on whole, a chat trained on its assistant turns, a text with a class label, or "
+        "(dpo) a prompt with a chosen and a rejected answer.",
     )
     dataloader_type: Literal["native"] = arg("native", "The data loader: torch's DataLoader with Tutti's packing.")
     datasets_type: str = arg(
@@ -54,7 +55,7 @@ class DataConfig:
     text_keys: str | None = arg(
         None,
         "Column with the text; of a comma list the first that a row has. "
-        "By data_type: content_split (plaintext), messages (conversation), text (classification).",
+        "By data_type: content_split (plaintext), messages (conversation), text (classification), prompt (dpo).",
         shown="content_split",
         examples=("content_split", "messages"),
     )

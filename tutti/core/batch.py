@@ -34,11 +34,13 @@ class Sample:
     input_ids, labels: int32 [n]. For language modelling `labels[t]` is `input_ids[t + 1]` where that token is trained
     on, else IGNORE; the last entry is always IGNORE. For classification the last entry is the class, all others IGNORE.
     source: index of the data source the sample came from.
+    split: where the rejected one of a pair of answers begins, each a sequence of its own; 0 for a single sequence.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     source: int = 0
+    split: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -82,6 +84,24 @@ class Whole:
 
 
 @dataclass(frozen=True, slots=True)
+class Pairs:
+    """What preference training needs of a batch of P pairs, whose segments 2i and 2i + 1 are the answers of pair i.
+
+    segment: int64 [N], the segment of the whole batch that each target lies in. source: int64 [P], the pairs' data
+    sources. reference: fp32 [P, 2], the log-probabilities of the chosen and the rejected answer by the reference model,
+    once they are known.
+    """
+
+    segment: Tensor
+    source: Tensor
+    reference: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Pairs:
+        reference = None if self.reference is None else change(self.reference)
+        return Pairs(change(self.segment), change(self.source), reference)
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """A packed micro batch.
 
@@ -94,6 +114,7 @@ class Batch:
     extras: what only some models take (pixel_values ...), by the name of the model's forward argument.
     whole: where these are one rank's tokens of a batch that several ranks share, what that batch was. The samples are
     then the pieces of samples that lie on this rank, and a piece's positions go on from where it was cut.
+    pairs: where the samples are pairs of answers; S then counts the answers.
     """
 
     input_ids: Tensor
@@ -106,6 +127,7 @@ class Batch:
     num_tokens: int
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     whole: Whole | None = None
+    pairs: Pairs | None = None
 
     def lengths(self) -> list[int]:
         """The samples' lengths, padding left out; for a batch on the host."""
@@ -126,12 +148,15 @@ class Batch:
         values["extras"] = {name: change(value) for name, value in self.extras.items()}
         if self.whole is not None:
             values["whole"] = replace(self.whole, cu_seqlens=change(self.whole.cu_seqlens))
+        if self.pairs is not None:
+            values["pairs"] = self.pairs.map(change)
         return Batch(**values)
 
 
 def pack(samples: Sequence[Sample], *, pad_to: int | None = None, pad_id: int = 0) -> Batch:
     """Lay `samples` end to end as one micro batch of T tokens; with `pad_to`, T is exactly that.
 
+    A pair of answers makes two segments; samples are all pairs, or none is.
     Padding carries IGNORE labels and lies in segments of its own. With no samples the batch is padding alone (T =
     pad_to or 1): what a rank runs that has nothing left to train on while others have.
     """
@@ -139,6 +164,11 @@ def pack(samples: Sequence[Sample], *, pad_to: int | None = None, pad_id: int = 
         pad_to = 1
     lengths = [len(sample) for sample in samples]
     sources = [sample.source for sample in samples]
+    paired = bool(samples) and samples[0].split > 0
+    if paired:
+        pair_sources = torch.tensor(sources, dtype=torch.int64)
+        lengths = [n for sample in samples for n in (sample.split, len(sample) - sample.split)]
+        sources = [source for source in sources for _ in range(2)]
     num_tokens = sum(lengths)
     padding = max(0, (pad_to or 0) - num_tokens)
     ids = [sample.input_ids for sample in samples] + [np.full(padding, pad_id, np.int64)]
@@ -148,15 +178,19 @@ def pack(samples: Sequence[Sample], *, pad_to: int | None = None, pad_id: int = 
         sources.append(-1)
         padding -= lengths[-1]
     flat_labels = torch.from_numpy(np.concatenate(labels).astype(np.int64))
+    target_index = (flat_labels != IGNORE).nonzero().flatten()
+    cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+    segment = torch.bucketize(target_index, cu_seqlens[1:], right=True) if paired else None
     return Batch(
         input_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64)),
         labels=flat_labels,
         position_ids=torch.from_numpy(np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])),
-        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+        cu_seqlens=cu_seqlens,
         max_seqlen=max(lengths),
-        target_index=(flat_labels != IGNORE).nonzero().flatten(),
+        target_index=target_index,
         sample_sources=torch.tensor(sources, dtype=torch.int64),
         num_tokens=num_tokens,
+        pairs=Pairs(segment, pair_sources) if segment is not None else None,
     )
 
 
@@ -165,20 +199,25 @@ class GlobalBatch:
     """What this data-parallel rank runs in one optimizer step, and the totals over all ranks.
 
     micro_batches: this rank's, as many as every other rank's (a rank short of data gets batches of padding).
-    num_targets: trained tokens over all ranks and micro batches: what the summed loss is divided by.
+    num_targets: what the summed loss is divided by, over all ranks and micro batches: trained tokens, or pairs.
+    trained_tokens: over all ranks as well.
     num_tokens, num_slots: tokens without and with padding or unfilled room, over all ranks (a micro batch has B slots
     with dyn_bsz or pad_to_length; else its own length). num_samples: samples over all ranks.
-    source_tokens: trained tokens per source name over all ranks.
+    source_targets, source_tokens: num_targets and trained_tokens per source name.
+    names: for each micro batch what finds its samples in the data again (plain data; of indexed data their numbers).
     step: the optimizer step this is for, from 1. epoch: the epoch, from 0, that it belongs to. epoch_end: whether it is
     that epoch's last.
     """
 
     micro_batches: tuple[Batch, ...]
     num_targets: int
+    trained_tokens: int
     num_tokens: int
     num_samples: int
     num_slots: int
+    source_targets: Mapping[str, int]
     source_tokens: Mapping[str, int]
+    names: tuple[tuple[Any, ...], ...]
     step: int
     epoch: int
     epoch_end: bool

@@ -39,10 +39,11 @@ class PackedSamples(Dataset):
         return pack(samples, pad_to=self.pad_to, pad_id=self.pad_id)
 
     def _kept(self, tokens: np.ndarray, ids: list[int]) -> list[Sample]:
-        columns = (column[ids].tolist() for column in (self._ends, self.index.length, self.index.source))
+        index = self.index
+        columns = (column[ids].tolist() for column in (self._ends, index.length, index.source, index.split))
         return [
-            Sample(tokens[0, end - length : end], tokens[1, end - length : end], source)
-            for end, length, source in zip(*columns, strict=True)
+            Sample(tokens[0, end - length : end], tokens[1, end - length : end], source, split)
+            for end, length, source, split in zip(*columns, strict=True)
         ]
 
     def _read(self, ids: list[int]) -> list[Sample]:

@@ -56,8 +56,9 @@ _LOG_SECONDS = 5.0
 class Chunk:
     """Consecutive rows of one source, encoded: n samples of T tokens in all.
 
-    row, piece, length, targets: int64 [n]; targets counts the trained tokens. tokens: int32 [2, T], ids above labels,
-    or None where only the numbers are wanted. bad: the rows left out. rows: how many there were. crc: of the tokens.
+    row, piece, length, targets, split: int64 [n]; targets counts the trained tokens, split is as in Sample.
+    tokens: int32 [2, T], ids above labels, or None where only the numbers are wanted. bad: the rows left out. rows: how
+    many there were. crc: of the tokens.
     """
 
     source: int
@@ -65,6 +66,7 @@ class Chunk:
     piece: np.ndarray
     length: np.ndarray
     targets: np.ndarray
+    split: np.ndarray
     tokens: np.ndarray | None
     bad: tuple[Any, ...]
     rows: int
@@ -74,10 +76,10 @@ class Chunk:
         """The samples, each with memory of its own."""
         assert self.tokens is not None
         end = 0
-        for length in self.length.tolist():
+        for length, split in zip(self.length.tolist(), self.split.tolist(), strict=True):
             start, end = end, end + length
             ids, labels = self.tokens[:, start:end].copy()
-            yield Sample(ids, labels, self.source)
+            yield Sample(ids, labels, self.source, split)
 
 
 def encode_chunk(encoder: Any, source: int, numbers: Sequence[int], rows: Sequence[Any]) -> Chunk:
@@ -100,6 +102,7 @@ def encode_chunk(encoder: Any, source: int, numbers: Sequence[int], rows: Sequen
         piece=np.array([piece for _, piece, _ in found], np.int64),
         length=length,
         targets=_sums(tokens[1] != IGNORE, length),
+        split=np.array([sample.split for _, _, sample in found], np.int64),
         tokens=tokens,
         bad=tuple(bad),
         rows=len(numbers),
@@ -123,6 +126,7 @@ class Index:
     piece: np.ndarray
     length: np.ndarray
     targets: np.ndarray
+    split: np.ndarray
     tokens: np.ndarray | None
     rows: int
     dropped: dict[str, int]
@@ -219,6 +223,7 @@ def _join(chunks: list[Chunk], dropped: dict[str, int]) -> Index:
         "piece": np.concatenate([chunk.piece for chunk in chunks]),
         "length": length,
         "targets": np.concatenate([chunk.targets for chunk in chunks]),
+        "split": np.concatenate([chunk.split for chunk in chunks]),
     }
     digest = hashlib.sha256(np.array([chunk.crc for chunk in chunks], np.int64).tobytes())
     for column in columns.values():

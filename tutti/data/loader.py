@@ -29,6 +29,7 @@ from tutti.data.encode import make_encoder
 from tutti.data.fetch import Fetch, PackedSamples, fetch_indexed, fetch_streamed, loader_options
 from tutti.data.index import Index, Indexed, build_index
 from tutti.data.mix import Weights
+from tutti.data.pairs import make_pair_encoder
 from tutti.data.plan import Planner, Recipe, StepPlan, Supply, describe_steps, make_recipe, one_pass
 from tutti.data.ready import ReadyMade
 from tutti.data.source import Source, open_sources
@@ -57,22 +58,26 @@ class DataReport:
 class Part:
     """Data for training or evaluation: the plan, how its micro batches are fetched, its report, and how to end it.
 
-    report: from the samples, tokens, trained tokens and slots given out so far.
+    report: from the samples, tokens, trained tokens and slots given out so far. digest, scan: of indexed data, what
+    stands for it, and a planner of one pass over it in order.
     """
 
     planner: Planner
     fetch: Fetch
     report: Callable[[np.ndarray], DataReport]
     close: Callable[[], None] = lambda: None
+    digest: str | None = None
+    scan: Callable[[], Planner] | None = None
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which micro batches are this rank's, and what the sources are called."""
+    """Which micro batches are this rank's, what the sources are called, and whether a sample is a pair of answers."""
 
     dp_rank: int
     dp_size: int
     sources: tuple[str, ...]
+    pairs: bool = False
 
 
 def global_batches(planner: Planner, fetch: Fetch, share: Share) -> Iterator[tuple[StepPlan, GlobalBatch]]:
@@ -89,20 +94,30 @@ def global_batches(planner: Planner, fetch: Fetch, share: Share) -> Iterator[tup
     batches = fetch(mine())
     while batch := tuple(islice(batches, micro_batches // share.dp_size)):
         plan = planned.popleft()
-        yield plan, _with_totals(plan, batch, planner.supply, share.sources)
+        yield plan, _with_totals(plan, batch, planner.supply, share)
 
 
-def _with_totals(plan: StepPlan, batch: tuple[Batch, ...], supply: Supply, names: Sequence[str]) -> GlobalBatch:
+def _with_totals(plan: StepPlan, batch: tuple[Batch, ...], supply: Supply, share: Share) -> GlobalBatch:
     drawn = [one for micro_batch in plan.micro_batches for one in micro_batch]
-    targets, sources = supply.facts([item for _, item in drawn])
-    per_source = np.bincount(sources, weights=targets, minlength=len(names))
+    tokens, sources = supply.facts([item for _, item in drawn])
+    targets = np.ones_like(tokens) if share.pairs else tokens
+
+    def by_source(counts: np.ndarray) -> dict[str, int]:
+        sums = np.bincount(sources, weights=counts, minlength=len(share.sources))
+        return {name: int(count) for name, count in zip(share.sources, sums, strict=True)}
+
+    source_tokens = by_source(tokens)
+    mine = [plan.micro_batches[k : k + 1] for k in range(share.dp_rank, share.dp_size * len(batch), share.dp_size)]
     return GlobalBatch(
         micro_batches=batch,
         num_targets=int(targets.sum()),
+        trained_tokens=int(tokens.sum()),
         num_tokens=sum(length for length, _ in drawn),
         num_samples=len(drawn),
         num_slots=plan.slots,
-        source_tokens={name: int(count) for name, count in zip(names, per_source, strict=True)},
+        source_targets=by_source(targets) if share.pairs else source_tokens,
+        source_tokens=source_tokens,
+        names=tuple(tuple(supply.name(item) for one in found for _, item in one) for found in mine),
         step=plan.step,
         epoch=plan.epoch,
         epoch_end=plan.epoch_end,
@@ -113,12 +128,14 @@ class Data:
     """Training and evaluation data of a run, made by `build_data`.
 
     total_steps: optimizer steps of the whole run, those before the position included. steps_reason: the log line that
-    says why. Both follow `load_state_dict`. sources: names. state_dict() is the position after the last global batch
+    says why. Both follow `load_state_dict`. sources: names. digest: stands for all training and evaluation data, None
+    where that is streamed. state_dict() is the position after the last global batch
     that train() gave: plain data, the same on every rank.
     """
 
     def __init__(self, train: Part, evaluation: Part | None, share: Share, settings: dict[str, Any]) -> None:
         self.sources = share.sources
+        self.digest = train.digest and f"{train.digest} {evaluation.digest if evaluation else None}"
         self._train, self._evaluation, self._share, self._settings = train, evaluation, share, settings
         self._given = np.zeros(4, np.int64)
         self._ahead = False
@@ -149,7 +166,7 @@ class Data:
         try:
             for plan, batch in global_batches(self._train.planner, self._train.fetch, self._share):
                 self._position = plan.position
-                self._given += (batch.num_samples, batch.num_tokens, batch.num_targets, batch.num_slots)
+                self._given += (batch.num_samples, batch.num_tokens, batch.trained_tokens, batch.num_slots)
                 yield batch
         finally:
             self._train.close()
@@ -161,6 +178,16 @@ class Data:
         planner = self._evaluation.planner
         planner.load_position(self._evaluation_start)
         for _, batch in global_batches(planner, self._evaluation.fetch, self._share):
+            yield batch
+
+    def scan(self) -> Iterator[GlobalBatch]:
+        """Global batches of one pass over the training data, in order, each sample once over all ranks; the position
+        stays. ValueError where the data is streamed."""
+        if self._train.scan is None:
+            raise ValueError("data.datasets_type: streamed data cannot be gone through beforehand")
+        planner = self._train.scan()
+        planner.count()
+        for _, batch in global_batches(planner, self._train.fetch, self._share):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -198,15 +225,18 @@ def build_data(
     vocab_size: rows of the model's embedding. num_labels, label_names: the classes, for classification.
     ValueError, on all ranks: data that is missing, empty or bad, or too little for one global batch.
     """
+    pairs = config.data.data_type == "dpo"
     encoder, sources, held_out = dist.agree(
         lambda: (
-            make_encoder(config, tokenizer, vocab_size=vocab_size, num_labels=num_labels, label_names=label_names),
+            make_pair_encoder(config, tokenizer, vocab_size=vocab_size)
+            if pairs
+            else make_encoder(config, tokenizer, vocab_size=vocab_size, num_labels=num_labels, label_names=label_names),
             open_sources(config),
             open_sources(config, config.data.eval_path) if config.data.eval_path else None,
         )
     )
     if ":" in config.data.datasets_type:
-        encoder = ReadyMade(encoder, config.data.max_seq_len, vocab_size)
+        encoder = ReadyMade(encoder, config.data.max_seq_len, vocab_size, pairs=pairs)
     pad_id = _pad_id(tokenizer, vocab_size)
     streams = config.data.datasets_type == "iterable" or not all(source.mapping for source in sources)
     explicit = "data.train_size" if config.train.dyn_bsz else "data.train_sample"
@@ -234,7 +264,8 @@ def build_data(
         supply = Indexed(index, None, [source.name for source in held_out], config.train.seed, shuffle=False)
         samples = PackedSamples(index, held_out, encoder, recipe.pad_to, pad_id)
         evaluation = _indexed_part(config, samples, supply, one_pass(recipe))
-    return Data(part, evaluation, Share(dp_rank, dp_size, tuple(names)), settings)
+    share = Share(dp_rank, dp_size, tuple(names), pairs)
+    return Data(part, evaluation, share, settings)
 
 
 class Loaded:
@@ -296,7 +327,11 @@ def _indexed_part(config: Config, samples: PackedSamples, supply: Indexed, recip
             packing_efficiency=counted.tokens / counted.slots if counted.slots else _efficiency(given),
         )
 
-    return Part(planner, fetch_indexed(samples, loader_options(config, num_workers)), report)
+    def scan() -> Planner:
+        return Planner(Indexed(index, None, supply.names, supply.seed, shuffle=False), one_pass(recipe))
+
+    fetch = fetch_indexed(samples, loader_options(config, num_workers))
+    return Part(planner, fetch, report, digest=index.digest, scan=scan)
 
 
 def _streamed_part(config: Config, sources: Sequence[Source], encoder: Any, recipe: Recipe, pad_id: int) -> Part:

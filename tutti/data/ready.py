@@ -6,17 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from tutti.core.batch import IGNORE, Sample
 from tutti.data.source import BadRow
 
 
 @dataclass
 class ReadyMade:
-    """An encoder for rows of which some are samples already; `encoder` does the others."""
+    """An encoder for rows of which some are samples already; `encoder` does the others. pairs: samples are pairs."""
 
     encoder: Any
     max_seq_len: int
     vocab_size: int
+    pairs: bool = False
 
     def __call__(self, rows: Sequence[Any], source: int = 0) -> list[list[Sample] | BadRow]:
         """As the encoder's: per row its samples, or what is wrong with it."""
@@ -39,10 +42,12 @@ class ReadyMade:
             return f"a row must be a dict of columns or a tutti.core.batch.Sample, not {type(sample).__name__}"
         if sample.input_ids.shape != sample.labels.shape or sample.input_ids.ndim != 1 or not len(sample):
             return "input_ids and labels of a Sample must be one-dimensional, equally long and not empty"
+        if not (0 < sample.split < len(sample) if self.pairs else sample.split == 0):
+            return "split of a Sample must lie within it with data.data_type dpo, else be 0"
         if len(sample) > self.max_seq_len:
             return f"a Sample of {len(sample)} tokens is longer than data.max_seq_len {self.max_seq_len}"
         if not 0 <= sample.input_ids.min() <= sample.input_ids.max() < self.vocab_size:
             return f"a Sample has token ids outside the model's vocabulary of {self.vocab_size}"
-        if (sample.labels == IGNORE).all():
+        if any((part == IGNORE).all() for part in np.split(sample.labels, [sample.split] if self.pairs else [])):
             return "no trained token: every label of the Sample is ignored"
         return None

@@ -22,7 +22,7 @@ _ALIASES = {
     "observation": "tool",
     "ipython": "tool",
 } | {role: role for role in ROLES}
-_CONVERSATIONS = ("messages", "conversations")
+CONVERSATIONS = ("messages", "conversations")
 _TAKEN = {"role", "content", "from", "value", "loss_mask"}
 
 
@@ -48,7 +48,7 @@ def text_of(value: dict[str, Any], columns: Sequence[str]) -> str:
     """The text of a plaintext or classification row: that of the first of `columns` it has."""
     text = _column(value, columns)
     if not isinstance(text, str):
-        raise RowError(f"{_name(value, columns)} must be text, not {_kind(text)}")
+        raise RowError(f"{_name(value, columns)} must be text, not {kind_of(text)}")
     if not text:
         raise RowError(f"{_name(value, columns)} is empty")
     return text
@@ -58,7 +58,7 @@ def class_of(value: dict[str, Any], num_labels: int | None, label_names: Sequenc
     """The class of a classification row: a whole number in [0, num_labels), or one of `label_names`."""
     label = value.get("label")
     if label is None:
-        raise RowError(f"has no column label; its columns are {_listed(value)}")
+        raise RowError(f"has no column label; its columns are {listed(value)}")
     if isinstance(label, str):
         if label in label_names:
             return label_names.index(label)
@@ -68,7 +68,7 @@ def class_of(value: dict[str, Any], num_labels: int | None, label_names: Sequenc
             known = f"one of {', '.join(label_names)}" if label_names else "a whole number"
             raise RowError(f"label {label!r} must be {known}") from None
     if isinstance(label, bool) or not isinstance(label, int):
-        raise RowError(f"label must be a whole number, not {_kind(label)} {label!r}")
+        raise RowError(f"label must be a whole number, not {kind_of(label)} {label!r}")
     if label < 0 or (num_labels is not None and label >= num_labels):
         raise RowError(f"label {label} is outside 0 to {num_labels - 1 if num_labels else '...'}")
     return label
@@ -78,12 +78,12 @@ def conversation_of(value: dict[str, Any], columns: Sequence[str]) -> Conversati
     """The conversation a row holds, whichever of the known shapes it has."""
     turns = _turns(value, columns)
     if not isinstance(turns, list):
-        raise RowError(f"{_name(value, columns)} must be a list of messages, not {_kind(turns)}")
+        raise RowError(f"{_name(value, columns)} must be a list of messages, not {kind_of(turns)}")
     if not turns:
         raise RowError("the conversation is empty")
     messages, trained, plain = [], [], True
     for number, turn in enumerate(turns):
-        message, train = _simple(turn) or _message(number, turn)
+        message, train = message_of(number, turn)
         plain = plain and len(message) == 2
         messages.append(message)
         trained.append(train)
@@ -93,41 +93,52 @@ def conversation_of(value: dict[str, Any], columns: Sequence[str]) -> Conversati
         trained.insert(0, False)
     conversation = Conversation(messages, tuple(trained), plain)
     if value.get("tools"):
-        conversation.tools = _json(value["tools"], list, "tools")
+        conversation.tools = as_json(value["tools"], list, "tools")
         conversation.plain = False
     if value.get("chat_template_kwargs"):
-        kwargs = _json(value["chat_template_kwargs"], dict, "chat_template_kwargs")
+        kwargs = as_json(value["chat_template_kwargs"], dict, "chat_template_kwargs")
         conversation.kwargs = {name: setting for name, setting in kwargs.items() if setting is not None}
         conversation.plain = False
     return conversation
 
 
 def _turns(value: dict[str, Any], columns: Sequence[str]) -> Any:
-    for names in (columns, _CONVERSATIONS):
+    for names in (columns, CONVERSATIONS):
         for column in names:
             turns = value.get(column)
             if turns is not None:
-                return _json(turns, list, column) if isinstance(turns, str) else turns
+                return as_json(turns, list, column) if isinstance(turns, str) else turns
     if "instruction" in value:
         return _alpaca(value)
     raise RowError(
         f"has no column {' or '.join(columns)} (data.text_keys), nor conversations, nor instruction and output; "
-        f"its columns are {_listed(value)}"
+        f"its columns are {listed(value)}"
     )
 
 
 def _alpaca(value: dict[str, Any]) -> list[dict[str, Any]]:
     if value.get("output") is None:
-        raise RowError(f"has an instruction but no output; its columns are {_listed(value)}")
+        raise RowError(f"has an instruction but no output; its columns are {listed(value)}")
     turns = []
     for pair in value.get("history") or ():
         if not isinstance(pair, list) or len(pair) != 2:
             raise RowError("history must be a list of [question, answer] pairs")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    question = question_of(value)
+    return [*turns, {"role": "user", "content": question}, {"role": "assistant", "content": value["output"]}]
+
+
+def question_of(value: dict[str, Any]) -> Any:
+    """The question of a row with an `instruction` and maybe an `input` that follows it."""
     question, extra = value["instruction"], value.get("input")
     if extra and isinstance(extra, str) and isinstance(question, str):
         question = f"{question}\n{extra}" if question else extra
-    return [*turns, {"role": "user", "content": question}, {"role": "assistant", "content": value["output"]}]
+    return question
+
+
+def message_of(number: int, turn: Any) -> tuple[dict[str, Any], bool]:
+    """The `number`-th message of a conversation as chat templates take it, and whether it is trained on."""
+    return _simple(turn) or _message(number, turn)
 
 
 def _simple(turn: Any) -> tuple[dict[str, Any], bool] | None:
@@ -144,14 +155,14 @@ def _simple(turn: Any) -> tuple[dict[str, Any], bool] | None:
 def _message(number: int, turn: Any) -> tuple[dict[str, Any], bool]:
     """A message with a known role and textual content, and whether it is trained on."""
     if not isinstance(turn, dict):
-        raise RowError(f"message {number} must be an object with role and content, not {_kind(turn)}")
+        raise RowError(f"message {number} must be an object with role and content, not {kind_of(turn)}")
     name = turn.get("role")
     if name is None:
         name = turn.get("from")
     role = _ALIASES.get(name) if isinstance(name, str) else None
     if role is None:
         if name is None:
-            raise RowError(f"message {number} has no role; its keys are {_listed(turn)}")
+            raise RowError(f"message {number} has no role; its keys are {listed(turn)}")
         raise RowError(f"message {number} has unknown role {name!r}; known are {', '.join(ROLES)}")
     content = turn.get("content")
     if content is None:
@@ -178,12 +189,12 @@ def _joined(number: int, content: Any) -> str:
     if content is None:
         raise RowError(f"message {number} has no content")
     if not isinstance(content, list):
-        raise RowError(f"message {number}: content must be text or a list of parts, not {_kind(content)}")
+        raise RowError(f"message {number}: content must be text or a list of parts, not {kind_of(content)}")
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in ("text", "input_text", "output_text") and not (isinstance(part, dict) and kind is None):
-            what = f"a part of type {kind}" if kind else f"a part that is {_kind(part)}"
+            what = f"a part of type {kind}" if kind else f"a part that is {kind_of(part)}"
             raise RowError(f"message {number} has {what}: only text parts can be trained on so far")
         if not isinstance(part.get("text"), str):
             raise RowError(f"message {number} has a text part without text")
@@ -195,14 +206,14 @@ def _column(value: dict[str, Any], columns: Sequence[str]) -> Any:
     for column in columns:
         if value.get(column) is not None:
             return value[column]
-    raise RowError(f"has no column {' or '.join(columns)} (data.text_keys); its columns are {_listed(value)}")
+    raise RowError(f"has no column {' or '.join(columns)} (data.text_keys); its columns are {listed(value)}")
 
 
 def _name(value: dict[str, Any], columns: Sequence[str]) -> str:
     return next((column for column in columns if value.get(column) is not None), columns[0])
 
 
-def _json(value: Any, kind: type, column: str) -> Any:
+def as_json(value: Any, kind: type, column: str) -> Any:
     """`value`, or what it says as JSON where a table could only hold it as text."""
     if isinstance(value, str):
         try:
@@ -210,14 +221,16 @@ def _json(value: Any, kind: type, column: str) -> Any:
         except json.JSONDecodeError as error:
             raise RowError(f"{column} is text that is not valid JSON: {error.msg}") from None
     if not isinstance(value, kind):
-        raise RowError(f"{column} must be a {kind.__name__}, not {_kind(value)}")
+        raise RowError(f"{column} must be a {kind.__name__}, not {kind_of(value)}")
     return value
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a value is called in a message."""
     return "nothing" if value is None else type(value).__name__
 
 
-def _listed(value: dict[str, Any]) -> str:
+def listed(value: dict[str, Any]) -> str:
+    """The columns that a row has, for a message."""
     names = [str(key) for key, item in value.items() if item is not None]
     return ", ".join(names) if names else "none"

@@ -28,7 +28,7 @@ __all__ = ["BadRow", "Row", "Source", "open_sources", "text_columns"]
 
 log = logging.getLogger(__name__)
 
-_COLUMNS = {"plaintext": "content_split", "conversation": "messages", "classification": "text"}
+_COLUMNS = {"plaintext": "content_split", "conversation": "messages", "classification": "text", "dpo": "prompt"}
 _FORMATS: dict[str, Callable[[str], DataFile]] = {
     ".jsonl": JsonLines,
     ".ndjson": JsonLines,

@@ -1,0 +1,210 @@
+"""Pairs of answers to compare: from a row with a chosen and a rejected one to a sample of two sequences.
+
+A row says both answers, and mostly the prompt, in one of many ways; its shape is found row by row:
+
+1. Each side becomes a whole conversation: it is one already (`chosen: [messages]`), or the prompt is put before it. The
+   prompt is text or messages, an answer text, a message or messages.
+2. What both conversations begin with alike is the prompt, and nothing of it is trained on. An assistant's message must
+   follow on either side.
+3. Both go through the encoder of conversations, which knows the chat template and finds the trained tokens.
+4. They become one sample, chosen first, split where the rejected one begins. A pair counts as one sample everywhere:
+   it lies in one micro batch, and data.max_seq_len is its length. Of one that is longer both sides lose the same number
+   of tokens at the beginning of the prompt; if the answers alone are too long, the row can't be used.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+
+from tutti.config import Config
+from tutti.core.batch import IGNORE, Sample
+from tutti.data.encode import Encoder, make_encoder
+from tutti.data.rows import CONVERSATIONS, RowError, as_json, kind_of, listed, message_of, question_of
+from tutti.data.source import BadRow, Row, text_columns
+
+SIDES = ("chosen", "rejected")
+
+_SPEAKER = re.compile(r"\n\n(Human|Assistant):")
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_SHARED = ("system", "tools", "chat_template_kwargs")
+
+Turn = tuple[dict[str, Any], bool]
+"""A message as chat templates take it, and whether it is to be trained on."""
+
+
+@dataclass
+class PairEncoder:
+    """Turns rows into pairs; picklable. chats: the encoder of their conversations, which cuts nothing."""
+
+    chats: Encoder
+    columns: tuple[str, ...]
+    max_seq_len: int
+
+    def __call__(self, rows: Sequence[Row | BadRow], source: int = 0) -> list[list[Sample] | BadRow]:
+        """Per row its pair, or why there is none, as the encoder of conversations does. `source`: its index."""
+        results: list[Any] = list(rows)
+        numbers, sides = [], []
+        for number, row in enumerate(rows):
+            if isinstance(row, BadRow):
+                continue
+            try:
+                both = conversations_of(row.value, self.columns)
+            except RowError as error:
+                results[number] = BadRow(row.file, row.line, str(error))
+                continue
+            numbers.append(number)
+            sides += [Row(side, row.file, row.line) for side in both]
+        encoded = self.chats(sides, source)
+        for number, *answers in zip(numbers, encoded[::2], encoded[1::2], strict=True):
+            try:
+                results[number] = [self._joined(answers)]
+            except RowError as error:
+                results[number] = BadRow(rows[number].file, rows[number].line, str(error))
+        return results
+
+    def _joined(self, answers: Sequence[Any]) -> Sample:
+        """The pair that the encoded chosen and rejected conversation make."""
+        samples: list[Sample] = []
+        for name, side in zip(SIDES, answers, strict=True):
+            if isinstance(side, BadRow):
+                raise RowError(f"{name}: {side.reason}")
+            samples += side
+        chosen, rejected = samples
+        if np.array_equal(chosen.input_ids, rejected.input_ids):
+            raise RowError("chosen and rejected are the same once they are tokenised")
+        total = len(chosen) + len(rejected)
+        cut = max(0, -(-(total - self.max_seq_len) // 2))
+        if cut > min(int(np.argmax(side.labels != IGNORE)) for side in samples):
+            raise RowError(
+                f"a pair of {total} tokens is longer than data.max_seq_len {self.max_seq_len}, and the answers leave "
+                "no room for any of the prompt"
+            )
+        return Sample(
+            np.concatenate([side.input_ids[cut:] for side in samples]),
+            np.concatenate([side.labels[cut:] for side in samples]),
+            chosen.source,
+            split=len(chosen) - cut,
+        )
+
+
+def make_pair_encoder(config: Config, tokenizer: Any, *, vocab_size: int) -> PairEncoder:
+    """The encoder for data.data_type dpo. ValueError if tokenizer, template and model can't fit."""
+    chats = replace(config, data=replace(config.data, data_type="conversation", text_keys="messages"))
+    encoder = replace(make_encoder(chats, tokenizer, vocab_size=vocab_size), max_seq_len=sys.maxsize)
+    return PairEncoder(encoder, text_columns(config), config.data.max_seq_len)
+
+
+def conversations_of(value: dict[str, Any], columns: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The chosen and the rejected conversation of a row, as rows of conversations in which the answers are trained on.
+
+    columns: where the prompt may be, first choice first.
+    """
+    for name in SIDES:
+        if value.get(name) is None:
+            raise RowError(f"has no column {name}; its columns are {listed(value)}")
+    prompt = _prompt(value, columns)
+    chosen, rejected = (_turns(name, _unpacked(value[name]), prompt) for name in SIDES)
+    if chosen == rejected:
+        raise RowError("chosen and rejected are the same")
+    shared = len(list(takewhile(lambda pair: pair[0][0] == pair[1][0], zip(chosen, rejected, strict=False))))
+    if not shared:
+        raise RowError("chosen and rejected do not begin with the same prompt")
+    for name, turns in zip(SIDES, (chosen, rejected), strict=True):
+        if len(turns) == shared:
+            raise RowError(f"no trained token: {name} has no answer after what both begin with")
+        if (role := turns[shared][0]["role"]) != "assistant":
+            raise RowError(
+                f"chosen and rejected part at message {shared}, which in {name} is not an assistant's but of role "
+                f"{role}: the prompt must be the same in both"
+            )
+    beside = {key: value[key] for key in _SHARED if value.get(key) is not None}
+    both = ([_masked(turn, number >= shared) for number, turn in enumerate(turns)] for turns in (chosen, rejected))
+    return tuple({**beside, "messages": messages} for messages in both)  # type: ignore[return-value]
+
+
+def _masked(turn: Turn, answer: bool) -> dict[str, Any]:
+    """The message, with a loss_mask where it is not trained on or left out by its role alone."""
+    message, trained = turn
+    trained = trained and answer
+    return message if trained == (message["role"] == "assistant") else {**message, "loss_mask": int(trained)}
+
+
+def _prompt(value: dict[str, Any], columns: Sequence[str]) -> Any:
+    """What a row says before the answers: text, messages, or None."""
+    for column in (*columns, *CONVERSATIONS):
+        prompt = value.get(column)
+        if prompt is not None:
+            return as_json(prompt, list, column) if column in CONVERSATIONS else _unpacked(prompt)
+    return question_of(value) if value.get("instruction") is not None else None
+
+
+def _unpacked(side: Any) -> Any:
+    """Messages, where a table could only hold them as JSON text; anything else as it is."""
+    if isinstance(side, str) and side.lstrip().startswith("[{"):
+        try:
+            turns = json.loads(side)
+        except json.JSONDecodeError:
+            return side
+        if all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns):
+            return turns
+    return side
+
+
+def _turns(name: str, side: Any, prompt: Any) -> list[Turn]:
+    """The conversation that `side` is or makes with the prompt."""
+    if isinstance(side, str):
+        begun = prompt if isinstance(prompt, str) else ""
+        if prompt is None or _SPEAKER.match(begun):
+            return _dialogue(name, begun + side)
+        side = {"role": "assistant", "content": side}
+    if isinstance(side, dict):
+        side = [side]
+    if not isinstance(side, list):
+        raise RowError(f"{name} must be text or messages, not {kind_of(side)}")
+    turns = _normal(name, side)
+    if not turns:
+        raise RowError(f"{name} is an empty conversation")
+    if prompt is None:
+        return turns
+    if isinstance(prompt, str):
+        before: list[Turn] = [({"role": "user", "content": prompt}, False)]
+        whole = any(message["role"] == "user" and message.get("content") == prompt for message, _ in turns)
+    elif isinstance(prompt, list):
+        before = _normal("the prompt", prompt)
+        whole = [message for message, _ in turns[: len(before)]] == [message for message, _ in before]
+    else:
+        raise RowError(f"the prompt must be text or messages, not {kind_of(prompt)}")
+    if whole:
+        return turns
+    if turns[0][0]["role"] != "assistant":
+        raise RowError(f"{name} is a conversation that does not hold the prompt of its row")
+    return before + turns
+
+
+def _normal(name: str, turns: list[Any]) -> list[Turn]:
+    try:
+        return [message_of(number, turn) for number, turn in enumerate(turns)]
+    except RowError as error:
+        raise RowError(f"{name}: {error}") from None
+
+
+def _dialogue(name: str, text: str) -> list[Turn]:
+    """The turns of a conversation written as one text: `\\n\\nHuman: ...\\n\\nAssistant: ...`."""
+    first, *parts = _SPEAKER.split(text)
+    if first.strip() or not parts:
+        raise RowError(
+            f"{name} is text, and the row has no prompt (data.text_keys), nor does {name} hold a conversation itself"
+        )
+    roles = [_SPEAKERS[speaker] for speaker in parts[::2]]
+    contents = [content.strip() for content in parts[1::2]]
+    return [
+        ({"role": role, "content": content}, role == "assistant") for role, content in zip(roles, contents, strict=True)
+    ]
