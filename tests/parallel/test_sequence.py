@@ -1,0 +1,169 @@
+"""Batches split over context and ulysses ranks: every token on one rank, and training equal to one process."""
+
+import functools
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.harness import run_ranks
+from tests.parallel.layouts import assert_same, train_family
+from tutti.core.batch import IGNORE, Sample, SequenceRanks, pack
+from tutti.parallel.sequence import gather_tokens, padded_length, split_tokens
+
+LENGTHS = ([7, 1, 1, 20, 3], [1], [64], [2, 2, 2, 2, 2, 2, 2, 2], [31, 33])
+SIZES = ((2, 1), (1, 2), (4, 1), (1, 4), (1, 3), (2, 2), (2, 3), (3, 4))
+
+
+def make_batch(lengths, pad_to=None):
+    generator = np.random.default_rng(0)
+    samples = []
+    for number, length in enumerate(lengths):
+        ids = generator.integers(1, 100, length).astype(np.int32)
+        labels = np.where(generator.random(length) < 0.5, ids + 100, IGNORE).astype(np.int32)
+        samples.append(Sample(ids, labels, source=number % 2))
+    return pack(samples, pad_to=pad_to)
+
+
+def all_ranks(context, ulysses):
+    return [SequenceRanks(c, context, "", u, ulysses, "") for c in range(context) for u in range(ulysses)]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_shares_are_the_batch(lengths, sizes):
+    batch = make_batch(lengths)
+    parts = [split_tokens(batch, ranks) for ranks in all_ranks(*sizes)]
+    assert len({len(part.input_ids) for part in parts}) == 1
+    assert sum(part.num_tokens for part in parts) == batch.num_tokens
+
+    def targets(item):
+        sample = torch.bucketize(item.target_index, item.cu_seqlens[1:], right=True)
+        columns = (item.input_ids, item.labels, item.position_ids)
+        rows = [column[item.target_index].tolist() for column in columns]
+        return sorted(zip(*rows, item.sample_sources[sample].tolist(), strict=True))
+
+    assert sorted(row for part in parts for row in targets(part)) == targets(batch)
+    for part in parts:
+        assert part.cu_seqlens[0] == 0 and part.cu_seqlens[-1] == len(part.input_ids)
+        assert len(part.sample_sources) == len(part.cu_seqlens) - 1
+        assert part.max_seqlen == part.cu_seqlens.diff().max()
+        for begin, end in pairwise(part.cu_seqlens.tolist()):
+            assert (part.position_ids[begin:end].diff() == 1).all(), "a piece is not of one sample"
+        whole = part.whole
+        assert whole is not None and whole.length == len(batch.input_ids)
+        assert whole.cu_seqlens[-1] == len(part.input_ids) * sizes[0] * sizes[1]
+
+
+def test_a_batch_of_its_own_is_left_alone():
+    batch = make_batch([3, 4])
+    assert split_tokens(batch, None) is batch
+
+
+def test_padding_is_as_little_as_divides():
+    assert [padded_length(n, SequenceRanks(0, 1, "", 0, 4, "")) for n in (1, 4, 5)] == [4, 4, 8]
+    assert [padded_length(n, SequenceRanks(0, 2, "", 0, 1, "")) for n in (1, 4, 5)] == [4, 4, 8]
+    assert [padded_length(n, SequenceRanks(0, 2, "", 0, 3, "")) for n in (1, 12, 13)] == [12, 12, 24]
+
+
+def test_inputs_beside_the_tokens_are_refused():
+    from dataclasses import replace
+
+    batch = replace(make_batch([3, 4]), extras={"pixel_values": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"pixel_values.*train\.ulysses_parallel_size"):
+        split_tokens(batch, all_ranks(1, 2)[0])
+
+
+def gather_on_ranks(context, ulysses):
+    import torch.distributed as dist
+
+    from tutti.config.layout import Layout
+    from tutti.core.dist import Dist
+    from tutti.parallel.mesh import build_mesh
+    from tutti.parallel.sequence import sequence_ranks
+
+    world = context * ulysses
+    layout = Layout(world, 1, 1, 1, 1, 1, ulysses, context, 1, 1, 1)
+    ranks = sequence_ranks(build_mesh(layout, Dist(dist.get_rank(), world, 0, torch.device("cpu"))))
+    batch = make_batch([7, 1, 5])
+    part = split_tokens(batch, ranks)
+    own = part.input_ids.double().requires_grad_()
+    gathered = gather_tokens(own, part.whole)
+    assert torch.equal(gathered, batch.input_ids.double())
+    (gathered.square().sum() * (dist.get_rank() + 1)).backward()
+    factor = world * (world + 1) / 2
+    assert torch.equal(own.grad, 2 * factor * part.input_ids)  # padding is token 0
+
+
+def test_gathered_tokens_are_in_the_batch_s_order_and_gradients_are_summed():
+    run_ranks(4, gather_on_ranks, 2, 2)
+
+
+FSDP = {"data_parallel_mode": "fsdp2"}
+REMAT = {"enable_gradient_checkpointing": True}
+PLAIN = {"enable_reentrant": False}
+ROUTER = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
+OVERRIDES = {"qwen3_moe": ROUTER}
+LAYOUTS = {
+    "ulysses 2": (2, "gpt_oss", {"ulysses_parallel_size": 2}),
+    "ulysses 4, more than kv heads": (4, "qwen3", {"ulysses_parallel_size": 4}),
+    "ulysses 2 async, remat": (2, "gemma2", {"ulysses_parallel_size": 2, "async_enabled": True, **REMAT}),
+    "fsdp2 x ulysses 2": (4, "qwen3_moe", {"ulysses_parallel_size": 2, **FSDP}),
+    "context 2": (2, "gemma2", {"context_parallel_size": 2}),
+    "context 4, remat": (4, "gpt_oss", {"context_parallel_size": 4, **REMAT, **PLAIN}),
+    "ddp x context 2": (4, "qwen3", {"context_parallel_size": 2}),
+    "context 2 x ulysses 2": (4, "deepseek_v3", {"context_parallel_size": 2, "ulysses_parallel_size": 2}),
+    "fsdp2 x context 2 x ulysses 2 async, remat": (
+        8,
+        "qwen3_moe",
+        {"context_parallel_size": 2, "ulysses_parallel_size": 2, "async_enabled": True, **FSDP, **REMAT, **PLAIN},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """One process's lines of metrics by family."""
+
+    @functools.cache
+    def train(family):
+        return train_family(tmp_path_factory.mktemp(family), family, 1, OVERRIDES.get(family))
+
+    return train
+
+
+@pytest.mark.parametrize(("world", "family", "train"), LAYOUTS.values(), ids=LAYOUTS)
+def test_training_equals_one_process(tmp_path, reference, world, family, train):
+    want = reference(family)
+    assert ("router_loss" in want[0]) == (family in OVERRIDES)
+    assert_same(train_family(tmp_path, family, world, OVERRIDES.get(family), **train), want)
+
+
+def test_bf16_stays_close_to_fp32(tmp_path, reference):
+    axes = {"context_parallel_size": 2, "ulysses_parallel_size": 2}
+    got = train_family(tmp_path, "qwen3", 4, compute_dtype="bfloat16", **axes)
+    assert_same(got, reference("qwen3"), loss=2e-2, norm=2e-2)
+
+
+def test_parameters_evaluation_and_sources_equal_one_process(tmp_path):
+    from safetensors.torch import load_file
+
+    runs = {}
+    data = Path(__file__).parents[2] / "data" / "quickstart"
+    axes = {"context_parallel_size": 2, "ulysses_parallel_size": 2, "data_parallel_mode": "fsdp2"}
+    common = {"save_hf_weights": True, "eval_steps": 2, "max_steps": 2, "data.eval_path": str(data / "chat_eval.jsonl")}
+    for world, train in ((1, {}), (4, axes)):
+        folder = tmp_path / str(world)
+        lines = train_family(folder, "qwen3", world, **common, **train)
+        runs[world] = lines, load_file(folder / "out" / "hf" / "final" / "model.safetensors")
+    (got, ours), (want, theirs) = runs[4], runs[1]
+    assert_same([line for line in got if "loss" in line], [line for line in want if "loss" in line])
+    evaluated = [next(line for line in lines if "eval_loss" in line) for lines in (got, want)]
+    assert evaluated[0]["eval_loss"] == pytest.approx(evaluated[1]["eval_loss"], rel=1e-5)
+    assert evaluated[0]["eval_tokens"] == evaluated[1]["eval_tokens"]
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(
+            ours[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
