@@ -69,8 +69,9 @@ def test_saved_and_recomputed_probabilities_agree(monkeypatch):
 
 def test_operator_is_sound_under_compile():
     query, key, value = (item.float().detach().requires_grad_() for item in make_inputs(4, 2))
-    arguments = (query, key, value, BORDERS, None, [0.3, 1.0, 0.0, 0.0])
-    torch.library.opcheck(torch.ops.tutti.packed_attention.default, arguments)
+    for keep in (True, False):
+        arguments = (query, key, value, BORDERS, None, keep, [0.3, 1.0, 0.0, 0.0])
+        torch.library.opcheck(torch.ops.tutti.packed_attention.default, arguments)
 
 
 def test_packed_equals_each_sample_alone_in_a_real_model():

@@ -42,6 +42,7 @@ LAYOUTS = {
     "remat-reentrant": (1, REMAT),
     "remat": (1, REMAT | {"enable_reentrant": False}),
     "built-on-cpu": (1, {"init_device": "cpu"}),
+    "compile-remat": (1, REMAT | {"enable_compile": True}),
     "ddp": (2, {"data_parallel_mode": "ddp"}),
     "ddp-built-on-cpu": (2, {"data_parallel_mode": "ddp", "init_device": "cpu"}),
     "zero3": (2, {"data_parallel_mode": "fsdp2"}),

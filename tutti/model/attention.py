@@ -223,7 +223,9 @@ def packed_attention(
     query [H, T, D], key [K, T, D], value [K, T, E] -> [T, H, E]. sinks [H]: a learned score per head that takes part
     in the softmax and has no value.
     """
-    return _forward(query, key, value, cu_seqlens, sinks, [float(item) for item in settings])[0]
+    # Saved probabilities have a size that depends on the data, which a compiled graph would have to break for.
+    keep = not torch.compiler.is_compiling()
+    return _forward(query, key, value, cu_seqlens, sinks, keep, [float(item) for item in settings])[0]
 
 
 def _sample_tiles(length: int, settings: Settings) -> Iterator[Tile]:
@@ -250,9 +252,11 @@ def _forward(
     value: Tensor,
     cu_seqlens: Tensor,
     sinks: Tensor | None,
+    keep: bool,
     settings: list[float],
 ) -> tuple[Tensor, Tensor]:
-    """Returns the output [T, H, E] and the tiles' probabilities, flat, or empty where they are to be recomputed."""
+    """Returns the output [T, H, E] and the tiles' probabilities, flat; empty where they are to be recomputed, which is
+    always so without `keep`."""
     heads, total, _ = query.shape
     kv_heads, groups = key.shape[0], heads // key.shape[0]
     out = query.new_empty(total, heads, value.shape[-1])
@@ -260,7 +264,7 @@ def _forward(
     biases = Biases(groups, see, query)
     borders = cu_seqlens.tolist()
     saved: list[Tensor] = []
-    keep = _num_scores(borders, heads, see, sinks) <= SAVED_SCORES * query.numel()
+    keep = keep and _num_scores(borders, heads, see, sinks) <= SAVED_SCORES * query.numel()
     for begin, end in pairwise(borders):
         keys, values = key[:, begin:end].contiguous(), value[:, begin:end].contiguous()
         for tile in _sample_tiles(end - begin, see):
@@ -284,8 +288,8 @@ def _num_scores(borders: list[int], heads: int, settings: Settings, sinks: Tenso
 
 
 @_forward.register_fake
-def _(query, key, value, cu_seqlens, sinks, settings):  # type: ignore[no-untyped-def]
-    size = torch.library.get_ctx().new_dynamic_size()
+def _(query, key, value, cu_seqlens, sinks, keep, settings):  # type: ignore[no-untyped-def]
+    size = torch.library.get_ctx().new_dynamic_size() if keep else 0
     return query.new_empty(query.shape[1], query.shape[0], value.shape[-1]), query.new_empty(size)
 
 
@@ -354,7 +358,7 @@ def _(grad, query, key, value, cu_seqlens, sinks, saved, settings):  # type: ign
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, cu_seqlens, sinks, ctx.settings = inputs
+    query, key, value, cu_seqlens, sinks, _, ctx.settings = inputs
     ctx.save_for_backward(query, key, value, cu_seqlens, sinks, output[1])
 
 
@@ -363,7 +367,7 @@ def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
     grads = _backward(grad, query, key, value, cu_seqlens, sinks, saved, ctx.settings)
     grad_query, grad_key, grad_value = (item.transpose(0, 1) for item in grads[:3])
     grad_sinks = None if sinks is None else grads[3].to(sinks.dtype)
-    return grad_query, grad_key, grad_value, None, grad_sinks, None
+    return grad_query, grad_key, grad_value, None, grad_sinks, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -49,7 +49,8 @@ def parallelize(
         overlap_values(blocks, sharing)
     if train.enable_compile:
         for block in blocks:
-            block.forward = torch.compile(block.forward)
+            # Packed batches differ in length from one to the next, unless they are padded.
+            block.forward = torch.compile(block.forward, dynamic=None if train.pad_to_length else True)
     if plan is not None:
         use_local((*blocks, root))
     if train.enable_gradient_checkpointing:
