@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.model.zoo import EXPERTS, tiny
-from tutti.model.experts import EAGER, FUSED, fused_experts, resolve_experts
-from tutti.model.plan import is_experts
+from tutti.model.experts import EAGER, FUSED, ExpertLoad, fused_experts, resolve_experts
+from tutti.model.plan import experts, is_experts
 
 
 def _run(name: str, implementation: str, dtype: torch.dtype = torch.float32, **overrides: int) -> dict[str, Tensor]:
@@ -118,3 +118,24 @@ def test_experts_that_no_token_chose_get_no_gradient() -> None:
 def test_names() -> None:
     assert resolve_experts("eager") == EAGER
     assert resolve_experts("fused") == resolve_experts(None) == FUSED
+
+
+@pytest.mark.parametrize("implementation", [FUSED, EAGER])
+def test_load_is_counted_in_training_and_told_as_multiples_of_an_even_share(implementation: str) -> None:
+    resolve_experts(None)
+    model = AutoModelForCausalLM.from_config(tiny("mixtral"), experts_implementation=implementation)
+    layers = experts(model)
+    mesh = MagicMock(size=lambda axis: 1)
+    load = ExpertLoad(layers, mesh, torch.device("cpu"))
+    even, skewed = torch.tensor([[0, 1], [2, 3]]), torch.tensor([[0, 1], [0, 2]])
+    for layer, chosen in zip(layers, (even, skewed), strict=True):
+        layer.train()(torch.randn(2, 32), chosen, torch.rand(2, 2))
+        layer.eval()(torch.randn(2, 32), torch.tensor([[3, 1], [3, 1]]), torch.rand(2, 2))
+    assert load.take() == {"expert_load_max": 2.0, "expert_load_min": 0.0}
+    layers[0].train()(torch.randn(2, 32), even, torch.rand(2, 2))
+    layers[1].train()(torch.randn(2, 32), even, torch.rand(2, 2))
+    assert load.take() == {"expert_load_max": 1.0, "expert_load_min": 1.0}
+
+
+def test_a_model_without_experts_has_no_load() -> None:
+    assert ExpertLoad([], MagicMock(size=lambda axis: 1), torch.device("cpu")).take() == {}

@@ -1,7 +1,7 @@
 """What the reference has and this version does not: such an argument is refused when set, never ignored.
 
 A row is an argument (refused when away from its default) or `argument=value` (that one value is refused), and what it
-belongs to. Whoever brings the machinery deletes the row.
+belongs to. Whoever brings the machinery deletes the row. So it is with pairs of arguments that do not work together.
 """
 
 from tutti.config import Config, away_from_default, get
@@ -21,6 +21,9 @@ NOT_YET: dict[str, str] = {
     "train.pipeline_parallel_size": "pipeline parallelism",
 }
 
+NOT_TOGETHER: tuple[tuple[str, str], ...] = (("train.expert_parallel_size", "train.tensor_parallel_size"),)
+"""Pairs of arguments that work, but not both at once."""
+
 
 def unavailable(config: Config) -> list[str]:
     """One problem for each argument of a resolved configuration that this version cannot act on."""
@@ -31,4 +34,7 @@ def unavailable(config: Config) -> list[str]:
         if str(value) == refused if refused else away_from_default(config, name):
             instead = f"choose another value than {refused}" if refused else "leave it at its default"
             problems.append(f"{name}: not available yet ({part}); {instead}")
+    for first, second in NOT_TOGETHER:
+        if away_from_default(config, first) and away_from_default(config, second):
+            problems.append(f"{first}: not available yet together with {second}; leave one of them at its default")
     return problems
