@@ -118,7 +118,7 @@ LAYOUTS = {
     "fsdp2 x context 2 x ulysses 2 async, remat": (
         8,
         "qwen3_moe",
-        {"context_parallel_size": 2, "ulysses_parallel_size": 2, "async_enabled": True, **FSDP, **REMAT, **PLAIN},
+        {"context_parallel_size": 2, "ulysses_parallel_size": 2, "async_enabled": True, **FSDP, **REMAT},
     ),
 }
 

@@ -12,6 +12,7 @@ The model may be on the meta device; weights are loaded afterwards, each rank re
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -27,6 +28,8 @@ from tutti.parallel.sequence import sequence_ranks
 from tutti.parallel.tensor import split_tensors, use_local
 from tutti.parallel.ulysses import overlap_values
 
+log = logging.getLogger(__name__)
+
 
 def parallelize(
     root: nn.Module,
@@ -34,12 +37,14 @@ def parallelize(
     mesh: Mesh,
     train: TrainConfig,
     *,
+    basic: Sequence[nn.Module] = (),
     experts: Sequence[nn.Module] = (),
     plan: TensorPlan | None = None,
 ) -> None:
     """Prepare `root`, whose repeated units are `blocks` and layers of experts `experts`, for training, in place.
 
-    plan: what is split over the tensor axis; None if nothing is.
+    basic: further modules that FSDP is to gather separately, inner ones first. plan: what is split over the tensor axis;
+    None if nothing is.
     """
     divide_experts(experts, mesh)
     if plan is not None:
@@ -54,5 +59,14 @@ def parallelize(
     if plan is not None:
         use_local((*blocks, root))
     if train.enable_gradient_checkpointing:
-        apply_remat(blocks, reentrant=train.enable_reentrant)
-    shard(root, blocks, mesh, train)
+        apply_remat(blocks, reentrant=train.enable_reentrant and not _reads_within(root))
+    shard(root, (*basic, *blocks), mesh, train)
+
+
+def _reads_within(root: nn.Module) -> bool:
+    """Whether the loss takes something out of the blocks beside what they return, a router's logits: only remat that
+    is not reentrant gives that a gradient. Logs a line where it is so."""
+    reads = bool(getattr(root, "has_router_loss", False))
+    if reads:
+        log.info("the router loss needs checkpointing that is not reentrant: train.enable_reentrant counts as false")
+    return reads

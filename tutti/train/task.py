@@ -56,6 +56,7 @@ class Objective(nn.Module):
             self._shard = VocabularyShard(tensor.start(head(model).out_features), tensor.group, tensor.size)
         self._transform = logit_transform(model)
         self._router_loss = _router_loss(model)
+        self.has_router_loss = self._router_loss is not None
 
     def forward(self, batch: Batch) -> Output:
         extra: dict[str, Any] = dict(batch.extras)
