@@ -209,9 +209,9 @@ def _adapted(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
     return out if adapter is None else adapter.output(module, args[0], out)
 
 
-def adapter_for(module: nn.Module, weight: str) -> Adapter | None:
-    """The adapter of the parameter of this name in `module`, if it has one."""
-    return module.__dict__.get("low_rank", {}).get(weight)
+def adapter_for(module: Any, weight: str) -> Adapter | None:
+    """The adapter of the parameter of this name in `module` (or what stands for it), if it has one."""
+    return getattr(module, "low_rank", {}).get(weight)
 
 
 def adapters(model: nn.Module) -> list[tuple[nn.Module, Adapter]]:
