@@ -93,16 +93,21 @@ def split_tokens(batch: Batch, ranks: SequenceRanks | None) -> Batch:
     last = torch.cat([ends.nonzero().flatten(), torch.tensor([len(held) - 1])])
     cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int32), (last + 1).int()])
     sources = padded.sample_sources[sample]
+    target_index = (labels != IGNORE).nonzero().flatten()
+    pairs = padded.pairs
+    if pairs is not None:
+        pairs = replace(pairs, segment=sample[target_index])
     return Batch(
         input_ids=padded.input_ids[held],
         labels=labels,
         position_ids=padded.position_ids[held],
         cu_seqlens=cu_seqlens,
         max_seqlen=int(cu_seqlens.diff().max()),
-        target_index=(labels != IGNORE).nonzero().flatten(),
+        target_index=target_index,
         sample_sources=sources[last],
         num_tokens=int((sources >= 0).sum()),
         whole=Whole(length, padded.cu_seqlens, padded.cu_seqlens, padded.max_seqlen, ranks),
+        pairs=pairs,
     )
 
 
@@ -123,6 +128,17 @@ def _pad(batch: Batch, padding: int) -> Batch:
         max_seqlen=max(batch.max_seqlen, padding),
         sample_sources=extend(batch.sample_sources, torch.tensor([-1])),
     )
+
+
+def sum_shares(tensor: Tensor, whole: Whole | None) -> Tensor:
+    """The sum of what every rank that shares a batch has of it, on each of them; for backward a constant but for the
+    rank's own part. A collective call where ranks do."""
+    if whole is None or whole.ranks.size == 1:
+        return tensor
+    total = tensor.detach().clone()
+    for group_name in (whole.ranks.ulysses_group, whole.ranks.context_group):
+        dist.all_reduce(total, group=process_group(group_name))
+    return tensor + (total - tensor.detach())
 
 
 def gather_tokens(tensor: Tensor, whole: Whole | None) -> Tensor:

@@ -6,6 +6,11 @@ there, they are turned in place into their own gradient (softmax minus one-hot),
 hidden states and of the head, and dropped. The forward pass thus does the backward pass's work too, and nothing is
 computed twice. The idea is that of Cut Cross-Entropy (arXiv 2411.09009) and Liger (arXiv 2410.10989).
 
+That needs every row to count the same. Where a row's weight in the loss depends on the losses of others, as when answers
+are compared by the sums over their tokens, it is not known before the last chunk: `target_losses` then computes a
+chunk's logits once more in the backward pass. Row by row the forward pass could still prepare the gradient of the hidden
+states, but the head's is a sum over rows, which cannot be weighted afterwards; where the head is frozen, it does.
+
 Where the head is split by the vocabulary over ranks (`VocabularyShard`), each rank has its columns of the logits and no
 others: the ranks' log-sum-exps are merged, the target's logit comes from the rank that has it, both a number a row, and
 each rank goes on to the gradients of its own columns.
@@ -67,11 +72,80 @@ def linear_cross_entropy(
     return total, losses
 
 
+def target_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    transform: LogitTransform = _AS_IS,
+    shard: VocabularyShard | None = None,
+) -> Tensor:
+    """Each position's cross-entropy, fp32 [N], to be differentiated whatever becomes of it; arguments as above.
+
+    shard: the losses are whole on each rank, not a share, and must get the same gradient on all ranks; that of hidden is
+    a part of a sum. A collective call, and so is its backward pass.
+    """
+    return _TargetLosses.apply(hidden, weight, bias, targets, transform, shard)
+
+
 def _rows_a_chunk(weight: Tensor) -> int:
     return max(1, CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
 
 
+class _Head(NamedTuple):
+    """What turns hidden states into logits."""
+
+    weight: Tensor
+    bias: Tensor | None
+    transform: LogitTransform
+    shard: VocabularyShard | None
+
+
+def _chunk_by_chunk(
+    hidden: Tensor, head: _Head, targets: Tensor, needs: tuple[bool, ...], weights: Tensor | None = None
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Each position's loss, fp32 [N], and the gradients of their sum, weighted by `weights` [N], by hidden, weight and
+    bias, or None for those that `needs` does not ask for."""
+    weight, bias, transform, shard = head
+    need_hidden, need_weight, need_bias = needs
+    losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    rows = _rows_a_chunk(weight)
+    several = len(hidden) > rows
+    grad_hidden = torch.empty_like(hidden) if need_hidden else None
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight and several else None
+    grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
+    for start in range(0, len(hidden), rows):
+        chunk = slice(start, start + rows)
+        scale = None if weights is None else weights[chunk]
+        logits = hidden[chunk] @ weight.T
+        if bias is not None:
+            logits += bias
+        if shard is not None:
+            _shard_loss_and_gradient(logits, targets[chunk], losses[chunk], transform, shard, scale)
+        elif any(needs):
+            _loss_and_gradient(logits, targets[chunk], losses[chunk], transform, True, scale)
+        else:
+            _loss_and_gradient(logits, targets[chunk], losses[chunk], transform, False)
+        if grad_hidden is not None:
+            torch.mm(logits, weight, out=grad_hidden[chunk])
+        if need_weight:
+            product = logits.T @ hidden[chunk]
+            grad_weight = grad_weight.add_(product) if grad_weight is not None else product
+        if grad_bias is not None:
+            grad_bias += logits.sum(0, dtype=torch.float32)
+    if need_weight and grad_weight is None:
+        grad_weight = torch.zeros_like(weight)
+    return losses, [
+        grad_hidden,
+        grad_weight.to(weight.dtype) if grad_weight is not None else None,
+        grad_bias.to(bias.dtype) if grad_bias is not None and bias is not None else None,
+    ]
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
+    """The losses' sum, with its gradients made in the forward pass."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -82,37 +156,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         transform: LogitTransform,
         shard: VocabularyShard | None,
     ) -> tuple[Tensor, Tensor]:
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        differentiate = need_hidden or need_weight or need_bias
-        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        rows = _rows_a_chunk(weight)
-        several = len(hidden) > rows
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight and several else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
-        for start in range(0, len(hidden), rows):
-            chunk = slice(start, start + rows)
-            logits = hidden[chunk] @ weight.T
-            if bias is not None:
-                logits += bias
-            if shard is None:
-                _loss_and_gradient(logits, targets[chunk], losses[chunk], transform, differentiate)
-            else:
-                _shard_loss_and_gradient(logits, targets[chunk], losses[chunk], transform, shard)
-            if grad_hidden is not None:
-                torch.mm(logits, weight, out=grad_hidden[chunk])
-            if need_weight:
-                product = logits.T @ hidden[chunk]
-                grad_weight = grad_weight.add_(product) if grad_weight is not None else product
-            if grad_bias is not None:
-                grad_bias += logits.sum(0, dtype=torch.float32)
-        if need_weight and grad_weight is None:
-            grad_weight = torch.zeros_like(weight)
-        ctx.save_for_backward(
-            grad_hidden,
-            grad_weight.to(weight.dtype) if grad_weight is not None else None,
-            grad_bias.to(bias.dtype) if grad_bias is not None and bias is not None else None,
-        )
+        head = _Head(weight, bias, transform, shard)
+        losses, grads = _chunk_by_chunk(hidden, head, targets, ctx.needs_input_grad[:3])
+        ctx.save_for_backward(*grads)
         if shard is not None:
             losses /= shard.size
         ctx.mark_non_differentiable(losses)
@@ -124,10 +170,47 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
+class _TargetLosses(torch.autograd.Function):
+    """The losses themselves, with their gradients made in the backward pass, once it is known what each counts."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: LogitTransform,
+        shard: VocabularyShard | None,
+    ) -> Tensor:
+        need_hidden, *need_head = ctx.needs_input_grad[:3]
+        ready = need_hidden and not any(need_head)
+        losses, (grad_hidden, _, _) = _chunk_by_chunk(
+            hidden, _Head(weight, bias, transform, shard), targets, (ready, False, False)
+        )
+        ctx.save_for_backward(hidden, weight, bias, targets, grad_hidden)
+        ctx.transform, ctx.shard = transform, shard
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, grad_hidden = ctx.saved_tensors
+        if grad_hidden is not None:
+            return (grad_hidden * grad.to(grad_hidden.dtype)[:, None], None, None, None, None, None)
+        head = _Head(weight, bias, ctx.transform, ctx.shard)
+        _, grads = _chunk_by_chunk(hidden, head, targets, ctx.needs_input_grad[:3], grad)
+        return (*grads, None, None, None)
+
+
 def _loss_and_gradient(
-    logits: Tensor, targets: Tensor, losses: Tensor, transform: LogitTransform, differentiate: bool
+    logits: Tensor,
+    targets: Tensor,
+    losses: Tensor,
+    transform: LogitTransform,
+    differentiate: bool,
+    weights: Tensor | None = None,
 ) -> None:
-    """Write each row's loss to `losses` and turn `logits` in place into the gradient of their sum."""
+    """Write each row's loss to `losses` and turn `logits` in place into the gradient of their (weighted) sum."""
     for part in _parts(logits):
         raw, target = logits[part], targets[part, None]
         shaped = transform(raw.float())
@@ -137,11 +220,16 @@ def _loss_and_gradient(
             continue
         grad = log_softmax.exp_()
         grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
-        raw.copy_(_before_transform(grad, shaped, transform))
+        raw.copy_(_before_transform(grad, shaped, transform, None if weights is None else weights[part]))
 
 
 def _shard_loss_and_gradient(
-    logits: Tensor, targets: Tensor, losses: Tensor, transform: LogitTransform, shard: VocabularyShard
+    logits: Tensor,
+    targets: Tensor,
+    losses: Tensor,
+    transform: LogitTransform,
+    shard: VocabularyShard,
+    weights: Tensor | None = None,
 ) -> None:
     """The same where `logits` are a rank's columns of them."""
     group = process_group(shard.group)
@@ -163,7 +251,7 @@ def _shard_loss_and_gradient(
         shaped = transform(logits[part].float())
         grad = torch.exp(shaped - log_sum[part, None])
         grad.scatter_add_(1, columns[part], -held[part, None].to(grad.dtype))
-        logits[part].copy_(_before_transform(grad, shaped, transform))
+        logits[part].copy_(_before_transform(grad, shaped, transform, None if weights is None else weights[part]))
 
 
 def _parts(logits: Tensor) -> Iterator[slice]:
@@ -172,8 +260,11 @@ def _parts(logits: Tensor) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, len(logits), max(1, rows)))
 
 
-def _before_transform(grad: Tensor, shaped: Tensor, transform: LogitTransform) -> Tensor:
-    """The gradient of the head's output, from the `grad` (overwritten) of what the transform `shaped` it into."""
+def _before_transform(grad: Tensor, shaped: Tensor, transform: LogitTransform, weights: Tensor | None) -> Tensor:
+    """The gradient of the head's output, from the `grad` (overwritten) of what the transform `shaped` it into; each row
+    times its weight."""
+    if weights is not None:
+        grad *= weights[:, None]
     if transform.softcap:
         grad *= 1 - (shaped / transform.softcap).square()
     if transform.scale != 1.0:
