@@ -43,8 +43,8 @@ def parallelize(
 ) -> None:
     """Prepare `root`, whose repeated units are `blocks` and layers of experts `experts`, for training, in place.
 
-    basic: further modules that FSDP is to gather separately, inner ones first. plan: what is split over the tensor axis;
-    None if nothing is.
+    basic: further modules that FSDP is to gather separately, inner ones first. plan: what is split over the tensor
+    axis; None if nothing is.
     """
     divide_experts(experts, mesh)
     if plan is not None:

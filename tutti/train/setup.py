@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from tutti.core.device import keep_freed_memory, limit_threads, pick_device
 from tutti.core.dist import Dist
 from tutti.core.log import setup_logging
 from tutti.data.loader import Data, build_data
-from tutti.data.template import make_template
+from tutti.data.template import end_of_turn, make_template
 from tutti.model.adapter import load_adapter, plan_adapters
 from tutti.model.attention import check_splittable
 from tutti.model.build import build_model, build_tokenizer
@@ -143,10 +144,28 @@ def tokenizer_and_model(config: Config, device: torch.device) -> tuple[PreTraine
         # What is exported must render chats as they were rendered in training.
         tokenizer.chat_template = make_template(config.data.chat_template, tokenizer).source
     model = build_model(config, tokenizer=tokenizer, device=device)
+    if model.can_generate():
+        _end_as_trained(model, tokenizer, config)
     lora = plan_adapters(config, model)
     if lora is not None:
         add_adapters(model, lora, getattr(torch, config.train.compute_dtype))
     return tokenizer, model
+
+
+def _end_as_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
+    """Have generation stop at what ends the trained texts, beside what the model's generation config ends at already.
+
+    A base model's config knows the end of a text, but not the marker by which a chat template ends a turn: a server
+    that goes by the exported generation config would let the model speak for the user next.
+    """
+    trained = tokenizer.eos_token_id
+    if config.data.data_type == "conversation":
+        trained = end_of_turn(make_template(config.data.chat_template, tokenizer), tokenizer) or trained
+    known = model.generation_config.eos_token_id
+    ends = [known] if isinstance(known, int) else list(known or ())
+    if isinstance(trained, int) and trained not in ends:
+        ends.append(trained)
+    model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
 
 
 def open_data(
@@ -178,11 +197,19 @@ def load_parameters(config: Config, parts: Parts, ranks: Dist) -> None:
     A collective call.
     """
     model, train = parts.model, config.train
-    units = [module for _, module in (*basic_modules(model, config.model.basic_modules), *blocks(model))]
-    plan = tensor_plan(model, parts.layout)
+    parallelize_model = partial(
+        parallelize,
+        parts.objective,
+        [module for _, module in blocks(model)],
+        parts.mesh,
+        train,
+        basic=[module for _, module in basic_modules(model, config.model.basic_modules)],
+        experts=experts(model),
+        plan=tensor_plan(model, parts.layout),
+    )
     whole = train.init_device != "meta"
     if not whole:
-        parallelize(parts.objective, units, parts.mesh, train, experts=experts(model), plan=plan)
+        parallelize_model()
     device = torch.device("cpu") if train.init_device == "cpu" else ranks.device
     if config.model.model_path is None:
         init_weights(model, train.seed, device)
@@ -202,7 +229,7 @@ def load_parameters(config: Config, parts: Parts, ranks: Dist) -> None:
         init_adapters(model, train.seed)
     if whole:
         nn.Module.to(model, ranks.device)
-        parallelize(parts.objective, units, parts.mesh, train, experts=experts(model), plan=plan)
+        parallelize_model()
     parts.objective.train()
 
 
