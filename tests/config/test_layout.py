@@ -35,7 +35,7 @@ def oracle(train: TrainConfig, world: int) -> tuple[int, int, int, int] | None:
         if ranks != world:
             continue
         if train.data_parallel_mode == "ddp":
-            right = shard == 1 and given_sizes in ((1, 1), (replicate, 1))
+            right = shard == train.expert_parallel_size == 1 and given_sizes in ((1, 1), (replicate, 1))
         elif given_sizes == (1, 1):
             right = replicate == 1
         else:

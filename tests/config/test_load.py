@@ -270,7 +270,8 @@ def test_defaults_that_follow_others() -> None:
     assert (config.model.model_path, config.model.tokenizer_path) == (None, "c")
     config = load(["model.config_path=c", "model.model_path=m"], None)
     assert (config.model.config_path, config.model.tokenizer_path) == ("c", "m")
-    for data_type, column in [("plaintext", "content_split"), ("conversation", "messages"), ("classification", "text")]:
+    columns = {"plaintext": "content_split", "conversation": "messages", "classification": "text", "dpo": "prompt"}
+    for data_type, column in columns.items():
         assert load([f"data.data_type={data_type}"], None).data.text_keys == column
     assert load(["data.text_keys=a,b"], None).data.text_keys == "a,b"
 
@@ -278,8 +279,6 @@ def test_defaults_that_follow_others() -> None:
 @pytest.mark.parametrize(
     ("override", "part"),
     [
-        ("train.tensor_parallel_size=2", "tensor parallelism"),
-        ("train.architecture=lora", "adapters"),
         ("model.attn_implementation=native-sparse", "Native Sparse Attention"),
         ("train.data_parallel_mode=fsdp1", "the first generation of FSDP"),
         ("model.encoders.image.model_path=x", "omni models"),
@@ -289,6 +288,11 @@ def test_what_is_not_available_yet_is_refused(override: str, part: str) -> None:
     (problem,) = problems(override)
     name = override.partition("=")[0].removesuffix(".image.model_path")
     assert problem.startswith(f"{name}: not available yet ({part}); ")
+
+
+def test_pairs_that_do_not_work_together_yet_are_refused() -> None:
+    (problem,) = problems("train.expert_parallel_size=2", "train.tensor_parallel_size=2")
+    assert problem.startswith("train.expert_parallel_size: not available yet together with train.tensor_parallel_size")
 
 
 def test_what_is_listed_as_not_available_exists() -> None:

@@ -126,13 +126,18 @@ def assemble(config: Config, ranks: Dist) -> Parts:
     train = config.train
     mesh = build_mesh(layout, ranks, ddp=train.data_parallel_mode == "ddp", ep_outside=train.ep_outside)
     tokenizer, model = ranks.agree(lambda: tokenizer_and_model(config, ranks.device))
-    ranks.agree(lambda: check_experts(experts(model), layout))
-    ranks.agree(lambda: check_splittable(model, layout))
-    ranks.agree(lambda: tensor_plan(model, layout))
+    ranks.agree(lambda: check_divides(model, layout))
     data = open_data(config, tokenizer, model, ranks, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
     log.info("%s", data.steps_reason)
     objective = ranks.agree(lambda: Objective(model, tensor_ranks(mesh)))
     return Parts(layout, mesh, tokenizer, model, objective, data)
+
+
+def check_divides(model: PreTrainedModel, layout: Layout) -> None:
+    """ValueError, with sizes that would do, unless all that `layout` divides in `model` divides evenly."""
+    check_experts(experts(model), layout)
+    check_splittable(model, layout)
+    tensor_plan(model, layout)
 
 
 def tokenizer_and_model(config: Config, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
