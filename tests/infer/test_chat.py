@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -130,24 +131,29 @@ def test_a_model_without_template_can_not_talk(model, monkeypatch, capsys):
         talk("Hello")
 
 
-def test_in_a_terminal(model):
-    """Marks for input, a streamed answer, Ctrl-C at the mark and in an answer, Ctrl-D to leave."""
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_in_a_terminal(model, ranks):
+    """Marks for input, answers, Ctrl-C at the mark, Ctrl-D to leave."""
     master, slave = pty.openpty()
-    command = [sys.executable, "-m", "tutti", "infer", f"--infer.model_path={model}", "--infer.max_tokens=200"]
+    arguments = [f"--infer.model_path={model}", "--infer.max_tokens=20", f"--nproc={ranks}"]
+    command = [sys.executable, "-m", "tutti", "infer", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
     process = subprocess.Popen(
         command, stdin=slave, stdout=slave, stderr=subprocess.DEVNULL, env=environment, start_new_session=True
     )
     os.close(slave)
+    screen = _Screen(master)
     try:
-        _until(master, "> ")
-        process.send_signal(signal.SIGINT)
-        _until(master, "leaves)")
+        screen.until("> ")
+        _press_ctrl_c(process)
+        screen.until("leaves)")
         os.write(master, b"Hello\n")
-        _until(master, "> ")
+        screen.until("> ")
+        _press_ctrl_c(process)
+        screen.until("leaves)")
         os.write(master, b"/system Be brief\n")
-        _until(master, "new conversation")
-        _until(master, "> ")
+        screen.until("new conversation")
+        screen.until("> ")
         os.write(master, b"\x04")
         assert process.wait(30) == 0
     finally:
@@ -155,9 +161,23 @@ def test_in_a_terminal(model):
         os.close(master)
 
 
-def _until(master: int, text: str, seconds: float = 60) -> str:
-    seen, deadline = "", time.monotonic() + seconds
-    while text not in seen:
-        assert time.monotonic() < deadline, f"no {text!r} in {seen!r}"
-        seen += os.read(master, 4096).decode(errors="replace")
-    return seen
+def _press_ctrl_c(process: subprocess.Popen) -> None:
+    time.sleep(0.5)  # nobody is so quick that the mark is there and reading has not begun
+    process.send_signal(signal.SIGINT)
+
+
+class _Screen:
+    """What a program writes to a terminal, read up to one expected text after the other."""
+
+    def __init__(self, master: int) -> None:
+        self._master = master
+        self._unread = ""
+
+    def until(self, text: str, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while text not in self._unread:
+            assert select.select([self._master], [], [], max(0, deadline - time.monotonic()))[0], (
+                f"no {text!r} in {self._unread!r}"
+            )
+            self._unread += os.read(self._master, 4096).decode(errors="replace")
+        self._unread = self._unread.partition(text)[2]

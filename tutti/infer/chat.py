@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -54,6 +54,8 @@ def chat(config: Config, speaker: Speaker, generator: Generator) -> None:
     if speaker.template is None:
         raise ValueError("infer.chat_template: the model has no chat template to talk by; name one (chatml, say)")
     show: Callable[[str], None] = _show if ranks.is_main else lambda text: None
+    if not ranks.is_main:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 says what Ctrl-C means
     terminal = ranks.broadcast(sys.stdin.isatty())
     if terminal:
         show("Talk to the model; /help lists commands.\n")
@@ -139,7 +141,7 @@ def _answer(
         return
     stream = TextStream(speaker.tokenizer)
     ids: list[int] = []
-    with _interruptible(generator):
+    with _interruptible(generator) if generator.dist.is_main else nullcontext():
         for token in generator.stream([asked]):
             if token.end != "stop":
                 ids.append(token.id)

@@ -78,18 +78,22 @@ def answer_rows(config: Config, speaker: Speaker, generator: Generator, rows: Ro
     if answers:
         log.info("going on from %s: %d of %d rows are answered", journal, len(answers), len(rows))
     left = sorted((item for item in requests if item.number not in answers), key=lambda item: -len(item.ids))
+    tokens: dict[int, list[int]] = {}
     ranks.barrier()
     with _writing(journal, header, active=ranks.is_main) as write, _Progress(len(left), active=ranks.is_main) as bar:
-        tokens: dict[int, list[int]] = {}
-        for token in generator.stream(left):
-            made = tokens.setdefault(token.number, [])
-            if token.end != "stop":
-                made.append(token.id)
-            bar.token()
-            if token.end:
-                answers[token.number] = answer_text(speaker.tokenizer, tokens.pop(token.number))
-                write({"line": token.number, RESPONSE: answers[token.number]})
-                bar.row()
+        try:
+            for token in generator.stream(left):
+                made = tokens.setdefault(token.number, [])
+                if token.end != "stop":
+                    made.append(token.id)
+                bar.token()
+                if token.end:
+                    answers[token.number] = answer_text(speaker.tokenizer, tokens.pop(token.number))
+                    write({"line": token.number, RESPONSE: answers[token.number]})
+                    bar.row()
+        except KeyboardInterrupt:
+            log.info("stopped with %d of %d rows answered; the same command goes on", len(answers), len(rows))
+            raise
     ranks.agree(lambda: _finish(output, rows, answers, journal) if ranks.is_main else None)
     log.info("wrote %d answers to %s", len(rows), output)
 
