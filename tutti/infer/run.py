@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tutti.config import Config
 from tutti.core.device import keep_freed_memory, limit_threads, pick_device
-from tutti.core.dist import Dist, init_dist, shutdown_dist
+from tutti.core.dist import init_dist, shutdown_dist
 from tutti.core.log import setup_logging
 from tutti.data.rows import RowError
 from tutti.infer.chat import chat
@@ -51,7 +51,8 @@ def infer(config: Config, job: Job, load_checkpoint: LoadCheckpoint) -> None:
     try:
         rows = ranks.agree(lambda: read_rows(Path(job.input)) if job.input else {})
         speaker = open_speaker(config, ranks, load_checkpoint)
-        generator = make_generator(config, speaker, ranks)
+        sampler = Sampler.of(config.infer)
+        generator = Generator(speaker.model, sampler, speaker.stop_ids, ranks, config.infer.batch_tokens)
         if job.input and job.output:
             answer_rows(config, speaker, generator, rows, Path(job.input), Path(job.output))
         elif job.prompts:
@@ -60,13 +61,6 @@ def infer(config: Config, job: Job, load_checkpoint: LoadCheckpoint) -> None:
             chat(config, speaker, generator)
     finally:
         shutdown_dist()
-
-
-def make_generator(config: Config, speaker: Speaker, ranks: Dist, **options: Callable[[], bool]) -> Generator:
-    """The generator of `speaker`'s model, set up by `config.infer`."""
-    return Generator(
-        speaker.model, Sampler.of(config.infer), speaker.stop_ids, ranks, config.infer.batch_tokens, **options
-    )
 
 
 def _answer_prompts(config: Config, speaker: Speaker, generator: Generator, prompts: Sequence[str]) -> None:
@@ -85,11 +79,11 @@ def _answer_prompts(config: Config, speaker: Speaker, generator: Generator, prom
     show(_heading(prompts, 0))
     for token in generator.stream(requests):
         stream = streams[token.number]
-        text = stream.end() if token.end == "stop" else stream.add(token.id)
-        if token.end == "length":
-            text += stream.end()
-        ended[token.number] = token.end is not None
-        waiting[token.number].append(text)
+        if token.end != "stop":
+            waiting[token.number].append(stream.add(token.id))
+        if token.end:
+            ended[token.number] = True
+            waiting[token.number].append(stream.end())
         while current < len(prompts):
             show("".join(waiting[current]))
             waiting[current].clear()
@@ -102,7 +96,8 @@ def _answer_prompts(config: Config, speaker: Speaker, generator: Generator, prom
 def _heading(prompts: Sequence[str], number: int) -> str:
     if len(prompts) == 1:
         return ""
-    return f"{'' if number == 0 else chr(10)}> {prompts[number]}\n"
+    between = "\n" if number else ""
+    return f"{between}> {prompts[number]}\n"
 
 
 def _show(text: str) -> None:
