@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -274,6 +275,16 @@ def scan(path: Path) -> list[Any]:
     return found
 
 
+def scan_whole(path: Path) -> list[Any]:
+    """The records of a .wandb file, once wandb's own process has written the last one."""
+    for _ in range(200):
+        found = scan(path)
+        if found and found[-1].WhichOneof("record_type") == "exit":
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"{path} was not finished")
+
+
 def test_wandb_offline_holds_the_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     options = {"use_wandb": True, "wandb_project": "songs", "wandb_name": "first", "wandb_id": "abc123", "lr": 3e-4}
@@ -283,10 +294,12 @@ def test_wandb_offline_holds_the_history(tmp_path: Path, monkeypatch: pytest.Mon
         for step in range(start + 1, start + 5):
             metrics.log_step(record(step))
         metrics.log_eval({"step": start + 4, "eval_loss": 2.5, "eval_tokens": 5})
+        metrics.log_text(start + 4, "Hi", "Hello.")
+        metrics.log_text(start + 4, "Bye", "Goodbye.")
         metrics.close({"status": "finished", "final_loss": 0.125})
     files = sorted(tmp_path.glob("*/wandb/offline-run-*/run-abc123.wandb"))
     assert files, "no run was recorded"
-    records = [item for file in files for item in scan(file)]
+    records = [item for file in files for item in scan_whole(file)]
     rows = [
         {(item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in found.history.item}
         for found in records
@@ -295,6 +308,10 @@ def test_wandb_offline_holds_the_history(tmp_path: Path, monkeypatch: pytest.Mon
     losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     assert losses == [(step, 3 / step) for step in (1, 2, 3, 4, 4, 5, 6, 7)]
     assert [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row] == [(4, 2.5), (7, 2.5)]
+    tables = [row for row in rows if any(name.startswith("texts") for name in row)]
+    assert [row["step"] for row in tables] == [4, 7], "one table for the texts of a step"
+    shown = [json.loads(path.read_text()) for path in tmp_path.glob("*/wandb/*/files/media/table/texts_*.json")]
+    assert [4, "Hi", "Hello."] in [line for table in shown for line in table["data"]]
     run = next(found.run for found in records if found.WhichOneof("record_type") == "run")
     assert (run.project, run.display_name, run.run_id) == ("songs", "first", "abc123")
     config = {item.key: json.loads(item.value_json) for item in run.config.update}

@@ -138,6 +138,19 @@ _RULES = (
         lambda config: config.train.architecture == "lora" and config.model.adapter_path is not None,
         "the adapter at model.adapter_path has its own",
     ),
+    _Rule(
+        _prefixed("train.sample_"),
+        lambda config: config.data.data_type == "classification",
+        "data.data_type is classification, and a classifier writes nothing",
+    ),
+    _Rule(
+        ("train.sample_tokens",),
+        lambda config: (
+            config.data.data_type != "classification"
+            and not (config.train.sample_prompts or config.train.sample_prompts_path)
+        ),
+        "there are no train.sample_prompts",
+    ),
     _Rule(_prefixed("train.wandb_"), lambda config: not config.train.use_wandb, "train.use_wandb is off"),
     _Rule(
         _prefixed("train.profile_"), lambda config: not config.train.enable_profiling, "train.enable_profiling is off"

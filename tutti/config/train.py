@@ -172,6 +172,11 @@ class TrainConfig:
         (), "Modules to train whole beside the adapters: names or ends of names (embed_tokens, lm_head).", added=True
     )
     sample_prompts: tuple[str, ...] = arg(
-        (), "Prompts that the exported model completes when training ends, for the log and the report.", added=True
+        (), "Prompts that the model answers at each evaluation and at the end, in the log and the report.", added=True
     )
-    sample_tokens: int = arg(48, "Most tokens of each of these completions.", low=1, added=True)
+    sample_prompts_path: str | None = arg(
+        None,
+        "File of more of these prompts: jsonl rows with a `prompt` or `messages`, or txt with one a line.",
+        added=True,
+    )
+    sample_tokens: int = arg(48, "Most tokens of each of these answers.", low=1, added=True)

@@ -169,13 +169,30 @@ class _Wandb:
             settings=wandb.Settings(console="off", silent=True),
         )
         self._run.define_metric("*", step_metric="step")
+        self._texts: list[Record] = []
 
     def step(self, record: Record) -> None:
+        self._log_texts()
         self._run.log({key: value for key, value in record.items() if value is not None})
 
-    evaluation = text = step
+    evaluation = step
+
+    def text(self, record: Record) -> None:
+        self._texts.append(record)
+
+    def _log_texts(self) -> None:
+        """Log the texts that have come since the last record, as a table."""
+        import wandb
+
+        if self._texts:
+            table = wandb.Table(columns=["step", "prompt", "text"])
+            for text in self._texts:
+                table.add_data(text["step"], text["prompt"], text["text"])
+            self._run.log({"step": self._texts[-1]["step"], "texts": table})
+            self._texts = []
 
     def close(self, summary: Record) -> None:
+        self._log_texts()
         self._run.summary.update({key: value for key, value in summary.items() if value is not None})
         self._run.finish(exit_code=int(summary.get("status") == "failed"))
 

@@ -27,7 +27,7 @@ from tutti.train.metrics import Metrics
 from tutti.train.optim import build_optimizer, set_lr
 from tutti.train.profile import make_profiler
 from tutti.train.reporter import Reporter
-from tutti.train.sample import show_samples
+from tutti.train.sample import Samples
 from tutti.train.schedule import learning_rate
 from tutti.train.setup import Parts, assemble, claim_output, load_parameters, prepare_process
 from tutti.train.step import Trainer
@@ -53,6 +53,7 @@ def train(config: Config) -> None:
 def _run(config: Config, ranks: Dist) -> None:
     output = Path(config.train.output_dir or "")
     parts = assemble(config, ranks)
+    samples = ranks.agree(lambda: Samples(config, parts))
     load_parameters(config, parts, ranks)
     optimizer = build_optimizer(parts.model, config)
     checkpoints = Checkpointer(
@@ -96,6 +97,7 @@ def _run(config: Config, ranks: Dist) -> None:
             if config.data.eval_path and due(batch, config.train.eval_steps, config.train.eval_epochs):
                 found = evaluate(parts.objective, parts.data.evaluate(), parts.mesh, ranks)
                 metrics.log_eval({"step": step, **found})
+                samples.show(step, metrics, ranks)
             stopping = stop.requested()
             if stopping or due(batch, config.train.save_steps, config.train.save_epochs):
                 state = {"step": step, "epoch": batch.epoch, "data": parts.data.state_dict(), "base": base}
@@ -110,10 +112,9 @@ def _run(config: Config, ranks: Dist) -> None:
             metrics.close({"status": "stopped", "message": f"asked to stop after step {step}"})
             log.info("stopped after step %d; go on with --train.load_checkpoint_path auto", step)
             return
+        samples.show(step, metrics, ranks)
         if config.train.save_hf_weights:
             _export(config, parts, output / "hf" / "final", ranks)
-            if ranks.is_main and base is None:
-                show_samples(config, output / "hf" / "final", metrics, step)
         metrics.close({"status": "finished", "data": parts.data.report})
     log.info("report: %s", output / "report.html")
 

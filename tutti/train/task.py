@@ -58,7 +58,10 @@ class Objective(nn.Module):
         self._router_loss = _router_loss(model)
         self.has_router_loss = self._router_loss is not None
 
-    def forward(self, batch: Batch) -> Output:
+    def forward(self, batch: Batch, *, only_logits: bool = False) -> Output | Tensor:
+        """The sums; or `only_logits`: what the model says at the N target positions, whatever their labels, [N, V]."""
+        if only_logits:
+            return self._logits(batch)
         extra: dict[str, Any] = dict(batch.extras)
         if self._router_loss is not None:
             extra["output_router_logits"] = True
@@ -82,11 +85,16 @@ class Objective(nn.Module):
             num_correct = (logits.argmax(-1) == targets).sum() * self._share
         return Output(loss, losses, router_loss, num_correct)
 
-    def logits(self, batch: Batch) -> Tensor:
-        """What the model says at the batch's N target positions, whatever their labels: [N, V]."""
+    def _logits(self, batch: Batch) -> Tensor:
         states = decoder(self.model)(**packed_kwargs(batch), **batch.extras)
         layer = head(self.model)
-        return self._transform(nn.functional.linear(self._at_targets(states, batch), layer.weight, layer.bias))
+        logits = nn.functional.linear(self._at_targets(states, batch), layer.weight, layer.bias)
+        if self._shard is not None and self._tensor is not None:
+            # The last ranks may have less of the vocabulary than the others.
+            share = -(-layer.out_features // self._tensor.size)
+            logits = nn.functional.pad(logits, (0, share - logits.shape[-1]), value=-torch.inf)
+            logits = gather_tensor(logits, self._tensor, 1)[:, : layer.out_features]
+        return self._transform(logits)
 
     def _at_targets(self, states: Any, batch: Batch) -> Tensor:
         """The last hidden states [N, H] of a decoder's output at the batch's target positions."""
