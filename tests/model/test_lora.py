@@ -381,7 +381,7 @@ def test_adapter_of_another_model_is_refused(tmp_path):
         load_adapter(model, tmp_path)
     tensors.pop(next(key for key in tensors if key.endswith("q_proj.lora_B.weight")))
     save_file(tensors, _weights(tmp_path))
-    with pytest.raises(ValueError, match="it lacks: .*q_proj.lora_B"):
+    with pytest.raises(ValueError, match=r"it lacks: .*q_proj\.lora_B"):
         load_adapter(model, tmp_path)
 
 

@@ -168,7 +168,7 @@ def export_quietly(source, out, merge):
 def test_full_training_has_nothing_to_merge(tmp_path):
     config = tiny_config(tmp_path, **{"train.max_steps": 1, "train.save_steps": 1})
     run(config)
-    with pytest.raises(AssertionError, match="--merge: .* nothing to merge"):
+    with pytest.raises(AssertionError, match=r"--merge: .* nothing to merge"):
         run_ranks(1, export_quietly, config.train.output_dir, str(tmp_path / "merged"), True)
 
 

@@ -21,7 +21,10 @@ NOT_YET: dict[str, str] = {
     "train.pipeline_parallel_size": "pipeline parallelism",
 }
 
-NOT_TOGETHER: tuple[tuple[str, str], ...] = (("train.expert_parallel_size", "train.tensor_parallel_size"),)
+NOT_TOGETHER: tuple[tuple[str, str], ...] = (
+    ("train.expert_parallel_size", "train.tensor_parallel_size"),
+    ("train.architecture", "train.tensor_parallel_size"),
+)
 """Pairs of arguments that work, but not both at once."""
 
 

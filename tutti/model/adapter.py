@@ -159,7 +159,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
         part = own_part(value, item.tensor).to(item.tensor.dtype)
         if id(item.tensor) in filled and not torch.equal(local_part(item.tensor).cpu(), part):
             raise ValueError(
-                f"model.adapter_path: {key} and {filled[id(item.tensor)]} are one parameter here, but differ in {folder}"
+                f"model.adapter_path: {key} and {filled[id(item.tensor)]} are one parameter in this model, but differ "
+                f"in {folder}"
             )
         filled[id(item.tensor)] = key
         local_part(item.tensor).copy_(part)

@@ -231,8 +231,8 @@ def is_experts(module: nn.Module) -> bool:
 class FlopCount:
     """Floating-point operations of training on a batch, forward and backward, recomputation not counted.
 
-    per_token: matrix products with parameters, 6 for each active one. pairs: for every attention layer the operations
-    for one query-key pair, and the layer's window (0 = none).
+    per_token: matrix products with parameters, 6 for each active one (4 if it is frozen). pairs: for every attention
+    layer the operations for one query-key pair, and the layer's window (0 = none).
     """
 
     per_token: float
@@ -259,10 +259,15 @@ def count_flops(model: PreTrainedModel) -> FlopCount:
     """The work of one training step a token and a query-key pair, from the model's parameters and config."""
     share = _active_share(model)
     lookups = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    matrices = {id(p): p.numel() * share.get(id(p), 1.0) for p in model.parameters() if p.ndim >= 2}
+    # Of the three products of a matrix, forward, and backward for the input and the weight, a frozen one has two.
+    work = {
+        id(p): (6.0 if p.requires_grad else 4.0) * p.numel() * share.get(id(p), 1.0)
+        for p in model.parameters()
+        if p.ndim >= 2
+    }
     output = head(model).weight
-    multiplied = sum(size for key, size in matrices.items() if key not in lookups or key == id(output))
-    return FlopCount(6.0 * multiplied, tuple(_pair_flops(model.config.get_text_config())))
+    per_token = sum(flops for key, flops in work.items() if key not in lookups or key == id(output))
+    return FlopCount(per_token, tuple(_pair_flops(model.config.get_text_config())))
 
 
 def _pair_flops(config: PreTrainedConfig) -> list[tuple[float, int]]:

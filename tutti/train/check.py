@@ -96,7 +96,7 @@ def _data_table(data: Data, first: GlobalBatch) -> Table:
     if report.packing_efficiency is not None:
         table.add_row("packing", f"{report.packing_efficiency:.1%} of the slots hold a token")
     table.add_row("steps", data.steps_reason)
-    counts = f"{first.num_samples:,} samples, {first.num_tokens:,} tokens, {first.num_targets:,} trained on"
+    counts = f"{first.num_samples:,} samples, {first.num_tokens:,} tokens, {first.trained_tokens:,} trained on"
     table.add_row("first step", counts)
     return table
 
@@ -122,18 +122,21 @@ def _memory_table(config: Config, layout: Layout, model: PreTrainedModel) -> Tab
     """Bytes of parameters, gradients and optimizer state on each rank: exact; activations depend on the data."""
     train, sizes, table = config.train, num_params(model), _table("Memory per rank")
     active = f" ({sizes.active:,} active)" if sizes.active != sizes.total else ""
-    table.add_row("model", f"{type(model).__name__}, {sizes.total:,} parameters{active}")
-    held = 4 if train.enable_mixed_precision else getattr(torch, train.compute_dtype).itemsize
-    own = sizes.total / layout.shard
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    share = f", of which {trained:,} are trained" if trained != sizes.total else ""
+    table.add_row("model", f"{type(model).__name__}, {sizes.total:,} parameters{active}{share}")
+    computed = getattr(torch, train.compute_dtype).itemsize
+    held = 4 if train.enable_mixed_precision else computed
+    own, frozen = trained / layout.shard, (sizes.total - trained) / layout.shard
     state = {"adamw": 2 * held, "anyprecision_adamw": 4 + (2 if held == 2 else 0)}[train.optimizer]
     largest = max((sum(item.numel() for item in block.parameters()) for _, block in blocks(model)), default=0)
     in_blocks = sum(item.numel() for _, block in blocks(model) for item in block.parameters())
     gathered = sizes.total - in_blocks + 2 * largest if reshards(train) and layout.shard > 1 else sizes.total
     rows = {
-        "parameters": own * held,
+        "parameters": own * held + frozen * computed,
         "gradients": own * held,
         "optimizer": own * state,
-        "gathered": gathered * getattr(torch, train.compute_dtype).itemsize,
+        "gathered": gathered * computed,
     }
     for name, size in rows.items():
         table.add_row(name, f"{size / 2**30:.3f} GiB")
