@@ -105,7 +105,13 @@ class Objective(nn.Module):
 
 
 def _router_loss(model: PreTrainedModel) -> Callable[[Any], Tensor] | None:
-    """The model family's own load-balancing loss, where its config asks for one (output_router_logits)."""
+    """The model family's own load-balancing loss, where its config asks for one (output_router_logits).
+
+    The family's function looks at one micro batch: all its tokens, padding included, over all layers. What is trained
+    on, and reported, is the mean over the micro batches of a global batch, weighted by their tokens. So it depends on
+    how samples were packed into micro batches, and on nothing else: not on which ranks run them, nor on how many share
+    one (the ranks' router logits are gathered), nor on where the experts lie.
+    """
     config = model.config
     if not getattr(config, "output_router_logits", False):
         return None
