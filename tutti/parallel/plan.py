@@ -8,6 +8,7 @@ refused by name, before anything is built:
 - `Region`: a part of a block that mixes tokens or splits features (attention, MLP). It is given all tokens, and what it
   gives is brought back to a rank's own; everything else in a block (norms, residuals) runs on the rank's own tokens.
   A part with matrices that the plan does not split is a region too: every rank computes it for all tokens.
+- experts are not split, and are no region: they look at one token at a time, so each rank sends its own through them.
 - the input embedding and the output head are split by the vocabulary, whatever the plan says of them.
 
 A projection of heads is split between heads, never within one. Key/value heads that are fewer than the ranks are held
@@ -29,6 +30,9 @@ from tutti.config.layout import either
 COLWISE, GATHERED = "colwise", ("colwise_gather_output", "colwise_rep")
 ROWWISE, SLICED = "rowwise", ("rowwise_split_input", "rowwise_rep")
 _SPLITTING = {COLWISE, ROWWISE, *GATHERED, *SLICED}
+_EXPERTS = {"moe_tp_experts", "packed_colwise", "packed_rowwise", "moe_identity_expert"}
+"""Styles that splitting experts takes, which mark a part of a block as one of experts."""
+
 _REPLICATED = {"replicated_with_grad_allreduce", "mla_kv_a_proj", "sequence_parallel", "replicate"}
 """Styles of modules that every rank holds whole: gradients of such parameters are summed over the ranks anyway."""
 
@@ -38,7 +42,8 @@ _KEYS_AND_VALUES = ("k_proj", "v_proj")
 class Linear(NamedTuple):
     """A projection that is split. units: how many equal pieces its split dimension has; a piece stays on one rank.
 
-    shared: it projects keys or values, so that with more ranks than heads several hold the same head.
+    shared: it projects keys or values, so that with more ranks than heads several hold the same head. region: what it
+    is a part of.
     """
 
     name: str
@@ -46,6 +51,7 @@ class Linear(NamedTuple):
     style: str
     units: int
     shared: bool
+    region: nn.Module
 
     @property
     def dim(self) -> int:
@@ -94,13 +100,18 @@ def read_plan(
         raise ValueError(f"{refuse}its config has no base_model_tp_plan; leave it at 1")
     names = {module: path for path, module in decoder.named_modules()}
     inner = [block for block in blocks if block in names]
-    unknown = sorted(set(styles.values()) - _SPLITTING - _REPLICATED)
+    unknown = sorted(set(styles.values()) - _SPLITTING - _REPLICATED - _EXPERTS)
     if unknown:
         raise ValueError(f"{refuse}its plan has {', '.join(unknown)}, which is not known here; leave it at 1")
+    sparse = {path for path, style in styles.items() if style in _EXPERTS}
     linears: list[Linear] = []
     regions: list[Region] = []
+    on_own_tokens: list[str] = []
     for block in inner:
         for region in _regions(block):
+            if any(path.startswith(_wildcards(names[region]) + ".") for path in sparse) and _has_experts(region):
+                on_own_tokens.append(names[region] + ".")
+                continue
             found = [
                 _linear(names[module], module, style, region, config)
                 for module in region.modules()
@@ -112,7 +123,13 @@ def read_plan(
             linears += found
             regions.append(Region(region, bool(ends)))
     planned = {linear.name for linear in linears}
-    missed = [path for path in names.values() if styles.get(_wildcards(path)) in _SPLITTING and path not in planned]
+    missed = [
+        path
+        for path in names.values()
+        if styles.get(_wildcards(path)) in _SPLITTING
+        and path not in planned
+        and not path.startswith(tuple(on_own_tokens))
+    ]
     if missed or not linears:
         raise ValueError(f"{refuse}its plan splits {', '.join(missed[:4]) or 'nothing'} outside of its blocks")
     embedding: Any = decoder.get_input_embeddings()  # type: ignore[operator]
@@ -144,11 +161,16 @@ def _regions(block: nn.Module) -> list[nn.Module]:
     return [child for child in block.children() if any(parameter.ndim > 1 for parameter in child.parameters())]
 
 
+def _has_experts(region: nn.Module) -> bool:
+    """Whether the region is one of experts in this block: some families have dense blocks too, under the same name."""
+    return any(parameter.ndim > 2 for parameter in region.parameters())
+
+
 def _linear(path: str, module: Any, style: str, region: nn.Module, config: PreTrainedConfig) -> Linear:
     leaf = path.rpartition(".")[2]
     if not isinstance(module, nn.Linear):
         raise ValueError(f"train.tensor_parallel_size: {path} is no linear layer that can be split; leave it at 1")
-    linear = Linear(path, module, style, 0, False)
+    linear = Linear(path, module, style, 0, False, region)
     features = module.weight.shape[linear.dim]
     if style in GATHERED or style in SLICED or "Attention" not in type(region).__name__:
         return linear._replace(units=features)

@@ -8,6 +8,7 @@ The ranks of a tensor group are given the same packed row of T tokens:
 3. A region (attention, MLP; see `tutti.parallel.plan`) gathers all tokens, multiplies with this rank's columns of its
    first matrices (for attention: this rank's heads), and with its rows of the last one; the ranks' sums are left to the
    rank that a token belongs to (reduce-scatter). That is one gather and one scatter a region, forward and backward.
+   Experts are held by all ranks, and see each rank's own tokens.
 4. The last hidden states are gathered once, for a head that is split by the vocabulary (`tutti.train.loss`).
 
 Every collective's gradient is its exact adjoint, and each rank answers for its share of the loss, so that the loss of
@@ -125,9 +126,15 @@ def split_tensors(root: nn.Module, plan: TensorPlan, mesh: Mesh) -> None:
     split: dict[int, Placement] = {id(plan.embedding.weight): Shard(0)}
     if plan.head is not None:
         split.update({id(parameter): Shard(0) for parameter in plan.head.parameters()})
+    shared = [linear for linear in plan.linears if linear.shared and linear.units < ranks.size]
+    for linear in shared:
+        _share_head(linear, ranks)
+    attentions: dict[Any, int] = {linear.region: linear.units for linear in shared}
+    for attention, num_heads in attentions.items():
+        if hasattr(attention, "num_key_value_groups"):  # what the model's own attention repeats keys and values by
+            attention.num_key_value_groups = attention.num_key_value_groups * num_heads // ranks.size
     for linear in plan.linears:
-        if linear.shared and linear.units < ranks.size:
-            _share_heads(linear, ranks)
+        if linear in shared:
             continue
         split[id(linear.module.weight)] = Shard(linear.dim)
         if linear.module.bias is not None and linear.dim == 0:
@@ -167,7 +174,7 @@ def _divided(parameter: nn.Parameter, placement: Placement, mesh: DeviceMesh) ->
     return nn.Parameter(tensor, requires_grad=parameter.requires_grad)
 
 
-def _localize_embedding(embedding: nn.Embedding, ranks: TensorRanks) -> None:
+def _localize_embedding(embedding: Any, ranks: TensorRanks) -> None:
     """Look up what this rank has rows for; its own tokens' sums stay with it, in a row that is zero elsewhere.
 
     Only a rank's own tokens are read later, so that nothing else needs to be there.
@@ -189,13 +196,14 @@ def _localize_embedding(embedding: nn.Embedding, ranks: TensorRanks) -> None:
         length = own.shape[_TOKENS]
         return nn.functional.pad(own, (0, 0, ranks.rank * length, (ranks.size - 1 - ranks.rank) * length))
 
-    embedding.forward = look_up  # type: ignore[method-assign]
+    embedding.forward = look_up
 
 
 def _localize_linear(linear: Linear, ranks: TensorRanks) -> None:
-    module, project = linear.module, linear.module.forward
+    module: Any = linear.module
+    project = module.forward
     if linear.style in GATHERED:
-        module.forward = lambda hidden: gather_tensor(project(hidden), ranks, _FEATURES)  # type: ignore[method-assign]
+        module.forward = lambda hidden: gather_tensor(project(hidden), ranks, _FEATURES)
     if linear.dim == 1:
 
         def reduce(hidden: Tensor) -> Tensor:
@@ -203,12 +211,13 @@ def _localize_linear(linear: Linear, ranks: TensorRanks) -> None:
             out = scatter_tensor(nn.functional.linear(hidden, module.weight), ranks, _TOKENS)
             return out if module.bias is None else out + module.bias
 
-        module.forward = reduce  # type: ignore[method-assign]
+        module.forward = reduce
 
 
-def _share_heads(linear: Linear, ranks: TensorRanks) -> None:
+def _share_head(linear: Linear, ranks: TensorRanks) -> None:
     """Have a projection that every rank holds whole compute one head alone: the one that this rank's queries read."""
-    module, sharers = linear.module, ranks.size // linear.units
+    module: Any = linear.module
+    sharers = ranks.size // linear.units
     width = module.weight.shape[0] // linear.units
     start = ranks.rank // sharers * width
 
@@ -216,7 +225,7 @@ def _share_heads(linear: Linear, ranks: TensorRanks) -> None:
         bias = None if module.bias is None else module.bias.narrow(0, start, width)
         return nn.functional.linear(hidden, module.weight.narrow(0, start, width), bias)
 
-    module.forward = project  # type: ignore[method-assign]
+    module.forward = project
 
 
 def _on_all_tokens(forward: Callable[..., Any], ranks: TensorRanks, *, reduces: bool) -> Callable[..., Any]:

@@ -77,7 +77,7 @@ class Objective(nn.Module):
         router_loss = None
         if self._router_loss is not None:
             # Not a sum over tokens: it takes the router's logits of a batch that ranks share as a whole.
-            routed = tuple(gather_tokens(logits, batch.whole) for logits in states.router_logits)
+            routed = tuple(gather_tokens(self._of_all_ranks(logits), batch.whole) for logits in states.router_logits)
             router_loss = self._router_loss(routed) * (batch.num_tokens * self._share)
         num_correct = None
         if self.predicts:
@@ -98,10 +98,11 @@ class Objective(nn.Module):
 
     def _at_targets(self, states: Any, batch: Batch) -> Tensor:
         """The last hidden states [N, H] of a decoder's output at the batch's target positions."""
-        hidden = states.last_hidden_state.squeeze(0)
-        if self._tensor is not None:
-            hidden = gather_tensor(hidden, self._tensor, 0)
-        return hidden.index_select(0, batch.target_index)
+        return self._of_all_ranks(states.last_hidden_state.squeeze(0)).index_select(0, batch.target_index)
+
+    def _of_all_ranks(self, rows: Tensor) -> Tensor:
+        """What tensor ranks have for their own tokens [t, ...] -> [T, ...]."""
+        return rows if self._tensor is None else gather_tensor(rows, self._tensor, 0)
 
 
 def _router_loss(model: PreTrainedModel) -> Callable[[Any], Tensor] | None:
