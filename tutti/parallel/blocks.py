@@ -7,7 +7,7 @@ gives
     lse' = log(exp(lse) + sum exp(s)),    out' = out * exp(lse - lse') + sum exp(s - lse') * v
 
 so that after the last block `out` is exactly the softmax-weighted mean over all of them, in whatever order they came.
-The backward pass needs only the final `lse` and delta = sum(out * grad of out) to recompute a block's probabilities
+The backward pass needs only the final `lse` and `out` to recompute a block's probabilities
 and its gradients, one block at a time.
 
 A *block* is a rectangle: queries and keys that lie in one sample and in one contiguous piece of the batch each. Blocks
@@ -123,24 +123,25 @@ def attend_backward(
     keys: Keys,
     blocks: Iterable[Block],
     settings: Settings,
-    grad: Tensor,
-    delta: Tensor,
+    outer: tuple[Tensor, Tensor],
     sums: Gradients,
 ) -> None:
     """Add the gradients of `attend` to `sums`.
 
-    queries.lse is the final one; grad [H, T, E] that of the output, delta [H, T] = sum(out * grad) over E, fp32.
+    queries.lse is the final one; outer: the gradient of the final output and that output itself, [H, T, E].
     """
     kv_heads, scale = len(keys.key), settings.scale
+    grad, out = outer
+    delta = (out.to(queries.lse.dtype) * grad).sum(-1)
     for tile in _tiles(queries, keys, blocks, settings):
         place = sums.query[:, tile.rows_at]
-        outer = grad[:, tile.rows_at].reshape(kv_heads, -1, grad.shape[-1])
+        grad_rows = grad[:, tile.rows_at].reshape(kv_heads, -1, grad.shape[-1])
         weights = (tile.scores - queries.lse[:, tile.rows_at].reshape(kv_heads, -1, 1)).exp_()
-        sums.value[:, tile.keys_at] += torch.bmm(weights.to(outer.dtype).transpose(1, 2), outer)
-        grad_weights = torch.bmm(outer, tile.values.transpose(1, 2))
+        sums.value[:, tile.keys_at] += torch.bmm(weights.to(grad.dtype).transpose(1, 2), grad_rows)
+        grad_weights = torch.bmm(grad_rows, tile.values.transpose(1, 2))
         grad_scores = weights * (grad_weights - delta[:, tile.rows_at].reshape(kv_heads, -1, 1))
         if tile.tanh is not None:
             grad_scores *= 1 - tile.tanh * tile.tanh
-        narrow = grad_scores.to(outer.dtype)
+        narrow = grad_scores.to(grad.dtype)
         place.add_(torch.bmm(narrow, tile.keys).view(place.shape), alpha=scale)
         sums.key[:, tile.keys_at].add_(torch.bmm(narrow.transpose(1, 2), tile.rows), alpha=scale)

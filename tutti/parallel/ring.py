@@ -31,7 +31,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tutti.core.tiles import Settings
-from tutti.parallel.blocks import Block, Gradients, Keys, Queries, Span, add_sinks, attend, attend_backward, slice_of
+from tutti.parallel import blocks as tiled
+from tutti.parallel import flash
+from tutti.parallel.blocks import Block, Gradients, Keys, Queries, Span, add_sinks, slice_of
 from tutti.parallel.sequence import chunks, process_group
 
 _KEYS, _GRADIENTS = 0, 1
@@ -213,6 +215,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns the output [T, H, E] and the log of each query's softmax denominator, fp32 [H, T]."""
     plan, ring, see = _start(borders, settings, group)
+    kernel = flash if flash.fits(query, value, see) else tiled
     heads, total, _ = query.shape
     wide = torch.promote_types(query.dtype, torch.float32)
     queries = Queries(query, query.new_full((heads, total), float("-inf"), dtype=wide), plan.held)
@@ -223,7 +226,7 @@ def _forward(
         keys = arriving()
         if step + 1 < plan.size:
             arriving = ring.fetch(step + 1, own)
-        attend(queries, out, keys, plan.blocks[step], see)
+        kernel.attend(queries, out, keys, plan.blocks[step], see)
     if sinks is not None:
         add_sinks(queries, out, sinks)
     return out.transpose(0, 1).to(query.dtype, memory_format=torch.contiguous_format, copy=True), queries.lse
@@ -239,19 +242,16 @@ def _(query, key, value, borders, sinks, settings, group):  # type: ignore[no-un
 @torch.library.custom_op("tutti::ring_attention_backward", mutates_args=())
 def _backward(
     grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    borders: Tensor,
-    rows: Tensor,
+    saved: list[Tensor],
     settings: list[float],
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, heads first. rows: lse and delta, fp32 [2, H, T]."""
+    """Gradients of query, key and value, heads first. saved: query, key, value, borders, out and lse of `_forward`."""
+    query, key, value, borders, out, lse = saved
     plan, ring, see = _start(borders, settings, group)
-    dtype, wide = query.dtype, rows.dtype
-    lse, delta = rows
-    grad = grad.transpose(0, 1)
+    kernel = flash if flash.fits(query, value, see) else tiled
+    dtype, wide = query.dtype, lse.dtype
+    outer = grad.transpose(0, 1), out.transpose(0, 1)
     queries = Queries(query, lse, plan.held)
     own = Keys(key, value, plan.held)
     total = Gradients(*(torch.zeros_like(item, dtype=wide) for item in (query, key, value)))
@@ -264,7 +264,7 @@ def _backward(
         sums = total
         if step > 0:
             sums = Gradients(total.query, *(torch.zeros_like(item, dtype=wide) for item in (keys.key, keys.value)))
-        attend_backward(queries, keys, plan.blocks[step], see, grad, delta, sums)
+        kernel.attend_backward(queries, keys, plan.blocks[step], see, outer, sums)
         returned.append(ring.give_back(step, sums, total, dtype))
     for add in returned:
         add()
@@ -272,8 +272,8 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad, query, key, value, borders, rows, settings, group):  # type: ignore[no-untyped-def]
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+def _(grad, saved, settings, group):  # type: ignore[no-untyped-def]
+    return tuple(torch.empty_like(item) for item in saved[:3])
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -283,11 +283,11 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
 
 def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
     query, key, value, borders, sinks, out, lse = ctx.saved_tensors
-    delta = (out.to(lse.dtype) * grad).sum(-1).transpose(0, 1)
-    grads = _backward(grad, query, key, value, borders, torch.stack([lse, delta]), ctx.settings, ctx.group)
+    grads = _backward(grad, [query, key, value, borders, out, lse], ctx.settings, ctx.group)
     grad_sinks = None
     if sinks is not None:
         # A sink has no value: its probability only takes from the others.
+        delta = (out.to(lse.dtype) * grad).sum(-1).transpose(0, 1)
         grad_sinks = -((sinks[:, None] - lse).exp() * delta).sum(-1).to(sinks.dtype)
     return *grads, None, grad_sinks, None, None
 

@@ -5,7 +5,7 @@ H / U heads, any attention kernel runs on those as it would on one rank, and a s
 back. That is two exchanges a layer in each pass, and a rank sends less than 1 / U of what one process would hold.
 
 Queries, keys and values, of whatever widths, travel in one message to each rank. Key/value heads that U does not divide
-are repeated, by as little as makes it even (U / gcd(K, U)), so all that is asked of a model is that U divides its H
+are repeated, by as little as makes it even, so all that is asked of a model is that U divides its H
 query heads; which query head reads which key/value head stays as it was. A learned score per head (attention sinks) is
 cut to the rank's heads.
 
@@ -21,7 +21,6 @@ Shapes: U ranks, T tokens of all of them, t = T / U, H query heads, K key/value 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -73,7 +72,8 @@ def own_heads(per_head: Tensor | None, ranks: SequenceRanks) -> Tensor | None:
 
 def _by_rank(tensor: Tensor, size: int) -> Tensor:
     """[heads, t, D] -> [U, n]: the heads of rank u in row u, after repeating heads until they divide evenly."""
-    repeats = size // math.gcd(tensor.shape[0], size)
+    heads = tensor.shape[0]
+    repeats = next(count for count in range(1, size + 1) if heads * count % size == 0)
     if repeats > 1:
         tensor = tensor.repeat_interleave(repeats, dim=0)
     return tensor.reshape(size, -1)
