@@ -10,6 +10,11 @@ from tutti.config.argument import Open, arg
 class DataConfig:
     """The data. L is max_seq_len; B = train.micro_batch_size * L is the token budget of a micro batch."""
 
+    @property
+    def holds_chats(self) -> bool:
+        """Whether rows are rendered by a chat template."""
+        return self.data_type in ("conversation", "dpo")
+
     train_path: str | None = arg(
         None,
         "Training data: a file, a folder, a comma list of them, or a YAML of several sources "

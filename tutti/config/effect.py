@@ -59,8 +59,8 @@ _RULES = (
     _Rule(("data.prefetch_factor",), lambda config: config.data.num_workers == 0, "data.num_workers is 0"),
     _Rule(
         ("data.chat_template",),
-        lambda config: config.data.data_type != "conversation",
-        "data.data_type is not conversation",
+        lambda config: not config.data.holds_chats,
+        "data.data_type is neither conversation nor dpo",
     ),
     _Rule(
         ("data.shuffle_buffer_size",),
@@ -76,6 +76,12 @@ _RULES = (
         ("data.drop_last",),
         _has_fixed_steps,
         "the steps of an epoch are given by data.train_size or data.train_sample, so that nothing remains",
+    ),
+    _Rule(_prefixed("train.dpo_"), lambda config: config.data.data_type != "dpo", "data.data_type is not dpo"),
+    _Rule(
+        ("train.dpo_label_smoothing",),
+        lambda config: config.data.data_type == "dpo" and config.train.dpo_loss == "ipo",
+        "train.dpo_loss is ipo, which knows no wrong labels",
     ),
     _Rule(
         ("model.num_labels",),
@@ -112,6 +118,11 @@ _RULES = (
         ("train.no_decay_modules", "train.no_decay_params"),
         lambda config: config.train.weight_decay == 0,
         "train.weight_decay is 0",
+    ),
+    _Rule(
+        ("train.async_enabled",),
+        lambda config: config.train.ulysses_parallel_size == 1,
+        "train.ulysses_parallel_size is 1, so that nothing is exchanged",
     ),
     _Rule(
         ("train.enable_reentrant",),

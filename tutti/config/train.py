@@ -153,6 +153,20 @@ class TrainConfig:
     compute_dtype: Literal["bfloat16", "float32"] = arg(
         "bfloat16", "Dtype of the forward and backward pass (parameters: see enable_mixed_precision).", added=True
     )
+    dpo_beta: float = arg(
+        0.1, "data_type dpo: how closely the model is kept to the reference model.", low=1e-6, added=True
+    )
+    dpo_loss: Literal["sigmoid", "ipo"] = arg(
+        "sigmoid", "data_type dpo: the logistic loss of DPO, or the squared one of IPO.", added=True
+    )
+    dpo_label_smoothing: float = arg(
+        0.0, "data_type dpo: probability that chosen and rejected are the wrong way round.", low=0, high=0.5, added=True
+    )
+    dpo_reference: Literal["precompute", "on_the_fly"] = arg(
+        "precompute",
+        "data_type dpo: compute the reference model's log-probabilities once before training, or for each batch anew.",
+        added=True,
+    )
     lora_rank: int = arg(16, "Rank of the adapters, with architecture lora.", low=1, added=True)
     lora_alpha: float = arg(
         32.0, "An adapter's change is scaled by lora_alpha / lora_rank (see lora_rslora).", low=0, added=True

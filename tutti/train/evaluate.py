@@ -1,4 +1,5 @@
-"""Evaluation: the mean loss over all trained tokens of the evaluation data, and accuracy for classification."""
+"""Evaluation: the mean loss over all trained tokens (or pairs) of the evaluation data, and the share of right answers
+of a classifier, or of pairs in the right order."""
 
 from __future__ import annotations
 
@@ -22,11 +23,12 @@ def evaluate(objective: Objective, batches: Iterable[GlobalBatch], mesh: Mesh, r
     """
     sharing = sequence_ranks(mesh)
     sums = torch.zeros(2, dtype=torch.float64)
-    num_targets = 0
+    num_targets = trained_tokens = 0
     objective.eval()
     with torch.no_grad():
         for batch in batches:
             num_targets += batch.num_targets
+            trained_tokens += batch.trained_tokens
             for micro in batch.micro_batches:
                 out = objective(split_tokens(micro, sharing).to(ranks.device))
                 correct = out.num_correct if out.num_correct is not None else torch.zeros(())
@@ -36,7 +38,7 @@ def evaluate(objective: Objective, batches: Iterable[GlobalBatch], mesh: Mesh, r
         sums = sums.to(ranks.device)
         dist.all_reduce(sums)
     loss, correct = sums.tolist()
-    result: dict[str, Any] = {"eval_loss": loss / num_targets, "eval_tokens": num_targets}
+    result: dict[str, Any] = {"eval_loss": loss / num_targets, "eval_tokens": trained_tokens}
     if objective.predicts:
         result["eval_accuracy"] = correct / num_targets
     return result

@@ -6,10 +6,10 @@ there, they are turned in place into their own gradient (softmax minus one-hot),
 hidden states and of the head, and dropped. The forward pass thus does the backward pass's work too, and nothing is
 computed twice. The idea is that of Cut Cross-Entropy (arXiv 2411.09009) and Liger (arXiv 2410.10989).
 
-That needs every row to count the same. Where a row's weight in the loss depends on the losses of others, as when answers
-are compared by the sums over their tokens, it is not known before the last chunk: `target_losses` then computes a
-chunk's logits once more in the backward pass. Row by row the forward pass could still prepare the gradient of the hidden
-states, but the head's is a sum over rows, which cannot be weighted afterwards; where the head is frozen, it does.
+That needs every row to count the same. Where a row's weight in the loss depends on the losses of others, as when
+answers are compared by the sums over their tokens, it is not known before the last chunk: `target_losses` then computes
+a chunk's logits once more in the backward pass. The forward pass could still prepare the gradient of the hidden states,
+row by row, but the head's is a sum over rows, which cannot be weighted afterwards; where the head is frozen, it does.
 
 Where the head is split by the vocabulary over ranks (`VocabularyShard`), each rank has its columns of the logits and no
 others: the ranks' log-sum-exps are merged, the target's logit comes from the rank that has it, both a number a row, and
@@ -83,8 +83,8 @@ def target_losses(
 ) -> Tensor:
     """Each position's cross-entropy, fp32 [N], to be differentiated whatever becomes of it; arguments as above.
 
-    shard: the losses are whole on each rank, not a share, and must get the same gradient on all ranks; that of hidden is
-    a part of a sum. A collective call, and so is its backward pass.
+    shard: the losses are whole on each rank, not a share, and must get the same gradient on all ranks; that of hidden
+    is a part of a sum. A collective call, and so is its backward pass.
     """
     return _TargetLosses.apply(hidden, weight, bias, targets, transform, shard)
 

@@ -9,7 +9,9 @@ tokens_per_second, mfu, memory_gib, packing`, with several sources `source_loss/
 with experts `expert_load_max`, `expert_load_min` (as multiples of an even share) and maybe `router_loss`.
 Where a record stands for several steps (train.log_steps), tokens, trained_tokens, samples and source_tokens are sums
 over them and the rest are means, or the last value. mfu is None where the device's peak is unknown. An evaluation
-record has `step, eval_loss, eval_tokens`, and `eval_accuracy` for classification. Either may hold more.
+record has `step, eval_loss, eval_tokens`, and `eval_accuracy` for classification. Of pairs of answers the losses are
+means over pairs, eval_accuracy is the share whose chosen answer wins, and a training record has `rewards/chosen`,
+`rewards/rejected`, `rewards/margin` and `rewards/accuracy`. Either may hold more.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Preference training: of two answers to a prompt the model is to find the chosen one likelier than the rejected one.
 
 Direct preference optimization (DPO, arXiv 2305.18290) takes how much likelier than under a reference model an answer y
-has become as its reward, beta * (log p(y) - log p_ref(y)), and maximizes the likelihood that the chosen answer wins when
-answers win as often as sigmoid(difference of rewards) says. `log p(y)` is the sum over the answer's trained tokens. The
-variants:
+has become as its reward, beta * (log p(y) - log p_ref(y)), and maximizes the likelihood that the chosen answer wins
+when answers win as often as sigmoid(difference of rewards) says. `log p(y)` is the sum over the answer's trained
+tokens. The variants:
 
 - label smoothing (conservative DPO): with that probability the labels are the wrong way round;
 - ipo (arXiv 2310.12036): the difference is pulled to 1 / (2 beta) by its squared error, so that it cannot grow without

@@ -16,6 +16,7 @@ from tutti.core.dist import Dist
 from tutti.model.experts import ExpertLoad
 from tutti.model.plan import experts
 from tutti.train.metrics import Metrics
+from tutti.train.preference import reward_metrics
 from tutti.train.setup import Parts
 from tutti.train.step import Totals
 
@@ -86,7 +87,7 @@ class Reporter:
             "grad_norm": means.grad_norm,
             "lr": lr,
             "tokens": totals.num_tokens,
-            "trained_tokens": totals.num_targets,
+            "trained_tokens": totals.trained_tokens,
             "samples": totals.num_samples,
             "step_seconds": seconds / totals.num_steps,
             "data_seconds": waited / totals.num_steps,
@@ -96,6 +97,8 @@ class Reporter:
             "packing": totals.num_tokens / totals.num_slots,
         }
         record |= self._by_source(means.source_loss) | self._expert_load.take()
+        if self._parts.objective.preference is not None:
+            record |= reward_metrics(means.rewards, totals.num_targets)
         if means.router_loss:
             record["router_loss"] = means.router_loss
         if means.skipped:
@@ -118,11 +121,11 @@ class Reporter:
         return flops / seconds / (self._peak * self._ranks.world) if self._peak else None
 
     def _by_source(self, sums: list[float]) -> dict[str, float]:
-        names, tokens = self._parts.data.sources, self.totals.source_tokens
+        names, tokens, targets = self._parts.data.sources, self.totals.source_tokens, self.totals.source_targets
         if len(names) == 1:
             return {}
-        record: dict[str, float] = {f"source_tokens/{name}": tokens.get(name, 0) for name in names}
+        record: dict[str, float] = {f"source_tokens/{name}": tokens[name] for name in names}
         for name, total in zip(names, sums, strict=True):
-            if tokens.get(name):
-                record[f"source_loss/{name}"] = total / tokens[name]
+            if targets[name]:
+                record[f"source_loss/{name}"] = total / targets[name]
         return record

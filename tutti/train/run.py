@@ -26,6 +26,7 @@ from tutti.train.export import export_trained
 from tutti.train.metrics import Metrics
 from tutti.train.optim import build_optimizer, set_lr
 from tutti.train.profile import make_profiler
+from tutti.train.reference import make_reference
 from tutti.train.reporter import Reporter
 from tutti.train.sample import Samples
 from tutti.train.schedule import learning_rate
@@ -55,6 +56,7 @@ def _run(config: Config, ranks: Dist) -> None:
     parts = assemble(config, ranks)
     samples = ranks.agree(lambda: Samples(config, parts))
     load_parameters(config, parts, ranks)
+    with_reference = make_reference(config, parts, ranks)
     optimizer = build_optimizer(parts.model, config)
     checkpoints = Checkpointer(
         output,
@@ -86,7 +88,7 @@ def _run(config: Config, ranks: Dist) -> None:
         StopSignal(ranks) as stop,
     ):
         report = Reporter(config, parts, ranks, metrics)
-        for batch in report.clock.waiting(parts.data.train()):
+        for batch in with_reference(report.clock.waiting(parts.data.train()), "train"):
             step = batch.step
             set_lr(optimizer, learning_rate(step - 1, parts.data.total_steps, config.train))
             trainer.step(batch, report.totals)
@@ -95,7 +97,8 @@ def _run(config: Config, ranks: Dist) -> None:
             housekeeping(step, config)
             report.clock.pause()
             if config.data.eval_path and due(batch, config.train.eval_steps, config.train.eval_epochs):
-                found = evaluate(parts.objective, parts.data.evaluate(), parts.mesh, ranks)
+                held_out = with_reference(parts.data.evaluate(), "eval")
+                found = evaluate(parts.objective, held_out, parts.mesh, ranks)
                 metrics.log_eval({"step": step, **found})
                 samples.show(step, metrics, ranks)
             stopping = stop.requested()

@@ -42,6 +42,7 @@ from tutti.parallel.expert import check_experts
 from tutti.parallel.mesh import Mesh, build_mesh
 from tutti.parallel.plan import TensorPlan, check_plan, read_plan
 from tutti.parallel.tensor import tensor_ranks
+from tutti.train.preference import make_preference
 from tutti.train.task import Objective
 
 log = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ def assemble(config: Config, ranks: Dist) -> Parts:
     ranks.agree(lambda: check_divides(model, layout))
     data = open_data(config, tokenizer, model, ranks, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
     log.info("%s", data.steps_reason)
-    objective = ranks.agree(lambda: Objective(model, tensor_ranks(mesh)))
+    objective = ranks.agree(lambda: Objective(model, tensor_ranks(mesh), make_preference(config)))
     return Parts(layout, mesh, tokenizer, model, objective, data)
 
 
@@ -145,7 +146,7 @@ def tokenizer_and_model(config: Config, device: torch.device) -> tuple[PreTraine
     with train.architecture lora."""
     tokenizer = build_tokenizer(config)
     named = config.data.chat_template != "default"
-    if config.data.data_type == "conversation" and (named or not tokenizer.chat_template):
+    if config.data.holds_chats and (named or not tokenizer.chat_template):
         # What is exported must render chats as they were rendered in training.
         tokenizer.chat_template = make_template(config.data.chat_template, tokenizer).source
     model = build_model(config, tokenizer=tokenizer, device=device)
@@ -164,7 +165,7 @@ def _end_as_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     that goes by the exported generation config would let the model speak for the user next.
     """
     trained = tokenizer.eos_token_id
-    if config.data.data_type == "conversation":
+    if config.data.holds_chats:
         trained = end_of_turn(make_template(config.data.chat_template, tokenizer), tokenizer) or trained
     known = model.generation_config.eos_token_id
     ends = [known] if isinstance(known, int) else list(known or ())

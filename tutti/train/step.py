@@ -10,6 +10,7 @@ A step whose gradient is not finite changes nothing (neither parameters nor opti
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -67,6 +68,8 @@ class Trainer:
                 totals.router_loss += out.router_loss.detach()
             loss.backward()
             totals.loss += out.loss.detach()
+            if out.rewards is not None and out.num_correct is not None:
+                totals.rewards += torch.cat([out.rewards, out.num_correct[None]])
             totals.flops += self._flops.batch(micro.lengths()) / self._num_sharing
             if len(totals.source_loss) > 1:
                 totals.source_loss += source_sums(on_device, out.losses, len(totals.source_loss))
@@ -97,7 +100,8 @@ def _update(optimizer: Optimizer, finite: Tensor) -> None:
 class Totals:
     """Sums since the last line of metrics. The tensors are this rank's, on the device; the counts are global.
 
-    loss: over targets. router_loss: times tokens. source_loss: by source. grad_norm: the last step's. flops: of the
+    loss: over targets. router_loss: times tokens. source_loss: by source. rewards [3]: over pairs, the chosen answers'
+    rewards, the rejected ones', and how many pairs are in the right order. grad_norm: the last step's. flops: of the
     model, this rank's share. skipped: steps whose gradient was not finite; consecutive_skips: how many of the last
     ones in a row, over the whole run.
     """
@@ -105,16 +109,19 @@ class Totals:
     loss: Tensor
     router_loss: Tensor
     source_loss: Tensor
+    rewards: Tensor
     grad_norm: Tensor
     skipped: Tensor
     consecutive_skips: Tensor
     num_steps: int = 0
     num_targets: int = 0
+    trained_tokens: int = 0
     num_tokens: int = 0
     num_samples: int = 0
     num_slots: int = 0
     flops: float = 0.0
-    source_tokens: dict[str, int] = field(default_factory=dict)
+    source_targets: Counter[str] = field(default_factory=Counter)
+    source_tokens: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def zero(cls, num_sources: int, device: torch.device) -> Totals:
@@ -126,6 +133,7 @@ class Totals:
             loss=scalar(fp64),
             router_loss=scalar(fp64),
             source_loss=torch.zeros(num_sources, dtype=torch.float32, device=device),
+            rewards=torch.zeros(3, dtype=torch.float32, device=device),
             grad_norm=scalar(torch.float32),
             skipped=scalar(torch.int64),
             consecutive_skips=scalar(torch.int64),
@@ -134,24 +142,27 @@ class Totals:
     def count(self, batch: GlobalBatch) -> None:
         self.num_steps += 1
         self.num_targets += batch.num_targets
+        self.trained_tokens += batch.trained_tokens
         self.num_tokens += batch.num_tokens
         self.num_samples += batch.num_samples
         self.num_slots += batch.num_slots
-        for name, count in batch.source_tokens.items():
-            self.source_tokens[name] = self.source_tokens.get(name, 0) + count
+        self.source_targets.update(batch.source_targets)
+        self.source_tokens.update(batch.source_tokens)
 
     def reduce(self, ranks: Dist) -> Means:
         """What the totals come to over all ranks, on the host; waits for the device. A collective call."""
         local = self.loss.new_tensor([self.flops])
-        sums = torch.cat([self.loss[None], self.router_loss[None], local, self.source_loss.to(self.loss.dtype)])
+        vectors = [vector.to(self.loss.dtype) for vector in (self.rewards, self.source_loss)]
+        sums = torch.cat([self.loss[None], self.router_loss[None], local, *vectors])
         if ranks.world > 1:
             dist.all_reduce(sums)
-        loss, router_loss, flops, *source_loss = sums.tolist()
+        loss, router_loss, flops, *rest = sums.tolist()
         return Means(
             loss=loss / self.num_targets,
             router_loss=router_loss / self.num_tokens,
             flops=flops,
-            source_loss=source_loss,
+            source_loss=rest[3:],
+            rewards=rest[:3],
             grad_norm=self.grad_norm.item(),
             skipped=int(self.skipped),
             consecutive_skips=int(self.consecutive_skips),
@@ -159,12 +170,14 @@ class Totals:
 
 
 class Means(NamedTuple):
-    """Totals over all ranks: means over targets or tokens, sums of flops and source_loss, the last step's grad_norm."""
+    """Totals over all ranks: means over targets or tokens, sums of flops, source_loss and rewards, the last step's
+    grad_norm."""
 
     loss: float
     router_loss: float
     flops: float
     source_loss: list[float]
+    rewards: list[float]
     grad_norm: float
     skipped: int
     consecutive_skips: int

@@ -2,7 +2,8 @@
 
 `Objective` is the root that is parallelized. It calls the model's decoder for hidden states and applies the head inside
 the fused loss, at the trained positions alone; logit scaling and soft-capping come along as data. Language modelling
-and classification are the same computation, with the vocabulary or the classes as the head's outputs. Sums leave here,
+and classification are the same computation, with the vocabulary or the classes as the head's outputs. Of pairs of
+answers the log-probabilities are compared (`tutti.train.preference`), and a pair counts as one target. Sums leave here,
 never means: what they are divided by is a matter of the global batch.
 """
 
@@ -21,7 +22,8 @@ from tutti.model.attention import packed_kwargs
 from tutti.model.plan import decoder, head, is_classifier, logit_transform
 from tutti.parallel.sequence import gather_tokens
 from tutti.parallel.tensor import TensorRanks, gather_tensor
-from tutti.train.loss import VocabularyShard, linear_cross_entropy
+from tutti.train.loss import VocabularyShard, linear_cross_entropy, target_losses
+from tutti.train.preference import Preference, answer_sums
 
 
 class Output(NamedTuple):
@@ -29,30 +31,38 @@ class Output(NamedTuple):
 
     loss: to differentiate. losses [N]: each target's own, detached. router_loss: the auxiliary loss of a mixture of
     experts (already weighted by its coefficient) times the batch's tokens, or None. num_correct: targets that a
-    classifier ranks first, else None.
+    classifier ranks first, or pairs whose chosen answer wins, else None. rewards [2]: of the chosen and of the rejected
+    answers, and log_probs [P, 2], theirs (not a share of them), of P pairs; else None.
     """
 
     loss: Tensor
     losses: Tensor
     router_loss: Tensor | None
     num_correct: Tensor | None
+    rewards: Tensor | None = None
+    log_probs: Tensor | None = None
 
 
 class Objective(nn.Module):
-    """The model with its loss. `predicts`: it is a classifier, whose right answers are counted.
+    """The model with its loss. `predicts`: it is a classifier, or compares answers, and is right or wrong.
 
+    preference: how pairs of answers are compared, where the data is that.
     tensor: the ranks that split the model's matrices. They have the same targets, and each answers for an equal share
     of every sum.
     """
 
-    def __init__(self, model: PreTrainedModel, tensor: TensorRanks | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tensor: TensorRanks | None = None, preference: Preference | None = None
+    ) -> None:
         super().__init__()
         self.model = model
-        self.predicts = is_classifier(model)
+        self.preference = preference
+        self.predicts = is_classifier(model) or preference is not None
+        self._classifies = is_classifier(model)
         self._tensor = tensor
         self._share = 1.0 if tensor is None else 1.0 / tensor.size
         self._shard: VocabularyShard | None = None
-        if tensor is not None and not self.predicts:
+        if tensor is not None and not self._classifies:
             self._shard = VocabularyShard(tensor.start(head(model).out_features), tensor.group, tensor.size)
         self._transform = logit_transform(model)
         self._router_loss = _router_loss(model)
@@ -69,21 +79,44 @@ class Objective(nn.Module):
         hidden = self._at_targets(states, batch)
         targets = batch.labels.index_select(0, batch.target_index)
         layer = head(self.model)
-        loss, losses = linear_cross_entropy(
-            hidden, layer.weight, targets, bias=layer.bias, transform=self._transform, shard=self._shard
-        )
-        if self._shard is None and self._tensor is not None:
-            loss, losses = loss * self._share, losses * self._share
         router_loss = None
         if self._router_loss is not None:
             # Not a sum over tokens: it takes the router's logits of a batch that ranks share as a whole.
             routed = tuple(gather_tokens(self._of_all_ranks(logits), batch.whole) for logits in states.router_logits)
             router_loss = self._router_loss(routed) * (batch.num_tokens * self._share)
+        if batch.pairs is not None:
+            return self._compare(hidden, targets, batch)._replace(router_loss=router_loss)
+        loss, losses = linear_cross_entropy(
+            hidden, layer.weight, targets, bias=layer.bias, transform=self._transform, shard=self._shard
+        )
+        if self._shard is None and self._tensor is not None:
+            loss, losses = loss * self._share, losses * self._share
         num_correct = None
-        if self.predicts:
+        if self._classifies:
             logits = self._transform(nn.functional.linear(hidden, layer.weight, layer.bias))
             num_correct = (logits.argmax(-1) == targets).sum() * self._share
         return Output(loss, losses, router_loss, num_correct)
+
+    def _compare(self, hidden: Tensor, targets: Tensor, batch: Batch) -> Output:
+        """Of a batch of pairs, from the hidden states [N, H] at its targets. Every rank that shares the batch compares
+        whole answers, and backward sees to its own tokens; so only what is counted is a share."""
+        assert self.preference is not None, "pairs need a preference"
+        layer = head(self.model)
+        losses = target_losses(
+            hidden, layer.weight, targets, bias=layer.bias, transform=self._transform, shard=self._shard
+        )
+        log_probs = -answer_sums(losses, batch)
+        compared, rewards = self.preference.compare(log_probs, batch)
+        share = self._share / (batch.whole.ranks.size if batch.whole is not None else 1)
+        loss, counted = compared.sum(), compared.detach() * share
+        return Output(
+            loss=loss + (counted.sum() - loss.detach()),
+            losses=counted,
+            router_loss=None,
+            num_correct=(rewards[:, 0] > rewards[:, 1]).sum() * share,
+            rewards=rewards.sum(0) * share,
+            log_probs=log_probs.detach(),
+        )
 
     def _logits(self, batch: Batch) -> Tensor:
         states = decoder(self.model)(**packed_kwargs(batch), **batch.extras)
@@ -135,6 +168,9 @@ def _router_loss(model: PreTrainedModel) -> Callable[[Any], Tensor] | None:
 
 def source_sums(batch: Batch, losses: Tensor, num_sources: int) -> Tensor:
     """The losses [N] of a batch's targets, summed by data source: fp32 [num_sources], on the losses' device."""
-    sample = torch.bucketize(batch.target_index, batch.cu_seqlens[1:], right=True)
-    source = batch.sample_sources.index_select(0, sample)
+    if batch.pairs is not None:
+        source = batch.pairs.source
+    else:
+        sample = torch.bucketize(batch.target_index, batch.cu_seqlens[1:], right=True)
+        source = batch.sample_sources.index_select(0, sample)
     return losses.new_zeros(num_sources).index_add_(0, source, losses)
