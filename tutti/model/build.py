@@ -32,6 +32,7 @@ from tutti.config import Config
 from tutti.core.device import pick_device
 from tutti.model.attention import resolve_attention
 from tutti.model.experts import resolve_experts
+from tutti.model.files import read_index
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +105,9 @@ def build_model(
     device: where it will run, which decides on the kernels (default: this machine's).
     """
     device = device or pick_device(config.train.init_device)
+    if config.model.safetensor_idx_path is not None:
+        # Exports may be the first to need it, and they come when training is over.
+        read_index(Path(config.model.safetensor_idx_path))
     model_config = load_model_config(config)
     if dtype is None:
         dtype = torch.float32 if config.train.enable_mixed_precision else torch.bfloat16
