@@ -121,7 +121,7 @@ def test_train_alone_says_what_is_needed(capsys: pytest.CaptureFixture[str]) -> 
         (["args", "--yaml"], "args: unexpected --yaml; it takes [PREFIX] [--json | --markdown]"),
         (["train", "--nproc", "0"], "--nproc: expects a number of ranks, 1 or more, got '0'"),
         (["train", "--nproc"], "--nproc: expects a number of ranks, 1 or more, got ''"),
-        (["args", "--nproc=2"], "--nproc: only train, check and infer take it, args does not"),
+        (["args", "--nproc=2"], "--nproc: only train, check, infer and migrate take it, args does not"),
         (["train", *NEEDED, "--train.lrr=1"], "train.lrr: unknown argument; did you mean train.lr?"),
         (["train", "none.yaml"], "none.yaml: No such file or directory"),
     ],

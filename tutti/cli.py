@@ -26,6 +26,8 @@ usage: tutti VERB ...
   train   [FILE.yaml] [--a.b VALUE | a.b=VALUE ...] [--nproc N]    train a model
   check   [FILE.yaml] [--a.b VALUE | a.b=VALUE ...] [--nproc N]    look at its data, batches, sizes and memory first
   export  CHECKPOINT_OR_OUTPUT_DIR OUT_FOLDER [--merge]            make a Hugging Face folder of a checkpoint
+  init    FOLDER                                                   write a small project that runs, to start from
+  migrate FILE.yaml [-o OUT.yaml] [--nproc N]                      turn a YAML of another framework into ours
   args    [PREFIX] [--json | --markdown]                           list the arguments of a configuration
   infer   [FILE.yaml] [--infer.b VALUE ...] [--prompt TEXT | --input FILE --output FILE] [--nproc N]
                                                                    talk to a model, or let it answer prompts
@@ -116,6 +118,29 @@ examples:
   tutti infer --infer.model_path runs/first
 """
 
+_INIT_HELP = """\
+usage: tutti init FOLDER
+
+Write a small project to start from: a commented config.yaml, conversations to train on, and a tiny model's config. It
+runs as it is, on a CPU, in about a minute.
+
+example:
+  tutti init songs && cd songs && tutti train config.yaml
+"""
+
+_MIGRATE_HELP = """\
+usage: tutti migrate FILE.yaml [-o OUT.yaml] [--nproc N]
+
+Turn a training YAML of VeOmni, LLaMA-Factory or Axolotl into ours, and list every key of it: what it is mapped to, what
+changed its meaning and how, and what has no counterpart.
+
+  -o OUT.yaml    the new file to write; without, the YAML goes to standard output and the list to standard error
+  --nproc N      the number of ranks (GPUs) that the file was made for (default: 1): a global batch counts all of them
+
+example:
+  tutti migrate llama3_lora_sft.yaml -o run.yaml --nproc 8
+"""
+
 _ARGS_HELP = """\
 usage: tutti args [PREFIX] [--json | --markdown]
 
@@ -174,8 +199,8 @@ def _dispatch(argv: list[str]) -> int:
     if command.help:
         print(text, end="")
         return 0
-    if command.nproc is not None and command.verb not in ("train", "check", "infer"):
-        raise ConfigError([f"--nproc: only train, check and infer take it, {command.verb} does not"])
+    if command.nproc is not None and command.verb not in ("train", "check", "infer", "migrate"):
+        raise ConfigError([f"--nproc: only train, check, infer and migrate take it, {command.verb} does not"])
     return run(command)
 
 
@@ -303,10 +328,48 @@ def _take_options(argv: list[str], names: tuple[str, ...]) -> tuple[list[str], d
     return rest, values
 
 
+def _init(command: _Command) -> int:
+    if len(command.argv) != 1 or command.argv[0].startswith("-"):
+        raise ConfigError([f"init: takes the name of a new folder, got {' '.join(command.argv) or 'none'}"])
+
+    from tutti.project import make_project
+
+    (folder,) = command.argv
+    for file in make_project(Path(folder)):
+        print(f"  {folder.rstrip('/')}/{file}")
+    print(f"\nnext: cd {folder} && tutti train config.yaml")
+    return 0
+
+
+def _migrate(command: _Command) -> int:
+    argv, options = _take_options(command.argv, ("-o",))
+    if len(argv) != 1 or argv[0].startswith("-") or len(options["-o"]) > 1:
+        raise ConfigError([f"migrate: takes FILE.yaml [-o OUT.yaml], got {' '.join(command.argv) or 'neither'}"])
+
+    from tutti.migrate import migrate
+    from tutti.migrate.show import account, as_yaml
+
+    (path,), out = argv, options["-o"]
+    if out and Path(out[0]).exists():
+        raise ConfigError([f"-o: {out[0]} exists already; give the name of a new file"])
+    migration = migrate(path, command.nproc or 1)
+    text = as_yaml(migration, path)
+    if not out:
+        print(account(migration, path), file=sys.stderr)
+        print(text, end="")
+        return 0
+    Path(out[0]).write_text(text, encoding="utf-8")
+    print(account(migration, path))
+    print(f"wrote {out[0]}; next: tutti check {out[0]}")
+    return 0
+
+
 _VERBS: dict[str, tuple[Callable[[_Command], int], str]] = {
     "train": (_train, _TRAIN_HELP),
     "check": (_check, _CHECK_HELP),
     "export": (_export, _EXPORT_HELP),
+    "init": (_init, _INIT_HELP),
+    "migrate": (_migrate, _MIGRATE_HELP),
     "args": (_args, _ARGS_HELP),
     "infer": (_infer, _INFER_HELP),
 }

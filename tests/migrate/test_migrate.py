@@ -1,0 +1,373 @@
+"""Files of other frameworks become configurations that load, and every key of them is accounted for."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tutti.cli import main
+from tutti.config import ARGUMENTS, Config, ConfigError, get
+from tutti.config.load import load
+from tutti.migrate import FRAMEWORKS, Migration, migrate
+from tutti.migrate.rules import Source
+from tutti.migrate.show import account, as_yaml
+
+VEOMNI_FLAT = """
+model:
+  model_path: ./Qwen3-8B
+  attn_implementation: flash_attention_2
+  moe_implementation: fused
+data:
+  train_path: corpus/tulu
+  train_size: 80000000
+  data_type: conversation
+  max_seq_len: 4096
+  text_keys: messages
+  chat_template: qwen
+  num_workers: 8
+  drop_last: true
+train:
+  output_dir: qwen3_sft
+  data_parallel_mode: fsdp2
+  ulysses_parallel_size: 1
+  global_batch_size: 32
+  micro_batch_size: 2
+  rmpad: false
+  rmpad_with_pos_ids: true
+  dyn_bsz: true
+  dyn_bsz_margin: 0
+  lr: 5.0e-6
+  lr_warmup_ratio: 0.007
+  lr_decay_style: constant
+  weight_decay: 0.01
+  optimizer: adamw
+  enable_gradient_checkpointing: true
+  init_device: meta
+  save_epochs: 1
+  load_checkpoint_path: ""
+  use_wandb: true
+  wandb_project: qwen
+  max_steps: 4000
+"""
+
+VEOMNI_NESTED = """
+model:
+  model_path: Qwen/Qwen3-0.6B
+  ops_implementation:
+    attn_implementation: flash_attention_3
+    moe_implementation: fused_triton
+    rms_norm_implementation: liger_kernel
+  lora_config: {rank: 16, alpha: 32, lora_modules: [q_proj, v_proj], seed: 3}
+data:
+  train_path: corpus.jsonl
+  eval_path: held_out.jsonl
+  mm_configs: {fps: 2.0}
+  dataloader: {type: native, num_workers: 4, persistent_workers: true}
+train:
+  micro_batch_size: 1
+  num_train_epochs: 2
+  moe_load_balance_monitor_interval: 0
+  optimizer: {type: muon, lr: 1.0e-5, lr_decay_style: cosine, max_grad_norm: 0.5, muon_lr: 1.0e-3}
+  wandb: {enable: false, project: run, name: first}
+  accelerator:
+    ulysses_size: 1
+    dp_shard_size: -1
+    fsdp_config:
+      fsdp_mode: fsdp2
+      mixed_precision: {enable: true, param_dtype: bfloat16}
+  checkpoint: {output_dir: out, manager: dcp, save_hf_weights: false}
+  gradient_checkpointing: {enable: true, early_stop: true}
+"""
+
+LLAMA_FACTORY = """
+### model
+model_name_or_path: models/llama-3-8b
+trust_remote_code: true
+flash_attn: fa2
+
+### method
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 16
+lora_dropout: 0.05
+lora_target: q_proj, v_proj
+deepspeed: configs/ds_z3_offload_config.json
+quantization_bit: 4
+
+### dataset
+dataset: letters,recipes
+dataset_dir: sets
+template: llama3
+cutoff_len: 2048
+max_samples: 1000
+overwrite_cache: true
+preprocessing_num_workers: 16
+neat_packing: true
+packing: true
+mask_history: false
+
+### output
+output_dir: saves/llama3
+logging_steps: 10
+save_steps: 500
+plot_loss: true
+report_to: tensorboard
+run_name: first
+
+### train
+per_device_train_batch_size: 2
+gradient_accumulation_steps: 8
+learning_rate: 1.0e-4
+num_train_epochs: 2.5
+lr_scheduler_type: polynomial
+warmup_steps: 20
+bf16: true
+optim: paged_adamw_8bit
+neftune_noise_alpha: 5
+resume_from_checkpoint: null
+ddp_timeout: 180000000
+
+### eval
+val_size: 0.1
+eval_strategy: steps
+eval_steps: 500
+"""
+
+AXOLOTL = """
+base_model: NousResearch/Llama-3.2-1B
+model_type: LlamaForCausalLM
+tokenizer_type: AutoTokenizer
+load_in_8bit: false
+load_in_4bit: true
+strict: false
+chat_template: llama3
+datasets:
+  - path: owner/alpaca
+    type: alpaca
+    shards: 4
+  - path: json
+    data_files: letters.jsonl
+    ds_type: json
+    type: chat_template
+    field_messages: turns
+dataset_prepared_path: last_run_prepared
+val_set_size: 0.05
+output_dir: ./outputs/lora
+sequence_len: 4096
+sample_packing: true
+eval_sample_packing: false
+pad_to_sequence_len: true
+adapter: qlora
+lora_model_dir:
+lora_r: 32
+lora_alpha: 16
+lora_dropout: 0.05
+lora_target_linear: true
+lora_modules_to_save: [embed_tokens, lm_head]
+wandb_project: songs
+wandb_entity:
+wandb_name: first
+gradient_accumulation_steps: 4
+micro_batch_size: 2
+num_epochs: 4
+optimizer: adamw_bnb_8bit
+lr_scheduler: cosine
+learning_rate: 0.0002
+train_on_inputs: false
+group_by_length: false
+bf16: auto
+tf32: false
+gradient_checkpointing: true
+gradient_checkpointing_kwargs: {use_reentrant: false}
+early_stopping_patience:
+resume_from_checkpoint:
+logging_steps: 1
+flash_attention: true
+warmup_ratio: 0.1
+evals_per_epoch: 4
+saves_per_epoch: 1
+weight_decay: 0.0
+fsdp: [full_shard, auto_wrap]
+fsdp_config:
+  fsdp_offload_params: false
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_state_dict_type: FULL_STATE_DICT
+special_tokens: {pad_token: <|end_of_text|>}
+"""
+
+FILES = {
+    "VeOmni": VEOMNI_FLAT,
+    "VeOmni, nested": VEOMNI_NESTED,
+    "LLaMA-Factory": LLAMA_FACTORY,
+    "Axolotl": AXOLOTL,
+}
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> set[str]:
+    """The dotted keys of everything that is no mapping."""
+    found: set[str] = set()
+    for key, value in tree.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}"}
+    return found
+
+
+def migrated(tmp_path: Path, text: str, ranks: int = 1) -> Migration:
+    path = tmp_path / "theirs.yaml"
+    path.write_text(text)
+    return migrate(str(path), ranks)
+
+
+def loaded(tmp_path: Path, migration: Migration) -> Config:
+    path = tmp_path / "ours.yaml"
+    path.write_text(as_yaml(migration, "theirs.yaml"))
+    return load([str(path)])
+
+
+def row(migration: Migration, key: str) -> Any:
+    (found,) = [row for row in migration.rows if row.key == key]
+    return found
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_key_is_accounted_for_once(tmp_path: Path, name: str) -> None:
+    migration = migrated(tmp_path, FILES[name])
+    assert migration.framework == name.partition(",")[0]
+    keys = [row.key for kind in ("mapped", "changed", "none") for row in migration.of(kind)]
+    assert len(keys) == len(set(keys))
+    for leaf in leaves(yaml.safe_load(FILES[name])):
+        assert any(leaf == key or leaf.startswith(f"{key}.") for key in keys), f"{leaf} was dropped"
+    text = account(migration, "theirs.yaml")
+    for kind in ("changed", "none"):
+        for found in migration.of(kind):
+            assert found.note, f"{found.key} says nothing"
+            assert f"  {found.key}:" in text
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_result_loads_with_just_these_settings(tmp_path: Path, name: str) -> None:
+    migration = migrated(tmp_path, FILES[name])
+    config = loaded(tmp_path, migration)
+    settings = {name: value for name, (value, _) in migration.settings().items()}
+    assert config.explicit == set(settings)
+    for setting, value in settings.items():
+        shown = get(config, setting)
+        assert (list(shown) if isinstance(shown, tuple) else shown) == value, setting
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS, ids=lambda framework: framework.name)
+def test_rules_set_arguments_that_exist(framework: Any) -> None:
+    source = Source({}, 2, Path())
+    for key, rule in framework.rules.items():
+        for value in (True, False, 1, 0.5, "x", "full", ["q_proj"], "z3", "epoch"):
+            try:
+                result = rule(value, source)
+            except (ValueError, TypeError, AttributeError):
+                continue  # a value of another type than the key has
+            assert set(result.ours) <= set(ARGUMENTS), f"{key}: {set(result.ours) - set(ARGUMENTS)}"
+            assert result.kind == "mapped" or result.note, f"{key}: {value} changes or is lost without a word"
+
+
+def test_llama_factory(tmp_path: Path) -> None:
+    (tmp_path / "sets").mkdir()
+    info = '{"letters": {"file_name": "letters.jsonl", "formatting": "sharegpt", "columns": {"messages": "turns"}}}'
+    (tmp_path / "sets/dataset_info.json").write_text(info)
+    migration = migrated(tmp_path, LLAMA_FACTORY, ranks=4)
+    config = loaded(tmp_path, migration)
+    assert config.data.train_path == "sets/letters.jsonl,sets/recipes.json"
+    assert "columns" in row(migration, "dataset").note
+    assert (config.train.micro_batch_size, config.train.global_batch_size) == (2, 64)
+    assert (config.train.data_parallel_mode, config.train.enable_full_shard) == ("fsdp2", True)
+    assert (config.train.lr, config.train.num_train_epochs, config.train.dyn_bsz) == (1e-4, 2, True)
+    assert (config.train.save_steps, config.train.save_epochs, config.train.eval_steps) == (500, 0, 500)
+    assert (config.train.lora_rank, config.train.lora_alpha) == (16, 32.0)
+    assert config.train.lora_targets == ("q_proj", "v_proj")
+    lost = {row.key for row in migration.of("none")}
+    assert lost >= {
+        "trust_remote_code",
+        "quantization_bit",
+        "max_samples",
+        "val_size",
+        "warmup_steps",
+        "neftune_noise_alpha",
+    }
+    assert "lr_scheduler_type" in lost and row(migration, "optim").kind == "changed"
+    assert row(migration, "dataloader_drop_last").ours == {"data.drop_last": False}
+
+
+def test_axolotl(tmp_path: Path) -> None:
+    migration = migrated(tmp_path, AXOLOTL)
+    config = loaded(tmp_path, migration)
+    assert config.data.train_path == "owner/alpaca,letters.jsonl"
+    note = row(migration, "datasets").note
+    assert all(word in note for word in ("hf download owner/alpaca --repo-type dataset", "shards", "field_messages"))
+    assert (config.data.data_type, config.data.max_seq_len, config.train.pad_to_length) == ("conversation", 4096, True)
+    assert (config.train.architecture, config.train.lora_rank) == ("lora", 32)
+    assert config.train.lora_full_modules == ("embed_tokens", "lm_head")
+    assert (config.train.use_wandb, config.train.wandb_project) == (True, "songs")
+    assert not config.train.enable_reentrant and config.train.enable_gradient_checkpointing
+    assert row(migration, "evals_per_epoch").kind == "changed" and row(migration, "wandb_entity").kind == "mapped"
+    assert {row.key for row in migration.of("none")} == {"load_in_4bit", "val_set_size", "special_tokens"}
+
+
+def test_veomni_is_nearly_ours(tmp_path: Path) -> None:
+    migration = migrated(tmp_path, VEOMNI_FLAT)
+    config = loaded(tmp_path, migration)
+    tree = yaml.safe_load(VEOMNI_FLAT)
+    for name in ("lr", "lr_warmup_ratio", "global_batch_size", "wandb_project", "max_steps", "dyn_bsz"):
+        assert getattr(config.train, name) == tree["train"][name]
+    assert [row.key for row in migration.of("changed")] == ["data.chat_template"]
+    assert not migration.of("none") and not migration.defaults
+
+
+def test_veomni_nested(tmp_path: Path) -> None:
+    migration = migrated(tmp_path, VEOMNI_NESTED)
+    config = loaded(tmp_path, migration)
+    assert (config.train.lr, config.train.max_grad_norm, config.train.output_dir) == (1e-5, 0.5, "out")
+    assert (config.train.dyn_bsz, config.train.init_device, config.train.eval_epochs) == (True, "meta", 1)
+    assert (config.train.lora_alpha, config.train.lora_targets) == (32.0, ("q_proj", "v_proj"))
+    assert "seed" in row(migration, "model.lora_config").note
+    lost = {row.key for row in migration.of("none")}
+    assert lost == {"data.mm_configs", "train.optimizer.type", "train.optimizer.muon_lr"}
+
+
+def test_what_this_version_refuses_is_given_up_with_its_reason(tmp_path: Path) -> None:
+    migration = migrated(tmp_path, VEOMNI_FLAT.replace("lr: 5.0e-6", "lr: fast"))
+    assert row(migration, "train.lr").kind == "none"
+    assert "expects a number" in row(migration, "train.lr").note
+    loaded(tmp_path, migration)
+
+
+def test_a_max_of_steps_and_warmup_in_steps(tmp_path: Path) -> None:
+    text = "base_model: ./m\nlearning_rate: 1e-4\nmax_steps: 200\nwarmup_steps: 20\nnum_epochs: 3\noutput_dir: o\n"
+    migration = migrated(tmp_path, text + "datasets: [{path: x.jsonl, type: completion, field: body}]\n")
+    config = loaded(tmp_path, migration)
+    assert (config.train.max_steps, config.train.num_train_epochs, config.train.lr_warmup_ratio) == (200, 1, 0.1)
+    assert (config.data.data_type, config.data.text_keys) == ("plaintext", "body,text")
+    assert config.train.compute_dtype == "float32"
+
+
+def test_unknown_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none of the frameworks .* Axolotl"):
+        migrated(tmp_path, "image: python:3.12\nservices: [a]\n")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs, ours = tmp_path / "theirs.yaml", tmp_path / "ours.yaml"
+    theirs.write_text(LLAMA_FACTORY)
+    assert main(["migrate", str(theirs), "-o", str(ours), "--nproc", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "is of LLaMA-Factory: 41 keys, of which" in out and f"next: tutti check {ours}" in out
+    assert load([str(ours)]).train.global_batch_size == 32
+    assert main(["migrate", str(theirs), "-o", str(ours)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main(["migrate", str(theirs)]) == 0
+    streams = capsys.readouterr()
+    assert yaml.safe_load(streams.out)["train"]["lr"] == 1e-4 and "no counterpart" in streams.err
+    assert main(["migrate", str(tmp_path / "none.yaml")]) == 2
+
+
+def test_what_is_still_to_be_set_is_said(tmp_path: Path) -> None:
+    text = account(migrated(tmp_path, "model: {model_path: ./m}\ntrain: {lr: 1e-4}\n"), "theirs.yaml")
+    assert "still to be set\n  data.train_path:" in text and "train.output_dir" in text

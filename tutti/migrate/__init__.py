@@ -1,0 +1,152 @@
+"""Moving in: the YAML of another framework turned into one of ours, with an account of every key.
+
+Each framework has a table (`veomni`, `llamafactory`, `axolotl`) from its own dotted key to a rule: a function of the
+key's value that gives our settings and says whether they mean the same. The steps: find out whose file it is by the
+keys in it; lay the file out as dotted keys; apply the rules; write out defaults of theirs that differ from ours; then
+load the result as any configuration is loaded, and give up what this version refuses, with its reason. Every key of
+the file ends up in exactly one of three lists: mapped, changed, or without a counterpart. Nothing is dropped silently.
+
+The tables were written from the public documentation of these frameworks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tutti.config import ConfigError
+from tutti.config.coerce import nearest
+from tutti.config.load import from_dict
+from tutti.config.yamlfile import read_file
+from tutti.migrate import axolotl, llamafactory, veomni
+from tutti.migrate.rules import CHANGED, MAPPED, NONE, Framework, Result, Source, none
+
+__all__ = ["Migration", "Row", "migrate"]
+
+FRAMEWORKS: tuple[Framework, ...] = (veomni.FRAMEWORK, llamafactory.FRAMEWORK, axolotl.FRAMEWORK)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one key. kind: mapped, changed or none. ours: settings by dotted name. note: what to know.
+
+    given: whether the file has it, or it is a default of theirs that is not ours.
+    """
+
+    key: str
+    value: Any
+    kind: str
+    ours: Mapping[str, Any]
+    note: str
+    given: bool = True
+
+
+@dataclass(frozen=True)
+class Migration:
+    """A file of `framework`, key by key."""
+
+    framework: str
+    rows: tuple[Row, ...]
+
+    def of(self, kind: str) -> list[Row]:
+        """The file's own keys of this kind, in its order."""
+        return [row for row in self.rows if row.given and row.kind == kind]
+
+    @property
+    def defaults(self) -> list[Row]:
+        return [row for row in self.rows if not row.given and row.ours]
+
+    def settings(self) -> dict[str, tuple[Any, Row]]:
+        """Our settings, each with the row it comes from; a key of the file beats a default, a later one an earlier."""
+        ranked = sorted(self.rows, key=lambda row: row.given)
+        return {name: (value, row) for row in ranked for name, value in row.ours.items()}
+
+
+def migrate(path: str, ranks: int = 1) -> Migration:
+    """Read the YAML file at `path`, made for `ranks` ranks.  ConfigError: it is no YAML, or of no framework we know."""
+    tree, _ = read_file(path)
+    framework = _recognise(tree, path)
+    source = Source(_flatten(tree, framework), ranks, Path(path).parent)
+    rows = [_row(framework, source, key, value, given=True) for key, value in source.values.items()]
+    for key, value in framework.defaults(source).items():
+        if key not in source.values:
+            rows.append(_row(framework, source, key, value, given=False))
+    return _loadable(Migration(framework.name, tuple(rows)))
+
+
+def _recognise(tree: Mapping[str, Any], path: str) -> Framework:
+    """Whose file it is: the framework that knows the most of its keys, and one that no other has."""
+    scores = {
+        framework.name: sum(key in framework.rules for key in _flatten(tree, framework))
+        for framework in FRAMEWORKS
+        if framework.is_meant(tree)
+    }
+    if not scores:
+        names = ", ".join(f"{framework.name} ({framework.sign})" for framework in FRAMEWORKS)
+        raise ConfigError([f"{path}: is of none of the frameworks whose files can be turned into ours: {names}"])
+    best = max(scores, key=lambda name: scores[name])
+    return next(framework for framework in FRAMEWORKS if framework.name == best)
+
+
+def _flatten(tree: Mapping[str, Any], framework: Framework, prefix: str = "") -> dict[str, Any]:
+    """The tree's leaves by dotted key; a mapping that a rule takes whole is a leaf."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        below = any(known.startswith(f"{name}.") for known in framework.rules)
+        if isinstance(value, dict) and value and (below or name not in framework.rules):
+            flat |= _flatten(value, framework, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def _row(framework: Framework, source: Source, key: str, value: Any, *, given: bool) -> Row:
+    rule = framework.rules.get(key)
+    if value is None:
+        result = Result(MAPPED, note="unset, and so it is here")
+    elif rule is None:
+        guess = nearest(key, list(framework.rules))
+        hint = f"; did you mean {guess}?" if guess else ""
+        result = none(f"is no key of {framework.name} that is known here{hint}")(value, source)
+    else:
+        result = rule(value, source)
+    return Row(key, value, result.kind, result.ours, result.note, given)
+
+
+def _loadable(migration: Migration) -> Migration:
+    """The migration without what `tutti.config.load` refuses; a refused setting's row says why."""
+    while True:
+        settings = migration.settings()
+        problems = _problems({name: value for name, (value, _) in settings.items()})
+        refused = {name: text for name, text in problems.items() if name in settings}
+        if not refused:
+            if problems:
+                raise ConfigError(list(problems.values()))
+            return migration
+        migration = replace(migration, rows=tuple(_without(row, refused) for row in migration.rows))
+
+
+def _without(row: Row, refused: Mapping[str, str]) -> Row:
+    """The row less its refused settings; it has no counterpart if they were all it had."""
+    lost = [text for name, text in refused.items() if name in row.ours]
+    if not lost:
+        return row
+    ours = {name: value for name, value in row.ours.items() if name not in refused}
+    note = "; ".join([*([row.note] if row.note and ours else []), *(f"refused: {text}" for text in lost)])
+    return replace(row, kind=CHANGED if ours else NONE, ours=ours, note=note)
+
+
+def _problems(settings: Mapping[str, Any]) -> dict[str, str]:
+    """What is wrong with our settings, by the dotted name at fault."""
+    tree: dict[str, dict[str, Any]] = {}
+    for name, value in settings.items():
+        group, _, leaf = name.partition(".")
+        tree.setdefault(group, {})[leaf] = value
+    try:
+        from_dict(tree)
+    except ConfigError as error:
+        return {problem.partition(":")[0]: problem for problem in error.problems}
+    return {}

@@ -1,0 +1,281 @@
+"""What the tables of `tutti.migrate` are made of: rules, which take the value of one of their keys to our settings.
+
+A rule is a function of the value and of the file around it (`Source`). Most are made by a handful of builders, so that
+a table reads as a list: `same` (their key under our name), `choice` (by a list of values), `changed` (ours means
+something else, and the note says what), `none` (there is no counterpart, and the note says what to do), `needless`
+(nothing has to be set here for it) and `off` (fine while it is off).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MAPPED, CHANGED, NONE = "mapped", "changed", "none"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a value becomes. kind: mapped, changed or none. ours: settings by dotted name."""
+
+    kind: str
+    ours: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The file: its values by dotted key, the ranks it was made for, and the folder it lies in."""
+
+    values: Mapping[str, Any]
+    ranks: int
+    folder: Path
+
+    def get(self, key: str, default: Any = None) -> Any:
+        value = self.values.get(key)
+        return default if value is None else value
+
+
+Rule = Callable[[Any, Source], Result]
+
+
+@dataclass(frozen=True)
+class Framework:
+    """A framework whose files are known.
+
+    sign: by what its files are told, in words. is_meant: whether a file may be one. rules: by its own dotted key.
+    defaults: values that the framework takes where a file says nothing and that differ from ours.
+    """
+
+    name: str
+    sign: str
+    is_meant: Callable[[Mapping[str, Any]], bool]
+    rules: Mapping[str, Rule]
+    defaults: Callable[[Source], Mapping[str, Any]]
+
+
+def same(name: str, convert: Callable[[Any], Any] = lambda value: value) -> Rule:
+    """The same setting under our name."""
+    return lambda value, source: Result(MAPPED, {name: convert(value)})
+
+
+def changed(note: str, *names: str, convert: Callable[[Any], Any] = lambda value: value) -> Rule:
+    """Our nearest settings, with what is different about them."""
+    return lambda value, source: Result(CHANGED, dict.fromkeys(names, convert(value)), note)
+
+
+def none(note: str) -> Rule:
+    """No counterpart; `note` says why, or what to do instead."""
+    return lambda value, source: Result(NONE, note=note)
+
+
+def needless(note: str) -> Rule:
+    """Nothing to set: what it asks for is so in any case, or does not arise."""
+    return lambda value, source: Result(MAPPED, note=note)
+
+
+def off(note: str) -> Rule:
+    """Nothing to set while it is off; no counterpart when it is on."""
+
+    def rule(value: Any, source: Source) -> Result:
+        if not value or value in ("none", "no"):
+            return Result(MAPPED, note="off, and so it is here")
+        return Result(NONE, note=note)
+
+    return rule
+
+
+def choice(values: Mapping[Any, Mapping[str, Any] | tuple[Mapping[str, Any], str]], otherwise: str) -> Rule:
+    """Settings by value; a pair has a note, and means something else. `otherwise`: of a value that is not listed."""
+
+    def rule(value: Any, source: Source) -> Result:
+        key = value.lower() if isinstance(value, str) else value
+        if not isinstance(key, str | bool | int | float) or key not in values:
+            return Result(NONE, note=otherwise)
+        found = values[key]
+        return Result(CHANGED, *found) if isinstance(found, tuple) else Result(MAPPED, found)
+
+    return rule
+
+
+def switch(on: Mapping[str, Any], without: Mapping[str, Any] | None = None, note: str = "") -> Rule:
+    """Settings for true and for false."""
+    return lambda value, source: Result(
+        CHANGED if note and value else MAPPED, on if value else without or {}, note if value else ""
+    )
+
+
+_LOCAL = re.compile(r"^[./~]|^[^/]+$|^[^/]+/[^/]+/")
+
+
+def looks_remote(path: str) -> bool:
+    """Whether a path has the form of a name on the Hugging Face hub, owner/name."""
+    return not _LOCAL.match(path) and not re.search(r"\.(jsonl?|parquet|csv|txt|arrow|ya?ml)$", path)
+
+
+def model_path(value: Any, source: Source) -> Result:
+    """A model: a local folder, or a name on the hub, which has to be downloaded first."""
+    if looks_remote(str(value)):
+        note = f"models are read from local folders: hf download {value} --local-dir {value}"
+        return Result(CHANGED, {"model.model_path": value}, note)
+    return Result(MAPPED, {"model.model_path": value})
+
+
+def accumulation(micro: str, default: int) -> Rule:
+    """Gradient accumulation is the quotient of the batch sizes: global = micro * accumulation * ranks."""
+
+    def rule(value: Any, source: Source) -> Result:
+        size = source.get(micro, default)
+        if not all(isinstance(number, int) for number in (size, value)):
+            return Result(NONE, note=f"must be a number of micro batches, got {value}")
+        note = f"counts samples over all ranks: {micro} {size} * {value} * ranks {source.ranks} (--nproc says how many)"
+        return Result(CHANGED, {"train.global_batch_size": size * value * source.ranks}, note)
+
+    return rule
+
+
+def optimizer(value: Any, source: Source) -> Result:
+    """Any flavour of AdamW; others are not there."""
+    name = str(value).lower()
+    if "anyprecision" in name:
+        return Result(MAPPED, {"train.optimizer": "anyprecision_adamw"})
+    if name in ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_torch_xla"):
+        return Result(MAPPED, {"train.optimizer": "adamw"})
+    if "adamw" in name and ("8bit" in name or "4bit" in name or "paged" in name or "fp8" in name):
+        note = "its state is not quantised here; the optimizer anyprecision_adamw keeps it in bf16"
+        return Result(CHANGED, {"train.optimizer": "adamw"}, note)
+    return Result(NONE, note="AdamW is used; the learning rate may have to be chosen anew")
+
+
+def schedule(value: Any, source: Source) -> Result:
+    """The schedules of transformers, which decay to zero."""
+    name = str(value).lower()
+    if name in ("linear", "cosine"):
+        return Result(MAPPED, {"train.lr_decay_style": name, "train.lr_min": 0.0})
+    if name in ("constant", "constant_with_warmup"):
+        return Result(MAPPED, {"train.lr_decay_style": "constant"})
+    if name.startswith("cosine"):
+        return Result(CHANGED, {"train.lr_decay_style": "cosine"}, "a plain cosine; see train.lr_min for where it ends")
+    return Result(NONE, note="linear, cosine and constant are there; cosine is taken")
+
+
+def warmup_steps(value: Any, source: Source) -> Result:
+    """Warmup is a part of all steps here, which are only known beforehand where max_steps is given."""
+    total = source.get("max_steps", 0)
+    if value == 0 or isinstance(value, float):
+        return Result(MAPPED, {"train.lr_warmup_ratio": float(value)})
+    if isinstance(total, int) and total > 0:
+        return Result(CHANGED, {"train.lr_warmup_ratio": min(1.0, value / total)}, f"a part of all {total} steps")
+    return Result(
+        NONE, note="a part of all steps here: `tutti check` says how many there are; set train.lr_warmup_ratio"
+    )
+
+
+def max_steps(value: Any, source: Source) -> Result:
+    """Theirs counts the whole run, ours an epoch."""
+    if not isinstance(value, int) or value <= 0:
+        return Result(MAPPED, note="off, and so it is here")
+    ours = {"train.max_steps": value, "train.num_train_epochs": 1}
+    return Result(CHANGED, ours, "caps the steps of an epoch; of one epoch then, so that the run ends there or before")
+
+
+def epochs(value: Any, source: Source) -> Result:
+    """Whole passes; max_steps rules where it is given."""
+    if (source.get("max_steps", 0) or 0) > 0:
+        return Result(MAPPED, note="max_steps rules")
+    if float(value).is_integer():
+        return Result(MAPPED, {"train.num_train_epochs": int(value)})
+    return Result(CHANGED, {"train.num_train_epochs": max(1, round(float(value)))}, "epochs are whole here")
+
+
+def every(verb: str) -> Rule:
+    """`save_steps` or `eval_steps` of transformers, which hold where the strategy is `steps`."""
+
+    def rule(value: Any, source: Source) -> Result:
+        strategy = source.get(f"{verb}_strategy") or source.get("evaluation_strategy" if verb == "eval" else "")
+        if strategy in ("no", "epoch"):
+            return Result(MAPPED, note=f"{verb}_strategy rules")
+        if isinstance(value, float) and value < 1:
+            return Result(NONE, note=f"a number of steps here: set train.{verb}_steps")
+        return Result(MAPPED, {f"train.{verb}_steps": int(value), f"train.{verb}_epochs": 0})
+
+    return rule
+
+
+def strategy(verb: str) -> Rule:
+    """`save_strategy` or `eval_strategy` of transformers."""
+
+    def rule(value: Any, source: Source) -> Result:
+        steps, per_epoch = f"train.{verb}_steps", f"train.{verb}_epochs"
+        # YAML reads a bare `no` as false.
+        if value in (False, "no"):
+            return Result(MAPPED, {steps: 0, per_epoch: 0})
+        if value == "epoch":
+            return Result(MAPPED, {steps: 0, per_epoch: 1})
+        if value == "steps":
+            return Result(MAPPED, note=f"by train.{verb}_steps")
+        return Result(CHANGED, {steps: 0, per_epoch: 1}, "by steps or epochs here; an epoch is taken")
+
+    return rule
+
+
+def deepspeed(value: Any, source: Source) -> Result:
+    """A DeepSpeed configuration: its ZeRO stage by FSDP2."""
+    if not value:
+        return Result(MAPPED, note="off, and so it is here")
+    stage, offload = _zero(value, source.folder)
+    if stage is None:
+        return Result(NONE, note="which ZeRO stage it asks for cannot be told; see train.data_parallel_mode")
+    if stage < 2:
+        return Result(
+            CHANGED, {"train.data_parallel_mode": "ddp"}, f"ZeRO-{stage}; whole replicas (fsdp2 saves memory)"
+        )
+    ours: dict[str, Any] = {"train.data_parallel_mode": "fsdp2", "train.enable_full_shard": stage == 3}
+    if stage == 3:
+        ours |= {"train.init_device": "meta", "train.broadcast_model_weights_from_rank0": False}
+    if offload:
+        ours["train.enable_fsdp_offload"] = True
+    return Result(CHANGED, ours, f"ZeRO-{stage} by torch's FSDP2; nothing else in the DeepSpeed file is read")
+
+
+def _zero(value: Any, folder: Path) -> tuple[int | None, bool]:
+    """The ZeRO stage of a DeepSpeed configuration (a mapping, a file, or else what its name says), and offloading."""
+    tree = value
+    if isinstance(value, str):
+        try:
+            tree = json.loads((folder / value).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = re.search(r"z(?:ero)?[-_]?([0-3])", value.lower())
+            return (int(found[1]) if found else None), "offload" in value.lower()
+    zero = tree.get("zero_optimization", {}) if isinstance(tree, dict) else {}
+    stage = zero.get("stage")
+    offloads = [zero.get(part) or {} for part in ("offload_param", "offload_optimizer")]
+    return (stage if isinstance(stage, int) else None), any(part.get("device") == "cpu" for part in offloads)
+
+
+def bf16(value: Any, source: Source) -> Result:
+    """bf16 with fp32 parameters; without it, and without another of its kind, everything is fp32."""
+    if value in (True, "auto", "full", "true"):
+        return Result(MAPPED, {"train.enable_mixed_precision": True})
+    precise = not (source.get("fp16") or source.get("pure_bf16") or source.get("bfloat16") or source.get("float16"))
+    return Result(MAPPED, {"train.compute_dtype": "float32"} if precise else {})
+
+
+def report_to(value: Any, source: Source) -> Result:
+    """Where transformers logs to."""
+    places = [str(place).lower() for place in (value if isinstance(value, list) else [value])]
+    others = [place for place in places if place not in ("wandb", "none", "all")]
+    ours = {"train.use_wandb": "wandb" in places}
+    if others:
+        return Result(CHANGED, ours, f"{', '.join(others)}: not there; see report.html and metrics.jsonl")
+    return Result(MAPPED, ours)
+
+
+def names(value: Any) -> list[str]:
+    """A list of names, which may be written with commas."""
+    parts = value if isinstance(value, list) else str(value).split(",")
+    return [str(part).strip() for part in parts if str(part).strip()]
