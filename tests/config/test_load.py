@@ -280,7 +280,6 @@ def test_defaults_that_follow_others() -> None:
     ("override", "part"),
     [
         ("model.attn_implementation=native-sparse", "Native Sparse Attention"),
-        ("train.data_parallel_mode=fsdp1", "the first generation of FSDP"),
         ("model.encoders.image.model_path=x", "omni models"),
     ],
 )

@@ -99,8 +99,18 @@ _RULES = (
         "train.data_parallel_mode is ddp, which does not shard",
     ),
     _Rule(
+        ("train.enable_fsdp_offload",),
+        lambda config: config.train.data_parallel_mode == "ddp",
+        "train.data_parallel_mode is ddp, which keeps all parameters on the device; fsdp1 and fsdp2 offload",
+    ),
+    _Rule(
         _prefixed("train.enable_reshard_after_"),
-        lambda config: config.train.data_parallel_mode != "ddp" and config.train.enable_full_shard,
+        lambda config: config.train.data_parallel_mode == "fsdp1",
+        "train.data_parallel_mode is fsdp1, which goes by train.enable_full_shard alone",
+    ),
+    _Rule(
+        _prefixed("train.enable_reshard_after_"),
+        lambda config: config.train.data_parallel_mode == "fsdp2" and config.train.enable_full_shard,
         "train.enable_full_shard frees gathered parameters after both passes anyway",
     ),
     _Rule(

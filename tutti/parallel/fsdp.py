@@ -6,21 +6,38 @@ looks the same whatever made it. Each block is a unit that is gathered (and cast
 (embedding, final norm, head) belongs to the root. Experts that are divided among ranks are units of their own, on a
 mesh of their own.
 
+fsdp1 is a mode of this engine rather than torch's first FSDP, whose flat parameters would need a second way of loading,
+saving and exporting everything. It is what distinguishes the first generation in use: one switch, full sharding or not,
+and gradients of accumulated micro batches that are summed up whole on each rank and reduced once (less traffic, more
+memory), where fsdp2 with full sharding reduces those of every micro batch and keeps only its shard of them.
+
+With train.enable_fsdp_offload shards live in host memory: a unit's parameters are copied to the device as it is
+gathered, its reduced gradients back, and the optimizer runs on the host. Every micro batch's gradients are reduced
+then, since those of the whole model would otherwise stay on the device.
+
+Neither generation is asked to gather units ahead of FSDP's own order (the next one in the backward pass; in the forward
+pass the host runs ahead): what more could be gained can only be measured on several accelerators.
+
 Gradients are summed over ranks, not averaged: the loss is divided by the number of targets of the global batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from tutti.config import TrainConfig
 from tutti.parallel.expert import divided_experts, shard_dim
 from tutti.parallel.mesh import Mesh
+
+log = logging.getLogger(__name__)
 
 
 def shard(root: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, train: TrainConfig) -> None:
@@ -30,34 +47,54 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, train: Train
     """
     reduce_dtype = torch.float32 if train.enable_mixed_precision else None
     compute_dtype = getattr(torch, train.compute_dtype)
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    unit = partial(fully_shard, mp_policy=precision, offload_policy=_offload_policy(train, mesh))
     reshard = reshards(train) and mesh.num_shards > 1
+    if train.data_parallel_mode == "fsdp1":
+        log.info("train.data_parallel_mode fsdp1 runs on the engine of fsdp2, %s", _as_first_generation(train))
     divided = divided_experts(root)
     for experts in divided:
-        _shard_experts(experts, mesh, policy, reshard=reshard)
+        _shard_experts(experts, mesh, unit, reshard=reshard)
     for block in blocks:
         if block in divided:
             continue
-        fully_shard(block, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard)
+        unit(block, mesh=mesh.fsdp, reshard_after_forward=reshard)
     # The root's parameters are needed first in the backward pass, so they stay gathered in between.
-    fully_shard(root, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=False)
+    unit(root, mesh=mesh.fsdp, reshard_after_forward=False)
     for module in fsdp_modules(root):
         if mesh.fsdp.size() > 1:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _shard_experts(experts: nn.Module, mesh: Mesh, policy: MixedPrecisionPolicy, *, reshard: bool) -> None:
+def _offload_policy(train: TrainConfig, mesh: Mesh) -> OffloadPolicy:
+    """Where shards live between uses; logs a line where host and device are the same."""
+    if not offloads(train):
+        return OffloadPolicy()
+    on_device = mesh.grid.device_type != "cpu"
+    if not on_device:
+        log.warning(
+            "train.enable_fsdp_offload: this run computes on the CPU, whose memory is the host's: nothing moves"
+        )
+    return CPUOffloadPolicy(pin_memory=on_device)
+
+
+def _as_first_generation(train: TrainConfig) -> str:
+    kept = "freed after each pass" if train.enable_full_shard else "kept until the step's last backward pass"
+    reduced = "with every micro batch, as they are offloaded" if offloads(train) else "once, with the last micro batch"
+    return f"with its rules: gathered parameters are {kept}, gradients reduced {reduced}"
+
+
+def _shard_experts(experts: nn.Module, mesh: Mesh, unit: Callable[..., Any], *, reshard: bool) -> None:
     """Split a layer's experts further over the ranks that hold the same ones; its submodules (norms) are not divided
     by experts, and belong to all ranks."""
     num_shards = mesh.expert_fsdp.size(-1)
     for child in experts.children():
         if any(True for _ in child.parameters()):
-            fully_shard(child, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(
+            unit(child, mesh=mesh.fsdp, reshard_after_forward=reshard)
+    unit(
         experts,
         mesh=mesh.expert_fsdp,
-        mp_policy=policy,
         reshard_after_forward=reshard and num_shards > 1,
         shard_placement_fn=lambda parameter: Shard(shard_dim(parameter, num_shards)),
     )
@@ -65,7 +102,13 @@ def _shard_experts(experts: nn.Module, mesh: Mesh, policy: MixedPrecisionPolicy,
 
 def reshards(train: TrainConfig) -> bool:
     """Whether a block's parameters are freed after its forward pass: ZeRO-3, or ZeRO-2 with FSDP2's own switch."""
-    return train.data_parallel_mode != "ddp" and (train.enable_full_shard or train.enable_reshard_after_forward)
+    mode = train.data_parallel_mode
+    return mode != "ddp" and (train.enable_full_shard or (mode == "fsdp2" and train.enable_reshard_after_forward))
+
+
+def offloads(train: TrainConfig) -> bool:
+    """Whether parameters, gradients and optimizer state live in host memory."""
+    return train.data_parallel_mode != "ddp" and train.enable_fsdp_offload
 
 
 def fsdp_modules(root: nn.Module) -> list[FSDPModule]:
@@ -75,18 +118,19 @@ def fsdp_modules(root: nn.Module) -> list[FSDPModule]:
 class GradientSync:
     """Says before each micro batch of a step whether its gradients are reduced over the ranks at once.
 
-    With ZeRO-3 each micro batch's are, so that only shards of gradients exist. Otherwise they are summed up locally and
-    reduced once, with the step's last micro batch. Parameters stay gathered between micro batches where
-    train.enable_reshard_after_backward (and ZeRO-3) leave them so; after the last one they are always freed, since the
-    optimizer then changes them.
+    With fsdp2's ZeRO-3 each micro batch's are, so that only shards of gradients exist, and where they are offloaded.
+    Otherwise they are summed up locally and reduced once, with the step's last micro batch. Parameters stay gathered
+    between micro batches where train.enable_reshard_after_backward (and ZeRO-3) leave them so; after the last one they
+    are always freed, since the optimizer then changes them.
     """
 
     def __init__(self, root: nn.Module, mesh: Mesh, train: TrainConfig) -> None:
         self._root = root
         self._modules: Sequence[FSDPModule] = fsdp_modules(root)
-        sharded = train.data_parallel_mode != "ddp" and mesh.num_shards > 1
-        self._reduce_each = sharded and train.enable_full_shard
-        self._reshard_each = self._reduce_each or train.enable_reshard_after_backward
+        zero3 = train.data_parallel_mode != "ddp" and train.enable_full_shard and mesh.num_shards > 1
+        second = train.data_parallel_mode != "fsdp1"
+        self._reduce_each = (zero3 and second) or offloads(train)
+        self._reshard_each = zero3 or (second and train.enable_reshard_after_backward)
 
     def before(self, *, last: bool) -> None:
         assert isinstance(self._root, FSDPModule)

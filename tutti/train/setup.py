@@ -39,6 +39,7 @@ from tutti.model.plan import basic_modules, blocks, decoder, experts, head, is_c
 from tutti.model.weights import load_weights
 from tutti.parallel.apply import parallelize
 from tutti.parallel.expert import check_experts
+from tutti.parallel.fsdp import offloads
 from tutti.parallel.mesh import Mesh, build_mesh
 from tutti.parallel.plan import TensorPlan, check_plan, read_plan
 from tutti.parallel.tensor import tensor_ranks
@@ -216,7 +217,7 @@ def load_parameters(config: Config, parts: Parts, ranks: Dist) -> None:
     whole = train.init_device != "meta"
     if not whole:
         parallelize_model()
-    device = torch.device("cpu") if train.init_device == "cpu" else ranks.device
+    device = torch.device("cpu") if train.init_device == "cpu" or offloads(train) else ranks.device
     if config.model.model_path is None:
         init_weights(model, train.seed, device)
     else:
@@ -236,7 +237,17 @@ def load_parameters(config: Config, parts: Parts, ranks: Dist) -> None:
     if whole:
         nn.Module.to(model, ranks.device)
         parallelize_model()
+    else:
+        _move_buffers(model, ranks.device)
     parts.objective.train()
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Have what is not sharded where the model computes, also where its parameters are offloaded."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
 
 
 def tensor_plan(model: PreTrainedModel, layout: Layout) -> TensorPlan | None:
