@@ -68,6 +68,7 @@ CASES = [
         "train.enable_reentrant",
         "train.enable_gradient_checkpointing is off",
     ),
+    (["train.async_enabled=yes"], "train.async_enabled", "train.ulysses_parallel_size is 1"),
     (["train.eval_steps=5"], "train.eval_steps", "data.eval_path is unset"),
     (["train.eval_epochs=5"], "train.eval_epochs", "data.eval_path is unset"),
     (["data.eval_path=x"], "data.eval_path", "train.eval_steps and train.eval_epochs are 0"),

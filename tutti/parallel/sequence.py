@@ -31,7 +31,7 @@ from tutti.parallel.mesh import Mesh
 
 
 def sequence_ranks(mesh: Mesh) -> SequenceRanks | None:
-    """The ranks that share this rank's batches; None where it has them for itself."""
+    """The ranks that share this rank's batches; None where it has them for itself. Every rank must call it."""
     context, ulysses = mesh.group("context"), mesh.group("ulysses")
     ranks = SequenceRanks(
         mesh.rank("context"),
@@ -42,6 +42,9 @@ def sequence_ranks(mesh: Mesh) -> SequenceRanks | None:
         ulysses.group_name,
         mesh.size("tensor"),
     )
+    if ranks.context_size > 1:
+        # NCCL connects a group in its first call, which all ranks must make; in the ring some may have nothing to send.
+        dist.barrier(group=context)
     return ranks if ranks.size * ranks.tensor_size > 1 else None
 
 
