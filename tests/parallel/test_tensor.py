@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,13 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.profiler import profile
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.harness import run_ranks
 from tests.model.zoo import tiny
-from tests.parallel.layouts import assert_same, train_family
-from tests.train.runs import tiny_config
+from tests.parallel.layouts import assert_same
+from tests.train.runs import QUICKSTART, run, tiny_config
+from tests.train.test_run import train_until
 from tutti.config.layout import fit
 from tutti.core.batch import IGNORE, Batch, Sample, pack
 from tutti.core.dist import init_dist
@@ -132,7 +136,6 @@ def compare(name: str, config: Any, family: str, **model: Any) -> None:
 
 
 def compare_all(cases: list[tuple[str, Any, str, dict[str, Any]]]) -> None:
-    torch.use_deterministic_algorithms(False)
     for name, config, family, model in cases:
         compare(name, config, family, **model)
 
@@ -153,3 +156,161 @@ def test_two_ranks_give_every_family_s_loss_and_gradients(tmp_path):
         ("a router loss", config, "qwen3_moe", {"output_router_logits": True, "router_aux_loss_coef": 0.1}),
     ]
     run_ranks(2, compare_all, cases)
+
+
+def test_four_ranks_in_every_combination_with_data_parallelism(tmp_path):
+    pairs = {"tensor_parallel_size": 2}
+    remat = {"enable_gradient_checkpointing": True, "enable_reentrant": False}
+    configs = {
+        "tensor 4, key/value heads shared": {"tensor_parallel_size": 4},
+        "tensor x zero3": pairs | {"data_parallel_mode": "fsdp2"},
+        "tensor x zero2": pairs | {"data_parallel_mode": "fsdp2", "enable_full_shard": False},
+        "tensor x ddp": pairs | {"data_parallel_mode": "ddp"},
+        "tensor x zero3, remat": pairs | {"data_parallel_mode": "fsdp2"} | remat,
+    }
+    cases: list[tuple[str, Any, str, dict[str, Any]]] = []
+    for name, train in configs.items():
+        family = "llama" if "zero" in name else "qwen3"
+        cases.append((name, config_for(tmp_path, 4, **train), family, {"vocab_size": 253}))
+    shared = config_for(tmp_path, 4, tensor_parallel_size=4)
+    cases.append(("shared heads, eager attention, biases", shared, "qwen2", {"attention": "eager"}))
+    cases.append(("experts", config_for(tmp_path, 4, **pairs), "qwen3_moe", {}))
+    run_ranks(4, compare_all, cases)
+
+
+def test_eight_ranks_split_and_copy_beside_the_tensor_axis(tmp_path):
+    hybrid = {"data_parallel_mode": "fsdp2", "data_parallel_replicate_size": 2, "data_parallel_shard_size": 2}
+    config = config_for(tmp_path, 8, tensor_parallel_size=2, **hybrid)
+    run_ranks(8, compare_all, [("tensor x hybrid", config, "qwen3", {})])
+
+
+ODD = {"vocab_size": 2051, "tie_word_embeddings": True}
+"""Of a model whose vocabulary two does not divide, in whole runs."""
+
+
+def run_config(folder: Path, world: int, **changes: Any) -> Any:
+    path = folder / "odd"
+    tiny("qwen3", **ODD).save_pretrained(path)
+    changes = {"model.config_path": str(path), "train.max_steps": 4} | changes
+    return tiny_config(folder, world=world, **changes)
+
+
+TENSOR = {"train.tensor_parallel_size": 2, "train.data_parallel_mode": "fsdp2"}
+CHECKED = {
+    "data.eval_path": str(QUICKSTART / "chat_eval.jsonl"),
+    "train.eval_steps": 2,
+    "train.save_hf_weights": True,
+}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """One process's lines of metrics, and the folder that it exported."""
+    config = run_config(tmp_path_factory.mktemp("reference"), 1, **CHECKED)
+    return run(config), Path(config.train.output_dir) / "hf" / "final"
+
+
+def steps(lines: list[dict]) -> list[dict]:
+    return [line for line in lines if "loss" in line]
+
+
+def test_whole_runs_evaluate_and_export_as_one_process_does(tmp_path, reference):
+    want, exported = reference
+    config = run_config(tmp_path, 4, **TENSOR, **CHECKED)
+    got = run(config, 4)
+    assert_same(steps(got), steps(want))
+    for ours, theirs in zip(got, want, strict=True):
+        if "eval_loss" in theirs:
+            assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
+            assert ours["eval_tokens"] == theirs["eval_tokens"]
+    folder = Path(config.train.output_dir) / "hf" / "final"
+    theirs = dict(AutoModelForCausalLM.from_pretrained(exported).named_parameters())
+    for name, parameter in AutoModelForCausalLM.from_pretrained(folder).named_parameters():
+        torch.testing.assert_close(
+            parameter, theirs[name], rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+@pytest.mark.parametrize(("saving", "resuming"), [((4, TENSOR), (1, {})), ((1, {}), (2, TENSOR))])
+def test_runs_resume_on_another_tensor_axis(tmp_path, reference, saving, resuming):
+    world, changes = saving
+    run_ranks(world, train_until, run_config(tmp_path, world, **changes), 2)
+    world, changes = resuming
+    got = run(run_config(tmp_path, world, **changes, **{"train.load_checkpoint_path": "auto"}), world)
+    assert_same(steps(got), steps(reference[0]))
+
+
+def test_weights_are_read_and_split(tmp_path, reference):
+    """Own slices, built on the CPU first, or sent by rank 0."""
+    common = {"model.model_path": str(reference[1]), "model.tokenizer_path": str(reference[1]), "train.max_steps": 1}
+    want = run(tiny_config(tmp_path / "one", **common))
+    changes = [{}, {"train.init_device": "cpu"}, {"train.broadcast_model_weights_from_rank0": True}]
+    for number, change in enumerate(changes):
+        got = run(tiny_config(tmp_path / str(number), world=4, **common, **TENSOR, **change), 4)
+        assert_same(got, want)
+
+
+def test_bf16_and_remat_stay_close(tmp_path):
+    changes = {"train.compute_dtype": "bfloat16", "train.enable_gradient_checkpointing": True}
+    want = run(run_config(tmp_path / "one", 1, **changes))
+    got = run(run_config(tmp_path / "four", 4, **TENSOR, **changes), 4)
+    assert_same(got, want, loss=2e-2, norm=2e-2)
+
+
+def test_compiled_blocks_are_one_graph_and_the_same(tmp_path):
+    config = config_for(tmp_path, 2, tensor_parallel_size=2, enable_compile=True)
+    run_ranks(2, compare_compiled, config)
+
+
+def compare_compiled(config: Any) -> None:
+    """With a backend that runs the graph as it is: what matters here is what graphs are made of."""
+    torch.compile = partial(torch.compile, backend="eager", fullgraph=True)
+    compare("compiled", config, "qwen3", num_hidden_layers=1)
+
+
+def test_nothing_of_the_size_of_logits_travels(tmp_path):
+    """A gather and a sum for each part of a block, forward and backward; of the loss a few numbers a target."""
+    config = config_for(tmp_path, 2, tensor_parallel_size=2)
+    batch = make_batch(0, lengths=(5, 33, 2, 22))
+    rows, width, num_blocks, vocabulary = len(batch.input_ids), 32, 2, 4096
+    # Attention and MLP of each block, and the embedding's sum or the gather before the head; all again backward.
+    count = 2 * (2 * num_blocks + 1)
+    for traffic in run_ranks(2, watch_traffic, config, batch, vocabulary):
+        assert traffic["c10d::_allgather_base_"] == [rows * width // 2] * count
+        assert traffic["c10d::_reduce_scatter_base_"] == [rows * width] * count
+        assert max(size for sizes in traffic.values() for size in sizes) < len(batch.target_index) * vocabulary // 2
+
+
+def watch_traffic(config: Any, batch: Batch, vocabulary: int) -> dict[str, list[int]]:
+    """Elements of what this rank gives to each collective of one forward and backward pass, by operator."""
+    *_, objective = run_split(make_model("qwen3", vocab_size=vocabulary), [batch], config)
+    with profile(record_shapes=True) as profiled:
+        _sums(objective, [batch], [])
+    traffic: dict[str, list[int]] = {}
+    for event in profiled.events():
+        if event.name.startswith(("c10d::", "_c10d_functional::", "gloo:")):
+            given = event.input_shapes[1 if event.name.endswith("_base_") else 0]
+            traffic.setdefault(event.name, []).append(math.prod(given) if given else 0)
+    return traffic
+
+
+def refusal(config: Any, family: str, **model: Any) -> str:
+    with pytest.raises(ValueError) as caught:
+        tensor_plan(make_model(family, **model), fit(config, 8))
+    return str(caught.value)
+
+
+def test_what_cannot_be_split_is_refused_with_sizes_that_would_do(tmp_path):
+    config = config_for(tmp_path, 8, tensor_parallel_size=8)
+    assert refusal(config, "qwen3").endswith(
+        "8 does not divide the 4 heads of layers.0.self_attn.q_proj; 1, 2 or 4 would"
+    )
+    message = refusal(config, "qwen3", num_attention_heads=24, num_key_value_heads=6, intermediate_size=96)
+    assert "the 6 heads of layers.0.self_attn.k_proj; 1, 2, 3, 6 or 12 would" in message
+    assert "44 features of layers.0.mlp.gate_proj" in refusal(
+        config, "llama", num_attention_heads=8, intermediate_size=44
+    )
+    assert "GPT2LMHeadModel cannot be split into tensors: its config has no base_model_tp_plan" in refusal(
+        config, "gpt2"
+    )
+    tensor_plan(make_model("qwen3", num_attention_heads=8), fit(config, 8))
