@@ -3,7 +3,7 @@
 import pytest
 
 from tutti.config import ARGUMENTS
-from tutti.config.effect import _RULES, warnings
+from tutti.config.effect import _RULES, warnings, warnings_on_cpu
 from tutti.config.load import from_dict, load, to_yaml
 
 CASES = [
@@ -12,6 +12,9 @@ CASES = [
         for name in ("temperature", "top_p")
     ),
     (["infer.do_sample=no", "infer.seed=5"], "infer.seed", "infer.do_sample"),
+    (["infer.temperature=0", "infer.seed=5"], "infer.seed", "infer.temperature is 0"),
+    (["infer.temperature=0", "infer.top_p=0.5"], "infer.top_p", "infer.temperature is 0"),
+    (["infer.top_p=0", "infer.temperature=0.5"], "infer.temperature", "infer.top_p is 0"),
     (["data.train_size=5"], "data.train_size", "train.dyn_bsz"),
     (["data.train_sample=5", "train.dyn_bsz=true"], "data.train_sample", "train.dyn_bsz"),
     (["data.dyn_bsz_buffer_size=5"], "data.dyn_bsz_buffer_size", "train.dyn_bsz"),
@@ -38,7 +41,8 @@ CASES = [
     (["data.drop_last=no", "data.datasets_type=iterable"], "data.drop_last", "data.train_size"),
     (["data.drop_last=no", "data.train_sample=9"], "data.drop_last", "data.train_sample"),
     (["model.num_labels=5"], "model.num_labels", "classification"),
-    (["model.safetensor_idx_path=x", "train.save_hf_weights=no"], "model.safetensor_idx_path", "none exported"),
+    (["train.ep_outside=yes"], "train.ep_outside", "train.expert_parallel_size is 1"),
+    (["train.save_async=yes", "train.save_epochs=0"], "train.save_async", "train.save_steps and train.save_epochs"),
     (["train.enable_full_shard=no"], "train.enable_full_shard", "ddp"),
     (["train.enable_reshard_after_forward=on"], "train.enable_reshard_after_forward", "ddp"),
     (["train.enable_reshard_after_backward=on"], "train.enable_reshard_after_backward", "ddp"),
@@ -72,10 +76,6 @@ CASES = [
     (["train.eval_steps=5"], "train.eval_steps", "data.eval_path is unset"),
     (["train.eval_epochs=5"], "train.eval_epochs", "data.eval_path is unset"),
     (["data.eval_path=x"], "data.eval_path", "train.eval_steps and train.eval_epochs are 0"),
-    (["train.sample_tokens=5"], "train.sample_tokens", "no train.sample_prompts"),
-    (["train.sample_tokens=5", "data.data_type=classification"], "train.sample_tokens", "classifier"),
-    (["train.sample_prompts=Hi", "data.data_type=classification"], "train.sample_prompts", "classifier"),
-    (["train.sample_prompts_path=x", "data.data_type=classification"], "train.sample_prompts_path", "classifier"),
     (["train.lora_rank=5"], "train.lora_rank", "architecture is not lora"),
     (["train.lora_alpha=5"], "train.lora_alpha", "architecture is not lora"),
     (["train.lora_dropout=0.5"], "train.lora_dropout", "architecture is not lora"),
@@ -85,6 +85,10 @@ CASES = [
     (["train.lora_full_modules=a"], "train.lora_full_modules", "architecture is not lora"),
     (["model.adapter_path=x"], "model.adapter_path", "architecture is not lora"),
     (["train.lora_rank=5", "train.architecture=lora", "model.adapter_path=x"], "train.lora_rank", "has its own"),
+    (["train.sample_tokens=5"], "train.sample_tokens", "no train.sample_prompts"),
+    (["train.sample_tokens=5", "data.data_type=classification"], "train.sample_tokens", "classifier"),
+    (["train.sample_prompts=Hi", "data.data_type=classification"], "train.sample_prompts", "classifier"),
+    (["train.sample_prompts_path=x", "data.data_type=classification"], "train.sample_prompts_path", "classifier"),
     (["train.wandb_name=x"], "train.wandb_name", "train.use_wandb is off"),
     (["train.wandb_project=x"], "train.wandb_project", "train.use_wandb is off"),
     (["train.wandb_id=x"], "train.wandb_id", "train.use_wandb is off"),
@@ -111,15 +115,27 @@ def test_no_effect(argv: list[str], name: str, why: str) -> None:
         ["train.lr_start=1e-5", "train.lr_warmup_ratio=0.1", "train.lr_min=0", "train.lr_decay_ratio=0.5"],
         ["train.weight_decay=0.1", "train.no_decay_params=bias"],
         ["train.broadcast_model_weights_from_rank0=no", "model.model_path=x", "model.safetensor_idx_path=y"],
+        ["train.enable_reentrant=no"],
+        ["train.ep_outside=yes", "train.expert_parallel_size=2", "train.data_parallel_mode=fsdp2"],
+        ["train.async_enabled=yes", "train.ulysses_parallel_size=2"],
+        ["train.save_async=yes"],
+        ["model.safetensor_idx_path=x", "train.save_hf_weights=no"],
+        ["infer.temperature=0.5", "infer.top_p=0.5", "infer.seed=5"],
         ["train.architecture=lora", "train.lora_rank=8", "train.lora_targets=q_proj"],
         ["train.architecture=lora", "train.lora_dropout=0.1", "model.adapter_path=x"],
-        ["train.enable_reentrant=no"],
         ["train.pad_to_length=yes", "data.drop_last=no"],
         ["train.wandb_project=VeOmni", "data.train_size=10_000_000"],
     ],
 )
 def test_an_effect_or_the_default(argv: list[str]) -> None:
     assert warnings(load(argv, None)) == []
+
+
+def test_what_is_about_an_accelerator_has_no_effect_on_a_cpu() -> None:
+    asked = ["data.pin_memory=no", "train.empty_cache_steps=3", "train.gc_steps=3"]
+    found = [line.partition(": has no effect: ")[0] for line in warnings_on_cpu(load(asked, None))]
+    assert found == ["data.pin_memory", "train.empty_cache_steps"]
+    assert warnings_on_cpu(load([], None)) == []
 
 
 def test_every_rule_names_arguments_and_is_tested() -> None:

@@ -17,7 +17,7 @@ from tutti.config import Config
 from tutti.config.load import from_dict
 from tutti.model.attention import PACKED
 from tutti.model.build import build_model, build_tokenizer, load_model_config
-from tutti.model.experts import FUSED
+from tutti.model.experts import EAGER, FUSED
 
 QUICKSTART = Path(__file__).parents[2] / "data" / "quickstart"
 CPU = torch.device("cpu")
@@ -121,9 +121,23 @@ def test_models_are_built_on_meta(name: str, tmp_path: Path) -> None:
 def test_kernels_and_dtype_follow_the_configuration(folder: Path) -> None:
     plain = {"model_path": str(folder), "attn_implementation": "eager", "moe_implementation": "eager"}
     model = build_model(_config(plain, train={"enable_mixed_precision": False}), device=CPU)
-    assert model.config._attn_implementation == model.config._experts_implementation == "eager"
+    assert (model.config._attn_implementation, model.config._experts_implementation) == ("eager", EAGER)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert {buffer.dtype for name, buffer in model.named_buffers() if "inv_freq" in name} == {torch.float32}
+
+
+def test_a_kernel_for_experts_that_are_not_there_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", "tutti"):
+        build_model(_config({"config_path": str(folder)}), device=CPU)
+        assert not caplog.text
+        build_model(_config({"config_path": str(folder), "moe_implementation": "fused"}), device=CPU)
+    assert "model.moe_implementation: has no effect: Qwen3ForCausalLM has no experts" in caplog.text
+
+
+def test_the_config_can_be_another_than_the_weights(folder: Path, tmp_path: Path) -> None:
+    tiny("qwen3", num_hidden_layers=1).save_pretrained(tmp_path / "other")
+    paths = {"model_path": str(folder), "config_path": str(tmp_path / "other")}
+    assert build_model(_config(paths), device=CPU).config.num_hidden_layers == 1
 
 
 def test_classifiers_and_their_number_of_labels(folder: Path) -> None:

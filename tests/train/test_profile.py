@@ -92,3 +92,6 @@ def test_no_steps_to_profile(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     with caplog.at_level("WARNING", "tutti"):
         assert train(tmp_path, 1, start_step=7) == {}
     assert "train.enable_profiling has no effect" in caplog.text
+    with caplog.at_level("WARNING", "tutti"):
+        train(tmp_path, 2, profile_start_step=4, profile_end_step=6)
+    assert "train.enable_profiling had no effect: training ended before step 4" in caplog.text

@@ -25,16 +25,21 @@ def _has_fixed_steps(config: Config) -> bool:
     return config.data.datasets_type == "iterable" or size in config.explicit
 
 
-def _ends_without_exports(config: Config) -> bool:
-    train = config.train
-    return not (train.save_hf_weights or train.hf_save_steps or train.hf_save_epochs or config.model.model_path)
-
-
 _RULES = (
     _Rule(
         ("infer.temperature", "infer.top_p", "infer.seed"),
         lambda config: not config.infer.do_sample,
         "infer.do_sample is off: the most likely token is always taken",
+    ),
+    _Rule(
+        ("infer.top_p", "infer.seed"),
+        lambda config: config.infer.do_sample and config.infer.temperature == 0,
+        "infer.temperature is 0: the most likely token is always taken",
+    ),
+    _Rule(
+        ("infer.temperature", "infer.seed"),
+        lambda config: config.infer.do_sample and config.infer.temperature > 0 and config.infer.top_p == 0,
+        "infer.top_p is 0: the most likely token is always taken",
     ),
     _Rule(
         ("data.train_size",),
@@ -89,11 +94,6 @@ _RULES = (
         "data.data_type is not classification",
     ),
     _Rule(
-        ("model.safetensor_idx_path",),
-        _ends_without_exports,
-        "no weights are read (model.model_path) and none exported (train.save_hf_weights, hf_save_*)",
-    ),
-    _Rule(
         (*_prefixed("train.enable_reshard_after_"), "train.enable_full_shard"),
         lambda config: config.train.data_parallel_mode == "ddp",
         "train.data_parallel_mode is ddp, which does not shard",
@@ -117,6 +117,16 @@ _RULES = (
         ("train.broadcast_model_weights_from_rank0",),
         lambda config: config.model.model_path is None,
         "without model.model_path no weights are read",
+    ),
+    _Rule(
+        ("train.ep_outside",),
+        lambda config: config.train.expert_parallel_size == 1,
+        "train.expert_parallel_size is 1",
+    ),
+    _Rule(
+        ("train.save_async",),
+        lambda config: config.train.save_steps == config.train.save_epochs == 0,
+        "train.save_steps and train.save_epochs are 0",
     ),
     _Rule(
         ("train.lr_min", "train.lr_decay_ratio"),
@@ -179,11 +189,26 @@ _RULES = (
 )
 
 
+_ON_CPU = _Rule(
+    ("data.pin_memory", "train.empty_cache_steps"),
+    lambda config: True,
+    "this machine has no accelerator, whose memory it is about",
+)
+
+
 def warnings(config: Config) -> list[str]:
     """One line for each argument that was set and has no effect, saying why."""
+    return [line for rule in _RULES for line in _apply(rule, config)]
+
+
+def warnings_on_cpu(config: Config) -> list[str]:
+    """The same for those that have no effect where the run is on a CPU."""
+    return _apply(_ON_CPU, config)
+
+
+def _apply(rule: _Rule, config: Config) -> list[str]:
     return [
         f"{name}: has no effect: {rule.why}"
-        for rule in _RULES
         for name in rule.names
         if name in config.explicit and away_from_default(config, name) and rule.idle(config)
     ]

@@ -22,6 +22,8 @@ def pick_device(init_device: str) -> torch.device:
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator()
         assert kind is not None
+        if init_device in ("cuda", "npu") and init_device != kind.type:
+            log.info("train.init_device is %s, but this machine has %s: building and running there", init_device, kind)
         return torch.device(kind.type)
     if init_device in ("cuda", "npu"):
         log.info(

@@ -33,6 +33,7 @@ from tutti.core.device import pick_device
 from tutti.model.attention import resolve_attention
 from tutti.model.experts import resolve_experts
 from tutti.model.files import read_index
+from tutti.model.plan import experts
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +133,8 @@ def build_model(
             attn_implementation=resolve_attention(config.model.attn_implementation, device, split=split),
             experts_implementation=resolve_experts(config.model.moe_implementation),
         )
+    if config.model.moe_implementation is not None and not experts(model):
+        log.warning("model.moe_implementation: has no effect: %s has no experts", type(model).__name__)
     if config.model.model_path and model.can_generate():
         _read_generation_config(model, Path(config.model.model_path))
     return model.train()

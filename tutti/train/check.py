@@ -112,7 +112,7 @@ def _plan_table(config: Config, layout: Layout) -> Table:
         f"{layout.accumulation} accumulated",
     )
     kept = "freed after the forward pass" if reshards(train) and layout.shard > 1 else "kept until the backward pass"
-    table.add_row("parameters", f"{'fp32' if train.enable_mixed_precision else train.compute_dtype}, computed with in "
+    table.add_row("parameters", f"{'fp32' if train.enable_mixed_precision else 'bf16'}, computed with in "
                   f"{train.compute_dtype}, {kept}")  # fmt: skip
     table.add_row("activations", "recomputed block by block" if train.enable_gradient_checkpointing else "kept")
     return table
@@ -126,7 +126,7 @@ def _memory_table(config: Config, layout: Layout, model: PreTrainedModel) -> Tab
     share = f", of which {trained:,} are trained" if trained != sizes.total else ""
     table.add_row("model", f"{type(model).__name__}, {sizes.total:,} parameters{active}{share}")
     computed = getattr(torch, train.compute_dtype).itemsize
-    held = 4 if train.enable_mixed_precision else computed
+    held = 4 if train.enable_mixed_precision else 2
     own, frozen = trained / layout.shard, (sizes.total - trained) / layout.shard
     state = {"adamw": 2 * held, "anyprecision_adamw": 4 + (2 if held == 2 else 0)}[train.optimizer]
     largest = max((sum(item.numel() for item in block.parameters()) for _, block in blocks(model)), default=0)

@@ -98,7 +98,12 @@ class _TorchProfiler:
         self._next += 1
         self._begin_step()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *raised: object) -> None:
+        if raised[0] is None and self._next <= self._first:
+            log.warning(
+                "train.enable_profiling had no effect: training ended before step %d (train.profile_start_step)",
+                self._first,
+            )
         self._end_step(leaving=True)
 
     def _begin_step(self) -> None:

@@ -18,7 +18,7 @@ from tutti.model.plan import experts
 from tutti.train.metrics import Metrics
 from tutti.train.preference import reward_metrics
 from tutti.train.setup import Parts
-from tutti.train.step import Totals
+from tutti.train.step import Means, Totals
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class Reporter:
             "memory_gib": memory_gib(self._ranks.device),
             "packing": totals.num_tokens / totals.num_slots,
         }
-        record |= self._by_source(means.source_loss) | self._expert_load.take()
+        record |= self._by_source(means) | self._expert_load.take()
         if self._parts.objective.preference is not None:
             record |= reward_metrics(means.rewards, totals.num_targets)
         if means.router_loss:
@@ -120,12 +120,14 @@ class Reporter:
             self.clock.lap()
         return flops / seconds / (self._peak * self._ranks.world) if self._peak else None
 
-    def _by_source(self, sums: list[float]) -> dict[str, float]:
+    def _by_source(self, means: Means) -> dict[str, float]:
+        """Loss and tokens of each of several sources, or of the one that the user gave a name."""
         names, tokens, targets = self._parts.data.sources, self.totals.source_tokens, self.totals.source_targets
         if len(names) == 1:
-            return {}
+            label = self._config.data.source_name
+            return {f"source_tokens/{label}": tokens[names[0]], f"source_loss/{label}": means.loss} if label else {}
         record: dict[str, float] = {f"source_tokens/{name}": tokens[name] for name in names}
-        for name, total in zip(names, sums, strict=True):
+        for name, total in zip(names, means.source_loss, strict=True):
             if targets[name]:
                 record[f"source_loss/{name}"] = total / targets[name]
         return record

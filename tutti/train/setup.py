@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from tutti.config import Config
+from tutti.config.effect import warnings_on_cpu
 from tutti.config.layout import Layout, fit
 from tutti.config.yamlfile import to_yaml
 from tutti.core.device import keep_freed_memory, limit_threads, pick_device
@@ -96,7 +97,11 @@ def prepare_process(config: Config) -> torch.device:
         gc.disable()
     # Dropout differs from rank to rank; nothing else draws from these generators.
     torch.manual_seed(config.train.seed + rank)
-    return pick_device(config.train.init_device)
+    device = pick_device(config.train.init_device)
+    if device.type == "cpu" and rank == 0:
+        for warning in warnings_on_cpu(config):
+            log.warning("%s", warning)
+    return device
 
 
 def claim_output(config: Config, ranks: Dist) -> None:
