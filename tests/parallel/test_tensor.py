@@ -178,6 +178,15 @@ def test_four_ranks_in_every_combination_with_data_parallelism(tmp_path):
     run_ranks(4, compare_all, cases)
 
 
+def test_tokens_are_split_beside_the_tensor_axis(tmp_path):
+    """Ulysses exchanges tokens for some of a rank's heads; the ring passes a rank's key/value heads around."""
+    ulysses = config_for(tmp_path, 4, tensor_parallel_size=2, ulysses_parallel_size=2)
+    context = config_for(tmp_path, 4, tensor_parallel_size=2, context_parallel_size=2)
+    cases = [("tensor x ulysses", ulysses, "qwen3", {}), ("tensor x context", context, "gemma2", {})]
+    cases.append(("tensor x context, router loss", context, "qwen3_moe", {"output_router_logits": True}))
+    run_ranks(4, compare_all, cases)
+
+
 def test_eight_ranks_split_and_copy_beside_the_tensor_axis(tmp_path):
     hybrid = {"data_parallel_mode": "fsdp2", "data_parallel_replicate_size": 2, "data_parallel_shard_size": 2}
     config = config_for(tmp_path, 8, tensor_parallel_size=2, **hybrid)
@@ -212,6 +221,11 @@ def reference(tmp_path_factory):
 
 def steps(lines: list[dict]) -> list[dict]:
     return [line for line in lines if "loss" in line]
+
+
+def test_modules_of_their_own_are_split_too(tmp_path, reference):
+    got = run(run_config(tmp_path, 4, **TENSOR, **{"model.basic_modules": ["Qwen3MLP"]}), 4)
+    assert_same(got, steps(reference[0]))
 
 
 def test_whole_runs_evaluate_and_export_as_one_process_does(tmp_path, reference):

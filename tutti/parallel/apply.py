@@ -57,7 +57,7 @@ def parallelize(
             # Packed batches differ in length from one to the next, unless they are padded.
             block.forward = torch.compile(block.forward, dynamic=None if train.pad_to_length else True)
     if plan is not None:
-        use_local((*blocks, root))
+        use_local((*basic, *blocks, root))
     if train.enable_gradient_checkpointing:
         apply_remat(blocks, reentrant=train.enable_reentrant and not _reads_within(root))
     shard(root, (*basic, *blocks), mesh, train)
