@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.model.zoo import FAMILIES, tiny
 from tutti.core.batch import Sample, pack
-from tutti.model.attention import PACKED, Settings, packed_attention, packed_kwargs, resolve_attention
+from tutti.model.attention import PACKED, Settings, check_packable, packed_attention, packed_kwargs, resolve_attention
 
 BORDERS = torch.tensor([0, 1, 50, 600, 610], dtype=torch.int32)
 
@@ -92,3 +93,29 @@ def test_packed_equals_each_sample_alone_in_a_real_model():
     together = packed(**packed_kwargs(batch)).logits[0]
     alone = torch.cat([plain(input_ids=torch.from_numpy(item)[None].long()).logits[0] for item in ids])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("mamba", {}),
+        ("qwen3_next", {"layer_types": ["linear_attention", "full_attention"]}),
+        ("bloom", {}),
+    ],
+)
+def test_models_that_would_leak_between_samples_are_refused(kind, changes):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, num_hidden_layers=2, hidden_size=32, vocab_size=64, **changes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=f"{kind} has layers .* would leak"):
+        check_packable(model)
+
+
+def test_every_family_of_the_zoo_can_be_packed():
+    from transformers import AutoModelForCausalLM
+
+    for family in FAMILIES:
+        with torch.device("meta"):
+            check_packable(AutoModelForCausalLM.from_config(tiny(family)))

@@ -90,31 +90,23 @@ def packed_kwargs(batch: Batch) -> dict[str, Any]:
     return kwargs if batch.whole is None else kwargs | {"whole": batch.whole}
 
 
-def check_packable(config: Any) -> None:
-    """Raise ValueError for a model whose layers would carry state from one packed sample into the next."""
+def check_packable(model: PreTrainedModel) -> None:
+    """Raise ValueError for a model that would carry something from one packed sample into the next."""
     known = {"full_attention", "sliding_attention"}
-    unknown = set(getattr(config, "layer_types", None) or ()) - known
-    if unknown:
+    others = sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - known)
+    if others or model._is_stateful or not model._supports_attention_backend:
+        kind = f"of type {', '.join(others)}" if others else "that mix tokens otherwise than by attention"
         raise ValueError(
-            f"{config.model_type} has layers of type {', '.join(sorted(unknown))}, which would leak from one packed "
-            "sample into the next; only full and sliding-window attention can be trained packed"
+            f"{model.config.model_type} has layers {kind}, which would leak from one packed sample into the next; models of "
+            "full and sliding-window attention can be trained"
         )
 
 
 def check_splittable(model: PreTrainedModel, layout: Layout) -> None:
     """Raise ValueError for a model whose batches cannot be split over the layout's context and ulysses ranks."""
-    sizes = {"ulysses": layout.ulysses, "context": layout.context}
-    asked = [f"train.{axis}_parallel_size" for axis, size in sizes.items() if size > 1]
-    if not asked:
+    if layout.ulysses == layout.context == 1:
         return
-    config = model.config.get_text_config()
-    try:
-        check_packable(config)
-        if model._is_stateful or not model._supports_attention_backend:
-            raise ValueError(f"{type(model).__name__} has layers that mix tokens otherwise than by attention")
-    except ValueError as error:
-        raise ConfigError([f"{name}: {error}; leave it at 1" for name in asked]) from error
-    heads = config.num_attention_heads // layout.tensor
+    heads = model.config.get_text_config().num_attention_heads // layout.tensor
     if heads % layout.ulysses:
         shared = f" on each of the {layout.tensor} tensor-parallel ranks" if layout.tensor > 1 else ""
         raise ConfigError(

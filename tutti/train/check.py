@@ -24,7 +24,7 @@ from tutti.data.encode import describe
 from tutti.data.loader import Data
 from tutti.model.plan import blocks, is_classifier, num_params
 from tutti.parallel.fsdp import reshards
-from tutti.train.setup import check_divides, open_data, tokenizer_and_model
+from tutti.train.setup import check_fits, open_data, tokenizer_and_model
 
 SHOWN_SAMPLES = 4
 SHOWN_CHARACTERS = 1200
@@ -36,7 +36,7 @@ def check(config: Config, world: int = 1) -> None:
     layout = fit(config, world)
     ranks = Dist(rank=0, world=1, local_rank=0, device=pick_device(config.train.init_device))
     tokenizer, model = tokenizer_and_model(config, ranks.device)
-    check_divides(model, layout)
+    check_fits(model, layout, config.train)
     data = open_data(config, tokenizer, model, ranks, dp_rank=0, dp_size=layout.data)
     first = next(iter(data.train()), None)
     if first is None:

@@ -6,6 +6,7 @@ and the data, and leaves parameters without storage where training would load th
 
 from __future__ import annotations
 
+import copy
 import gc
 import hashlib
 import logging
@@ -22,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from tutti.config import Config
+from tutti.config import Config, TrainConfig
 from tutti.config.effect import warnings_on_cpu
 from tutti.config.layout import Layout, fit
 from tutti.config.yamlfile import to_yaml
@@ -32,7 +33,7 @@ from tutti.core.log import setup_logging
 from tutti.data.loader import Data, build_data
 from tutti.data.template import end_of_turn, make_template
 from tutti.model.adapter import load_adapter, plan_adapters
-from tutti.model.attention import check_splittable
+from tutti.model.attention import check_packable, check_splittable
 from tutti.model.build import build_model, build_tokenizer
 from tutti.model.initial import init_weights
 from tutti.model.lora import add_adapters, init_adapters
@@ -42,9 +43,12 @@ from tutti.parallel.apply import parallelize
 from tutti.parallel.expert import check_experts
 from tutti.parallel.fsdp import offloads
 from tutti.parallel.mesh import Mesh, build_mesh
+from tutti.parallel.pipeline import Pipeline, own_modules
 from tutti.parallel.plan import TensorPlan, check_plan, read_plan
 from tutti.parallel.tensor import tensor_ranks
+from tutti.train.optim import decay_groups
 from tutti.train.preference import make_preference
+from tutti.train.stages import check_depth, cut_model
 from tutti.train.task import Objective
 
 log = logging.getLogger(__name__)
@@ -52,7 +56,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a run. The objective is the parallelized root; model is the Hugging Face model within it."""
+    """The parts of a run. The objective is the parallelized root; model is the Hugging Face model within it.
+
+    pipeline: where this rank has a part of the model's depth. whole: what the model was before, without storage.
+    """
 
     layout: Layout
     mesh: Mesh
@@ -60,15 +67,18 @@ class Parts:
     model: PreTrainedModel
     objective: Objective
     data: Data
+    pipeline: Pipeline | None = None
+    whole: PreTrainedModel | None = None
 
     def describe(self, ranks: Dist) -> dict[str, Any]:
         """What the report shows beside the curves."""
-        sizes = num_params(self.model)
+        model = self.whole or self.model
+        sizes = num_params(model)
         packages = ("tutti", "torch", "transformers")
         return {
             "model": f"{type(self.objective.model).__name__} ({self.model.config.model_type})",
             "parameters": sizes.total,
-            "trainable_parameters": sum(item.numel() for item in self.model.parameters() if item.requires_grad),
+            "trainable_parameters": sum(item.numel() for item in model.parameters() if item.requires_grad),
             "device": _device_name(ranks.device),
             "layout": {"ranks": ranks.world, "mesh": str(self.mesh), "accumulation": self.layout.accumulation},
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
@@ -133,15 +143,22 @@ def assemble(config: Config, ranks: Dist) -> Parts:
     train = config.train
     mesh = build_mesh(layout, ranks, ddp=train.data_parallel_mode == "ddp", ep_outside=train.ep_outside)
     tokenizer, model = ranks.agree(lambda: tokenizer_and_model(config, ranks.device))
-    ranks.agree(lambda: check_divides(model, layout))
+    ranks.agree(lambda: check_fits(model, layout, train))
     data = open_data(config, tokenizer, model, ranks, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
     log.info("%s", data.steps_reason)
     objective = ranks.agree(lambda: Objective(model, tensor_ranks(mesh), make_preference(config)))
-    return Parts(layout, mesh, tokenizer, model, objective, data)
+    ranks.agree(lambda: decay_groups(model, train))
+    if layout.pipeline == 1:
+        return Parts(layout, mesh, tokenizer, model, objective, data)
+    whole = copy.deepcopy(model)
+    pipeline = cut_model(objective, layout, mesh, train.pipeline_stages_per_rank)
+    return Parts(layout, mesh, tokenizer, model, objective, data, pipeline, whole)
 
 
-def check_divides(model: PreTrainedModel, layout: Layout) -> None:
-    """ValueError, with sizes that would do, unless all that `layout` divides in `model` divides evenly."""
+def check_fits(model: PreTrainedModel, layout: Layout, train: TrainConfig) -> None:
+    """ValueError unless `model` can be trained packed, and all that `layout` divides in it divides evenly."""
+    check_packable(model)
+    check_depth(model, layout, train.pipeline_stages_per_rank)
     check_experts(experts(model), layout)
     check_splittable(model, layout)
     tensor_plan(model, layout)
@@ -212,10 +229,10 @@ def load_parameters(config: Config, parts: Parts, ranks: Dist) -> None:
     parallelize_model = partial(
         parallelize,
         parts.objective,
-        [module for _, module in blocks(model)],
+        own_modules(model, blocks(parts.whole or model)),
         parts.mesh,
         train,
-        basic=[module for _, module in basic_modules(model, config.model.basic_modules)],
+        basic=own_modules(model, basic_modules(parts.whole or model, config.model.basic_modules)),
         experts=experts(model),
         plan=tensor_plan(model, parts.layout),
     )
@@ -234,6 +251,7 @@ def load_parameters(config: Config, parts: Parts, ranks: Dist) -> None:
             broadcast=train.broadcast_model_weights_from_rank0,
             index_path=config.model.safetensor_idx_path,
             seed=train.seed,
+            whole=parts.whole,
         )
     if config.model.adapter_path is not None and train.architecture == "lora":
         ranks.agree(lambda: load_adapter(model, Path(config.model.adapter_path or "")))
