@@ -97,8 +97,8 @@ def check_packable(model: PreTrainedModel) -> None:
     if others or model._is_stateful or not model._supports_attention_backend:
         kind = f"of type {', '.join(others)}" if others else "that mix tokens otherwise than by attention"
         raise ValueError(
-            f"{model.config.model_type} has layers {kind}, which would leak from one packed sample into the next; models of "
-            "full and sliding-window attention can be trained"
+            f"{model.config.model_type} has layers {kind}, which would leak from one packed sample into the next; "
+            "models of full and sliding-window attention can be trained"
         )
 
 
