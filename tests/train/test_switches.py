@@ -16,6 +16,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
+from transformers import AutoTokenizer
 
 from tests.harness import run_ranks
 from tests.model.zoo import tiny
@@ -38,6 +39,7 @@ def watch(config: Config) -> dict[str, Any]:
     watcher = Watcher()
     watched: list[tuple[Any, str, Callable[..., None], Callable[..., None]]] = [
         (setup, "build_mesh", ignore, watcher.made_mesh),
+        (setup, "parallelize", watcher.parallelizes, ignore),
         (setup, "init_weights", watcher.gets_values, ignore),
         (setup, "load_weights", watcher.gets_values, ignore),
         (apply, "overlap_values", watcher.overlaps, ignore),
@@ -87,10 +89,14 @@ class Watcher:
     def __init__(self) -> None:
         self.seen: dict[str, Any] = {"reads": 0, "overlapped": False}
         self.seen |= {name: [] for name in ("sharded", "passes", "tokens", "gathered", "norms", "writers", "compiled")}
-        self.block: torch.nn.Module | None = None
+        self.root: Any = None
+        self.block: Any = None
 
     def made_mesh(self, mesh: Any) -> None:
         self.seen.update(mesh=str(mesh), experts=mesh.expert.mesh.tolist())
+
+    def parallelizes(self, root: torch.nn.Module, *_: Any, **__: Any) -> None:
+        self.root = root
 
     def gets_values(self, model: Any, *_: Any, **__: Any) -> None:
         self.seen["sharded"].append(isinstance(next(model.parameters()), DTensor))
@@ -109,7 +115,6 @@ class Watcher:
         self.seen["writers"].append(threading.current_thread() is threading.main_thread())
 
     def notes_gathered(self, *_: Any) -> None:
-        assert self.block is not None
         self.seen["gathered"].append(not isinstance(next(self.block.parameters()), DTensor))
 
     def updates(self, optimizer: Any, _: Any) -> None:
@@ -117,13 +122,14 @@ class Watcher:
 
         norm = gradient_norm(item for group in optimizer.param_groups for item in group["params"])
         self.seen["norms"].append(norm.item())
+        self.seen["decay"] = {group["weight_decay"]: len(group["params"]) for group in optimizer.param_groups}
 
-    def steps(self, trainer: Any, *_: Any) -> None:
+    def steps(self, *_: Any) -> None:
         from tutti.parallel.fsdp import fsdp_modules
 
         if self.block is not None:
             return
-        model = trainer._objective.model
+        model = self.root.model
         self.block = model.model.layers[0]
         self.block.self_attn.register_forward_pre_hook(self._runs)
         model.model.embed_tokens.register_forward_pre_hook(self._embeds)
@@ -132,8 +138,7 @@ class Watcher:
         self.seen.update(
             share=sum(item.numel() for item in local) / sum(item.numel() for item in parameters),
             dtypes={str(item.dtype) for item in parameters},
-            units=Counter(type(module).__name__ for module in fsdp_modules(trainer._objective)),
-            decay={group["weight_decay"]: len(group["params"]) for group in trainer._optimizer.param_groups},
+            units=Counter(type(module).__name__ for module in fsdp_modules(self.root)),
             collects_by_itself=gc.isenabled(),
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
@@ -206,6 +211,7 @@ def by_epochs(tmp_path_factory):
             "train.hf_save_epochs": 1,
             "train.save_hf_weights": True,
             "data.eval_path": EVAL,
+            "data.chat_template": "llama2",
             "train.eval_epochs": 2,
             "train.save_async": True,
             "train.optimizer": "anyprecision_adamw",
@@ -234,7 +240,7 @@ def others(tmp_path_factory, by_steps):
     unshuffled, from_weights = {"data.shuffle": False}, {"model.model_path": str(weights)}
     index = {"model.safetensor_idx_path": str(weights / "layout.json")}
     changes = {
-        "seed 1": {**unshuffled, "train.seed": 1},
+        "seed 1": {**unshuffled, "train.seed": 1, "data.source_name": "chats"},
         "seed 2": {**unshuffled, "train.seed": 2},
         "order 1": {**from_weights, **index, "train.seed": 1},
         "order 2": {**from_weights, **index, "train.seed": 2},
@@ -397,6 +403,20 @@ def test_the_seed_decides_on_weights_and_on_the_order_of_the_data(others):
     assert one["tokens"] == two["tokens"] and one["loss"] != two["loss"]
     one, two = (records(others[f"order {seed}"][0])[0] for seed in (1, 2))
     assert one["tokens"] != two["tokens"]
+
+
+def test_a_label_names_the_figures_of_the_one_source(others):
+    (line,) = records(others["seed 1"][0])
+    assert (line["source_loss/chats"], line["source_tokens/chats"]) == (line["loss"], line["trained_tokens"])
+    assert not [key for key in records(others["seed 2"][0])[0] if key.startswith("source_")]
+
+
+def test_chats_are_rendered_by_the_template_asked_for(by_steps, by_epochs):
+    """Of which the exported tokenizer is the witness."""
+    exported = [Path(config.train.output_dir) / "hf" / "global_step_4" for config, _ in (by_steps, by_epochs)]
+    own, llama = (AutoTokenizer.from_pretrained(folder).chat_template for folder in exported)
+    assert "<|im_start|>" in own and "[INST]" not in own
+    assert "[INST]" in llama
 
 
 def test_an_index_says_how_weights_are_read_and_written(others):
