@@ -169,6 +169,8 @@ def test_a_name_like_no_other() -> None:
         ({"train": {"micro_batch_size": 0}}, "train.micro_batch_size: must be at least 1, got 0"),
         ({"data": {"max_seq_len": 1}}, "data.max_seq_len: must be at least 2, got 1"),
         ({"train": {"ckpt_manager": "x"}}, "train.ckpt_manager: 'x' is not one of dcp"),
+        ({"data": {"dataloader_type": "x"}}, "data.dataloader_type: 'x' is not one of native"),
+        ({"data": {"multisource_datasets_type": "x"}}, "data.multisource_datasets_type: 'x' is not one of interleave"),
         (
             {"data": {"datasets_type": "maping"}},
             "data.datasets_type: 'maping' is not one of mapping, iterable, nor module:factory; did you mean mapping?",
