@@ -184,14 +184,16 @@ def poisoned_step(config):
     from tutti.train import step as module
 
     seen = {}
-    original, norm = module.Trainer.step, module.gradient_norm
+    original = module.Trainer.step
 
     def step(self, batch, totals):
         poison = batch.step == 2
-        module.gradient_norm = (lambda parameters: norm(parameters) * float("nan")) if poison else norm
+        norm = self._runner.gradient_norm
+        self._runner.gradient_norm = lambda parameters: norm(parameters) * (float("nan") if poison else 1.0)
         weight = self._parameters[0]
         before = weight.to_local().clone(), totals.skipped.item()
         original(self, batch, totals)
+        self._runner.gradient_norm = norm
         if poison:
             seen["before"], seen["after"] = before[0].sum().item(), weight.to_local().sum().item()
             seen["skipped"] = totals.skipped.item() - before[1]

@@ -16,14 +16,18 @@ NOT_YET: dict[str, str] = {
     "train.enable_activation_offload": "offloading",
     "train.activation_gpu_limit": "offloading",
     "train.enable_batch_invariant_mode": "batch-invariant kernels",
-    "train.pipeline_parallel_size": "pipeline parallelism",
 }
 
 NOT_TOGETHER: tuple[tuple[str, str], ...] = (
     ("train.expert_parallel_size", "train.tensor_parallel_size"),
     ("train.architecture", "train.tensor_parallel_size"),
+    ("train.pipeline_parallel_size", "train.tensor_parallel_size"),
+    ("train.pipeline_parallel_size", "train.architecture"),
+    ("train.pipeline_parallel_size", "data.data_type=dpo"),
+    ("train.pipeline_parallel_size", "train.sample_prompts"),
+    ("train.pipeline_parallel_size", "train.sample_prompts_path"),
 )
-"""Pairs of arguments that work, but not both at once."""
+"""Pairs of arguments (or `argument=value`) that work, but not both at once."""
 
 
 def unavailable(config: Config) -> list[str]:
@@ -31,11 +35,15 @@ def unavailable(config: Config) -> list[str]:
     problems = []
     for row, part in NOT_YET.items():
         name, _, refused = row.partition("=")
-        value = get(config, name)
-        if str(value) == refused if refused else away_from_default(config, name):
+        if _is_set(config, row):
             instead = f"choose another value than {refused}" if refused else "leave it at its default"
             problems.append(f"{name}: not available yet ({part}); {instead}")
     for first, second in NOT_TOGETHER:
-        if away_from_default(config, first) and away_from_default(config, second):
+        if _is_set(config, first) and _is_set(config, second):
             problems.append(f"{first}: not available yet together with {second}; leave one of them at its default")
     return problems
+
+
+def _is_set(config: Config, row: str) -> bool:
+    name, _, refused = row.partition("=")
+    return str(get(config, name)) == refused if refused else away_from_default(config, name)

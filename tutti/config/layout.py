@@ -9,7 +9,7 @@ ranks. `fit` is pure: it takes the numbers, and gives the complete layout or an 
 import math
 from dataclasses import dataclass, replace
 
-from tutti.config import Config, ConfigError, get
+from tutti.config import Config, ConfigError, TrainConfig, get
 
 _INNER = ("tensor", "pipeline", "ulysses", "context")
 
@@ -56,6 +56,8 @@ def fit(config: Config, world: int) -> Layout:
             f"train.expert_parallel_size: {train.expert_parallel_size} does not divide the {expert_ranks} ranks of a "
             f"replica; {either(divisors(expert_ranks))} would"
         )
+    if inner["pipeline"] > 1:
+        problems.extend(_stage_problems(train))
     micro = train.micro_batch_size * data
     global_batch_size = train.global_batch_size or micro
     if global_batch_size % micro:
@@ -106,6 +108,19 @@ def _data_axes(config: Config, data: int, problems: list[str]) -> tuple[int, int
             f"{replicate * shard}, not the {data} data-parallel ranks; {either(pairs)} would be"
         )
     return replicate, shard
+
+
+def _stage_problems(train: TrainConfig) -> list[str]:
+    """What does not go together of a pipeline's schedule and its stages."""
+    schedule, count = train.pipeline_schedule, train.pipeline_stages_per_rank
+    if schedule == "interleaved" and count == 1:
+        return ["train.pipeline_stages_per_rank: interleaved takes several stages on each rank; 2 would do"]
+    if schedule == "1f1b" and count > 1:
+        return [
+            f"train.pipeline_stages_per_rank: 1f1b takes one stage on each rank, not {count}; set "
+            "train.pipeline_schedule to interleaved"
+        ]
+    return []
 
 
 def _misfits(inner: dict[str, int], world: int) -> list[str]:

@@ -142,6 +142,18 @@ class TrainConfig:
     profile_profile_memory: bool = arg(True, "Record allocations.")
     profile_with_stack: bool = arg(True, "Record the source lines of the operators.")
     profile_rank0_only: bool = arg(True, "Profile rank 0 alone.")
+    pipeline_schedule: Literal["1f1b", "interleaved", "zero_bubble"] = arg(
+        "1f1b",
+        "One forward, one backward; interleaved: the same with several thin stages on a rank, for a smaller bubble; "
+        "zero_bubble: gradients of parameters are computed apart from those of inputs, while a rank would wait.",
+        added=True,
+    )
+    pipeline_stages_per_rank: int = arg(
+        1,
+        "Stages on each pipeline rank: 1 with pipeline_schedule 1f1b, at least 2 with interleaved.",
+        low=1,
+        added=True,
+    )
     max_steps: int | None = arg(None, "Most steps of an epoch; the schedule follows it. For trials.", low=1)
     log_steps: int = arg(
         1, "Steps between two lines of metrics (each line averages over the steps since).", low=1, added=True

@@ -203,6 +203,20 @@ def num_params(model: PreTrainedModel) -> ParamCount:
     return ParamCount(total, active)
 
 
+def part_sizes(model: PreTrainedModel, parts: Iterable[nn.Module]) -> list[ParamCount]:
+    """For each of some modules of `model`: its parameters, and those that a token is multiplied with."""
+    share = _active_share(model)
+    lookups = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    lookups -= {id(head(model).weight)}
+    sizes = []
+    for part in parts:
+        active = sum(
+            int(p.numel() * share.get(id(p), 1.0)) for p in part.parameters() if p.ndim >= 2 and id(p) not in lookups
+        )
+        sizes.append(ParamCount(sum(p.numel() for p in part.parameters()), active))
+    return sizes
+
+
 def _active_share(model: PreTrainedModel) -> dict[int, float]:
     """The share of each expert parameter, by its id, that one token runs through."""
     shares: dict[int, float] = {}

@@ -59,36 +59,43 @@ def load_weights(
     broadcast: bool = True,
     index_path: str | Path | None = None,
     seed: int = 0,
+    whole: PreTrainedModel | None = None,
 ) -> None:
     """Fill `model` from the Hugging Face checkpoint at `path` (a folder, or one file).
 
     device: where the parameters get their storage (default dist.device). broadcast: only rank 0 reads. index_path: the
-    index that says which file holds a tensor. seed: for a classifier's head that the checkpoint does not have.
+    index that says which file holds a tensor. seed: for a classifier's head that the checkpoint does not have. whole:
+    the whole model, without storage, where `model` is a part of it.
     Every rank must call it. ValueError, on all ranks, where the checkpoint is damaged or does not fit.
     """
     materialize(model, device or dist.device)
     reads = dist.is_main or not broadcast
     checkpoint = dist.agree(lambda: Checkpoint(Path(path), index_path) if reads else None)
-    plan: _Plan = dist.agree(lambda: _plan(model, checkpoint.meta()) if reads else None)
+    whole = whole or model
+    plan: _Plan = dist.agree(lambda: _plan(whole, checkpoint.meta()) if reads else None)
     if broadcast:
         plan = dist.broadcast(plan if dist.is_main else None)
-    fresh = dist.agree(lambda: _check(model, plan, path))
-    model._weight_conversions = plan.used(model)  # type: ignore[assignment]  # a plain attribute of the class
+    fresh = dist.agree(lambda: _check(whole, plan, path))
+    for each in (model, whole):
+        each._weight_conversions = plan.used(whole)  # type: ignore[assignment]  # a plain attribute of the class
     targets = _tensors(model)
     filled: dict[int, str] = {}
     conflicts: list[str] = []
     for group in plan.groups:
         if broadcast:
             values = group.convert(model, checkpoint.read) if dist.is_main else {}
-            parts = ((name, _receive(targets[name], values.get(name), spec, dist)) for name, spec in group.targets)
-        else:
+            parts = ((name, _receive(targets.get(name), values.get(name), spec, dist)) for name, spec in group.targets)
+        elif group.first in targets:
             parts = ((name, value) for name, value in group.readown_part(model, checkpoint, targets))
+        else:
+            continue
         for name, part in parts:
-            _settle(targets[name], part, name, filled, conflicts)
+            if name in targets:
+                _settle(targets[name], part, name, filled, conflicts)
     dist.agree(lambda: _refuse_conflicts(conflicts, path))
     if fresh:
         log.info("%s has no %s: initialised at random", path, ", ".join(sorted(fresh)))
-        fill_by_rules(model, fresh, seed)
+        fill_by_rules(model, fresh & set(targets), seed)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -285,13 +292,14 @@ def _causal_names(model: PreTrainedModel) -> set[str]:
         return set(AutoModelForCausalLM.from_config(copy.deepcopy(model.config)).state_dict())
 
 
-def _receive(target: Tensor, value: Tensor | None, spec: _Spec, dist: Dist) -> Tensor | None:
+def _receive(target: Tensor | None, value: Tensor | None, spec: _Spec, dist: Dist) -> Tensor | None:
     """Rank 0's `value` to all ranks, in pieces of rows; this rank's part of `target` (None if it has none).
 
     A part that is not one block needs the whole tensor at once.
     """
     shape = spec.shape or (1,)
-    block = own_block(target) if spec.shape else (slice(0, 1),)
+    target = torch.empty((0, *shape[1:])) if target is None else target
+    block = own_block(target) if spec.shape else (slice(0, len(local_part(target).view(-1))),)
     row_bytes = max(1, spec.dtype.itemsize * torch.Size(shape[1:]).numel())
     rows = shape[0] if block is None else max(1, PIECE_BYTES // row_bytes)
     part = torch.empty_like(local_part(target), dtype=spec.dtype)

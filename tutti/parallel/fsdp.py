@@ -138,3 +138,14 @@ class GradientSync:
         for module in self._modules:
             module.set_requires_gradient_sync(last or self._reduce_each, recurse=False)
             module.set_reshard_after_backward(last or self._reshard_each, recurse=False)
+
+    def finish(self) -> None:
+        """Reduce what the backward passes since the last step have left, where none of them was the last one: their
+        gradients of parameters came after FSDP's own hooks had run."""
+        assert isinstance(self._root, FSDPModule)
+        self.before(last=True)
+        state: Any = fully_shard.state(self._root)  # type: ignore[attr-defined]
+        for each in state._state_ctx.all_states:
+            for group in each._fsdp_param_groups:
+                group.post_backward()
+        state._root_post_backward_final_callback()

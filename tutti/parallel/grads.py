@@ -21,8 +21,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The 2-norm over all gradients of all ranks, an fp32 scalar, equal on every rank. A collective call."""
+def gradient_norm(parameters: Iterable[nn.Parameter], elsewhere: dist.ProcessGroup | None = None) -> Tensor:
+    """The 2-norm over all gradients of all ranks, an fp32 scalar, equal on every rank. A collective call.
+
+    elsewhere: ranks that have other parameters, whose gradients count as well.
+    """
     grouped: dict[tuple[DeviceMesh, tuple[int, ...]] | None, list[Tensor]] = defaultdict(list)
     for parameter in parameters:
         grad = parameter.grad
@@ -47,6 +50,8 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
                     dist.all_reduce(square, group=mesh.get_group(dim))
         total = square if total is None else total + square
     assert total is not None, "no parameter has a gradient"
+    if elsewhere is not None:
+        dist.all_reduce(total, group=elsewhere)
     return total.sqrt()
 
 

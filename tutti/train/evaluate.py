@@ -11,17 +11,15 @@ import torch.distributed as dist
 
 from tutti.core.batch import GlobalBatch
 from tutti.core.dist import Dist
-from tutti.parallel.mesh import Mesh
-from tutti.parallel.sequence import sequence_ranks, split_tokens
+from tutti.parallel.runner import Runner
 from tutti.train.task import Objective
 
 
-def evaluate(objective: Objective, batches: Iterable[GlobalBatch], mesh: Mesh, ranks: Dist) -> dict[str, Any]:
+def evaluate(objective: Objective, batches: Iterable[GlobalBatch], runner: Runner, ranks: Dist) -> dict[str, Any]:
     """`eval_loss` (token mean), `eval_tokens` and, where the objective predicts, `eval_accuracy`, over all ranks.
 
     Leaves the model in training mode. A collective call.
     """
-    sharing = sequence_ranks(mesh)
     sums = torch.zeros(2, dtype=torch.float64)
     num_targets = trained_tokens = 0
     objective.eval()
@@ -29,8 +27,7 @@ def evaluate(objective: Objective, batches: Iterable[GlobalBatch], mesh: Mesh, r
         for batch in batches:
             num_targets += batch.num_targets
             trained_tokens += batch.trained_tokens
-            for micro in batch.micro_batches:
-                out = objective(split_tokens(micro, sharing).to(ranks.device))
+            for out in runner.evaluate(batch.micro_batches):
                 correct = out.num_correct if out.num_correct is not None else torch.zeros(())
                 sums += torch.stack([out.loss.double().cpu(), correct.double().cpu()])
     objective.train()

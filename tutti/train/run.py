@@ -19,7 +19,6 @@ from tutti.core.batch import GlobalBatch
 from tutti.core.dist import Dist, init_dist, shutdown_dist
 from tutti.model.adapter import base_of, require_base
 from tutti.model.lora import lora_of, require_gradients
-from tutti.parallel.fsdp import GradientSync
 from tutti.train.checkpoint import Checkpointer
 from tutti.train.evaluate import evaluate
 from tutti.train.export import export_trained
@@ -31,6 +30,7 @@ from tutti.train.reporter import Reporter
 from tutti.train.sample import Samples
 from tutti.train.schedule import learning_rate
 from tutti.train.setup import Parts, assemble, claim_output, load_parameters, prepare_process
+from tutti.train.stages import make_runner
 from tutti.train.step import Trainer
 from tutti.train.stop import StopSignal
 
@@ -57,7 +57,7 @@ def _run(config: Config, ranks: Dist) -> None:
     samples = ranks.agree(lambda: Samples(config, parts))
     load_parameters(config, parts, ranks)
     with_reference = make_reference(config, parts, ranks)
-    optimizer = build_optimizer(parts.model, config)
+    optimizer = build_optimizer(parts.model, config, whole=parts.whole is None)
     checkpoints = Checkpointer(
         output,
         ranks,
@@ -71,13 +71,12 @@ def _run(config: Config, ranks: Dist) -> None:
     if state:
         require_base(state.get("base"), base)
         parts.data.load_state_dict(state["data"])
-    sync = GradientSync(parts.objective, parts.mesh, config.train)
+    runner = make_runner(config.train, parts.objective, parts.mesh, parts.pipeline, ranks.device)
     trainer = Trainer(
         parts.objective,
         optimizer,
-        sync,
+        runner,
         parts.mesh,
-        ranks.device,
         config.train.max_grad_norm,
         inspect_gradients=partial(require_gradients, parts.model, ranks),
     )
@@ -98,7 +97,7 @@ def _run(config: Config, ranks: Dist) -> None:
             report.clock.pause()
             if config.data.eval_path and due(batch, config.train.eval_steps, config.train.eval_epochs):
                 held_out = with_reference(parts.data.evaluate(), "eval")
-                found = evaluate(parts.objective, held_out, parts.mesh, ranks)
+                found = evaluate(parts.objective, held_out, runner, ranks)
                 metrics.log_eval({"step": step, **found})
                 samples.show(step, metrics, ranks)
             stopping = stop.requested()

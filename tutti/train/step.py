@@ -20,14 +20,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tutti.core.batch import GlobalBatch
+from tutti.core.batch import Batch, GlobalBatch
 from tutti.core.dist import Dist
-from tutti.model.plan import count_flops
-from tutti.parallel.fsdp import GradientSync
-from tutti.parallel.grads import clip_gradients, gradient_norm
+from tutti.parallel.grads import clip_gradients
 from tutti.parallel.mesh import Mesh
-from tutti.parallel.sequence import sequence_ranks, split_tokens
-from tutti.train.task import Objective, source_sums
+from tutti.parallel.runner import Runner
+from tutti.train.task import Objective, Output, source_sums
 
 
 class Trainer:
@@ -37,46 +35,37 @@ class Trainer:
         self,
         objective: Objective,
         optimizer: Optimizer,
-        sync: GradientSync,
+        runner: Runner,
         mesh: Mesh,
-        device: torch.device,
         max_grad_norm: float,
         *,
         inspect_gradients: Callable[[], None] | None = None,
     ) -> None:
         """inspect_gradients: called once, after the first step's backward pass."""
-        self._objective = objective
         self._optimizer = optimizer
-        self._sync = sync
-        self._sharing = sequence_ranks(mesh)
+        self._runner = runner
         self._num_sharing = mesh.grid.size() // mesh.dp_size
-        self._device = device
         self._max_grad_norm = max_grad_norm
         self._inspect_gradients = inspect_gradients
-        self._flops = count_flops(objective.model)
+        self._flops = objective.flops
         self._parameters: list[nn.Parameter] = [item for item in objective.parameters() if item.requires_grad]
 
     def step(self, batch: GlobalBatch, totals: Totals) -> None:
         """Train on `batch` and add what happened to `totals`. A collective call."""
-        for index, micro in enumerate(batch.micro_batches):
-            self._sync.before(last=index == len(batch.micro_batches) - 1)
-            on_device = split_tokens(micro, self._sharing).to(self._device)
-            out = self._objective(on_device)
+
+        def loss_of(micro: Batch, out: Output) -> Tensor:
             loss = out.loss / batch.num_targets
             if out.router_loss is not None:
                 loss = loss + out.router_loss / batch.num_tokens
-                totals.router_loss += out.router_loss.detach()
-            loss.backward()
-            totals.loss += out.loss.detach()
-            if out.rewards is not None and out.num_correct is not None:
-                totals.rewards += torch.cat([out.rewards, out.num_correct[None]])
-            totals.flops += self._flops.batch(micro.lengths()) / self._num_sharing
-            if len(totals.source_loss) > 1:
-                totals.source_loss += source_sums(on_device, out.losses, len(totals.source_loss))
+            totals.add(micro, out)
+            return loss
+
+        self._runner.train(batch.micro_batches, loss_of)
+        totals.flops += sum(self._flops.batch(micro.lengths()) for micro in batch.micro_batches) / self._num_sharing
         if self._inspect_gradients is not None:
             self._inspect_gradients()
             self._inspect_gradients = None
-        norm = gradient_norm(self._parameters)
+        norm = self._runner.gradient_norm(self._parameters)
         clip_gradients(self._parameters, norm, self._max_grad_norm)
         finite = norm.isfinite()
         _update(self._optimizer, finite)
@@ -138,6 +127,16 @@ class Totals:
             skipped=scalar(torch.int64),
             consecutive_skips=scalar(torch.int64),
         )
+
+    def add(self, micro: Batch, out: Output) -> None:
+        """Add what came out for a micro batch, which is on the device."""
+        self.loss += out.loss.detach()
+        if out.router_loss is not None:
+            self.router_loss += out.router_loss.detach()
+        if out.rewards is not None and out.num_correct is not None:
+            self.rewards += torch.cat([out.rewards, out.num_correct[None]])
+        if len(self.source_loss) > 1:
+            self.source_loss += source_sums(micro, out.losses, len(self.source_loss))
 
     def count(self, batch: GlobalBatch) -> None:
         self.num_steps += 1

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from tutti.core.batch import Batch
 from tutti.model.attention import packed_kwargs
-from tutti.model.plan import decoder, head, is_classifier, logit_transform
+from tutti.model.plan import count_flops, decoder, head, is_classifier, logit_transform
+from tutti.parallel.pipeline import Passed, Stage, hand_on
 from tutti.parallel.sequence import gather_tokens
 from tutti.parallel.tensor import TensorRanks, gather_tensor
 from tutti.train.loss import VocabularyShard, linear_cross_entropy, target_losses
@@ -44,7 +45,8 @@ class Output(NamedTuple):
 
 
 class Objective(nn.Module):
-    """The model with its loss. `predicts`: it is a classifier, or compares answers, and is right or wrong.
+    """The model with its loss. `predicts`: it is a classifier, or compares answers, and is right or wrong. `flops`: of
+    the whole model, also where a rank has a part of its depth.
 
     preference: how pairs of answers are compared, where the data is that.
     tensor: the ranks that split the model's matrices. They have the same targets, and each answers for an equal share
@@ -67,15 +69,24 @@ class Objective(nn.Module):
         self._transform = logit_transform(model)
         self._router_loss = _router_loss(model)
         self.has_router_loss = self._router_loss is not None
+        self.flops = count_flops(model)
 
-    def forward(self, batch: Batch, *, only_logits: bool = False) -> Output | Tensor:
-        """The sums; or `only_logits`: what the model says at the N target positions, whatever their labels, [N, V]."""
+    def forward(
+        self, batch: Batch, *, only_logits: bool = False, stage: Stage | None = None, received: Passed | None = None
+    ) -> Output | Tensor | Passed:
+        """The sums; or `only_logits`: what the model says at the N target positions, whatever their labels, [N, V].
+
+        stage: the part of the model's depth to run, on what was `received` from the stage before. Unless it is the
+        last one, what the next is to receive is returned.
+        """
         if only_logits:
             return self._logits(batch)
-        extra: dict[str, Any] = dict(batch.extras)
+        kwargs = packed_kwargs(batch) | dict(batch.extras)
         if self._router_loss is not None:
-            extra["output_router_logits"] = True
-        states = decoder(self.model)(**packed_kwargs(batch), **extra)
+            kwargs["output_router_logits"] = True
+        states = decoder(self.model)(**kwargs) if stage is None else stage.run(decoder(self.model), kwargs, received)
+        if stage is not None and not stage.is_last:
+            return hand_on(states)
         hidden = self._at_targets(states, batch)
         targets = batch.labels.index_select(0, batch.target_index)
         layer = head(self.model)

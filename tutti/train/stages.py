@@ -1,0 +1,108 @@
+"""A run whose model is cut into pipeline stages: where the cuts are, and what runs a step through them.
+
+The facts come from the model (`tutti.model.anatomy`: where it can be cut; `tutti.model.plan`: what its parts cost), the
+machinery from `tutti.parallel`. Here they meet, when a run is set up.
+"""
+
+from __future__ import annotations
+
+import logging
+from itertools import accumulate
+
+import torch
+from transformers import PreTrainedModel
+
+from tutti.config import TrainConfig
+from tutti.config.layout import Layout
+from tutti.core.batch import Batch
+from tutti.model.anatomy import Anatomy, anatomy
+from tutti.model.plan import decoder, experts, head, is_experts, part_sizes
+from tutti.parallel.fsdp import GradientSync
+from tutti.parallel.mesh import Mesh
+from tutti.parallel.pipeline import Cost, Pipeline, Seams, check_stages, cut, split_blocks, tied_ranks
+from tutti.parallel.runner import OneByOne, Pipelined, Runner
+from tutti.parallel.sequence import sequence_ranks, split_tokens
+from tutti.train.task import Objective
+
+log = logging.getLogger(__name__)
+
+
+def check_depth(model: PreTrainedModel, layout: Layout, per_rank: int) -> None:
+    """ValueError, with the sizes that would do, unless `model` can be cut into the layout's stages."""
+    if layout.pipeline > 1:
+        found = anatomy(model)
+        blocks = list(decoder(model).get_submodule(found.blocks).children())
+        check_stages(len(blocks), layout.pipeline, per_rank)
+
+
+def stage_blocks(model: PreTrainedModel, found: Anatomy, num_stages: int) -> list[range]:
+    """The numbers of each stage's blocks, balanced by what the model's parts cost."""
+    inner = decoder(model)
+    units = list(inner.get_submodule(found.blocks).children())
+    front = [inner.get_submodule(name) for name in found.front]
+    tail = [*(inner.get_submodule(name) for name in found.tail), head(model)]
+    costs = [Cost(size.active, size.total) for size in part_sizes(model, [*front, *units, *tail])]
+    first, middle, last = costs[: len(front)], costs[len(front) : len(front) + len(units)], costs[-len(tail) :]
+    # The embedding is looked up and not multiplied with, even where its weight is the head's too.
+    before = Cost(0.0, sum(cost.size for cost in first))
+    after = Cost(sum(cost.work for cost in last), sum(cost.size for cost in last))
+    return split_blocks(middle, before, after, num_stages)
+
+
+def cut_model(objective: Objective, layout: Layout, mesh: Mesh, per_rank: int) -> Pipeline:
+    """Leave the objective's model with this rank's stages, and say how they hang together. Collective."""
+    model = objective.model
+    found = anatomy(model)
+    inner, output = decoder(model), head(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    seams = Seams(inner, found.blocks, found.front, found.tail, found.gives_tuple, names[id(output)])
+    borders = stage_blocks(model, found, layout.pipeline * per_rank)
+    units = list(inner.get_submodule(found.blocks).children())
+    routers = [sum(map(is_experts, unit.modules())) for unit in units]
+    before = [0, *accumulate(routers)]
+    routed = tuple(before[blocks.start] if objective.has_router_loss else 0 for blocks in borders)
+    shared = {id(p) for name in found.front for p in inner.get_submodule(name).parameters()}
+    tied = [p for p in output.parameters() if id(p) in shared]
+    num_experts = max((module.num_experts for module in experts(model)), default=0)  # type: ignore[type-var]
+    stages = cut(model, seams, borders, mesh.rank("pipeline"), layout.pipeline)
+    for number, blocks in enumerate(borders):
+        log.info(
+            "pipeline stage %d on rank %d: blocks %d to %d", number, number % layout.pipeline, blocks[0], blocks[-1]
+        )
+    if layout.accumulation < layout.pipeline:
+        log.warning(
+            "%d micro batches a step do not fill a pipeline of %d ranks, which wait for each other: raise "
+            "train.global_batch_size, or lower train.micro_batch_size",
+            layout.accumulation,
+            layout.pipeline,
+        )
+    present = {id(parameter) for parameter in objective.parameters()}
+    own_tied = tuple(
+        name for name, p in objective.named_parameters() if any(p is one for one in tied) and id(p) in present
+    )
+    return Pipeline(
+        stages=stages,
+        per_rank=per_rank,
+        group=mesh.group("pipeline"),
+        hidden_size=model.config.get_text_config().hidden_size,
+        routed=routed,
+        num_experts=int(num_experts),  # type: ignore[arg-type]
+        tied=own_tied,
+        tied_group=tied_ranks(mesh) if tied else None,
+    )
+
+
+def make_runner(
+    train: TrainConfig, objective: Objective, mesh: Mesh, pipeline: Pipeline | None, device: torch.device
+) -> Runner:
+    """What runs the micro batches of a step, on the parallelized `objective`. A collective call."""
+    sync = GradientSync(objective, mesh, train)
+    sharing = sequence_ranks(mesh)
+
+    def prepare(micro: Batch) -> Batch:
+        return split_tokens(micro, sharing).to(device)
+
+    if pipeline is None:
+        return OneByOne(objective, sync, prepare)
+    dtype = getattr(torch, train.compute_dtype)
+    return Pipelined(objective, pipeline, sync, prepare, dtype, split=train.pipeline_schedule == "zero_bubble")
