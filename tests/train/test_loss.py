@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy
 
 from tutti.model.plan import LogitTransform
 from tutti.train import loss as module
-from tutti.train.loss import linear_cross_entropy
+from tutti.train.loss import linear_cross_entropy, target_losses
 
 
 def make(dtype=torch.float64, positions=37, width=12, vocabulary=50):
@@ -39,6 +39,33 @@ def test_equals_full_logits(monkeypatch, chunk_rows, transform, with_bias):
     torch.testing.assert_close(total, want.sum(), rtol=1e-5, atol=1e-5)
     for ours, item in zip(got, used, strict=True):
         torch.testing.assert_close(ours, item.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 10, 1000])
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(2.0, 1.5)])
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("hidden",)], ids=["whole", "frozen head", "head alone"])
+def test_weights_known_only_in_the_backward_pass(monkeypatch, chunk_rows, transform, frozen):
+    hidden, weight, bias, targets = make(torch.float32)
+    monkeypatch.setattr(module, "CHUNK_BYTES", chunk_rows * weight.shape[0] * weight.element_size())
+    monkeypatch.setattr(module, "CACHED_ELEMENTS", 3 * weight.shape[0])
+    named = {"hidden": hidden, "weight": weight, "bias": bias}
+    used = [item.requires_grad_(name not in frozen) for name, item in named.items() if name not in frozen]
+    for name in frozen:
+        named[name].requires_grad_(False)
+
+    def weighted(losses):
+        return losses.square().sum() - losses[:5].sum().exp().log1p()
+
+    losses = target_losses(hidden, weight, targets, bias=bias, transform=transform)
+    weighted(losses).backward()
+    got = [item.grad for item in used]
+    for item in used:
+        item.grad = None
+    want = cross_entropy(transform(hidden @ weight.T + bias), targets, reduction="none")
+    weighted(want).backward()
+    torch.testing.assert_close(losses, want, rtol=1e-5, atol=1e-6)
+    for ours, item in zip(got, used, strict=True):
+        torch.testing.assert_close(ours, item.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_no_positions_is_a_zero_loss_with_zero_gradients():

@@ -182,9 +182,8 @@ class Data:
 
     def scan(self) -> Iterator[GlobalBatch]:
         """Global batches of one pass over the training data, in order, each sample once over all ranks; the position
-        stays. ValueError where the data is streamed."""
-        if self._train.scan is None:
-            raise ValueError("data.datasets_type: streamed data cannot be gone through beforehand")
+        stays. For data that is not streamed."""
+        assert self._train.scan is not None, "streams cannot be gone over beforehand"
         planner = self._train.scan()
         planner.count()
         for _, batch in global_batches(planner, self._train.fetch, self._share):
@@ -239,6 +238,11 @@ def build_data(
         encoder = ReadyMade(encoder, config.data.max_seq_len, vocab_size, pairs=pairs)
     pad_id = _pad_id(tokenizer, vocab_size)
     streams = config.data.datasets_type == "iterable" or not all(source.mapping for source in sources)
+    if pairs and streams and config.train.dpo_reference == "precompute":
+        raise ValueError(
+            "train.dpo_reference: precompute goes over the training data beforehand, and streamed data "
+            "(data.datasets_type) is read as it is trained on: set on_the_fly"
+        )
     explicit = "data.train_size" if config.train.dyn_bsz else "data.train_sample"
     recipe = make_recipe(config, dp_size=dp_size, by_formula=streams or explicit in config.explicit)
     names = [source.name for source in sources]

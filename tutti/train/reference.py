@@ -51,7 +51,7 @@ WithReference = Callable[[Iterable[GlobalBatch], Part], Iterator[GlobalBatch]]
 def make_reference(config: Config, parts: Parts, ranks: Dist) -> WithReference:
     """How batches get their reference. Call it when `parts` has its weights, and before a checkpoint is loaded.
 
-    Where data is not pairs, batches stay as they are. A collective call. ValueError: streamed data, to be gone over.
+    Where data is not pairs, batches stay as they are. A collective call.
     """
     if parts.objective.preference is None:
         return lambda batches, part: iter(batches)
