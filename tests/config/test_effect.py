@@ -52,6 +52,7 @@ CASES = [
         "train.enable_full_shard",
     ),
     (["train.enable_fsdp_offload=on"], "train.enable_fsdp_offload", "ddp"),
+    (["train.activation_gpu_limit=1.5"], "train.activation_gpu_limit", "train.enable_activation_offload"),
     (
         ["train.enable_reshard_after_forward=on", "train.data_parallel_mode=fsdp1"],
         "train.enable_reshard_after_forward",
@@ -110,6 +111,7 @@ def test_no_effect(argv: list[str], name: str, why: str) -> None:
         ["data.train_size=5", "train.dyn_bsz=true", "data.dyn_bsz_buffer_size=5", "train.bsz_warmup_ratio=0.1"],
         ["train.enable_reshard_after_forward=on", "train.data_parallel_mode=fsdp2", "train.enable_full_shard=no"],
         ["train.enable_full_shard=no", "train.enable_fsdp_offload=on", "train.data_parallel_mode=fsdp1"],
+        ["train.enable_activation_offload=on", "train.activation_gpu_limit=1.5"],
         ["train.eval_steps=5", "data.eval_path=x"],
         ["train.use_wandb=on", "train.wandb_name=x"],
         ["train.lr_start=1e-5", "train.lr_warmup_ratio=0.1", "train.lr_min=0", "train.lr_decay_ratio=0.5"],

@@ -13,8 +13,6 @@ NOT_YET: dict[str, str] = {
     "model.output_encoder": "omni models",
     "model.encode_target": "omni models",
     "model.attn_implementation=native-sparse": "Native Sparse Attention",
-    "train.enable_activation_offload": "offloading",
-    "train.activation_gpu_limit": "offloading",
     "train.enable_batch_invariant_mode": "batch-invariant kernels",
 }
 

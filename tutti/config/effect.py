@@ -104,6 +104,11 @@ _RULES = (
         "train.data_parallel_mode is ddp, which keeps all parameters on the device; fsdp1 and fsdp2 offload",
     ),
     _Rule(
+        ("train.activation_gpu_limit",),
+        lambda config: not config.train.enable_activation_offload,
+        "train.enable_activation_offload is off: all activations stay on the device",
+    ),
+    _Rule(
         _prefixed("train.enable_reshard_after_"),
         lambda config: config.train.data_parallel_mode == "fsdp1",
         "train.data_parallel_mode is fsdp1, which goes by train.enable_full_shard alone",

@@ -1,0 +1,328 @@
+"""Activations in host memory: what a block saves for its backward pass leaves the device and comes back in time.
+
+Saved-tensor hooks around each block's forward see everything that autograd, custom operators included, keeps for the
+backward pass. With activation checkpointing, that is the block's input alone. All of it makes the trip but
+
+- parameters, which FSDP frees and gathers by itself, and what all blocks are handed alike (rotary embeddings, borders);
+- small ones, for which starting a copy takes longer than the copy.
+
+1. Memory goes as whole storages: several saved views of one storage, or one tensor saved twice, are one copy.
+2. They queue up as they are saved. At the end of a block, while the queue holds more than train.activation_gpu_limit,
+   the oldest ones start for pinned host memory on a side stream, under the next block's computation, and the device
+   memory of those that left after the block before is given back. So what stays on the device is what was saved last,
+   which the backward pass needs first.
+3. As the backward pass comes to a block, it waits for that block's storages, and those of the block before it start
+   to come back meanwhile.
+
+The compute stream waits for an event before memory that the side stream has read or written is reused, so that the
+host never waits. On the CPU the same happens with plain copies and nothing to overlap.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
+
+log = logging.getLogger(__name__)
+
+SMALL = 2**14
+"""Storages of fewer bytes stay where they are."""
+
+
+def offload_activations(blocks: Sequence[nn.Module], device_type: str, limit_gb: float) -> Offloader:
+    """Have `blocks`, in the order they run, move what they save in training to host memory, but for `limit_gb` * 10^9
+    bytes a micro batch."""
+    offloader = Offloader(torch.device(device_type), int(limit_gb * 1e9), len(blocks))
+    for number, block in enumerate(blocks):
+        block.forward = _offloaded(block, block.forward, offloader, number)
+    return offloader
+
+
+def _offloaded(block: nn.Module, forward: Callable[..., Any], offloader: Offloader, number: int) -> Callable[..., Any]:
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not (block.training and torch.is_grad_enabled()):
+            return forward(*args, **kwargs)
+        shared = _Storages(item for item in tree_leaves((args[1:], kwargs)) if isinstance(item, Tensor))
+        group = offloader.enter(number, _Staying(block, shared))
+        with saved_tensors_hooks(lambda tensor: offloader.pack(tensor, group), offloader.unpack):
+            out = forward(*args, **kwargs)
+        offloader.leave(number)
+        return out
+
+    return run
+
+
+class _Storages(frozenset[int]):
+    """The addresses of some tensors' memory."""
+
+    def __new__(cls, tensors: Iterable[Tensor]) -> _Storages:
+        locals_ = (tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+        return super().__new__(cls, (tensor.untyped_storage().data_ptr() for tensor in locals_))
+
+
+class _Staying:
+    """Which memory a block does not save itself: that of its parameters and of what all blocks are given."""
+
+    def __init__(self, block: nn.Module, shared: _Storages) -> None:
+        self._block, self._shared = block, shared
+        # Units of FSDP within the block are gathered as they run, and not before.
+        self._changes = any(isinstance(module, FSDPModule) for module in block.modules() if module is not block)
+        self._parameters = _Storages(block.parameters())
+
+    def __contains__(self, address: int) -> bool:
+        if self._changes:
+            self._parameters = _Storages(self._block.parameters())
+        return address in self._parameters or address in self._shared
+
+
+class _Stored:
+    """A storage that was saved, wherever its bytes are: `source` on the device, `host`, or `back` on the device.
+
+    source: an alias of the tensor that was saved first, which tells of writes since. The others are bytes.
+    """
+
+    def __init__(self, source: Tensor) -> None:
+        self.source: Tensor | None = source
+        self.version = source._version
+        self.address = source.untyped_storage().data_ptr()
+        self.nbytes = source.untyped_storage().nbytes()
+        self.device = source.device
+        self.host: Tensor | None = None
+        self.back: Tensor | None = None
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.address, self.version
+
+    def require_unchanged(self, source: Tensor) -> None:
+        if source._version != self.version:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(source.shape)} that is needed for a gradient was changed in place after it "
+                "was saved; train.enable_activation_offload cannot keep what it was"
+            )
+
+
+class _Group:
+    """What one block saved in one forward pass; it lives as long as autograd keeps any of it."""
+
+    def __init__(self, staying: _Staying, previous: _Group | None) -> None:
+        self.staying: _Staying | None = staying
+        self.previous = previous
+        self.stored: list[weakref.ref[_Stored]] = []
+        self.fetched = self.ready = False
+        self.event: Any = None
+
+    def alive(self) -> Iterator[_Stored]:
+        return (stored for item in self.stored if (stored := item()) is not None)
+
+
+class _Saved(NamedTuple):
+    """What autograd holds in place of a tensor: a view of a storage."""
+
+    stored: _Stored
+    group: _Group
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: Any  # an int; torch says it may be a symbolic one
+
+    def view(self, memory: Tensor) -> Tensor:
+        whole = torch.empty(0, dtype=self.dtype, device=memory.device)
+        return whole.set_(memory.untyped_storage(), self.offset, self.shape, self.stride)
+
+
+class Offloader:
+    """The traffic of one model's activations. kept_bytes and moved_bytes: of the last micro batch, by its end."""
+
+    def __init__(self, device: torch.device, limit: int, num_blocks: int) -> None:
+        self._device, self._limit, self._last = device, limit, num_blocks - 1
+        self._beside = _SideStream(device)
+        self._queue: deque[_Stored] = deque()
+        self._known: dict[tuple[int, int], _Stored] = {}
+        self._leaving: list[tuple[Any, list[_Stored], list[Tensor]]] = []
+        self._arriving: dict[_Group, list[Tensor]] = {}
+        self._newest: _Group | None = None
+        self._reported = False
+        self.kept_bytes = self.moved_bytes = 0
+
+    def enter(self, number: int, staying: _Staying) -> _Group:
+        """A block's forward pass begins; that of the first one begins a micro batch."""
+        if number == 0:
+            self._forget()
+            self.kept_bytes = self.moved_bytes = 0
+            for unused in self._arriving:
+                self._beside.wait(unused.event)
+            self._arriving.clear()
+        self._newest = _Group(staying, self._newest)
+        return self._newest
+
+    def pack(self, tensor: Tensor, group: _Group) -> Any:
+        """What autograd is to keep for `tensor`, which the block of `group` saves."""
+        if not self._moves(tensor, group):
+            return tensor
+        key = tensor.untyped_storage().data_ptr(), tensor._version
+        stored = self._known.get(key)
+        if stored is None:
+            stored = self._known[key] = _Stored(tensor.detach())
+            self._queue.append(stored)
+            self.kept_bytes += stored.nbytes
+        group.stored.append(weakref.ref(stored))
+        return _Saved(stored, group, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def _moves(self, tensor: Tensor, group: _Group) -> bool:
+        if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.device.type != self._device.type:
+            return False
+        storage = tensor.untyped_storage()
+        assert group.staying is not None
+        return storage.nbytes() >= SMALL and storage.data_ptr() not in group.staying
+
+    def leave(self, number: int) -> None:
+        """A block's forward pass has ended: send on its way what exceeds the limit."""
+        self._settle()
+        moving = []
+        while self.kept_bytes > self._limit:
+            stored = self._queue.popleft()
+            self.kept_bytes -= stored.nbytes
+            self.moved_bytes += stored.nbytes
+            moving.append(stored)
+        if moving:
+            self._send(moving)
+        assert self._newest is not None
+        self._newest.staying = None
+        if number == self._last:
+            self._report()
+            self._forget()
+
+    @torch.no_grad()
+    def _send(self, moving: list[_Stored]) -> None:
+        sources: list[Tensor] = []
+        with self._beside.copying():
+            for stored in moving:
+                assert stored.source is not None
+                stored.require_unchanged(stored.source)
+                sources.append(stored.source)
+                stored.host = self._beside.to_host(_bytes_of(stored.source))
+                stored.source = None
+        self._leaving.append((self._beside.mark(), moving, sources))
+
+    def _settle(self) -> None:
+        """Give back the device memory of what has left."""
+        for event, moving, sources in self._leaving:
+            self._beside.wait(event)
+            for stored, source in zip(moving, sources, strict=True):
+                stored.require_unchanged(source)
+                self._known.pop(stored.key, None)
+        self._leaving.clear()
+
+    def _forget(self) -> None:
+        """From here on autograd alone keeps the micro batch's tensors."""
+        self._queue.clear()
+        self._known.clear()
+        self._newest = None
+
+    def unpack(self, saved: Any) -> Tensor:
+        """The tensor for which autograd has kept `saved`; in the backward pass."""
+        if not isinstance(saved, _Saved):
+            return saved
+        with torch.no_grad():
+            if not saved.group.ready:
+                self._need(saved.group)
+            stored = saved.stored
+            if stored.source is not None:
+                stored.require_unchanged(stored.source)
+                return saved.view(stored.source)
+            assert stored.back is not None
+            return saved.view(stored.back)
+
+    def _need(self, group: _Group) -> None:
+        """The backward pass has come to the block of `group`."""
+        self._settle()
+        self._fetch(group)
+        if group.previous is not None:
+            self._fetch(group.previous)
+        self._beside.wait(group.event)
+        self._arriving.pop(group, None)
+        for stored in group.alive():
+            stored.host = None if stored.back is not None else stored.host
+        group.ready = True
+
+    def _fetch(self, group: _Group) -> None:
+        if group.fetched:
+            return
+        group.fetched = True
+        absent = [stored for stored in group.alive() if stored.host is not None and stored.back is None]
+        absent = list({id(stored): stored for stored in absent}.values())
+        # On the compute stream, which they belong to; it waits for the copies before it reads them.
+        for stored in absent:
+            stored.back = torch.empty(stored.nbytes, dtype=torch.uint8, device=stored.device)
+        with self._beside.copying():
+            for stored in absent:
+                assert stored.back is not None and stored.host is not None
+                stored.back.copy_(stored.host, non_blocking=True)
+        group.event = self._beside.mark()
+        # Kept until the compute stream waits, even if autograd drops them before it has used them.
+        self._arriving[group] = [stored.back for stored in absent if stored.back is not None]
+
+    def _report(self) -> None:
+        if self._reported:
+            return
+        self._reported = True
+        same = ", which are the same memory here" if self._device.type == "cpu" else ""
+        log.info(
+            "activations of the first micro batch: %.3g GB moved to the host, %.3g GB kept on the device, of at most "
+            "%.3g (train.activation_gpu_limit)%s",
+            self.moved_bytes / 1e9,
+            self.kept_bytes / 1e9,
+            self._limit / 1e9,
+            same,
+        )
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """All of the storage under `tensor`, as bytes."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
+class _SideStream:
+    """A stream for copies beside the one that computes; on the CPU, which has none, copies are made at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._module: Any = None if device.type == "cpu" else torch.get_device_module(device)
+        self._stream: Any = None if self._module is None else self._module.Stream()
+
+    @contextmanager
+    def copying(self) -> Iterator[None]:
+        """What is copied within happens after all that the computing stream has been given so far."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(self._module.current_stream())
+        with self._module.stream(self._stream):
+            yield
+
+    def to_host(self, memory: Tensor) -> Tensor:
+        """A copy under way in host memory; torch's allocator of pinned memory keeps a pool."""
+        host = torch.empty(memory.shape, dtype=memory.dtype, pin_memory=self._stream is not None)
+        return host.copy_(memory, non_blocking=True)
+
+    def mark(self) -> Any:
+        """An event after all copies so far."""
+        return None if self._stream is None else self._stream.record_event()
+
+    def wait(self, event: Any) -> None:
+        """Have the computing stream wait for an event; the host goes on."""
+        if event is not None:
+            self._module.current_stream().wait_event(event)
