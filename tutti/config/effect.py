@@ -187,6 +187,11 @@ _RULES = (
         ),
         "there are no train.sample_prompts",
     ),
+    _Rule(
+        ("train.pipeline_schedule", "train.pipeline_stages_per_rank"),
+        lambda config: config.train.pipeline_parallel_size == 1,
+        "train.pipeline_parallel_size is 1",
+    ),
     _Rule(_prefixed("train.wandb_"), lambda config: not config.train.use_wandb, "train.use_wandb is off"),
     _Rule(
         _prefixed("train.profile_"), lambda config: not config.train.enable_profiling, "train.enable_profiling is off"

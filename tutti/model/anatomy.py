@@ -28,6 +28,8 @@ from tutti.model.attention import PACKED
 from tutti.model.plan import blocks, decoder, model_class
 from tutti.parallel.pipeline import plain_attributes
 
+_HOOKED = "_output_capturing_hooks_installed"
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -143,9 +145,13 @@ def _stand_ins(inner: nn.Module, path: str, trace: _Trace) -> Iterator[None]:
     config: Any = inner.config
     implementation = config._attn_implementation
     config._attn_implementation = PACKED
+    # transformers hooks into blocks once, when it is first asked for what they make beside hidden states.
+    hooked = inner.__dict__.get(_HOOKED, False)
+    inner.__dict__[_HOOKED] = True
     try:
         yield
     finally:
+        inner.__dict__[_HOOKED] = hooked
         config._attn_implementation = implementation
         inner._modules.update(held)
         for handle in handles:

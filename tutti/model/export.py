@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as torch_dist
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -51,21 +52,25 @@ def export_hf(
     index_path: str | Path | None = None,
     dtype: torch.dtype | None = None,
     max_shard_gb: float = 5.0,
+    whole: PreTrainedModel | None = None,
 ) -> None:
     """Write `model` to `folder`: config, generation config, weights, and what `tokenizer.save_pretrained` writes.
 
     index_path: an index whose layout to reproduce, same tensor to same file; else files of at most max_shard_gb.
-    dtype: what floating-point weights are cast to (default: none). Replaces `folder`. Every rank must call it.
+    dtype: what floating-point weights are cast to (default: none). whole: the whole model, without storage, where the
+    ranks' models are parts of it. Replaces `folder`. Every rank must call it.
     """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     dist.agree(lambda: prepare_folder(partial) if dist.is_main else None)
-    groups = _Reverted(model, dtype)
+    groups = _Reverted(whole or model, dtype)
+    held = groups.tensors if whole is None else dict(_saved(model))
+    holders = {name: rank for rank, names in reversed(list(enumerate(dist.gather(set(held))))) for name in names}
     layout = dist.agree(lambda: _layout(groups.sizes, index_path, max_shard_gb))
     writer = _Writer(partial, layout)
     failure: Exception | None = None
     for names in groups.in_order_of(layout):
-        gathered = {name: gather_full(groups.tensors[name], keep=dist.is_main) for name in names}
+        gathered = {name: _gather(held.get(name), groups.tensors[name], holders[name], dist) for name in names}
         if not dist.is_main or failure is not None:
             continue
         try:
@@ -169,6 +174,23 @@ def gather_full(tensor: Tensor, *, keep: bool) -> Tensor:
     if isinstance(tensor, DTensor):
         tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
     return tensor.to("cpu") if keep else tensor.new_empty(0)
+
+
+def _gather(tensor: Tensor | None, like: Tensor, holder: int, dist: Dist) -> Tensor:
+    """The full tensor on the CPU of rank 0, from the ranks that have a part of it, of which `holder` is the first.
+
+    like: its shape and dtype. Every rank takes part.
+    """
+    full = like.new_empty(0) if tensor is None else gather_full(tensor, keep=dist.rank == holder)
+    if holder == 0:
+        return full
+    if dist.rank == holder:
+        torch_dist.send(full.contiguous(), dst=0)
+    if not dist.is_main:
+        return full
+    received = torch.empty(like.shape, dtype=like.dtype)
+    torch_dist.recv(received, src=holder)
+    return received
 
 
 class _Writer:

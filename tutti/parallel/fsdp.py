@@ -103,7 +103,14 @@ def _shard_experts(experts: nn.Module, mesh: Mesh, unit: Callable[..., Any], *, 
 def reshards(train: TrainConfig) -> bool:
     """Whether a block's parameters are freed after its forward pass: ZeRO-3, or ZeRO-2 with FSDP2's own switch."""
     mode = train.data_parallel_mode
-    return mode != "ddp" and (train.enable_full_shard or (mode == "fsdp2" and train.enable_reshard_after_forward))
+    asked = mode != "ddp" and (train.enable_full_shard or (mode == "fsdp2" and train.enable_reshard_after_forward))
+    return asked and not postpones(train)
+
+
+def postpones(train: TrainConfig) -> bool:
+    """Whether gradients of parameters are computed apart from the rest of a backward pass. FSDP's hooks see nothing of
+    that, so all that a step gathers stays until its end, when gradients are reduced."""
+    return train.pipeline_parallel_size > 1 and train.pipeline_schedule == "zero_bubble"
 
 
 def offloads(train: TrainConfig) -> bool:
@@ -129,8 +136,9 @@ class GradientSync:
         self._modules: Sequence[FSDPModule] = fsdp_modules(root)
         zero3 = train.data_parallel_mode != "ddp" and train.enable_full_shard and mesh.num_shards > 1
         second = train.data_parallel_mode != "fsdp1"
-        self._reduce_each = (zero3 and second) or offloads(train)
-        self._reshard_each = zero3 or (second and train.enable_reshard_after_backward)
+        at_once = not postpones(train)
+        self._reduce_each = at_once and ((zero3 and second) or offloads(train))
+        self._reshard_each = at_once and (zero3 or (second and train.enable_reshard_after_backward))
 
     def before(self, *, last: bool) -> None:
         assert isinstance(self._root, FSDPModule)

@@ -68,15 +68,24 @@ def load_trained(config: Config, source: Path, model: PreTrainedModel, ranks: Di
 
 
 def export_trained(
-    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, ranks: Dist
+    config: Config,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    ranks: Dist,
+    *,
+    whole: PreTrainedModel | None = None,
 ) -> None:
-    """Write `model` to `folder`: complete, or of an adapted one its adapter, which peft reads. Collective."""
+    """Write `model` to `folder`: complete, or of an adapted one its adapter, which peft reads. Collective.
+
+    whole: as in `export_hf`.
+    """
     if lora_of(model) is not None:
         base = config.model.model_path or config.model.config_path
         export_adapter(model, folder, tokenizer, dist=ranks, base=base and str(Path(base).absolute()))
         return
     index = find_index(config.model.model_path, config.model.safetensor_idx_path)
-    export_hf(model, folder, tokenizer, dist=ranks, index_path=index)
+    export_hf(model, folder, tokenizer, dist=ranks, index_path=index, whole=whole)
 
 
 def _output_folder(source: Path) -> Path:

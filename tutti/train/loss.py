@@ -4,7 +4,8 @@ For N trained positions and a vocabulary of V the logits are N x V, by far the l
 loss needs each row only once, so the head is applied to a chunk of rows at a time and, while a chunk's logits are
 there, they are turned in place into their own gradient (softmax minus one-hot), multiplied into the gradients of the
 hidden states and of the head, and dropped. The forward pass thus does the backward pass's work too, and nothing is
-computed twice. The idea is that of Cut Cross-Entropy (arXiv 2411.09009) and Liger (arXiv 2410.10989).
+computed twice. The idea is that of Cut Cross-Entropy (arXiv 2411.09009) and Liger (arXiv 2410.10989). Where no number
+may depend on what else is in a batch (`tutti.parallel.invariant`), no chunk holds rows of two samples.
 
 That needs every row to count the same. Where a row's weight in the loss depends on the losses of others, as when
 answers are compared by the sums over their tokens, it is not known before the last chunk: `target_losses` then computes
@@ -23,7 +24,7 @@ Shapes: N positions, H hidden size, V vocabulary (or classes).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +60,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     transform: LogitTransform = _AS_IS,
     shard: VocabularyShard | None = None,
+    pieces: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of `hidden @ weight.T` against `targets`.
 
@@ -67,8 +69,10 @@ def linear_cross_entropy(
 
     shard: weight and bias are this rank's rows, hidden and targets the same on all ranks. The results are an equal
     share of the loss on each rank, to be summed; so is the gradient of hidden, a part of a sum. A collective call.
+
+    pieces: numbers of consecutive positions, N in all, that are computed apart from one another.
     """
-    total, losses = _LinearCrossEntropy.apply(hidden, weight, bias, targets, transform, shard)
+    total, losses = _LinearCrossEntropy.apply(hidden, weight, bias, targets, transform, shard, pieces)
     return total, losses
 
 
@@ -80,13 +84,14 @@ def target_losses(
     bias: Tensor | None = None,
     transform: LogitTransform = _AS_IS,
     shard: VocabularyShard | None = None,
+    pieces: Sequence[int] | None = None,
 ) -> Tensor:
     """Each position's cross-entropy, fp32 [N], to be differentiated whatever becomes of it; arguments as above.
 
     shard: the losses are whole on each rank, not a share, and must get the same gradient on all ranks; that of hidden
     is a part of a sum. A collective call, and so is its backward pass.
     """
-    return _TargetLosses.apply(hidden, weight, bias, targets, transform, shard)
+    return _TargetLosses.apply(hidden, weight, bias, targets, transform, shard, pieces)
 
 
 def _rows_a_chunk(weight: Tensor) -> int:
@@ -100,6 +105,18 @@ class _Head(NamedTuple):
     bias: Tensor | None
     transform: LogitTransform
     shard: VocabularyShard | None
+    pieces: Sequence[int] | None
+
+    def chunks(self, num_rows: int) -> list[slice]:
+        """The rows that go through the head together."""
+        most = _rows_a_chunk(self.weight)
+        found, begin = [], 0
+        for length in (num_rows,) if self.pieces is None else self.pieces:
+            end = begin + length
+            found += [slice(start, min(start + most, end)) for start in range(begin, end, most)]
+            begin = end
+        assert begin == num_rows, "pieces of another batch"
+        return found
 
 
 def _chunk_by_chunk(
@@ -107,18 +124,19 @@ def _chunk_by_chunk(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Each position's loss, fp32 [N], and the gradients of their sum, weighted by `weights` [N], by hidden, weight and
     bias, or None for those that `needs` does not ask for."""
-    weight, bias, transform, shard = head
+    weight, bias, transform, shard, pieces = head
     need_hidden, need_weight, need_bias = needs
     losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-    rows = _rows_a_chunk(weight)
-    several = len(hidden) > rows
+    chunks = head.chunks(len(hidden))
+    several = len(chunks) > 1
     grad_hidden = torch.empty_like(hidden) if need_hidden else None
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight and several else None
     grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
-    for start in range(0, len(hidden), rows):
-        chunk = slice(start, start + rows)
+    for chunk in chunks:
+        # In memory of its own, where a piece may not depend on its place: kernels may go by alignment.
+        own = hidden[chunk] if pieces is None else hidden[chunk].clone()
         scale = None if weights is None else weights[chunk]
-        logits = hidden[chunk] @ weight.T
+        logits = own @ weight.T
         if bias is not None:
             logits += bias
         if shard is not None:
@@ -130,7 +148,7 @@ def _chunk_by_chunk(
         if grad_hidden is not None:
             torch.mm(logits, weight, out=grad_hidden[chunk])
         if need_weight:
-            product = logits.T @ hidden[chunk]
+            product = logits.T @ own
             grad_weight = grad_weight.add_(product) if grad_weight is not None else product
         if grad_bias is not None:
             grad_bias += logits.sum(0, dtype=torch.float32)
@@ -155,8 +173,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         transform: LogitTransform,
         shard: VocabularyShard | None,
+        pieces: Sequence[int] | None,
     ) -> tuple[Tensor, Tensor]:
-        head = _Head(weight, bias, transform, shard)
+        head = _Head(weight, bias, transform, shard, pieces)
         losses, grads = _chunk_by_chunk(hidden, head, targets, ctx.needs_input_grad[:3])
         ctx.save_for_backward(*grads)
         if shard is not None:
@@ -166,8 +185,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grads = (None if item is None else item.mul_(grad.to(item.dtype)) for item in ctx.saved_tensors)
-        return (*grads, None, None, None)
+        # In place, unless backward is to come by again (as where a pipeline postpones gradients of parameters).
+        again = torch._C._autograd._get_current_graph_task_keep_graph()
+        scale = Tensor.mul if again else Tensor.mul_
+        grads = (None if item is None else scale(item, grad.to(item.dtype)) for item in ctx.saved_tensors)
+        return (*grads, None, None, None, None)
 
 
 class _TargetLosses(torch.autograd.Function):
@@ -182,24 +204,25 @@ class _TargetLosses(torch.autograd.Function):
         targets: Tensor,
         transform: LogitTransform,
         shard: VocabularyShard | None,
+        pieces: Sequence[int] | None,
     ) -> Tensor:
         need_hidden, *need_head = ctx.needs_input_grad[:3]
         ready = need_hidden and not any(need_head)
         losses, (grad_hidden, _, _) = _chunk_by_chunk(
-            hidden, _Head(weight, bias, transform, shard), targets, (ready, False, False)
+            hidden, _Head(weight, bias, transform, shard, pieces), targets, (ready, False, False)
         )
         ctx.save_for_backward(hidden, weight, bias, targets, grad_hidden)
-        ctx.transform, ctx.shard = transform, shard
+        ctx.transform, ctx.shard, ctx.pieces = transform, shard, pieces
         return losses
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, grad_hidden = ctx.saved_tensors
         if grad_hidden is not None:
-            return (grad_hidden * grad.to(grad_hidden.dtype)[:, None], None, None, None, None, None)
-        head = _Head(weight, bias, ctx.transform, ctx.shard)
+            return (grad_hidden * grad.to(grad_hidden.dtype)[:, None], None, None, None, None, None, None)
+        head = _Head(weight, bias, ctx.transform, ctx.shard, ctx.pieces)
         _, grads = _chunk_by_chunk(hidden, head, targets, ctx.needs_input_grad[:3], grad)
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)
 
 
 def _loss_and_gradient(

@@ -137,5 +137,5 @@ def housekeeping(step: int, config: Config) -> None:
 
 
 def _export(config: Config, parts: Parts, folder: Path, ranks: Dist) -> None:
-    export_trained(config, parts.model, parts.tokenizer, folder, ranks)
+    export_trained(config, parts.model, parts.tokenizer, folder, ranks, whole=parts.whole)
     log.info("wrote the %s to %s", "model" if lora_of(parts.model) is None else "adapter", folder)

@@ -17,7 +17,7 @@ from tutti.config.layout import Layout
 from tutti.core.batch import Batch
 from tutti.model.anatomy import Anatomy, anatomy
 from tutti.model.plan import decoder, experts, head, is_experts, part_sizes
-from tutti.parallel.fsdp import GradientSync
+from tutti.parallel.fsdp import GradientSync, postpones
 from tutti.parallel.mesh import Mesh
 from tutti.parallel.pipeline import Cost, Pipeline, Seams, check_stages, cut, split_blocks, tied_ranks
 from tutti.parallel.runner import OneByOne, Pipelined, Runner
@@ -105,4 +105,4 @@ def make_runner(
     if pipeline is None:
         return OneByOne(objective, sync, prepare)
     dtype = getattr(torch, train.compute_dtype)
-    return Pipelined(objective, pipeline, sync, prepare, dtype, split=train.pipeline_schedule == "zero_bubble")
+    return Pipelined(objective, pipeline, sync, prepare, dtype, split=postpones(train))
