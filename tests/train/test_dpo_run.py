@@ -64,6 +64,8 @@ LAYOUTS = {
     "ulysses": (2, {"data_parallel_mode": "fsdp2", "ulysses_parallel_size": 2}),
     "context": (2, {"data_parallel_mode": "fsdp2", "context_parallel_size": 2}),
     "tensor": (2, {"data_parallel_mode": "fsdp2", "tensor_parallel_size": 2}),
+    "pipeline": (2, {"pipeline_parallel_size": 2}),
+    "pipeline-on-the-fly": (2, {"pipeline_parallel_size": 2, "dpo_reference": "on_the_fly"}),
 }
 
 

@@ -21,7 +21,6 @@ NOT_TOGETHER: tuple[tuple[str, str], ...] = (
     ("train.architecture", "train.tensor_parallel_size"),
     ("train.pipeline_parallel_size", "train.tensor_parallel_size"),
     ("train.pipeline_parallel_size", "train.architecture"),
-    ("train.pipeline_parallel_size", "data.data_type=dpo"),
     ("train.pipeline_parallel_size", "train.sample_prompts"),
     ("train.pipeline_parallel_size", "train.sample_prompts_path"),
 )

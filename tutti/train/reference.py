@@ -33,9 +33,9 @@ from tutti.core.batch import Batch, GlobalBatch
 from tutti.core.dist import Dist
 from tutti.model.lora import adapters_off
 from tutti.parallel.fsdp import fsdp_modules
-from tutti.parallel.sequence import sequence_ranks, split_tokens
-from tutti.parallel.tensor import tensor_ranks
-from tutti.train.setup import Parts, load_parameters, tokenizer_and_model
+from tutti.parallel.runner import Runner
+from tutti.train.setup import Parts, second_model
+from tutti.train.stages import make_runner
 from tutti.train.task import Objective
 
 log = logging.getLogger(__name__)
@@ -48,16 +48,16 @@ WithReference = Callable[[Iterable[GlobalBatch], Part], Iterator[GlobalBatch]]
 """The same global batches with the reference model's log-probabilities in them."""
 
 
-def make_reference(config: Config, parts: Parts, ranks: Dist) -> WithReference:
+def make_reference(config: Config, parts: Parts, runner: Runner, ranks: Dist) -> WithReference:
     """How batches get their reference. Call it when `parts` has its weights, and before a checkpoint is loaded.
 
-    Where data is not pairs, batches stay as they are. A collective call.
+    runner: runs the model of `parts`. Where data is not pairs, batches stay as they are. A collective call.
     """
     if parts.objective.preference is None:
         return lambda batches, part: iter(batches)
     if config.train.dpo_reference == "precompute":
-        return Precomputed(_tables(config, parts, ranks))
-    return _on_the_fly(config, parts, ranks)
+        return Precomputed(_tables(config, parts, runner, ranks))
+    return _on_the_fly(config, parts, runner, ranks)
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ class Precomputed:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Computes answers' log-probabilities by `objective`; apart: within it that is the reference model."""
+    """Computes answers' log-probabilities by `objective`, which `runner` runs and which is the reference model, if need
+    be within `apart`."""
 
     objective: Objective
-    parts: Parts
-    device: torch.device
+    runner: Runner
     apart: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __call__(self, batches: Iterable[GlobalBatch], part: Part) -> Iterator[GlobalBatch]:
@@ -86,17 +86,20 @@ class Scorer:
             yield _with_reference(batch, self.score(batch))
 
     def score(self, batch: GlobalBatch) -> list[Tensor]:
-        """fp32 [P, 2] for each of this rank's micro batches, on the host. A collective call."""
-        sharing = sequence_ranks(self.parts.mesh)
+        """fp32 [P, 2] for each of this rank's micro batches, on the host; [] where the rank does not have the model's
+        end. A collective call."""
         training = self.objective.training
         self.objective.eval()
         with torch.no_grad(), self.apart():
-            found = [self.objective(split_tokens(one, sharing).to(self.device)) for one in batch.micro_batches]
+            found = [out.log_probs for out in self.runner.evaluate(batch.micro_batches)]
         self.objective.train(training)
-        return [torch.empty(0, 2) if out.log_probs is None else out.log_probs.cpu() for out in found]
+        return [torch.empty(0, 2) if one is None else one.cpu() for one in found]
 
 
 def _with_reference(batch: GlobalBatch, known: list[Tensor]) -> GlobalBatch:
+    if not known:  # nothing is compared on this rank
+        return batch
+
     def complete(micro: Batch, reference: Tensor) -> Batch:
         if micro.pairs is None:  # padding alone
             return micro
@@ -107,23 +110,21 @@ def _with_reference(batch: GlobalBatch, known: list[Tensor]) -> GlobalBatch:
     return replace(batch, micro_batches=tuple(map(complete, batch.micro_batches, known)))
 
 
-def _on_the_fly(config: Config, parts: Parts, ranks: Dist) -> Scorer:
+def _on_the_fly(config: Config, parts: Parts, runner: Runner, ranks: Dist) -> Scorer:
     """A scorer by the model itself without its adapters, if that is what it began as, else by a second model."""
     train = config.train
     if train.architecture == "lora" and config.model.adapter_path is None and not train.lora_full_modules:
-        return Scorer(parts.objective, parts, ranks.device, lambda: adapters_off(parts.model))
+        return Scorer(parts.objective, runner, lambda: adapters_off(parts.model))
     low = train.enable_mixed_precision and train.compute_dtype == "float32"
     train = replace(train, enable_mixed_precision=low, enable_gradient_checkpointing=False)
     config = replace(config, train=train)
-    _, model = ranks.agree(lambda: tokenizer_and_model(config, ranks.device))
-    objective = Objective(model, tensor_ranks(parts.mesh), parts.objective.preference)
-    load_parameters(config, replace(parts, model=model, objective=objective), ranks)
-    objective.eval().requires_grad_(False)
-    log.info("reference model: a second copy, in %s", train.compute_dtype if not low else "float32")
-    return Scorer(objective, parts, ranks.device)
+    second = second_model(config, parts, ranks)
+    second.objective.eval().requires_grad_(False)
+    log.info("reference model: a second copy, in %s", train.compute_dtype)
+    return Scorer(second.objective, make_runner(train, second.objective, parts.mesh, second.pipeline, ranks.device))
 
 
-def _tables(config: Config, parts: Parts, ranks: Dist) -> dict[str, Tensor]:
+def _tables(config: Config, parts: Parts, runner: Runner, ranks: Dist) -> dict[str, Tensor]:
     """The log-probabilities of all pairs, from the run's own file where it goes on, else computed. Collective."""
     path = Path(config.train.output_dir or "") / FILE
     key = _key(config, parts)
@@ -132,7 +133,7 @@ def _tables(config: Config, parts: Parts, ranks: Dist) -> dict[str, Tensor]:
     if tables is not None:
         log.info("reference log-probabilities: taken from %s", path)
         return tables
-    score = Scorer(parts.objective, parts, ranks.device).score
+    score = Scorer(parts.objective, runner).score
     tables = {"train": _table(parts.data.scan(), score, ranks)}
     if config.data.eval_path:
         tables["eval"] = _table(parts.data.evaluate(), score, ranks)
@@ -151,13 +152,14 @@ def _table(batches: Iterable[GlobalBatch], score: Callable[[GlobalBatch], list[T
     names: list[int] = []
     values: list[Tensor] = []
     for batch in batches:
-        names += [name for one in batch.names for name in one]
-        values += score(batch)
+        scores = score(batch)
+        names += [name for one in batch.names for name in one] if scores else []
+        values += scores
     shares = ranks.gather((names, torch.cat([torch.empty(0, 2), *values])))
     found = torch.tensor([name for share, _ in shares for name in share])
-    table = torch.full((int(found.max()) + 1, 2), torch.nan)
+    assert len(found.unique()) == found.max() + 1, "a pair was passed over"
+    table = torch.empty(int(found.max()) + 1, 2)
     table[found] = torch.cat([share for _, share in shares])
-    assert not table.isnan().any() or torch.cat(values).isnan().any(), "a pair was passed over"
     return table
 
 

@@ -56,7 +56,8 @@ def _run(config: Config, ranks: Dist) -> None:
     parts = assemble(config, ranks)
     samples = ranks.agree(lambda: Samples(config, parts))
     load_parameters(config, parts, ranks)
-    with_reference = make_reference(config, parts, ranks)
+    runner = make_runner(config.train, parts.objective, parts.mesh, parts.pipeline, ranks.device)
+    with_reference = make_reference(config, parts, runner, ranks)
     optimizer = build_optimizer(parts.model, config, whole=parts.whole is None)
     checkpoints = Checkpointer(
         output,
@@ -71,7 +72,6 @@ def _run(config: Config, ranks: Dist) -> None:
     if state:
         require_base(state.get("base"), base)
         parts.data.load_state_dict(state["data"])
-    runner = make_runner(config.train, parts.objective, parts.mesh, parts.pipeline, ranks.device)
     trainer = Trainer(
         parts.objective,
         optimizer,

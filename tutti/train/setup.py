@@ -12,7 +12,7 @@ import hashlib
 import logging
 import os
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -148,11 +148,25 @@ def assemble(config: Config, ranks: Dist) -> Parts:
     log.info("%s", data.steps_reason)
     objective = ranks.agree(lambda: Objective(model, tensor_ranks(mesh), make_preference(config)))
     ranks.agree(lambda: decay_groups(model, train))
-    if layout.pipeline == 1:
-        return Parts(layout, mesh, tokenizer, model, objective, data)
-    whole = copy.deepcopy(model)
-    pipeline = cut_model(objective, layout, mesh, train.pipeline_stages_per_rank)
-    return Parts(layout, mesh, tokenizer, model, objective, data, pipeline, whole)
+    return _cut(Parts(layout, mesh, tokenizer, model, objective, data), train)
+
+
+def _cut(parts: Parts, train: TrainConfig) -> Parts:
+    """`parts` with this rank's part of the model's depth. A collective call."""
+    if parts.layout.pipeline == 1:
+        return parts
+    whole = copy.deepcopy(parts.model)
+    pipeline = cut_model(parts.objective, parts.layout, parts.mesh, train.pipeline_stages_per_rank)
+    return replace(parts, pipeline=pipeline, whole=whole)
+
+
+def second_model(config: Config, parts: Parts, ranks: Dist) -> Parts:
+    """The parts of a run with another model, made as `config` says and with its weights. A collective call."""
+    _, model = ranks.agree(lambda: tokenizer_and_model(config, ranks.device))
+    objective = Objective(model, tensor_ranks(parts.mesh), parts.objective.preference)
+    second = _cut(replace(parts, model=model, objective=objective), config.train)
+    load_parameters(config, second, ranks)
+    return second
 
 
 def check_fits(model: PreTrainedModel, layout: Layout, train: TrainConfig) -> None:
