@@ -110,7 +110,9 @@ class Stage:
         kwargs = dict(kwargs)
         if received is not None:
             # Only its shape and dtype matter: the blocks are given the received states themselves.
-            kwargs |= {"input_ids": None, "inputs_embeds": received.hidden.detach()}
+            length = kwargs["input_ids"].shape[1]
+            blank = received.hidden.detach()[:, :1].expand(-1, length, -1)
+            kwargs |= {"input_ids": None, "inputs_embeds": blank}
         with self.holder.only(self.blocks, None if received is None else received.hidden) as result:
             output = decoder(**kwargs)
         own = getattr(output, "router_logits", None) or ()
@@ -206,15 +208,16 @@ class Pipeline:
     """The pipeline that this rank is a part of.
 
     stages: this rank's, ascending. per_rank: how many each rank has. group: the ranks that one batch runs through, in
-    order. tied: this rank's copy of parameters that another rank of `tied_group` has too; counted: whether the gradient
-    norm takes this copy. routed: for each of the model's stages, how many routers come before it (0 unless a loss is
-    made of their logits), and num_experts their logits' width. hidden_size: H.
+    order. hidden_size: H. token_parts: how many tensor ranks share a batch's tokens between blocks. routed: for each of
+    the model's stages, how many routers come before it (0 unless a loss is made of their logits), and num_experts the
+    width of these. tied: names of this rank's copies of parameters that another rank of `tied_group` has too.
     """
 
     stages: tuple[Stage, ...]
     per_rank: int
     group: dist.ProcessGroup
     hidden_size: int
+    token_parts: int
     routed: tuple[int, ...]
     num_experts: int
     tied: tuple[str, ...]

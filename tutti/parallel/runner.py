@@ -246,12 +246,13 @@ class Wires:
         if kind == "W" or border in (0, self._pipeline.num_stages):
             return
         tokens = batches[number].input_ids
+        length = len(tokens) // self._pipeline.token_parts
         peer, group = self._way(onward, leaving=False)
-        hidden = tokens.new_empty((1, len(tokens), self._pipeline.hidden_size), dtype=self._dtype)
+        hidden = tokens.new_empty((1, length, self._pipeline.hidden_size), dtype=self._dtype)
         layers = self._pipeline.routed[border]
         routed = None
         if layers:
-            routed = tokens.new_empty((layers, len(tokens), self._pipeline.num_experts), dtype=torch.float32)
+            routed = tokens.new_empty((layers, length, self._pipeline.num_experts), dtype=torch.float32)
         passed = Passed(hidden, routed)
         self._arriving[action] = passed, [dist.irecv(tensor, peer, group=group) for tensor in _tensors(passed)]
 

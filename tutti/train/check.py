@@ -22,9 +22,11 @@ from tutti.core.dist import Dist
 from tutti.core.log import setup_logging
 from tutti.data.encode import describe
 from tutti.data.loader import Data
+from tutti.model.anatomy import anatomy
 from tutti.model.plan import blocks, is_classifier, num_params
 from tutti.parallel.fsdp import reshards
 from tutti.train.setup import check_fits, open_data, tokenizer_and_model
+from tutti.train.stages import parameters_by_rank, stage_blocks
 
 SHOWN_SAMPLES = 4
 SHOWN_CHARACTERS = 1200
@@ -44,7 +46,7 @@ def check(config: Config, world: int = 1) -> None:
     out = Console(highlight=False)
     _show_batch(out, first.micro_batches[0], tokenizer, model, data.sources)
     out.print(_data_table(data, first))
-    out.print(_plan_table(config, layout))
+    out.print(_plan_table(config, layout, model))
     out.print(_memory_table(config, layout, model))
 
 
@@ -101,7 +103,7 @@ def _data_table(data: Data, first: GlobalBatch) -> Table:
     return table
 
 
-def _plan_table(config: Config, layout: Layout) -> Table:
+def _plan_table(config: Config, layout: Layout, model: PreTrainedModel) -> Table:
     train, table = config.train, _table("Layout")
     table.add_row(
         "ranks", f"{layout.world}: {layout.replicate} replicas x {layout.shard} shards ({train.data_parallel_mode})"
@@ -111,6 +113,12 @@ def _plan_table(config: Config, layout: Layout) -> Table:
         f"{layout.global_batch_size} = {train.micro_batch_size} a micro batch x {layout.data} ranks x "
         f"{layout.accumulation} accumulated",
     )
+    if layout.pipeline > 1:
+        stages = stage_blocks(model, anatomy(model), layout.pipeline * train.pipeline_stages_per_rank)
+        described = ", ".join(f"{blocks[0]} to {blocks[-1]}" for blocks in stages)
+        table.add_row(
+            "stages", f"{len(stages)} on {layout.pipeline} ranks ({train.pipeline_schedule}): blocks {described}"
+        )
     kept = "freed after the forward pass" if reshards(train) and layout.shard > 1 else "kept until the backward pass"
     table.add_row("parameters", f"{'fp32' if train.enable_mixed_precision else 'bf16'}, computed with in "
                   f"{train.compute_dtype}, {kept}")  # fmt: skip
@@ -124,14 +132,22 @@ def _memory_table(config: Config, layout: Layout, model: PreTrainedModel) -> Tab
     active = f" ({sizes.active:,} active)" if sizes.active != sizes.total else ""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     share = f", of which {trained:,} are trained" if trained != sizes.total else ""
+    if layout.pipeline > 1:
+        table.title = f"Memory per rank, on the fullest of {layout.pipeline} pipeline ranks"
     table.add_row("model", f"{type(model).__name__}, {sizes.total:,} parameters{active}{share}")
     computed = getattr(torch, train.compute_dtype).itemsize
     held = 4 if train.enable_mixed_precision else 2
-    own, frozen = trained / layout.shard, (sizes.total - trained) / layout.shard
+    here = max(
+        parameters_by_rank(model, layout, train.pipeline_stages_per_rank),
+        key=lambda parameters: sum(item.numel() for item in parameters),
+    )
+    present, total = {id(item) for item in here}, sum(item.numel() for item in here)
+    trained = sum(item.numel() for item in here if item.requires_grad)
+    own, frozen = trained / layout.shard, (total - trained) / layout.shard
     state = {"adamw": 2 * held, "anyprecision_adamw": 4 + (2 if held == 2 else 0)}[train.optimizer]
     largest = max((sum(item.numel() for item in block.parameters()) for _, block in blocks(model)), default=0)
-    in_blocks = sum(item.numel() for _, block in blocks(model) for item in block.parameters())
-    gathered = sizes.total - in_blocks + 2 * largest if reshards(train) and layout.shard > 1 else sizes.total
+    in_blocks = sum(item.numel() for _, block in blocks(model) for item in block.parameters() if id(item) in present)
+    gathered = total - in_blocks + 2 * largest if reshards(train) and layout.shard > 1 else total
     rows = {
         "parameters": own * held + frozen * computed,
         "gradients": own * held,

@@ -58,7 +58,8 @@ log = logging.getLogger(__name__)
 class Parts:
     """The parts of a run. The objective is the parallelized root; model is the Hugging Face model within it.
 
-    pipeline: where this rank has a part of the model's depth. whole: what the model was before, without storage.
+    pipeline: where this rank has a part of the model's depth. whole: what the model was before, without storage,
+    and plan: what of it is split into tensors.
     """
 
     layout: Layout
@@ -69,6 +70,7 @@ class Parts:
     data: Data
     pipeline: Pipeline | None = None
     whole: PreTrainedModel | None = None
+    plan: TensorPlan | None = None
 
     def describe(self, ranks: Dist) -> dict[str, Any]:
         """What the report shows beside the curves."""
@@ -155,9 +157,9 @@ def _cut(parts: Parts, train: TrainConfig) -> Parts:
     """`parts` with this rank's part of the model's depth. A collective call."""
     if parts.layout.pipeline == 1:
         return parts
-    whole = copy.deepcopy(parts.model)
+    whole, plan = copy.deepcopy(parts.model), tensor_plan(parts.model, parts.layout)
     pipeline = cut_model(parts.objective, parts.layout, parts.mesh, train.pipeline_stages_per_rank)
-    return replace(parts, pipeline=pipeline, whole=whole)
+    return replace(parts, pipeline=pipeline, whole=whole, plan=plan)
 
 
 def second_model(config: Config, parts: Parts, ranks: Dist) -> Parts:
@@ -248,7 +250,7 @@ def load_parameters(config: Config, parts: Parts, ranks: Dist) -> None:
         train,
         basic=own_modules(model, basic_modules(parts.whole or model, config.model.basic_modules)),
         experts=experts(model),
-        plan=tensor_plan(model, parts.layout),
+        plan=parts.plan if parts.whole else tensor_plan(model, parts.layout),
     )
     whole = train.init_device != "meta"
     if not whole:

@@ -10,6 +10,7 @@ import logging
 from itertools import accumulate
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from tutti.config import TrainConfig
@@ -49,6 +50,25 @@ def stage_blocks(model: PreTrainedModel, found: Anatomy, num_stages: int) -> lis
     return split_blocks(middle, before, after, num_stages)
 
 
+def parameters_by_rank(model: PreTrainedModel, layout: Layout, per_rank: int) -> list[list[nn.Parameter]]:
+    """What of `model`, which is whole, each rank of a pipeline has; all of it, where there is none."""
+    if layout.pipeline == 1:
+        return [list(model.parameters())]
+    found = anatomy(model)
+    inner = decoder(model)
+    units = list(inner.get_submodule(found.blocks).children())
+    borders = stage_blocks(model, found, layout.pipeline * per_rank)
+    ranks = []
+    for rank in range(layout.pipeline):
+        parts = [units[number] for blocks in borders[rank :: layout.pipeline] for number in blocks]
+        if rank == 0:
+            parts += [inner.get_submodule(name) for name in found.front]
+        if rank == layout.pipeline - 1:
+            parts += [*(inner.get_submodule(name) for name in found.tail), head(model)]
+        ranks.append(list(dict.fromkeys(parameter for part in parts for parameter in part.parameters())))
+    return ranks
+
+
 def cut_model(objective: Objective, layout: Layout, mesh: Mesh, per_rank: int) -> Pipeline:
     """Leave the objective's model with this rank's stages, and say how they hang together. Collective."""
     model = objective.model
@@ -85,6 +105,7 @@ def cut_model(objective: Objective, layout: Layout, mesh: Mesh, per_rank: int) -
         per_rank=per_rank,
         group=mesh.group("pipeline"),
         hidden_size=model.config.get_text_config().hidden_size,
+        token_parts=layout.tensor,
         routed=routed,
         num_experts=int(num_experts),  # type: ignore[arg-type]
         tied=own_tied,
