@@ -26,6 +26,7 @@ from tutti.train.report import render, write_report
 
 STEPS, EVALS, NAN_STEP = 120, 6, 50
 CHARTS = {"loss", "lr", "grad_norm", "throughput", "packing", "memory", "step_seconds", "source_loss", "source_tokens"}
+CHARTS |= {"rewards", "reward_accuracy"}
 HOSTILE = '</script><script>document.title="taken"</script> {{DATA}} & "quotes"'
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [
@@ -77,6 +78,10 @@ def training_record(step: int) -> dict[str, Any]:
         "source_loss/code": 1.0 + 1 / step,
         "source_tokens/books": 600,
         "source_tokens/code": 200,
+        "rewards/chosen": 0.01 * step,
+        "rewards/rejected": -0.01 * step,
+        "rewards/margin": 0.02 * step,
+        "rewards/accuracy": 0.5,
     }
 
 
@@ -178,6 +183,7 @@ def test_charts_draw_every_point(looked_at: tuple[Page, str]) -> None:
     assert points["loss", "Training, smoothed"] == STEPS - 1
     assert points["loss", "Evaluation"] == EVALS
     assert points["lr", "Learning rate"] == STEPS
+    assert points["rewards", "Chosen"] == points["rewards", "Rejected"] == STEPS
     assert points["source_loss", "books"] == points["source_loss", "code"] == STEPS
     # The line breaks where a loss is not a number.
     assert [len(re.findall("M", path["d"] or "")) for path in page.paths["loss"]] == [2, 2, 1]

@@ -118,7 +118,7 @@ def _find(config: Config) -> _Source:
         raise ValueError(f"infer.model_path: {path} is of a classifier, which generates no text")
     if tokenizer is not None:
         run = replace(run, model=replace(run.model, tokenizer_path=tokenizer))
-    return _Source(run, path, run.data.chat_template if run.data.data_type == "conversation" else "default")
+    return _Source(run, path, run.data.chat_template if run.data.holds_chats else "default")
 
 
 def _adapted(folder: Path, config: Config, tokenizer: str | None) -> _Source:

@@ -258,6 +258,23 @@ function charts() {
         curve(train, "expert_load_min", "Least busy", "var(--second)"),
       ],
     }),
+    single("rewards", "Rewards", "rewards/chosen", {
+      axis: plain,
+      now: fixed(last["rewards/margin"], 2),
+      smoothing: gentle(train.step),
+      series: [
+        curve(train, "rewards/chosen", "Chosen"),
+        curve(train, "rewards/rejected", "Rejected", "var(--second)"),
+      ],
+    }),
+    single("reward_accuracy", "Pairs in the right order", "rewards/accuracy", {
+      axis: (v) => percent(v, 0),
+      exact: (v) => percent(v, 2),
+      now: percent(last["rewards/accuracy"] ?? 0),
+      smoothing: gentle(train.step),
+      fromZero: true,
+      cap: 1,
+    }),
   ];
   if (known(column(evals, "eval_accuracy")))
     small.unshift(
