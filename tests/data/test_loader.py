@@ -580,57 +580,6 @@ def test_two_ranks_share_the_index(tmp_path):
     assert first[3] == second[3] and len(first[3]) == 1 and "line 151: no good" in first[3][0]
 
 
-def custom(path):
-    return [{"id": number, "n": 5} for number in range(int(path))]
-
-
-def custom_stream(path):
-    class Rows:
-        def __iter__(self):
-            yield from custom(path)
-
-    return Rows()
-
-
-@pytest.mark.parametrize("factory, steps", [("custom", 12), ("custom_stream", 30)])
-def test_a_dataset_of_the_users_own(factory, steps):
-    data = {"datasets_type": f"{__name__}:{factory}", "train_sample": 30, "eval_path": "7"}
-    built = build(configure("12", data=data))
-    assert built.total_steps == steps
-    assert set(ids(built.train())) == set(range(12))
-    assert ids(built.evaluate()) == list(range(7))
-
-
-def custom_samples(path):
-    return [sample(number, 5, 0) for number in range(int(path))]
-
-
-def custom_bad_samples(path):
-    good = sample(1, 5, 0)
-    return [
-        good,
-        sample(2, L + 1, 0),
-        sample(10**6, 4, 0),
-        Sample(good.input_ids, good.labels[1:]),
-        Sample(good.input_ids, np.full(5, IGNORE, np.int32)),
-        "text",
-    ]
-
-
-def test_a_dataset_of_ready_made_samples():
-    built = build(configure("12", data={"datasets_type": f"{__name__}:custom_samples"}))
-    assert built.report.trained_tokens == 12 * 4
-    assert sorted(ids(built.train())) == list(range(12))
-    data = {"datasets_type": f"{__name__}:custom_bad_samples", "silent_exception": True}
-    reasons = build(configure("12", data=data)).report.dropped
-    for reason, words in zip(
-        reasons,
-        ["longer than data.max_seq_len", "vocabulary", "equally long", "no trained", "named columns"],
-        strict=True,
-    ):
-        assert words in reason
-
-
 def test_too_little_for_packed_batches(tmp_path):
     path = write(tmp_path / "few.jsonl", make_rows(30))
     with pytest.raises(ValueError, match="30 samples, less than one global batch of 64 full micro batches"):
