@@ -4,15 +4,16 @@ import copy
 import itertools
 import json
 import random
-from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.harness import run_ranks
 from tests.model.zoo import FAMILIES, tiny
 from tests.parallel.layouts import assert_same, train_family
-from tests.train.runs import records, run, tiny_config
+from tests.train.runs import run, tiny_config, train_quietly
 from tutti.config import ConfigError
 from tutti.core.batch import IGNORE, Sample, pack
 from tutti.model.anatomy import anatomy
@@ -165,7 +166,7 @@ LAYOUTS = {
         4,
         PP2 | FSDP2 | REMAT | {"pipeline_schedule": "zero_bubble"},
     ),
-    "tensor": ("qwen3", {}, 4, PP2 | {"tensor_parallel_size": 2}),
+    "tensor and fsdp2": ("qwen3", {}, 8, PP2 | FSDP2 | {"tensor_parallel_size": 2}),
     "ulysses": ("qwen3", {}, 4, PP2 | FSDP2 | {"ulysses_parallel_size": 2}),
     "context": ("qwen3_moe", MOE, 4, PP2 | FSDP2 | {"context_parallel_size": 2}),
     "expert": ("qwen3_moe", MOE, 4, PP2 | FSDP2 | {"expert_parallel_size": 2}),
@@ -202,8 +203,7 @@ def test_saves_evaluates_and_exports_what_one_process_goes_on_with(tmp_path):
     }
     expected = run(tiny_config(tmp_path / "a", **common, **{"train.save_hf_weights": True}))
     staged = {"train.pipeline_parallel_size": 2, "train.save_hf_weights": True}
-    config = tiny_config(tmp_path / "b", world=2, **common, **staged)
-    got = run(config, 2)
+    got = run(tiny_config(tmp_path / "b", world=2, **common, **staged), 2)
     for ours, theirs in zip(got, expected, strict=True):
         key = "loss" if "loss" in theirs else "eval_loss"
         assert ours[key] == pytest.approx(theirs[key], rel=1e-5), f"{key} at step {ours['step']}"
@@ -213,15 +213,71 @@ def test_saves_evaluates_and_exports_what_one_process_goes_on_with(tmp_path):
     assert set(final[0]) == set(final[1])
     for name, tensor in final[0].items():
         assert torch.allclose(final[1][name], tensor, rtol=1e-3, atol=2e-5), name
-    # One process goes on from the checkpoint that two stages wrote, and two stages from weights that one exported.
-    middle = Path(config.train.output_dir) / "checkpoints" / "global_step_2"
-    resumed = tiny_config(tmp_path / "c", **common, **{"train.load_checkpoint_path": str(middle)})
-    run(resumed)
-    steps = [line for line in records(resumed) if "loss" in line]
-    assert [line["step"] for line in steps] == [3, 4]
-    for line in steps:
-        theirs = next(one for one in expected if one["step"] == line["step"] and "loss" in one)
-        assert line["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    # One process goes on from the checkpoint that two stages wrote, and two stages from that of one process.
+    for writer, name, world, train in (("b", "c", 1, {}), ("a", "d", 2, staged)):
+        middle = tmp_path / writer / "out" / "checkpoints" / "global_step_2"
+        changes = {"train.load_checkpoint_path": str(middle)}
+        resumed = tiny_config(tmp_path / name, world=world, **common, **train, **changes)
+        steps = [line for line in run(resumed, world) if "loss" in line]
+        assert [line["step"] for line in steps] == [3, 4]
+        for line in steps:
+            theirs = next(one for one in expected if one["step"] == line["step"] and "loss" in one)
+            assert line["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+def test_bf16_stays_close_to_fp32(tmp_path, alone):
+    got = train_family(tmp_path, "gemma2", 2, {}, **PP2, compute_dtype="bfloat16")
+    assert_same(got, alone("gemma2", {}), loss=2e-2, norm=2e-2)
+
+
+@pytest.mark.parametrize("broadcast", [True, False])
+def test_stages_read_their_own_weights(tmp_path, broadcast):
+    torch.manual_seed(0)
+    source = tmp_path / "model"
+    model = AutoModelForCausalLM.from_config(tiny("qwen3_moe", vocab_size=2048, num_hidden_layers=3))
+    model.save_pretrained(source)
+    changes = {
+        "model.config_path": None,
+        "model.model_path": str(source),
+        "train.max_steps": 1,
+        "train.lr": 0.0,
+        "train.lr_min": 0.0,
+        "train.save_hf_weights": True,
+        "train.broadcast_model_weights_from_rank0": broadcast,
+    }
+    (expected,) = run(tiny_config(tmp_path / "a", **changes))
+    staged = tiny_config(tmp_path / "b", world=2, **changes, **{"train.pipeline_parallel_size": 2})
+    (got,) = run(staged, 2)
+    assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    written = load_file(tmp_path / "b" / "out" / "hf" / "final" / "model.safetensors")
+    original = load_file(source / "model.safetensors")
+    assert set(written) == set(original)
+    assert all(torch.equal(written[name], tensor) for name, tensor in original.items())
+
+
+def test_copies_of_tied_weights_stay_equal(tmp_path):
+    config = tiny_config(tmp_path, world=4, **{f"train.{name}": value for name, value in (PP2 | FSDP2).items()})
+    embeddings = run_ranks(4, trained_embedding, config)
+    assert embeddings[0] == embeddings[2] and embeddings[1] == embeddings[3]
+    assert embeddings[0][0] != embeddings[1][0]
+
+
+def trained_embedding(config):
+    """Train, and give this rank's part of the embedding."""
+    from tutti.train.step import Trainer
+
+    kept = {}
+    original = Trainer.step
+
+    def step(self, batch, totals):
+        original(self, batch, totals)
+        largest = max(self._parameters, key=lambda parameter: parameter.numel())
+        kept["embedding"] = largest.to_local().detach().tolist()
+
+    Trainer.step = step
+    train_quietly(config)
+    return kept["embedding"]
 
 
 def test_classifies_through_stages(tmp_path):

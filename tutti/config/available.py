@@ -20,6 +20,7 @@ NOT_TOGETHER: tuple[tuple[str, str], ...] = (
     ("train.expert_parallel_size", "train.tensor_parallel_size"),
     ("train.architecture", "train.tensor_parallel_size"),
     ("train.pipeline_parallel_size", "train.architecture"),
+    ("train.pipeline_parallel_size", "train.enable_activation_offload"),
     ("train.pipeline_parallel_size", "train.sample_prompts"),
     ("train.pipeline_parallel_size", "train.sample_prompts_path"),
 )

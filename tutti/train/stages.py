@@ -85,10 +85,8 @@ def cut_model(objective: Objective, layout: Layout, mesh: Mesh, per_rank: int) -
     tied = [p for p in output.parameters() if id(p) in shared]
     num_experts = max((module.num_experts for module in experts(model)), default=0)  # type: ignore[type-var]
     stages = cut(model, seams, borders, mesh.rank("pipeline"), layout.pipeline)
-    for number, blocks in enumerate(borders):
-        log.info(
-            "pipeline stage %d on rank %d: blocks %d to %d", number, number % layout.pipeline, blocks[0], blocks[-1]
-        )
+    described = ", ".join(f"{blocks[0]} to {blocks[-1]}" for blocks in borders)
+    log.info("pipeline: %d stages on %d ranks, of blocks %s", len(borders), layout.pipeline, described)
     if layout.accumulation < layout.pipeline:
         log.warning(
             "%d micro batches a step do not fill a pipeline of %d ranks, which wait for each other: raise "
@@ -96,10 +94,6 @@ def cut_model(objective: Objective, layout: Layout, mesh: Mesh, per_rank: int) -
             layout.accumulation,
             layout.pipeline,
         )
-    present = {id(parameter) for parameter in objective.parameters()}
-    own_tied = tuple(
-        name for name, p in objective.named_parameters() if any(p is one for one in tied) and id(p) in present
-    )
     return Pipeline(
         stages=stages,
         per_rank=per_rank,
@@ -108,7 +102,7 @@ def cut_model(objective: Objective, layout: Layout, mesh: Mesh, per_rank: int) -
         token_parts=layout.tensor,
         routed=routed,
         num_experts=int(num_experts),  # type: ignore[arg-type]
-        tied=own_tied,
+        tied=tuple(name for name, p in objective.named_parameters() if any(p is one for one in tied)),
         tied_group=tied_ranks(mesh) if tied else None,
     )
 
