@@ -90,6 +90,8 @@ CASES = [
     (["train.sample_tokens=5", "data.data_type=classification"], "train.sample_tokens", "classifier"),
     (["train.sample_prompts=Hi", "data.data_type=classification"], "train.sample_prompts", "classifier"),
     (["train.sample_prompts_path=x", "data.data_type=classification"], "train.sample_prompts_path", "classifier"),
+    (["train.pipeline_schedule=zero_bubble"], "train.pipeline_schedule", "train.pipeline_parallel_size is 1"),
+    (["train.pipeline_stages_per_rank=2"], "train.pipeline_stages_per_rank", "train.pipeline_parallel_size is 1"),
     (["train.wandb_name=x"], "train.wandb_name", "train.use_wandb is off"),
     (["train.wandb_project=x"], "train.wandb_project", "train.use_wandb is off"),
     (["train.wandb_id=x"], "train.wandb_id", "train.use_wandb is off"),

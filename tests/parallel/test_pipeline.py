@@ -25,7 +25,7 @@ from tutti.parallel.schedule import rank_schedule
 
 def test_the_split_is_the_best_there_is():
     draw = random.Random(0)
-    for _ in range(200):
+    for _ in range(300):
         units = [Cost(draw.choice([1, 1, 1, 2, 5]), draw.choice([1, 2, 7])) for _ in range(draw.randint(2, 9))]
         front, tail = Cost(0, draw.randint(0, 20)), Cost(draw.randint(0, 12), draw.randint(0, 20))
         count = draw.randint(1, len(units))

@@ -21,8 +21,6 @@ NOT_TOGETHER: tuple[tuple[str, str], ...] = (
     ("train.architecture", "train.tensor_parallel_size"),
     ("train.pipeline_parallel_size", "train.architecture"),
     ("train.pipeline_parallel_size", "train.enable_activation_offload"),
-    ("train.pipeline_parallel_size", "train.sample_prompts"),
-    ("train.pipeline_parallel_size", "train.sample_prompts_path"),
 )
 """Pairs of arguments (or `argument=value`) that work, but not both at once."""
 

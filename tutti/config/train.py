@@ -145,7 +145,8 @@ class TrainConfig:
     pipeline_schedule: Literal["1f1b", "interleaved", "zero_bubble"] = arg(
         "1f1b",
         "One forward, one backward; interleaved: the same with several thin stages on a rank, for a smaller bubble; "
-        "zero_bubble: gradients of parameters are computed apart from those of inputs, while a rank would wait.",
+        "zero_bubble: gradients of parameters are computed apart from those of inputs, while a rank would wait "
+        "(FSDP then frees what it has gathered at the end of a step only).",
         added=True,
     )
     pipeline_stages_per_rank: int = arg(

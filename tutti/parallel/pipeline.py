@@ -20,6 +20,7 @@ Shapes: t tokens on this rank, H hidden size, n router layers before a stage, E 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,22 +63,36 @@ def split_blocks(blocks: Sequence[Cost], front: Cost, tail: Cost, num_stages: in
         ends = share[0] * (stage == 0) + share[-1] * (stage == num_stages - 1)
         return sums[last] - sums[first] + ends
 
-    # best[last]: (largest, sum of squares, borders) of the best split of the first `last` blocks into the stages so far
-    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, (0,))}
+    largest, _ = _search(len(blocks), num_stages, lambda so_far, value: max(so_far, value), cost)
+    limit = largest * (1 + 1e-9)
+
+    def squares(so_far: float, value: float) -> float:
+        return so_far + value * value if value <= limit else math.inf
+
+    _, borders = _search(len(blocks), num_stages, squares, cost)
+    return [range(first, last) for first, last in pairwise(borders)]
+
+
+def _search(
+    num_blocks: int,
+    num_stages: int,
+    combine: Callable[[float, float], float],
+    cost: Callable[[int, int, int], float],
+) -> tuple[float, tuple[int, ...]]:
+    """The least that the stages' costs combine to, and the borders of the blocks that give it: dynamic programming
+    over the stages. cost: of a stage with the blocks from the first up to the last."""
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, (0,))}
     for stage in range(num_stages):
         after = num_stages - 1 - stage
-        reached: dict[int, tuple[float, float, tuple[int, ...]]] = {}
-        for last in range(stage + 1, len(blocks) - after + 1):
-            options = (
-                (max(largest, value), squares + value * value, (*borders, last))
-                for first, (largest, squares, borders) in best.items()
+        best = {
+            last: min(
+                (combine(so_far, cost(stage, first, last)), (*borders, last))
+                for first, (so_far, borders) in best.items()
                 if first < last
-                for value in (cost(stage, first, last),)
             )
-            reached[last] = min(options)
-        best = reached
-    borders = best[len(blocks)][2]
-    return [range(first, last) for first, last in pairwise(borders)]
+            for last in range(stage + 1, num_blocks - after + 1)
+        }
+    return best[num_blocks]
 
 
 class Passed(NamedTuple):

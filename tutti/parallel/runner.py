@@ -43,8 +43,11 @@ class Runner(Protocol):
         called on the ranks that have a loss. A collective call."""
         ...
 
-    def evaluate(self, batches: Sequence[Batch]) -> Iterator[Any]:
-        """The root's output for each of `batches`, on the ranks that have one. A collective call, to be exhausted."""
+    def evaluate(self, batches: Sequence[Batch], **options: Any) -> Iterator[Any]:
+        """The root's output for each of `batches`, on the ranks that have one. A collective call, to be exhausted.
+
+        options: further arguments of the root's forward.
+        """
         ...
 
     def gradient_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
@@ -64,9 +67,9 @@ class OneByOne:
             batch = self._prepare(micro)
             loss_of(batch, self._root(batch)).backward()
 
-    def evaluate(self, batches: Sequence[Batch]) -> Iterator[Any]:
+    def evaluate(self, batches: Sequence[Batch], **options: Any) -> Iterator[Any]:
         for micro in batches:
-            yield self._root(self._prepare(micro))
+            yield self._root(self._prepare(micro), **options)
 
     def gradient_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         return gradient_norm(parameters)
@@ -116,13 +119,13 @@ class Pipelined:
             assert parameter.grad is not None, "a tied parameter has no gradient"
             dist.all_reduce(local(parameter.grad), group=self._pipeline.tied_group)
 
-    def evaluate(self, batches: Sequence[Batch]) -> Iterator[Any]:
+    def evaluate(self, batches: Sequence[Batch], **options: Any) -> Iterator[Any]:
         group, per_rank = self._pipeline.group, self._pipeline.per_rank
         order = forward_schedule(group.rank(), group.size(), per_rank, len(batches))
         prepared = [self._prepare(micro) for micro in batches]
         for action in self._wires.ahead(order, prepared):
             stage, batch = self._stages[action.stage], prepared[action.batch]
-            out = self._root(batch, stage=stage, received=self._wires.take(action))
+            out = self._root(batch, stage=stage, received=self._wires.take(action), **options)
             if stage.is_last:
                 yield out
             else:

@@ -99,7 +99,7 @@ def _run(config: Config, ranks: Dist) -> None:
                 held_out = with_reference(parts.data.evaluate(), "eval")
                 found = evaluate(parts.objective, held_out, runner, ranks)
                 metrics.log_eval({"step": step, **found})
-                samples.show(step, metrics, ranks)
+                samples.show(step, metrics, runner, ranks)
             stopping = stop.requested()
             if stopping or due(batch, config.train.save_steps, config.train.save_epochs):
                 state = {"step": step, "epoch": batch.epoch, "data": parts.data.state_dict(), "base": base}
@@ -114,7 +114,7 @@ def _run(config: Config, ranks: Dist) -> None:
             metrics.close({"status": "stopped", "message": f"asked to stop after step {step}"})
             log.info("stopped after step %d; go on with --train.load_checkpoint_path auto", step)
             return
-        samples.show(step, metrics, ranks)
+        samples.show(step, metrics, runner, ranks)
         if config.train.save_hf_weights:
             _export(config, parts, output / "hf" / "final", ranks)
         metrics.close({"status": "finished", "data": parts.data.report})

@@ -26,6 +26,7 @@ from tutti.core.batch import IGNORE, Sample, pack
 from tutti.core.dist import Dist
 from tutti.data.rows import RowError, conversation_of
 from tutti.model.plan import is_classifier
+from tutti.parallel.runner import Runner
 from tutti.parallel.sequence import sequence_ranks, split_tokens
 from tutti.train.metrics import Metrics
 from tutti.train.setup import Parts
@@ -58,7 +59,7 @@ class Samples:
         self._pad_to = room if config.train.enable_compile else None
         self._shown = -1
 
-    def show(self, step: int, metrics: Metrics, ranks: Dist) -> None:
+    def show(self, step: int, metrics: Metrics, runner: Runner, ranks: Dist) -> None:
         """Answer the prompts, once a step, into the log, the report and the other places. A collective call."""
         if not self._prompts or step == self._shown:
             return
@@ -66,20 +67,20 @@ class Samples:
         ends = _end_ids(self._objective)
         self._objective.eval()
         with torch.no_grad():
-            answers = self._answers(ends, ranks)
+            answers = self._answers(ends, runner, ranks)
         self._objective.train()
         for prompt, ids in zip(self._prompts, answers, strict=True):
             answer = str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
             log.info("step %d, sample: %s -> %s", step, " ".join(prompt.text.split()), " ".join(answer.split()))
             metrics.log_text(step, prompt.text, answer)
 
-    def _answers(self, ends: frozenset[int], ranks: Dist) -> list[list[int]]:
+    def _answers(self, ends: frozenset[int], runner: Runner, ranks: Dist) -> list[list[int]]:
         """The most likely tokens after each prompt, without the one that ends the answer."""
         answers: list[list[int]] = [[] for _ in self._prompts]
         going = list(range(len(self._prompts)))
         while going:
             rows = [(number, [*self._prompts[number].ids, *answers[number]]) for number in going]
-            chosen = self._next(rows, ranks)
+            chosen = self._next(rows, runner, ranks)
             for number in going:
                 if chosen[number] not in ends:
                     answers[number].append(chosen[number])
@@ -87,16 +88,16 @@ class Samples:
             going = [n for n in going if chosen[n] not in ends and len(answers[n]) < limits[n]]
         return answers
 
-    def _next(self, rows: Sequence[tuple[int, list[int]]], ranks: Dist) -> list[int]:
+    def _next(self, rows: Sequence[tuple[int, list[int]]], runner: Runner, ranks: Dist) -> list[int]:
         """The next token of each numbered row; -1 for the numbers that are not there."""
-        batch = split_tokens(
-            pack([_sample(number, ids) for number, ids in rows], pad_to=self._pad_to), sequence_ranks(self._mesh)
-        )
-        logits = self._objective(batch.to(ranks.device), only_logits=True)
+        batch = pack([_sample(number, ids) for number, ids in rows], pad_to=self._pad_to)
+        own = split_tokens(batch, sequence_ranks(self._mesh))
         chosen = torch.full((len(self._prompts),), -1, dtype=torch.int64, device=ranks.device)
-        chosen[batch.labels[batch.target_index].to(ranks.device)] = logits.argmax(-1)
+        for logits in runner.evaluate([batch], only_logits=True):
+            chosen[own.labels[own.target_index].to(ranks.device)] = logits.argmax(-1)
         if ranks.world > 1:
-            # Where ranks share the tokens of a row, one of them holds its last; and all must choose the same.
+            # Where ranks share the tokens of a row, one of them holds its last, and only the last stage of a pipeline
+            # has logits; and all must choose the same.
             dist.all_reduce(chosen, dist.ReduceOp.MAX)
         return chosen.tolist()
 

@@ -79,14 +79,14 @@ class Objective(nn.Module):
         stage: the part of the model's depth to run, on what was `received` from the stage before. Unless it is the
         last one, what the next is to receive is returned.
         """
-        if only_logits:
-            return self._logits(batch)
         kwargs = packed_kwargs(batch) | dict(batch.extras)
         if self._router_loss is not None:
             kwargs["output_router_logits"] = True
         states = decoder(self.model)(**kwargs) if stage is None else stage.run(decoder(self.model), kwargs, received)
         if stage is not None and not stage.is_last:
             return hand_on(states)
+        if only_logits:
+            return self._logits(states, batch)
         hidden = self._at_targets(states, batch)
         targets = batch.labels.index_select(0, batch.target_index)
         layer = head(self.model)
@@ -129,8 +129,7 @@ class Objective(nn.Module):
             log_probs=log_probs.detach(),
         )
 
-    def _logits(self, batch: Batch) -> Tensor:
-        states = decoder(self.model)(**packed_kwargs(batch), **batch.extras)
+    def _logits(self, states: Any, batch: Batch) -> Tensor:
         layer = head(self.model)
         logits = nn.functional.linear(self._at_targets(states, batch), layer.weight, layer.bias)
         if self._shard is not None and self._tensor is not None:
