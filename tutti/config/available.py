@@ -13,12 +13,17 @@ NOT_YET: dict[str, str] = {
     "model.output_encoder": "omni models",
     "model.encode_target": "omni models",
     "model.attn_implementation=native-sparse": "Native Sparse Attention",
-    "train.enable_batch_invariant_mode": "batch-invariant kernels",
 }
 
 NOT_TOGETHER: tuple[tuple[str, str], ...] = (
     ("train.expert_parallel_size", "train.tensor_parallel_size"),
     ("train.architecture", "train.tensor_parallel_size"),
+    ("train.enable_batch_invariant_mode", "train.tensor_parallel_size"),
+    ("train.enable_batch_invariant_mode", "train.expert_parallel_size"),
+    ("train.enable_batch_invariant_mode", "train.pipeline_parallel_size"),
+    ("train.enable_batch_invariant_mode", "train.ulysses_parallel_size"),
+    ("train.enable_batch_invariant_mode", "train.context_parallel_size"),
+    ("train.enable_batch_invariant_mode", "train.enable_compile"),
     ("train.pipeline_parallel_size", "train.architecture"),
     ("train.pipeline_parallel_size", "train.enable_activation_offload"),
 )

@@ -76,7 +76,9 @@ class TrainConfig:
     enable_full_shard: bool = arg(
         True, "FSDP: shard parameters, gradients and optimizer (ZeRO-3); false keeps gathered parameters (ZeRO-2)."
     )
-    enable_fsdp_offload: bool = arg(False, "FSDP: hold parameters, gradients and optimizer in host memory.")
+    enable_fsdp_offload: bool = arg(
+        False, "FSDP: hold parameters, gradients and optimizer in host memory, and step there."
+    )
     enable_activation_offload: bool = arg(
         False, "Move activations to host memory in the forward pass and back in the backward pass."
     )
@@ -90,14 +92,17 @@ class TrainConfig:
     )
     enable_full_determinism: bool = arg(False, "Deterministic kernels only: two runs are equal bit for bit.")
     enable_batch_invariant_mode: bool = arg(
-        False, "Kernels with which a sample's logits do not depend, bit for bit, on the rest of its batch."
+        False,
+        "Compute sample by sample, so that its logits do not depend, bit for bit, on its batch; slow for short ones.",
     )
     empty_cache_steps: int = arg(500, "Steps between two releases of cached device memory; 0 never.", low=0)
     gc_steps: int = arg(
         500, "Steps between two Python garbage collections, on all ranks at once; 0 leaves collection automatic.", low=0
     )
     data_parallel_mode: Literal["ddp", "fsdp1", "fsdp2"] = arg(
-        "ddp", "Data parallelism: whole replicas (ddp), or sharded parameters, gradients and optimizer."
+        "ddp",
+        "Data parallelism: whole replicas (ddp), or sharded parameters, gradients and optimizer; fsdp1 reduces gradients "
+        "once a step, fsdp2 those of each micro batch, with enable_full_shard.",
     )
     data_parallel_replicate_size: int = arg(
         1, "Replicas among the dp ranks; times data_parallel_shard_size it is dp.", low=1

@@ -5,8 +5,9 @@
 3. ulysses: with train.async_enabled, values set out early (attention itself does the rest, and the ring);
 4. compile: each repeated block's forward (one compilation serves all blocks of a shape), on local parameters;
 5. remat: activation checkpointing around it;
-6. offload: what is still kept for the backward pass goes to host memory;
-7. fsdp: parameters sharded or copied, mixed precision, a unit a block, gathering outside of the two above.
+6. invariant: samples go through it one by one, with train.enable_batch_invariant_mode;
+7. offload: what is still kept for the backward pass goes to host memory;
+8. fsdp: parameters sharded or copied, mixed precision, a unit a block, gathering outside of the two above.
 
 The model may be on the meta device; weights are loaded afterwards, each rank reading its own slices.
 """
@@ -22,6 +23,7 @@ from torch import nn
 from tutti.config import TrainConfig
 from tutti.parallel.expert import divide_experts
 from tutti.parallel.fsdp import postpones, shard
+from tutti.parallel.invariant import separate_samples
 from tutti.parallel.mesh import Mesh
 from tutti.parallel.offload import offload_activations
 from tutti.parallel.plan import TensorPlan
@@ -62,6 +64,8 @@ def parallelize(
         use_local((*basic, *blocks, root))
     if train.enable_gradient_checkpointing:
         apply_remat(blocks, reentrant=train.enable_reentrant and not _reads_within(root) and not _in_parts(train))
+    if train.enable_batch_invariant_mode:
+        separate_samples(root, blocks)
     if train.enable_activation_offload:
         offload_activations(blocks, mesh.grid.device_type, train.activation_gpu_limit)
     shard(root, (*basic, *blocks), mesh, train)

@@ -148,7 +148,8 @@ def assemble(config: Config, ranks: Dist) -> Parts:
     ranks.agree(lambda: check_fits(model, layout, train))
     data = open_data(config, tokenizer, model, ranks, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
     log.info("%s", data.steps_reason)
-    objective = ranks.agree(lambda: Objective(model, tensor_ranks(mesh), make_preference(config)))
+    by_sample = train.enable_batch_invariant_mode
+    objective = ranks.agree(lambda: Objective(model, tensor_ranks(mesh), make_preference(config), by_sample=by_sample))
     ranks.agree(lambda: decay_groups(model, train))
     return _cut(Parts(layout, mesh, tokenizer, model, objective, data), train)
 
@@ -165,7 +166,8 @@ def _cut(parts: Parts, train: TrainConfig) -> Parts:
 def second_model(config: Config, parts: Parts, ranks: Dist) -> Parts:
     """The parts of a run with another model, made as `config` says and with its weights. A collective call."""
     _, model = ranks.agree(lambda: tokenizer_and_model(config, ranks.device))
-    objective = Objective(model, tensor_ranks(parts.mesh), parts.objective.preference)
+    by_sample = config.train.enable_batch_invariant_mode
+    objective = Objective(model, tensor_ranks(parts.mesh), parts.objective.preference, by_sample=by_sample)
     second = _cut(replace(parts, model=model, objective=objective), config.train)
     load_parameters(config, second, ranks)
     return second

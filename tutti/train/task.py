@@ -51,16 +51,23 @@ class Objective(nn.Module):
     preference: how pairs of answers are compared, where the data is that.
     tensor: the ranks that split the model's matrices. They have the same targets, and each answers for an equal share
     of every sum.
+    by_sample: apply the head to each sample's targets apart from the others' (train.enable_batch_invariant_mode).
     """
 
     def __init__(
-        self, model: PreTrainedModel, tensor: TensorRanks | None = None, preference: Preference | None = None
+        self,
+        model: PreTrainedModel,
+        tensor: TensorRanks | None = None,
+        preference: Preference | None = None,
+        *,
+        by_sample: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self.preference = preference
         self.predicts = is_classifier(model) or preference is not None
         self._classifies = is_classifier(model)
+        self._by_sample = by_sample
         self._tensor = tensor
         self._share = 1.0 if tensor is None else 1.0 / tensor.size
         self._shard: VocabularyShard | None = None
@@ -97,14 +104,21 @@ class Objective(nn.Module):
             router_loss = self._router_loss(routed) * (batch.num_tokens * self._share)
         if batch.pairs is not None:
             return self._compare(hidden, targets, batch)._replace(router_loss=router_loss)
+        pieces = self._pieces(batch)
         loss, losses = linear_cross_entropy(
-            hidden, layer.weight, targets, bias=layer.bias, transform=self._transform, shard=self._shard
+            hidden,
+            layer.weight,
+            targets,
+            bias=layer.bias,
+            transform=self._transform,
+            shard=self._shard,
+            pieces=pieces,
         )
         if self._shard is None and self._tensor is not None:
             loss, losses = loss * self._share, losses * self._share
         num_correct = None
         if self._classifies:
-            logits = self._transform(nn.functional.linear(hidden, layer.weight, layer.bias))
+            logits = self._transform(_project(hidden, layer, pieces))
             num_correct = (logits.argmax(-1) == targets).sum() * self._share
         return Output(loss, losses, router_loss, num_correct)
 
@@ -114,7 +128,13 @@ class Objective(nn.Module):
         assert self.preference is not None, "pairs need a preference"
         layer = head(self.model)
         losses = target_losses(
-            hidden, layer.weight, targets, bias=layer.bias, transform=self._transform, shard=self._shard
+            hidden,
+            layer.weight,
+            targets,
+            bias=layer.bias,
+            transform=self._transform,
+            shard=self._shard,
+            pieces=self._pieces(batch),
         )
         log_probs = -answer_sums(losses, batch)
         compared, rewards = self.preference.compare(log_probs, batch)
@@ -131,13 +151,20 @@ class Objective(nn.Module):
 
     def _logits(self, states: Any, batch: Batch) -> Tensor:
         layer = head(self.model)
-        logits = nn.functional.linear(self._at_targets(states, batch), layer.weight, layer.bias)
+        logits = _project(self._at_targets(states, batch), layer, self._pieces(batch))
         if self._shard is not None and self._tensor is not None:
             # The last ranks may have less of the vocabulary than the others.
             share = -(-layer.out_features // self._tensor.size)
             logits = nn.functional.pad(logits, (0, share - logits.shape[-1]), value=-torch.inf)
             logits = gather_tensor(logits, self._tensor, 1)[:, : layer.out_features]
         return self._transform(logits)
+
+    def _pieces(self, batch: Batch) -> list[int] | None:
+        """How many targets each sample has, where each is to be computed apart; waits for the device."""
+        if not self._by_sample:
+            return None
+        sample = torch.bucketize(batch.target_index, batch.cu_seqlens[1:], right=True)
+        return sample.bincount(minlength=len(batch.cu_seqlens) - 1).tolist()
 
     def _at_targets(self, states: Any, batch: Batch) -> Tensor:
         """The last hidden states [N, H] of a decoder's output at the batch's target positions."""
@@ -146,6 +173,13 @@ class Objective(nn.Module):
     def _of_all_ranks(self, rows: Tensor) -> Tensor:
         """What tensor ranks have for their own tokens [t, ...] -> [T, ...]."""
         return rows if self._tensor is None else gather_tensor(rows, self._tensor, 0)
+
+
+def _project(hidden: Tensor, layer: nn.Linear, pieces: list[int] | None) -> Tensor:
+    """The head's output [N, V] for hidden states [N, H]; each piece of so many rows apart from the others."""
+    if pieces is None:
+        return nn.functional.linear(hidden, layer.weight, layer.bias)
+    return torch.cat([nn.functional.linear(part.clone(), layer.weight, layer.bias) for part in hidden.split(pieces)])
 
 
 def _router_loss(model: PreTrainedModel) -> Callable[[Any], Tensor] | None:
