@@ -101,8 +101,8 @@ class TrainConfig:
     )
     data_parallel_mode: Literal["ddp", "fsdp1", "fsdp2"] = arg(
         "ddp",
-        "Data parallelism: whole replicas (ddp), or sharded parameters, gradients and optimizer; fsdp1 reduces gradients "
-        "once a step, fsdp2 those of each micro batch, with enable_full_shard.",
+        "Data parallelism: whole replicas (ddp), or sharded parameters, gradients and optimizer; fsdp1 reduces "
+        "gradients once a step, fsdp2 those of each micro batch, with enable_full_shard.",
     )
     data_parallel_replicate_size: int = arg(
         1, "Replicas among the dp ranks; times data_parallel_shard_size it is dp.", low=1
