@@ -225,7 +225,7 @@ def write_rows(path, count):
 def data_of(path, *, dp_rank=0, dp_size=1, **data):
     tree = {
         "data": {"train_path": path, "data_type": "dpo", "max_seq_len": 128, "num_workers": 0, **data},
-        "train": {"dyn_bsz": True, "micro_batch_size": 2, "global_batch_size": 8},
+        "train": {"dyn_bsz": True, "micro_batch_size": 2, "global_batch_size": 8, "dpo_reference": "on_the_fly"},
     }
     ranks = Dist(0, 1, 0, device=None)
     return build_data(from_dict(tree), TOKENIZER, dist=ranks, dp_rank=dp_rank, dp_size=dp_size, vocab_size=VOCABULARY)
