@@ -179,7 +179,7 @@ def by_steps(tmp_path_factory):
             "train.lr": 1e-3,
             "train.lr_start": 1e-4,
             "train.lr_min": 2e-4,
-            "train.lr_warmup_ratio": 0.5,
+            "train.lr_warmup_ratio": 0.34,
             "train.lr_decay_style": "linear",
             "train.lr_decay_ratio": 0.84,
             "train.save_steps": 3,
@@ -265,7 +265,7 @@ def divided(exported: Path, folder: Path) -> Path:
 
 
 def test_the_learning_rate_follows_its_arguments(by_steps):
-    expected = [1e-4, 4e-4, 7e-4, 1e-3, 6e-4, 2e-4]
+    expected = [1e-4, 5.5e-4, 1e-3, 1e-3 - 8e-4 / 3, 1e-3 - 16e-4 / 3, 2e-4]
     assert column(by_steps[0], "lr") == pytest.approx(expected)
 
 
@@ -392,7 +392,7 @@ def test_only_deterministic_kernels_when_asked(by_steps, by_epochs):
 
 
 def test_the_asked_steps_are_profiled(by_steps, by_epochs):
-    (trace,) = Path(by_epochs[0].train.profile_trace_dir).iterdir()
+    (trace,) = Path(by_epochs[0].train.output_dir).with_name("trace").iterdir()
     events = json.loads(trace.read_text())["traceEvents"]
     found = {event["name"] for event in events if str(event.get("name")).startswith("ProfilerStep#")}
     assert (trace.name, found) == ("rank0_steps2-3.json", {"ProfilerStep#2", "ProfilerStep#3"})
