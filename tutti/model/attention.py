@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
@@ -225,16 +226,24 @@ def _sample_tiles(length: int, settings: Settings) -> Iterator[Tile]:
 
 
 def probabilities(
-    rows: Tensor, keys: Tensor, bias: Tensor | None, sinks: Tensor | None, settings: Settings
+    rows: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    settings: Settings,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """softmax of one tile's scores [K, G * rows, keys (+ 1 with sinks)] and, with softcap, tanh(score / softcap)."""
+    """softmax of one tile's scores [K, G * rows, keys (+ 1 with sinks)] and, with softcap, tanh(score / softcap).
+
+    out: where to put the softmax.
+    """
     made, tanh = scores(rows, keys, bias, settings)
     if sinks is not None:
         kv_heads, num_rows, _ = made.shape
         rows_a_head = num_rows * kv_heads // sinks.numel()
         column = sinks.repeat_interleave(rows_a_head).view(kv_heads, num_rows, 1)
         made = torch.cat([made, column.to(made.dtype)], dim=-1)
-    return torch.softmax(made, dim=-1), tanh
+    return torch.softmax(made, dim=-1, out=out), tanh
 
 
 @torch.library.custom_op("tutti::packed_attention", mutates_args=())
@@ -255,20 +264,24 @@ def _forward(
     see = Settings.unpack(settings)
     biases = Biases(groups, see, query)
     borders = cu_seqlens.tolist()
-    saved: list[Tensor] = []
-    keep = keep and _num_scores(borders, heads, see, sinks) <= SAVED_SCORES * query.numel()
+    num_scores = _num_scores(borders, heads, see, sinks) if keep else float("inf")
+    saved = query.new_empty(int(num_scores) if num_scores <= SAVED_SCORES * query.numel() else 0)
+    offset = 0
     for begin, end in pairwise(borders):
         keys, values = key[:, begin:end].contiguous(), value[:, begin:end].contiguous()
         for tile in _sample_tiles(end - begin, see):
             start, stop, first, last = tile
             rows = query[:, begin + start : begin + stop].reshape(kv_heads, groups * (stop - start), -1)
-            weights, _ = probabilities(rows, keys[:, first:last], biases(tile), sinks, see)
-            if keep:
-                saved.append(weights.view(-1))
+            place = None
+            if saved.numel():
+                shape = (kv_heads, rows.shape[1], last - first)
+                place = saved[offset : offset + math.prod(shape)].view(shape)
+                offset += place.numel()
+            weights, _ = probabilities(rows, keys[:, first:last], biases(tile), sinks, see, place)
             seen = weights if sinks is None else weights[..., :-1]
             mixed = torch.bmm(seen, values[:, first:last]).view(heads, stop - start, -1)
             out[begin + start : begin + stop] = mixed.transpose(0, 1)
-    return out, torch.cat(saved) if saved else query.new_empty(0)
+    return out, saved
 
 
 def _num_scores(borders: list[int], heads: int, settings: Settings, sinks: Tensor | None) -> float:
