@@ -17,18 +17,25 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
 
 @contextlib.contextmanager
 def quiet_fork() -> Iterator[None]:
-    """Within it processes may be forked: tokenizers, told to, neither warn nor use threads there."""
+    """Within it processes may be forked: tokenizers, told to, neither warn nor use threads there.
+
+    Signals wait meanwhile, in the children until `be_a_worker`: one that came before it would still end them.
+    """
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*worker processes in total")
             warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork")
             yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if before is None:
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:
@@ -40,8 +47,10 @@ def be_a_worker(*_: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(signal, "sigtimedwait"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTERM})
         threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+    else:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def _obey(parent: int) -> None:
