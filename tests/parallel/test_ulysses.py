@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from tests.harness import run_ranks
 from tests.model.zoo import tiny
@@ -154,17 +154,6 @@ def test_heads_that_do_not_divide_are_refused_with_sizes_that_would():
         check_splittable(model, layout(ulysses=8))
     with pytest.raises(ConfigError, match=r"2 attention heads on each of the 2 tensor-parallel ranks; 1 or 2 would"):
         check_splittable(model, layout(ulysses=4, tensor=2))
-
-
-MIXED = {"mamba2": {}, "qwen3_next": {}, "jamba": {}, "lfm2": {"layer_types": ["conv", "full_attention"]}}
-
-
-@pytest.mark.parametrize("model_type", MIXED)
-def test_models_that_mix_tokens_otherwise_are_refused(model_type):
-    model = meta(AutoConfig.for_model(model_type, **{"num_hidden_layers": 2, **MIXED[model_type]}))
-    with pytest.raises(ConfigError, match=r"train.context_parallel_size: .*leave it at 1"):
-        check_splittable(model, layout(context=2))
-    check_splittable(model, layout())
 
 
 @pytest.mark.parametrize(
