@@ -141,10 +141,8 @@ def _chunk_by_chunk(
             logits += bias
         if shard is not None:
             _shard_loss_and_gradient(logits, targets[chunk], losses[chunk], transform, shard, scale)
-        elif any(needs):
-            _loss_and_gradient(logits, targets[chunk], losses[chunk], transform, True, scale)
         else:
-            _loss_and_gradient(logits, targets[chunk], losses[chunk], transform, False)
+            _loss_and_gradient(logits, targets[chunk], losses[chunk], transform, any(needs), scale)
         if grad_hidden is not None:
             torch.mm(logits, weight, out=grad_hidden[chunk])
         if need_weight:
