@@ -11,14 +11,16 @@ The ranks form a grid whose axes are, slowest first:
 
 Ranks close together talk most, so the axes that talk most come last. Parameters are sharded over shard x context x
 ulysses together (`fsdp`), since the ranks of one batch hold the same parameters too; with ddp they are copied over all
-of these. Experts have a grid of their own over the same ranks, in which fsdp is split into `expert` (each rank holds
-some of the experts) and `expert_shard` (ranks that share those): neighbouring ranks form an expert group, or with
-train.ep_outside strided ones. Whether sizes fit the world is decided before, in `tutti.config.layout`, without torch.
+of these. Experts have a grid of their own over the same ranks. Between the parts of a block that are split into tensors
+each tensor rank has tokens of its own, as the ranks of the other axes have, so all of shard x context x ulysses x
+tensor may be divided anew: into `expert` (each rank holds some of the experts, whole) and `expert_shard` (ranks that
+have the same experts, which FSDP shards over them, or copies with ddp). Neighbouring ranks form an expert group, or
+with train.ep_outside strided ones. Whether sizes fit the world is decided before, in `tutti.config.layout`, without
+torch.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -69,6 +71,11 @@ class Mesh:
         """Number of ranks that a dense parameter is split over by FSDP."""
         return self.fsdp.size(-1)
 
+    @property
+    def num_expert_shards(self) -> int:
+        """The same of the experts that one rank of an expert group holds."""
+        return self.expert_fsdp.size(-1)
+
     def __str__(self) -> str:
         sizes = {axis: self.size(axis) for axis in AXES} | {"expert": self.expert.size()}
         return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one rank"
@@ -77,23 +84,30 @@ class Mesh:
 def build_mesh(layout: Layout, ranks: Dist, *, ddp: bool = False, ep_outside: bool = False) -> Mesh:
     """Arrange all ranks as `layout` says. ddp: parameters are copied and not split. A collective call."""
     device = ranks.device.type
+    # Named, for an axis that is the whole world to get a group of its own too: calls along two axes that run at once
+    # then do not wait for one another, and each can be told from the group it is in.
+    backend = dist.get_backend_config()
     shape = tuple(getattr(layout, axis) for axis in AXES)
-    grid = init_device_mesh(device, shape, mesh_dim_names=AXES)
+    grid = init_device_mesh(device, shape, mesh_dim_names=AXES, backend_override=dict.fromkeys(AXES, backend))
     if ddp:
         assert layout.shard == 1, "the layout was not validated"
-        copies = grid["replicate", "context", "ulysses"]._flatten("copies")
+        copies = grid["replicate", "context", "ulysses"]._flatten("copies", backend)
         fsdp = DeviceMesh._concatenate([copies, grid["shard"]])
     else:
-        shards = grid["shard", "context", "ulysses"]._flatten("fsdp")
+        shards = grid["shard", "context", "ulysses"]._flatten("fsdp", backend)
         fsdp = DeviceMesh._concatenate([grid["replicate"], shards]) if layout.replicate > 1 else shards
-    num_shards = math.prod(shape[2:5])
-    inner, names = (num_shards // layout.expert, layout.expert), ("expert_shard", "expert")
+    expert, expert_fsdp = _expert_meshes(layout, device, ddp=ddp, ep_outside=ep_outside)
+    return Mesh(grid=grid, fsdp=fsdp, expert=expert, expert_fsdp=expert_fsdp)
+
+
+def _expert_meshes(layout: Layout, device: str, *, ddp: bool, ep_outside: bool) -> tuple[DeviceMesh, DeviceMesh]:
+    """The mesh that splits the experts, and what `fully_shard` takes for them: (shards,) or (copies, shards)."""
+    inner = {"expert_shard": layout.expert_ranks // layout.expert, "expert": layout.expert}
     if ep_outside:
-        inner, names = inner[::-1], names[::-1]
-    experts = init_device_mesh(
-        device,
-        (layout.pipeline, layout.replicate, *inner, layout.tensor),
-        mesh_dim_names=("pipeline", "replicate", *names, "tensor"),
-    )
-    spread = ("replicate", "expert_shard") if layout.replicate > 1 else "expert_shard"
-    return Mesh(grid=grid, fsdp=fsdp, expert=experts["expert"], expert_fsdp=experts[spread])
+        inner = dict(reversed(inner.items()))
+    axes = {"pipeline": layout.pipeline, "replicate": layout.replicate, **inner, "whole": 1}
+    grid = init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    if ddp:
+        copies = grid["replicate", "expert_shard"]._flatten("copies")
+        return grid["expert"], DeviceMesh._concatenate([copies, grid["whole"]])
+    return grid["expert"], grid[("replicate", "expert_shard") if layout.replicate > 1 else "expert_shard"]

@@ -1,0 +1,192 @@
+"""What a rank puts on the wire: bytes and messages of everything that runs, by the axis of the mesh they travel along.
+
+Volume is what decides whether a layout scales, and it is easy to send too much of without a wrong number to show for
+it. So it is counted from below: every collective, whoever calls it (our own code, `fully_shard`, DTensor), ends in one
+of torch's `c10d` operators, and a dispatch mode sees all of them, in forward and backward passes alike.
+
+- A process group tells the axis. Every axis of the mesh has a group of its own (see `tutti.parallel.mesh`); other
+  groups within a pipeline are its wires, and whatever else there is counts as `other`.
+- Operators of our own hide what their bodies do from a mode: it runs the body itself, and looks.
+- Tensors may be fake, and the process group too (torch's `FakeTensorMode` and its `fake` backend): then a step of
+  thousands of ranks is counted in one process, in which nothing is sent at all.
+
+Bytes are those of the algorithms that send least: of n ranks each sends (n - 1) / n of the whole in an all-gather or a
+reduce-scatter, twice that in an all-reduce, and in an all-to-all what is for others. A message is one call; calls in a
+group of one rank send nothing, and are none.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._library.custom_ops import _maybe_get_opdef
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tutti.parallel.mesh import Mesh
+
+OTHER = "other"
+"""What is sent in groups that are no axis of the mesh: over all ranks, mostly."""
+
+_LABELS = {"shard": "fsdp", "copies": "replicate"}
+"""Axes that are counted under the name of another, which they are a part of."""
+
+
+class Sent(NamedTuple):
+    """bytes: that this rank puts on the wire. messages: calls."""
+
+    bytes: int = 0
+    messages: int = 0
+
+    def __add__(self, other: Any) -> Sent:
+        return Sent(self.bytes + other.bytes, self.messages + other.messages)
+
+
+class Traffic:
+    """What this rank has sent so far.
+
+    by_kind: for an axis (fsdp, replicate, expert, expert_shard, tensor, ulysses, context, pipeline, other) and a kind
+    (all-gather, reduce-scatter, all-reduce, all-to-all, send, broadcast, reduce, gather, scatter, barrier).
+    """
+
+    def __init__(self) -> None:
+        self.by_kind: dict[tuple[str, str], Sent] = defaultdict(Sent)
+
+    @property
+    def sent(self) -> dict[str, Sent]:
+        """By axis, those without a message left out."""
+        sums: dict[str, Sent] = defaultdict(Sent)
+        for (axis, _), sent in self.by_kind.items():
+            sums[axis] += sent
+        return dict(sums)
+
+
+@contextmanager
+def count_traffic(mesh: Mesh) -> Iterator[Traffic]:
+    """Count what this rank sends while the context is open, in this thread and the backward passes it starts."""
+    traffic = Traffic()
+    with _Counter(mesh, traffic):
+        yield traffic
+
+
+class _Call(NamedTuple):
+    """One of torch's operators. given: which of its arguments is what a rank gives (a tensor, or lists of them)."""
+
+    kind: str
+    given: int
+
+
+_CALLS = {
+    "c10d::_allgather_base_": _Call("all-gather", 1),
+    "c10d::allgather_": _Call("all-gather", 1),
+    "c10d::allgather_coalesced_": _Call("all-gather", 1),
+    "c10d::allgather_into_tensor_coalesced_": _Call("all-gather", 1),
+    "_c10d_functional::all_gather_into_tensor": _Call("all-gather", 0),
+    "_c10d_functional::all_gather_into_tensor_out": _Call("all-gather", 0),
+    "_c10d_functional::all_gather_into_tensor_coalesced": _Call("all-gather", 0),
+    "c10d::_reduce_scatter_base_": _Call("reduce-scatter", 1),
+    "c10d::reduce_scatter_": _Call("reduce-scatter", 1),
+    "c10d::reduce_scatter_tensor_coalesced_": _Call("reduce-scatter", 1),
+    "_c10d_functional::reduce_scatter_tensor": _Call("reduce-scatter", 0),
+    "_c10d_functional::reduce_scatter_tensor_out": _Call("reduce-scatter", 0),
+    "_c10d_functional::reduce_scatter_tensor_coalesced": _Call("reduce-scatter", 0),
+    "c10d::allreduce_": _Call("all-reduce", 0),
+    "c10d::allreduce_coalesced_": _Call("all-reduce", 0),
+    "_c10d_functional::all_reduce": _Call("all-reduce", 0),
+    "_c10d_functional::all_reduce_": _Call("all-reduce", 0),
+    "_c10d_functional::all_reduce_coalesced": _Call("all-reduce", 0),
+    "_c10d_functional::all_reduce_coalesced_": _Call("all-reduce", 0),
+    "c10d::alltoall_base_": _Call("all-to-all", 1),
+    "c10d::alltoall_": _Call("all-to-all", 1),
+    "_c10d_functional::all_to_all_single": _Call("all-to-all", 0),
+    "c10d::send": _Call("send", 0),
+    "c10d::broadcast_": _Call("broadcast", 0),
+    "_c10d_functional::broadcast": _Call("broadcast", 0),
+    "_c10d_functional::broadcast_": _Call("broadcast", 0),
+    "c10d::reduce_": _Call("reduce", 0),
+    "c10d::gather_": _Call("gather", 1),
+    "c10d::gather_into_tensor_": _Call("gather", 1),
+    "c10d::scatter_": _Call("scatter", 1),
+    "c10d::barrier": _Call("barrier", 0),
+}
+
+_SILENT = {"c10d::recv_", "c10d::recv_any_source_", "c10d::check_for_nan", "_c10d_functional::wait_tensor"}
+"""Operators of the same families that send nothing."""
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self, mesh: Mesh, traffic: Traffic) -> None:
+        super().__init__()
+        self._traffic = traffic
+        self._pipeline = set(dist.get_process_group_ranks(mesh.group("pipeline")))
+        self._axes = {
+            part.get_group(dim).group_name: _LABELS.get(axis, axis)
+            for part in (mesh.expert_fsdp, mesh.expert, mesh.fsdp, mesh.grid)
+            for dim, axis in enumerate(part.mesh_dim_names or ())
+        }
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # what it does with its local parts comes by here again
+        name, namespace = func.name().partition(".")[0], func.namespace
+        own = _maybe_get_opdef(func) if namespace == "tutti" else None
+        if own is not None:
+            with self:
+                return own._init_fn(*args, **(kwargs or {}))
+        if namespace in ("c10d", "_c10d_functional") and name not in _SILENT:
+            assert name in _CALLS, f"what {name} sends is not known"
+            self._count(_CALLS[name], args)
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, call: _Call, args: Sequence[Any]) -> None:
+        group = _group_of(args)
+        if group.size() == 1:
+            return
+        axis = self._axes.get(group.group_name)
+        if axis is None:
+            inside = self._pipeline.issuperset(dist.get_process_group_ranks(group))
+            axis = "pipeline" if inside else OTHER
+        self._traffic.by_kind[axis, call.kind] += Sent(_num_bytes(call, args, group), 1)
+
+
+def _group_of(args: Sequence[Any]) -> dist.ProcessGroup:
+    """The process group that an operator is given, boxed or by its name, which is the last of its strings."""
+    boxed = [item for item in args if isinstance(item, torch.ScriptObject)]
+    if boxed:
+        return dist.ProcessGroup.unbox(boxed[0])
+    return _resolve_process_group([item for item in args if isinstance(item, str)][-1])  # type: ignore[arg-type]
+
+
+def _num_bytes(call: _Call, args: Sequence[Any], group: dist.ProcessGroup) -> int:
+    given = [item for item in tree_leaves(args[call.given]) if isinstance(item, Tensor)]
+    whole, size = sum(item.numel() * item.element_size() for item in given), group.size()
+    match call.kind:
+        case "all-gather":
+            return (size - 1) * whole
+        case "reduce-scatter" | "broadcast" | "reduce" | "scatter":
+            return (size - 1) * whole // size
+        case "all-reduce":
+            return 2 * (size - 1) * whole // size
+        case "all-to-all":
+            return whole - _kept(args, given, whole, group)
+        case "send" | "gather":
+            return whole
+    return 0
+
+
+def _kept(args: Sequence[Any], given: Sequence[Tensor], whole: int, group: dist.ProcessGroup) -> int:
+    """Bytes of an all-to-all that stay with the rank: of one tensor cut as the last list of sizes says, or of many."""
+    size, rank = group.size(), group.rank()
+    if len(given) > 1:
+        return given[rank].numel() * given[rank].element_size()
+    lists = [item for item in args if isinstance(item, list)]
+    parts = lists[-1] or [1] * size
+    return whole * parts[rank] // (sum(parts) or 1)
