@@ -3,8 +3,8 @@
 (LoRA, arXiv 2106.09685; rank-stabilised scaling, 2312.03732; DoRA, 2402.09353.)
 
 The model stays what it is: names, classes and code do not change, so that loading, sharding and exports need not know.
-An adapted layer holds the adapter's parameters beside its weight (`weight_lora_A` beside `weight`), and a forward hook
-adds what they make of the layer's input to its output. Stacks of experts have no layer for each expert; their grouped
+An adapted layer holds the adapter's parameters beside its weight (`weight_lora_A` beside `weight`), and what they make
+of its input is added to what the weight makes of it. Stacks of experts have no layer for each expert; their grouped
 products ask for the adapter (`grouped`), whose parameters are stacks too and are divided among ranks as the experts
 are. No change s * B A is ever made whole: the input goes through A, which leaves r numbers a token, and then through B.
 
@@ -20,6 +20,10 @@ DoRA scales each output by m / |W + s B A|, with the norm of the weight's row th
 - what is trained is m - |W|, which begins at zero: it needs no weights to begin with, and rounding it to bf16 loses a
   little of the change, not of the norm.
 
+Where a weight is split among ranks (`tutti.parallel.tensor`), B and the offset are split as its outputs are, and A as
+its inputs are. If these are split, what a rank has is a part of a sum over ranks, of the change as of the product
+beside it; only the squares in the norm, which is that of whole rows, are summed before they are used.
+
 Shapes: r rank, E experts; A [(E,) r, in], B [(E,) out, r], offset [(E,) out].
 """
 
@@ -31,6 +35,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +47,7 @@ from transformers.pytorch_utils import Conv1D
 from tutti.core.dist import Dist
 from tutti.model.initial import local_part, own_part
 from tutti.model.plan import ADAPTER_MARK, blocks, head, is_classifier, is_experts
+from tutti.parallel.tensor import WHOLE, Share
 
 LISTED = 20
 """Names that an error lists before it only counts."""
@@ -106,47 +112,58 @@ class Adapter:
         A, B, offset = Factors.names(self.weight)
         return Factors(getattr(module, A), getattr(module, B), getattr(module, offset, None))
 
-    def output(self, module: Any, inputs: Tensor, out: Tensor) -> Tensor:
-        """What the layer gives for `inputs` [.., in], from what its frozen weight gave, `out` [.., out]."""
-        A, B, offset = self.factors(module)
+    def by_output(self, module: Any) -> list[Tensor]:
+        """The parameters that have a row for each output."""
+        return [part for part in self.factors(module)[1:] if part is not None]
+
+    def by_input(self, module: Any) -> list[Tensor]:
+        """Those that have a column for each input."""
+        return [self.factors(module).A]
+
+    def product(self, module: Any, inputs: Tensor, share: Share = WHOLE) -> Tensor:
+        """What a linear layer gives for `inputs` [.., in], without its bias: [.., out]."""
+        A, *rest = self.factors(module)
+        weight, B, offset = (None if part is None else share.rows(part) for part in (self.weight_of(module), *rest))
+        assert weight is not None and B is not None
+        out = linear(inputs, weight)
         low = linear(dropout(inputs, self.dropout, module.training).to(A.dtype), A) * self.scaling
-        change = linear(low, B).to(out.dtype)
+        changed = out + linear(low, B).to(out.dtype)
         if offset is None:
-            return out + change
-        bias = 0 if module.bias is None else module.bias
-        return ((out - bias + change) * self._ratio(module) + bias).to(out.dtype)
+            return changed
+        return (changed * self._ratio(weight, Factors(A, B, offset), share)).to(out.dtype)
 
     def grouped(
         self, module: Any, rows: Tensor, out: Tensor, experts: Tensor, product: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
-        """The same for a stack of experts, before the bias: `rows` [S, in] sorted by `experts` [S].
+        """The same for a stack of experts, from what its weights give, `out` [S, out], for `rows` [S, in] sorted by
+        `experts` [S].
 
         product: multiplies each row [in] by its expert's matrix of a stack [E, in, out].
         """
-        A, B, offset = self.factors(module)
+        A, B, offset = factors = self.factors(module)
         low = product(dropout(rows, self.dropout, module.training), A.transpose(1, 2)) * self.scaling
-        change = product(low, B.transpose(1, 2)).to(out.dtype)
+        changed = out + product(low, B.transpose(1, 2)).to(out.dtype)
         if offset is None:
-            return out + change
-        return ((out + change) * self._ratio(module)[experts]).to(out.dtype)
+            return changed
+        return (changed * self._ratio(self.weight_of(module), factors)[experts]).to(out.dtype)
 
     def weight_of(self, module: Any) -> Tensor:
         """The frozen weight, as [(E,) out, in]."""
         weight = getattr(module, self.weight).detach()
         return weight.transpose(-2, -1) if self.transposed else weight
 
-    def _ratio(self, module: Any) -> Tensor:
+    def _ratio(self, weight: Tensor, factors: Factors, share: Share = WHOLE) -> Tensor:
         """DoRA's factor for each output, fp32 [(E,) out]; only the offset gets a gradient."""
-        A, B, offset = self.factors(module)
+        A, B, offset = factors
         assert offset is not None
         with torch.no_grad():
-            weight = self.weight_of(module)
-            base = row_norms(weight)
             a, b = A.float(), B.float()
             cross = ((weight.to(A.dtype) @ A.transpose(-2, -1)).float() * b).sum(-1)
             square = ((b @ (a @ a.transpose(-2, -1))) * b).sum(-1)
-            norm = (base.square() + 2 * self.scaling * cross + self.scaling**2 * square).clamp(min=0).sqrt()
-        return (base + offset.float()) / norm
+            change = 2 * self.scaling * cross + self.scaling**2 * square
+            base, change = share.total(torch.stack([row_norms(weight).square(), change]))
+            norm = (base + change).clamp(min=0).sqrt()
+        return (base.sqrt() + offset.float()) / norm
 
     def merge(self, module: nn.Module) -> None:
         """Write W + s B A, scaled by DoRA if there is an offset, over the weight; of experts one at a time."""
@@ -199,14 +216,18 @@ def add_adapters(model: PreTrainedModel, lora: Lora, frozen_dtype: torch.dtype) 
         held: dict[str, Adapter] = module.__dict__.setdefault("low_rank", {})
         held[weight] = adapter
         if not is_experts(module):
-            module.register_forward_hook(_adapted)
+            module.forward = MethodType(_adapted, module)
     model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or ()), ADAPTER_MARK]
     model._keys_to_ignore_on_save = [*(model._keys_to_ignore_on_save or ()), *added]
 
 
-def _adapted(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-    adapter = module.__dict__["low_rank"].get("weight")
-    return out if adapter is None else adapter.output(module, args[0], out)
+def _adapted(module: Any, inputs: Tensor) -> Tensor:
+    """The forward of a linear layer that has an adapter, which may be switched off."""
+    adapter = adapter_for(module, "weight")
+    if adapter is None:
+        return type(module).forward(module, inputs)
+    out = adapter.product(module, inputs)
+    return out if module.bias is None else out + module.bias
 
 
 def adapter_for(module: Any, weight: str) -> Adapter | None:
@@ -291,8 +312,8 @@ def merge(model: PreTrainedModel) -> None:
         for leaf in Factors.names(adapter.weight):
             module._parameters.pop(leaf, None)
     for module in model.modules():
-        if "low_rank" in module.__dict__:
-            module.__dict__["low_rank"] = {}
+        if module.__dict__.pop("low_rank", None) is not None:
+            module.__dict__.pop("forward", None)
     model.__dict__.pop("lora", None)
 
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -111,6 +111,51 @@ def scatter_tensor(tensor: Tensor, ranks: TensorRanks, dim: int) -> Tensor:
     return scatter_rows(tensor.movedim(dim, 0), ranks.group, ranks.size).movedim(0, dim)
 
 
+class Share(NamedTuple):
+    """What a rank computes of a projection that is split.
+
+    outputs: of the weight's rows that it holds, only these. inputs: the ranks that hold the other columns, so that
+    what this one makes of its own is to be summed over them; None where it holds all.
+    """
+
+    outputs: slice | None = None
+    inputs: TensorRanks | None = None
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """Of a tensor [out, ...], what belongs to this share's outputs."""
+        return tensor if self.outputs is None else tensor[self.outputs]
+
+    def total(self, part: Tensor) -> Tensor:
+        """The sum of `part` over the ranks that hold the inputs. Without gradient."""
+        if self.inputs is None:
+            return part
+        return gather_rows(part[None], self.inputs.group, self.inputs.size).sum(0)
+
+
+WHOLE = Share()
+
+
+class Change(Protocol):
+    """What is trained beside the frozen weight of a projection, as its module's `low_rank["weight"]`; its parameters
+    are the module's (see `tutti.model.lora`)."""
+
+    def by_output(self, module: Any) -> list[Tensor]:
+        """Parameters that have a row for each output."""
+        ...
+
+    def by_input(self, module: Any) -> list[Tensor]:
+        """Parameters that have a column for each input."""
+        ...
+
+    def product(self, module: Any, inputs: Tensor, share: Share) -> Tensor:
+        """What weight and change make of `inputs` [.., in], without the bias."""
+        ...
+
+
+def _change(module: Any) -> Change | None:
+    return getattr(module, "low_rank", {}).get("weight")
+
+
 _TOKENS, _FEATURES = -2, -1
 """The dimensions of hidden states, with and without a batch dimension of one."""
 
@@ -136,9 +181,7 @@ def split_tensors(root: nn.Module, plan: TensorPlan, mesh: Mesh) -> None:
     for linear in plan.linears:
         if linear in shared:
             continue
-        split[id(linear.module.weight)] = Shard(linear.dim)
-        if linear.module.bias is not None and linear.dim == 0:
-            split[id(linear.module.bias)] = Shard(0)
+        split.update((id(parameter), Shard(linear.dim)) for parameter in _split_parameters(linear))
     _localize_embedding(plan.embedding, ranks)
     for linear in plan.linears:
         _localize_linear(linear, ranks)
@@ -146,6 +189,24 @@ def split_tensors(root: nn.Module, plan: TensorPlan, mesh: Mesh) -> None:
         region.module.forward = _on_all_tokens(region.module.forward, ranks, reduces=region.reduces)
     plan.first.forward = _from_own_tokens(plan.first.forward, ranks)
     _divide(root, split, mesh.grid["tensor"])
+
+
+def _split_parameters(linear: Linear) -> Iterator[Tensor]:
+    """Those of the projection's parameters that are split as its weight is."""
+    module, change = linear.module, _change(linear.module)
+    yield module.weight
+    if linear.dim == 0 and module.bias is not None:
+        yield module.bias
+    if change is not None:
+        yield from change.by_input(module) if linear.dim == 1 else change.by_output(module)
+
+
+def _project(module: Any, hidden: Tensor, share: Share) -> Tensor:
+    """What the module's weight, with what is trained beside it, makes of `hidden` [.., in]; without the bias."""
+    change = _change(module)
+    if change is None:
+        return nn.functional.linear(hidden, share.rows(module.weight))
+    return change.product(module, hidden, share)
 
 
 def _divide(root: nn.Module, split: dict[int, Placement], mesh: DeviceMesh) -> None:
@@ -205,10 +266,11 @@ def _localize_linear(linear: Linear, ranks: TensorRanks) -> None:
     if linear.style in GATHERED:
         module.forward = lambda hidden: gather_tensor(project(hidden), ranks, _FEATURES)
     if linear.dim == 1:
+        share = Share(inputs=ranks)
 
         def reduce(hidden: Tensor) -> Tensor:
             hidden = ranks.own(hidden, _FEATURES) if linear.style in SLICED else hidden
-            out = scatter_tensor(nn.functional.linear(hidden, module.weight), ranks, _TOKENS)
+            out = scatter_tensor(_project(module, hidden, share), ranks, _TOKENS)
             return out if module.bias is None else out + module.bias
 
         module.forward = reduce
@@ -220,10 +282,11 @@ def _share_head(linear: Linear, ranks: TensorRanks) -> None:
     sharers = ranks.size // linear.units
     width = module.weight.shape[0] // linear.units
     start = ranks.rank // sharers * width
+    share = Share(outputs=slice(start, start + width))
 
     def project(hidden: Tensor) -> Tensor:
-        bias = None if module.bias is None else module.bias.narrow(0, start, width)
-        return nn.functional.linear(hidden, module.weight.narrow(0, start, width), bias)
+        out = _project(module, hidden, share)
+        return out if module.bias is None else out + share.rows(module.bias)
 
     module.forward = project
 
