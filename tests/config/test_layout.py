@@ -35,12 +35,12 @@ def oracle(train: TrainConfig, world: int) -> tuple[int, int, int, int] | None:
         if ranks != world:
             continue
         if train.data_parallel_mode == "ddp":
-            right = shard == train.expert_parallel_size == 1 and given_sizes in ((1, 1), (replicate, 1))
+            right = shard == 1 and given_sizes in ((1, 1), (replicate, 1))
         elif given_sizes == (1, 1):
             right = replicate == 1
         else:
             right = given_sizes == (replicate, shard)
-        replica = shard * train.ulysses_parallel_size * train.context_parallel_size
+        replica = shard * train.ulysses_parallel_size * train.context_parallel_size * train.tensor_parallel_size
         if not right or replica not in [train.expert_parallel_size * times for times in range(1, replica + 1)]:
             continue
         for accumulation in range(1, 65):

@@ -292,8 +292,8 @@ def test_what_is_not_available_yet_is_refused(override: str, part: str) -> None:
 
 
 def test_pairs_that_do_not_work_together_yet_are_refused() -> None:
-    (problem,) = problems("train.expert_parallel_size=2", "train.tensor_parallel_size=2")
-    assert problem.startswith("train.expert_parallel_size: not available yet together with train.tensor_parallel_size")
+    (problem,) = problems("train.enable_batch_invariant_mode=true", "train.enable_compile=true")
+    assert problem.startswith("train.enable_batch_invariant_mode: not available yet together with train.enable_compile")
 
 
 def test_what_is_listed_as_not_available_exists() -> None:

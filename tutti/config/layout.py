@@ -2,8 +2,9 @@
 
 The world is a product of axes: W = pipeline * data * context * ulysses * tensor, and data = replicate * shard. All but
 the data axis are given, so that data-parallel ranks are what is left: dp = W / (tp * pp * ulysses * cp). Experts are
-spread over ranks that hold one replica together. A global batch is a whole number of micro batches on each of the dp
-ranks. `fit` is pure: it takes the numbers, and gives the complete layout or an error that names sizes that would do.
+spread over ranks that hold one replica of a stage together. A global batch is a whole number of micro batches on each
+of the dp ranks. `fit` is pure: it takes the numbers, and gives the complete layout or an error that names sizes that
+would do.
 """
 
 import math
@@ -18,8 +19,8 @@ _INNER = ("tensor", "pipeline", "ulysses", "context")
 class Layout:
     """The size of every axis, and the batch in numbers.
 
-    world = pipeline * data * context * ulysses * tensor; data = replicate * shard; expert divides shard * context *
-    ulysses. global_batch_size = micro_batch_size * data * accumulation.
+    world = pipeline * data * context * ulysses * tensor; data = replicate * shard; expert divides expert_ranks.
+    global_batch_size = micro_batch_size * data * accumulation.
     """
 
     world: int
@@ -34,6 +35,11 @@ class Layout:
     global_batch_size: int
     accumulation: int
 
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks with different tokens that hold one replica of a stage: shard * context * ulysses * tensor."""
+        return self.shard * self.context * self.ulysses * self.tensor
+
 
 def fit(config: Config, world: int) -> Layout:
     """The layout of `config` on `world` ranks.  Raises ConfigError: which sizes do not fit, and which would."""
@@ -45,17 +51,6 @@ def fit(config: Config, world: int) -> Layout:
     data = world // model_ranks
     problems: list[str] = []
     replicate, shard = _data_axes(config, data, problems)
-    expert_ranks = shard * inner["context"] * inner["ulysses"]
-    if train.expert_parallel_size > 1 and train.data_parallel_mode == "ddp":
-        problems.append(
-            f"train.expert_parallel_size: ddp keeps a whole copy on each rank, so experts are not divided; set "
-            f"train.data_parallel_mode to fsdp2, or leave it at 1 instead of {train.expert_parallel_size}"
-        )
-    elif expert_ranks % train.expert_parallel_size:
-        problems.append(
-            f"train.expert_parallel_size: {train.expert_parallel_size} does not divide the {expert_ranks} ranks of a "
-            f"replica; {either(divisors(expert_ranks))} would"
-        )
     if inner["pipeline"] > 1:
         problems.extend(_stage_problems(train))
     micro = train.micro_batch_size * data
@@ -67,9 +62,7 @@ def fit(config: Config, world: int) -> Layout:
             f"train.global_batch_size: {global_batch_size} is not a multiple of train.micro_batch_size times the "
             f"data-parallel ranks ({train.micro_batch_size} * {data} = {micro}); {either(sizes)} would be"
         )
-    if problems:
-        raise ConfigError(problems)
-    return Layout(
+    layout = Layout(
         world=world,
         data=data,
         replicate=replicate,
@@ -79,6 +72,10 @@ def fit(config: Config, world: int) -> Layout:
         global_batch_size=global_batch_size,
         accumulation=global_batch_size // micro,
     )
+    problems.extend(_expert_problems(train, layout.expert_ranks))
+    if problems:
+        raise ConfigError(problems)
+    return layout
 
 
 def resolve_sizes(config: Config, world: int) -> Config:
@@ -108,6 +105,23 @@ def _data_axes(config: Config, data: int, problems: list[str]) -> tuple[int, int
             f"{replicate * shard}, not the {data} data-parallel ranks; {either(pairs)} would be"
         )
     return replicate, shard
+
+
+def _expert_problems(train: TrainConfig, ranks: int) -> list[str]:
+    """What keeps experts from being divided among the `ranks` of a replica."""
+    size = train.expert_parallel_size
+    if ranks % size == 0:
+        return []
+    if train.data_parallel_mode == "ddp":
+        return [
+            "train.expert_parallel_size: ddp keeps a replica on each data-parallel rank, so experts are divided among "
+            f"its {ranks} context, ulysses and tensor ranks alone, which {size} does not divide; "
+            f"{either(divisors(ranks))} would, or set train.data_parallel_mode to fsdp2"
+        ]
+    return [
+        f"train.expert_parallel_size: {size} does not divide the {ranks} ranks of a replica; "
+        f"{either(divisors(ranks))} would"
+    ]
 
 
 def _stage_problems(train: TrainConfig) -> list[str]:

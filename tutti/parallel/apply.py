@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from tutti.config import TrainConfig
-from tutti.parallel.expert import divide_experts
+from tutti.parallel.expert import divide_experts, divided_experts, undivided_parts
 from tutti.parallel.fsdp import postpones, shard
 from tutti.parallel.invariant import separate_samples
 from tutti.parallel.mesh import Mesh
@@ -61,7 +61,8 @@ def parallelize(
             # Packed batches differ in length from one to the next, unless they are padded.
             block.forward = torch.compile(block.forward, dynamic=None if train.pad_to_length else True)
     if plan is not None:
-        use_local((*basic, *blocks, root))
+        divided = divided_experts(root)
+        use_local((*undivided_parts(divided), *basic, *blocks, root), apart=divided)
     if train.enable_gradient_checkpointing:
         apply_remat(blocks, reentrant=train.enable_reentrant and not _reads_within(root) and not _in_parts(train))
     if train.enable_batch_invariant_mode:

@@ -1,6 +1,7 @@
 """Expert parallelism: each rank of a group holds some of the experts, and tokens travel to them and back.
 
-Every rank of an expert group has tokens of its own, and E / G of the E experts of each layer:
+Every rank of an expert group has tokens of its own (of tensor ranks, which share a batch, each has its part of them
+here), and E / G of the E experts of each layer:
 
 1. the rows (one for each token and each expert that it chose) lie sorted by expert, and so by the rank that holds it;
 2. how many rows go to each expert is exchanged, then the rows: an all-to-all whose parts may be of any size, or empty;
@@ -87,7 +88,7 @@ def inverse(order: Tensor) -> Tensor:
 
 def check_experts(experts: Sequence[nn.Module], layout: Layout) -> None:
     """ValueError, with the sizes that would do, unless all layers of `experts` divide among the ranks of a group."""
-    size, ranks = layout.expert, layout.shard * layout.context * layout.ulysses
+    size, ranks = layout.expert, layout.expert_ranks
     if size == 1:
         return
     if not experts:
@@ -123,6 +124,11 @@ def divide_experts(experts: Iterable[nn.Module], mesh: Mesh) -> None:
 def divided_experts(root: nn.Module) -> list[nn.Module]:
     """The layers of experts below `root` that `divide_experts` has divided."""
     return [module for module in root.modules() if "exchange" in module.__dict__]
+
+
+def undivided_parts(divided: Iterable[nn.Module]) -> list[nn.Module]:
+    """What all ranks hold alike of layers of divided experts: submodules with parameters of their own (norms)."""
+    return [child for layer in divided for child in layer.children() if any(True for _ in child.parameters())]
 
 
 def shard_dim(parameter: nn.Parameter, num_shards: int) -> int:

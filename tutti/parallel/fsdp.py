@@ -24,7 +24,7 @@ Gradients are summed over ranks, not averaged: the loss is divided by the number
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import Shard
 
 from tutti.config import TrainConfig
-from tutti.parallel.expert import divided_experts, shard_dim
+from tutti.parallel.expert import divided_experts, shard_dim, undivided_parts
 from tutti.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
@@ -49,12 +49,20 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, train: Train
     compute_dtype = getattr(torch, train.compute_dtype)
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     unit = partial(fully_shard, mp_policy=precision, offload_policy=_offload_policy(train, mesh))
-    reshard = reshards(train) and mesh.num_shards > 1
+    frees = reshards(train)
+    reshard = frees and mesh.num_shards > 1
     if train.data_parallel_mode == "fsdp1":
         log.info("train.data_parallel_mode fsdp1 runs on the engine of fsdp2, %s", _as_first_generation(train))
     divided = divided_experts(root)
+    for part in undivided_parts(divided):
+        unit(part, mesh=mesh.fsdp, reshard_after_forward=reshard)
     for experts in divided:
-        _shard_experts(experts, mesh, unit, reshard=reshard)
+        unit(
+            experts,
+            mesh=mesh.expert_fsdp,
+            reshard_after_forward=frees and mesh.num_expert_shards > 1,
+            shard_placement_fn=lambda parameter: Shard(shard_dim(parameter, mesh.num_expert_shards)),
+        )
     for block in blocks:
         if block in divided:
             continue
@@ -62,7 +70,7 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, train: Train
     # The root's parameters are needed first in the backward pass, so they stay gathered in between.
     unit(root, mesh=mesh.fsdp, reshard_after_forward=False)
     for module in fsdp_modules(root):
-        if mesh.fsdp.size() > 1:
+        if max(mesh.fsdp.size(), mesh.expert_fsdp.size()) > 1:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
@@ -83,21 +91,6 @@ def _as_first_generation(train: TrainConfig) -> str:
     kept = "freed after each pass" if train.enable_full_shard else "kept until the step's last backward pass"
     reduced = "with every micro batch, as they are offloaded" if offloads(train) else "once, with the last micro batch"
     return f"with its rules: gathered parameters are {kept}, gradients reduced {reduced}"
-
-
-def _shard_experts(experts: nn.Module, mesh: Mesh, unit: Callable[..., Any], *, reshard: bool) -> None:
-    """Split a layer's experts further over the ranks that hold the same ones; its submodules (norms) are not divided
-    by experts, and belong to all ranks."""
-    num_shards = mesh.expert_fsdp.size(-1)
-    for child in experts.children():
-        if any(True for _ in child.parameters()):
-            unit(child, mesh=mesh.fsdp, reshard_after_forward=reshard)
-    unit(
-        experts,
-        mesh=mesh.expert_fsdp,
-        reshard_after_forward=reshard and num_shards > 1,
-        shard_placement_fn=lambda parameter: Shard(shard_dim(parameter, num_shards)),
-    )
 
 
 def reshards(train: TrainConfig) -> bool:
@@ -134,7 +127,8 @@ class GradientSync:
     def __init__(self, root: nn.Module, mesh: Mesh, train: TrainConfig) -> None:
         self._root = root
         self._modules: Sequence[FSDPModule] = fsdp_modules(root)
-        zero3 = train.data_parallel_mode != "ddp" and train.enable_full_shard and mesh.num_shards > 1
+        several = max(mesh.num_shards, mesh.num_expert_shards) > 1
+        zero3 = train.data_parallel_mode != "ddp" and train.enable_full_shard and several
         second = train.data_parallel_mode != "fsdp1"
         at_once = not postpones(train)
         self._reduce_each = at_once and ((zero3 and second) or offloads(train))

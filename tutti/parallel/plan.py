@@ -8,7 +8,8 @@ refused by name, before anything is built:
 - `Region`: a part of a block that mixes tokens or splits features (attention, MLP). It is given all tokens, and what it
   gives is brought back to a rank's own; everything else in a block (norms, residuals) runs on the rank's own tokens.
   A part with matrices that the plan does not split is a region too: every rank computes it for all tokens.
-- experts are not split, and are no region: they look at one token at a time, so each rank sends its own through them.
+- experts are not split, and are no region: they look at one token at a time, so each rank sends its own through them
+  (see `tutti.parallel.expert` for dividing whole experts among ranks).
 - the input embedding and the output head are split by the vocabulary, whatever the plan says of them.
 
 A projection of heads is split between heads, never within one. Key/value heads that are fewer than the ranks are held

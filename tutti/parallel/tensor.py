@@ -8,7 +8,8 @@ The ranks of a tensor group are given the same packed row of T tokens:
 3. A region (attention, MLP; see `tutti.parallel.plan`) gathers all tokens, multiplies with this rank's columns of its
    first matrices (for attention: this rank's heads), and with its rows of the last one; the ranks' sums are left to the
    rank that a token belongs to (reduce-scatter). That is one gather and one scatter a region, forward and backward.
-   Experts are held by all ranks, and see each rank's own tokens.
+   Experts are not split: each rank sends its own tokens through them, which all ranks hold, or which are divided among
+   ranks of a grid of their own (`tutti.parallel.expert`).
 4. The last hidden states are gathered once, for a head that is split by the vocabulary (`tutti.train.loss`).
 
 Every collective's gradient is its exact adjoint, and each rank answers for its share of the loss, so that the loss of
@@ -210,11 +211,12 @@ def _project(module: Any, hidden: Tensor, share: Share) -> Tensor:
 
 
 def _divide(root: nn.Module, split: dict[int, Placement], mesh: DeviceMesh) -> None:
-    """Make every parameter below `root` a DTensor, split as `split` says by its id, else whole. Tied ones stay one."""
+    """Make every parameter below `root` a DTensor, split as `split` says by its id, else whole; but for what is one
+    already, divided experts. Tied ones stay one."""
     made: dict[int, nn.Parameter] = {}
     for module in root.modules():
         for name, parameter in module._parameters.items():
-            if parameter is None:
+            if parameter is None or isinstance(parameter, DTensor):
                 continue
             if id(parameter) not in made:
                 placement = split.get(id(parameter), Replicate())
@@ -320,12 +322,13 @@ def _from_own_tokens(forward: Callable[..., Any], ranks: TensorRanks) -> Callabl
     return run
 
 
-def use_local(units: Iterable[nn.Module]) -> None:
+def use_local(units: Iterable[nn.Module], apart: Iterable[nn.Module]) -> None:
     """Have the parameters of each of `units` (inner ones before outer ones) be plain tensors while it runs.
 
     A parameter belongs to the innermost unit around it, as with FSDP, which gathers it just before the unit runs.
+    apart: modules within units that see to their own parameters.
     """
-    taken: set[nn.Module] = set()
+    taken = set(apart)
     for unit in units:
         modules = list(_outside_of(unit, taken))
         taken.add(unit)
