@@ -106,8 +106,11 @@ def _expert_meshes(layout: Layout, device: str, *, ddp: bool, ep_outside: bool) 
     if ep_outside:
         inner = dict(reversed(inner.items()))
     axes = {"pipeline": layout.pipeline, "replicate": layout.replicate, **inner, "whole": 1}
-    grid = init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    backend = dist.get_backend_config()
+    grid = init_device_mesh(
+        device, tuple(axes.values()), mesh_dim_names=tuple(axes), backend_override=dict.fromkeys(axes, backend)
+    )
     if ddp:
-        copies = grid["replicate", "expert_shard"]._flatten("copies")
+        copies = grid["replicate", "expert_shard"]._flatten("copies", backend)
         return grid["expert"], DeviceMesh._concatenate([copies, grid["whole"]])
     return grid["expert"], grid[("replicate", "expert_shard") if layout.replicate > 1 else "expert_shard"]
