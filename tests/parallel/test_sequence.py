@@ -1,6 +1,7 @@
 """Batches split over context and ulysses ranks: every token on one rank, and training equal to one process."""
 
 import functools
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -68,12 +69,21 @@ def test_padding_is_as_little_as_divides():
     assert [padded_length(n, SequenceRanks(0, 2, "", 0, 3, "")) for n in (1, 12, 13)] == [12, 12, 24]
 
 
-def test_inputs_beside_the_tokens_are_refused():
-    from dataclasses import replace
-
-    batch = replace(make_batch([3, 4]), extras={"pixel_values": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"pixel_values.*train\.ulysses_parallel_size"):
-        split_tokens(batch, all_ranks(1, 2)[0])
+def test_inputs_beside_the_tokens_stay_whole_with_the_tokens_that_they_belong_to():
+    batch = make_batch([3, 4])
+    pixels, kinds = torch.randn(2, 7), torch.tensor([[0, 1, 1, 0, 0, 1, 0]])
+    rows = torch.arange(28).view(4, 1, 7)
+    extras = {"pixel_values": pixels, "mm_token_type_ids": kinds, "position_ids": rows}
+    for number, ranks in enumerate(all_ranks(1, 2)):
+        part = split_tokens(replace(batch, extras=extras), ranks)
+        assert torch.equal(part.extras["pixel_values"], pixels)
+        assert part.extras["mm_token_type_ids"].tolist() == [[*kinds[0].tolist(), 0]]
+        assert torch.equal(part.extras["position_ids"], torch.cat([rows, torch.zeros(4, 1, 1)], -1))
+        row = part.whole.row
+        assert row.input_ids.tolist() == [*batch.input_ids.tolist(), 0]
+        assert row.held.tolist() == list(range(4 * number, 4 * number + 4))
+        assert torch.equal(row.input_ids[row.held], part.input_ids)
+    assert split_tokens(batch, all_ranks(1, 2)[0]).whole.row is None
 
 
 def gather_on_ranks(context, ulysses):

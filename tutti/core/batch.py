@@ -27,6 +27,11 @@ PAD_SEGMENT = 256
 """Padding is cut into segments of at most this many tokens, so that attention over it stays linear in its length."""
 
 
+ALONG_TOKENS = ("position_ids", "mm_token_type_ids", "token_type_ids")
+"""The extras of a batch that have a value for each token, in their last dimension. position_ids have as many rows as
+the model rotates by (mrope)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One training sequence of n tokens.
@@ -69,11 +74,28 @@ class SequenceRanks(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Row:
+    """All tokens of a batch that several ranks share, for a model that looks at them before they are divided: where
+    images lie among them is the same for every rank.
+
+    input_ids, position_ids: int64 [T], as in `Batch`. held: int64 [t], the places of this rank's own tokens, in order.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    held: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Row:
+        return Row(change(self.input_ids), change(self.position_ids), change(self.held))
+
+
+@dataclass(frozen=True, slots=True)
 class Whole:
     """What attention, which looks beyond a rank's own tokens, needs to know of the batch that they are a part of.
 
     length: its tokens before it was padded to a multiple of the ranks. cu_seqlens: int32, the borders of its samples
-    and of that padding. borders: the same, always on the host. max_seqlen: length of the longest segment.
+    and of that padding. borders: the same, always on the host. max_seqlen: length of the longest segment. row: its
+    tokens, where it has inputs beside them (`Batch.extras`).
     """
 
     length: int
@@ -81,6 +103,7 @@ class Whole:
     borders: Tensor
     max_seqlen: int
     ranks: SequenceRanks
+    row: Row | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +134,9 @@ class Batch:
     target_index: int64 [N], the positions whose label is not IGNORE, ascending.
     sample_sources: int64 [S], the data source of each sample (padding: -1).
     num_tokens: tokens that are not padding.
-    extras: what only some models take (pixel_values ...), by the name of the model's forward argument.
+    extras: what only some models take (pixel_values ...), by the name and in the shape of the model's forward argument.
+    Those of ALONG_TOKENS have a value for each token, in the last dimension; where ranks share the batch, for each of
+    all its tokens.
     whole: where these are one rank's tokens of a batch that several ranks share, what that batch was. The samples are
     then the pieces of samples that lie on this rank, and a piece's positions go on from where it was cut.
     pairs: where the samples are pairs of answers; S then counts the answers.
@@ -134,6 +159,10 @@ class Batch:
         lengths = self.cu_seqlens.diff().tolist()
         return [length for length, source in zip(lengths, self.sample_sources.tolist(), strict=True) if source >= 0]
 
+    def num_values(self) -> int:
+        """Of how many values (pixels times channels) the batch's images, video and audio are made."""
+        return sum(value.numel() for value in self.extras.values() if value.is_floating_point())
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; copies from pinned memory do not block."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -147,7 +176,8 @@ class Batch:
         values = {name: change(value) if isinstance(value, Tensor) else value for name, value in values.items()}
         values["extras"] = {name: change(value) for name, value in self.extras.items()}
         if self.whole is not None:
-            values["whole"] = replace(self.whole, cu_seqlens=change(self.whole.cu_seqlens))
+            row = self.whole.row and self.whole.row.map(change)
+            values["whole"] = replace(self.whole, cu_seqlens=change(self.whole.cu_seqlens), row=row)
         if self.pairs is not None:
             values["pairs"] = self.pairs.map(change)
         return Batch(**values)

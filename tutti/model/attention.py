@@ -13,6 +13,9 @@ work on pairs that the mask then throws away, so attention runs sample by sample
 Where the tokens of a batch are split over ranks (`tutti.parallel.sequence`), the kernel is wrapped in the exchange of
 tokens for heads, and ring attention takes its place over the context axis.
 
+Masks are made only where a model's is more than causal or a sliding window (Gemma 3, where the tokens of an image see
+one another): attention then runs over the batch as a whole, with the mask cut at the samples' borders.
+
 `eager` is the model's own attention with a block-diagonal mask that transformers derives from the restarting
 `position_ids`; it is the reference that the others are tested against.
 
@@ -25,19 +28,20 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from tutti.config import ConfigError
 from tutti.config.layout import Layout, divisors, either
 from tutti.core.batch import Batch, Whole
 from tutti.core.tiles import Biases, Settings, Tile, scores, tiles
+from tutti.model.plan import text_model
 from tutti.parallel.ring import ring_attention
 from tutti.parallel.ulysses import heads_to_tokens, own_heads, tokens_to_heads
 
@@ -60,7 +64,7 @@ def resolve_attention(requested: str, device: torch.device, *, split: bool = Fal
     else than the request runs.
     """
     AttentionInterface.register(PACKED, packed_forward)
-    AttentionMaskInterface.register(PACKED, no_mask)
+    AttentionMaskInterface.register(PACKED, packed_mask)
     if requested == "eager":
         return "eager"
     if requested in _PACKAGES:
@@ -73,15 +77,31 @@ def resolve_attention(requested: str, device: torch.device, *, split: bool = Fal
     return PACKED
 
 
+def attention_by_part(config: PreTrainedConfig, text: str) -> str | dict[str, str]:
+    """What to give transformers as `attn_implementation` for a model that is to attend to its text by `text`.
+
+    Encoders of images attend within each image, as their own code arranges it, by the default that transformers has for
+    them; their own eager code with eager, and the package that `text` names.
+    """
+    language = config.get_text_config()
+    parts = [name for name in config.sub_configs if getattr(config, name, None) is language]
+    if not parts or text != PACKED:
+        return text
+    return {"": text, parts[0]: text}
+
+
 def packed_kwargs(batch: Batch) -> dict[str, Any]:
     """What a decoder's forward is given for `batch`: its tokens as one row, positions, and the samples' borders.
 
     Of a batch that ranks share: this rank's tokens and positions, and the whole batch's borders.
     """
+    return {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None], **border_kwargs(batch)}
+
+
+def border_kwargs(batch: Batch) -> dict[str, Any]:
+    """What attention is to know of `batch`, or of the whole batch that ranks share: where its samples begin."""
     bordered = batch.whole or batch
     kwargs = {
-        "input_ids": batch.input_ids[None],
-        "position_ids": batch.position_ids[None],
         "cu_seq_lens_q": bordered.cu_seqlens,
         "cu_seq_lens_k": bordered.cu_seqlens,
         "max_length_q": bordered.max_seqlen,
@@ -95,7 +115,8 @@ def check_packable(model: PreTrainedModel) -> None:
     """Raise ValueError for a model that would carry something from one packed sample into the next."""
     known = {"full_attention", "sliding_attention"}
     others = sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - known)
-    if others or model._is_stateful or not model._supports_attention_backend:
+    language: Any = text_model(model)
+    if others or language._is_stateful or not language._supports_attention_backend:
         kind = f"of type {', '.join(others)}" if others else "that mix tokens otherwise than by attention"
         raise ValueError(
             f"{model.config.model_type} has layers {kind}, which would leak from one packed sample into the next; "
@@ -119,7 +140,39 @@ def check_splittable(model: PreTrainedModel, layout: Layout) -> None:
 
 
 def no_mask(*args: Any, **kwargs: Any) -> None:
-    """Packed attention needs no mask: it never looks across a sample's border."""
+    """Attention needs no mask where its own arguments say all."""
+
+
+def packed_mask(*, mask_function: Callable[..., Any], **kwargs: Any) -> Tensor | None:
+    """transformers' mask signature -> None, since packed attention never looks across a sample's border; but bool
+    [1, 1, T, T] where a model's mask is more than causal or a sliding window (the tokens of an image see one another).
+    """
+    if all(kind in _PLAIN_MASKS for kind in _mask_kinds(mask_function)):
+        return None
+    return sdpa_mask(mask_function=mask_function, **(kwargs | {"allow_is_causal_skip": False}))
+
+
+_PLAIN_MASKS = {
+    "causal_mask_function",
+    "bidirectional_mask_function",
+    "sliding_window_overlay",
+    "sliding_window_bidirectional_overlay",
+    "packed_sequence_mask_function",
+    "remap_positions_for_packed_sequence",
+    "add_offsets_to_mask_function",
+    "and_masks",
+}
+"""The parts of masks that say no more than is known of a packed batch and a layer anyway."""
+
+
+def _mask_kinds(mask_function: Callable[..., Any]) -> Iterator[str]:
+    """The names of transformers' functions that made a mask function and all that it combines."""
+    yield mask_function.__qualname__.partition(".")[0]
+    for cell in mask_function.__closure__ or ():
+        held = cell.cell_contents
+        for item in held if isinstance(held, tuple) else (held,):
+            if callable(item):
+                yield from _mask_kinds(item)
 
 
 def packed_forward(
@@ -132,8 +185,10 @@ def packed_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature: query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, E]."""
-    assert attention_mask is None, "packed attention was given a mask; it was built for another implementation"
+    """transformers' attention signature: query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, E].
+
+    attention_mask: bool [1, 1, T, T] of the whole batch, where there is more to it than its samples' borders.
+    """
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is None:
         name = type(module).__name__
@@ -144,15 +199,37 @@ def packed_forward(
     sinks = kwargs.get("s_aux")
     heads = (query.squeeze(0), key.squeeze(0), value.squeeze(0))
     whole: Whole | None = kwargs.get("whole")
-    if whole is None:
-        return _attend(*heads, cu_seqlens, kwargs["max_length_q"], settings, sinks)[None], None
-    heads = tokens_to_heads(*heads, whole.ranks, getattr(module, "early_values", None))
-    sinks = own_heads(sinks, whole.ranks)
-    if whole.ranks.context_size > 1:
+    if whole is not None:
+        heads = tokens_to_heads(*heads, whole.ranks, getattr(module, "early_values", None))
+        sinks = own_heads(sinks, whole.ranks)
+    if whole is not None and whole.ranks.context_size > 1:
+        assert attention_mask is None, "the ring was given a mask"
         out = ring_attention(*heads, whole.borders, settings, sinks, whole.ranks.context_group)
+    elif attention_mask is not None:
+        out = _masked(*heads, attention_mask, settings, sinks)
     else:
         out = _attend(*heads, cu_seqlens, kwargs["max_length_q"], settings, sinks)
-    return heads_to_tokens(out, whole.ranks)[None], None
+    return (out if whole is None else heads_to_tokens(out, whole.ranks))[None], None
+
+
+def _masked(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, settings: Settings, sinks: Tensor | None
+) -> Tensor:
+    """Attention to what `mask` [1, 1, T, T] says, over the batch as a whole: heads first -> [T, H, E]."""
+    if settings.softcap or sinks is not None:
+        raise ValueError(
+            "packed attention does not know a mask together with soft-capping or sinks; set "
+            "model.attn_implementation=eager"
+        )
+    out = nn.functional.scaled_dot_product_attention(
+        query[None],
+        key[None],
+        value[None],
+        attn_mask=mask,
+        scale=settings.scale,
+        enable_gqa=len(query) != len(key),
+    )
+    return out[0].transpose(0, 1)
 
 
 def _attend(

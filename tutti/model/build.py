@@ -19,6 +19,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
@@ -30,7 +31,7 @@ from transformers import (
 
 from tutti.config import Config
 from tutti.core.device import pick_device
-from tutti.model.attention import resolve_attention
+from tutti.model.attention import attention_by_part, resolve_attention
 from tutti.model.experts import resolve_experts
 from tutti.model.files import read_index
 from tutti.model.plan import experts
@@ -99,9 +100,9 @@ def build_model(
 ) -> PreTrainedModel:
     """The model that `config` asks for, on the meta device, in training mode.
 
-    A causal language model, or with data.data_type classification a sequence classifier of `num_labels` classes (by
-    default model.num_labels, else the config's). Parameters are of `dtype`, by default fp32 with
-    train.enable_mixed_precision, else bf16.
+    A causal language model (one that takes images, if the config is of such), or with data.data_type classification a
+    sequence classifier of `num_labels` classes (by default model.num_labels, else the config's). Parameters are of
+    `dtype`, by default fp32 with train.enable_mixed_precision, else bf16.
     tokenizer: checked to fit the embedding; a model that starts from random weights ends its texts as it does.
     device: where it will run, which decides on the kernels (default: this machine's).
     """
@@ -121,16 +122,17 @@ def build_model(
         count = num_labels or config.model.num_labels
         if count is not None:
             model_config.num_labels = count
-    factory = AutoModelForSequenceClassification if classify else AutoModelForCausalLM
+    factory = AutoModelForSequenceClassification if classify else language_factory(model_config)
     if type(model_config) not in factory._model_mapping:
         kind = "sequence classifier" if classify else "causal language model"
         raise ValueError(f"model.config_path: transformers has no {kind} for model_type {model_config.model_type}")
     split = config.train.ulysses_parallel_size * config.train.context_parallel_size > 1
+    attention = resolve_attention(config.model.attn_implementation, device, split=split)
     with torch.device("meta"):
         model = factory.from_config(
             model_config,
             dtype=dtype,
-            attn_implementation=resolve_attention(config.model.attn_implementation, device, split=split),
+            attn_implementation=attention_by_part(model_config, attention),
             experts_implementation=resolve_experts(config.model.moe_implementation),
         )
     if config.model.moe_implementation is not None and not experts(model):
@@ -138,6 +140,18 @@ def build_model(
     if config.model.model_path and model.can_generate():
         _read_generation_config(model, Path(config.model.model_path))
     return model.train()
+
+
+def language_factory(model_config: PreTrainedConfig) -> Any:
+    """transformers' factory of the language model that a config is of: of text alone, or of images and more as well.
+
+    Where it has a class of either kind for the config, the one that its `architectures` name, else the latter.
+    """
+    factories: tuple[Any, ...] = (AutoModelForMultimodalLM, AutoModelForCausalLM)
+    fitting = [factory for factory in factories if type(model_config) in factory._model_mapping]
+    named = set(model_config.architectures or ())
+    by_name = [factory for factory in fitting if factory._model_mapping[type(model_config)].__name__ in named]
+    return (*by_name, *fitting, AutoModelForCausalLM)[0]
 
 
 def _local(name: str, argument: str) -> Path:

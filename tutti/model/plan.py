@@ -1,6 +1,7 @@
 """Facts about a Hugging Face model that training is planned by, read off the model itself rather than kept in a table.
 
 - `blocks`: the repeated layers, which are compiled, checkpointed and sharded one by one.
+- `text_model`, `towers`: of a model that takes more than text, its language model and what lies beside that.
 - `decoder`, `head`, `logit_transform`: the model cut between its hidden states and its logits, so that the head can be
   fused with the loss. What a model does with its logits after the head (scaling, soft-capping) is declared by its
   config under a few names, and whether we have understood it is tried out: the class's own `forward` is run once with
@@ -11,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
@@ -42,23 +43,35 @@ class LogitTransform(NamedTuple):
 
 
 def blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """The model's repeated units with their names, in the order they run: its `_no_split_modules`, outermost only.
+    """The repeated units of the model's language model with their names, in the order they run: its
+    `_no_split_modules`, outermost only.
 
     A model that names none has the members of its longest ModuleList.
     """
     names = set(model._no_split_modules or ())
-    found = [(name, module) for name, module in model.named_modules() if _class_name(module) in names]
+    inside = text_model(model)
+    prefix = next((f"{name}." for name, module in model.named_modules() if module is inside), "")
+    found = [(prefix + name, module) for name, module in inside.named_modules() if _class_name(module) in names]
     if not found:
-        lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-        if not lists:
-            return []
-        prefix, longest = max(lists, key=lambda item: len(item[1]))
-        found = [(f"{prefix}.{name}", module) for name, module in longest.named_children()]
+        found = [(prefix + name, module) for name, module in _longest_list(inside)]
     outer: list[tuple[str, nn.Module]] = []
     for name, module in found:
         if not outer or not name.startswith(outer[-1][0] + "."):
             outer.append((name, module))
     return outer
+
+
+def tower_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The repeated units of what encodes images, video and audio: the longest ModuleList of each tower."""
+    return [block for tower in towers(model) for _, block in _longest_list(tower)]
+
+
+def _longest_list(root: nn.Module) -> list[tuple[str, nn.Module]]:
+    lists = [(name, module) for name, module in root.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        return []
+    prefix, longest = max(lists, key=lambda item: len(item[1]))
+    return [(f"{prefix}.{name}", module) for name, module in longest.named_children()]
 
 
 def basic_modules(model: nn.Module, class_names: Iterable[str]) -> list[tuple[str, nn.Module]]:
@@ -81,6 +94,31 @@ def decoder(model: PreTrainedModel) -> nn.Module:
     if not isinstance(inner, nn.Module):
         raise ValueError(f"{_class_name(model)} has no inner model to take hidden states from")
     return inner
+
+
+def text_model(model: PreTrainedModel) -> nn.Module:
+    """The language model within the decoder: all of it, unless the model takes images, video or audio too."""
+    inner = decoder(model)
+    config = model.config.get_text_config()
+    if config is model.config:
+        return inner
+    return next((part for part in inner.modules() if getattr(part, "config", None) is config), inner)
+
+
+def towers(model: PreTrainedModel) -> list[nn.Module]:
+    """What a decoder has beside its language model: encoders of images, video and audio, and their projectors."""
+    return list(_beside(decoder(model), text_model(model)))
+
+
+def _beside(module: nn.Module, inside: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules below `module` with parameters that neither are, nor are around, `inside`."""
+    if module is inside:
+        return
+    for child in module.children():
+        if any(part is inside for part in child.modules()):
+            yield from _beside(child, inside)
+        elif any(True for _ in child.parameters()):
+            yield child
 
 
 def head(model: PreTrainedModel) -> nn.Linear:
@@ -246,15 +284,18 @@ class FlopCount:
     """Floating-point operations of training on a batch, forward and backward, recomputation not counted.
 
     per_token: matrix products with parameters, 6 for each active one (4 if it is frozen). pairs: for every attention
-    layer the operations for one query-key pair, and the layer's window (0 = none).
+    layer the operations for one query-key pair, and the layer's window (0 = none). per_value: the towers' matrix
+    products (their attention is not counted), by the values of images that they are given: one patch, of so many
+    values, is one of a tower's tokens.
     """
 
     per_token: float
     pairs: tuple[tuple[float, int], ...]
+    per_value: float = 0.0
 
-    def batch(self, lengths: Sequence[int]) -> float:
-        """The work on samples of these lengths, causal attention within each."""
-        total = self.per_token * sum(lengths)
+    def batch(self, lengths: Sequence[int], num_values: int = 0) -> float:
+        """The work on samples of these lengths, causal attention within each, with images of so many values in all."""
+        total = self.per_token * sum(lengths) + self.per_value * num_values
         windows: dict[int, float] = {}
         for flops, window in self.pairs:
             windows[window] = windows.get(window, 0.0) + flops
@@ -279,9 +320,14 @@ def count_flops(model: PreTrainedModel) -> FlopCount:
         for p in model.parameters()
         if p.ndim >= 2
     }
-    output = head(model).weight
-    per_token = sum(flops for key, flops in work.items() if key not in lookups or key == id(output))
-    return FlopCount(per_token, tuple(_pair_flops(model.config.get_text_config())))
+    lookups -= {id(head(model).weight)}
+    beside = {id(p): p for tower in towers(model) for p in tower.parameters()}
+    per_token = sum(flops for key, flops in work.items() if key not in lookups and key not in beside)
+    per_patch = sum(flops for key, flops in work.items() if key not in lookups and key in beside)
+    # What embeds patches is the towers' one convolution.
+    patch = next((p[0].numel() for p in beside.values() if p.ndim > 3), 0)
+    per_value = per_patch / patch if patch else 0.0
+    return FlopCount(per_token, tuple(_pair_flops(model.config.get_text_config())), per_value)
 
 
 def _pair_flops(config: PreTrainedConfig) -> list[tuple[float, int]]:

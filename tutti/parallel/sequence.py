@@ -9,7 +9,8 @@ All ranks along the context and ulysses axes are given the same packed batch, an
 
 Everything but attention looks at one token at a time and runs on the share as it is: embedding, norms, MLPs, experts,
 head and loss. Positions and targets come along with the tokens. Attention is told where the samples of the whole batch
-begin (`Whole`), and gets at the other tokens by `tutti.parallel.ulysses` and `tutti.parallel.ring`.
+begin (`Whole`), and gets at the other tokens by `tutti.parallel.ulysses` and `tutti.parallel.ring`. What lies beside
+the tokens (images) every rank has whole: see `tutti.model.border`.
 
 Sums over the shares are sums over the batch, and gradients are summed over all ranks anyway. What is not a sum over
 tokens (the load-balancing loss of a router) is computed from `gather_tokens`.
@@ -26,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
-from tutti.core.batch import IGNORE, Batch, SequenceRanks, Whole
+from tutti.core.batch import ALONG_TOKENS, IGNORE, Batch, Row, SequenceRanks, Whole
 from tutti.parallel.mesh import Mesh
 
 
@@ -77,15 +78,10 @@ def held_tokens(length: int, ranks: SequenceRanks) -> Tensor:
 def split_tokens(batch: Batch, ranks: SequenceRanks | None) -> Batch:
     """This rank's share of `batch`, which all of `ranks` are given; a batch on the host.
 
-    ValueError for a batch with inputs that do not lie along its tokens.
+    Inputs beside the tokens are left whole, and the tokens that they belong to are kept with them.
     """
     if ranks is None:
         return batch
-    if batch.extras:
-        raise ValueError(
-            f"inputs beside the tokens ({', '.join(batch.extras)}) are not split over ranks; "
-            "set train.ulysses_parallel_size and train.context_parallel_size to 1"
-        )
     length = len(batch.input_ids)
     padded = _pad(batch, padded_length(length, ranks) - length)
     held = held_tokens(len(padded.input_ids), ranks)
@@ -97,6 +93,7 @@ def split_tokens(batch: Batch, ranks: SequenceRanks | None) -> Batch:
     cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int32), (last + 1).int()])
     sources = padded.sample_sources[sample]
     target_index = (labels != IGNORE).nonzero().flatten()
+    row = Row(padded.input_ids, padded.position_ids, held) if padded.extras else None
     pairs = padded.pairs
     if pairs is not None:
         pairs = replace(pairs, segment=sample[target_index])
@@ -109,7 +106,8 @@ def split_tokens(batch: Batch, ranks: SequenceRanks | None) -> Batch:
         target_index=target_index,
         sample_sources=sources[last],
         num_tokens=int((sources >= 0).sum()),
-        whole=Whole(length, padded.cu_seqlens, padded.cu_seqlens, padded.max_seqlen, ranks),
+        extras=padded.extras,
+        whole=Whole(length, padded.cu_seqlens, padded.cu_seqlens, padded.max_seqlen, ranks, row),
         pairs=pairs,
     )
 
@@ -130,7 +128,16 @@ def _pad(batch: Batch, padding: int) -> Batch:
         cu_seqlens=extend(batch.cu_seqlens, batch.cu_seqlens[-1:] + padding),
         max_seqlen=max(batch.max_seqlen, padding),
         sample_sources=extend(batch.sample_sources, torch.tensor([-1])),
+        extras={name: _extend(value, name, padding) for name, value in batch.extras.items()},
     )
+
+
+def _extend(value: Tensor, name: str, padding: int) -> Tensor:
+    """One of a batch's extras, for `padding` more tokens if it lies along the tokens."""
+    if name not in ALONG_TOKENS:
+        return value
+    more = torch.arange(padding) if name == "position_ids" else torch.zeros(padding)
+    return torch.cat([value, more.to(value.dtype).expand(*value.shape[:-1], -1)], dim=-1)
 
 
 def sum_shares(tensor: Tensor, whole: Whole | None) -> Tensor:

@@ -61,7 +61,8 @@ class Trainer:
             return loss
 
         self._runner.train(batch.micro_batches, loss_of)
-        totals.flops += sum(self._flops.batch(micro.lengths()) for micro in batch.micro_batches) / self._num_sharing
+        flops = sum(self._flops.batch(micro.lengths(), micro.num_values()) for micro in batch.micro_batches)
+        totals.flops += flops / self._num_sharing
         if self._inspect_gradients is not None:
             self._inspect_gradients()
             self._inspect_gradients = None

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from tutti.core.batch import Batch
 from tutti.model.attention import packed_kwargs
-from tutti.model.plan import count_flops, decoder, head, is_classifier, logit_transform
+from tutti.model.border import Border
+from tutti.model.plan import count_flops, decoder, head, is_classifier, logit_transform, towers
 from tutti.parallel.pipeline import Passed, Stage, hand_on
 from tutti.parallel.sequence import gather_tokens
 from tutti.parallel.tensor import TensorRanks, gather_tensor
@@ -73,6 +74,7 @@ class Objective(nn.Module):
         self._shard: VocabularyShard | None = None
         if tensor is not None and not self._classifies:
             self._shard = VocabularyShard(tensor.start(head(model).out_features), tensor.group, tensor.size)
+        self._border = Border(model, tensor) if towers(model) else None
         self._transform = logit_transform(model)
         self._router_loss = _router_loss(model)
         self.has_router_loss = self._router_loss is not None
@@ -86,10 +88,13 @@ class Objective(nn.Module):
         stage: the part of the model's depth to run, on what was `received` from the stage before. Unless it is the
         last one, what the next is to receive is returned.
         """
-        kwargs = packed_kwargs(batch) | dict(batch.extras)
-        if self._router_loss is not None:
-            kwargs["output_router_logits"] = True
-        states = decoder(self.model)(**kwargs) if stage is None else stage.run(decoder(self.model), kwargs, received)
+        options = {} if self._router_loss is None else {"output_router_logits": True}
+        if self._border is not None:
+            states = self._border.run(batch, **options)
+        elif stage is None:
+            states = decoder(self.model)(**packed_kwargs(batch), **batch.extras, **options)
+        else:
+            states = stage.run(decoder(self.model), packed_kwargs(batch) | options, received)
         if stage is not None and not stage.is_last:
             return hand_on(states)
         if only_logits:
@@ -190,7 +195,7 @@ def _router_loss(model: PreTrainedModel) -> Callable[[Any], Tensor] | None:
     how samples were packed into micro batches, and on nothing else: not on which ranks run them, nor on how many share
     one (the ranks' router logits are gathered), nor on where the experts lie.
     """
-    config = model.config
+    config = model.config.get_text_config()
     if not getattr(config, "output_router_logits", False):
         return None
     family = sys.modules[

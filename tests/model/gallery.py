@@ -1,0 +1,186 @@
+"""Tiny models that take images, and samples with images for them, built by hand as their processors would.
+
+`tiny(name)` gives a config for `AutoModelForMultimodalLM.from_config`: two layers of text and of vision, width 32.
+`Picture` samples know the arguments that the family's own forward takes for one of them, and `pack_pictures` makes a
+packed batch of several. Images are of different sizes where the family allows that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+from tutti.core.batch import IGNORE, Batch, Sample, pack
+
+VOCAB, IMAGE, VIDEO = 256, 250, 251
+_TEXT: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
+_GRID: dict[str, Any] = {"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+_QWEN: dict[str, Any] = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": 252}
+
+
+def _mrope(*sections: int) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}}
+
+
+_QWEN3_VISION = _GRID | {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2_vl": _QWEN
+    | {
+        "text_config": _TEXT | _mrope(1, 1, 2),
+        "vision_config": _GRID | {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2},
+    },
+    "qwen2_5_vl": _QWEN
+    | {
+        "text_config": _TEXT | _mrope(1, 1, 2) | {"tie_word_embeddings": True},
+        "vision_config": _GRID
+        | {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "out_hidden_size": 32,
+            "window_size": 16,
+            "fullatt_block_indexes": [1],
+        },
+        "tie_word_embeddings": True,
+    },
+    "qwen3_vl": _QWEN | {"text_config": _TEXT | _mrope(3, 3, 2) | {"head_dim": 16}, "vision_config": _QWEN3_VISION},
+    "qwen3_vl_moe": _QWEN
+    | {
+        "text_config": _TEXT
+        | _mrope(3, 3, 2)
+        | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+        "vision_config": _QWEN3_VISION,
+    },
+    "gemma3": {
+        "text_config": _TEXT
+        | {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        "vision_config": _VISION | {"model_type": "siglip_vision_model"},
+        "mm_tokens_per_image": 4,
+        "image_token_index": IMAGE,
+    },
+    "llava": {
+        "text_config": _TEXT | {"model_type": "llama"},
+        "vision_config": _VISION | {"model_type": "clip_vision_model"},
+        "image_token_index": IMAGE,
+    },
+    "internvl": {
+        "text_config": _TEXT | {"model_type": "qwen2"},
+        "vision_config": _VISION | {"image_size": [16, 16], "patch_size": [4, 4]},
+        "image_token_id": IMAGE,
+    },
+    "idefics3": {
+        "text_config": _TEXT | {"model_type": "llama"},
+        "vision_config": _VISION,
+        "image_token_id": IMAGE,
+        "scale_factor": 2,
+    },
+    "smolvlm": {
+        "text_config": _TEXT | {"model_type": "llama"},
+        "vision_config": _VISION,
+        "image_token_id": IMAGE,
+        "scale_factor": 2,
+    },
+}
+"""model_type -> what its config sets."""
+
+GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+"""The families that take images as patches of any number, and positions of three rows."""
+
+
+def tiny(name: str, **text: Any) -> PreTrainedConfig:
+    """The tiny config of family `name` (a key of FAMILIES), with `text` set on its language model's part."""
+    values = FAMILIES[name]
+    return AutoConfig.for_model(name, **{**values, "text_config": values["text_config"] | text})
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A sample, and what the family's forward takes beside its tokens; nothing for a sample of text alone."""
+
+    sample: Sample
+    inputs: dict[str, Tensor]
+
+
+def picture(family: str, seed: int, length: int, num_images: int, *, video: bool = False) -> Picture:
+    """A sample of `length` tokens of text and `num_images` images between them, from `seed`."""
+    rng, torch_rng = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    ids = rng.integers(3, 240, length).astype(np.int32)
+    pixels, grids, types = [], [], np.zeros(length, np.int32)
+    for number in range(num_images):
+        if family in GRIDS:
+            grid = (2, 4, 4) if video else ((1, 4, 4), (1, 2, 6), (1, 6, 4))[number % 3]
+            frames, rows, columns = grid
+            grids.append(grid)
+            pixels.append(torch.randn(frames * rows * columns, 3 * 2 * 4 * 4, generator=torch_rng))
+            count = frames * rows * columns // 4
+        else:
+            pixels.append(torch.randn(1, 3, 16, 16, generator=torch_rng))
+            count = 16 if family == "llava" else 4
+        place = int(rng.integers(1, len(ids)))
+        while types[place] or types[place - 1]:  # not within or beside another image
+            place = int(rng.integers(1, len(ids)))
+        ids = np.insert(ids, place, np.full(count, VIDEO if video else IMAGE))
+        types = np.insert(types, place, np.full(count, 2 if video else 1))
+    labels = np.append(ids[1:], IGNORE).astype(np.int32)
+    labels[rng.random(len(ids)) < 0.3] = IGNORE
+    sample = Sample(ids.astype(np.int32), labels)
+    if not pixels:
+        return Picture(sample, {})
+    if family in GRIDS:
+        kind, name = ("video", "pixel_values_videos") if video else ("image", "pixel_values")
+        inputs = {name: torch.cat(pixels), f"{kind}_grid_thw": torch.tensor(grids)}
+        return Picture(sample, inputs | {"mm_token_type_ids": torch.from_numpy(types).long()[None]})
+    values = torch.cat(pixels)
+    inputs = {"pixel_values": values[None] if family in ("idefics3", "smolvlm") else values}
+    if family == "gemma3":
+        inputs["token_type_ids"] = torch.from_numpy(types).long()[None]
+    return Picture(sample, inputs)
+
+
+def pack_pictures(pictures: list[Picture], *, pad_to: int | None = None) -> Batch:
+    """A packed batch of all samples, with what they take beside tokens laid end to end."""
+    batch = pack([item.sample for item in pictures], pad_to=pad_to)
+    extras: dict[str, list[Tensor]] = {}
+    along = {name for item in pictures for name in item.inputs if name.endswith("token_type_ids")}
+    for item in pictures:
+        absent = {name: torch.zeros(1, len(item.sample), dtype=torch.int64) for name in along}
+        for name, value in (absent | item.inputs).items():
+            extras.setdefault(name, []).append(value)
+    padding = len(batch.input_ids) - sum(len(item.sample) for item in pictures)
+    for name in along:
+        extras[name].append(torch.zeros(1, padding, dtype=torch.int64))
+    dims = dict.fromkeys(along, 1)
+    joined = {
+        name: torch.cat(values, dims.get(name, 1 if values[0].ndim == 5 else 0)) for name, values in extras.items()
+    }
+    return replace(batch, extras=joined)
