@@ -7,21 +7,46 @@ from typing import Any
 
 import pytest
 
+from tests.harness import run_ranks
 from tests.model.zoo import tiny
-from tests.train.runs import run, tiny_config
+from tests.train.runs import records, run, tiny_config, train_quietly
+from tutti.config import Config
 
 
-def train_family(
-    folder: Path, family: str, world: int = 1, overrides: dict | None = None, **changes: Any
-) -> list[dict]:
-    """Lines of metrics of four steps with a tiny model of `family` (see `tests.model.zoo`) on `world` ranks.
+def family_config(folder: Path, family: str, world: int = 1, overrides: dict | None = None, **changes: Any) -> Config:
+    """Four steps with a tiny model of `family` (see `tests.model.zoo`, changed by `overrides`) on `world` ranks.
 
     changes: arguments of the train group, or of another by their dotted names.
     """
     path = folder / family
     tiny(family, vocab_size=2048, **(overrides or {})).save_pretrained(path)
     arguments = {name if "." in name else f"train.{name}": value for name, value in changes.items()}
-    return run(tiny_config(folder, world=world, **{"model.config_path": str(path)}, **arguments), world)
+    return tiny_config(folder, world=world, **({"model.config_path": str(path)} | arguments))
+
+
+def train_family(
+    folder: Path, family: str, world: int = 1, overrides: dict | None = None, **changes: Any
+) -> list[dict]:
+    """Lines of metrics of the run that `family_config` describes."""
+    return run(family_config(folder, family, world, overrides, **changes), world)
+
+
+def train_all(configs: list[Config], world: int) -> list[list[dict]]:
+    """The lines of metrics of several runs, one after the other on the same ranks: starting ranks takes longer."""
+    run_ranks(world, _train_each, configs, timeout=600)
+    return [records(config) for config in configs]
+
+
+def _train_each(configs: list[Config]) -> None:
+    import tutti.train.run
+
+    tutti.train.run.shutdown_dist = lambda: None  # type: ignore[assignment]  # the next run is in the same group
+    for config in configs:
+        try:
+            train_quietly(config)
+        except Exception as error:
+            error.add_note(f"in {config.train.output_dir}")
+            raise
 
 
 def assert_same(got: list[dict], want: list[dict], *, loss: float = 1e-5, norm: float = 1e-4) -> None:

@@ -10,105 +10,144 @@ import torch
 from safetensors.torch import load_file
 
 from tests.harness import run_ranks
-from tests.model.zoo import tiny
-from tests.parallel.layouts import assert_same, train_family
-from tests.train.runs import run, tiny_config
-from tests.train.test_run import train_until
+from tests.parallel.layouts import assert_same, family_config, train_all
 from tutti.config import ConfigError
 from tutti.config.layout import Layout
 from tutti.parallel.expert import Exchange, check_experts
 
-COMMON = {"micro_batch_size": 1, "global_batch_size": 8, "save_hf_weights": True}
-EP2 = {"data_parallel_mode": "fsdp2", "expert_parallel_size": 2}
-EP4 = EP2 | {"expert_parallel_size": 4}
-HYBRID = {"data_parallel_replicate_size": 2, "data_parallel_shard_size": 4}
+COMMON = {"micro_batch_size": 1, "global_batch_size": 8, "save_hf_weights": True, "save_steps": 2}
+FSDP2 = {"data_parallel_mode": "fsdp2"}
+EP2, EP4 = FSDP2 | {"expert_parallel_size": 2}, FSDP2 | {"expert_parallel_size": 4}
+TP2, TP4 = {"tensor_parallel_size": 2}, {"tensor_parallel_size": 4}
+PP2, ULYSSES2 = {"pipeline_parallel_size": 2}, {"ulysses_parallel_size": 2}
+STRIDED = {"ep_outside": True, "enable_full_shard": False}
 REMAT = {"enable_gradient_checkpointing": True, "enable_reentrant": False}
 ROUTER = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
 
+FAMILIES = {
+    "qwen3_moe": ("qwen3_moe", {}),
+    "with router loss": ("qwen3_moe", ROUTER),
+    "mixtral": ("mixtral", ROUTER),
+    "gpt_oss": ("gpt_oss", {}),
+    "deepseek_v3": ("deepseek_v3", {}),
+}
+
 LAYOUTS = {
-    "remat": (2, EP2 | REMAT),
-    "strided": (4, EP2 | {"ep_outside": True, "enable_full_shard": False}),
-    "hybrid": (8, EP2 | HYBRID),
-    "more ranks than experts": (8, EP2 | REMAT | {"enable_reentrant": True}),
-    "within ulysses and context": (4, EP4 | {"ulysses_parallel_size": 2, "context_parallel_size": 2}),
-    "built-on-cpu": (4, EP4 | {"init_device": "cpu"}),
+    "remat": ("qwen3_moe", 2, EP2 | REMAT),
+    "router loss": ("mixtral", 2, EP2),
+    "shared experts, eager products": ("deepseek_v3", 2, EP2 | {"model.moe_implementation": "eager"}),
+    "tensor": ("mixtral", 2, EP2 | TP2),
+    "tensor, ddp": ("deepseek_v3", 2, TP2 | {"expert_parallel_size": 2}),
+    "strided": ("qwen3_moe", 4, EP2 | STRIDED),
+    "biases": ("gpt_oss", 4, EP2),
+    "ulysses and context": ("qwen3_moe", 4, EP4 | ULYSSES2 | {"context_parallel_size": 2}),
+    "ulysses, ddp": ("qwen3_moe", 4, ULYSSES2 | {"expert_parallel_size": 2}),
+    "built on the cpu": ("qwen3_moe", 4, EP4 | {"init_device": "cpu"}),
+    "over shard and tensor, remat": ("qwen3_moe", 4, EP4 | TP2 | REMAT),
+    "beside tensor, strided": ("deepseek_v3", 4, EP2 | TP2 | STRIDED),
+    "more tensor than expert ranks": ("qwen3_moe", 4, EP2 | TP4),
+    "tensor and ulysses": ("mixtral", 4, EP4 | TP2 | ULYSSES2),
+    "tensor and pipeline": ("with router loss", 4, EP2 | TP2 | PP2),
+    "hybrid": ("qwen3_moe", 8, EP2 | {"data_parallel_replicate_size": 2, "data_parallel_shard_size": 4}),
+    "hybrid and tensor": (
+        "qwen3_moe",
+        8,
+        EP4 | TP2 | {"data_parallel_replicate_size": 2, "data_parallel_shard_size": 2, "ep_outside": True},
+    ),
+    "more ranks than experts": ("qwen3_moe", 8, EP2 | REMAT | {"enable_reentrant": True}),
+    "tensor, pipeline and data": ("with router loss", 8, EP4 | TP2 | PP2 | {"pipeline_schedule": "zero_bubble"}),
 }
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Lines of metrics of a family on one process, its final weights, and the folder of its export."""
+    """Of each family: the folder of a run on one process, and its lines of metrics."""
+    folders = {name: tmp_path_factory.mktemp(name.split()[0]) for name in FAMILIES}
+    configs = [
+        family_config(folders[name], family, overrides=overrides, **COMMON)
+        for name, (family, overrides) in FAMILIES.items()
+    ]
+    return dict(zip(FAMILIES, zip(folders.values(), train_all(configs, 1), strict=True), strict=True))
+
+
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory, alone):
+    """The same of a run on a layout; all layouts of as many ranks are run together, when the first is asked for."""
     known: dict = {}
 
-    def get(family, **overrides):
-        key = (family, *overrides)
-        if key not in known:
-            folder = tmp_path_factory.mktemp(family)
-            lines = train_family(folder, family, overrides=overrides, **COMMON)
-            known[key] = lines, weights(folder), str(folder / "out" / "hf" / "final")
-        return known[key]
+    def get(name):
+        if name not in known:
+            world = LAYOUTS[name][1]
+            together = {other: layout for other, layout in LAYOUTS.items() if layout[1] == world}
+            folders = [tmp_path_factory.mktemp(other.split()[0].strip(",")) for other in together]
+            configs = [
+                family_config(folder, FAMILIES[family][0], world, FAMILIES[family][1], **(COMMON | train))
+                for folder, (family, _, train) in zip(folders, together.values(), strict=True)
+            ]
+            known.update(zip(together, zip(folders, train_all(configs, world), strict=True), strict=True))
+        return known[name]
 
     return get
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "out" / "hf" / "final" / "model.safetensors")
+def exported(folder: Path) -> Path:
+    return folder / "out" / "hf" / "final"
 
 
-def assert_equal_run(folder, want, family, world, overrides=None, *, loss=1e-5, norm=1e-4, atol=1e-3, **changes):
-    lines = train_family(folder, family, world, overrides, **(COMMON | changes))
-    assert_same(lines, want[0], loss=loss, norm=norm)
-    got = weights(folder)
-    assert got.keys() == want[1].keys()
-    for name, value in want[1].items():
-        torch.testing.assert_close(got[name], value, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
-    for line, reference in zip(lines, want[0], strict=True):
+def assert_equal_run(got, want):
+    """The same losses, norms and loads of experts at each step, and the same weights in the end."""
+    (folder, lines), (other_folder, other_lines) = got, want
+    assert_same(lines, other_lines)
+    for line, other_line in zip(lines, other_lines, strict=True):
         for key in ("expert_load_max", "expert_load_min"):
-            assert line[key] == pytest.approx(reference[key], rel=5e-2)
+            # Padding, of which layouts differ in a few tokens, counts too.
+            assert line[key] == pytest.approx(other_line[key], rel=5e-2, abs=1e-2)
+    weights, others = (load_file(exported(each) / "model.safetensors") for each in (folder, other_folder))
+    assert weights.keys() == others.keys()
+    for name, value in others.items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-3, msg=lambda text, n=name: f"{n}: {text}")
 
 
-@pytest.mark.parametrize(("world", "train"), LAYOUTS.values(), ids=LAYOUTS)
-def test_every_layout_equals_one_process(tmp_path, alone, world, train):
-    assert_equal_run(tmp_path, alone("qwen3_moe"), "qwen3_moe", world, **train)
-
-
-@pytest.mark.parametrize(
-    ("family", "world", "overrides", "kind"),
-    [("gpt_oss", 4, {}, "fused"), ("deepseek_v3", 2, {}, "eager"), ("mixtral", 2, ROUTER, "fused")],
-)
-def test_every_kind_of_experts_equals_one_process(tmp_path, alone, family, world, overrides, kind):
-    train = EP2 | {"model.moe_implementation": kind}
-    assert_equal_run(tmp_path, alone(family, **overrides), family, world, overrides, **train)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_equals_one_process(alone, divided, name):
+    assert_equal_run(divided(name), alone[LAYOUTS[name][0]])
 
 
 def test_bf16_stays_close_to_fp32(tmp_path, alone):
-    lines = train_family(tmp_path, "qwen3_moe", 2, **(COMMON | EP2), compute_dtype="bfloat16")
-    assert_same(lines, alone("qwen3_moe")[0], loss=2e-2, norm=2e-2)
+    configs = [
+        family_config(tmp_path / str(number), "qwen3_moe", 2, **(COMMON | train), compute_dtype="bfloat16")
+        for number, train in enumerate((EP2, EP2 | TP2))
+    ]
+    for lines in train_all(configs, 2):
+        assert_same(lines, alone["qwen3_moe"][1], loss=2e-2, norm=2e-2)
 
 
-def test_resume_on_another_number_of_expert_ranks_goes_on(tmp_path, alone):
-    """Saved by two ranks with half of the experts each, resumed by four with an expert each."""
-    reference = alone("qwen3_moe")[0]
-    config = moe_config(tmp_path, 2, **EP2)
-    run_ranks(2, train_until, config, 2)
-    got = run(moe_config(tmp_path, 4, **EP4, load_checkpoint_path="auto"), 4)
-    assert_same(got, reference)
+def saved(folder: Path) -> dict:
+    return {"load_checkpoint_path": str(folder / "out" / "checkpoints" / "global_step_2")}
 
 
-def moe_config(folder, world, **train):
-    tiny("qwen3_moe", vocab_size=2048).save_pretrained(folder / "moe")
-    arguments = {f"train.{name}": value for name, value in (COMMON | train).items()}
-    return tiny_config(folder, world=world, **{"model.config_path": str(folder / "moe")}, **arguments)
+def test_runs_go_on_with_experts_divided_otherwise(tmp_path, alone, divided):
+    """From one process to four ranks with an expert each, along both axes, and back to two with half of them each."""
+    middle = {"four": saved(alone["qwen3_moe"][0]), "two": saved(divided("over shard and tensor, remat")[0])}
+    four = family_config(tmp_path / "four", "qwen3_moe", 4, **(COMMON | EP4 | TP2 | middle["four"]))
+    two = family_config(tmp_path / "two", "qwen3_moe", 2, **(COMMON | EP2 | middle["two"]))
+    for config, world in ((four, 4), (two, 2)):
+        (lines,) = train_all([config], world)
+        assert_same(lines, alone["qwen3_moe"][1][2:])
 
 
-@pytest.mark.parametrize(("world", "broadcast"), [(4, True), (8, False)])
-def test_weights_are_read_into_their_parts(tmp_path, alone, world, broadcast):
+def test_weights_are_read_into_their_parts(tmp_path, alone):
     """A run on divided experts that starts from an export begins with the loss that one process has with it."""
-    exported = alone("qwen3_moe")[2]
-    changes = {"model.model_path": exported, "max_steps": 1, "save_hf_weights": False}
-    want = train_family(tmp_path / "alone", "qwen3_moe", **(COMMON | changes))
-    reading = {"broadcast_model_weights_from_rank0": broadcast}
-    assert_same(train_family(tmp_path / "divided", "qwen3_moe", world, **(COMMON | EP2 | changes | reading)), want)
+    changes = {"model.model_path": str(exported(alone["qwen3_moe"][0])), "max_steps": 1, "save_hf_weights": False}
+
+    def config(number, world, **train):
+        return family_config(tmp_path / str(number), "qwen3_moe", world, **(COMMON | changes | train))
+
+    (want,) = train_all([config(0, 1)], 1)
+    own = {"broadcast_model_weights_from_rank0": False}
+    layouts = (EP2, EP2 | own, EP4 | TP2, EP2 | TP2 | own)
+    for got in train_all([config(number, 4, **train) for number, train in enumerate(layouts, 1)], 4):
+        assert_same(got, want)
 
 
 def exchanged(dtype):
@@ -164,4 +203,4 @@ def test_sizes_that_do_not_fit_are_refused_with_those_that_do(counts, expert, ra
 
 def test_ddp_is_refused_with_what_would_do(tmp_path):
     with pytest.raises(ConfigError, match="data_parallel_mode to fsdp2"):
-        moe_config(tmp_path, 2, expert_parallel_size=2, data_parallel_mode="ddp")
+        family_config(tmp_path, "qwen3_moe", 2, expert_parallel_size=2, data_parallel_mode="ddp")

@@ -42,6 +42,10 @@ def describe(sizes, options):
         (4, {"pipeline": 2, "shard": 2}, {}, 3, {"dp_rank": 1, "fsdp": [2, 3]}),
         (4, {"shard": 4, "expert": 2}, {}, 1, {"expert": [0, 1], "expert_fsdp": [1, 3]}),
         (4, {"shard": 4, "expert": 2}, {"ep_outside": True}, 1, {"expert": [1, 3], "expert_fsdp": [0, 1]}),
+        (4, {"shard": 2, "tensor": 2, "expert": 4}, {}, 1, {"expert": [0, 1, 2, 3], "expert_fsdp": [1]}),
+        (4, {"tensor": 4, "expert": 2}, {"ep_outside": True}, 1, {"expert": [1, 3], "expert_fsdp": [0, 1]}),
+        (4, {"replicate": 2, "tensor": 2, "expert": 2}, {}, 1, {"expert": [0, 1], "expert_fsdp": [[1], [3]]}),
+        (4, {"tensor": 4, "expert": 2}, {"ddp": True}, 1, {"expert": [0, 1], "expert_fsdp": [[1], [3]]}),
     ],
 )  # fmt: skip
 def test_coordinates_and_groups(world, sizes, options, rank, expected):
