@@ -17,6 +17,7 @@ NOT_YET: dict[str, str] = {
 
 NOT_TOGETHER: tuple[tuple[str, str], ...] = (
     ("train.expert_parallel_size", "train.tensor_parallel_size"),
+    ("train.lora_base_dtype", "train.tensor_parallel_size"),
     ("train.enable_batch_invariant_mode", "train.tensor_parallel_size"),
     ("train.enable_batch_invariant_mode", "train.expert_parallel_size"),
     ("train.enable_batch_invariant_mode", "train.pipeline_parallel_size"),

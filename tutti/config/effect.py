@@ -25,6 +25,8 @@ def _has_fixed_steps(config: Config) -> bool:
     return config.data.datasets_type == "iterable" or size in config.explicit
 
 
+_OF_ADAPTERS = tuple(name for name in _prefixed("train.lora_") if name != "train.lora_base_dtype")
+
 _RULES = (
     _Rule(
         ("infer.temperature", "infer.top_p", "infer.seed"),
@@ -165,12 +167,12 @@ _RULES = (
         "train.eval_steps and train.eval_epochs are 0",
     ),
     _Rule(
-        (*_prefixed("train.lora_"), "model.adapter_path"),
+        (*_OF_ADAPTERS, "model.adapter_path"),
         lambda config: config.train.architecture != "lora",
         "train.architecture is not lora",
     ),
     _Rule(
-        tuple(name for name in _prefixed("train.lora_") if name != "train.lora_dropout"),
+        tuple(name for name in _OF_ADAPTERS if name != "train.lora_dropout"),
         lambda config: config.train.architecture == "lora" and config.model.adapter_path is not None,
         "the adapter at model.adapter_path has its own",
     ),

@@ -204,6 +204,16 @@ def _contradictions(config: Config) -> list[str]:
             "train.async_enabled: an exchange that is under way cannot cross compiled code; leave it false, or set "
             "train.enable_compile to false"
         )
+    if train.lora_base_dtype != "compute" and train.architecture != "lora":
+        problems.append(
+            f"train.lora_base_dtype: {train.lora_base_dtype} weights cannot be trained, only adapters beside them; set "
+            "train.architecture to lora, or leave it at compute"
+        )
+    elif train.lora_base_dtype != "compute" and config.model.model_path is None:
+        problems.append(
+            f"train.lora_base_dtype: {train.lora_base_dtype} is what weights are quantized to as they are read, and "
+            "random ones are not read; set model.model_path, or leave it at compute"
+        )
     if train.enable_profiling and train.profile_end_step <= max(1, train.profile_start_step):
         problems.append(
             f"train.profile_end_step: must be above 1, which is the first step, and above train.profile_start_step "

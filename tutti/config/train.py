@@ -200,6 +200,12 @@ class TrainConfig:
     )
     lora_rslora: bool = arg(False, "Scale by lora_alpha / sqrt(lora_rank), for large ranks.", added=True)
     lora_dora: bool = arg(False, "DoRA: train the magnitude of each of a weight's rows as well.", added=True)
+    lora_base_dtype: Literal["compute", "int8", "nf4"] = arg(
+        "compute",
+        "How the frozen weights beside adapters are held: in compute_dtype, or quantized by bitsandbytes, to 8 bits "
+        "(int8) or 4 (nf4); they are unpacked to compute_dtype layer by layer, and again in the backward pass.",
+        added=True,
+    )
     lora_full_modules: tuple[str, ...] = arg(
         (), "Modules to train whole beside the adapters: names or ends of names (embed_tokens, lm_head).", added=True
     )

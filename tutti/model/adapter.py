@@ -202,14 +202,15 @@ def open_merged(folder: Path) -> PreTrainedModel:
 
 def base_of(config: Config, dist: Dist) -> dict[str, str] | None:
     """What tells the base model of a run with adapters from another: its path, and a digest of parts of its weight
-    files, or of config and seed if it is drawn at random. None without adapters. Every rank must call it."""
+    files and of how they are held, or of config and seed if it is drawn at random. None without adapters. Every rank
+    must call it."""
     if config.train.architecture != "lora":
         return None
     return dist.broadcast(dist.agree(lambda: _fingerprint(config) if dist.is_main else None))
 
 
 def _fingerprint(config: Config) -> dict[str, str]:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(config.train.lora_base_dtype.encode())
     name = config.model.model_path or config.model.config_path
     assert name is not None
     path = Path(name)
@@ -234,7 +235,8 @@ def require_base(saved: dict[str, str] | None, base: dict[str, str] | None) -> N
         assert base is not None or saved is not None
         raise ValueError(
             "train.load_checkpoint_path: the checkpoint holds adapters of another base model than this run's: "
-            f"{(saved or {}).get('path')} then, {(base or {}).get('path')} now (weights, or seed, differ)"
+            f"{(saved or {}).get('path')} then, {(base or {}).get('path')} now (weights, train.lora_base_dtype or seed "
+            "differ)"
         )
 
 

@@ -37,6 +37,7 @@ from torch.nn.functional import grouped_mm
 from transformers.integrations.moe import ExpertsInterface
 
 from tutti.model.lora import adapter_for
+from tutti.model.quantized import product
 from tutti.parallel.expert import inverse
 from tutti.parallel.mesh import AXES, Mesh
 
@@ -183,10 +184,8 @@ class _Groups:
 
     def linear(self, rows: Tensor, name: str) -> Tensor:
         """rows [S, in], each through its expert's weight (and bias) of this name -> [S, out]."""
-        weight = getattr(self._module, name)
         bias = getattr(self._module, f"{name}_bias") if self._module.has_bias else None
-        weight = weight if self._module.is_transposed else weight.transpose(1, 2)
-        out = self._product(rows, weight)
+        out = product(self._module, name, rows, self._product, rows_are_inputs=bool(self._module.is_transposed))
         adapter = adapter_for(self._module, name)
         if adapter is not None:
             out = adapter.grouped(self._module, rows, out, self._experts, self._product)

@@ -47,6 +47,7 @@ from transformers.pytorch_utils import Conv1D
 from tutti.core.dist import Dist
 from tutti.model.initial import local_part, own_part
 from tutti.model.plan import ADAPTER_MARK, blocks, head, is_classifier, is_experts
+from tutti.model.quantized import packing_of, product, whole_weight
 from tutti.parallel.tensor import WHOLE, Share
 
 LISTED = 20
@@ -123,13 +124,14 @@ class Adapter:
     def product(self, module: Any, inputs: Tensor, share: Share = WHOLE) -> Tensor:
         """What a linear layer gives for `inputs` [.., in], without its bias: [.., out]."""
         A, *rest = self.factors(module)
-        weight, B, offset = (None if part is None else share.rows(part) for part in (self.weight_of(module), *rest))
-        assert weight is not None and B is not None
-        out = linear(inputs, weight)
+        B, offset = (None if part is None else share.rows(part) for part in rest)
+        assert B is not None
+        out = _frozen_product(module, inputs, share)
         low = linear(dropout(inputs, self.dropout, module.training).to(A.dtype), A) * self.scaling
         changed = out + linear(low, B).to(out.dtype)
         if offset is None:
             return changed
+        weight = share.rows(self.weight_of(module))
         return (changed * self._ratio(weight, Factors(A, B, offset), share)).to(out.dtype)
 
     def grouped(
@@ -149,7 +151,7 @@ class Adapter:
 
     def weight_of(self, module: Any) -> Tensor:
         """The frozen weight, as [(E,) out, in]."""
-        weight = getattr(module, self.weight).detach()
+        weight = whole_weight(module, self.weight)
         return weight.transpose(-2, -1) if self.transposed else weight
 
     def _ratio(self, weight: Tensor, factors: Factors, share: Share = WHOLE) -> Tensor:
@@ -167,6 +169,7 @@ class Adapter:
 
     def merge(self, module: nn.Module) -> None:
         """Write W + s B A, scaled by DoRA if there is an offset, over the weight; of experts one at a time."""
+        assert packing_of(module, self.weight) is None, "a quantized weight cannot take a change"
         weight = self.weight_of(module)
         factors = [part.detach().float() for part in self.factors(module) if part is not None]
         stacked = weight.ndim == 3
@@ -224,10 +227,18 @@ def add_adapters(model: PreTrainedModel, lora: Lora, frozen_dtype: torch.dtype) 
 def _adapted(module: Any, inputs: Tensor) -> Tensor:
     """The forward of a linear layer that has an adapter, which may be switched off."""
     adapter = adapter_for(module, "weight")
-    if adapter is None:
-        return type(module).forward(module, inputs)
-    out = adapter.product(module, inputs)
+    out = _frozen_product(module, inputs) if adapter is None else adapter.product(module, inputs)
     return out if module.bias is None else out + module.bias
+
+
+def _frozen_product(module: Any, inputs: Tensor, share: Share = WHOLE) -> Tensor:
+    """What a linear layer's weight gives for `inputs` [.., in], without bias or adapter: [.., out]."""
+    rows_are_inputs = isinstance(module, Conv1D)
+    if packing_of(module, "weight") is not None:
+        assert share == WHOLE, "the rows of a quantized weight are not split"
+        return product(module, "weight", inputs, torch.matmul, rows_are_inputs=rows_are_inputs)
+    weight = module.weight.T if rows_are_inputs else module.weight
+    return linear(inputs, share.rows(weight))
 
 
 def adapter_for(module: Any, weight: str) -> Adapter | None:

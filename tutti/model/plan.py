@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from tutti.model.quantized import num_weights
+
 HEAD_NAMES = ("score",)
 """Where sequence classifiers on a decoder keep the linear layer that gives the classes' logits."""
 
@@ -59,8 +61,6 @@ def blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
         if not outer or not name.startswith(outer[-1][0] + "."):
             outer.append((name, module))
     return outer
-
-
 def tower_blocks(model: PreTrainedModel) -> list[nn.Module]:
     """The repeated units of what encodes images, video and audio: the longest ModuleList of each tower."""
     return [block for tower in towers(model) for _, block in _longest_list(tower)]
@@ -72,6 +72,8 @@ def _longest_list(root: nn.Module) -> list[tuple[str, nn.Module]]:
         return []
     prefix, longest = max(lists, key=lambda item: len(item[1]))
     return [(f"{prefix}.{name}", module) for name, module in longest.named_children()]
+
+
 
 
 def basic_modules(model: nn.Module, class_names: Iterable[str]) -> list[tuple[str, nn.Module]]:
@@ -94,8 +96,6 @@ def decoder(model: PreTrainedModel) -> nn.Module:
     if not isinstance(inner, nn.Module):
         raise ValueError(f"{_class_name(model)} has no inner model to take hidden states from")
     return inner
-
-
 def text_model(model: PreTrainedModel) -> nn.Module:
     """The language model within the decoder: all of it, unless the model takes images, video or audio too."""
     inner = decoder(model)
@@ -119,6 +119,8 @@ def _beside(module: nn.Module, inside: nn.Module) -> Iterator[nn.Module]:
             yield from _beside(child, inside)
         elif any(True for _ in child.parameters()):
             yield child
+
+
 
 
 def head(model: PreTrainedModel) -> nn.Linear:
@@ -235,10 +237,9 @@ class ParamCount(NamedTuple):
 
 def num_params(model: PreTrainedModel) -> ParamCount:
     """The model's size; tied parameters count once."""
-    share = _active_share(model)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    active = sum(int(parameter.numel() * share.get(id(parameter), 1.0)) for parameter in model.parameters())
-    return ParamCount(total, active)
+    share, counts = _active_share(model), num_weights(model)
+    active = sum(int(count * share.get(id(parameter), 1.0)) for parameter, count in counts.items())
+    return ParamCount(sum(counts.values()), active)
 
 
 def part_sizes(model: PreTrainedModel, parts: Iterable[nn.Module]) -> list[ParamCount]:
@@ -248,10 +249,11 @@ def part_sizes(model: PreTrainedModel, parts: Iterable[nn.Module]) -> list[Param
     lookups -= {id(head(model).weight)}
     sizes = []
     for part in parts:
+        counts = num_weights(part)
         active = sum(
-            int(p.numel() * share.get(id(p), 1.0)) for p in part.parameters() if p.ndim >= 2 and id(p) not in lookups
+            int(count * share.get(id(p), 1.0)) for p, count in counts.items() if p.ndim >= 2 and id(p) not in lookups
         )
-        sizes.append(ParamCount(sum(p.numel() for p in part.parameters()), active))
+        sizes.append(ParamCount(sum(counts.values()), active))
     return sizes
 
 
@@ -289,9 +291,9 @@ class FlopCount:
     values, is one of a tower's tokens.
     """
 
+    per_value: float = 0.0
     per_token: float
     pairs: tuple[tuple[float, int], ...]
-    per_value: float = 0.0
 
     def batch(self, lengths: Sequence[int], num_values: int = 0) -> float:
         """The work on samples of these lengths, causal attention within each, with images of so many values in all."""
@@ -316,8 +318,8 @@ def count_flops(model: PreTrainedModel) -> FlopCount:
     lookups = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     # Of the three products of a matrix, forward, and backward for the input and the weight, a frozen one has two.
     work = {
-        id(p): (6.0 if p.requires_grad else 4.0) * p.numel() * share.get(id(p), 1.0)
-        for p in model.parameters()
+        id(p): (6.0 if p.requires_grad else 4.0) * count * share.get(id(p), 1.0)
+        for p, count in num_weights(model).items()
         if p.ndim >= 2
     }
     lookups -= {id(head(model).weight)}

@@ -8,7 +8,8 @@ conversions that transformers registers for a family (renamed keys, experts stac
    error that lists the keys; a wrong checkpoint never becomes silently random weights.
 2. Each group of keys that makes one parameter (or a few) is read, converted and copied. A rank reads just its slice
    where a key maps to one parameter, and just its experts where a stack is divided by experts; other conversions are
-   computed in full and cut. With `broadcast`, rank 0 alone opens files, and sends tensor by tensor in pieces.
+   computed in full and cut. With `broadcast`, rank 0 alone opens files, and sends tensor by tensor in pieces. What
+   the model holds quantized is packed on the way, whole rows at a time.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from tutti.core.dist import Dist
 from tutti.model.files import Checkpoint
 from tutti.model.initial import fill_by_rules, local_part, materialize, own_block, own_part
 from tutti.model.plan import head, is_classifier, model_class
+from tutti.model.quantized import Packing, packings
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +88,7 @@ def load_weights(
             values = group.convert(model, checkpoint.read) if dist.is_main else {}
             parts = ((name, _receive(targets.get(name), values.get(name), spec, dist)) for name, spec in group.targets)
         elif group.first in targets:
-            parts = ((name, value) for name, value in group.readown_part(model, checkpoint, targets))
+            parts = ((name, value) for name, value in group.read_own_part(model, checkpoint, targets))
         else:
             continue
         for name, part in parts:
@@ -106,8 +108,29 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 class _Spec(NamedTuple):
+    """A parameter as the checkpoint gives it; packing: how the model holds it, where it is quantized."""
+
     shape: tuple[int, ...]
     dtype: torch.dtype
+    packing: Packing | None = None
+
+    def held(self) -> _Spec:
+        """The same as the model holds it."""
+        if self.packing is None:
+            return self
+        return _Spec((*self.shape[:-1], self.packing.row_bytes), torch.uint8)
+
+    def own_part(self, source: Any, target: Tensor) -> Tensor:
+        """Of the full parameter (or a lazy slice of a file) what belongs in this rank's part of `target`."""
+        block = own_block(target)
+        return own_part(source, target) if block is None else self.cut(source, block)
+
+    def cut(self, source: Any, block: tuple[slice, ...]) -> Tensor:
+        """The block of what the model holds; of a packed parameter all of its rows' columns are read."""
+        if self.packing is None:
+            return source[block or ...]
+        *rows, columns = block
+        return self.packing.pack(source[(*rows, slice(None))])[..., columns]
 
 
 @dataclass(frozen=True)
@@ -139,25 +162,26 @@ class _Group:
         values = converter.convert(self.first, model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in values.items()}
 
-    def readown_part(
+    def read_own_part(
         self, model: PreTrainedModel, checkpoint: Checkpoint, targets: Mapping[str, Tensor]
     ) -> Iterator[tuple[str, Tensor]]:
         """This rank's part of each parameter, reading no more than needed for it where the conversion lets us."""
+        specs = dict(self.targets)
         if self.converter is None:
             if local_part(targets[self.first]).numel():
-                yield self.first, own_part(checkpoint.read(self.keys[0][0]), targets[self.first])
+                yield self.first, specs[self.first].own_part(checkpoint.read(self.keys[0][0]), targets[self.first])
             return
         experts = self._own_experts(targets)
         if experts is None:
             values = self.convert(model, checkpoint.read)
-            for name, _ in self.targets:
+            for name, spec in self.targets:
                 if local_part(targets[name]).numel():
-                    yield name, own_part(values[name], targets[name])
+                    yield name, spec.own_part(values[name], targets[name])
         elif experts:
             block = own_block(targets[self.first])
             assert block is not None
             for name, value in self._converted(model, experts, checkpoint.read).items():
-                yield name, value[(slice(None), *block[1:])]
+                yield name, specs[name].cut(value, (slice(None), *block[1:]))
 
     def _own_experts(self, targets: Mapping[str, Tensor]) -> list[tuple[str, str]] | None:
         """The keys of this rank's experts, if they are all that it takes to make its part of a stack of experts."""
@@ -195,7 +219,7 @@ class _Plan:
 
 def _plan(model: PreTrainedModel, source: Mapping[str, Tensor]) -> _Plan:
     """Run all conversions on meta tensors of the checkpoint's shapes."""
-    names = model.state_dict()
+    names, packed = model.state_dict(), packings(model)
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -224,7 +248,9 @@ def _plan(model: PreTrainedModel, source: Mapping[str, Tensor]) -> _Plan:
             raise ValueError(f"the keys {listed} of the checkpoint do not combine into {name}: {error}") from error
         plan.unexpected.extend(set(made) - set(names))
         targets = tuple(
-            (made_name, _Spec(tuple(t.shape), t.dtype)) for made_name, t in made.items() if made_name in names
+            (made_name, _Spec(tuple(t.shape), t.dtype, packed.get(made_name)))
+            for made_name, t in made.items()
+            if made_name in names
         )
         plan.groups.append(_Group(group.keys, converter, name, targets))
     plan.matched = [position for position, entry in enumerate(mapping) if entry.was_used()]
@@ -245,9 +271,9 @@ def _check(model: PreTrainedModel, plan: _Plan, path: str | Path) -> set[str]:
     if is_classifier(model) and unexpected:
         unexpected -= _causal_names(model)
     mismatched = [
-        f"{name} ({_shape(spec.shape)} in the checkpoint, {_shape(targets[name].shape)} in the model)"
+        f"{name} ({_shape(spec.shape)} in the checkpoint, {_shape(shape)} in the model)"
         for name, spec in given.items()
-        if spec.shape != tuple(targets[name].shape)
+        if spec.shape != (shape := _full_shape(targets[name], spec.packing))
     ]
     problems = [
         f"{len(keys)} {kind}: {_listed(keys)}"
@@ -261,6 +287,10 @@ def _check(model: PreTrainedModel, plan: _Plan, path: str | Path) -> set[str]:
     if problems:
         raise ValueError(f"model.model_path: the weights in {path} do not fit {_name(model)}: {'; '.join(problems)}")
     return fresh
+
+
+def _full_shape(target: Tensor, packing: Packing | None) -> tuple[int, ...]:
+    return tuple(target.shape) if packing is None else (*target.shape[:-1], packing.columns)
 
 
 def _name(model: nn.Module) -> str:
@@ -295,8 +325,11 @@ def _causal_names(model: PreTrainedModel) -> set[str]:
 def _receive(target: Tensor | None, value: Tensor | None, spec: _Spec, dist: Dist) -> Tensor | None:
     """Rank 0's `value` to all ranks, in pieces of rows; this rank's part of `target` (None if it has none).
 
-    A part that is not one block needs the whole tensor at once.
+    A part that is not one block needs the whole tensor at once. What is packed is packed before it is sent.
     """
+    if value is not None and spec.packing is not None:
+        value = spec.packing.pack(value)
+    spec = spec.held()
     shape = spec.shape or (1,)
     target = torch.empty((0, *shape[1:])) if target is None else target
     block = own_block(target) if spec.shape else (slice(0, len(local_part(target).view(-1))),)

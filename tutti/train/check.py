@@ -6,12 +6,13 @@ device, and the data plan is the same whatever process looks at it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tutti.config import Config
@@ -141,18 +142,23 @@ def _memory_table(config: Config, layout: Layout, model: PreTrainedModel) -> Tab
         parameters_by_rank(model, layout, train.pipeline_stages_per_rank),
         key=lambda parameters: sum(item.numel() for item in parameters),
     )
-    present, total = {id(item) for item in here}, sum(item.numel() for item in here)
-    trained = sum(item.numel() for item in here if item.requires_grad)
-    own, frozen = trained / layout.shard, (total - trained) / layout.shard
+    present = {id(item) for item in here}
+    own = sum(item.numel() for item in here if item.requires_grad) / layout.shard
     state = {"adamw": 2 * held, "anyprecision_adamw": 4 + (2 if held == 2 else 0)}[train.optimizer]
-    largest = max((sum(item.numel() for item in block.parameters()) for _, block in blocks(model)), default=0)
-    in_blocks = sum(item.numel() for _, block in blocks(model) for item in block.parameters() if id(item) in present)
-    gathered = total - in_blocks + 2 * largest if reshards(train) and layout.shard > 1 else total
+
+    def gathered(parameters: Iterable[nn.Parameter]) -> int:
+        return sum(item.numel() * (computed if item.is_floating_point() else 1) for item in parameters)
+
+    together = gathered(here)
+    if reshards(train) and layout.shard > 1:
+        each = [list(block.parameters()) for _, block in blocks(model)]
+        together -= gathered(item for block in each for item in block if id(item) in present)
+        together += 2 * max((gathered(block) for block in each), default=0)
     rows = {
-        "parameters": own * held + frozen * computed,
+        "parameters": sum(item.nbytes for item in here) / layout.shard,
         "gradients": own * held,
         "optimizer": own * state,
-        "gathered": gathered * computed,
+        "gathered": together,
     }
     for name, size in rows.items():
         table.add_row(name, f"{size / 2**30:.3f} GiB")

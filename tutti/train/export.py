@@ -39,8 +39,9 @@ def export(source: str, out: str, *, merge_adapters: bool = False) -> None:
     ranks = init_dist(torch.device("cpu"))
     try:
         if merge_adapters:
-            # What is merged into bf16 is rounded away.
-            config = replace(config, train=replace(config.train, compute_dtype="float32"))
+            # What is merged into bf16 is rounded away, and quantized weights take no change.
+            held = replace(config.train, compute_dtype="float32", lora_base_dtype="compute")
+            config = replace(config, train=held)
         tokenizer, model = tokenizer_and_model(config, ranks.device)
         if merge_adapters and lora_of(model) is None:
             raise ValueError(f"--merge: {source} is of a model that was trained whole, there is nothing to merge")

@@ -36,8 +36,9 @@ from tutti.model.adapter import load_adapter, plan_adapters
 from tutti.model.attention import check_packable, check_splittable
 from tutti.model.build import build_model, build_tokenizer
 from tutti.model.initial import init_weights
-from tutti.model.lora import add_adapters, init_adapters
+from tutti.model.lora import adapters, add_adapters, init_adapters
 from tutti.model.plan import basic_modules, blocks, decoder, experts, head, is_classifier, num_params
+from tutti.model.quantized import hold_quantized
 from tutti.model.weights import load_weights
 from tutti.parallel.apply import parallelize
 from tutti.parallel.expert import check_experts
@@ -196,6 +197,8 @@ def tokenizer_and_model(config: Config, device: torch.device) -> tuple[PreTraine
     lora = plan_adapters(config, model)
     if lora is not None:
         add_adapters(model, lora, getattr(torch, config.train.compute_dtype))
+        if config.train.lora_base_dtype != "compute":
+            hold_quantized([(module, each.weight) for module, each in adapters(model)], config.train.lora_base_dtype)
     return tokenizer, model
 
 
