@@ -282,11 +282,10 @@ def test_llama_factory(tmp_path: Path) -> None:
     assert (config.train.lr, config.train.num_train_epochs, config.train.dyn_bsz) == (1e-4, 2, True)
     assert (config.train.save_steps, config.train.save_epochs, config.train.eval_steps) == (500, 0, 500)
     assert (config.train.lora_rank, config.train.lora_alpha) == (16, 32.0)
-    assert config.train.lora_targets == ("q_proj", "v_proj")
+    assert (config.train.lora_targets, config.train.lora_base_dtype) == (("q_proj", "v_proj"), "nf4")
     lost = {row.key for row in migration.of("none")}
     assert lost >= {
         "trust_remote_code",
-        "quantization_bit",
         "max_samples",
         "val_size",
         "warmup_steps",
@@ -303,12 +302,14 @@ def test_axolotl(tmp_path: Path) -> None:
     note = row(migration, "datasets").note
     assert all(word in note for word in ("hf download owner/alpaca --repo-type dataset", "shards", "field_messages"))
     assert (config.data.data_type, config.data.max_seq_len, config.train.pad_to_length) == ("conversation", 4096, True)
-    assert (config.train.architecture, config.train.lora_rank) == ("lora", 32)
+    assert (config.train.architecture, config.train.lora_rank, config.train.lora_base_dtype) == ("lora", 32, "nf4")
     assert config.train.lora_full_modules == ("embed_tokens", "lm_head")
     assert (config.train.use_wandb, config.train.wandb_project) == (True, "songs")
     assert not config.train.enable_reentrant and config.train.enable_gradient_checkpointing
     assert row(migration, "evals_per_epoch").kind == "changed" and row(migration, "wandb_entity").kind == "mapped"
-    assert {row.key for row in migration.of("none")} == {"load_in_4bit", "val_set_size", "special_tokens"}
+    assert {row.key for row in migration.of("none")} == {"val_set_size", "special_tokens"}
+    in_full = migrated(tmp_path, AXOLOTL.replace("adapter: qlora", "adapter:"))
+    assert "load_in_4bit" in {row.key for row in in_full.of("none")}
 
 
 def test_veomni_is_nearly_ours(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from tutti.migrate.rules import (
     none,
     off,
     optimizer,
+    quantized,
     same,
     schedule,
     strategy,
@@ -102,11 +103,13 @@ def _template(value: Any, source: Source) -> Result:
 def _adapter(value: Any, source: Source) -> Result:
     if not value:
         return Result(MAPPED, note="off, and so it is here")
-    if value == "lora":
+    if value in ("lora", "qlora"):
         return Result(MAPPED, {"train.architecture": "lora"})
-    if value == "qlora":
-        return Result(CHANGED, {"train.architecture": "lora"}, "adapters on a base model in bf16, not in 4 bits")
     return Result(NONE, note="low-rank adapters are there (lora)")
+
+
+def _is_adapted(source: Source) -> bool:
+    return source.get("adapter") in ("lora", "qlora")
 
 
 def _fsdp(value: Any, source: Source) -> Result:
@@ -178,8 +181,8 @@ _RULES: dict[str, Rule] = {
     "added_tokens_overrides": off("the vocabulary stays as it is"),
     "eot_tokens": needless("the end of a turn is found in the chat template"),
     "overrides_of_model_config": off("set it in the model's config.json"),
-    "load_in_8bit": off("the base model is not quantised"),
-    "load_in_4bit": off("the base model is not quantised"),
+    "load_in_8bit": quantized({True: "int8"}, _is_adapted),
+    "load_in_4bit": quantized({True: "nf4"}, _is_adapted),
     "gptq": off("the base model is not quantised"),
     "plugins": off("there are no plugins; head and loss are fused in any case"),
     "liger_rope": _KERNELS,
@@ -384,7 +387,7 @@ def _defaults(source: Source) -> Mapping[str, Any]:
         "gradient_checkpointing": False,
         "output_dir": "./model-out",
     }
-    if source.get("adapter") in ("lora", "qlora"):
+    if _is_adapted(source):
         defaults |= {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
     if not any(source.get(key) for key in ("bf16", "fp16", "bfloat16", "float16")):
         defaults["bf16"] = False

@@ -29,6 +29,7 @@ from tutti.migrate.rules import (
     none,
     off,
     optimizer,
+    quantized,
     report_to,
     same,
     schedule,
@@ -91,6 +92,10 @@ def _method(value: Any, source: Source) -> Result:
     if value in ("full", "lora"):
         return Result(MAPPED, {"train.architecture": value})
     return Result(NONE, note="all weights are trained, or adapters (train.architecture lora)")
+
+
+def _is_adapted(source: Source) -> bool:
+    return source.get("finetuning_type", "lora") == "lora"
 
 
 def _targets(value: Any, source: Source) -> Result:
@@ -163,9 +168,10 @@ _RULES: dict[str, Rule] = {
     "upcast_lmhead_output": needless("the loss is computed in fp32"),
     "train_from_scratch": off("leave model.model_path out, and name the folder as model.config_path"),
     "low_cpu_mem_usage": needless("see train.init_device"),
-    "quantization_bit": off("the base model is not quantised"),
-    "quantization_method": off("the base model is not quantised"),
-    "double_quantization": off("the base model is not quantised"),
+    "quantization_bit": quantized({4: "nf4", 8: "int8"}, _is_adapted),
+    "quantization_method": choice({"bnb": {}, "bitsandbytes": {}}, "weights are quantized by bitsandbytes"),
+    "quantization_type": choice({"nf4": {}}, "4 bits are nf4"),
+    "double_quantization": needless("see quantization_bit"),
     "stage": _stage,
     "do_train": choice({True: {}}, "`tutti train` trains; evaluation alone is not there"),
     "do_eval": needless("see train.eval_steps and train.eval_epochs"),

@@ -89,6 +89,20 @@ def off(note: str) -> Rule:
     return rule
 
 
+def quantized(kinds: Mapping[Any, str], adapted: Callable[[Source], bool]) -> Rule:
+    """The precision of the base model beside adapters, by value."""
+
+    def rule(value: Any, source: Source) -> Result:
+        if not value:
+            return Result(MAPPED, note="off, and so it is here")
+        if value not in kinds or not adapted(source):
+            return Result(NONE, note="what is quantized is the base model beside adapters, to 8 or 4 bits")
+        note = "just the layers that have adapters; scales are kept in fp32, and nothing but weights is quantized"
+        return Result(CHANGED, {"train.lora_base_dtype": kinds[value]}, note)
+
+    return rule
+
+
 def choice(values: Mapping[Any, Mapping[str, Any] | tuple[Mapping[str, Any], str]], otherwise: str) -> Rule:
     """Settings by value; a pair has a note, and means something else. `otherwise`: of a value that is not listed."""
 
