@@ -307,14 +307,16 @@ def test_what_cannot_be_cut_is_refused_with_what_would_do(tmp_path):
         run(tiny_config(tmp_path, world=4, **{"train.pipeline_parallel_size": 4}), 4)
     with pytest.raises(ConfigError, match="interleaved"):
         tiny_config(tmp_path, world=2, **{"train.pipeline_parallel_size": 2, "train.pipeline_stages_per_rank": 2})
-    with pytest.raises(ConfigError, match=r"pipeline_parallel_size: .* train.architecture"):
-        tiny_config(tmp_path, world=2, **{"train.pipeline_parallel_size": 2, "train.architecture": "lora"})
 
 
-def test_a_family_that_is_no_chain_of_blocks_is_refused_by_name():
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_family_that_is_no_chain_of_blocks_is_refused_by_name(frozen):
     attention = resolve_attention("sdpa", torch.device("cpu"))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny("llama"), attn_implementation=attention)
+    model.requires_grad_(not frozen)
+    assert anatomy(model).front == ("embed_tokens",)
+    assert all(parameter.requires_grad != frozen for parameter in model.parameters())
     original = type(decoder(model)).forward
 
     class Skipping(type(decoder(model))):

@@ -24,7 +24,6 @@ NOT_TOGETHER: tuple[tuple[str, str], ...] = (
     ("train.enable_batch_invariant_mode", "train.ulysses_parallel_size"),
     ("train.enable_batch_invariant_mode", "train.context_parallel_size"),
     ("train.enable_batch_invariant_mode", "train.enable_compile"),
-    ("train.pipeline_parallel_size", "train.architecture"),
     ("train.pipeline_parallel_size", "train.enable_activation_offload"),
 )
 """Pairs of arguments (or `argument=value`) that work, but not both at once."""

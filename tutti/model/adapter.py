@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tutti.config import Config
 from tutti.core.dist import Dist
-from tutti.model.export import gather_full, prepare_folder, put_in_place
+from tutti.model.export import first_holders, gather_from, prepare_folder, put_in_place
 from tutti.model.files import Checkpoint
 from tutti.model.initial import local_part, own_part
 from tutti.model.lora import (
@@ -130,19 +130,21 @@ def read_lora(folder: Path, model: PreTrainedModel, dropout: float = 0.0) -> Lor
     )
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> None:
+def load_adapter(model: PreTrainedModel, folder: Path, whole: PreTrainedModel | None = None) -> None:
     """Fill the adapters and full modules of `model`, whose frozen weights are loaded, from `folder`.
 
-    Collective if the model is sharded. ValueError: keys are missing, left over or of another shape.
+    whole: the whole model, without storage, where `model` is a part of it. Collective if the model is sharded.
+    ValueError: keys are missing, left over or of another shape.
     """
     checkpoint = _open(folder)
     given = checkpoint.meta()
-    items = {item.key: item for item in _items(model)}
+    items = {item.key: item for item in _items(whole or model)}
     # peft has written the magnitude with and without the name of a parameter.
     stored = {key.removesuffix(".weight") if "lora_magnitude" in key else key: key for key in given}
-    tied = _tied(items, stored)
+    # Tied parameters may be given under each of their keys.
+    first = {id(item.tensor): key for key, item in reversed(items.items()) if key in stored}
     problems = {
-        "it lacks": [key for key in items if key not in stored and key not in tied],
+        "it lacks": [key for key, item in items.items() if id(item.tensor) not in first],
         "it holds what the model has not": [key for key in stored if key not in items],
         "of another shape": [
             key for key, item in items.items() if key in stored and tuple(given[stored[key]].shape) != item.shape
@@ -151,40 +153,51 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
     found = "; ".join(f"{what}: {listed(keys)}" for what, keys in problems.items() if keys)
     if found:
         raise ValueError(f"model.adapter_path: {folder} does not fit {type(model).__name__}: {found}")
-    filled: dict[int, str] = {}
-    for key, item in items.items():
-        if key not in stored:
-            continue
-        value = item.unpack(checkpoint.read(stored[key])[...].float())
-        part = own_part(value, item.tensor).to(item.tensor.dtype)
-        if id(item.tensor) in filled and not torch.equal(local_part(item.tensor).cpu(), part):
+    sources = {key: first[id(item.tensor)] for key, item in items.items()}
+    for key, source in sources.items():
+        values = {stored[name] for name in (key, source) if name in stored}
+        if len(values) > 1 and not torch.equal(*(checkpoint.read(value)[...] for value in values)):
             raise ValueError(
-                f"model.adapter_path: {key} and {filled[id(item.tensor)]} are one parameter in this model, but differ "
-                f"in {folder}"
+                f"model.adapter_path: {key} and {source} are one parameter in this model, but differ in {folder}"
             )
-        filled[id(item.tensor)] = key
-        local_part(item.tensor).copy_(part)
+    for item in _items(model):
+        value = item.unpack(checkpoint.read(stored[sources[item.key]])[...].float())
+        local_part(item.tensor).copy_(own_part(value, item.tensor))
 
 
-def export_adapter(model: PreTrainedModel, folder: str | Path, tokenizer: Any, *, dist: Dist, base: str | None) -> None:
+def export_adapter(
+    model: PreTrainedModel,
+    folder: str | Path,
+    tokenizer: Any,
+    *,
+    dist: Dist,
+    base: str | None,
+    whole: PreTrainedModel | None = None,
+) -> None:
     """Write what was trained of an adapted `model` to `folder`, with the tokenizer, in place of what was there.
 
-    base: where the base model lies. Every rank must call it.
+    base: where the base model lies. whole: the whole model, without storage, where the ranks' models are parts of it.
+    Every rank must call it.
     """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     dist.agree(lambda: prepare_folder(partial) if dist.is_main else None)
+    held = {item.key: item for item in _items(model)}
+    holders = first_holders(set(held), dist)
     tensors: dict[str, Tensor] = {}
-    for item in _items(model):
-        full = gather_full(item.tensor, keep=dist.is_main)
-        norms = _whole(item.norms()) if item.norms is not None else None
+    for item in _items(whole or model):
+        own, holder = held.get(item.key), holders[item.key]
+        full = gather_from(None if own is None else own.tensor, item.tensor, holder, dist)
+        if item.norms is not None:
+            norms = None if own is None or own.norms is None else own.norms()
+            full = full.float() + gather_from(norms, item.tensor.float(), holder, dist)
         if dist.is_main:
-            tensors[item.key] = item.pack(full if norms is None else full.float() + norms.cpu()).contiguous().clone()
+            tensors[item.key] = item.pack(full).contiguous().clone()
 
     def write() -> None:
         if dist.is_main:
             save_file(tensors, partial / WEIGHTS[0], metadata={"format": "pt"})
-            (partial / CONFIG).write_text(json.dumps(_config(model, base), indent=2, sort_keys=True) + "\n")
+            (partial / CONFIG).write_text(json.dumps(_config(whole or model, base), indent=2, sort_keys=True) + "\n")
             tokenizer.save_pretrained(partial)
             put_in_place(partial, folder)
 
@@ -323,12 +336,6 @@ def _target(name: str, modules: dict[str, nn.Module], settings: dict[str, Any]) 
     if depth >= len(stacks):
         raise ValueError(f"model.adapter_path: its target_parameters do not name what it adapts of {owner}")
     return f"{owner}.{stacks[-1 - depth]}", int(module.num_experts)  # type: ignore[arg-type]  # a plain attribute
-
-
-def _tied(items: dict[str, _Item], stored: dict[str, str]) -> set[str]:
-    """Keys whose tensor is given under another key."""
-    given = {id(item.tensor) for key, item in items.items() if key in stored}
-    return {key for key, item in items.items() if id(item.tensor) in given}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -54,12 +54,13 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     for gives_tuple in (False, True):
         trace = _Trace(gives_tuple)
         try:
-            with _stand_ins(inner, lists[0], trace):
+            with _unfrozen(inner), _stand_ins(inner, lists[0], trace):
                 output = _run(inner)
         except Exception as error:  # whatever the class does with what it does not expect
             problem = problem or f"its forward fails: {str(error).splitlines()[0] if str(error) else error!r}"
             continue
-        mistake = trace.mistake(inner, lists[0], output)
+        with _unfrozen(inner):
+            mistake = trace.mistake(inner, lists[0], output)
         if mistake is None:
             return Anatomy(lists[0], tuple(trace.front), tuple(trace.tail), gives_tuple)
         problem = mistake
@@ -124,6 +125,19 @@ class _Positions(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return args[0].detach()
+
+
+@contextmanager
+def _unfrozen(inner: nn.Module) -> Iterator[None]:
+    """Have what depends on a parameter be seen to, also where the parameter is not trained."""
+    frozen = [p for p in inner.parameters() if p.is_floating_point() and not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_()
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 @contextmanager

@@ -65,12 +65,12 @@ def export_hf(
     dist.agree(lambda: prepare_folder(partial) if dist.is_main else None)
     groups = _Reverted(whole or model, dtype)
     held = groups.tensors if whole is None else dict(_saved(model))
-    holders = {name: rank for rank, names in reversed(list(enumerate(dist.gather(set(held))))) for name in names}
+    holders = first_holders(set(held), dist)
     layout = dist.agree(lambda: _layout(groups.sizes, index_path, max_shard_gb))
     writer = _Writer(partial, layout)
     failure: Exception | None = None
     for names in groups.in_order_of(layout):
-        gathered = {name: _gather(held.get(name), groups.tensors[name], holders[name], dist) for name in names}
+        gathered = {name: gather_from(held.get(name), groups.tensors[name], holders[name], dist) for name in names}
         if not dist.is_main or failure is not None:
             continue
         try:
@@ -176,7 +176,12 @@ def gather_full(tensor: Tensor, *, keep: bool) -> Tensor:
     return tensor.to("cpu") if keep else tensor.new_empty(0)
 
 
-def _gather(tensor: Tensor | None, like: Tensor, holder: int, dist: Dist) -> Tensor:
+def first_holders(names: set[str], dist: Dist) -> dict[str, int]:
+    """For every name on any rank the first rank that has it. Every rank must call it."""
+    return {name: rank for rank, held in reversed(list(enumerate(dist.gather(names)))) for name in held}
+
+
+def gather_from(tensor: Tensor | None, like: Tensor, holder: int, dist: Dist) -> Tensor:
     """The full tensor on the CPU of rank 0, from the ranks that have a part of it, of which `holder` is the first.
 
     like: its shape and dtype. Every rank takes part.

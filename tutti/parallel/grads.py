@@ -24,8 +24,10 @@ def local(tensor: Tensor) -> Tensor:
 def gradient_norm(parameters: Iterable[nn.Parameter], elsewhere: dist.ProcessGroup | None = None) -> Tensor:
     """The 2-norm over all gradients of all ranks, an fp32 scalar, equal on every rank. A collective call.
 
-    elsewhere: ranks that have other parameters, whose gradients count as well.
+    parameters: frozen ones do not count. elsewhere: ranks that have other parameters, whose gradients count as well;
+    this one's may then all be frozen.
     """
+    parameters = list(parameters)
     grouped: dict[tuple[DeviceMesh, tuple[int, ...]] | None, list[Tensor]] = defaultdict(list)
     for parameter in parameters:
         grad = parameter.grad
@@ -49,7 +51,9 @@ def gradient_norm(parameters: Iterable[nn.Parameter], elsewhere: dist.ProcessGro
                 if mesh.size(dim) > 1:
                     dist.all_reduce(square, group=mesh.get_group(dim))
         total = square if total is None else total + square
-    assert total is not None, "no parameter has a gradient"
+    if total is None:
+        assert elsewhere is not None, "no parameter has a gradient"
+        total = torch.zeros((), device=parameters[0].device)
     if elsewhere is not None:
         dist.all_reduce(total, group=elsewhere)
     return total.sqrt()
@@ -60,4 +64,5 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: f
     if max_norm <= 0:
         return
     grads = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    if grads:
+        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))

@@ -12,8 +12,8 @@ family does between its embedding and its blocks; whether a class can be cut at 
 Which blocks make a stage is decided by what they cost (`split_blocks`): the slowest stage sets the pace, and a head
 over a large vocabulary may be worth several blocks.
 
-Tied weights exist twice, on the first rank as the embedding and on the last as the head: their gradients are added up
-once a step, and both copies take the same steps from then on.
+Tied weights exist twice, on the first rank as the embedding and on the last as the head: their gradients, if they are
+trained, are added up once a step, and both copies take the same steps from then on.
 
 Shapes: t tokens on this rank, H hidden size, n router layers before a stage, E experts.
 """
@@ -225,7 +225,7 @@ class Pipeline:
     stages: this rank's, ascending. per_rank: how many each rank has. group: the ranks that one batch runs through, in
     order. hidden_size: H. token_parts: how many tensor ranks share a batch's tokens between blocks. routed: for each of
     the model's stages, how many routers come before it (0 unless a loss is made of their logits), and num_experts the
-    width of these. tied: names of this rank's copies of parameters that another rank of `tied_group` has too.
+    width of these. tied: names of this rank's copies of trained parameters that another rank of `tied_group` has too.
     """
 
     stages: tuple[Stage, ...]

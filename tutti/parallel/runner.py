@@ -159,7 +159,7 @@ class Pipelined:
         if action.kind == "I":
             _, step.postponed[place] = stage_backward_input(made, given, inputs, iter(self._root.parameters()))
         else:
-            torch.autograd.backward(made, given)
+            _differentiate(made, given)
         if received is not None:
             hidden, *routed = [tensor.grad for tensor in inputs]
             assert hidden is not None, "the stage before gets no gradient"
@@ -183,6 +183,15 @@ class _Step:
         self.batches = batches
         self.running: dict[tuple[int, int], _Run] = {}
         self.postponed: dict[tuple[int, int], Any] = {}
+
+
+def _differentiate(made: Sequence[Tensor], given: Sequence[Tensor] | None) -> None:
+    """The backward pass from `made`, whose gradients are `given` (of a loss: one). What of it comes from frozen
+    parameters alone, such as a first stage whose blocks have no adapter, needs none."""
+    wanted = [number for number, tensor in enumerate(made) if tensor.requires_grad]
+    if wanted:
+        grads = None if given is None else [given[number] for number in wanted]
+        torch.autograd.backward([made[number] for number in wanted], grads)
 
 
 def _tensors(passed: Passed | None) -> list[Tensor]:

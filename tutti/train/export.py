@@ -83,7 +83,7 @@ def export_trained(
     """
     if lora_of(model) is not None:
         base = config.model.model_path or config.model.config_path
-        export_adapter(model, folder, tokenizer, dist=ranks, base=base and str(Path(base).absolute()))
+        export_adapter(model, folder, tokenizer, dist=ranks, base=base and str(Path(base).absolute()), whole=whole)
         return
     index = find_index(config.model.model_path, config.model.safetensor_idx_path)
     export_hf(model, folder, tokenizer, dist=ranks, index_path=index, whole=whole)

@@ -40,8 +40,8 @@ def build_optimizer(model: nn.Module, config: Config, *, whole: bool = True) -> 
     """The optimizer over `model`'s trainable parameters, as `config.train` describes it.
 
     Every parameter is in exactly one group, tied ones once; a group's weight decay is train.weight_decay or 0. The
-    groups' learning rate is set by the loop, with `set_lr`. ValueError: a no_decay name that matches nothing, if
-    `model` is whole and not a stage.
+    groups' learning rate is set by the loop, with `set_lr`. ValueError, if `model` is whole and not a stage: a no_decay
+    name that matches nothing, or nothing to train.
     """
     train = config.train
     groups = decay_groups(model, train, whole=whole)
@@ -67,8 +67,10 @@ def decay_groups(model: nn.Module, train: TrainConfig, *, whole: bool = True) ->
         if parameter.requires_grad:
             key = (parameter in exempt, isinstance(parameter, DTensor))
             groups.setdefault(key, []).append(parameter)
-    if not groups:
+    if not groups and whole:
         raise ValueError("the model has no trainable parameter: everything is frozen")
+    if not groups:
+        groups[True, False] = []  # an optimizer is never without a group
     return [
         {"params": parameters, "weight_decay": 0.0 if no_decay else train.weight_decay}
         for (no_decay, _), parameters in sorted(groups.items(), key=lambda item: item[0])

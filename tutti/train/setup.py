@@ -275,7 +275,7 @@ def load_parameters(config: Config, parts: Parts, ranks: Dist) -> None:
             whole=parts.whole,
         )
     if config.model.adapter_path is not None and train.architecture == "lora":
-        ranks.agree(lambda: load_adapter(model, Path(config.model.adapter_path or "")))
+        ranks.agree(lambda: load_adapter(model, Path(config.model.adapter_path or ""), parts.whole))
     else:
         init_adapters(model, train.seed)
     if whole:

@@ -82,7 +82,7 @@ def cut_model(objective: Objective, layout: Layout, mesh: Mesh, per_rank: int) -
     before = [0, *accumulate(routers)]
     routed = tuple(before[blocks.start] if objective.has_router_loss else 0 for blocks in borders)
     shared = {id(p) for name in found.front for p in inner.get_submodule(name).parameters()}
-    tied = [p for p in output.parameters() if id(p) in shared]
+    tied = [p for p in output.parameters() if id(p) in shared and p.requires_grad]
     num_experts = max((module.num_experts for module in experts(model)), default=0)  # type: ignore[type-var]
     stages = cut(model, seams, borders, mesh.rank("pipeline"), layout.pipeline)
     described = ", ".join(f"{blocks[0]} to {blocks[-1]}" for blocks in borders)

@@ -48,7 +48,7 @@ class Trainer:
         self._max_grad_norm = max_grad_norm
         self._inspect_gradients = inspect_gradients
         self._flops = objective.flops
-        self._parameters: list[nn.Parameter] = [item for item in objective.parameters() if item.requires_grad]
+        self._parameters: list[nn.Parameter] = list(objective.parameters())
 
     def step(self, batch: GlobalBatch, totals: Totals) -> None:
         """Train on `batch` and add what happened to `totals`. A collective call."""
