@@ -16,7 +16,6 @@ NOT_YET: dict[str, str] = {
 }
 
 NOT_TOGETHER: tuple[tuple[str, str], ...] = (
-    ("train.expert_parallel_size", "train.tensor_parallel_size"),
     ("train.lora_base_dtype", "train.tensor_parallel_size"),
     ("train.enable_batch_invariant_mode", "train.tensor_parallel_size"),
     ("train.enable_batch_invariant_mode", "train.expert_parallel_size"),
@@ -24,7 +23,6 @@ NOT_TOGETHER: tuple[tuple[str, str], ...] = (
     ("train.enable_batch_invariant_mode", "train.ulysses_parallel_size"),
     ("train.enable_batch_invariant_mode", "train.context_parallel_size"),
     ("train.enable_batch_invariant_mode", "train.enable_compile"),
-    ("train.pipeline_parallel_size", "train.enable_activation_offload"),
 )
 """Pairs of arguments (or `argument=value`) that work, but not both at once."""
 

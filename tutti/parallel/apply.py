@@ -68,7 +68,7 @@ def parallelize(
     if train.enable_batch_invariant_mode:
         separate_samples(root, blocks)
     if train.enable_activation_offload:
-        offload_activations(blocks, mesh.grid.device_type, train.activation_gpu_limit)
+        offload_activations(root, blocks, mesh.grid.device_type, train.activation_gpu_limit)
     shard(root, (*basic, *blocks), mesh, train)
 
 

@@ -7,12 +7,17 @@ backward pass. With activation checkpointing, that is the block's input alone. A
 - small ones, for which starting a copy takes longer than the copy.
 
 1. Memory goes as whole storages: several saved views of one storage, or one tensor saved twice, are one copy.
-2. They queue up as they are saved. At the end of a block, while the queue holds more than train.activation_gpu_limit,
+2. They queue up as they are saved. At the end of a block, while more than train.activation_gpu_limit is on the device,
    the oldest ones start for pinned host memory on a side stream, under the next block's computation, and the device
    memory of those that left after the block before is given back. So what stays on the device is what was saved last,
    which the backward pass needs first.
 3. As the backward pass comes to a block, it waits for that block's storages, and those of the block before it start
    to come back meanwhile.
+
+In a pipeline several micro batches are under way at once. What the earlier ones have on the device stays there, since
+their backward passes come first, and counts: a later one moves all that is beyond the limit. Where gradients of inputs
+are computed before those of parameters (zero bubble), a block is come by twice. Between the two, only the host has what
+had left the device; the second time, which needs little of it, storages come back one by one.
 
 The compute stream waits for an event before memory that the side stream has read or written is reused, so that the
 host never waits. On the CPU the same happens with plain copies and nothing to overlap.
@@ -41,25 +46,27 @@ SMALL = 2**14
 """Storages of fewer bytes stay where they are."""
 
 
-def offload_activations(blocks: Sequence[nn.Module], device_type: str, limit_gb: float) -> Offloader:
-    """Have `blocks`, in the order they run, move what they save in training to host memory, but for `limit_gb` * 10^9
-    bytes a micro batch."""
-    offloader = Offloader(torch.device(device_type), int(limit_gb * 1e9), len(blocks))
-    for number, block in enumerate(blocks):
-        block.forward = _offloaded(block, block.forward, offloader, number)
+def offload_activations(root: nn.Module, blocks: Sequence[nn.Module], device_type: str, limit_gb: float) -> Offloader:
+    """Have `blocks`, which `root` runs one after the other, move what they save in training to host memory, but for
+    `limit_gb` * 10^9 bytes."""
+    offloader = Offloader(torch.device(device_type), int(limit_gb * 1e9))
+    root.register_forward_pre_hook(lambda *_: offloader.begin())
+    root.register_forward_hook(lambda *_: offloader.end())
+    for block in blocks:
+        block.forward = _offloaded(block, block.forward, offloader)
     return offloader
 
 
-def _offloaded(block: nn.Module, forward: Callable[..., Any], offloader: Offloader, number: int) -> Callable[..., Any]:
+def _offloaded(block: nn.Module, forward: Callable[..., Any], offloader: Offloader) -> Callable[..., Any]:
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         if not (block.training and torch.is_grad_enabled()):
             return forward(*args, **kwargs)
         shared = _Storages(item for item in tree_leaves((args[1:], kwargs)) if isinstance(item, Tensor))
-        group = offloader.enter(number, _Staying(block, shared))
+        group = offloader.enter(_Staying(block, shared))
         with saved_tensors_hooks(lambda tensor: offloader.pack(tensor, group), offloader.unpack):
             out = forward(*args, **kwargs)
-        offloader.leave(number)
+        offloader.leave()
         return out
 
     return run
@@ -122,11 +129,16 @@ class _Group:
         self.staying: _Staying | None = staying
         self.previous = previous
         self.stored: list[weakref.ref[_Stored]] = []
-        self.fetched = self.ready = False
+        self.fetched = False
         self.event: Any = None
 
-    def alive(self) -> Iterator[_Stored]:
-        return (stored for item in self.stored if (stored := item()) is not None)
+    def alive(self) -> list[_Stored]:
+        """What autograd keeps of it, each storage once."""
+        return list(dict.fromkeys(stored for item in self.stored if (stored := item()) is not None))
+
+    def absent(self) -> list[_Stored]:
+        """What of it only the host has."""
+        return [stored for stored in self.alive() if stored.source is None and stored.back is None]
 
 
 class _Saved(NamedTuple):
@@ -145,27 +157,43 @@ class _Saved(NamedTuple):
 
 
 class Offloader:
-    """The traffic of one model's activations. kept_bytes and moved_bytes: of the last micro batch, by its end."""
+    """The traffic of one model's activations. kept_bytes: on the device now, of all forward passes whose backward pass
+    is to come. moved_bytes: to the host, so far."""
 
-    def __init__(self, device: torch.device, limit: int, num_blocks: int) -> None:
-        self._device, self._limit, self._last = device, limit, num_blocks - 1
+    def __init__(self, device: torch.device, limit: int) -> None:
+        self._device, self._limit = device, limit
         self._beside = _SideStream(device)
+        # Of the forward pass under way:
         self._queue: deque[_Stored] = deque()
         self._known: dict[tuple[int, int], _Stored] = {}
-        self._leaving: list[tuple[Any, list[_Stored], list[Tensor]]] = []
-        self._arriving: dict[_Group, list[Tensor]] = {}
         self._newest: _Group | None = None
+        self._leaving: list[tuple[Any, list[_Stored], list[Tensor]]] = []
+        # Of the backward pass under way:
+        self._arriving: dict[_Group, list[Tensor]] = {}
+        self._current: _Group | None = None
         self._reported = False
         self.kept_bytes = self.moved_bytes = 0
 
-    def enter(self, number: int, staying: _Staying) -> _Group:
-        """A block's forward pass begins; that of the first one begins a micro batch."""
-        if number == 0:
-            self._forget()
-            self.kept_bytes = self.moved_bytes = 0
-            for unused in self._arriving:
-                self._beside.wait(unused.event)
-            self._arriving.clear()
+    def begin(self) -> None:
+        """A forward pass begins, and so no backward pass is under way."""
+        for unused in self._arriving:
+            self._beside.wait(unused.event)
+        self._arriving.clear()
+        self._come_to(None)
+
+    def end(self) -> None:
+        """The forward pass has ended: from here on autograd alone keeps its tensors."""
+        for stored in self._queue:
+            weakref.finalize(stored, self._release, stored.nbytes).atexit = False
+        self._queue.clear()
+        self._known.clear()
+        self._newest = None
+
+    def _release(self, nbytes: int) -> None:
+        self.kept_bytes -= nbytes
+
+    def enter(self, staying: _Staying) -> _Group:
+        """A block's forward pass begins."""
         self._newest = _Group(staying, self._newest)
         return self._newest
 
@@ -189,11 +217,11 @@ class Offloader:
         assert group.staying is not None
         return storage.nbytes() >= SMALL and storage.data_ptr() not in group.staying
 
-    def leave(self, number: int) -> None:
+    def leave(self) -> None:
         """A block's forward pass has ended: send on its way what exceeds the limit."""
         self._settle()
         moving = []
-        while self.kept_bytes > self._limit:
+        while self.kept_bytes > self._limit:  # which earlier forward passes alone never exceed
             stored = self._queue.popleft()
             self.kept_bytes -= stored.nbytes
             self.moved_bytes += stored.nbytes
@@ -202,9 +230,6 @@ class Offloader:
             self._send(moving)
         assert self._newest is not None
         self._newest.staying = None
-        if number == self._last:
-            self._report()
-            self._forget()
 
     @torch.no_grad()
     def _send(self, moving: list[_Stored]) -> None:
@@ -227,44 +252,47 @@ class Offloader:
                 self._known.pop(stored.key, None)
         self._leaving.clear()
 
-    def _forget(self) -> None:
-        """From here on autograd alone keeps the micro batch's tensors."""
-        self._queue.clear()
-        self._known.clear()
-        self._newest = None
-
     def unpack(self, saved: Any) -> Tensor:
         """The tensor for which autograd has kept `saved`; in the backward pass."""
         if not isinstance(saved, _Saved):
             return saved
+        stored, group = saved.stored, saved.group
         with torch.no_grad():
-            if not saved.group.ready:
-                self._need(saved.group)
-            stored = saved.stored
+            if group is not self._current:
+                self._need(group)
             if stored.source is not None:
                 stored.require_unchanged(stored.source)
                 return saved.view(stored.source)
+            if stored.back is None:
+                self._beside.wait(self._fetch([stored]))
             assert stored.back is not None
             return saved.view(stored.back)
 
     def _need(self, group: _Group) -> None:
         """The backward pass has come to the block of `group`."""
+        self._report()
         self._settle()
-        self._fetch(group)
-        if group.previous is not None:
-            self._fetch(group.previous)
+        self._come_to(group)
+        for each in (group, group.previous):
+            if each is not None and not each.fetched:
+                each.fetched, absent = True, each.absent()
+                each.event = self._fetch(absent)
+                # Kept until the compute stream waits, even if autograd drops them before it has used them.
+                self._arriving[each] = [stored.back for stored in absent if stored.back is not None]
         self._beside.wait(group.event)
         self._arriving.pop(group, None)
-        for stored in group.alive():
-            stored.host = None if stored.back is not None else stored.host
-        group.ready = True
 
-    def _fetch(self, group: _Group) -> None:
-        if group.fetched:
-            return
-        group.fetched = True
-        absent = [stored for stored in group.alive() if stored.host is not None and stored.back is None]
-        absent = list({id(stored): stored for stored in absent}.values())
+    def _come_to(self, group: _Group | None) -> None:
+        """Give back the device memory of what came back for the block before, if autograd keeps it for another time."""
+        if self._current is not None:
+            needed = {stored for each in (group, group and group.previous) if each for stored in each.alive()}
+            for stored in self._current.alive():
+                if stored not in needed:
+                    stored.back = None
+        self._current = group
+
+    def _fetch(self, absent: Sequence[_Stored]) -> Any:
+        """Have storages come back; the event after which they are there."""
         # On the compute stream, which they belong to; it waits for the copies before it reads them.
         for stored in absent:
             stored.back = torch.empty(stored.nbytes, dtype=torch.uint8, device=stored.device)
@@ -272,9 +300,7 @@ class Offloader:
             for stored in absent:
                 assert stored.back is not None and stored.host is not None
                 stored.back.copy_(stored.host, non_blocking=True)
-        group.event = self._beside.mark()
-        # Kept until the compute stream waits, even if autograd drops them before it has used them.
-        self._arriving[group] = [stored.back for stored in absent if stored.back is not None]
+        return self._beside.mark()
 
     def _report(self) -> None:
         if self._reported:
@@ -282,7 +308,7 @@ class Offloader:
         self._reported = True
         same = ", which are the same memory here" if self._device.type == "cpu" else ""
         log.info(
-            "activations of the first micro batch: %.3g GB moved to the host, %.3g GB kept on the device, of at most "
+            "activations at the first backward pass: %.3g GB moved to the host, %.3g GB kept on the device, of at most "
             "%.3g (train.activation_gpu_limit)%s",
             self.moved_bytes / 1e9,
             self.kept_bytes / 1e9,
