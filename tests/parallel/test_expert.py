@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +10,7 @@ from safetensors.torch import load_file
 
 from tests.harness import run_ranks
 from tests.parallel.layouts import assert_same, family_config, train_all
-from tutti.config import ConfigError
-from tutti.config.layout import Layout
-from tutti.parallel.expert import Exchange, check_experts
+from tutti.parallel.expert import Exchange
 
 COMMON = {"micro_batch_size": 1, "global_batch_size": 8, "save_hf_weights": True, "save_steps": 2}
 FSDP2 = {"data_parallel_mode": "fsdp2"}
@@ -185,22 +182,3 @@ def test_rows_come_back_in_place_and_experts_see_all_of_them(dtype):
         assert result["forward"] and result["backward"]
         want = [sum(other["sums"][owner][i] for other in results) for i in (0, 1)]
         assert result["weights"] == pytest.approx(want, rel=1e-5 if dtype == torch.float32 else 5e-2, abs=0.05)
-
-
-@pytest.mark.parametrize(
-    ("counts", "expert", "ranks", "message"),
-    [
-        ([6, 6], 4, 8, "does not divide the 6 experts of a layer; 1 or 2 would"),
-        ([8, 12], 8, 8, "does not divide the 8 or 12 experts of a layer; 1, 2 or 4 would"),
-        ([], 2, 2, "this model has no experts that can be divided; leave it at 1"),
-    ],
-)
-def test_sizes_that_do_not_fit_are_refused_with_those_that_do(counts, expert, ranks, message):
-    layout = Layout(ranks, ranks, 1, ranks, 1, 1, 1, 1, expert, ranks, 1)
-    with pytest.raises(ValueError, match=message):
-        check_experts([SimpleNamespace(num_experts=count) for count in counts], layout)
-
-
-def test_ddp_is_refused_with_what_would_do(tmp_path):
-    with pytest.raises(ConfigError, match="data_parallel_mode to fsdp2"):
-        family_config(tmp_path, "qwen3_moe", 2, expert_parallel_size=2, data_parallel_mode="ddp")

@@ -10,11 +10,10 @@ from tests.harness import run_ranks
 from tests.model.zoo import tiny
 from tests.parallel.test_sequence import make_batch
 from tutti.config import ConfigError
-from tutti.config.layout import Layout
 from tutti.config.load import from_dict
 from tutti.core.batch import SequenceRanks
 from tutti.core.tiles import Settings
-from tutti.model.attention import check_splittable, packed_attention, packed_kwargs, resolve_attention
+from tutti.model.attention import packed_attention, packed_kwargs, resolve_attention
 from tutti.parallel.sequence import split_tokens
 from tutti.parallel.ulysses import heads_to_tokens, overlap_values, own_heads, tokens_to_heads
 
@@ -135,25 +134,6 @@ def test_a_model_without_values_of_their_own_says_so(caplog):
     with caplog.at_level(logging.INFO):
         overlap_values(model.model.layers, SequenceRanks(0, 1, "", 0, 2, ""))
     assert "does not project its values on their own" in caplog.text
-
-
-def layout(**sizes):
-    values = {"world": 8, "data": 1, "replicate": 1, "shard": 1, "tensor": 1, "pipeline": 1, "ulysses": 1, "context": 1}
-    return Layout(**values | sizes, expert=1, global_batch_size=1, accumulation=1)
-
-
-def meta(config):
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
-def test_heads_that_do_not_divide_are_refused_with_sizes_that_would():
-    model = meta(tiny("qwen3"))
-    check_splittable(model, layout(ulysses=4))
-    with pytest.raises(ConfigError, match=r"train.ulysses_parallel_size: 8 .* 4 attention heads; 1, 2 or 4 would"):
-        check_splittable(model, layout(ulysses=8))
-    with pytest.raises(ConfigError, match=r"2 attention heads on each of the 2 tensor-parallel ranks; 1 or 2 would"):
-        check_splittable(model, layout(ulysses=4, tensor=2))
 
 
 @pytest.mark.parametrize(

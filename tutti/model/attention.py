@@ -37,8 +37,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from tutti.config import ConfigError
-from tutti.config.layout import Layout, divisors, either
 from tutti.core.batch import Batch, Whole
 from tutti.core.tiles import Biases, Settings, Tile, scores, tiles
 from tutti.model.plan import text_model
@@ -121,21 +119,6 @@ def check_packable(model: PreTrainedModel) -> None:
         raise ValueError(
             f"{model.config.model_type} has layers {kind}, which would leak from one packed sample into the next; "
             "models of full and sliding-window attention can be trained"
-        )
-
-
-def check_splittable(model: PreTrainedModel, layout: Layout) -> None:
-    """Raise ValueError for a model whose batches cannot be split over the layout's context and ulysses ranks."""
-    if layout.ulysses == layout.context == 1:
-        return
-    heads = model.config.get_text_config().num_attention_heads // layout.tensor
-    if heads % layout.ulysses:
-        shared = f" on each of the {layout.tensor} tensor-parallel ranks" if layout.tensor > 1 else ""
-        raise ConfigError(
-            [
-                f"train.ulysses_parallel_size: {layout.ulysses} does not divide the model's {heads} attention heads"
-                f"{shared}; {either(divisors(heads))} would"
-            ]
         )
 
 

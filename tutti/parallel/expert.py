@@ -18,8 +18,7 @@ Shapes: G ranks in the group, E experts, S rows sent, R rows received, H hidden 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +27,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from tutti.config.layout import Layout, divisors, either
 from tutti.parallel.mesh import Mesh
 
 LocalExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -84,24 +82,6 @@ def inverse(order: Tensor) -> Tensor:
     position = torch.empty_like(order)
     position[order] = torch.arange(len(order), device=order.device)
     return position
-
-
-def check_experts(experts: Sequence[nn.Module], layout: Layout) -> None:
-    """ValueError, with the sizes that would do, unless all layers of `experts` divide among the ranks of a group."""
-    size, ranks = layout.expert, layout.expert_ranks
-    if size == 1:
-        return
-    if not experts:
-        raise ValueError(
-            f"train.expert_parallel_size: {size}, but this model has no experts that can be divided; leave it at 1"
-        )
-    counts: set[Any] = {module.num_experts for module in experts}
-    if any(count % size for count in counts):
-        fitting = [number for number in divisors(math.gcd(*counts)) if ranks % number == 0]
-        raise ValueError(
-            f"train.expert_parallel_size: {size} does not divide the {either(sorted(counts))} experts of a layer; "
-            f"{either(fitting)} would"
-        )
 
 
 def divide_experts(experts: Iterable[nn.Module], mesh: Mesh) -> None:

@@ -31,7 +31,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tutti.config.layout import either
 from tutti.parallel.mesh import Mesh
 
 MEMORY_WEIGHT = 0.25
@@ -259,18 +258,6 @@ class Seams(NamedTuple):
     tail: tuple[str, ...]
     gives_tuple: bool
     head: str
-
-
-def check_stages(num_blocks: int, num_ranks: int, per_rank: int) -> None:
-    """ValueError, with the sizes that would do, unless every stage can have a block."""
-    if num_ranks * per_rank <= num_blocks:
-        return
-    fitting = [size for size in range(1, num_ranks) if size * per_rank <= num_blocks]
-    would = f"{either(fitting)} would do" if fitting else "set train.pipeline_stages_per_rank lower"
-    raise ValueError(
-        f"train.pipeline_parallel_size: {num_ranks} ranks of {per_rank} stages each are more than the model's "
-        f"{num_blocks} blocks; {would}"
-    )
 
 
 def cut(model: nn.Module, seams: Seams, borders: Sequence[range], rank: int, num_ranks: int) -> tuple[Stage, ...]:

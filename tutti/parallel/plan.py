@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PreTrainedConfig
 
-from tutti.config.layout import either
+from tutti.config.fits import Piece
 
 COLWISE, GATHERED = "colwise", ("colwise_gather_output", "colwise_rep")
 ROWWISE, SLICED = "rowwise", ("rowwise_split_input", "rowwise_rep")
@@ -59,8 +59,11 @@ class Linear(NamedTuple):
         """The dimension of the weight that is split."""
         return 1 if self.style == ROWWISE or self.style in SLICED else 0
 
-    def fits(self, size: int) -> bool:
-        return self.units % size == 0 or (self.shared and size % self.units == 0)
+    @property
+    def piece(self) -> Piece:
+        """What it asks of the number of ranks."""
+        what = "heads" if self.units < self.module.weight.shape[self.dim] else "features"
+        return Piece(self.name, self.units, what, self.shared)
 
 
 class Region(NamedTuple):
@@ -137,20 +140,6 @@ def read_plan(
     if not isinstance(embedding, nn.Embedding):
         raise ValueError(f"{refuse}its tokens are not embedded by a table; leave it at 1")
     return TensorPlan(embedding, head, tuple(linears), tuple(regions), inner[0])
-
-
-def check_plan(plan: TensorPlan, size: int) -> None:
-    """ValueError, with the sizes that would do, unless everything in `plan` divides among `size` ranks."""
-    if plan.embedding.weight.shape[0] <= (size - 1) * -(-plan.embedding.weight.shape[0] // size):
-        raise ValueError(f"train.tensor_parallel_size: {size} ranks are too many for a vocabulary this small")
-    misfit = next((linear for linear in plan.linears if not linear.fits(size)), None)
-    if misfit is not None:
-        fitting = [n for n in range(1, 2 * size + 1) if all(linear.fits(n) for linear in plan.linears)]
-        raise ValueError(
-            f"train.tensor_parallel_size: {size} does not divide the {misfit.units} "
-            f"{'heads' if misfit.units < misfit.module.weight.shape[misfit.dim] else 'features'} of {misfit.name}; "
-            f"{either(fitting)} would"
-        )
 
 
 def _wildcards(path: str) -> str:

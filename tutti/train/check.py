@@ -39,7 +39,7 @@ def check(config: Config, world: int = 1) -> None:
     layout = fit(config, world)
     ranks = Dist(rank=0, world=1, local_rank=0, device=pick_device(config.train.init_device))
     tokenizer, model = tokenizer_and_model(config, ranks.device)
-    check_fits(model, layout, config.train)
+    check_fits(config, layout, model)
     data = open_data(config, tokenizer, model, ranks, dp_rank=0, dp_size=layout.data)
     first = next(iter(data.train()), None)
     if first is None:

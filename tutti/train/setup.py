@@ -25,6 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from tutti.config import Config, TrainConfig
 from tutti.config.effect import warnings_on_cpu
+from tutti.config.fits import ModelFacts, Piece
 from tutti.config.layout import Layout, fit
 from tutti.config.yamlfile import to_yaml
 from tutti.core.device import keep_freed_memory, limit_threads, pick_device
@@ -33,7 +34,8 @@ from tutti.core.log import setup_logging
 from tutti.data.loader import Data, build_data
 from tutti.data.template import end_of_turn, make_template
 from tutti.model.adapter import load_adapter, plan_adapters
-from tutti.model.attention import check_packable, check_splittable
+from tutti.model.anatomy import anatomy
+from tutti.model.attention import check_packable
 from tutti.model.build import build_model, build_tokenizer
 from tutti.model.initial import init_weights
 from tutti.model.lora import adapters, add_adapters, init_adapters
@@ -41,15 +43,14 @@ from tutti.model.plan import basic_modules, blocks, decoder, experts, head, is_c
 from tutti.model.quantized import hold_quantized
 from tutti.model.weights import load_weights
 from tutti.parallel.apply import parallelize
-from tutti.parallel.expert import check_experts
 from tutti.parallel.fsdp import offloads
 from tutti.parallel.mesh import Mesh, build_mesh
 from tutti.parallel.pipeline import Pipeline, own_modules
-from tutti.parallel.plan import TensorPlan, check_plan, read_plan
+from tutti.parallel.plan import TensorPlan, read_plan
 from tutti.parallel.tensor import tensor_ranks
 from tutti.train.optim import decay_groups
 from tutti.train.preference import make_preference
-from tutti.train.stages import check_depth, cut_model
+from tutti.train.stages import cut_model
 from tutti.train.task import Objective
 
 log = logging.getLogger(__name__)
@@ -142,11 +143,10 @@ def assemble(config: Config, ranks: Dist) -> Parts:
 
     A collective call. ValueError, on all ranks: what is wrong with the model's or the data's files.
     """
-    layout = fit(config, ranks.world)
-    train = config.train
-    mesh = build_mesh(layout, ranks, ddp=train.data_parallel_mode == "ddp", ep_outside=train.ep_outside)
+    layout, train = fit(config, ranks.world), config.train
     tokenizer, model = ranks.agree(lambda: tokenizer_and_model(config, ranks.device))
-    ranks.agree(lambda: check_fits(model, layout, train))
+    ranks.agree(lambda: check_fits(config, layout, model))
+    mesh = build_mesh(layout, ranks, ddp=train.data_parallel_mode == "ddp", ep_outside=train.ep_outside)
     data = open_data(config, tokenizer, model, ranks, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
     log.info("%s", data.steps_reason)
     by_sample = train.enable_batch_invariant_mode
@@ -174,13 +174,27 @@ def second_model(config: Config, parts: Parts, ranks: Dist) -> Parts:
     return second
 
 
-def check_fits(model: PreTrainedModel, layout: Layout, train: TrainConfig) -> None:
+def check_fits(config: Config, layout: Layout, model: PreTrainedModel) -> None:
     """ValueError unless `model` can be trained packed, and all that `layout` divides in it divides evenly."""
     check_packable(model)
-    check_depth(model, layout, train.pipeline_stages_per_rank)
-    check_experts(experts(model), layout)
-    check_splittable(model, layout)
-    tensor_plan(model, layout)
+    fit(config, layout.world, read_facts(model, layout))
+
+
+def read_facts(model: PreTrainedModel, layout: Layout) -> ModelFacts:
+    """What of `model` the axes of `layout` divide; ValueError where it cannot be divided along one of them at all."""
+    num_blocks, plan = 0, tensor_plan(model, layout)
+    if layout.pipeline > 1:
+        num_blocks = len(list(decoder(model).get_submodule(anatomy(model).blocks).children()))
+    pieces: dict[tuple, Piece] = {}  # the first of each kind
+    for linear in plan.linears if plan else ():
+        pieces.setdefault(linear.piece[1:], linear.piece)
+    return ModelFacts(
+        blocks=num_blocks,
+        heads=(model.config.get_text_config().num_attention_heads,),
+        experts=tuple({int(module.num_experts) for module in experts(model)}),  # type: ignore[arg-type]
+        pieces=tuple(pieces.values()),
+        vocabulary=plan.embedding.weight.shape[0] if plan else 0,
+    )
 
 
 def tokenizer_and_model(config: Config, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
@@ -295,14 +309,12 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def tensor_plan(model: PreTrainedModel, layout: Layout) -> TensorPlan | None:
-    """What of `model` the layout's tensor axis splits; ValueError, with the sizes that would do, where it cannot."""
+    """What of `model` the layout's tensor axis splits; ValueError where it cannot be split."""
     if layout.tensor == 1:
         return None
     output = None if is_classifier(model) else head(model)
     units = [block for _, block in blocks(model)]
-    plan = read_plan(type(model).__name__, decoder(model), model.config.get_text_config(), units, output)
-    check_plan(plan, layout.tensor)
-    return plan
+    return read_plan(type(model).__name__, decoder(model), model.config.get_text_config(), units, output)
 
 
 def _label_names(model: PreTrainedModel) -> tuple[str, ...]:

@@ -20,20 +20,12 @@ from tutti.model.anatomy import Anatomy, anatomy
 from tutti.model.plan import decoder, experts, head, is_experts, part_sizes
 from tutti.parallel.fsdp import GradientSync, postpones
 from tutti.parallel.mesh import Mesh
-from tutti.parallel.pipeline import Cost, Pipeline, Seams, check_stages, cut, split_blocks, tied_ranks
+from tutti.parallel.pipeline import Cost, Pipeline, Seams, cut, split_blocks, tied_ranks
 from tutti.parallel.runner import OneByOne, Pipelined, Runner
 from tutti.parallel.sequence import sequence_ranks, split_tokens
 from tutti.train.task import Objective
 
 log = logging.getLogger(__name__)
-
-
-def check_depth(model: PreTrainedModel, layout: Layout, per_rank: int) -> None:
-    """ValueError, with the sizes that would do, unless `model` can be cut into the layout's stages."""
-    if layout.pipeline > 1:
-        found = anatomy(model)
-        blocks = list(decoder(model).get_submodule(found.blocks).children())
-        check_stages(len(blocks), layout.pipeline, per_rank)
 
 
 def stage_blocks(model: PreTrainedModel, found: Anatomy, num_stages: int) -> list[range]:

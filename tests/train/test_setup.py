@@ -1,0 +1,57 @@
+"""What a run reads off a model before it is divided."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.model.zoo import tiny
+from tutti.config import Config, ConfigError, TrainConfig
+from tutti.config.fits import ModelFacts, Piece
+from tutti.config.layout import fit
+from tutti.model.attention import resolve_attention
+from tutti.train.setup import check_fits, read_facts
+
+
+def on_meta(family, **overrides):
+    attention = resolve_attention("sdpa", torch.device("cpu"))
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(tiny(family, **overrides), attn_implementation=attention)
+
+
+def config_of(**train):
+    return Config(train=TrainConfig(**train))
+
+
+def test_facts_are_what_the_axes_divide():
+    sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
+    layout = fit(config_of(**sizes), 4)
+    attention = "layers.0.self_attn"
+    assert read_facts(on_meta("qwen3", num_hidden_layers=3), layout) == ModelFacts(
+        blocks=3,
+        heads=(4,),
+        experts=(),
+        pieces=(
+            Piece(f"{attention}.q_proj", 4, "heads"),
+            Piece(f"{attention}.k_proj", 2, "heads", shared=True),
+            Piece("layers.0.mlp.gate_proj", 48, "features"),
+        ),
+        vocabulary=256,
+    )
+    sparse = read_facts(on_meta("deepseek_v3", num_attention_heads=8), layout)
+    assert (sparse.heads, sparse.experts) == ((8,), (4,))
+
+
+@pytest.mark.parametrize(
+    ("train", "problem"),
+    [
+        ({"pipeline_parallel_size": 4}, r"pipeline_parallel_size: 4 ranks .* 2 blocks; 1 or 2 would"),
+        ({"tensor_parallel_size": 8}, r"tensor_parallel_size: 8 does not divide the 4 heads of .*q_proj; 1, 2 or 4"),
+        ({"ulysses_parallel_size": 8}, r"ulysses_parallel_size: 8 .* 4 attention heads; 1, 2 or 4 would"),
+        ({"expert_parallel_size": 2, "data_parallel_mode": "fsdp2"}, r"expert_parallel_size: 2, .* leave it at 1"),
+    ],
+)
+def test_sizes_are_checked_against_the_model(train, problem):
+    config = config_of(**train)
+    with pytest.raises(ConfigError, match=problem):
+        check_fits(config, fit(config, 8), on_meta("qwen3"))
+    check_fits(config_of(), fit(config_of(), 8), on_meta("qwen3"))
