@@ -12,7 +12,8 @@ for any family, in a hook on the language model:
    made (Gemma 3: the tokens of an image see one another) is cut at the samples' borders.
 3. Where ranks divide the batch's tokens (context, ulysses), each goes on with its own ones of all that lies along them.
    Every rank has encoded every image, but its gradient comes from its own tokens: the sum over ranks is the gradient,
-   of towers as of everything. The same holds for tensor parallelism, whose ranks cut the row one step later.
+   of towers as of everything. The same holds for tensor parallelism, whose ranks cut the row one step later. Tokens
+   are embedded by the rank that keeps them, into a row that is zero elsewhere.
 4. Not every batch has images, while gradients are reduced over ranks that have some and ranks that have none. So the
    towers' parameters are tied to the row with a gradient of zero: in each step every one of them has a gradient, on
    every rank, in every layout. And as towers run on some ranks only, nothing in them may wait for other ranks: they
@@ -39,10 +40,10 @@ from transformers import PreTrainedModel
 
 from tutti.config import ConfigError, TrainConfig
 from tutti.config.layout import Layout
-from tutti.core.batch import Batch
+from tutti.core.batch import Batch, Row
 from tutti.model.attention import border_kwargs
 from tutti.model.plan import decoder, model_class, text_model, towers
-from tutti.parallel.tensor import TensorRanks
+from tutti.parallel.tensor import TensorRanks, local_parameters
 
 _ALONG = {"inputs_embeds": 1, "position_ids": -1, "visual_pos_masks": -1}
 """What lies along the tokens of what a language model is handed, and in which dimension."""
@@ -82,7 +83,10 @@ class Border:
         self._name = model_class(model).__name__
         self._batch: Batch | None = None
         self._options: dict[str, Any] = {}
-        text_model(model).register_forward_pre_hook(self._hand_over, with_kwargs=True)
+        text: Any = text_model(model)
+        text.register_forward_pre_hook(self._hand_over, with_kwargs=True)
+        text.get_input_embeddings().register_forward_pre_hook(self._own_ids)
+        text.get_input_embeddings().register_forward_hook(self._in_the_row)
 
     def run(self, batch: Batch, **options: Any) -> Any:
         """The decoder's output for `batch`, of this rank's tokens where ranks divide them. options: of the language
@@ -97,6 +101,18 @@ class Border:
         finally:
             self._batch = None
 
+    def _own_ids(self, module: nn.Module, args: tuple[Tensor, ...]) -> Any:
+        """A forward hook: what is looked up in the table of embeddings."""
+        row = _divided(self._batch)
+        return None if row is None else (args[0].index_select(1, row.held),)
+
+    def _in_the_row(self, module: nn.Module, args: Any, own: Tensor) -> Any:
+        """A forward hook: the embeddings as a row in which only this rank's own tokens, which it will keep, have any."""
+        row = _divided(self._batch)
+        if row is None:
+            return None
+        return own.new_zeros(1, len(row.input_ids), own.shape[-1]).index_copy(1, row.held, own)
+
     def _hand_over(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward hook: what the language model is given in place of what the outer decoder gives it."""
         batch = self._batch
@@ -105,14 +121,13 @@ class Border:
         handed = {key: value for key, value in kwargs.items() if value is not None}
         handed |= border_kwargs(batch) | self._options
         handed["position_ids"] = _positions(batch)
-        trained = [p for tower in self._towers for p in tower.parameters() if p.requires_grad]
-        handed["inputs_embeds"] = _Anchor.apply(handed["inputs_embeds"], *trained)
+        handed["inputs_embeds"] = self._anchored(handed["inputs_embeds"])
         if "attention_mask" in handed:
             handed["attention_mask"] = _at_borders(handed["attention_mask"], handed["cu_seq_lens_q"])
-        whole = batch.whole
-        if whole is not None and whole.row is not None and whole.ranks.size > 1:
-            self._check_divisible(handed, ring=whole.ranks.context_size > 1)
-            handed = _own(handed, whole.row.held)
+        row = _divided(batch)
+        if row is not None:
+            self._check_divisible(handed, batch)
+            handed = _own(handed, row.held)
         if self._tensor is not None and "deepstack_visual_embeds" in handed:
             # The row itself is cut by the first block, but these are for what comes between blocks.
             mine = {key: handed[key] for key in ("visual_pos_masks", "deepstack_visual_embeds")}
@@ -120,7 +135,12 @@ class Border:
             handed |= _own(mine, self._tensor.own(places, 0))
         return args, handed
 
-    def _check_divisible(self, handed: Mapping[str, Any], *, ring: bool) -> None:
+    def _anchored(self, row: Tensor) -> Tensor:
+        with local_parameters(part for tower in self._towers for part in tower.modules()):
+            parameters = [item for tower in self._towers for item in tower.parameters() if item.requires_grad]
+            return _Anchor.apply(row, *parameters)
+
+    def _check_divisible(self, handed: Mapping[str, Any], batch: Batch) -> None:
         tensors = [key for key, value in handed.items() if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))]
         unknown = [key for key in tensors if key not in _ALONG and key not in _BESIDE]
         if unknown:
@@ -128,6 +148,7 @@ class Border:
                 f"{self._name} hands its language model {', '.join(unknown)}, which is not divided over ranks; set "
                 "train.ulysses_parallel_size and train.context_parallel_size to 1"
             )
+        ring = batch.whole is not None and batch.whole.ranks.context_size > 1
         if ring and any(isinstance(leaf, Tensor) for leaf in tree_leaves(handed.get("attention_mask"))):
             raise ValueError(
                 f"{self._name} attends to its tokens by a mask of its own, which a ring of ranks does not know; set "
@@ -135,9 +156,16 @@ class Border:
             )
 
 
-def _row(batch: Batch) -> Any:
+def _row(batch: Batch) -> Batch | Row:
     """What has the tokens and positions of all that the outer decoder sees."""
     return batch if batch.whole is None or batch.whole.row is None else batch.whole.row
+
+
+def _divided(batch: Batch | None) -> Row | None:
+    """The row of a batch whose tokens ranks divide at the border."""
+    if batch is None or batch.whole is None or batch.whole.ranks.size == 1:
+        return None
+    return batch.whole.row
 
 
 def _positions(batch: Batch) -> Tensor:

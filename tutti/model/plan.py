@@ -61,6 +61,8 @@ def blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
         if not outer or not name.startswith(outer[-1][0] + "."):
             outer.append((name, module))
     return outer
+
+
 def tower_blocks(model: PreTrainedModel) -> list[nn.Module]:
     """The repeated units of what encodes images, video and audio: the longest ModuleList of each tower."""
     return [block for tower in towers(model) for _, block in _longest_list(tower)]
@@ -74,9 +76,7 @@ def _longest_list(root: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(f"{prefix}.{name}", module) for name, module in longest.named_children()]
 
 
-
-
-def basic_modules(model: nn.Module, class_names: Iterable[str]) -> list[tuple[str, nn.Module]]:
+def basic_modules(model: PreTrainedModel, class_names: Iterable[str]) -> list[tuple[str, nn.Module]]:
     """The modules of these classes (model.basic_modules) with their names, inner ones first; ValueError for a name
     that the model has no module of."""
     wanted = set(class_names)
@@ -87,6 +87,13 @@ def basic_modules(model: nn.Module, class_names: Iterable[str]) -> list[tuple[st
         raise ValueError(
             f"model.basic_modules: this model has no {', '.join(sorted(unknown))}; it is made of {', '.join(known)}"
         )
+    inside = {id(part) for tower in towers(model) for part in tower.modules()}
+    beside = sorted({_class_name(module) for _, module in found if id(module) in inside})
+    if beside:
+        raise ValueError(
+            f"model.basic_modules: {', '.join(beside)} is part of what encodes images, which not every rank runs in "
+            "every step, and cannot be gathered on its own; leave it out"
+        )
     return found[::-1]
 
 
@@ -96,6 +103,8 @@ def decoder(model: PreTrainedModel) -> nn.Module:
     if not isinstance(inner, nn.Module):
         raise ValueError(f"{_class_name(model)} has no inner model to take hidden states from")
     return inner
+
+
 def text_model(model: PreTrainedModel) -> nn.Module:
     """The language model within the decoder: all of it, unless the model takes images, video or audio too."""
     inner = decoder(model)
@@ -119,8 +128,6 @@ def _beside(module: nn.Module, inside: nn.Module) -> Iterator[nn.Module]:
             yield from _beside(child, inside)
         elif any(True for _ in child.parameters()):
             yield child
-
-
 
 
 def head(model: PreTrainedModel) -> nn.Linear:
@@ -291,9 +298,9 @@ class FlopCount:
     values, is one of a tower's tokens.
     """
 
-    per_value: float = 0.0
     per_token: float
     pairs: tuple[tuple[float, int], ...]
+    per_value: float = 0.0
 
     def batch(self, lengths: Sequence[int], num_values: int = 0) -> float:
         """The work on samples of these lengths, causal attention within each, with images of so many values in all."""

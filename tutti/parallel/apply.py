@@ -44,13 +44,15 @@ def parallelize(
     basic: Sequence[nn.Module] = (),
     experts: Sequence[nn.Module] = (),
     plan: TensorPlan | None = None,
+    towers: Sequence[nn.Module] = (),
 ) -> None:
     """Prepare `root`, whose repeated units are `blocks` and layers of experts `experts`, for training, in place.
 
     basic: further modules that FSDP is to gather separately, inner ones first. plan: what is split over the tensor
-    axis; None if nothing is.
+    axis; None if nothing is. towers: repeated units of what encodes images, which not every batch has: they are
+    checkpointed, and else belong to the root.
     """
-    divide_experts(experts, mesh)
+    divide_experts(experts, mesh, apart=train.enable_batch_invariant_mode)
     if plan is not None:
         split_tensors(root, plan, mesh)
     sharing = sequence_ranks(mesh)
@@ -62,9 +64,11 @@ def parallelize(
             block.forward = torch.compile(block.forward, dynamic=None if train.pad_to_length else True)
     if plan is not None:
         divided = divided_experts(root)
-        use_local((*undivided_parts(divided), *basic, *blocks, root), apart=divided)
+        use_local((*undivided_parts(divided), *basic, *towers, *blocks, root), apart=divided)
     if train.enable_gradient_checkpointing:
-        apply_remat(blocks, reentrant=train.enable_reentrant and not _reads_within(root) and not _in_parts(train))
+        apply_remat(
+            (*towers, *blocks), reentrant=train.enable_reentrant and not _reads_within(root) and not _in_parts(train)
+        )
     if train.enable_batch_invariant_mode:
         separate_samples(root, blocks)
     if train.enable_activation_offload:

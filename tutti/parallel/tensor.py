@@ -346,15 +346,15 @@ def _outside_of(module: nn.Module, units: set[nn.Module]) -> Iterator[nn.Module]
 def _with_local_parameters(forward: Callable[..., Any], modules: Sequence[nn.Module]) -> Callable[..., Any]:
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with _local_parameters(modules):
+        with local_parameters(modules):
             return forward(*args, **kwargs)
 
     return run
 
 
 @contextmanager
-def _local_parameters(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """The local parts of the modules' DTensors in their place; tied ones are one tensor."""
+def local_parameters(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """The local parts of the modules' own DTensors in their place; tied ones are one tensor."""
     held: list[tuple[dict[str, Any], str, Any]] = []
     made: dict[int, Tensor] = {}
     for module in modules:

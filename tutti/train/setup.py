@@ -36,10 +36,21 @@ from tutti.data.template import end_of_turn, make_template
 from tutti.model.adapter import load_adapter, plan_adapters
 from tutti.model.anatomy import anatomy
 from tutti.model.attention import check_packable
+from tutti.model.border import check_border
 from tutti.model.build import build_model, build_tokenizer
 from tutti.model.initial import init_weights
 from tutti.model.lora import adapters, add_adapters, init_adapters
-from tutti.model.plan import basic_modules, blocks, decoder, experts, head, is_classifier, num_params
+from tutti.model.plan import (
+    basic_modules,
+    blocks,
+    decoder,
+    experts,
+    head,
+    is_classifier,
+    num_params,
+    text_model,
+    tower_blocks,
+)
 from tutti.model.quantized import hold_quantized
 from tutti.model.weights import load_weights
 from tutti.parallel.apply import parallelize
@@ -177,6 +188,7 @@ def second_model(config: Config, parts: Parts, ranks: Dist) -> Parts:
 def check_fits(config: Config, layout: Layout, model: PreTrainedModel) -> None:
     """ValueError unless `model` can be trained packed, and all that `layout` divides in it divides evenly."""
     check_packable(model)
+    check_border(model, layout, config.train)
     fit(config, layout.world, read_facts(model, layout))
 
 
@@ -270,6 +282,7 @@ def load_parameters(config: Config, parts: Parts, ranks: Dist) -> None:
         basic=own_modules(model, basic_modules(parts.whole or model, config.model.basic_modules)),
         experts=experts(model),
         plan=parts.plan if parts.whole else tensor_plan(model, parts.layout),
+        towers=tower_blocks(model),
     )
     whole = train.init_device != "meta"
     if not whole:
@@ -314,7 +327,7 @@ def tensor_plan(model: PreTrainedModel, layout: Layout) -> TensorPlan | None:
         return None
     output = None if is_classifier(model) else head(model)
     units = [block for _, block in blocks(model)]
-    return read_plan(type(model).__name__, decoder(model), model.config.get_text_config(), units, output)
+    return read_plan(type(model).__name__, text_model(model), model.config.get_text_config(), units, output)
 
 
 def _label_names(model: PreTrainedModel) -> tuple[str, ...]:

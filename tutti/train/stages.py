@@ -17,12 +17,14 @@ from tutti.config import TrainConfig
 from tutti.config.layout import Layout
 from tutti.core.batch import Batch
 from tutti.model.anatomy import Anatomy, anatomy
+from tutti.model.border import make_placing
 from tutti.model.plan import decoder, experts, head, is_experts, part_sizes
 from tutti.parallel.fsdp import GradientSync, postpones
+from tutti.parallel.invariant import equal_counts
 from tutti.parallel.mesh import Mesh
 from tutti.parallel.pipeline import Cost, Pipeline, Seams, cut, split_blocks, tied_ranks
 from tutti.parallel.runner import OneByOne, Pipelined, Runner
-from tutti.parallel.sequence import sequence_ranks, split_tokens
+from tutti.parallel.sequence import sequence_ranks, split_samples, split_tokens
 from tutti.train.task import Objective
 
 log = logging.getLogger(__name__)
@@ -104,11 +106,18 @@ def make_runner(
 ) -> Runner:
     """What runs the micro batches of a step, on the parallelized `objective`. A collective call."""
     sync = GradientSync(objective, mesh, train)
-    sharing = sequence_ranks(mesh)
+    sharing, place = sequence_ranks(mesh), make_placing(objective.model)
 
     def prepare(micro: Batch) -> Batch:
-        return split_tokens(micro, sharing).to(device)
+        return split_tokens(place(micro), sharing).to(device)
 
+    def prepare_samples(micro: Batch) -> Batch:
+        # Of ranks with other samples; those that share them have as many anyway.
+        others = (mesh.group("replicate"), mesh.group("shard"))
+        return split_samples(equal_counts(place(micro), others, device), sharing).to(device)
+
+    if train.enable_batch_invariant_mode:
+        prepare = prepare_samples
     if pipeline is None:
         return OneByOne(objective, sync, prepare)
     dtype = getattr(torch, train.compute_dtype)

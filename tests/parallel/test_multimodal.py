@@ -1,0 +1,180 @@
+"""Models that take images on several ranks: losses, gradient norms and parameters equal one process."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from tests.harness import run_ranks
+from tests.model.gallery import pack_pictures, picture, tiny
+from tests.train.runs import tiny_config
+from tutti.config.layout import fit
+from tutti.core.batch import Batch, GlobalBatch
+from tutti.core.dist import init_dist
+from tutti.model.build import build_model
+from tutti.parallel.mesh import build_mesh
+from tutti.parallel.tensor import tensor_ranks
+from tutti.train.setup import Parts, load_parameters
+from tutti.train.stages import make_runner
+from tutti.train.step import Totals, Trainer
+from tutti.train.task import Objective
+
+CPU = torch.device("cpu")
+NUM_STEPS = 3
+
+
+class Result(NamedTuple):
+    """What a run leaves: by step the mean loss, router loss and gradient norm; the parameters in the end."""
+
+    losses: list[float]
+    router_losses: list[float]
+    norms: list[float]
+    parameters: dict[str, np.ndarray]
+
+
+def micro_batches(family: str, step: int) -> list[Batch]:
+    """Four micro batches: with images, of text alone, with both; in the last step there are no images at all."""
+
+    def packed(number: int, images: tuple[int, ...]) -> Batch:
+        images = images if step < NUM_STEPS - 1 else tuple(0 for _ in images)
+        seed = 100 * step + 10 * number
+        return pack_pictures([picture(family, seed + place, 9 + 4 * place, n) for place, n in enumerate(images)])
+
+    return [packed(0, (1, 2)), packed(1, (0, 0, 0)), packed(2, (0, 0)), packed(3, (0, 1, 3))]
+
+
+def train(config: Any, family: str) -> Result:
+    """Three steps on all ranks of the group together, as `config` says."""
+    ranks = init_dist(CPU)
+    layout = fit(config, ranks.world)
+    mesh = build_mesh(layout, ranks, ddp=config.train.data_parallel_mode == "ddp")
+    model = build_model(config, device=CPU)
+    objective = Objective(model, tensor_ranks(mesh))
+    load_parameters(config, Parts(layout, mesh, None, model, objective, None), ranks)  # type: ignore[arg-type]
+    runner = make_runner(config.train, objective, mesh, None, CPU)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # The large epsilon keeps gradients that are nothing but rounding (of keys' biases) from counting.
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, eps=1e-3, weight_decay=0.1)
+    trainer = Trainer(objective, optimizer, runner, mesh, max_grad_norm=1.0)
+    result = Result([], [], [], {})
+    for step in range(NUM_STEPS):
+        totals = Totals.zero(1, CPU)
+        batches = micro_batches(family, step)
+        num_targets = sum(len(batch.target_index) for batch in batches)
+        num_tokens = sum(batch.num_tokens for batch in batches)
+        trainer.step(
+            GlobalBatch(
+                micro_batches=tuple(batches[mesh.dp_rank :: mesh.dp_size]),
+                num_targets=num_targets,
+                trained_tokens=num_targets,
+                num_tokens=num_tokens,
+                num_samples=10,
+                num_slots=num_tokens,
+                source_targets={},
+                source_tokens={},
+                names=(),
+                step=step + 1,
+                epoch=0,
+                epoch_end=False,
+            ),
+            totals,
+        )
+        means = totals.reduce(ranks)
+        result.losses.append(means.loss)
+        result.router_losses.append(means.router_loss)
+        result.norms.append(means.grad_norm)
+    for name, parameter in model.named_parameters():
+        result.parameters[name] = _whole(parameter.detach()).numpy().copy()
+    return result
+
+
+def _whole(tensor: Any) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def assert_same(name: str, got: Result, want: Result) -> None:
+    assert got.losses == pytest.approx(want.losses, rel=1e-5), name
+    assert got.router_losses == pytest.approx(want.router_losses, rel=1e-5), name
+    assert got.norms == pytest.approx(want.norms, rel=1e-4), name
+    for key, value in want.parameters.items():
+        np.testing.assert_allclose(got.parameters[key], value, rtol=1e-4, atol=1e-4, err_msg=f"{name}, {key}")
+
+
+def compare_all(cases: list[tuple[str, Any, str, Result]]) -> None:
+    for name, config, family, want in cases:
+        assert_same(name, train(config, family), want)
+
+
+def config_for(folder: Path, family: str, world: int, text: dict[str, Any], **changes: Any) -> Any:
+    path = folder / family
+    tiny(family, **text).save_pretrained(path)
+    arguments = {name if "." in name else f"train.{name}": value for name, value in changes.items()}
+    return tiny_config(folder, world=world, **{"model.config_path": str(path)}, **arguments)
+
+
+ROUTER = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
+TEXT: dict[str, dict[str, Any]] = {"qwen3_vl_moe": ROUTER}
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """What one process makes of a family."""
+
+    @functools.cache
+    def run(family: str) -> Result:
+        folder = tmp_path_factory.mktemp(family)
+        return run_ranks(1, train, config_for(folder, family, 1, TEXT.get(family, {})), family)[0]
+
+    return run
+
+
+FSDP = {"data_parallel_mode": "fsdp2"}
+REMAT = {"enable_gradient_checkpointing": True}
+TWO: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddp": ("internvl", {}),
+    "zero3, remat": ("qwen2_5_vl", {**FSDP, **REMAT}),
+    "zero2": ("llava", {**FSDP, "enable_full_shard": False}),
+    "fsdp1": ("smolvlm", {"data_parallel_mode": "fsdp1"}),
+    "ulysses 2": ("qwen3_vl", {"ulysses_parallel_size": 2}),
+    "ulysses 2 async, a mask of images": ("gemma3", {"ulysses_parallel_size": 2, "async_enabled": True}),
+    "context 2": ("qwen3_vl", {"context_parallel_size": 2}),
+    "tensor 2": ("qwen3_vl_moe", {"tensor_parallel_size": 2}),
+    "tensor 2, remat": ("gemma3", {"tensor_parallel_size": 2, **REMAT}),
+    "expert 2": ("qwen3_vl_moe", {"expert_parallel_size": 2, **FSDP}),
+}
+FOUR: dict[str, tuple[str, dict[str, Any]]] = {
+    "zero3 x ulysses 2, remat": ("qwen3_vl", {**FSDP, **REMAT, "ulysses_parallel_size": 2}),
+    "context 2 x ulysses 2": ("qwen3_vl", {"context_parallel_size": 2, "ulysses_parallel_size": 2}),
+    "zero3 x context 2": ("qwen2_vl", {**FSDP, "context_parallel_size": 2}),
+    "zero3 x tensor 2": ("qwen3_vl_moe", {**FSDP, "tensor_parallel_size": 2}),
+    "tensor 2 x ulysses 2": ("qwen3_vl_moe", {"tensor_parallel_size": 2, "ulysses_parallel_size": 2}),
+    "expert 2 x ulysses 2 x zero3": (
+        "qwen3_vl_moe",
+        {**FSDP, "expert_parallel_size": 2, "ulysses_parallel_size": 2},
+    ),
+    "hybrid shards": (
+        "idefics3",
+        {**FSDP, "data_parallel_replicate_size": 2, "data_parallel_shard_size": 2},
+    ),
+}
+
+
+def test_two_ranks_equal_one_process(tmp_path, one_process):
+    cases = [
+        (name, config_for(tmp_path, family, 2, TEXT.get(family, {}), **changes), family, one_process(family))
+        for name, (family, changes) in TWO.items()
+    ]
+    run_ranks(2, compare_all, cases)
+
+
+def test_four_ranks_equal_one_process(tmp_path, one_process):
+    cases = [
+        (name, config_for(tmp_path, family, 4, TEXT.get(family, {}), **changes), family, one_process(family))
+        for name, (family, changes) in FOUR.items()
+    ]
+    run_ranks(4, compare_all, cases)
