@@ -76,7 +76,7 @@ def _longest_list(root: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(f"{prefix}.{name}", module) for name, module in longest.named_children()]
 
 
-def basic_modules(model: nn.Module, class_names: Iterable[str]) -> list[tuple[str, nn.Module]]:
+def basic_modules(model: PreTrainedModel, class_names: Iterable[str]) -> list[tuple[str, nn.Module]]:
     """The modules of these classes (model.basic_modules) with their names, inner ones first; ValueError for a name
     that the model has no module of."""
     wanted = set(class_names)
@@ -86,6 +86,13 @@ def basic_modules(model: nn.Module, class_names: Iterable[str]) -> list[tuple[st
         known = sorted({_class_name(module) for module in model.modules() if any(True for _ in module.parameters())})
         raise ValueError(
             f"model.basic_modules: this model has no {', '.join(sorted(unknown))}; it is made of {', '.join(known)}"
+        )
+    inside = {id(part) for tower in towers(model) for part in tower.modules()}
+    beside = sorted({_class_name(module) for _, module in found if id(module) in inside})
+    if beside:
+        raise ValueError(
+            f"model.basic_modules: {', '.join(beside)} is part of what encodes images, which not every rank runs in "
+            "every step, and cannot be gathered on its own; leave it out"
         )
     return found[::-1]
 
