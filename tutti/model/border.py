@@ -107,7 +107,7 @@ class Border:
         return None if row is None else (args[0].index_select(1, row.held),)
 
     def _in_the_row(self, module: nn.Module, args: Any, own: Tensor) -> Any:
-        """A forward hook: the embeddings as a row in which only this rank's own tokens, which it will keep, have any."""
+        """A forward hook: the embeddings as a row that is zero but for the tokens that this rank keeps."""
         row = _divided(self._batch)
         if row is None:
             return None
