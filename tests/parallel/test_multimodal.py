@@ -143,7 +143,8 @@ TWO: dict[str, tuple[str, dict[str, Any]]] = {
     "ulysses 2": ("qwen3_vl", {"ulysses_parallel_size": 2}),
     "ulysses 2 async, a mask of images": ("gemma3", {"ulysses_parallel_size": 2, "async_enabled": True}),
     "context 2": ("qwen3_vl", {"context_parallel_size": 2}),
-    "tensor 2": ("qwen3_vl_moe", {"tensor_parallel_size": 2}),
+    "tensor 2, a config without a plan": ("qwen3_vl", {"tensor_parallel_size": 2}),
+    "tensor 2, experts": ("qwen3_vl_moe", {"tensor_parallel_size": 2}),
     "tensor 2, remat": ("gemma3", {"tensor_parallel_size": 2, **REMAT}),
     "expert 2": ("qwen3_vl_moe", {"expert_parallel_size": 2, **FSDP}),
 }

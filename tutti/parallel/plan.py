@@ -12,6 +12,8 @@ refused by name, before anything is built:
   (see `tutti.parallel.expert` for dividing whole experts among ranks).
 - the input embedding and the output head are split by the vocabulary, whatever the plan says of them.
 
+A config without a plan is taken to mean the usual one, if the model's blocks are made of nothing unusual.
+
 A projection of heads is split between heads, never within one. Key/value heads that are fewer than the ranks are held
 by several of them.
 """
@@ -19,7 +21,7 @@ by several of them.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,6 +38,11 @@ _EXPERTS = {"moe_tp_experts", "packed_colwise", "packed_rowwise", "moe_identity_
 
 _REPLICATED = {"replicated_with_grad_allreduce", "mla_kv_a_proj", "sequence_parallel", "replicate"}
 """Styles of modules that every rank holds whole: gradients of such parameters are summed over the ranks anyway."""
+
+_USUAL = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), COLWISE) | dict.fromkeys(
+    ("o_proj", "down_proj"), ROWWISE
+)
+"""What projections of most families are called, and how these are split."""
 
 _KEYS_AND_VALUES = ("k_proj", "v_proj")
 
@@ -98,12 +105,12 @@ def read_plan(
 
     ValueError: the config has no plan, or one with something that is not known here.
     """
-    styles: dict[str, str] = dict(config.base_model_tp_plan or {})
     refuse = f"train.tensor_parallel_size: {name} cannot be split into tensors: "
-    if not styles:
-        raise ValueError(f"{refuse}its config has no base_model_tp_plan; leave it at 1")
     names = {module: path for path, module in decoder.named_modules()}
     inner = [block for block in blocks if block in names]
+    styles: dict[str, str] = dict(config.base_model_tp_plan or _usual_plan(inner, names))
+    if not styles:
+        raise ValueError(f"{refuse}its config has no base_model_tp_plan; leave it at 1")
     unknown = sorted(set(styles.values()) - _SPLITTING - _REPLICATED - _EXPERTS)
     if unknown:
         raise ValueError(f"{refuse}its plan has {', '.join(unknown)}, which is not known here; leave it at 1")
@@ -140,6 +147,21 @@ def read_plan(
     if not isinstance(embedding, nn.Embedding):
         raise ValueError(f"{refuse}its tokens are not embedded by a table; leave it at 1")
     return TensorPlan(embedding, head, tuple(linears), tuple(regions), inner[0])
+
+
+def _usual_plan(blocks: Sequence[nn.Module], names: Mapping[nn.Module, str]) -> dict[str, str]:
+    """The plan of blocks that are made of nothing but the usual projections, and norms of tokens or of heads; else
+    nothing."""
+    plan: dict[str, str] = {}
+    for block in blocks:
+        for region in _regions(block):
+            for module in region.modules():
+                style = _USUAL.get(names[module].rpartition(".")[2])
+                if isinstance(module, nn.Linear) and style is not None:
+                    plan[_wildcards(names[module])] = style
+                elif any(item.shape != (getattr(region, "head_dim", 0),) for item in module.parameters(recurse=False)):
+                    return {}
+    return plan
 
 
 def _wildcards(path: str) -> str:
