@@ -1,0 +1,144 @@
+"""Processes that train: ranks of a layout, each of which counts what it sends.
+
+A job is a configuration, run through the parts that `tutti train` is made of, without logs and checkpoints: warm-up
+steps, of which the last is counted, then timed steps between barriers. Every job has processes of its own, forked from
+a server that has torch and transformers loaded already and has never computed anything.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing.connection import wait
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+ByAxis = dict[str, tuple[float, float]]
+"""Bytes and messages of one step by axis of the mesh."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """arguments: the configuration, by dotted names. warmup: steps before the `steps` that are timed, at least one.
+    threads: of each of the `world` ranks."""
+
+    arguments: dict[str, Any]
+    world: int
+    warmup: int
+    steps: int
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """Of one rank: seconds of each timed step, tokens of a step over all ranks, what it sent in one step, its loss."""
+
+    seconds: list[float]
+    tokens: int
+    sent: ByAxis
+    loss: float
+
+
+_PRELOAD = ["tutti.train.setup", "tutti.train.stages", "tutti.train.step", "tutti.parallel.traffic", "bench._ranks"]
+
+
+def run(job: Job) -> list[Report]:
+    """The reports of the ranks, in their order. Ends the program where one fails."""
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    with TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        for rank in range(job.world):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_report, args=(theirs, job, rank, folder), daemon=True)
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        try:
+            return _collect(job, pipes)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _collect(job: Job, pipes: list[Any]) -> list[Report]:
+    reports: dict[int, Report] = {}
+    while len(reports) < len(pipes):
+        for pipe in wait([pipe for rank, pipe in enumerate(pipes) if rank not in reports]):
+            rank = pipes.index(pipe)
+            try:
+                received = pipe.recv()  # type: ignore[union-attr]
+            except EOFError:
+                received = "it died"
+            if isinstance(received, str):
+                sys.exit(f"rank {rank} of {job.world} failed with {job.arguments}:\n{received}")
+            reports[rank] = received
+    return [reports[rank] for rank in range(len(pipes))]
+
+
+def _report(pipe: Any, job: Job, rank: int, folder: str) -> None:
+    try:
+        pipe.send(_run(job, rank, Path(folder)))
+    except BaseException:
+        pipe.send(traceback.format_exc())
+
+
+def _run(job: Job, rank: int, folder: Path) -> Report:
+    import logging
+
+    import torch
+    import torch.distributed as dist
+
+    from tutti.config.layout import resolve_sizes
+    from tutti.config.load import from_dict
+    from tutti.core.dist import init_dist, shutdown_dist
+    from tutti.parallel.traffic import count_traffic
+    from tutti.train.optim import build_optimizer, set_lr
+    from tutti.train.setup import assemble, load_parameters, prepare_process
+    from tutti.train.stages import make_runner
+    from tutti.train.step import Totals, Trainer
+
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(job.threads)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(job.world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(job.world))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=job.world)
+    tree: dict[str, Any] = {}
+    for name, value in job.arguments.items():
+        group, _, leaf = name.partition(".")
+        tree.setdefault(group, {})[leaf] = value
+    config = resolve_sizes(from_dict(tree), job.world)
+    ranks = init_dist(prepare_process(config))
+    try:
+        parts = assemble(config, ranks)
+        load_parameters(config, parts, ranks)
+        runner = make_runner(config.train, parts.objective, parts.mesh, parts.pipeline, ranks.device)
+        optimizer = build_optimizer(parts.model, config, whole=parts.whole is None)
+        set_lr(optimizer, config.train.lr)
+        trainer = Trainer(parts.objective, optimizer, runner, parts.mesh, config.train.max_grad_norm)
+        totals = Totals.zero(len(parts.data.sources), ranks.device)
+        batches = iter(parts.data.train())
+        for batch in islice(batches, job.warmup - 1):
+            trainer.step(batch, totals)
+        with count_traffic(parts.mesh) as traffic:
+            trainer.step(next(batches), totals)
+        seconds = []
+        for batch in islice(batches, job.steps):
+            ranks.barrier()
+            start = time.perf_counter()
+            trainer.step(batch, totals)
+            ranks.barrier()
+            seconds.append(time.perf_counter() - start)
+        assert len(seconds) == job.steps, "the data is too short"
+        sent = {axis: (float(sent.bytes), float(sent.messages)) for axis, sent in traffic.sent.items()}
+        return Report(seconds, batch.num_tokens, sent, totals.reduce(ranks).loss)
+    finally:
+        shutdown_dist()
