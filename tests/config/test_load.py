@@ -291,9 +291,15 @@ def test_what_is_not_available_yet_is_refused(override: str, part: str) -> None:
     assert problem.startswith(f"{name}: not available yet ({part}); ")
 
 
-def test_pairs_that_do_not_work_together_yet_are_refused() -> None:
-    (problem,) = problems("train.enable_batch_invariant_mode=true", "train.enable_compile=true")
-    assert problem.startswith("train.enable_batch_invariant_mode: not available yet together with train.enable_compile")
+def test_pairs_that_do_not_work_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = ("train.enable_compile", "train.expert_parallel_size")
+    monkeypatch.setattr("tutti.config.available.NOT_TOGETHER", (pair,))
+    (problem,) = problems("train.enable_compile=true", "train.expert_parallel_size=2")
+    assert problem.startswith("train.enable_compile: not available yet together with train.expert_parallel_size; ")
+    (problem,) = problems("train.enable_compile=true", "train.enable_batch_invariant_mode=true")
+    start, _, why = problem.partition(", because ")
+    assert start == "train.enable_batch_invariant_mode: cannot go together with train.enable_compile"
+    assert "lengths" in why
 
 
 def test_what_is_listed_as_not_available_exists() -> None:
@@ -342,6 +348,7 @@ def test_what_is_written_reads_back_equal(tmp_path_factory: pytest.TempPathFacto
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tutti.config.available.NOT_YET", {})
         patch.setattr("tutti.config.available.NOT_TOGETHER", ())
+        patch.setattr("tutti.config.available.CONTRADICTIONS", ())
         tree: dict[str, dict] = {}
         for name in data.draw(st.sets(st.sampled_from(sorted(ARGUMENTS)), max_size=8)):
             if not name.startswith("train.profile_"):

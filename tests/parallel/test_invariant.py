@@ -5,17 +5,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.harness import run_ranks
 from tests.model.zoo import EXPERTS, tiny
-from tests.parallel.layouts import assert_same
-from tests.train.runs import run, tiny_config
-from tutti.config import ConfigError
+from tests.parallel.layouts import assert_same, family_config, train_all
 from tutti.core.batch import IGNORE, Sample, pack
+from tutti.core.dist import init_dist
 from tutti.model.attention import resolve_attention
 from tutti.model.experts import resolve_experts
 from tutti.model.plan import blocks
 from tutti.parallel.invariant import separate_samples
 from tutti.parallel.remat import apply_remat
 from tutti.train import loss as loss_module
+from tutti.train.setup import assemble, load_parameters
+from tutti.train.stages import make_runner
 from tutti.train.task import Objective
 
 
@@ -110,18 +112,101 @@ def test_blocks_see_one_sample_at_a_time():
     assert seen == [(3, [0, 3], 3), (9, [0, 9], 9)] * 2
 
 
-def test_a_run_on_two_ranks_equals_one_process_without_it(tmp_path):
-    changes = {
-        "train.enable_batch_invariant_mode": True,
-        "train.data_parallel_mode": "fsdp2",
-        "train.enable_gradient_checkpointing": True,
-        "train.enable_activation_offload": True,
-    }
-    assert_same(run(tiny_config(tmp_path / "a", world=2, **changes), 2), run(tiny_config(tmp_path / "b")))
+FSDP2, PP2, TP2 = {"data_parallel_mode": "fsdp2"}, {"pipeline_parallel_size": 2}, {"tensor_parallel_size": 2}
+ULYSSES2, CONTEXT2 = {"ulysses_parallel_size": 2}, {"context_parallel_size": 2}
+EP2, EP4 = FSDP2 | {"expert_parallel_size": 2}, FSDP2 | {"expert_parallel_size": 4}
+BF16 = {"compute_dtype": "bfloat16"}
+UNITS_IN_BLOCKS = FSDP2 | {"model.basic_modules": ["Qwen3MoeSparseMoeBlock"]}
+ZERO_BUBBLE = {"pipeline_schedule": "zero_bubble"}
+LAYOUTS = {
+    "pipeline": ("qwen3", 2, PP2),
+    "values sent early": ("qwen3", 2, ULYSSES2 | {"async_enabled": True} | BF16),
+    "experts": ("qwen3_moe", 2, EP2 | BF16),
+    "fsdp units in blocks": ("qwen3_moe", 2, UNITS_IN_BLOCKS),
+    "tensor": ("qwen3", 4, {"tensor_parallel_size": 4} | BF16),
+    "ulysses and context": ("gemma2", 4, ULYSSES2 | CONTEXT2),
+    "pipeline and tensor": ("gemma2", 4, PP2 | TP2 | BF16),
+    "experts over tensor": ("deepseek_v3", 4, EP4 | TP2),
+    "experts and ulysses": ("gpt_oss", 4, EP2 | ULYSSES2 | BF16),
+}
 
 
-@pytest.mark.parametrize("other", ["train.context_parallel_size=2", "train.enable_compile=True"])
-def test_what_it_does_not_go_with_is_refused(tmp_path, other):
-    name, _, value = other.partition("=")
-    with pytest.raises(ConfigError, match=rf"enable_batch_invariant_mode: not available yet together with {name}"):
-        tiny_config(tmp_path, world=2, **{"train.enable_batch_invariant_mode": True, name: eval(value)})
+@pytest.fixture(scope="module")
+def differences(tmp_path_factory):
+    """Of each layout: which samples were not the same; all layouts of as many ranks are tried together."""
+    known: dict = {}
+
+    def get(name):
+        if name not in known:
+            world = LAYOUTS[name][1]
+            together = [other for other, layout in LAYOUTS.items() if layout[1] == world]
+            configs = []
+            for other in together:
+                family, _, train = LAYOUTS[other]
+                folder = tmp_path_factory.mktemp("ranks")
+                configs.append(family_config(folder, family, world, {"hidden_size": 96}, **train, **INVARIANT))
+            found = run_ranks(world, differences_of_all, configs, timeout=600)
+            for other, of_ranks in zip(together, zip(*found, strict=True), strict=True):
+                known[other] = [difference for of_rank in of_ranks for difference in of_rank]
+        return known[name]
+
+    return get
+
+
+INVARIANT = {"enable_batch_invariant_mode": True}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_sample_is_the_same_whatever_its_ranks_and_others_run(differences, name):
+    assert not differences(name)
+
+
+def differences_of_all(configs):
+    return [differences_of(config) for config in configs]
+
+
+def differences_of(config):
+    """The samples of which this rank's logits are not what they are where all ranks run that sample alone."""
+    ranks = init_dist(torch.device("cpu"))
+    parts = assemble(config, ranks)
+    load_parameters(config, parts, ranks)
+    runner = make_runner(config.train, parts.objective, parts.mesh, parts.pipeline, ranks.device)
+    parts.objective.eval()
+    samples = make_samples(37, 1, 150, 64, 5, 203)
+    orders = [[0, 1, 2, 3, 4, 5], [5, 2, 0], [4, 1, 3], [1, 1, 5, 5, 0], [3]]
+    # Ranks with other data have other samples, and other numbers of them.
+    mine = [orders[(number + parts.mesh.dp_rank) % len(orders)] for number in range(len(orders))]
+    batches = [pack([samples[number] for number in order]) for order in mine]
+    with torch.no_grad():
+        alone = list(runner.evaluate([pack([sample]) for sample in samples], only_logits=True))
+        together = list(runner.evaluate(batches, only_logits=True))
+    return [
+        f"rank {ranks.rank}: sample {number} in {order}"
+        for order, logits in zip(mine, together, strict=False)
+        for number, own in zip(order, logits.split([len(alone[n]) for n in order]), strict=True)
+        if not torch.equal(own, alone[number])
+    ]
+
+
+ROUTER = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
+REMAT = {"enable_gradient_checkpointing": True}
+HYBRID = {"data_parallel_replicate_size": 2, "data_parallel_shard_size": 2}
+TRAININGS = {
+    2: [UNITS_IN_BLOCKS, PP2, ULYSSES2 | REMAT],
+    4: [
+        PP2 | TP2 | EP2 | ZERO_BUBBLE,
+        ULYSSES2 | CONTEXT2 | EP4,
+        EP2 | HYBRID | REMAT | {"enable_activation_offload": True},
+    ],
+}
+
+
+@pytest.mark.parametrize("world", TRAININGS)
+def test_a_run_on_ranks_equals_one_process_without_it(tmp_path, world):
+    (want,) = train_all([family_config(tmp_path / "one", "qwen3_moe", 1, ROUTER)], 1)
+    configs = [
+        family_config(tmp_path / str(number), "qwen3_moe", world, ROUTER, **train, **INVARIANT)
+        for number, train in enumerate(TRAININGS[world])
+    ]
+    for lines in train_all(configs, world):
+        assert_same(lines, want)

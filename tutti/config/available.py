@@ -1,7 +1,8 @@
 """What the reference has and this version does not: such an argument is refused when set, never ignored.
 
 A row is an argument (refused when away from its default) or `argument=value` (that one value is refused), and what it
-belongs to. Whoever brings the machinery deletes the row. So it is with pairs of arguments that do not work together.
+belongs to. Whoever brings the machinery deletes the row. So it is with pairs of arguments that do not work together
+yet. Other pairs never will, since what one of them promises the other takes away.
 """
 
 from tutti.config import Config, away_from_default, get
@@ -15,16 +16,17 @@ NOT_YET: dict[str, str] = {
     "model.attn_implementation=native-sparse": "Native Sparse Attention",
 }
 
-NOT_TOGETHER: tuple[tuple[str, str], ...] = (
-    ("train.lora_base_dtype", "train.tensor_parallel_size"),
-    ("train.enable_batch_invariant_mode", "train.tensor_parallel_size"),
-    ("train.enable_batch_invariant_mode", "train.expert_parallel_size"),
-    ("train.enable_batch_invariant_mode", "train.pipeline_parallel_size"),
-    ("train.enable_batch_invariant_mode", "train.ulysses_parallel_size"),
-    ("train.enable_batch_invariant_mode", "train.context_parallel_size"),
-    ("train.enable_batch_invariant_mode", "train.enable_compile"),
-)
+NOT_TOGETHER: tuple[tuple[str, str], ...] = (("train.lora_base_dtype", "train.tensor_parallel_size"),)
 """Pairs of arguments (or `argument=value`) that work, but not both at once."""
+
+CONTRADICTIONS: tuple[tuple[str, str, str], ...] = (
+    (
+        "train.enable_batch_invariant_mode",
+        "train.enable_compile",
+        "which compiled kernel a sample runs through depends on the lengths of those before it",
+    ),
+)
+"""Pairs that cannot work both at once, and why."""
 
 
 def unavailable(config: Config) -> list[str]:
@@ -38,6 +40,9 @@ def unavailable(config: Config) -> list[str]:
     for first, second in NOT_TOGETHER:
         if _is_set(config, first) and _is_set(config, second):
             problems.append(f"{first}: not available yet together with {second}; leave one of them at its default")
+    for first, second, why in CONTRADICTIONS:
+        if _is_set(config, first) and _is_set(config, second):
+            problems.append(f"{first}: cannot go together with {second}, because {why}; leave one at its default")
     return problems
 
 

@@ -95,7 +95,8 @@ class Whole:
 
     length: its tokens before it was padded to a multiple of the ranks. cu_seqlens: int32, the borders of its samples
     and of that padding. borders: the same, always on the host. max_seqlen: length of the longest segment. row: its
-    tokens, where it has inputs beside them (`Batch.extras`).
+    tokens, where it has inputs beside them (`Batch.extras`). samples: where the ranks split each sample apart, every
+    sample as a batch of its own.
     """
 
     length: int
@@ -104,6 +105,21 @@ class Whole:
     max_seqlen: int
     ranks: SequenceRanks
     row: Row | None = None
+    samples: tuple[Whole, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Whole, ...]:
+        """What was split, one after the other: its samples, or all of it at once."""
+        return self.samples or (self,)
+
+    @property
+    def share(self) -> int:
+        """How many of its tokens, padding included, each rank holds."""
+        return int(self.borders[-1]) // self.ranks.size
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Whole:
+        row, samples = self.row and self.row.map(change), tuple(sample.map(change) for sample in self.samples)
+        return replace(self, cu_seqlens=change(self.cu_seqlens), row=row, samples=samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +156,7 @@ class Batch:
     whole: where these are one rank's tokens of a batch that several ranks share, what that batch was. The samples are
     then the pieces of samples that lie on this rank, and a piece's positions go on from where it was cut.
     pairs: where the samples are pairs of answers; S then counts the answers.
+    fillers: how many samples at the end, of one token of padding, only keep this rank in step with others.
     """
 
     input_ids: Tensor
@@ -153,6 +170,7 @@ class Batch:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     whole: Whole | None = None
     pairs: Pairs | None = None
+    fillers: int = 0
 
     def lengths(self) -> list[int]:
         """The samples' lengths, padding left out; for a batch on the host."""
@@ -176,8 +194,7 @@ class Batch:
         values = {name: change(value) if isinstance(value, Tensor) else value for name, value in values.items()}
         values["extras"] = {name: change(value) for name, value in self.extras.items()}
         if self.whole is not None:
-            row = self.whole.row and self.whole.row.map(change)
-            values["whole"] = replace(self.whole, cu_seqlens=change(self.whole.cu_seqlens), row=row)
+            values["whole"] = self.whole.map(change)
         if self.pairs is not None:
             values["pairs"] = self.pairs.map(change)
         return Batch(**values)

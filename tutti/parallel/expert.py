@@ -8,6 +8,8 @@ here), and E / G of the E experts of each layer:
 3. what arrives is sorted by expert over all senders, and goes through the local experts in one grouped product;
 4. the results go back the same way, and lie as the rows lay. Weighting and summing happen where the tokens live.
 
+With train.enable_batch_invariant_mode step 3 is a product for each sender instead, so that none depends on the others.
+
 Both exchanges are differentiable (the gradient goes the other way), so a rank's experts see the whole group's tokens,
 forward and backward: their gradients are complete within the group and are summed by FSDP over `expert_shard` and the
 replicas alone. Parameters are DTensors divided by experts over `mesh.expert`, and further over `mesh.expert_fsdp`, so
@@ -35,9 +37,13 @@ LocalExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Exchange:
-    """The way from tokens to experts within a group of ranks and back; kept on the experts layer that it is for."""
+    """The way from tokens to experts within a group of ranks and back; kept on the experts layer that it is for.
+
+    apart: compute on the rows of each rank apart from the others', which then make no difference to them.
+    """
 
     group: dist.ProcessGroup
+    apart: bool = False
 
     @torch.compiler.disable
     def __call__(self, rows: Tensor, counts: Tensor, compute: LocalExperts) -> Tensor:
@@ -51,11 +57,20 @@ class Exchange:
         dist.all_to_all_single(arriving, sending, group=self.group)
         sent, received = torch.stack([sending.sum(1), arriving.sum(1)]).tolist()
         rows = _AllToAll.apply(rows, sent, received, self.group)
-        num_local = arriving.shape[1]
-        experts = torch.arange(num_local, device=counts.device).repeat(size).repeat_interleave(arriving.flatten())
-        experts, order = experts.sort(stable=True)
+        if self.apart:
+            # In memory of their own, since kernels may go by alignment.
+            parts = zip(rows.split(received), arriving, strict=True)
+            out = torch.cat([compute(part.clone(), _experts(counts), counts) for part, counts in parts])
+            return _AllToAll.apply(out, received, sent, self.group)
+        experts, order = _experts(arriving).sort(stable=True)
         out = compute(rows[order], experts, arriving.sum(0))
         return _AllToAll.apply(out[inverse(order)], received, sent, self.group)
+
+
+def _experts(counts: Tensor) -> Tensor:
+    """Of rows that lie by sender and expert, [G, E / G] or [E / G] of them for each: which expert each is for."""
+    local = torch.arange(counts.shape[-1], device=counts.device)
+    return local.expand_as(counts).flatten().repeat_interleave(counts.flatten())
 
 
 class _AllToAll(torch.autograd.Function):
@@ -84,10 +99,11 @@ def inverse(order: Tensor) -> Tensor:
     return position
 
 
-def divide_experts(experts: Iterable[nn.Module], mesh: Mesh) -> None:
+def divide_experts(experts: Iterable[nn.Module], mesh: Mesh, *, apart: bool = False) -> None:
     """Leave each layer of `experts` with this rank's share of them, as DTensors, and an `exchange` to reach the others.
 
-    Parameters may be on the meta device. `num_experts` of the layer remains the number of all experts.
+    apart: see `Exchange`. Parameters may be on the meta device. `num_experts` of the layer remains the number of all
+    experts.
     """
     size, rank = mesh.expert.size(), mesh.expert.get_local_rank()
     if size == 1:
@@ -98,7 +114,7 @@ def divide_experts(experts: Iterable[nn.Module], mesh: Mesh) -> None:
             own = parameter.detach().chunk(size)[rank].clone()
             divided = DTensor.from_local(own, mesh.expert, [Shard(0)], run_check=False)
             module.register_parameter(name, nn.Parameter(divided, requires_grad=parameter.requires_grad))
-        module.exchange = Exchange(mesh.expert.get_group())  # type: ignore[assignment]  # a plain attribute
+        module.exchange = Exchange(mesh.expert.get_group(), apart)  # type: ignore[assignment]  # a plain attribute
 
 
 def divided_experts(root: nn.Module) -> list[nn.Module]:

@@ -137,8 +137,15 @@ class Stage:
 
 def hand_on(states: States) -> Passed:
     """What the next stage is given."""
-    routed = torch.stack([logits.float() for logits in states.router_logits]) if states.router_logits else None
-    return Passed(states.last_hidden_state, routed)
+    hidden, logits = states.last_hidden_state, [each.float() for each in states.router_logits]
+    return Passed(hidden, torch.stack(by_layer(logits, hidden.shape[1])) if logits else None)
+
+
+def by_layer(router_logits: Sequence[Tensor], num_tokens: int) -> tuple[Tensor, ...]:
+    """Of each layer its router's logits for all tokens [t, E], where it may have run on one sample after the other."""
+    if all(len(logits) == num_tokens for logits in router_logits):
+        return tuple(router_logits)
+    return torch.cat(list(router_logits)).split(num_tokens)
 
 
 class StageBlocks(nn.ModuleList):

@@ -12,6 +12,9 @@ head and loss. Positions and targets come along with the tokens. Attention is to
 begin (`Whole`), and gets at the other tokens by `tutti.parallel.ulysses` and `tutti.parallel.ring`. What lies beside
 the tokens (images) every rank has whole: see `tutti.model.border`.
 
+Where a sample must not notice what else is in its batch (`tutti.parallel.invariant`), all this is done for each sample
+by itself, as if it were the batch (`split_samples`): its padding and the places where it is cut are its own.
+
 Sums over the shares are sums over the batch, and gradients are summed over all ranks anyway. What is not a sum over
 tokens (the load-balancing loss of a router) is computed from `gather_tokens`.
 """
@@ -19,12 +22,13 @@ tokens (the load-balancing loss of a router) is computed from `gather_tokens`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from tutti.core.batch import ALONG_TOKENS, IGNORE, Batch, Row, SequenceRanks, Whole
@@ -112,6 +116,70 @@ def split_tokens(batch: Batch, ranks: SequenceRanks | None) -> Batch:
     )
 
 
+def split_samples(batch: Batch, ranks: SequenceRanks | None) -> Batch:
+    """This rank's share of each sample of `batch`, split as if it were alone, one after the other."""
+    if ranks is None:
+        return batch
+    assert not batch.extras, "inputs beside the tokens belong to the batch as a whole"
+    shares = [split_tokens(_segment(batch, number), ranks) for number in range(len(batch.sample_sources))]
+    samples = tuple(share.whole for share in shares if share.whole is not None)
+    labels = torch.cat([share.labels for share in shares])
+    borders = _in_a_row(sample.borders for sample in samples)
+    pairs = batch.pairs
+    if pairs is not None:
+        counts = torch.tensor([len(share.target_index) for share in shares])
+        pairs = replace(pairs, segment=torch.arange(len(shares)).repeat_interleave(counts))
+    return Batch(
+        input_ids=torch.cat([share.input_ids for share in shares]),
+        labels=labels,
+        position_ids=torch.cat([share.position_ids for share in shares]),
+        cu_seqlens=_in_a_row(share.cu_seqlens for share in shares),
+        max_seqlen=max(share.max_seqlen for share in shares),
+        target_index=(labels != IGNORE).nonzero().flatten(),
+        sample_sources=torch.cat([share.sample_sources for share in shares]),
+        num_tokens=sum(share.num_tokens for share in shares),
+        whole=Whole(
+            length=len(batch.input_ids),
+            cu_seqlens=borders,
+            borders=borders,
+            max_seqlen=max(sample.max_seqlen for sample in samples),
+            ranks=ranks,
+            samples=samples,
+        ),
+        pairs=pairs,
+        fillers=batch.fillers,
+    )
+
+
+def _segment(batch: Batch, number: int) -> Batch:
+    """One sample of `batch`, or a segment of its padding, as a batch of its own."""
+    first, last = batch.cu_seqlens[number : number + 2].tolist()
+    labels, length = batch.labels[first:last], last - first
+    return Batch(
+        input_ids=batch.input_ids[first:last],
+        labels=labels,
+        position_ids=batch.position_ids[first:last],
+        cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
+        max_seqlen=length,
+        target_index=(labels != IGNORE).nonzero().flatten(),
+        sample_sources=batch.sample_sources[number : number + 1],
+        num_tokens=length if batch.sample_sources[number] >= 0 else 0,
+    )
+
+
+def _in_a_row(borders: Iterable[Tensor]) -> Tensor:
+    """Borders that each begin at 0, as those of one batch."""
+    lengths = torch.cat([each.diff() for each in borders])
+    return nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def add_fillers(batch: Batch, count: int) -> Batch:
+    """`batch` with `count` more samples of one token of padding each; a batch on the host."""
+    for _ in range(count):
+        batch = _pad(batch, 1)
+    return replace(batch, fillers=count)
+
+
 def _pad(batch: Batch, padding: int) -> Batch:
     """`batch` with a segment of `padding` more tokens that nothing is trained on."""
     if not padding:
@@ -159,15 +227,33 @@ def gather_tokens(tensor: Tensor, whole: Whole | None) -> Tensor:
     if whole is None:
         return tensor
     ranks = whole.ranks
-    total = len(tensor) * ranks.size
     places = [
-        held_tokens(total, ranks._replace(context_rank=context, ulysses_rank=ulysses))
+        _held_places(whole, ranks._replace(context_rank=context, ulysses_rank=ulysses))
         for context in range(ranks.context_size)
         for ulysses in range(ranks.ulysses_size)
     ]
-    found = torch.cat(places).argsort()[: whole.length].to(tensor.device)
+    real = torch.cat([torch.arange(int(part.borders[-1])) < part.length for part in whole.parts])
+    found = torch.cat(places).argsort()[real].to(tensor.device)
     tensor = _Gather.apply(tensor, ranks.ulysses_group)
     return _Gather.apply(tensor, ranks.context_group).index_select(0, found)
+
+
+def gather_parts(part: Tensor, groups: Iterable[str]) -> Tensor:
+    """The tensors, of one shape, of all ranks that are together in one of `groups`, end to end; those of the first
+    group lie next to each other. Differentiable: gradients of all ranks are summed."""
+    for name in groups:
+        part = _Gather.apply(part, name)
+    return part
+
+
+def _held_places(whole: Whole, ranks: SequenceRanks) -> Tensor:
+    """The places in the padded batch of the tokens that one of the ranks holds, in its order."""
+    places, begin = [], 0
+    for part in whole.parts:
+        length = int(part.borders[-1])
+        places.append(begin + held_tokens(length, ranks))
+        begin += length
+    return torch.cat(places)
 
 
 class _Gather(torch.autograd.Function):

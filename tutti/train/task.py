@@ -21,7 +21,7 @@ from tutti.core.batch import Batch
 from tutti.model.attention import packed_kwargs
 from tutti.model.border import Border
 from tutti.model.plan import count_flops, decoder, head, is_classifier, logit_transform, towers
-from tutti.parallel.pipeline import Passed, Stage, hand_on
+from tutti.parallel.pipeline import Passed, Stage, by_layer, hand_on
 from tutti.parallel.sequence import gather_tokens
 from tutti.parallel.tensor import TensorRanks, gather_tensor
 from tutti.train.loss import VocabularyShard, linear_cross_entropy, target_losses
@@ -105,8 +105,7 @@ class Objective(nn.Module):
         router_loss = None
         if self._router_loss is not None:
             # Not a sum over tokens: it takes the router's logits of a batch that ranks share as a whole.
-            routed = tuple(gather_tokens(self._of_all_ranks(logits), batch.whole) for logits in states.router_logits)
-            router_loss = self._router_loss(routed) * (batch.num_tokens * self._share)
+            router_loss = self._router_loss(self._routed(states, batch)) * (batch.num_tokens * self._share)
         if batch.pairs is not None:
             return self._compare(hidden, targets, batch)._replace(router_loss=router_loss)
         pieces = self._pieces(batch)
@@ -154,6 +153,12 @@ class Objective(nn.Module):
             log_probs=log_probs.detach(),
         )
 
+    def _routed(self, states: Any, batch: Batch) -> tuple[Tensor, ...]:
+        """The routers' logits of each layer for all of the batch's tokens [T, E]."""
+        layers = by_layer(states.router_logits, states.last_hidden_state.shape[1])
+        rows = (gather_tokens(self._of_all_ranks(logits, batch), batch.whole) for logits in layers)
+        return tuple(logits[: len(logits) - batch.fillers] for logits in rows)
+
     def _logits(self, states: Any, batch: Batch) -> Tensor:
         layer = head(self.model)
         logits = _project(self._at_targets(states, batch), layer, self._pieces(batch))
@@ -173,11 +178,17 @@ class Objective(nn.Module):
 
     def _at_targets(self, states: Any, batch: Batch) -> Tensor:
         """The last hidden states [N, H] of a decoder's output at the batch's target positions."""
-        return self._of_all_ranks(states.last_hidden_state.squeeze(0)).index_select(0, batch.target_index)
+        return self._of_all_ranks(states.last_hidden_state.squeeze(0), batch).index_select(0, batch.target_index)
 
-    def _of_all_ranks(self, rows: Tensor) -> Tensor:
-        """What tensor ranks have for their own tokens [t, ...] -> [T, ...]."""
-        return rows if self._tensor is None else gather_tensor(rows, self._tensor, 0)
+    def _of_all_ranks(self, rows: Tensor, batch: Batch) -> Tensor:
+        """What tensor ranks have for their own tokens [t, ...] of `batch` -> [T, ...]."""
+        if self._tensor is None:
+            return rows
+        gathered, size = gather_tensor(rows, self._tensor, 0), self._tensor.size
+        if batch.whole is None or len(batch.whole.parts) == 1:
+            return gathered
+        own = [part.share // size for part in batch.whole.parts]
+        return torch.cat([part.flatten(0, 1) for part in gathered.unflatten(0, (size, -1)).split(own, dim=1)])
 
 
 def _project(hidden: Tensor, layer: nn.Linear, pieces: list[int] | None) -> Tensor:
