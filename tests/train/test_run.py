@@ -51,6 +51,7 @@ LAYOUTS = {
     "zero2-reshard-after-forward": (2, ZERO2 | {"enable_reshard_after_forward": True}),
     "zero2-reshard-after-backward": (2, ZERO2 | {"enable_reshard_after_backward": True}),
     "hybrid": (4, HYBRID),
+    "hybrid-accumulated": (4, HYBRID | {"data_parallel_shard_size": 1, "ulysses_parallel_size": 2}),
 }
 
 

@@ -24,7 +24,7 @@ Gradients are summed over ranks, not averaged: the loss is divided by the number
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,8 +40,8 @@ from tutti.parallel.mesh import Mesh
 log = logging.getLogger(__name__)
 
 
-def shard(root: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, train: TrainConfig) -> None:
-    """Apply `fully_shard` to each of `blocks` and to `root`, in place.
+def shard(root: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, train: TrainConfig) -> None:
+    """Apply `fully_shard` to each of `blocks` (the last of which runs last) and to `root`, in place.
 
     Parameters are gathered in train.compute_dtype; gradients are reduced in fp32 with train.enable_mixed_precision.
     """
@@ -54,20 +54,21 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, train: Train
     if train.data_parallel_mode == "fsdp1":
         log.info("train.data_parallel_mode fsdp1 runs on the engine of fsdp2, %s", _as_first_generation(train))
     divided = divided_experts(root)
+    # What runs last is needed first in the backward pass, as the root's own parameters are: it stays gathered.
+    last = set(blocks[-1].modules()) if blocks else set()
     for part in undivided_parts(divided):
-        unit(part, mesh=mesh.fsdp, reshard_after_forward=reshard)
+        unit(part, mesh=mesh.fsdp, reshard_after_forward=reshard and part not in last)
     for experts in divided:
         unit(
             experts,
             mesh=mesh.expert_fsdp,
-            reshard_after_forward=frees and mesh.num_expert_shards > 1,
+            reshard_after_forward=frees and mesh.num_expert_shards > 1 and experts not in last,
             shard_placement_fn=lambda parameter: Shard(shard_dim(parameter, mesh.num_expert_shards)),
         )
     for block in blocks:
         if block in divided:
             continue
-        unit(block, mesh=mesh.fsdp, reshard_after_forward=reshard)
-    # The root's parameters are needed first in the backward pass, so they stay gathered in between.
+        unit(block, mesh=mesh.fsdp, reshard_after_forward=reshard and block not in last)
     unit(root, mesh=mesh.fsdp, reshard_after_forward=False)
     for module in fsdp_modules(root):
         if max(mesh.fsdp.size(), mesh.expert_fsdp.size()) > 1:
@@ -119,9 +120,10 @@ class GradientSync:
     """Says before each micro batch of a step whether its gradients are reduced over the ranks at once.
 
     With fsdp2's ZeRO-3 each micro batch's are, so that only shards of gradients exist, and where they are offloaded.
-    Otherwise they are summed up locally and reduced once, with the step's last micro batch. Parameters stay gathered
-    between micro batches where train.enable_reshard_after_backward (and ZeRO-3) leave them so; after the last one they
-    are always freed, since the optimizer then changes them.
+    Otherwise they are summed up locally and reduced once, with the step's last micro batch. Copies (HSDP) add up what a
+    rank has of them with the last one, too, where that can be. Parameters stay gathered between micro batches where
+    train.enable_reshard_after_backward (and ZeRO-3) leave them so; after the last one they are always freed, since the
+    optimizer then changes them.
     """
 
     def __init__(self, root: nn.Module, mesh: Mesh, train: TrainConfig) -> None:
@@ -133,12 +135,20 @@ class GradientSync:
         at_once = not postpones(train)
         self._reduce_each = at_once and ((zero3 and second) or offloads(train))
         self._reshard_each = at_once and (zero3 or (second and train.enable_reshard_after_backward))
+        # Of several stages on a rank only one still has gradients when the last backward pass runs.
+        self._copies_each = offloads(train) or train.pipeline_stages_per_rank > 1
+        self._is_first = True
 
     def before(self, *, last: bool) -> None:
         assert isinstance(self._root, FSDPModule)
+        if self._is_first:
+            left = [group for group in self._groups() if group._partial_reduce_output is not None]
+            assert not left, "a unit without gradients in the last micro batch had some before"
+        self._is_first = last
         self._root.set_is_last_backward(last)
         for module in self._modules:
             module.set_requires_gradient_sync(last or self._reduce_each, recurse=False)
+            module.set_requires_all_reduce(last or self._copies_each, recurse=False)
             module.set_reshard_after_backward(last or self._reshard_each, recurse=False)
 
     def finish(self) -> None:
@@ -146,8 +156,11 @@ class GradientSync:
         gradients of parameters came after FSDP's own hooks had run."""
         assert isinstance(self._root, FSDPModule)
         self.before(last=True)
-        state: Any = fully_shard.state(self._root)  # type: ignore[attr-defined]
-        for each in state._state_ctx.all_states:
-            for group in each._fsdp_param_groups:
-                group.post_backward()
-        state._root_post_backward_final_callback()
+        for group in self._groups():
+            group.post_backward()
+        fully_shard.state(self._root)._root_post_backward_final_callback()  # type: ignore[attr-defined]
+
+    def _groups(self) -> Iterator[Any]:
+        """FSDP's own records of all units, once it has run."""
+        for each in fully_shard.state(self._root)._state_ctx.all_states:  # type: ignore[attr-defined]
+            yield from each._fsdp_param_groups
