@@ -11,9 +11,9 @@ for any family, in a hook on the language model:
 2. At the border, the row is told where its samples begin and each token's position. A mask that the outer decoder has
    made (Gemma 3: the tokens of an image see one another) is cut at the samples' borders.
 3. Where ranks divide the batch's tokens (context, ulysses), each goes on with its own ones of all that lies along them.
-   Every rank has encoded every image, but its gradient comes from its own tokens: the sum over ranks is the gradient,
-   of towers as of everything. The same holds for tensor parallelism, whose ranks cut the row one step later. Tokens
-   are embedded by the rank that keeps them, into a row that is zero elsewhere.
+   Every rank has every image's features (`tutti.model.encode`), but its gradient comes from its own tokens: the sum
+   over ranks is the gradient, of towers as of everything. The same holds for tensor parallelism, whose ranks cut the
+   row one step later. Tokens are embedded by the rank that keeps them, into a row that is zero elsewhere.
 4. Not every batch has images, while gradients are reduced over ranks that have some and ranks that have none. So the
    towers' parameters are tied to the row with a gradient of zero: in each step every one of them has a gradient, on
    every rank, in every layout. And as towers run on some ranks only, nothing in them may wait for other ranks: they
@@ -42,6 +42,7 @@ from tutti.config import ConfigError, TrainConfig
 from tutti.config.layout import Layout
 from tutti.core.batch import Batch, Row
 from tutti.model.attention import border_kwargs
+from tutti.model.encode import encode_apart, encoders
 from tutti.model.plan import decoder, model_class, text_model, towers
 from tutti.parallel.tensor import TensorRanks, local_parameters
 
@@ -91,8 +92,10 @@ class Border:
     def run(self, batch: Batch, **options: Any) -> Any:
         """The decoder's output for `batch`, of this rank's tokens where ranks divide them. options: of the language
         model's forward."""
-        row = _row(batch)
-        kwargs = dict(batch.extras) | {"input_ids": row.input_ids[None], "use_cache": False}
+        row, inputs = _row(batch), dict(batch.extras)
+        if batch.whole is not None:
+            inputs = encode_apart(self._decoder, inputs, encoders(batch.whole.ranks, self._tensor))
+        kwargs = inputs | {"input_ids": row.input_ids[None], "use_cache": False}
         # One sample, as far as the outer decoder knows.
         kwargs["position_ids"] = torch.arange(len(row.input_ids), device=row.input_ids.device)[None]
         self._batch, self._options = batch, options

@@ -1,0 +1,150 @@
+"""The images of a batch that ranks share, each encoded by one of them.
+
+Ranks that divide a batch's tokens, or a model's matrices, are all given its images whole. A tower of some size would
+repeat on every one of them what costs as much as their share of the text. So each rank encodes its share of the images,
+and their features are gathered, before the outer decoder runs; it takes them as `mm_encoder_outputs`:
+
+1. Images go to ranks in order, in shares that are as even as their numbers of values allow.
+2. A rank runs the family's own `get_image_features` (or of videos) on its share. One that has none, since images are
+   fewer than ranks, runs it on one image nonetheless, for the shapes of what comes out, and gives no rows of it.
+3. Features are rows, a number of them for each image that its size decides. They are padded to equal lengths, gathered,
+   and cut into images again, as the family's method gives them.
+
+In the backward pass the gradients that all ranks have for an image's features are summed, and go to the rank that has
+encoded it. So over all ranks a tower's gradient is what it would be if each had encoded everything.
+
+Families that take more than an image and its size for this (masks, tiles) encode all images on every rank.
+
+Shapes: N images, R rows of features, H hidden size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from tutti.core.batch import SequenceRanks
+from tutti.parallel.sequence import gather_parts
+from tutti.parallel.tensor import TensorRanks
+
+_KINDS = (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw"))
+"""What is encoded: its name, and the names of its values and sizes among the arguments of a forward."""
+
+_LISTS = ("deepstack_features",)
+"""What an encoder's output has beside the features: a list, of the same form each."""
+
+
+class Encoders(NamedTuple):
+    """The ranks that are given the same images: the groups that they make, the innermost first, their number, and this
+    rank's place among them."""
+
+    groups: tuple[str, ...]
+    size: int
+    place: int
+
+
+def encoders(ranks: SequenceRanks, tensor: TensorRanks | None) -> Encoders:
+    """The ranks that share a batch, those of a tensor group among them."""
+    axes = [] if tensor is None else [(tensor.group, tensor.size, tensor.rank)]
+    axes.append((ranks.ulysses_group, ranks.ulysses_size, ranks.ulysses_rank))
+    axes.append((ranks.context_group, ranks.context_size, ranks.context_rank))
+    size, place, groups = 1, 0, []
+    for group, number, rank in axes:
+        if number > 1:
+            groups.append(group)
+            size, place = size * number, place + rank * size
+    return Encoders(tuple(groups), size, place)
+
+
+def encode_apart(decoder: Any, inputs: Mapping[str, Tensor], ranks: Encoders) -> dict[str, Any]:
+    """`inputs` of an outer decoder's forward, with features in the place of images, where that is known to be right.
+
+    A collective call of `ranks`, forward and backward.
+    """
+    left: dict[str, Any] = dict(inputs)
+    made: dict[str, Any] = {}
+    for kind, values, sizes in _KINDS:
+        if values not in inputs:
+            continue
+        method = getattr(decoder, f"get_{kind}_features")
+        taken = set(inspect.signature(method).parameters) & set(inputs) - {values, sizes}
+        images = _images(inputs[values], inputs.get(sizes))
+        if taken or images is None or "mm_encoder_outputs" not in inspect.signature(decoder.forward).parameters:
+            return dict(inputs)
+        made[kind] = _share(method, values, sizes, images, ranks)
+        del left[values]
+    return left | ({"mm_encoder_outputs": made} if made else {})
+
+
+class _Images(NamedTuple):
+    """Images that can be taken apart. values: of all, along `dim`. lengths: of each along it. sizes: [N, 3], where the
+    family is given these."""
+
+    values: Tensor
+    dim: int
+    lengths: list[int]
+    sizes: Tensor | None
+
+    def take(self, first: int, last: int) -> tuple[Tensor, Tensor | None]:
+        begin = sum(self.lengths[:first])
+        own = self.values.narrow(self.dim, begin, sum(self.lengths[first:last]))
+        return own, None if self.sizes is None else self.sizes[first:last]
+
+
+def _images(values: Tensor, sizes: Tensor | None) -> _Images | None:
+    """What is given as the patches of all images, [N, C, height, width] or [1, N, C, height, width]; None if it is
+    something else."""
+    if sizes is not None and values.ndim == 2:
+        return _Images(values, 0, sizes.prod(-1).tolist(), sizes)
+    if sizes is None and values.ndim == 4:
+        return _Images(values, 0, [1] * len(values), None)
+    if sizes is None and values.ndim == 5 and len(values) == 1 and bool(values.flatten(2).any(-1).all()):
+        # Families that take these leave out images that are zero all over, which have no features then.
+        return _Images(values, 1, [1] * values.shape[1], None)
+    return None
+
+
+def shares(lengths: Sequence[int], size: int) -> list[tuple[int, int]]:
+    """The first and the last + 1 of the images of these `lengths` that each of `size` ranks encodes, in order."""
+    total = sum(lengths)
+    # An image belongs to the rank in whose even share of all values its middle lies.
+    owners = [
+        min(size - 1, (2 * end - length) * size // (2 * total))
+        for end, length in zip(accumulate(lengths), lengths, strict=True)
+    ]
+    return [(sum(owner < rank for owner in owners), sum(owner <= rank for owner in owners)) for rank in range(size)]
+
+
+def _share(method: Any, values: str, sizes: str, images: _Images, ranks: Encoders) -> Any:
+    """The output of `method` for all images, of which this rank runs it on its share."""
+    parts = shares(images.lengths, ranks.size)
+    first, last = parts[ranks.place]
+    own, own_sizes = images.take(first, last) if first < last else images.take(0, 1)
+    arguments = {values: own} | ({} if own_sizes is None else {sizes: own_sizes})
+    out = method(**arguments, return_dict=True)
+    held = sum(images.lengths[first:last]) or images.lengths[0]
+
+    def whole(features: Any) -> Any:
+        by_image = isinstance(features, (list, tuple))
+        rows = torch.cat(list(features)) if by_image else features
+        each = [length * len(rows) // held for length in images.lengths]
+        longest = max(sum(each[begin:end]) for begin, end in parts)
+        padded = rows.new_zeros(longest, *rows.shape[1:])
+        mine = sum(each[first:last])
+        assert mine in (0, len(rows)), "rows of features that do not go by the size of their image"
+        padded[:mine] = rows[:mine]
+        gathered = gather_parts(padded, ranks.groups).split(longest)
+        joined = torch.cat([part[: sum(each[begin:end])] for part, (begin, end) in zip(gathered, parts, strict=True)])
+        return joined.split(each) if by_image else joined
+
+    lists = {name: [whole(item) for item in getattr(out, name)] for name in _LISTS if getattr(out, name, None)}
+    result = BaseModelOutputWithPooling(pooler_output=whole(out.pooler_output))
+    for name, items in lists.items():
+        setattr(result, name, items)
+    return result
