@@ -109,7 +109,9 @@ def test_a_checkpoint_speaks_as_its_export_does(trained, say):
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory, model):
     """A short run that trained adapters on `model`."""
+    # What it is computed with in training, bf16, is no matter afterwards: it speaks in the precision of the base.
     changes = {"train.architecture": "lora", "train.lora_rank": 4, "train.save_hf_weights": True, "train.lr": 0.1}
+    changes |= {"train.compute_dtype": "bfloat16"}
     config = tiny_config(
         tmp_path_factory.mktemp("lora"),
         **{"train.max_steps": 2, "train.save_steps": 2, "model.model_path": model},

@@ -310,7 +310,10 @@ def describe_steps(planner: Planner) -> str:
     steps = counted.epoch_steps[planner.epoch :] or counted.epoch_steps[-1:]
     each = f"{min(steps):,}" if min(steps) == max(steps) else f"{min(steps):,} to {max(steps):,}"
     size = recipe.global_batch_size
-    batch = f"{recipe.micro_batches} micro batches of {recipe.budget:,} tokens" if recipe.dynamic else f"{size} samples"
+    batch = f"{size} sample{'s' * (size > 1)}"
+    if recipe.dynamic:
+        count = recipe.micro_batches
+        batch = f"{count} micro batch{'es' * (count > 1)} of {recipe.budget:,} tokens"
     if recipe.epoch_steps is None:
         why = f"one pass over {planner.supply.size:,} samples, {batch} a step"
         if counted.left_out:

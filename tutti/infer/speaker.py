@@ -149,13 +149,15 @@ def _build(source: _Source, device: torch.device) -> tuple[PreTrainedTokenizerBa
 
 
 def _dtype(source: _Source, model_config: PreTrainedConfig) -> torch.dtype | None:
-    """What parameters are held in: as in the files; None: as in the run's checkpoints."""
-    if source.checkpoint is None:
-        if any(name.endswith("ForSequenceClassification") for name in model_config.architectures or ()):
-            raise ValueError("infer.model_path: the model is a classifier, which generates no text")
-        return model_config.dtype if isinstance(model_config.dtype, torch.dtype) else torch.float32
-    # Adapters are trained in fp32 beside a base in the dtype of the computation, in which both are used.
-    return getattr(torch, source.config.train.compute_dtype) if source.config.train.architecture == "lora" else None
+    """What parameters are held in: as in the files, those of the base of adapters; None: as in the run's
+    checkpoints."""
+    if source.checkpoint is None and any(
+        name.endswith("ForSequenceClassification") for name in model_config.architectures or ()
+    ):
+        raise ValueError("infer.model_path: the model is a classifier, which generates no text")
+    if source.checkpoint is not None and source.config.train.architecture != "lora":
+        return None
+    return model_config.dtype if isinstance(model_config.dtype, torch.dtype) else torch.float32
 
 
 def _shard(model: PreTrainedModel, ranks: Dist) -> None:

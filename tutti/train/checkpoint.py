@@ -136,7 +136,9 @@ class Checkpointer:
         saved = dist.agree(lambda: json.loads((folder / STATE).read_text()))
         create_optimizer_state(model, optimizer, skip=set(saved["unstepped"]))
         tensors = {**model_tensors(model), **optimizer_tensors(model, optimizer)}
-        _read(folder, tensors, set(model_entries(model)), dist, prefixes=("model.", "optimizer."))
+        cast = _read(folder, tensors, set(model_entries(model)), dist, prefixes=("model.", "optimizer."))
+        if cast and dist.is_main:
+            log.warning("%s has another precision than this run, and is converted: %s", folder, _some(cast))
         if saved["world"] == dist.world:
             rng = dist.agree(lambda: json.loads((folder / _rng_file(dist.rank)).read_text()))
             restore_rng(rng, dist.device)
@@ -304,8 +306,11 @@ def _find(path: Path, dist: Dist) -> tuple[Path, Manifest]:
     return newest
 
 
-def _read(folder: Path, tensors: dict[str, Tensor], names: set[str], dist: Dist, prefixes: tuple[str, ...]) -> None:
-    """Fill `tensors` from a verified checkpoint that must hold exactly them, as far as `prefixes` go.
+def _read(
+    folder: Path, tensors: dict[str, Tensor], names: set[str], dist: Dist, prefixes: tuple[str, ...]
+) -> list[str]:
+    """Fill `tensors` from a verified checkpoint that must hold exactly them, as far as `prefixes` go; the names of
+    those that it holds in another precision, and that were converted.
 
     names: all names of the model's tensors, tied ones too.
     """
@@ -335,10 +340,8 @@ def _read(folder: Path, tensors: dict[str, Tensor], names: set[str], dist: Dist,
             )
 
     dist.agree(compare)
-    cast = [name for name, tensor in tensors.items() if stored[name].properties.dtype != tensor.dtype]
-    if cast and dist.is_main:
-        log.warning("%s has another precision than this run, and is converted: %s", folder, _some(cast))
     shards.read(folder, index, tensors, dist.group)
+    return [name for name, tensor in tensors.items() if stored[name].properties.dtype != tensor.dtype]
 
 
 def _some(names: list[str], most: int = 8) -> str:
