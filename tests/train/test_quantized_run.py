@@ -7,8 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.harness import run_ranks
+from tests.train.adapted import MOE, export_quietly
 from tests.train.runs import TINY, records, run, tiny_config
-from tests.train.test_lora_run import MOE, export_quietly
 from tests.train.test_run import HYBRID, REMAT, assert_same_training, train_until
 from tutti.config import ConfigError
 from tutti.config.load import from_dict
