@@ -39,7 +39,7 @@ from tutti.train.task import Objective
 
 FAMILIES = (
     "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "granite", "cohere", "olmo2", "gpt_neox",
-    "qwen3_moe", "mixtral", "deepseek_v3",
+    "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss",
 )  # fmt: skip
 CPU = torch.device("cpu")
 
@@ -114,6 +114,8 @@ def _sums(objective: Objective, batches: list[Batch], syncs: list[GradientSync])
         sums["losses"] += out.losses.sum().item()
         sums["router"] += 0.0 if out.router_loss is None else out.router_loss.item()
         sums["correct"] += 0.0 if out.num_correct is None else float(out.num_correct)
+    for sync in syncs:
+        sync.finish()
     return sums
 
 

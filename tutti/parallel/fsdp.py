@@ -36,6 +36,7 @@ from torch.distributed.tensor import Shard
 from tutti.config import TrainConfig
 from tutti.parallel.expert import divided_experts, shard_dim, undivided_parts
 from tutti.parallel.mesh import Mesh
+from tutti.parallel.tensor import add_up_whole
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ def fsdp_modules(root: nn.Module) -> list[FSDPModule]:
 
 
 class GradientSync:
-    """Says before each micro batch of a step whether its gradients are reduced over the ranks at once.
+    """Says before each micro batch of a step whether its gradients are reduced over the ranks at once; ends the step.
 
     With fsdp2's ZeRO-3 each micro batch's are, so that only shards of gradients exist, and where they are offloaded.
     Otherwise they are summed up locally and reduced once, with the step's last micro batch. Copies (HSDP) add up what a
@@ -127,12 +128,13 @@ class GradientSync:
     """
 
     def __init__(self, root: nn.Module, mesh: Mesh, train: TrainConfig) -> None:
-        self._root = root
+        self._root, self._mesh = root, mesh
         self._modules: Sequence[FSDPModule] = fsdp_modules(root)
         several = max(mesh.num_shards, mesh.num_expert_shards) > 1
         zero3 = train.data_parallel_mode != "ddp" and train.enable_full_shard and several
         second = train.data_parallel_mode != "fsdp1"
-        at_once = not postpones(train)
+        self._postpones = postpones(train)
+        at_once = not self._postpones
         self._reduce_each = at_once and ((zero3 and second) or offloads(train))
         self._reshard_each = at_once and (zero3 or (second and train.enable_reshard_after_backward))
         # Of several stages on a rank only one still has gradients when the last backward pass runs.
@@ -152,13 +154,17 @@ class GradientSync:
             module.set_reshard_after_backward(last or self._reshard_each, recurse=False)
 
     def finish(self) -> None:
-        """Reduce what the backward passes since the last step have left, where none of them was the last one: their
-        gradients of parameters came after FSDP's own hooks had run."""
-        assert isinstance(self._root, FSDPModule)
-        self.before(last=True)
-        for group in self._groups():
-            group.post_backward()
-        fully_shard.state(self._root)._root_post_backward_final_callback()  # type: ignore[attr-defined]
+        """Complete the step's gradients, once its last backward pass is over. A collective call.
+
+        Where gradients of parameters are postponed, none was the last one for FSDP, whose hooks had run before: what
+        the passes have left is reduced now.
+        """
+        if self._postpones:
+            self.before(last=True)
+            for group in self._groups():
+                group.post_backward()
+            fully_shard.state(self._root)._root_post_backward_final_callback()  # type: ignore[attr-defined]
+        add_up_whole(self._root.parameters(), self._mesh)
 
     def _groups(self) -> Iterator[Any]:
         """FSDP's own records of all units, once it has run."""

@@ -66,6 +66,7 @@ class OneByOne:
             self._sync.before(last=number == len(batches) - 1)
             batch = self._prepare(micro)
             loss_of(batch, self._root(batch)).backward()
+        self._sync.finish()
 
     def evaluate(self, batches: Sequence[Batch], **options: Any) -> Iterator[Any]:
         for micro in batches:
@@ -112,8 +113,7 @@ class Pipelined:
             num_left -= 1
             self._sync.before(last=num_left == 0 and not self._split)
             self._backward(action, stage, step)
-        if self._split:
-            self._sync.finish()
+        self._sync.finish()
         self._wires.flush()
         for parameter in self._tied:
             assert parameter.grad is not None, "a tied parameter has no gradient"

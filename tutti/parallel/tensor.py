@@ -14,7 +14,7 @@ The ranks of a tensor group are given the same packed row of T tokens:
 
 Every collective's gradient is its exact adjoint, and each rank answers for its share of the loss, so that the loss of
 the batch is the sum over ranks, and one rule holds for all parameters: the gradient of what is split is complete on the
-rank that holds it, that of what is not is the sum over the ranks.
+rank that holds it, that of what is not is the sum over the ranks, taken once a step (`add_up_whole`).
 
 Parameters are DTensors on the tensor axis, for FSDP to split further and for loading, checkpoints and norms to know
 what a rank holds. While a unit runs, its modules see plain tensors, this rank's parts: the models' own code and
@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from tutti.parallel.mesh import Mesh
 from tutti.parallel.plan import GATHERED, SLICED, Linear, TensorPlan
@@ -172,6 +172,7 @@ def split_tensors(root: nn.Module, plan: TensorPlan, mesh: Mesh) -> None:
     split: dict[int, Placement] = {id(plan.embedding.weight): Shard(0)}
     if plan.head is not None:
         split.update({id(parameter): Shard(0) for parameter in plan.head.parameters()})
+    split.update({id(parameter): Shard(0) for parameter in plan.per_head})
     shared = [linear for linear in plan.linears if linear.shared and linear.units < ranks.size]
     for linear in shared:
         _share_head(linear, ranks)
@@ -362,8 +363,7 @@ def local_parameters(modules: Iterable[nn.Module]) -> Iterator[None]:
             if isinstance(parameter, DTensor):
                 held.append((module._parameters, name, parameter))
                 if id(parameter) not in made:
-                    summed = [Partial() if item.is_replicate() else item for item in parameter.placements]
-                    made[id(parameter)] = parameter.to_local(grad_placements=summed)
+                    made[id(parameter)] = parameter.to_local()
     try:
         for parameters, name, parameter in held:
             parameters[name] = made[id(parameter)]
@@ -371,3 +371,25 @@ def local_parameters(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for parameters, name, parameter in held:
             parameters[name] = parameter
+
+
+def add_up_whole(parameters: Iterable[nn.Parameter], mesh: Mesh) -> None:
+    """Add up over the tensor ranks the gradients of what each of them has whole, all in one message. Collective."""
+    if mesh.size("tensor") == 1:
+        return
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in parameters:
+        if isinstance(parameter.grad, DTensor) and _is_whole(parameter.grad):
+            grad = parameter.grad.to_local()
+            by_dtype.setdefault(grad.dtype, []).append(grad)
+    for grads in by_dtype.values():
+        total = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(total, group=mesh.group("tensor"))
+        for grad, part in zip(grads, total.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+
+def _is_whole(tensor: DTensor) -> bool:
+    """Whether every tensor rank has all of what `split_tensors` made a DTensor."""
+    axes = zip(tensor.device_mesh.mesh_dim_names or (), tensor.placements, strict=True)
+    return any(axis == "tensor" and placement.is_replicate() for axis, placement in axes)
