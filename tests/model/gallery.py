@@ -90,6 +90,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
         "vision_config": _QWEN3_VISION,
     },
+    "glm4v": {
+        "text_config": _TEXT | _mrope(1, 1, 2),
+        "vision_config": _GRID | {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "image_size": 16},
+        "image_token_id": IMAGE,
+        "video_token_id": VIDEO,
+    },
     "gemma3": {
         "text_config": _TEXT
         | {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
@@ -100,6 +106,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llava": {
         "text_config": _TEXT | {"model_type": "llama"},
         "vision_config": _VISION | {"model_type": "clip_vision_model"},
+        "image_token_index": IMAGE,
+    },
+    "mistral3": {
+        "text_config": _TEXT | {"model_type": "mistral", "head_dim": 8},
+        "vision_config": _VISION | {"model_type": "pixtral", "head_dim": 16},
         "image_token_index": IMAGE,
     },
     "internvl": {
@@ -122,7 +133,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """model_type -> what its config sets."""
 
-GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v")
 """The families that take images as patches of any number, and positions of three rows."""
 
 
@@ -171,6 +182,8 @@ def picture(family: str, seed: int, length: int, num_images: int, *, video: bool
         return Picture(sample, inputs | {"mm_token_type_ids": torch.from_numpy(types).long()[None]})
     values = torch.cat(pixels)
     inputs = {"pixel_values": values[None] if family in ("idefics3", "smolvlm") else values}
+    if family == "mistral3":
+        inputs["image_sizes"] = torch.tensor([[16, 16]] * num_images)
     if family == "gemma3":
         inputs["token_type_ids"] = torch.from_numpy(types).long()[None]
     return Picture(sample, inputs)

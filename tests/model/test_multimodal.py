@@ -193,6 +193,12 @@ def test_the_work_of_towers_is_counted_by_patches() -> None:
     assert added == pytest.approx(16 * 6 * sum(p.numel() for p in patches))
 
 
+def test_a_model_of_text_alone_takes_no_images() -> None:
+    model = AutoModelForCausalLM.from_config(tiny("llava").text_config)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has nothing .* could take pixel_values"):
+        Objective(model)(pack_pictures([picture("llava", 0, 12, 1)]))
+
+
 def test_what_cannot_be_done_is_refused_by_name(tmp_path: Path) -> None:
     def check(**changes: Any) -> None:
         config = configured(tmp_path, "qwen3_vl", **changes)

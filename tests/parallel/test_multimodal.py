@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,6 +92,10 @@ def train(config: Any, family: str) -> Result:
     return result
 
 
+def train_all(configs: dict[str, Any]) -> dict[str, Result]:
+    return {family: train(config, family) for family, config in configs.items()}
+
+
 def _whole(tensor: Any) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
@@ -121,18 +124,6 @@ ROUTER = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
 TEXT: dict[str, dict[str, Any]] = {"qwen3_vl_moe": ROUTER}
 
 
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    """What one process makes of a family."""
-
-    @functools.cache
-    def run(family: str) -> Result:
-        folder = tmp_path_factory.mktemp(family)
-        return run_ranks(1, train, config_for(folder, family, 1, TEXT.get(family, {})), family)[0]
-
-    return run
-
-
 FSDP = {"data_parallel_mode": "fsdp2"}
 REMAT = {"enable_gradient_checkpointing": True}
 TWO: dict[str, tuple[str, dict[str, Any]]] = {
@@ -142,7 +133,7 @@ TWO: dict[str, tuple[str, dict[str, Any]]] = {
     "fsdp1": ("smolvlm", {"data_parallel_mode": "fsdp1"}),
     "ulysses 2": ("qwen3_vl", {"ulysses_parallel_size": 2}),
     "ulysses 2 async, a mask of images": ("gemma3", {"ulysses_parallel_size": 2, "async_enabled": True}),
-    "context 2": ("qwen3_vl", {"context_parallel_size": 2}),
+    "context 2": ("mistral3", {"context_parallel_size": 2}),
     "tensor 2, a config without a plan": ("qwen3_vl", {"tensor_parallel_size": 2}),
     "tensor 2, experts": ("qwen3_vl_moe", {"tensor_parallel_size": 2}),
     "tensor 2, remat": ("gemma3", {"tensor_parallel_size": 2, **REMAT}),
@@ -165,9 +156,18 @@ FOUR: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """What one process makes of each family."""
+    folder = tmp_path_factory.mktemp("one")
+    families = sorted({family for family, _ in (*TWO.values(), *FOUR.values())})
+    configs = {family: config_for(folder, family, 1, TEXT.get(family, {})) for family in families}
+    return run_ranks(1, train_all, configs)[0]
+
+
 def test_two_ranks_equal_one_process(tmp_path, one_process):
     cases = [
-        (name, config_for(tmp_path, family, 2, TEXT.get(family, {}), **changes), family, one_process(family))
+        (name, config_for(tmp_path, family, 2, TEXT.get(family, {}), **changes), family, one_process[family])
         for name, (family, changes) in TWO.items()
     ]
     run_ranks(2, compare_all, cases)
@@ -175,7 +175,7 @@ def test_two_ranks_equal_one_process(tmp_path, one_process):
 
 def test_four_ranks_equal_one_process(tmp_path, one_process):
     cases = [
-        (name, config_for(tmp_path, family, 4, TEXT.get(family, {}), **changes), family, one_process(family))
+        (name, config_for(tmp_path, family, 4, TEXT.get(family, {}), **changes), family, one_process[family])
         for name, (family, changes) in FOUR.items()
     ]
     run_ranks(4, compare_all, cases)

@@ -88,11 +88,14 @@ class Objective(nn.Module):
         stage: the part of the model's depth to run, on what was `received` from the stage before. Unless it is the
         last one, what the next is to receive is returned.
         """
+        if batch.extras and self._border is None:
+            name = type(self.model).__name__
+            raise ValueError(f"{name} has nothing beside a language model that could take {', '.join(batch.extras)}")
         options = {} if self._router_loss is None else {"output_router_logits": True}
         if self._border is not None:
             states = self._border.run(batch, **options)
         elif stage is None:
-            states = decoder(self.model)(**packed_kwargs(batch), **batch.extras, **options)
+            states = decoder(self.model)(**packed_kwargs(batch), **options)
         else:
             states = stage.run(decoder(self.model), packed_kwargs(batch) | options, received)
         if stage is not None and not stage.is_last:
