@@ -33,8 +33,24 @@ def train_family(
 
 def train_all(configs: list[Config], world: int) -> list[list[dict]]:
     """The lines of metrics of several runs, one after the other on the same ranks: starting ranks takes longer."""
-    run_ranks(world, _train_each, configs, timeout=600)
+    problems = [problem for problem in try_all(configs, world) if problem is not None]
+    assert not problems, problems[0]
     return [records(config) for config in configs]
+
+
+def try_all(configs: list[Config], world: int) -> list[str | None]:
+    """The same, giving what went wrong with each run, if something did; those after it go on with new ranks."""
+    problems: list[str | None] = []
+    while len(problems) < len(configs):
+        left = configs[len(problems) :]
+        try:
+            run_ranks(world, _train_each, left)
+        except (AssertionError, TimeoutError) as error:
+            done = [_mark(config).exists() for config in left].index(False)
+            problems += [None] * done + [str(error)]
+        else:
+            problems += [None] * len(left)
+    return problems
 
 
 def _train_each(configs: list[Config]) -> None:
@@ -42,11 +58,13 @@ def _train_each(configs: list[Config]) -> None:
 
     tutti.train.run.shutdown_dist = lambda: None  # type: ignore[assignment]  # the next run is in the same group
     for config in configs:
-        try:
-            train_quietly(config)
-        except Exception as error:
-            error.add_note(f"in {config.train.output_dir}")
-            raise
+        train_quietly(config)
+        _mark(config).touch()
+
+
+def _mark(config: Config) -> Path:
+    """A file that is there when the run has ended well."""
+    return Path(config.train.output_dir or "") / "ended"
 
 
 def assert_same(got: list[dict], want: list[dict], *, loss: float = 1e-5, norm: float = 1e-4) -> None:
