@@ -43,6 +43,7 @@ LAYOUTS = {
     "over shard and tensor, remat": ("qwen3_moe", 4, EP4 | TP2 | REMAT),
     "beside tensor, strided": ("deepseek_v3", 4, EP2 | TP2 | STRIDED),
     "more tensor than expert ranks": ("qwen3_moe", 4, EP2 | TP4),
+    "biases and sinks over tensor": ("gpt_oss", 4, EP4 | TP2),
     "tensor and ulysses": ("mixtral", 4, EP4 | TP2 | ULYSSES2),
     "tensor and pipeline": ("with router loss", 4, EP2 | TP2 | PP2),
     "hybrid": ("qwen3_moe", 8, EP2 | {"data_parallel_replicate_size": 2, "data_parallel_shard_size": 4}),

@@ -39,7 +39,7 @@ from tutti.train.task import Objective
 
 FAMILIES = (
     "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "granite", "cohere", "olmo2", "gpt_neox",
-    "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss",
+    "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "gpt_oss",
 )  # fmt: skip
 CPU = torch.device("cpu")
 

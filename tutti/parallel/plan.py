@@ -15,7 +15,7 @@ refused by name, before anything is built:
 A config without a plan is taken to mean the usual one, if the model's blocks are made of nothing unusual.
 
 A projection of heads is split between heads, never within one. Key/value heads that are fewer than the ranks are held
-by several of them.
+by several of them. What attention has a number of for each query head (sinks) goes with the head, planned or not.
 """
 
 from __future__ import annotations
@@ -84,13 +84,15 @@ class Region(NamedTuple):
 class TensorPlan:
     """What is split in one model. head: None where it is small and stays whole (a classifier's).
 
-    first: the first block, where the row of tokens is cut among the ranks.
+    per_head: parameters of one number for each query head. first: the first block, where the row of tokens is cut among
+    the ranks.
     """
 
     embedding: nn.Embedding
     head: nn.Linear | None
     linears: tuple[Linear, ...]
     regions: tuple[Region, ...]
+    per_head: tuple[nn.Parameter, ...]
     first: nn.Module
 
 
@@ -108,7 +110,8 @@ def read_plan(
     refuse = f"train.tensor_parallel_size: {name} cannot be split into tensors: "
     names = {module: path for path, module in decoder.named_modules()}
     inner = [block for block in blocks if block in names]
-    styles: dict[str, str] = dict(config.base_model_tp_plan or _usual_plan(inner, names))
+    heads = (config.num_attention_heads,)
+    styles: dict[str, str] = dict(config.base_model_tp_plan or _usual_plan(inner, names, heads))
     if not styles:
         raise ValueError(f"{refuse}its config has no base_model_tp_plan; leave it at 1")
     unknown = sorted(set(styles.values()) - _SPLITTING - _REPLICATED - _EXPERTS)
@@ -117,6 +120,7 @@ def read_plan(
     sparse = {path for path, style in styles.items() if style in _EXPERTS}
     linears: list[Linear] = []
     regions: list[Region] = []
+    per_head: list[nn.Parameter] = []
     on_own_tokens: list[str] = []
     for block in inner:
         for region in _regions(block):
@@ -133,6 +137,7 @@ def read_plan(
                 raise ValueError(f"{refuse}{type(region).__name__} is not made of a pair of projections; leave it at 1")
             linears += found
             regions.append(Region(region, bool(ends)))
+            per_head += [item for item in region.parameters(recurse=False) if found and item.shape == heads]
     planned = {linear.name for linear in linears}
     missed = [
         path
@@ -146,20 +151,24 @@ def read_plan(
     embedding: Any = decoder.get_input_embeddings()  # type: ignore[operator]
     if not isinstance(embedding, nn.Embedding):
         raise ValueError(f"{refuse}its tokens are not embedded by a table; leave it at 1")
-    return TensorPlan(embedding, head, tuple(linears), tuple(regions), inner[0])
+    return TensorPlan(embedding, head, tuple(linears), tuple(regions), tuple(per_head), inner[0])
 
 
-def _usual_plan(blocks: Sequence[nn.Module], names: Mapping[nn.Module, str]) -> dict[str, str]:
-    """The plan of blocks that are made of nothing but the usual projections, and norms of tokens or of heads; else
-    nothing."""
+def _usual_plan(blocks: Sequence[nn.Module], names: Mapping[nn.Module, str], heads: tuple[int]) -> dict[str, str]:
+    """The plan of blocks that are made of nothing but the usual projections, norms of tokens or of heads, numbers for
+    each of the query `heads`, and experts; else nothing."""
     plan: dict[str, str] = {}
     for block in blocks:
         for region in _regions(block):
+            width = (getattr(region, "head_dim", 0),)
             for module in region.modules():
-                style = _USUAL.get(names[module].rpartition(".")[2])
-                if isinstance(module, nn.Linear) and style is not None:
-                    plan[_wildcards(names[module])] = style
-                elif any(item.shape != (getattr(region, "head_dim", 0),) for item in module.parameters(recurse=False)):
+                path, own = _wildcards(names[module]), list(module.parameters(recurse=False))
+                style = _USUAL.get(path.rpartition(".")[2])
+                if _has_experts(region):
+                    plan |= {path: "moe_tp_experts"} if any(item.ndim > 2 for item in own) else {}
+                elif isinstance(module, nn.Linear) and style is not None:
+                    plan[path] = style
+                elif any(item.shape != (heads if module is region else width) for item in own):
                     return {}
     return plan
 
