@@ -39,7 +39,7 @@ from tutti.train.task import Objective
 
 FAMILIES = (
     "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "granite", "cohere", "olmo2", "gpt_neox",
-    "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "gpt_oss",
+    "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss",
 )  # fmt: skip
 CPU = torch.device("cpu")
 
@@ -264,13 +264,6 @@ def test_weights_are_read_and_split(tmp_path, reference):
     for number, change in enumerate(changes):
         got = run(tiny_config(tmp_path / str(number), world=4, **common, **TENSOR, **change), 4)
         assert_same(got, want)
-
-
-def test_bf16_and_remat_stay_close(tmp_path):
-    changes = {"train.compute_dtype": "bfloat16", "train.enable_gradient_checkpointing": True}
-    want = run(run_config(tmp_path / "one", 1, **changes))
-    got = run(run_config(tmp_path / "four", 4, **TENSOR, **changes), 4)
-    assert_same(got, want, loss=2e-2, norm=2e-2)
 
 
 def test_compiled_blocks_are_one_graph_and_the_same(tmp_path):

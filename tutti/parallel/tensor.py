@@ -173,7 +173,6 @@ def split_tensors(root: nn.Module, plan: TensorPlan, mesh: Mesh) -> None:
     if plan.head is not None:
         split.update({id(parameter): Shard(0) for parameter in plan.head.parameters()})
     split.update({id(parameter): Shard(0) for parameter in plan.per_head})
-    split.update({id(parameter): Shard(0) for parameter in plan.per_head})
     shared = [linear for linear in plan.linears if linear.shared and linear.units < ranks.size]
     for linear in shared:
         _share_head(linear, ranks)
