@@ -130,15 +130,16 @@ def _run(job: Job, rank: int, folder: Path) -> Report:
             trainer.step(batch, totals)
         with count_traffic(parts.mesh) as traffic:
             trainer.step(next(batches), totals)
-        seconds = []
+        seconds, tokens = [], 0
         for batch in islice(batches, job.steps):
             ranks.barrier()
             start = time.perf_counter()
             trainer.step(batch, totals)
             ranks.barrier()
             seconds.append(time.perf_counter() - start)
+            tokens = batch.num_tokens
         assert len(seconds) == job.steps, "the data is too short"
         sent = {axis: (float(sent.bytes), float(sent.messages)) for axis, sent in traffic.sent.items()}
-        return Report(seconds, batch.num_tokens, sent, totals.reduce(ranks).loss)
+        return Report(seconds, tokens, sent, totals.reduce(ranks).loss)
     finally:
         shutdown_dist()

@@ -66,6 +66,11 @@ class Layout:
         return MOE if self.moe else DENSE
 
     @property
+    def kind(self) -> str:
+        """The name of its model's folder."""
+        return "moe" if self.moe else "dense"
+
+    @property
     def setting(self) -> Setting:
         """The same for the formulas."""
         inner = {axis: self.sizes.get(axis, 1) for axis in ("tensor", "ulysses", "context", "pipeline", "expert")}
@@ -93,8 +98,9 @@ class Layout:
                 "data_parallel_shard_size": self.setting.shard,
             }
         train = {f"train.{name}": value for name, value in (arguments | self.train).items()}
-        place = folder / ("moe" if self.moe else "dense")
-        return Job(_arguments(place, LENGTH, SAMPLES, micro_batch_size=1) | train, self.world, warmup, steps)
+        return Job(
+            _arguments(folder / self.kind, LENGTH, SAMPLES, micro_batch_size=1) | train, self.world, warmup, steps
+        )
 
 
 LAYOUTS = (
@@ -110,9 +116,11 @@ LAYOUTS = (
     Layout("MoE, one process", moe=True),
     Layout("MoE, zero-3, 2", 2, moe=True),
     Layout("MoE, expert 2", 2, {"expert": 2}, moe=True),
+    Layout("MoE, tensor 2", 2, {"tensor": 2}, moe=True),
     Layout("ddp 4", 4, train={"data_parallel_mode": "ddp"}),
     Layout("zero-3, 4", 4),
     Layout("replicate 2 x zero-3, 2", 4, {"replicate": 2}),
+    Layout("replicate 2 x ulysses 2", 4, {"replicate": 2, "ulysses": 2}),
     Layout("tensor 4", 4, {"tensor": 4}),
     Layout("zero-3, 2 x tensor 2", 4, {"tensor": 2}),
     Layout("zero-3, 2 x pipeline 2", 4, {"pipeline": 2}),
@@ -123,6 +131,7 @@ LAYOUTS = (
     Layout("zero-3, 2 x ulysses 2", 4, {"ulysses": 2}),
     Layout("MoE, expert 4", 4, {"expert": 4}, moe=True),
     Layout("MoE, zero-3, 4 x expert 2", 4, {"expert": 2}, moe=True),
+    Layout("MoE, zero-3, 2 x tensor 2 x expert 4", 4, {"tensor": 2, "expert": 4}, moe=True),
     Layout("MoE, zero-3, 2 x ulysses 2 x expert 4", 4, {"ulysses": 2, "expert": 4}, moe=True),
 )
 
@@ -146,8 +155,8 @@ def main() -> None:
     with TemporaryDirectory() as place:
         folder = Path(place)
         if not options.headline:
-            _write(folder / "dense", DENSE, LENGTH, SAMPLES * 64)
-            _write(folder / "moe", MOE, LENGTH, SAMPLES * 64)
+            write_samples(folder / "dense", DENSE, LENGTH, SAMPLES * 64)
+            write_samples(folder / "moe", MOE, LENGTH, SAMPLES * 64)
             print(_layouts_table(list(_measure(layouts, folder, steps))), flush=True)
             if not options.only:
                 print("\n" + _in_turns(folder, steps, rounds), flush=True)
@@ -155,7 +164,7 @@ def main() -> None:
             print("\n" + _headline(folder, rounds, steps=1 if options.quick else 2), flush=True)
 
 
-def _write(folder: Path, model: dict[str, Any], length: int, count: int) -> None:
+def write_samples(folder: Path, model: dict[str, Any], length: int, count: int) -> None:
     """A model folder and `count` samples of exactly `length` tokens."""
     import numpy as np
 
@@ -236,7 +245,7 @@ def _in_turns(folder: Path, steps: int, rounds: int) -> str:
 def _headline(folder: Path, rounds: int, steps: int) -> str:
     """Two ranks of one thread against one process of two threads."""
     samples = HEADLINE_TOKENS // LENGTH
-    _write(folder / "60m", workload.MODEL, LENGTH, 2 * samples * 8)
+    write_samples(folder / "60m", workload.MODEL, LENGTH, 2 * samples * 8)
     arguments = _arguments(folder / "60m", LENGTH, 2 * samples, micro_batch_size=samples)
     speeds: list[list[float]] = [[], []]
     for _ in range(rounds):

@@ -9,8 +9,8 @@ fp32 (4 bytes).
   last one again for the backward pass, and reduces and scatters gradients; else a step does both once.
 - replicate: the gradients that a rank keeps are all-reduced once a step.
 - tensor, over G ranks: in each layer and each pass, attention and MLP each gather all tokens and scatter their sums.
-  The embedding scatters, the head gathers, and back. The loss needs three numbers for each target, and the gradients of
-  the norms, which every rank has, are summed.
+  The embedding scatters, the head gathers, and back. The loss needs three numbers for each target. The gradients of
+  what every rank has whole (norms, routers, experts that are not divided) are summed once a step.
 - ulysses, over U ranks: in each layer and each pass, tokens of queries, keys and values for heads, and heads of the
   output for tokens.
 - context, over C ranks: of two chunks that each rank has of a causal sample, C (C - 1) early ones travel to the others
@@ -157,8 +157,10 @@ def _tensor(total: _Volume, model: dict[str, Any], setting: Setting) -> None:
     targets = (setting.tokens - 1) / (setting.context * setting.ulysses) / setting.pipeline
     total.add("tensor", size, REDUCE * targets, batches, twice=True)
     total.add("tensor", size, REDUCE * 2 * targets, batches, twice=True)
-    whole = layers * _sizes(model).whole + model["hidden_size"] / setting.pipeline
-    total.add("tensor", size, REDUCE * whole, 1, twice=True)
+    sizes = _sizes(model)
+    block = sizes.whole + (sizes.experts if setting.expert == 1 else 0)
+    whole = layers * block + model["hidden_size"] / setting.pipeline
+    total.add("tensor", size, REDUCE * whole / setting.dense_shards, 1, twice=True)
 
 
 def _attention(total: _Volume, model: dict[str, Any], setting: Setting) -> None:
