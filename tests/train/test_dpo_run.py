@@ -140,8 +140,10 @@ def test_adapters_are_their_own_reference(tmp_path, rows):
     """Precomputed by the adapted model as it began, or on the fly with adapters off: the same training."""
     changes = {"train.architecture": "lora", "train.lora_rank": 4, "train.lr": 1e-2}
     computed = run(config_of(tmp_path / "a", rows, **changes))
-    switched = run(config_of(tmp_path / "b", rows, **changes, **{"train.dpo_reference": "on_the_fly"}))
-    assert_same(switched, computed)
+    changes["train.dpo_reference"] = "on_the_fly"
+    assert_same(run(config_of(tmp_path / "b", rows, **changes)), computed)
+    changes |= {"train.tensor_parallel_size": 2, "train.pipeline_parallel_size": 2}
+    assert_same(run(config_of(tmp_path / "c", rows, world=4, **changes), 4), computed)
     assert computed[-1]["rewards/margin"] > 0.05
 
 

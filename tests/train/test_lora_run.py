@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from tests.harness import run_ranks
@@ -156,9 +157,66 @@ def needed_gradients(config):
     return sorted(set(seen))
 
 
-def test_unused_adapter_stops_the_run_on_all_ranks(make):
+SPLIT = ({"data_parallel_mode": "fsdp2"}, {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2})
+
+
+@pytest.mark.parametrize("train", SPLIT)
+def test_frozen_weights_have_no_gradient_no_state_and_no_wider_copy(make, train):
+    config = make(world=2, max_steps=1, compute_dtype="bfloat16", **train)
+    for frozen, trained, graded, stepped, wide in run_ranks(2, hold, config):
+        assert frozen and {dtype for dtype, *_ in frozen.values()} == {torch.bfloat16}
+        assert {dtype for dtype, *_ in trained.values()} == {torch.float32}
+        assert all(ADAPTER_MARK in name for name in trained)
+        assert graded == stepped == set(trained)
+        shapes = {shape for _, *both in frozen.values() for shape in both if len(shape) == 2}
+        assert not shapes.intersection(wide), "a frozen matrix is held in fp32"
+
+
+def hold(config):
+    """Of a rank's frozen and of its trained parameters, by name, the dtype, and the shapes of the whole and of what is
+    held of it; and while a step has its gradients: the names of parameters that have one, and of those that the
+    optimizer has a state for, and the shapes of all fp32 matrices."""
+    import gc
+
+    from tests.train.runs import train_quietly
+    from tutti.train.step import Trainer
+
+    kept = {}
+    original = Trainer.step
+
+    def step(self, batch, totals):
+        norm = self._runner.gradient_norm
+        named = dict(self._runner._root.named_parameters())
+
+        def seen(parameters):
+            kept["graded"] = {name for name, parameter in named.items() if parameter.grad is not None}
+            held = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
+            plain = [item.to_local() if isinstance(item, DTensor) else item for item in held]
+            kept["wide"] = {tuple(item.shape) for item in plain if item.dtype == torch.float32}
+            return norm(parameters)
+
+        self._runner.gradient_norm = seen
+        original(self, batch, totals)
+        kept["stepped"] = {name for name, parameter in named.items() if self._optimizer.state.get(parameter)}
+        kept["named"] = named
+
+    Trainer.step = step
+    train_quietly(config)
+    described = {
+        name: (parameter.dtype, tuple(parameter.shape), tuple(parameter.to_local().shape))
+        for name, parameter in kept["named"].items()
+    }
+    frozen, trained = (
+        {name: facts for name, facts in described.items() if kept["named"][name].requires_grad == kind}
+        for kind in (False, True)
+    )
+    return frozen, trained, kept["graded"], kept["stepped"], kept["wide"]
+
+
+@pytest.mark.parametrize("train", SPLIT)
+def test_unused_adapter_stops_the_run_on_all_ranks(make, train):
     with pytest.raises(AssertionError, match=r"adapters of model\.layers\.0\.mlp\.unused_proj got no gradient"):
-        run_ranks(2, train_with_unused_layer, make(world=2, data_parallel_mode="fsdp2"))
+        run_ranks(2, train_with_unused_layer, make(world=2, **train))
 
 
 def train_with_unused_layer(config):
