@@ -19,7 +19,7 @@ def family_config(folder: Path, family: str, world: int = 1, overrides: dict | N
     changes: arguments of the train group, or of another by their dotted names.
     """
     path = folder / family
-    tiny(family, vocab_size=2048, **(overrides or {})).save_pretrained(path)
+    tiny(family, **({"vocab_size": 2048} | (overrides or {}))).save_pretrained(path)
     arguments = {name if "." in name else f"train.{name}": value for name, value in changes.items()}
     return tiny_config(folder, world=world, **({"model.config_path": str(path)} | arguments))
 
@@ -44,7 +44,7 @@ def try_all(configs: list[Config], world: int) -> list[str | None]:
     while len(problems) < len(configs):
         left = configs[len(problems) :]
         try:
-            run_ranks(world, _train_each, left)
+            run_ranks(world, _train_each, left, timeout=180 + 60 * len(left))
         except (AssertionError, TimeoutError) as error:
             done = [_mark(config).exists() for config in left].index(False)
             problems += [None] * done + [str(error)]

@@ -18,9 +18,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests.harness import run_ranks
 from tests.model.zoo import tiny
-from tests.parallel.layouts import assert_same
-from tests.train.runs import QUICKSTART, run, tiny_config
-from tests.train.test_run import train_until
+from tests.parallel.layouts import assert_same, family_config, train_all
+from tests.train.runs import QUICKSTART, tiny_config
 from tutti.config.layout import fit
 from tutti.core.batch import IGNORE, Batch, Sample, pack
 from tutti.core.dist import init_dist
@@ -198,72 +197,87 @@ def test_eight_ranks_split_and_copy_beside_the_tensor_axis(tmp_path):
 ODD = {"vocab_size": 2051, "tie_word_embeddings": True}
 """Of a model whose vocabulary two does not divide, in whole runs."""
 
-
-def run_config(folder: Path, world: int, **changes: Any) -> Any:
-    path = folder / "odd"
-    tiny("qwen3", **ODD).save_pretrained(path)
-    changes = {"model.config_path": str(path), "train.max_steps": 4} | changes
-    return tiny_config(folder, world=world, **changes)
-
-
-TENSOR = {"train.tensor_parallel_size": 2, "train.data_parallel_mode": "fsdp2"}
+TENSOR = {"tensor_parallel_size": 2, "data_parallel_mode": "fsdp2"}
 CHECKED = {
     "data.eval_path": str(QUICKSTART / "chat_eval.jsonl"),
-    "train.eval_steps": 2,
-    "train.save_hf_weights": True,
+    "eval_steps": 2,
+    "save_hf_weights": True,
+    "save_steps": 2,
 }
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """One process's lines of metrics, and the folder that it exported."""
-    config = run_config(tmp_path_factory.mktemp("reference"), 1, **CHECKED)
-    return run(config), Path(config.train.output_dir) / "hf" / "final"
+def alone(tmp_path_factory):
+    """The folder of a run on one process, and its lines of metrics."""
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, *train_all([family_config(folder, "qwen3", 1, ODD, **CHECKED)], 1)
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory, alone):
+    """The same of several runs on four ranks; `reads` start from what one process has exported."""
+    exported = str(final(alone[0]))
+    reads = {"model.model_path": exported, "model.tokenizer_path": exported, "max_steps": 1}
+    trains = {
+        "checked": CHECKED,
+        "units in blocks": {"model.basic_modules": ["Qwen3MLP"]},
+        "resumed": saved(alone[0]),
+        "reads": reads,
+        "reads, built on the cpu": reads | {"init_device": "cpu"},
+        "reads, from rank 0": reads | {"broadcast_model_weights_from_rank0": True},
+    }
+    folders = [tmp_path_factory.mktemp(name.split(",")[0].replace(" ", "_")) for name in trains]
+    configs = [
+        family_config(folder, "qwen3", 4, ODD, **TENSOR, **train)
+        for folder, train in zip(folders, trains.values(), strict=True)
+    ]
+    return dict(zip(trains, zip(folders, train_all(configs, 4), strict=True), strict=True))
+
+
+def final(folder: Path) -> Path:
+    return folder / "out" / "hf" / "final"
+
+
+def saved(folder: Path) -> dict:
+    return {"load_checkpoint_path": str(folder / "out" / "checkpoints" / "global_step_2")}
 
 
 def steps(lines: list[dict]) -> list[dict]:
     return [line for line in lines if "loss" in line]
 
 
-def test_modules_of_their_own_are_split_too(tmp_path, reference):
-    got = run(run_config(tmp_path, 4, **TENSOR, **{"model.basic_modules": ["Qwen3MLP"]}), 4)
-    assert_same(got, steps(reference[0]))
+def test_modules_of_their_own_are_split_too(alone, split):
+    assert_same(split["units in blocks"][1], steps(alone[1]))
 
 
-def test_whole_runs_evaluate_and_export_as_one_process_does(tmp_path, reference):
-    want, exported = reference
-    config = run_config(tmp_path, 4, **TENSOR, **CHECKED)
-    got = run(config, 4)
+def test_whole_runs_evaluate_and_export_as_one_process_does(alone, split):
+    (folder, got), (other, want) = split["checked"], alone
     assert_same(steps(got), steps(want))
     for ours, theirs in zip(got, want, strict=True):
         if "eval_loss" in theirs:
             assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
             assert ours["eval_tokens"] == theirs["eval_tokens"]
-    folder = Path(config.train.output_dir) / "hf" / "final"
-    theirs = dict(AutoModelForCausalLM.from_pretrained(exported).named_parameters())
-    for name, parameter in AutoModelForCausalLM.from_pretrained(folder).named_parameters():
+    theirs = dict(AutoModelForCausalLM.from_pretrained(final(other)).named_parameters())
+    for name, parameter in AutoModelForCausalLM.from_pretrained(final(folder)).named_parameters():
         torch.testing.assert_close(
             parameter, theirs[name], rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
         )
 
 
-@pytest.mark.parametrize(("saving", "resuming"), [((4, TENSOR), (1, {})), ((1, {}), (2, TENSOR))])
-def test_runs_resume_on_another_tensor_axis(tmp_path, reference, saving, resuming):
-    world, changes = saving
-    run_ranks(world, train_until, run_config(tmp_path, world, **changes), 2)
-    world, changes = resuming
-    got = run(run_config(tmp_path, world, **changes, **{"train.load_checkpoint_path": "auto"}), world)
-    assert_same(steps(got), steps(reference[0]))
+def test_runs_resume_on_another_tensor_axis(tmp_path, alone, split):
+    want = steps(alone[1])[2:]
+    assert_same(split["resumed"][1], want)
+    (got,) = train_all([family_config(tmp_path, "qwen3", 1, ODD, **saved(split["checked"][0]))], 1)
+    assert_same(got, want)
 
 
-def test_weights_are_read_and_split(tmp_path, reference):
+def test_weights_are_read_and_split(tmp_path, alone, split):
     """Own slices, built on the CPU first, or sent by rank 0."""
-    common = {"model.model_path": str(reference[1]), "model.tokenizer_path": str(reference[1]), "train.max_steps": 1}
-    want = run(tiny_config(tmp_path / "one", **common))
-    changes = [{}, {"train.init_device": "cpu"}, {"train.broadcast_model_weights_from_rank0": True}]
-    for number, change in enumerate(changes):
-        got = run(tiny_config(tmp_path / str(number), world=4, **common, **TENSOR, **change), 4)
-        assert_same(got, want)
+    exported = str(final(alone[0]))
+    reads = {"model.model_path": exported, "model.tokenizer_path": exported, "max_steps": 1}
+    (want,) = train_all([family_config(tmp_path, "qwen3", 1, ODD, **reads)], 1)
+    for name in ("reads", "reads, built on the cpu", "reads, from rank 0"):
+        assert_same(split[name][1], want)
 
 
 def test_compiled_blocks_are_one_graph_and_the_same(tmp_path):
