@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from tests.harness import run_ranks
-from tests.train.adapted import MOE, export_quietly
-from tests.train.runs import TINY, records, run, tiny_config
+from tests.train.adapted import export_quietly, lora_config, write_bases
+from tests.train.runs import records, run
 from tests.train.test_run import HYBRID, REMAT, assert_same_training, train_until
 from tutti.config import ConfigError
 from tutti.config.load import from_dict
@@ -20,26 +20,14 @@ pytest.importorskip("bitsandbytes")
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bases")
-    for name, values in (("dense", TINY), ("moe", MOE)):
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(**values)
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / name)
-    return folder
+    return write_bases(tmp_path_factory.mktemp("bases"))
 
 
 @pytest.fixture
 def make(bases, tmp_path):
     def config(name="run", base="dense", world=1, **train):
-        changes = {
-            "model.model_path": str(bases / base),
-            "train.architecture": "lora",
-            "train.lora_rank": 4,
-            "train.lora_base_dtype": "nf4",
-            "train.micro_batch_size": 1,
-            "train.max_steps": 3,
-        } | {f"train.{key}": value for key, value in train.items()}
-        return tiny_config(tmp_path / name, world=world, **changes)
+        defaults = {"lora_base_dtype": "nf4", "max_steps": 3}
+        return lora_config(tmp_path / name, bases / base, world, **(defaults | train))
 
     return config
 
@@ -58,6 +46,8 @@ LAYOUTS = {
     "hybrid": ("dense", "nf4", 4, HYBRID),
     "fsdp1-offload": ("dense", "int8", 2, {"data_parallel_mode": "fsdp1", "enable_fsdp_offload": True}),
     "experts-zero3": ("moe", "nf4", 2, REMAT | SHARDED),
+    "pipeline-dora": ("dense", "nf4", 2, {"pipeline_parallel_size": 2}),
+    "zero-bubble": ("dense", "int8", 2, {"pipeline_parallel_size": 2, "pipeline_schedule": "zero_bubble"}),
     "divided-experts": ("moe", "nf4", 2, SHARDED | {"expert_parallel_size": 2}),
 }
 
