@@ -43,14 +43,11 @@ LAYOUTS = {
     "remat": (1, REMAT | {"enable_reentrant": False}),
     "built-on-cpu": (1, {"init_device": "cpu"}),
     "compile-remat": (1, REMAT | {"enable_compile": True}),
-    "ddp": (2, {"data_parallel_mode": "ddp"}),
     "ddp-built-on-cpu": (2, {"data_parallel_mode": "ddp", "init_device": "cpu"}),
-    "zero3": (2, {"data_parallel_mode": "fsdp2"}),
     "zero3-remat": (2, REMAT | {"data_parallel_mode": "fsdp2"}),
     "zero2": (2, ZERO2),
     "zero2-reshard-after-forward": (2, ZERO2 | {"enable_reshard_after_forward": True}),
     "zero2-reshard-after-backward": (2, ZERO2 | {"enable_reshard_after_backward": True}),
-    "hybrid": (4, HYBRID),
     "hybrid-accumulated": (4, HYBRID | {"data_parallel_shard_size": 1, "ulysses_parallel_size": 2}),
 }
 
