@@ -18,7 +18,7 @@ from tutti.config import ConfigError
 from tutti.config.layout import fit
 from tutti.core.batch import IGNORE
 from tutti.model.attention import attention_by_part, resolve_attention
-from tutti.model.border import check_border, make_placing
+from tutti.model.border import check_border, check_first, make_placing
 from tutti.model.build import build_model, build_tokenizer, language_factory
 from tutti.model.export import export_hf
 from tutti.model.initial import init_weights
@@ -207,7 +207,15 @@ def test_what_cannot_be_done_is_refused_by_name(tmp_path: Path) -> None:
     check()
     with pytest.raises(ConfigError, match=r"train\.enable_batch_invariant_mode: Qwen3VLForConditionalGeneration"):
         check(**{"train.enable_batch_invariant_mode": True})
+    staged = configured(tmp_path, "gemma3", world=2, **{"train.pipeline_parallel_size": 2})
+    with pytest.raises(ConfigError, match=r"train\.pipeline_parallel_size: Gemma3For.* by a mask of its own"):
+        check_border(build_model(staged, device=CPU), fit(staged, 2), staged.train)
     model = build_model(configured(tmp_path, "qwen3_vl"), device=CPU)
+    check_first(model, 1)
+    with pytest.raises(
+        ValueError, match="to its first 1 blocks, of which the first stage has 0"
+    ):
+        check_first(model, 0)
     with pytest.raises(ValueError, match=r"model\.basic_modules: Qwen3VLVisionBlock is part of what encodes images"):
         basic_modules(model, ["Qwen3VLVisionBlock"])
     assert basic_modules(model, ["Qwen3VLTextMLP"])

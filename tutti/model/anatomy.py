@@ -9,7 +9,8 @@ kept in a table: its own `forward` runs once on the meta device with a stand-in 
 3. every other module with parameters runs before all blocks or after all of them, and what comes out in the end
    depends on what runs before through the blocks alone.
 
-A class that does anything else is refused by name.
+A class that does anything else is refused by name. Of a model that takes images it is the language model that is cut;
+what lies beside that runs before it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from tutti.model.attention import PACKED
-from tutti.model.plan import blocks, decoder, model_class
+from tutti.model.plan import blocks, model_class, text_model
 from tutti.parallel.pipeline import plain_attributes
 
 _HOOKED = "_output_capturing_hooks_installed"
@@ -45,7 +46,7 @@ class Anatomy:
 def anatomy(model: PreTrainedModel) -> Anatomy:
     """How `model`, which lies on the meta device, can be cut. ValueError where it cannot."""
     name = model_class(model).__name__
-    inner = decoder(model)
+    inner = text_model(model)
     found = [block for _, block in blocks(model)]
     lists = [key for key, child in inner.named_children() if isinstance(child, nn.ModuleList) and list(child) == found]
     if not found or not lists or any(True for _ in inner.parameters(recurse=False)):

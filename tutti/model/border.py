@@ -30,7 +30,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ from tutti.core.batch import Batch, Row
 from tutti.model.attention import border_kwargs
 from tutti.model.encode import encode_apart, encoders
 from tutti.model.plan import decoder, model_class, text_model, towers
+from tutti.parallel.pipeline import Passed, Stage
 from tutti.parallel.tensor import TensorRanks, local_parameters
 
 _ALONG = {"inputs_embeds": 1, "position_ids": -1, "visual_pos_masks": -1}
@@ -65,12 +66,27 @@ def check_border(model: PreTrainedModel, layout: Layout, train: TrainConfig) -> 
             "one packed sample into the next; models that put images in the place of tokens can be trained"
         )
     problems = []
-    if layout.pipeline > 1:
-        problems.append(f"train.pipeline_parallel_size: {name} takes more than text and cannot be cut in stages; set 1")
+    if layout.pipeline > 1 and "token_type_ids" in inspect.signature(decoder(model).forward).parameters:
+        problems.append(
+            f"train.pipeline_parallel_size: {name} attends to its tokens by a mask of its own, which only the first "
+            "stage would know; set 1"
+        )
     if train.enable_batch_invariant_mode:
         problems.append(f"train.enable_batch_invariant_mode: {name} encodes a batch's images together; set false")
     if problems:
         raise ConfigError(problems)
+
+
+def check_first(model: PreTrainedModel, num_blocks: int) -> None:
+    """ValueError unless the first stage of a pipeline has all blocks that features of images are added to."""
+    encoder = getattr(model.config, "vision_config", None)
+    name = model_class(model).__name__
+    needed = len(getattr(encoder, "deepstack_visual_indexes", None) or ())
+    if num_blocks < needed:
+        raise ValueError(
+            f"train.pipeline_parallel_size: {name} adds features of images to its first {needed} "
+            f"blocks, of which the first stage has {num_blocks}; a smaller size would do"
+        )
 
 
 class Border:
@@ -84,14 +100,28 @@ class Border:
         self._name = model_class(model).__name__
         self._batch: Batch | None = None
         self._options: dict[str, Any] = {}
-        text: Any = text_model(model)
+        self._text = text = cast(Any, text_model(model))
         text.register_forward_pre_hook(self._hand_over, with_kwargs=True)
         text.get_input_embeddings().register_forward_pre_hook(self._own_ids)
         text.get_input_embeddings().register_forward_hook(self._in_the_row)
 
-    def run(self, batch: Batch, **options: Any) -> Any:
+    def run(self, batch: Batch, stage: Stage | None = None, received: Passed | None = None, **options: Any) -> Any:
         """The decoder's output for `batch`, of this rank's tokens where ranks divide them. options: of the language
-        model's forward."""
+        model's forward.
+
+        stage: the part of the language model's depth to run, on what was `received` from the stage before. All that
+        comes before the language model is the first one's.
+        """
+        if stage is None:
+            return self._run_outer(batch, options)
+        if stage.is_first:
+            return stage.run(lambda: self._run_outer(batch, options), {}, None)
+        row, positions = _divided(batch), _positions(batch)
+        own = positions if row is None else positions.index_select(-1, row.held)
+        inputs = {"input_ids": batch.input_ids[None], "position_ids": own}
+        return stage.run(self._text, inputs | border_kwargs(batch) | options, received)
+
+    def _run_outer(self, batch: Batch, options: dict[str, Any]) -> Any:
         row, inputs = _row(batch), dict(batch.extras)
         if batch.whole is not None:
             inputs = encode_apart(self._decoder, inputs, encoders(batch.whole.ranks, self._tensor))

@@ -257,7 +257,7 @@ class Pipeline:
 class Seams(NamedTuple):
     """Where a model can be cut. decoder: the module that holds the rest. blocks: the name of the list of blocks.
     front, tail: names of what runs before and after them. gives_tuple: a block's hidden states are the first of a
-    tuple. head: the name, in the model, of its head."""
+    tuple. head: the name, in the model, of its head. beside: likewise of what runs before the decoder."""
 
     decoder: nn.Module
     blocks: str
@@ -265,6 +265,7 @@ class Seams(NamedTuple):
     tail: tuple[str, ...]
     gives_tuple: bool
     head: str
+    beside: tuple[str, ...] = ()
 
 
 def cut(model: nn.Module, seams: Seams, borders: Sequence[range], rank: int, num_ranks: int) -> tuple[Stage, ...]:
@@ -284,6 +285,8 @@ def cut(model: nn.Module, seams: Seams, borders: Sequence[range], rank: int, num
         # What is tied to the head keeps its name, under which checkpoints hold it.
         if not any(id(p) in needed for p in decoder.get_submodule(name).parameters()):
             decoder.set_submodule(name, Absent())
+    for name in seams.beside if numbers[0] > 0 else ():
+        model.set_submodule(name, Absent())
     if not has_last:
         for name in seams.tail:
             decoder.set_submodule(name, Absent())

@@ -43,7 +43,6 @@ from tutti.model.lora import adapters, add_adapters, init_adapters
 from tutti.model.plan import (
     basic_modules,
     blocks,
-    decoder,
     experts,
     head,
     is_classifier,
@@ -196,7 +195,7 @@ def read_facts(model: PreTrainedModel, layout: Layout) -> ModelFacts:
     """What of `model` the axes of `layout` divide; ValueError where it cannot be divided along one of them at all."""
     num_blocks, plan = 0, tensor_plan(model, layout)
     if layout.pipeline > 1:
-        num_blocks = len(list(decoder(model).get_submodule(anatomy(model).blocks).children()))
+        num_blocks = len(list(text_model(model).get_submodule(anatomy(model).blocks).children()))
     pieces: dict[tuple, Piece] = {}  # the first of each kind
     for linear in plan.linears if plan else ():
         pieces.setdefault(linear.piece[1:], linear.piece)

@@ -17,8 +17,8 @@ from tutti.config import TrainConfig
 from tutti.config.layout import Layout
 from tutti.core.batch import Batch
 from tutti.model.anatomy import Anatomy, anatomy
-from tutti.model.border import make_placing
-from tutti.model.plan import decoder, experts, head, is_experts, part_sizes
+from tutti.model.border import check_first, make_placing
+from tutti.model.plan import experts, head, is_experts, part_sizes, text_model, towers
 from tutti.parallel.fsdp import GradientSync, postpones
 from tutti.parallel.invariant import equal_counts
 from tutti.parallel.mesh import Mesh
@@ -32,13 +32,14 @@ log = logging.getLogger(__name__)
 
 def stage_blocks(model: PreTrainedModel, found: Anatomy, num_stages: int) -> list[range]:
     """The numbers of each stage's blocks, balanced by what the model's parts cost."""
-    inner = decoder(model)
+    inner = text_model(model)
     units = list(inner.get_submodule(found.blocks).children())
-    front = [inner.get_submodule(name) for name in found.front]
+    front = [*towers(model), *(inner.get_submodule(name) for name in found.front)]
     tail = [*(inner.get_submodule(name) for name in found.tail), head(model)]
     costs = [Cost(size.active, size.total) for size in part_sizes(model, [*front, *units, *tail])]
     first, middle, last = costs[: len(front)], costs[len(front) : len(front) + len(units)], costs[-len(tail) :]
-    # The embedding is looked up and not multiplied with, even where its weight is the head's too.
+    # The embedding is looked up and not multiplied with, even where its weight is the head's too; and a tower's work
+    # does not go by tokens.
     before = Cost(0.0, sum(cost.size for cost in first))
     after = Cost(sum(cost.work for cost in last), sum(cost.size for cost in last))
     return split_blocks(middle, before, after, num_stages)
@@ -49,14 +50,14 @@ def parameters_by_rank(model: PreTrainedModel, layout: Layout, per_rank: int) ->
     if layout.pipeline == 1:
         return [list(model.parameters())]
     found = anatomy(model)
-    inner = decoder(model)
+    inner = text_model(model)
     units = list(inner.get_submodule(found.blocks).children())
     borders = stage_blocks(model, found, layout.pipeline * per_rank)
     ranks = []
     for rank in range(layout.pipeline):
         parts = [units[number] for blocks in borders[rank :: layout.pipeline] for number in blocks]
         if rank == 0:
-            parts += [inner.get_submodule(name) for name in found.front]
+            parts += [*towers(model), *(inner.get_submodule(name) for name in found.front)]
         if rank == layout.pipeline - 1:
             parts += [*(inner.get_submodule(name) for name in found.tail), head(model)]
         ranks.append(list(dict.fromkeys(parameter for part in parts for parameter in part.parameters())))
@@ -67,10 +68,12 @@ def cut_model(objective: Objective, layout: Layout, mesh: Mesh, per_rank: int) -
     """Leave the objective's model with this rank's stages, and say how they hang together. Collective."""
     model = objective.model
     found = anatomy(model)
-    inner, output = decoder(model), head(model)
+    inner, output = text_model(model), head(model)
     names = {id(module): name for name, module in model.named_modules()}
-    seams = Seams(inner, found.blocks, found.front, found.tail, found.gives_tuple, names[id(output)])
+    beside = tuple(names[id(tower)] for tower in towers(model))
+    seams = Seams(inner, found.blocks, found.front, found.tail, found.gives_tuple, names[id(output)], beside)
     borders = stage_blocks(model, found, layout.pipeline * per_rank)
+    check_first(model, len(borders[0]))
     units = list(inner.get_submodule(found.blocks).children())
     routers = [sum(map(is_experts, unit.modules())) for unit in units]
     before = [0, *accumulate(routers)]

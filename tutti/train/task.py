@@ -93,7 +93,7 @@ class Objective(nn.Module):
             raise ValueError(f"{name} has nothing beside a language model that could take {', '.join(batch.extras)}")
         options = {} if self._router_loss is None else {"output_router_logits": True}
         if self._border is not None:
-            states = self._border.run(batch, **options)
+            states = self._border.run(batch, stage, received, **options)
         elif stage is None:
             states = decoder(self.model)(**packed_kwargs(batch), **options)
         else:
