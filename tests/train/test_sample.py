@@ -68,6 +68,7 @@ LAYOUTS = {
     "zero2": {"train.data_parallel_mode": "fsdp2", "train.enable_full_shard": False},
     "tensor": {"train.data_parallel_mode": "fsdp2", "train.tensor_parallel_size": 2},
     "ulysses": {"train.data_parallel_mode": "fsdp2", "train.ulysses_parallel_size": 2},
+    "context, sample by sample": {"train.context_parallel_size": 2, "train.enable_batch_invariant_mode": True},
     "pipeline": {"train.pipeline_parallel_size": 2},
 }
 

@@ -13,8 +13,9 @@ with fewer rows: what packing gains for short samples is lost again.
 
 Where ranks share samples, each sample is split among them as if it were alone (`tutti.parallel.sequence`), and so every
 collective is about one sample, and its sums are in an order that depends on that sample's length. Ranks that have other
-samples take part in what has to do with experts (`tutti.parallel.expert`): they run as many samples each, for which
-batches are padded by samples of one token, and experts compute on what each rank has sent apart from the rest.
+samples meet within a block where tokens travel to experts, and where FSDP gathers a part of the block by itself. So all
+run as many samples, for which batches are padded by samples of one token, and experts compute on what each rank has
+sent apart from the rest.
 
 Not with torch.compile: which of its kernels a sample gets depends on the lengths it has been compiled for before.
 

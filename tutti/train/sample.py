@@ -27,7 +27,7 @@ from tutti.core.dist import Dist
 from tutti.data.rows import RowError, conversation_of
 from tutti.model.plan import is_classifier
 from tutti.parallel.runner import Runner
-from tutti.parallel.sequence import sequence_ranks, split_tokens
+from tutti.parallel.sequence import sequence_ranks, split_samples, split_tokens
 from tutti.train.metrics import Metrics
 from tutti.train.setup import Parts
 from tutti.train.task import Objective
@@ -52,6 +52,7 @@ class Samples:
 
     def __init__(self, config: Config, parts: Parts) -> None:
         self._objective, self._mesh = parts.objective, parts.mesh
+        self._split = split_samples if config.train.enable_batch_invariant_mode else split_tokens
         self._tokenizer = parts.tokenizer
         self._prompts = [] if is_classifier(parts.model) else _read(config, parts)
         # Rows of one length need one compiled program; without compilation, padding would only cost time.
@@ -91,7 +92,7 @@ class Samples:
     def _next(self, rows: Sequence[tuple[int, list[int]]], runner: Runner, ranks: Dist) -> list[int]:
         """The next token of each numbered row; -1 for the numbers that are not there."""
         batch = pack([_sample(number, ids) for number, ids in rows], pad_to=self._pad_to)
-        own = split_tokens(batch, sequence_ranks(self._mesh))
+        own = self._split(batch, sequence_ranks(self._mesh))
         chosen = torch.full((len(self._prompts),), -1, dtype=torch.int64, device=ranks.device)
         for logits in runner.evaluate([batch], only_logits=True):
             chosen[own.labels[own.target_index].to(ranks.device)] = logits.argmax(-1)
