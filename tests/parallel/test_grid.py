@@ -70,7 +70,8 @@ def test_every_axis_pair_and_choice_is_in_the_table(configs):
 
 
 def _axis(argument: str) -> str:
-    return argument.removeprefix("train.").removesuffix("_parallel_size")
+    leaf = argument.rpartition(".")[2]
+    return leaf.removeprefix("data_parallel_").removesuffix("_size").removesuffix("_parallel")
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +101,13 @@ def test_a_layout_equals_one_process(trained, name):
     assert_same(ours, theirs, **tolerance)
     for line, other in zip(ours, theirs, strict=True):
         for key in {"expert_load_max", "expert_load_min"} & other.keys():
-            # Padding, of which layouts differ in a few tokens, counts too.
-            assert line[key] == pytest.approx(other[key], rel=5e-2, abs=1e-2), key
+            # Padding counts too, of which layouts differ by some tokens a micro batch, and all of it goes one way.
+            assert line[key] == pytest.approx(other[key], rel=5e-2, abs=5e-2), key
     weights, others = parameters(got), parameters(want)
     assert weights.keys() == others.keys()
     for key, other in others.items():
-        error = (weights[key] - other).norm().item()
-        assert error <= tolerance["norm"] * other.norm().item() + 1e-6 * other.numel() ** 0.5, (
-            f"{key} is off by {error}"
-        )
+        error, size = (weights[key] - other).norm().item(), other.norm().item()
+        assert error <= tolerance["norm"] * size + 1e-6 * other.numel() ** 0.5, f"{key} is off by {error} of {size}"
 
 
 def parameters(config: Config) -> dict[str, torch.Tensor]:
