@@ -56,31 +56,26 @@ class Packing:
 
     def pack(self, weight: Tensor) -> Tensor:
         """[.., rows, columns], in memory of the host -> uint8 [.., rows, bytes]."""
-        functional = _functional()
         rows = weight.reshape(-1, self.columns).float()
         if self.kind == "int8":
-            codes, scales, _ = functional.int8_vectorwise_quant(rows)
+            codes, scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(rows)
         else:
             rows = pad(rows, (0, self._padded - self.columns))
-            codes, state = functional.quantize_nf4(rows, blocksize=BLOCK)
-            scales = state.absmax
+            codes, scales = torch.ops.bitsandbytes.quantize_4bit(rows, BLOCK, "nf4", torch.uint8)
         parts = [part.reshape(len(rows), -1).view(torch.uint8) for part in (scales, codes)]
         return torch.cat(parts, dim=1).view(*weight.shape[:-1], self.row_bytes)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """The way back, to `dtype`."""
-        functional = _functional()
         rows = packed.reshape(-1, self.row_bytes)
         scales = rows[:, : self._scale_bytes].clone(memory_format=torch.contiguous_format).view(torch.float32)
         codes = rows[:, self._scale_bytes :].contiguous()
         if self.kind == "int8":
-            weight = functional.int8_vectorwise_dequant(codes.view(torch.int8), scales.flatten()).to(self.dtype)
+            dequantize = torch.ops.bitsandbytes.int8_vectorwise_dequant
+            weight = dequantize(codes.view(torch.int8), scales.flatten()).to(self.dtype)
         else:
-            shape = (len(rows), self._padded)
-            state = functional.QuantState(
-                scales.flatten(), shape=shape, dtype=self.dtype, blocksize=BLOCK, quant_type="nf4"
-            )
-            weight = functional.dequantize_nf4(codes.view(-1, 1), state)[:, : self.columns]
+            dequantize, shape = torch.ops.bitsandbytes.dequantize_4bit, (len(rows), self._padded)
+            weight = dequantize(codes, scales.flatten(), BLOCK, "nf4", shape, self.dtype)[:, : self.columns]
         return weight.reshape(*packed.shape[:-1], self.columns)
 
 
@@ -89,7 +84,7 @@ def hold_quantized(weights: Iterable[tuple[nn.Module, str]], kind: str) -> None:
 
     Whoever multiplies with it from here on does so by `product`. ValueError: bitsandbytes is not installed.
     """
-    _functional()
+    _require_bitsandbytes()
     for module, name in weights:
         weight = getattr(module, name)
         assert weight.is_meta and not weight.requires_grad and not isinstance(weight, DTensor)
@@ -169,13 +164,13 @@ class _Product(torch.autograd.Function):
         return ctx.multiply(grad, weight.transpose(-2, -1) if ctx.rows_are_inputs else weight), None, None, None, None
 
 
-def _functional() -> Any:
-    """bitsandbytes' functions. Imported when used: it takes seconds, and needs not be installed."""
+def _require_bitsandbytes() -> None:
+    """Import bitsandbytes, which registers its operators with torch. It takes seconds, and need not be installed."""
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it warns of optional kernels that are not used here
     try:
-        from bitsandbytes import functional
+        import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise ValueError(
             "train.lora_base_dtype: int8 and nf4 need bitsandbytes, which is not installed; "
@@ -183,4 +178,3 @@ def _functional() -> Any:
         ) from error
     finally:
         logger.setLevel(level)
-    return functional
