@@ -18,7 +18,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -140,11 +140,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="layouts of up to two ranks, few steps, one round")
     parser.add_argument("--only", default="", help="comma list of parts of layouts' names")
-    parser.add_argument("--steps", type=int, default=None, help="timed steps of each layout (4, quick: 2)")
+    parser.add_argument("--steps", type=int, default=None, help="timed steps of each layout (3, quick: 2)")
     parser.add_argument("--rounds", type=int, default=None, help="rounds of what is measured in turns (3, quick: 1)")
     parser.add_argument("--headline", action="store_true", help="two processes against one of two threads, alone")
     options = parser.parse_args()
-    steps = options.steps or (2 if options.quick else 4)
+    steps = options.steps or (2 if options.quick else 3)
     rounds = options.rounds or (1 if options.quick else 3)
     wanted = [part.strip().lower() for part in options.only.split(",")]
     layouts = [
@@ -161,7 +161,8 @@ def main() -> None:
             if not options.only:
                 print("\n" + _in_turns(folder, steps, rounds), flush=True)
         if not options.only:
-            print("\n" + _headline(folder, rounds, steps=1 if options.quick else 2), flush=True)
+            print("\n" + _headline(folder, rounds), flush=True)
+    print(f"\n{steps} timed steps of each layout; {rounds} rounds of what is measured in turns")
 
 
 def write_samples(folder: Path, model: dict[str, Any], length: int, count: int) -> None:
@@ -233,24 +234,23 @@ def _kib(size: float) -> str:
 
 def _in_turns(folder: Path, steps: int, rounds: int) -> str:
     """Ulysses with and without overlapping."""
-    plain = Layout("ulysses 2", 2, {"ulysses": 2})
-    contenders = (plain, replace(plain, name="ulysses 2, async", train={"async_enabled": True}))
+    contenders = [layout for layout in LAYOUTS if layout.name in ("ulysses 2", "ulysses 2, async")]
     speeds: list[list[float]] = [[], []]
     for _ in range(rounds):
         for layout, found in zip(contenders, speeds, strict=True):
-            found.append(_speed(run(layout.job(folder, warmup=2, steps=2 * steps))))
+            found.append(_speed(run(layout.job(folder, warmup=2, steps=steps))))
     return _turns_table([layout.name for layout in contenders], speeds)
 
 
-def _headline(folder: Path, rounds: int, steps: int) -> str:
-    """Two ranks of one thread against one process of two threads."""
+def _headline(folder: Path, rounds: int) -> str:
+    """Two ranks of one thread against one process of two: a step each in every round, after one to warm up."""
     samples = HEADLINE_TOKENS // LENGTH
-    write_samples(folder / "60m", workload.MODEL, LENGTH, 2 * samples * 8)
+    write_samples(folder / "60m", workload.MODEL, LENGTH, 2 * samples * 3)
     arguments = _arguments(folder / "60m", LENGTH, 2 * samples, micro_batch_size=samples)
     speeds: list[list[float]] = [[], []]
     for _ in range(rounds):
         for world, found in ((1, speeds[0]), (2, speeds[1])):
-            found.append(_speed(run(Job(arguments, world, warmup=1, steps=steps, threads=2 // world))))
+            found.append(_speed(run(Job(arguments, world, warmup=1, steps=1, threads=2 // world))))
             print(f"{world} processes {found[-1]:8.1f} tokens/s", file=sys.stderr, flush=True)
     return _turns_table(["one process, two threads", "two processes, one thread each (fsdp2)"], speeds)
 
