@@ -71,7 +71,7 @@ _CHECK_HELP = f"""\
 usage: tutti check [FILE.yaml] [--a.b VALUE | a.b=VALUE ...] [--nproc N]
 
 Read the configuration and the data as a run would, and show the first batch with its loss mask, rows kept and dropped,
-steps and tokens, the parallel plan, parameters and memory. Nothing is trained.
+steps and tokens, the parallel plan, and the memory and traffic that a step takes of each rank. Nothing is trained.
 
 {_CONFIGURED}
 

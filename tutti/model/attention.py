@@ -38,6 +38,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from tutti.core.batch import Batch, Whole
+from tutti.core.rehearsal import has_values
 from tutti.core.tiles import Biases, Settings, Tile, scores, tiles
 from tutti.model.plan import text_model
 from tutti.parallel.ring import ring_attention
@@ -277,7 +278,7 @@ def packed_attention(
     in the softmax and has no value.
     """
     # Saved probabilities have a size that depends on the data, which a compiled graph would have to break for.
-    keep = not torch.compiler.is_compiling()
+    keep = has_values(query) and not torch.compiler.is_compiling()
     return _forward(query, key, value, cu_seqlens, sinks, keep, [float(item) for item in settings])[0]
 
 

@@ -36,6 +36,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import grouped_mm
 from transformers.integrations.moe import ExpertsInterface
 
+from tutti.core.rehearsal import on_accelerator
 from tutti.model.lora import adapter_for
 from tutti.model.quantized import product
 from tutti.parallel.expert import inverse
@@ -204,5 +205,5 @@ class _Groups:
 def _has_kernel(weight: Tensor) -> bool:
     """Whether `grouped_mm` takes this weight [E, in, out]."""
     aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
-    plain = weight.device.type == "cpu" and not torch.compiler.is_compiling()
+    plain = not on_accelerator(weight) and not torch.compiler.is_compiling()
     return aligned and (weight.dtype == torch.bfloat16 or plain)

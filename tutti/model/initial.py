@@ -42,7 +42,14 @@ def init_weights(model: PreTrainedModel, seed: int, device: torch.device) -> Non
 
 def materialize(model: PreTrainedModel, device: torch.device) -> None:
     """Give everything that is on meta storage on `device`: parameters and saved buffers hold nothing in particular,
-    buffers that checkpoints do not hold are recomputed. Tied parameters stay one."""
+    buffers that checkpoints do not hold are recomputed."""
+    give_storage(model, device)
+    rebuild_buffers(model)
+
+
+def give_storage(model: nn.Module, device: torch.device) -> None:
+    """Give parameters and buffers that are on meta storage on `device`, with nothing in particular in it. Tied
+    parameters stay one."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
@@ -51,7 +58,6 @@ def materialize(model: PreTrainedModel, device: torch.device) -> None:
                 if tensor is not None and local_part(tensor).is_meta:
                     made.setdefault(id(tensor), _with_storage(tensor, device))
                     store[name] = made[id(tensor)]
-    rebuild_buffers(model)
 
 
 def rebuild_buffers(model: PreTrainedModel) -> None:

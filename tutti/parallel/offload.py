@@ -40,6 +40,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
+from tutti.core.rehearsal import in_host_memory, is_plain
+
 log = logging.getLogger(__name__)
 
 SMALL = 2**14
@@ -73,11 +75,11 @@ def _offloaded(block: nn.Module, forward: Callable[..., Any], offloader: Offload
 
 
 class _Storages(frozenset[int]):
-    """The addresses of some tensors' memory."""
+    """What some tensors' memory is known by, whether it has bytes at the moment or not."""
 
     def __new__(cls, tensors: Iterable[Tensor]) -> _Storages:
         locals_ = (tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor in tensors)
-        return super().__new__(cls, (tensor.untyped_storage().data_ptr() for tensor in locals_))
+        return super().__new__(cls, (tensor.untyped_storage()._cdata for tensor in locals_))
 
 
 class _Staying:
@@ -104,7 +106,7 @@ class _Stored:
     def __init__(self, source: Tensor) -> None:
         self.source: Tensor | None = source
         self.version = source._version
-        self.address = source.untyped_storage().data_ptr()
+        self.address = source.untyped_storage()._cdata
         self.nbytes = source.untyped_storage().nbytes()
         self.device = source.device
         self.host: Tensor | None = None
@@ -152,7 +154,7 @@ class _Saved(NamedTuple):
     offset: Any  # an int; torch says it may be a symbolic one
 
     def view(self, memory: Tensor) -> Tensor:
-        whole = torch.empty(0, dtype=self.dtype, device=memory.device)
+        whole = memory.new_empty(0, dtype=self.dtype)
         return whole.set_(memory.untyped_storage(), self.offset, self.shape, self.stride)
 
 
@@ -201,7 +203,7 @@ class Offloader:
         """What autograd is to keep for `tensor`, which the block of `group` saves."""
         if not self._moves(tensor, group):
             return tensor
-        key = tensor.untyped_storage().data_ptr(), tensor._version
+        key = tensor.untyped_storage()._cdata, tensor._version
         stored = self._known.get(key)
         if stored is None:
             stored = self._known[key] = _Stored(tensor.detach())
@@ -211,11 +213,11 @@ class Offloader:
         return _Saved(stored, group, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def _moves(self, tensor: Tensor, group: _Group) -> bool:
-        if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.device.type != self._device.type:
+        if not is_plain(tensor) or tensor.layout != torch.strided or tensor.device.type != self._device.type:
             return False
         storage = tensor.untyped_storage()
         assert group.staying is not None
-        return storage.nbytes() >= SMALL and storage.data_ptr() not in group.staying
+        return storage.nbytes() >= SMALL and storage._cdata not in group.staying
 
     def leave(self) -> None:
         """A block's forward pass has ended: send on its way what exceeds the limit."""
@@ -295,7 +297,8 @@ class Offloader:
         """Have storages come back; the event after which they are there."""
         # On the compute stream, which they belong to; it waits for the copies before it reads them.
         for stored in absent:
-            stored.back = torch.empty(stored.nbytes, dtype=torch.uint8, device=stored.device)
+            assert stored.host is not None
+            stored.back = stored.host.new_empty(stored.nbytes, device=stored.device)
         with self._beside.copying():
             for stored in absent:
                 assert stored.back is not None and stored.host is not None
@@ -319,7 +322,7 @@ class Offloader:
 
 def _bytes_of(tensor: Tensor) -> Tensor:
     """All of the storage under `tensor`, as bytes."""
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+    return tensor.new_empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
 
 
 class _SideStream:
@@ -341,8 +344,8 @@ class _SideStream:
 
     def to_host(self, memory: Tensor) -> Tensor:
         """A copy under way in host memory; torch's allocator of pinned memory keeps a pool."""
-        host = torch.empty(memory.shape, dtype=memory.dtype, pin_memory=self._stream is not None)
-        return host.copy_(memory, non_blocking=True)
+        host = memory.new_empty(memory.shape, device="cpu", pin_memory=self._stream is not None)
+        return in_host_memory(host.copy_(memory, non_blocking=True))
 
     def mark(self) -> Any:
         """An event after all copies so far."""

@@ -21,7 +21,7 @@ Shapes: C ranks, T tokens a rank, H query heads, K key/value heads, D head dimen
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tutti.core.rehearsal import has_values
 from tutti.core.tiles import Settings
 from tutti.parallel import blocks as tiled
 from tutti.parallel import flash
@@ -196,10 +197,12 @@ class _Ring:
         return add
 
 
-def _start(borders: Tensor, settings: list[float], group_name: str) -> tuple[_Plan, _Ring, Settings]:
+def _start(query: Tensor, borders: Tensor, settings: list[float], group_name: str) -> tuple[_Plan, _Ring, Settings]:
     see, group = Settings.unpack(settings), process_group(group_name)
     # Blocks do not depend on scale and softcap, which differ between layers of some models.
     plan = _plan(tuple(borders.tolist()), see._replace(scale=1.0, softcap=0.0), group.rank(), group.size())
+    if not has_values(query):
+        plan = replace(plan, blocks=((),) * plan.size)  # keys travel, but there is nothing to compute
     return plan, _Ring(plan, group), see
 
 
@@ -214,7 +217,7 @@ def _forward(
     group: str,
 ) -> tuple[Tensor, Tensor]:
     """Returns the output [T, H, E] and the log of each query's softmax denominator, fp32 [H, T]."""
-    plan, ring, see = _start(borders, settings, group)
+    plan, ring, see = _start(query, borders, settings, group)
     kernel = flash if flash.fits(query, value, see) else tiled
     heads, total, _ = query.shape
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -248,7 +251,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, heads first. saved: query, key, value, borders, out and lse of `_forward`."""
     query, key, value, borders, out, lse = saved
-    plan, ring, see = _start(borders, settings, group)
+    plan, ring, see = _start(query, borders, settings, group)
     kernel = flash if flash.fits(query, value, see) else tiled
     dtype, wide = query.dtype, lse.dtype
     outer = grad.transpose(0, 1), out.transpose(0, 1)

@@ -6,13 +6,11 @@ device, and the data plan is the same whatever process looks at it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tutti.config import Config
@@ -24,10 +22,11 @@ from tutti.core.log import setup_logging
 from tutti.data.encode import describe
 from tutti.data.loader import Data
 from tutti.model.anatomy import anatomy
-from tutti.model.plan import blocks, is_classifier, num_params
-from tutti.parallel.fsdp import reshards
+from tutti.model.plan import is_classifier, num_params, towers
+from tutti.parallel.fsdp import offloads, reshards
+from tutti.train.predict import Unpredictable, predict
 from tutti.train.setup import check_fits, open_data, tokenizer_and_model
-from tutti.train.stages import parameters_by_rank, stage_blocks
+from tutti.train.stages import stage_blocks
 
 SHOWN_SAMPLES = 4
 SHOWN_CHARACTERS = 1200
@@ -48,7 +47,7 @@ def check(config: Config, world: int = 1) -> None:
     _show_batch(out, first.micro_batches[0], tokenizer, model, data.sources)
     out.print(_data_table(data, first))
     out.print(_plan_table(config, layout, model))
-    out.print(_memory_table(config, layout, model))
+    _show_prediction(out, config, layout, model)
 
 
 def _samples(batch: Batch) -> Iterator[Sample]:
@@ -127,40 +126,42 @@ def _plan_table(config: Config, layout: Layout, model: PreTrainedModel) -> Table
     return table
 
 
-def _memory_table(config: Config, layout: Layout, model: PreTrainedModel) -> Table:
-    """Bytes of parameters, gradients and optimizer state on each rank: exact; activations depend on the data."""
-    train, sizes, table = config.train, num_params(model), _table("Memory per rank")
+def _show_prediction(out: Console, config: Config, layout: Layout, model: PreTrainedModel) -> None:
+    """What a step takes of a rank: memory, and traffic along each axis."""
+    sizes, memory = num_params(model), _table("Memory per rank")
     active = f" ({sizes.active:,} active)" if sizes.active != sizes.total else ""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     share = f", of which {trained:,} are trained" if trained != sizes.total else ""
+    memory.add_row("model", f"{type(model).__name__}, {sizes.total:,} parameters{active}{share}")
+    try:
+        with out.status("rehearsing a step"):
+            found = predict(config, model, layout.world)
+    except Unpredictable as error:
+        memory.add_row("", str(error))
+        out.print(memory)
+        return
     if layout.pipeline > 1:
-        table.title = f"Memory per rank, on the fullest of {layout.pipeline} pipeline ranks"
-    table.add_row("model", f"{type(model).__name__}, {sizes.total:,} parameters{active}{share}")
-    computed = getattr(torch, train.compute_dtype).itemsize
-    held = 4 if train.enable_mixed_precision else 2
-    here = max(
-        parameters_by_rank(model, layout, train.pipeline_stages_per_rank),
-        key=lambda parameters: sum(item.numel() for item in parameters),
-    )
-    present = {id(item) for item in here}
-    own = sum(item.numel() for item in here if item.requires_grad) / layout.shard
-    state = {"adamw": 2 * held, "anyprecision_adamw": 4 + (2 if held == 2 else 0)}[train.optimizer]
+        stage = found.rank * layout.pipeline // layout.world + 1
+        memory.title = f"Memory per rank, on the fullest of {layout.pipeline} pipeline ranks, number {stage}"
+    held = ", in host memory" if offloads(config.train) else ""
+    for name in ("parameters", "gradients", "optimizer"):
+        memory.add_row(name, _size(getattr(found, name)) + held)
+    memory.add_row("gathered", f"{_size(found.gathered)}, parameters while they are computed with")
+    memory.add_row("activations", f"{_size(found.activations)}, and buffers")
+    device = found.gathered + found.activations if held else found.peak
+    memory.add_row("together", f"{_size(device)} of the device, at the peak of a full step")
+    compares = config.data.data_type == "dpo" and config.train.dpo_reference == "on_the_fly"
+    left_out = ["images"] * bool(towers(model)) + ["the reference model"] * compares
+    if left_out:
+        memory.add_row("not counted", " and ".join(left_out))
+    out.print(memory)
+    if found.sent:
+        traffic = _table("Sent per rank and step")
+        for axis, sent in sorted(found.sent.items(), key=lambda item: -item[1].bytes):
+            traffic.add_row(axis, f"{_size(sent.bytes)} in {sent.messages:,} messages")
+        out.print(traffic)
 
-    def gathered(parameters: Iterable[nn.Parameter]) -> int:
-        return sum(item.numel() * (computed if item.is_floating_point() else 1) for item in parameters)
 
-    together = gathered(here)
-    if reshards(train) and layout.shard > 1:
-        each = [list(block.parameters()) for _, block in blocks(model)]
-        together -= gathered(item for block in each for item in block if id(item) in present)
-        together += 2 * max((gathered(block) for block in each), default=0)
-    rows = {
-        "parameters": sum(item.nbytes for item in here) / layout.shard,
-        "gradients": own * held,
-        "optimizer": own * state,
-        "gathered": together,
-    }
-    for name, size in rows.items():
-        table.add_row(name, f"{size / 2**30:.3f} GiB")
-    table.add_row("together", f"{sum(rows.values()) / 2**30:.3f} GiB, and the activations of a micro batch")
-    return table
+def _size(num_bytes: int) -> str:
+    """In GiB, or MiB where that would be nought."""
+    return f"{num_bytes / 2**30:9.3f} GiB" if num_bytes >= 2**27 else f"{num_bytes / 2**20:9.3f} MiB"

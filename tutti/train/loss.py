@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tutti.core.rehearsal import on_accelerator
 from tutti.model.plan import LogitTransform
 from tutti.parallel.sequence import process_group
 
@@ -277,7 +278,7 @@ def _shard_loss_and_gradient(
 
 def _parts(logits: Tensor) -> Iterator[slice]:
     """The rows whose elementwise part is done at a time."""
-    rows = len(logits) if logits.is_cuda else max(1, CACHED_ELEMENTS // logits.shape[1])
+    rows = len(logits) if on_accelerator(logits) else max(1, CACHED_ELEMENTS // logits.shape[1])
     return (slice(start, start + rows) for start in range(0, len(logits), max(1, rows)))
 
 

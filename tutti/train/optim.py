@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from tutti.config import Config, TrainConfig
+from tutti.core.rehearsal import on_accelerator
 
 BUCKET_ON_CPU, BUCKET_ON_DEVICE = 1 << 18, 1 << 24
 """Elements that are widened to fp32 at once: within a CPU's caches; on an accelerator, enough to hide the launches."""
@@ -195,7 +196,7 @@ def _parts(parameter: Tensor, grad: Tensor, state: dict[str, Tensor]) -> Iterato
 
 
 def _bucket_size(tensor: Tensor) -> int:
-    return BUCKET_ON_CPU if tensor.device.type == "cpu" else BUCKET_ON_DEVICE
+    return BUCKET_ON_DEVICE if on_accelerator(tensor) else BUCKET_ON_CPU
 
 
 def _buckets(parts: Iterable[_Part]) -> Iterator[list[_Part]]:

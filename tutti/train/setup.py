@@ -13,7 +13,6 @@ import logging
 import os
 import platform
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -159,27 +158,53 @@ def assemble(config: Config, ranks: Dist) -> Parts:
     mesh = build_mesh(layout, ranks, ddp=train.data_parallel_mode == "ddp", ep_outside=train.ep_outside)
     data = open_data(config, tokenizer, model, ranks, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
     log.info("%s", data.steps_reason)
-    by_sample = train.enable_batch_invariant_mode
-    objective = ranks.agree(lambda: Objective(model, tensor_ranks(mesh), make_preference(config), by_sample=by_sample))
+    objective = ranks.agree(lambda: make_objective(config, model, mesh))
     ranks.agree(lambda: decay_groups(model, train))
-    return _cut(Parts(layout, mesh, tokenizer, model, objective, data), train)
+    return Parts(layout, mesh, tokenizer, model, objective, data, *own_depth(objective, layout, mesh, train))
 
 
-def _cut(parts: Parts, train: TrainConfig) -> Parts:
-    """`parts` with this rank's part of the model's depth. A collective call."""
-    if parts.layout.pipeline == 1:
-        return parts
-    whole, plan = copy.deepcopy(parts.model), tensor_plan(parts.model, parts.layout)
-    pipeline = cut_model(parts.objective, parts.layout, parts.mesh, train.pipeline_stages_per_rank)
-    return replace(parts, pipeline=pipeline, whole=whole, plan=plan)
+def make_objective(config: Config, model: PreTrainedModel, mesh: Mesh) -> Objective:
+    """What is optimized with `model`. ValueError: the model is not made of a decoder and a head that are known."""
+    by_sample = config.train.enable_batch_invariant_mode
+    return Objective(model, tensor_ranks(mesh), make_preference(config), by_sample=by_sample)
+
+
+Depth = tuple[Pipeline | None, PreTrainedModel | None, TensorPlan | None]
+"""A rank's part of the depth of a model: `pipeline`, `whole` and `plan` of `Parts`."""
+
+
+def own_depth(objective: Objective, layout: Layout, mesh: Mesh, train: TrainConfig) -> Depth:
+    """Leave the objective's model with this rank's part of its depth. A collective call."""
+    plan = tensor_plan(objective.model, layout)
+    if layout.pipeline == 1:
+        return None, None, plan
+    whole = copy.deepcopy(objective.model)
+    return cut_model(objective, layout, mesh, train.pipeline_stages_per_rank), whole, plan
+
+
+def divide(
+    config: Config, objective: Objective, mesh: Mesh, whole: PreTrainedModel | None, plan: TensorPlan | None
+) -> None:
+    """Parallelize the objective's model in place; whole and plan as in `Parts`."""
+    model = objective.model
+    parallelize(
+        objective,
+        own_modules(model, blocks(whole or model)),
+        mesh,
+        config.train,
+        basic=own_modules(model, basic_modules(whole or model, config.model.basic_modules)),
+        experts=experts(model),
+        plan=plan,
+        towers=tower_blocks(model),
+    )
 
 
 def second_model(config: Config, parts: Parts, ranks: Dist) -> Parts:
     """The parts of a run with another model, made as `config` says and with its weights. A collective call."""
     _, model = ranks.agree(lambda: tokenizer_and_model(config, ranks.device))
-    by_sample = config.train.enable_batch_invariant_mode
-    objective = Objective(model, tensor_ranks(parts.mesh), parts.objective.preference, by_sample=by_sample)
-    second = _cut(replace(parts, model=model, objective=objective), config.train)
+    objective = make_objective(config, model, parts.mesh)
+    pipeline, whole, plan = own_depth(objective, parts.layout, parts.mesh, config.train)
+    second = replace(parts, model=model, objective=objective, pipeline=pipeline, whole=whole, plan=plan)
     load_parameters(config, second, ranks)
     return second
 
@@ -272,20 +297,9 @@ def load_parameters(config: Config, parts: Parts, ranks: Dist) -> None:
     A collective call.
     """
     model, train = parts.model, config.train
-    parallelize_model = partial(
-        parallelize,
-        parts.objective,
-        own_modules(model, blocks(parts.whole or model)),
-        parts.mesh,
-        train,
-        basic=own_modules(model, basic_modules(parts.whole or model, config.model.basic_modules)),
-        experts=experts(model),
-        plan=parts.plan if parts.whole else tensor_plan(model, parts.layout),
-        towers=tower_blocks(model),
-    )
     whole = train.init_device != "meta"
     if not whole:
-        parallelize_model()
+        divide(config, parts.objective, parts.mesh, parts.whole, parts.plan)
     device = torch.device("cpu") if train.init_device == "cpu" or offloads(train) else ranks.device
     if config.model.model_path is None:
         init_weights(model, train.seed, device)
@@ -306,7 +320,7 @@ def load_parameters(config: Config, parts: Parts, ranks: Dist) -> None:
         init_adapters(model, train.seed)
     if whole:
         nn.Module.to(model, ranks.device)
-        parallelize_model()
+        divide(config, parts.objective, parts.mesh, parts.whole, parts.plan)
     else:
         _move_buffers(model, ranks.device)
     parts.objective.train()

@@ -10,7 +10,6 @@ import logging
 from itertools import accumulate
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from tutti.config import TrainConfig
@@ -43,25 +42,6 @@ def stage_blocks(model: PreTrainedModel, found: Anatomy, num_stages: int) -> lis
     before = Cost(0.0, sum(cost.size for cost in first))
     after = Cost(sum(cost.work for cost in last), sum(cost.size for cost in last))
     return split_blocks(middle, before, after, num_stages)
-
-
-def parameters_by_rank(model: PreTrainedModel, layout: Layout, per_rank: int) -> list[list[nn.Parameter]]:
-    """What of `model`, which is whole, each rank of a pipeline has; all of it, where there is none."""
-    if layout.pipeline == 1:
-        return [list(model.parameters())]
-    found = anatomy(model)
-    inner = text_model(model)
-    units = list(inner.get_submodule(found.blocks).children())
-    borders = stage_blocks(model, found, layout.pipeline * per_rank)
-    ranks = []
-    for rank in range(layout.pipeline):
-        parts = [units[number] for blocks in borders[rank :: layout.pipeline] for number in blocks]
-        if rank == 0:
-            parts += [*towers(model), *(inner.get_submodule(name) for name in found.front)]
-        if rank == layout.pipeline - 1:
-            parts += [*(inner.get_submodule(name) for name in found.tail), head(model)]
-        ranks.append(list(dict.fromkeys(parameter for part in parts for parameter in part.parameters())))
-    return ranks
 
 
 def cut_model(objective: Objective, layout: Layout, mesh: Mesh, per_rank: int) -> Pipeline:

@@ -1,0 +1,68 @@
+"""A rehearsal: what is real and what is not, what is said of values, and whose memory is counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
+
+from tutti.core.rehearsal import has_values, in_host_memory, on_accelerator, rehearse
+
+MIB = 2**20
+
+
+def test_integers_are_real_and_what_is_made_of_shapes_is_not():
+    with rehearse():
+        borders = torch.tensor([0, 3, 5])
+        hidden = torch.empty(5, 4, dtype=torch.bfloat16)
+        loaded = torch.empty_like(torch.empty(7, dtype=torch.uint8, device="meta"), device="cpu")
+        picked = hidden.index_select(0, borders.diff())
+    assert borders.diff().tolist() == [3, 2]
+    assert not has_values(hidden) and on_accelerator(hidden) and hidden.device.type == "cpu"
+    assert not has_values(loaded) and loaded.shape == (7,)
+    assert not has_values(picked) and picked.shape == (2, 4)
+    assert has_values(torch.ones(1)) and not on_accelerator(torch.ones(1))
+
+
+def test_what_is_said_of_values():
+    with rehearse():
+        scores = torch.empty(6, 4, dtype=torch.float32)
+        chosen = scores.topk(3).indices
+        assert torch.bincount(chosen.flatten(), minlength=4).tolist() == [4, 5, 4, 5]
+        assert bool(scores.sum().isfinite()) and scores.sum().item() == 1
+        with pytest.raises(DynamicOutputShapeException):
+            scores.nonzero()
+
+
+def test_memory_is_of_storages_while_they_live():
+    with rehearse() as memory:
+        first = torch.zeros(MIB, dtype=torch.uint8, device="meta").new_empty(MIB, device="cpu")
+        second = first.view(2, -1)[1]
+        del first
+        assert memory.now == memory.peak == MIB, "a view keeps the whole storage"
+        third = second + 1
+        del second
+        assert (memory.now, memory.peak) == (MIB // 2, 3 * MIB // 2)
+        memory.restart()
+        host = in_host_memory(third.clone())
+        assert memory.now == MIB // 2, "the host's memory counts"
+        del host, third
+        assert memory.now == 0
+        assert memory.peak == MIB
+
+
+def test_memory_that_is_emptied_and_filled_is_told_apart():
+    with rehearse() as memory:
+        held = torch.empty(MIB, dtype=torch.bfloat16)
+        gathered = torch.empty(MIB, dtype=torch.float32)
+        storage = gathered.untyped_storage()
+        assert memory.at_peak([held, gathered]) == 6 * MIB
+        storage.resize_(0)
+        assert (memory.now, memory.gathered, memory.peak, memory.gathered_at_peak) == (2 * MIB, 0, 6 * MIB, 4 * MIB)
+        late = torch.empty(MIB, dtype=torch.float64)
+        storage.resize_(4 * MIB)
+        assert (memory.now, memory.gathered, memory.peak) == (14 * MIB, 4 * MIB, 14 * MIB)
+        del late
+        assert memory.now == 6 * MIB
+    storage.resize_(0)
+    assert memory.now == 6 * MIB, "nothing is counted when the rehearsal is over"

@@ -1,0 +1,205 @@
+"""A rehearsal: the program runs as it is on tensors that have shapes and no values, and their memory is counted.
+
+What a step on many ranks takes can be told by one of them, without its memory and in little time, if nothing is
+computed. torch has the two halves of that: fake tensors, and process groups that send nothing (the `fake` backend).
+What is in the way is that a program may ask what is in a tensor. Of integers it does so all the time (the borders of
+samples, the places of targets, the tokens of each expert), of floating-point numbers hardly ever. So here integers are
+real, and computed with as ever; what is created as floating-point is fake, and so is what is made from it, or from a
+tensor on the meta device. Two questions to tensors without values are left, and answered by convention:
+
+- how many there are of each (`bincount`: of the tokens that chose an expert) is an even share;
+- what a single number is, is one: the gradient is finite, and an optimizer's step is the first.
+
+Anything else that takes values raises torch's error for fake tensors. Of our own operators the bodies run, since there
+may be communication in them, except for those that only compute and say what shape results.
+
+Memory is that of all storages that fake tensors have, from their first tensor to their last. Fake tensors are a CPU's,
+since there need not be another device; code that chooses by the device asks `on_accelerator`, and is told it is one.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._library.custom_ops import _maybe_get_opdef
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_memory: ContextVar[Memory | None] = ContextVar("memory", default=None)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether `tensor` is more than a shape."""
+    return not isinstance(tensor, FakeTensor)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether `tensor` is of no special class, but for lacking values."""
+    return type(tensor) in (Tensor, FakeTensor)
+
+
+def on_accelerator(tensor: Tensor) -> bool:
+    """Whether what is done with `tensor` should suit an accelerator, and not a CPU and its caches."""
+    return tensor.device.type != "cpu" or not has_values(tensor)
+
+
+def in_host_memory(tensor: Tensor) -> Tensor:
+    """`tensor`, which was made in host memory and takes none of the device's: in a rehearsal both are a CPU."""
+    memory = _memory.get()
+    if memory is not None:
+        memory.leave_out(tensor)
+    return tensor
+
+
+@dataclass
+class _Storage:
+    """One storage that is alive. born: when, in operators. resized: whether it ever was, as gathered parameters are."""
+
+    alive: weakref.ref[torch.UntypedStorage]
+    size: int
+    born: int
+    resized: bool = False
+
+
+class Memory:
+    """Bytes of the storages of fake tensors. now: of those alive. peak: at most, since the start or `restart`.
+
+    gathered: what `now` has of storages that are emptied and filled again and again, as `fully_shard` does with
+    gathered parameters; gathered_at_peak: of `peak`.
+    """
+
+    def __init__(self) -> None:
+        self.now = self.gathered = 0
+        self._found: dict[int, _Storage] = {}
+        self._time = 0
+        self.restart()
+
+    def restart(self) -> None:
+        self.peak, self.gathered_at_peak, self._peak_time = self.now, self.gathered, self._time
+
+    def at_peak(self, tensors: Iterable[Tensor]) -> int:
+        """Bytes of those of `tensors`, still alive, whose memory there was when the peak was reached."""
+        return sum(
+            tensor.numel() * tensor.element_size()
+            for tensor in tensors
+            if self._found[tensor.untyped_storage()._cdata].born <= self._peak_time
+        )
+
+    def note(self, tensor: Tensor) -> None:
+        """Something gave `tensor`, of a storage that is known or not."""
+        self._time += 1
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._found:
+            self._found[key] = _Storage(weakref.ref(storage, partial(self._end, key)), 0, self._time)
+            self._resize(self._found[key], storage.nbytes())
+
+    def leave_out(self, tensor: Tensor) -> None:
+        found = self._found.get(tensor.untyped_storage()._cdata)
+        if found is not None:
+            self._resize(found, 0)
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        found = self._found.get(storage._cdata)
+        if found is not None:
+            if not found.resized:
+                found.resized = True
+                self.gathered += found.size
+                self.gathered_at_peak += found.size if found.born <= self._peak_time else 0
+            self._resize(found, storage.nbytes())
+
+    def _resize(self, found: _Storage, size: int) -> None:
+        more, found.size = size - found.size, size
+        self.now += more
+        if found.resized:
+            self.gathered += more
+        if self.now > self.peak:
+            self.restart()
+
+    def _end(self, key: int, _: Any) -> None:
+        self._resize(self._found.pop(key), 0)
+
+
+@contextmanager
+def rehearse(*, computes: Collection[str] = ()) -> Iterator[Memory]:
+    """Have what runs in the context, and in the backward passes it starts, be a rehearsal, and count its memory.
+
+    computes: names of operators of our own that only compute, and whose results' shapes are registered with them.
+    """
+    memory = Memory()
+    kind: Any = torch.UntypedStorage
+    resize_ = kind.resize_
+
+    def resize_and_note(storage: torch.UntypedStorage, size: int) -> Any:
+        out = resize_(storage, size)
+        memory.resized(storage)
+        return out
+
+    token = _memory.set(memory)
+    kind.resize_ = resize_and_note  # it is no operator, which a mode would see
+    try:
+        with _Rehearsal(memory, computes):
+            yield memory
+    finally:
+        kind.resize_ = resize_
+        _memory.reset(token)
+
+
+class _Rehearsal(TorchDispatchMode):
+    def __init__(self, memory: Memory, computes: Collection[str]) -> None:
+        super().__init__()
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._memory, self._computes = memory, computes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # what it does with its local parts comes by here again
+        kwargs = kwargs or {}
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+            return func(*args, **kwargs)  # DTensor works out the shape of a whole, which nobody holds
+        out = self._run(func, types, args, kwargs)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, FakeTensor) and leaf.device.type != "meta":
+                self._memory.note(leaf)
+        return out
+
+    def _run(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            return func(*args, **kwargs)
+        if func.namespace == "tutti" and func.name() not in self._computes:
+            own = _maybe_get_opdef(func)
+            assert own is not None, f"{func} is no custom operator"
+            with self:
+                return own._init_fn(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in tensors):
+            convention = _CONVENTIONS.get(func)
+            return self._fake.dispatch(func, types, args, kwargs) if convention is None else convention(*args, **kwargs)
+        dtype = kwargs.get("dtype")
+        if dtype is None or not dtype.is_floating_point:
+            return func(*args, **kwargs)
+        with self._fake:
+            return func(*args, **kwargs)
+
+
+def _even_counts(tensor: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Tensor:
+    total = tensor.numel()
+    borders = [total * number // minlength for number in range(minlength + 1)]
+    return torch.tensor(borders).diff()
+
+
+_CONVENTIONS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.bincount.default: _even_counts,
+    torch.ops.aten._local_scalar_dense.default: lambda tensor: 1,
+}
+"""What tensors without values say of their values."""
