@@ -66,7 +66,11 @@ def check_border(model: PreTrainedModel, layout: Layout, train: TrainConfig) -> 
             "one packed sample into the next; models that put images in the place of tokens can be trained"
         )
     problems = []
-    if layout.pipeline > 1 and "token_type_ids" in inspect.signature(decoder(model).forward).parameters:
+    masks = "token_type_ids" in inspect.signature(decoder(model).forward).parameters
+    language: Any = text_model(model)
+    if masks and "flash" in (language.config._attn_implementation or ""):
+        problems.append(f"model.attn_implementation: {name} has a mask that this package does not take; set sdpa")
+    if masks and layout.pipeline > 1:
         problems.append(
             f"train.pipeline_parallel_size: {name} attends to its tokens by a mask of its own, which only the first "
             "stage would know; set 1"
