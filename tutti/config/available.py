@@ -2,7 +2,7 @@
 
 A row is an argument (refused when away from its default) or `argument=value` (that one value is refused), and what it
 belongs to. Whoever brings the machinery deletes the row. So it is with pairs of arguments that do not work together
-yet. Other pairs never will, since what one of them promises the other takes away.
+yet. What never will, since one takes away what the other promises, `tutti.config.load` refuses.
 """
 
 from tutti.config import Config, away_from_default, get
@@ -19,15 +19,6 @@ NOT_YET: dict[str, str] = {
 NOT_TOGETHER: tuple[tuple[str, str], ...] = (("train.lora_base_dtype", "train.tensor_parallel_size"),)
 """Pairs of arguments (or `argument=value`) that work, but not both at once."""
 
-CONTRADICTIONS: tuple[tuple[str, str, str], ...] = (
-    (
-        "train.enable_batch_invariant_mode",
-        "train.enable_compile",
-        "which compiled kernel a sample runs through depends on the lengths of those before it",
-    ),
-)
-"""Pairs that cannot work both at once, and why."""
-
 
 def unavailable(config: Config) -> list[str]:
     """One problem for each argument of a resolved configuration that this version cannot act on."""
@@ -40,9 +31,6 @@ def unavailable(config: Config) -> list[str]:
     for first, second in NOT_TOGETHER:
         if _is_set(config, first) and _is_set(config, second):
             problems.append(f"{first}: not available yet together with {second}; leave one of them at its default")
-    for first, second, why in CONTRADICTIONS:
-        if _is_set(config, first) and _is_set(config, second):
-            problems.append(f"{first}: cannot go together with {second}, because {why}; leave one at its default")
     return problems
 
 

@@ -199,6 +199,11 @@ def _contradictions(config: Config) -> list[str]:
             "model.attn_implementation: eager attention sees the tokens of one rank alone, and with "
             "train.ulysses_parallel_size or train.context_parallel_size they are split over ranks; choose sdpa"
         )
+    if train.enable_batch_invariant_mode and train.enable_compile:
+        problems.append(
+            "train.enable_batch_invariant_mode: cannot go together with train.enable_compile, since which compiled "
+            "kernel a sample runs through depends on the lengths of those before it; set one of them to false"
+        )
     if train.async_enabled and train.enable_compile:
         problems.append(
             "train.async_enabled: an exchange that is under way cannot cross compiled code; leave it false, or set "
