@@ -154,9 +154,9 @@ def _tensor(total: _Volume, model: dict[str, Any], setting: Setting) -> None:
     regions = 1 if model.get("num_experts", 0) else 2
     total.add("tensor", size, hidden_states, batches * layers * regions * 2 * 2)
     total.add("tensor", size, hidden_states, batches * 4 / setting.pipeline)
-    targets = (setting.tokens - 1) / (setting.context * setting.ulysses) / setting.pipeline
-    total.add("tensor", size, REDUCE * targets, batches, twice=True)
-    total.add("tensor", size, REDUCE * 2 * targets, batches, twice=True)
+    targets, losses = (setting.tokens - 1) / (setting.context * setting.ulysses), batches / setting.pipeline
+    total.add("tensor", size, REDUCE * targets, losses, twice=True)
+    total.add("tensor", size, REDUCE * 2 * targets, losses, twice=True)
     sizes = _sizes(model)
     block = sizes.whole + (sizes.experts if setting.expert == 1 else 0)
     whole = layers * block + model["hidden_size"] / setting.pipeline

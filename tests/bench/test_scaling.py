@@ -18,6 +18,7 @@ CHOSEN = (
     BY_NAME["ulysses 2, async"],
     BY_NAME["replicate 2 x ulysses 2"],
     BY_NAME["zero-3, 2 x tensor 2"],
+    BY_NAME["tensor 2 x pipeline 2"],
     Layout("context 2 x pipeline 2", 4, {"context": 2, "pipeline": 2}),
     BY_NAME["MoE, zero-3, 4 x expert 2"],
     BY_NAME["MoE, zero-3, 2 x tensor 2 x expert 4"],
