@@ -30,12 +30,14 @@ class Kind(NamedTuple):
 
 KINDS = {
     "tied": Kind("qwen3", {}, {}),
-    "untied": Kind("llama", DEEP | {"vocab_size": 2051}, {}),
+    "untied": Kind("llama", {"vocab_size": 2051}, {}),
+    "deep": Kind("llama", DEEP, {}),
     "windows": Kind("gemma2", {}, {}),
     "positions": Kind("gpt2", {}, {}),
     "sinks": Kind("gpt_oss", {}, {}),
     "latent": Kind("deepseek_v3", {}, {}),
-    "experts": Kind("qwen3_moe", DEEP | ROUTER, {}),
+    "experts": Kind("qwen3_moe", ROUTER, {}),
+    "deep experts": Kind("qwen3_moe", DEEP | ROUTER, {}),
     "mixtral": Kind("mixtral", ROUTER, {}),
     "classes": Kind(
         "qwen3",
@@ -51,7 +53,7 @@ KINDS = {
     "adapters": Kind("qwen3", {}, {"architecture": "lora", "lora_rank": 4}),
     "sources": Kind("qwen3", {}, {"data.train_path": "sources"}),
     "bf16": Kind("qwen3", {}, {"compute_dtype": "bfloat16"}),
-    "bf16 experts": Kind("qwen3_moe", DEEP | ROUTER, {"compute_dtype": "bfloat16", "lr": 1e-3}),
+    "bf16 experts": Kind("qwen3_moe", ROUTER, {"compute_dtype": "bfloat16", "lr": 1e-3}),
 }
 
 
@@ -88,11 +90,10 @@ LAYOUTS = {
     "tensor": Layout("tied", 2, sizes(tensor=2)),
     "tensor, remat, activations offloaded": Layout("windows", 2, sizes(tensor=2) | REMAT | OFFLOAD),
     "pipeline": Layout("tied", 2, sizes(pipeline=2)),
-    "pipeline, windows, remat": Layout("windows", 2, sizes(pipeline=2) | REMAT),
     "pipeline, positions, plain remat": Layout("positions", 2, sizes(pipeline=2) | PLAIN_REMAT),
-    "pipeline, activations offloaded": Layout("untied", 2, sizes(pipeline=2) | OFFLOAD),
-    "interleaved, router loss": Layout("experts", 2, sizes(pipeline=2) | INTERLEAVED),
-    "zero bubble": Layout("untied", 2, sizes(pipeline=2) | ZERO_BUBBLE),
+    "pipeline, activations offloaded": Layout("deep", 2, sizes(pipeline=2) | OFFLOAD),
+    "interleaved, router loss": Layout("deep experts", 2, sizes(pipeline=2) | INTERLEAVED),
+    "zero bubble": Layout("deep", 2, sizes(pipeline=2) | ZERO_BUBBLE),
     "ulysses": Layout("sinks", 2, sizes(ulysses=2)),
     "ulysses, async, remat": Layout("windows", 2, sizes(ulysses=2) | ASYNC | REMAT),
     "context": Layout("windows", 2, sizes(context=2)),
@@ -107,7 +108,6 @@ LAYOUTS = {
     "adapters, tensor": Layout("adapters", 2, sizes(tensor=2)),
     "adapters, pipeline": Layout("adapters", 2, sizes(pipeline=2)),
     "bf16, tensor, remat": Layout("bf16", 2, sizes(tensor=2) | REMAT),
-    "bf16, zero3": Layout("bf16", 2, ZERO3),
     "hybrid": Layout("untied", 4, HYBRID | REMAT),
     "ddp x tensor": Layout("windows", 4, sizes(tensor=2)),
     "ddp x pipeline": Layout("tied", 4, sizes(pipeline=2)),
@@ -118,7 +118,7 @@ LAYOUTS = {
     "zero3 x ulysses": Layout("experts", 4, ZERO3 | sizes(ulysses=2)),
     "zero3 x context": Layout("sources", 4, ZERO3 | sizes(context=2) | PLAIN_REMAT),
     "pipeline x tensor": Layout("untied", 4, sizes(pipeline=2, tensor=2)),
-    "pipeline x ulysses": Layout("untied", 4, sizes(pipeline=2, ulysses=2) | INTERLEAVED),
+    "pipeline x ulysses": Layout("deep", 4, sizes(pipeline=2, ulysses=2) | INTERLEAVED),
     "pipeline x context, router loss": Layout("experts", 4, sizes(pipeline=2, context=2)),
     "tensor x ulysses, async": Layout("tied", 4, sizes(tensor=2, ulysses=2) | ASYNC),
     "tensor x context": Layout("windows", 4, sizes(tensor=2, context=2)),
@@ -126,7 +126,7 @@ LAYOUTS = {
     "tensor, more ranks than key/value heads": Layout("untied", 4, sizes(tensor=4)),
     "ulysses, more ranks than key/value heads": Layout("sources", 4, sizes(ulysses=4)),
     "context, four ranks, remat": Layout("sinks", 4, sizes(context=4) | PLAIN_REMAT),
-    "pipeline, four ranks": Layout("untied", 4, sizes(pipeline=4)),
+    "pipeline, four ranks": Layout("deep", 4, sizes(pipeline=4)),
     "expert x pipeline": Layout("experts", 4, ZERO3 | sizes(expert=2, pipeline=2)),
     "expert x tensor x ulysses": Layout("mixtral", 4, ZERO3 | sizes(expert=4, tensor=2, ulysses=2)),
     "expert, more tensor ranks": Layout("experts", 4, sizes(expert=2, tensor=4)),
@@ -139,9 +139,8 @@ LAYOUTS = {
     "tensor x pipeline x zero3": Layout("tied", 8, ZERO3 | sizes(tensor=2, pipeline=2)),
     "zero3 x ulysses x context": Layout("experts", 8, ZERO3 | sizes(ulysses=2, context=2) | ASYNC | REMAT),
     "zero3 x expert x ulysses": Layout("latent", 8, ZERO3 | sizes(expert=4, ulysses=2)),
-    "hybrid x expert, shards of four": Layout("experts", 8, HYBRID | sizes(shard=4, expert=2)),
     "hybrid x expert x tensor": Layout("sinks", 8, HYBRID | sizes(expert=4, tensor=2) | STRIDED),
-    "everything": Layout("experts", 8, ZERO3 | sizes(expert=4, tensor=2, pipeline=2) | ZERO_BUBBLE),
+    "everything": Layout("deep experts", 8, ZERO3 | sizes(expert=4, tensor=2, pipeline=2) | ZERO_BUBBLE),
 }
 
 

@@ -96,7 +96,9 @@ def test_a_layout_equals_one_process(trained, name):
     got, want = trained(name), trained((LAYOUTS[name].kind, "alone"))
     ours, theirs = records(got), records(want)
     assert [line["step"] for line in theirs] == list(range(1, NUM_STEPS + 1))
-    assert ("router_loss" in theirs[0]) == ("output_router_logits" in KINDS[LAYOUTS[name].kind].model)
+    kind = LAYOUTS[name].kind
+    assert ("router_loss" in theirs[0]) == ("output_router_logits" in KINDS[kind].model)
+    assert ("source_loss/short" in theirs[0]) == (kind == "sources")
     tolerance = TOLERANCES[get(want, "train.compute_dtype")]
     assert_same(ours, theirs, **tolerance)
     for line, other in zip(ours, theirs, strict=True):
