@@ -162,7 +162,7 @@ def main() -> None:
                 print("\n" + _in_turns(folder, steps, rounds), flush=True)
         if not options.only:
             print("\n" + _headline(folder, rounds), flush=True)
-    print(f"\n{steps} timed steps of each layout; {rounds} rounds of what is measured in turns")
+    print(f"\n{rounds} rounds of what is measured in turns; {steps} timed steps of each layout")
 
 
 def write_samples(folder: Path, model: dict[str, Any], length: int, count: int) -> None:

@@ -16,7 +16,8 @@ gathered, its reduced gradients back, and the optimizer runs on the host. Every 
 then, since those of the whole model would otherwise stay on the device.
 
 Neither generation is asked to gather units ahead of FSDP's own order (the next one in the backward pass; in the forward
-pass the host runs ahead): what more could be gained can only be measured on several accelerators.
+pass the host runs ahead). On CPUs there is nothing to gain, since gloo's copies take the cores that compute; what there
+is on several accelerators can only be measured there.
 
 Gradients are summed over ranks, not averaged: the loss is divided by the number of targets of the global batch.
 """
