@@ -24,6 +24,7 @@ from tutti.data.loader import Data
 from tutti.model.anatomy import anatomy
 from tutti.model.plan import is_classifier, num_params, towers
 from tutti.parallel.fsdp import offloads, reshards
+from tutti.parallel.mesh import AXES
 from tutti.train.predict import Unpredictable, predict
 from tutti.train.setup import check_fits, open_data, tokenizer_and_model
 from tutti.train.stages import stage_blocks
@@ -105,9 +106,9 @@ def _data_table(data: Data, first: GlobalBatch) -> Table:
 
 def _plan_table(config: Config, layout: Layout, model: PreTrainedModel) -> Table:
     train, table = config.train, _table("Layout")
-    table.add_row(
-        "ranks", f"{layout.world}: {layout.replicate} replicas x {layout.shard} shards ({train.data_parallel_mode})"
-    )
+    divided = " x ".join(f"{axis} {size}" for axis in AXES if (size := getattr(layout, axis)) > 1)
+    experts = f", experts over {layout.expert}" if layout.expert > 1 else ""
+    table.add_row("ranks", f"{layout.world}{': ' * bool(divided)}{divided}{experts} ({train.data_parallel_mode})")
     table.add_row(
         "global batch",
         f"{layout.global_batch_size} = {train.micro_batch_size} a micro batch x {layout.data} ranks x "
