@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from tutti.core.batch import Batch
+from tutti.core.rehearsal import has_values
 from tutti.parallel.fsdp import GradientSync
 from tutti.parallel.grads import gradient_norm, local
 from tutti.parallel.pipeline import Passed, Pipeline, Stage
@@ -242,7 +243,9 @@ class Wires:
         peer, group = self._way(onward, leaving=True)
         for tensor in _tensors(passed):
             held = tensor.detach().contiguous()
-            self._leaving.append((dist.isend(held, peer, group=group), held))
+            work = dist.isend(held, peer, group=group)
+            if has_values(held):  # what has none is not sent, and never arrives
+                self._leaving.append((work, held))
         while self._leaving and self._leaving[0][0].is_completed():
             self._leaving.popleft()
 

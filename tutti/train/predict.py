@@ -125,14 +125,14 @@ def predict_rank(
             if batches:
                 return sizes.prediction(rank, sent_by(batches))
             full, count = full_batch(config, model), layout.accumulation
-            short = _as_full_as(count, layout, train, mesh.rank("pipeline"))
-            sent = sent_by([full] * short)
-            held = sizes.prediction(rank, sent)
-            if short < count:
-                single = sent_by([full])
-                more = (count - short, short - 1)
-                sent = _combined(sent, single, lambda some, one: some + (some - one) * more[0] // more[1])
-            return replace(held, sent=sent)
+            few, many = _short_steps(count, layout, train, mesh.rank("pipeline"))
+            sent = sent_by([full] * many)
+            found = sizes.prediction(rank, sent)
+            if many == count:
+                return found
+            less = sent_by([full] * few)
+            left, apart = count - many, many - few
+            return replace(found, sent=_combined(sent, less, lambda more, some: more + (more - some) * left // apart))
 
 
 def _combined(
@@ -239,13 +239,24 @@ def _global_batch(batches: Sequence[Batch]) -> GlobalBatch:
     )
 
 
-def _as_full_as(count: int, layout: Layout, train: TrainConfig, rank: int) -> int:
-    """The fewest micro batches, two at least, that take as much memory on a pipeline's `rank` as `count` of them."""
+def _short_steps(count: int, layout: Layout, train: TrainConfig, rank: int) -> tuple[int, int]:
+    """Two numbers of micro batches that tell what a step of `count` takes of a pipeline's `rank`: the larger one as
+    much memory, and the difference between them how traffic grows. Both are `count` where that is no more.
+
+    Interleaved stages take micro batches in groups of as many as there are ranks, and so it grows by groups.
+    """
+    ranks, per_rank = layout.pipeline, train.pipeline_stages_per_rank if layout.pipeline > 1 else 1
 
     def most_alive(batches: int) -> int:
-        order = rank_schedule(rank, layout.pipeline, train.pipeline_stages_per_rank, batches, split=postpones(train))
+        order = rank_schedule(rank, ranks, per_rank, batches, split=postpones(train))
         alive = accumulate({"F": 1, "B": -1, "I": 0, "W": -1}[action.kind] for action in order)
         return max(alive)
 
     most = most_alive(count)
-    return next(number for number in range(min(count, 2), count + 1) if most_alive(number) == most)
+    many = next(number for number in range(min(count, 2), count + 1) if most_alive(number) == most)
+    many += ranks > 1  # one more is received before one is done with
+    few = 1
+    if per_rank > 1:
+        few = many + (count - many) % ranks
+        many = few + ranks
+    return (few, many) if many < count else (count, count)
