@@ -16,8 +16,8 @@ gathered, its reduced gradients back, and the optimizer runs on the host. Every 
 then, since those of the whole model would otherwise stay on the device.
 
 Neither generation is asked to gather units ahead of FSDP's own order (the next one in the backward pass; in the forward
-pass the host runs ahead). On CPUs there is nothing to gain, since gloo's copies take the cores that compute; what there
-is on several accelerators can only be measured there.
+pass the host runs ahead). On CPUs it saved no processor time, since gloo's copies take the cores that compute; what it
+would hide on several accelerators can only be measured there.
 
 Gradients are summed over ranks, not averaged: the loss is divided by the number of targets of the global batch.
 """
