@@ -97,7 +97,7 @@ SHOWN_BY = {
     "train.tensor_parallel_size": SHARED,
     "train.expert_parallel_size": EXPERTS_AND_REPLICAS,
     "train.ep_outside": EXPERTS_AND_REPLICAS,
-    "train.pipeline_parallel_size": "parallel/test_pipeline.py::test_stages_train_as_one_process_does",
+    "train.pipeline_parallel_size": "parallel/test_grid.py::test_a_layout_equals_one_process",
     "train.ulysses_parallel_size": SHARED,
     "train.async_enabled": SHARED,
     "train.context_parallel_size": SHARED,

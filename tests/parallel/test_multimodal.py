@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +17,9 @@ from tutti.core.batch import Batch, GlobalBatch
 from tutti.core.dist import init_dist
 from tutti.model.build import build_model
 from tutti.parallel.mesh import build_mesh
-from tutti.parallel.tensor import tensor_ranks
-from tutti.train.setup import Parts, load_parameters, tensor_plan
-from tutti.train.stages import cut_model, make_runner
+from tutti.train.setup import Parts, load_parameters, make_objective, own_depth
+from tutti.train.stages import make_runner
 from tutti.train.step import Totals, Trainer
-from tutti.train.task import Objective
 
 CPU = torch.device("cpu")
 NUM_STEPS = 3
@@ -55,12 +51,9 @@ def train(config: Any, family: str) -> Result:
     layout = fit(config, ranks.world)
     mesh = build_mesh(layout, ranks, ddp=config.train.data_parallel_mode == "ddp")
     model = build_model(config, device=CPU)
-    objective = Objective(model, tensor_ranks(mesh))
-    parts = Parts(layout, mesh, None, model, objective, None)  # type: ignore[arg-type]
-    if layout.pipeline > 1:
-        whole, plan = copy.deepcopy(model), tensor_plan(model, layout)
-        pipeline = cut_model(objective, layout, mesh, config.train.pipeline_stages_per_rank)
-        parts = replace(parts, whole=whole, plan=plan, pipeline=pipeline)
+    objective = make_objective(config, model, mesh)
+    pipeline, whole, plan = own_depth(objective, layout, mesh, config.train)
+    parts = Parts(layout, mesh, None, model, objective, None, pipeline, whole, plan)  # type: ignore[arg-type]
     load_parameters(config, parts, ranks)
     runner = make_runner(config.train, objective, mesh, parts.pipeline, CPU)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -184,7 +177,7 @@ def test_two_ranks_equal_one_process(tmp_path, one_process):
         (name, config_for(tmp_path, family, 2, TEXT.get(family, {}), **changes), family, one_process[family])
         for name, (family, changes) in TWO.items()
     ]
-    run_ranks(2, compare_all, cases)
+    run_ranks(2, compare_all, cases, timeout=600)
 
 
 def test_four_ranks_equal_one_process(tmp_path, one_process):
@@ -192,4 +185,4 @@ def test_four_ranks_equal_one_process(tmp_path, one_process):
         (name, config_for(tmp_path, family, 4, TEXT.get(family, {}), **changes), family, one_process[family])
         for name, (family, changes) in FOUR.items()
     ]
-    run_ranks(4, compare_all, cases)
+    run_ranks(4, compare_all, cases, timeout=600)
