@@ -16,11 +16,12 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from tests.harness import run_ranks
+from tests.model import gallery
 from tests.model.zoo import tiny
-from tests.train.runs import QUICKSTART, records, tiny_config
+from tests.train.runs import QUICKSTART, records, run, tiny_config
 from tutti.config import Config
 from tutti.config.load import from_dict
 
@@ -520,3 +521,20 @@ def test_replicas_and_expert_groups_are_of_the_ranks_asked_for(tmp_path):
     hybrid, outside, inside = run_ranks(4, watch_each, configs)[1]
     assert (hybrid["mesh"], hybrid["share"]) == ("replicate 2 x shard 2", pytest.approx(0.5, abs=0.01))
     assert (outside["mesh"], outside["experts"], inside["experts"]) == ("shard 4 x expert 2", [1, 3], [0, 1])
+
+
+def test_towers_stay_as_they_are_beside_texts(tmp_path):
+    """Neither weight decay nor a resume changes what a model sees images with, while its language model learns."""
+    gallery.tiny("qwen2_5_vl", vocab_size=2048).save_pretrained(tmp_path / "seeing")
+    model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(tmp_path / "seeing"))
+    model.float().save_pretrained(tmp_path / "seeing")
+    arguments = {"model.model_path": str(tmp_path / "seeing"), "train.weight_decay": 0.5, "train.save_steps": 2}
+    arguments |= {"train.save_hf_weights": True, "train.data_parallel_mode": "fsdp2"}
+    lines = run(tiny_config(tmp_path, world=2, **arguments), 2)
+    saved = str(tmp_path / "out" / "checkpoints" / "global_step_2")
+    again = run(tiny_config(tmp_path / "again", **arguments, **{"train.load_checkpoint_path": saved}))
+    assert [line["loss"] for line in again] == pytest.approx([line["loss"] for line in lines[2:]], rel=1e-5)
+    for folder in (tmp_path, tmp_path / "again"):
+        trained = AutoModelForImageTextToText.from_pretrained(folder / "out" / "hf" / "final", dtype=torch.float32)
+        for name, value in model.state_dict().items():
+            assert torch.equal(trained.state_dict()[name], value) == ("visual" in name), name

@@ -48,6 +48,7 @@ from tutti.model.plan import (
     num_params,
     text_model,
     tower_blocks,
+    towers,
 )
 from tutti.model.quantized import hold_quantized
 from tutti.model.weights import load_weights
@@ -244,12 +245,23 @@ def tokenizer_and_model(config: Config, device: torch.device) -> tuple[PreTraine
     model = build_model(config, tokenizer=tokenizer, device=device)
     if model.can_generate():
         _end_as_trained(model, tokenizer, config)
+    _leave_towers(model)
     lora = plan_adapters(config, model)
     if lora is not None:
         add_adapters(model, lora, getattr(torch, config.train.compute_dtype))
         if config.train.lora_base_dtype != "compute":
             hold_quantized([(module, each.weight) for module, each in adapters(model)], config.train.lora_base_dtype)
     return tokenizer, model
+
+
+def _leave_towers(model: PreTrainedModel) -> None:
+    """Freeze what encodes images: the data has none, and weight decay would wear away what is never used."""
+    left = [tower for tower in towers(model) if any(item.requires_grad for item in tower.parameters())]
+    for tower in left:
+        tower.requires_grad_(False)
+    if left:
+        names = ", ".join(type(tower).__name__ for tower in left)
+        log.info("%s: stays as it is, since the data has no images", names)
 
 
 def _end_as_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
