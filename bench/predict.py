@@ -106,6 +106,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join(MODELS))
     names = parser.parse_args().models or list(MODELS)
+    if unknown := set(names) - set(MODELS):
+        parser.error(f"{', '.join(sorted(unknown))}: there are {', '.join(MODELS)}")
     sizes = "parameters | gradients | optimizer | gathered | activations | together"
     print(f"| model | GPUs | layout | {sizes} | sent (messages) | seconds to predict |")
     print("| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |", flush=True)
