@@ -173,7 +173,7 @@ class _Screen:
         self._master = master
         self._unread = ""
 
-    def until(self, text: str, seconds: float = 180) -> None:
+    def until(self, text: str, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while text not in self._unread:
             assert select.select([self._master], [], [], max(0, deadline - time.monotonic()))[0], (
