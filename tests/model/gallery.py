@@ -15,22 +15,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from tests.model.zoo import BASE, VOCAB
 from tutti.core.batch import IGNORE, Batch, Sample, pack
 
-VOCAB, IMAGE, VIDEO = 256, 250, 251
-_TEXT: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.1,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+IMAGE, VIDEO = 250, 251
+_TEXT: dict[str, Any] = BASE | {"vocab_size": VOCAB, "initializer_range": 0.1}
 _VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,

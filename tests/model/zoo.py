@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 VOCAB = 256
-_BASE: dict[str, Any] = {
+BASE: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -22,14 +22,14 @@ _BASE: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_MOE: dict[str, Any] = {**_BASE, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_MOE: dict[str, Any] = {**BASE, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", _BASE),
+    "llama": ("llama", BASE),
     "llama3_rope": (
         "llama",
         {
-            **_BASE,
+            **BASE,
             "rope_parameters": {
                 "rope_type": "llama3",
                 "rope_theta": 10000.0,
@@ -40,14 +40,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
-    "smollm2": ("llama", {**_BASE, "tie_word_embeddings": True}),
-    "qwen2": ("qwen2", _BASE),
-    "qwen3": ("qwen3", {**_BASE, "head_dim": 16, "tie_word_embeddings": True}),
-    "mistral": ("mistral", {**_BASE, "sliding_window": 8}),
-    "gemma2": ("gemma2", {**_BASE, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
+    "smollm2": ("llama", {**BASE, "tie_word_embeddings": True}),
+    "qwen2": ("qwen2", BASE),
+    "qwen3": ("qwen3", {**BASE, "head_dim": 16, "tie_word_embeddings": True}),
+    "mistral": ("mistral", {**BASE, "sliding_window": 8}),
+    "gemma2": ("gemma2", {**BASE, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
     "gemma3": (
         "gemma3_text",
-        {**_BASE, "head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        {**BASE, "head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     ),
     "gpt2": (
         "gpt2",
@@ -63,20 +63,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "resid_pdrop": 0.0,
         },
     ),
-    "phi3": ("phi3", _BASE),
-    "granite": ("granite", {**_BASE, "logits_scaling": 8.0, "embedding_multiplier": 12.0}),
-    "cohere": ("cohere", {**_BASE, "logit_scale": 0.0625}),
-    "olmo2": ("olmo2", _BASE),
+    "phi3": ("phi3", BASE),
+    "granite": ("granite", {**BASE, "logits_scaling": 8.0, "embedding_multiplier": 12.0}),
+    "cohere": ("cohere", {**BASE, "logit_scale": 0.0625}),
+    "olmo2": ("olmo2", BASE),
     "gpt_neox": (
         "gpt_neox",
-        {key: value for key, value in _BASE.items() if key != "num_key_value_heads"},
+        {key: value for key, value in BASE.items() if key != "num_key_value_heads"},
     ),
-    "mixtral": ("mixtral", {**_BASE, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral": ("mixtral", {**BASE, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("qwen3_moe", {**_MOE, "head_dim": 16, "num_experts": 4, "decoder_sparse_step": 1}),
     "gpt_oss": (
         "gpt_oss",
         {
-            **_BASE,
+            **BASE,
             "head_dim": 16,
             "num_local_experts": 4,
             "num_experts_per_tok": 2,

@@ -61,6 +61,13 @@ def in_host_memory(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def body_of(operator: Any) -> Callable[..., Any]:
+    """The function that an operator of our own (torch.library.custom_op) was made of, which a mode may run and see."""
+    own = _maybe_get_opdef(operator)
+    assert own is not None, f"{operator} is no custom operator"
+    return own._init_fn
+
+
 @dataclass
 class _Storage:
     """One storage that is alive. born: when, in operators. resized: whether it ever was, as gathered parameters are."""
@@ -177,10 +184,8 @@ class _Rehearsal(TorchDispatchMode):
         if func.namespace in ("c10d", "_c10d_functional"):
             return func(*args, **kwargs)
         if func.namespace == "tutti" and func.name() not in self._computes:
-            own = _maybe_get_opdef(func)
-            assert own is not None, f"{func} is no custom operator"
             with self:
-                return own._init_fn(*args, **kwargs)
+                return body_of(func)(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in tensors):
             convention = _CONVENTIONS.get(func)

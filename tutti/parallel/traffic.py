@@ -25,12 +25,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._library.custom_ops import _maybe_get_opdef
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tutti.core.rehearsal import body_of
 from tutti.parallel.mesh import Mesh
 
 OTHER = "other"
@@ -148,10 +148,9 @@ class _Counter(TorchDispatchMode):
         name, namespace = func.name().partition(".")[0], func.namespace
         if func in _RESOLVE and not (args[0].is_conj() or args[0].is_neg()):
             return args[0]  # real borders of samples can so be read within a fake mode, which would hide them
-        own = _maybe_get_opdef(func) if namespace == "tutti" else None
-        if own is not None:
+        if namespace == "tutti":
             with self:
-                return own._init_fn(*args, **(kwargs or {}))
+                return body_of(func)(*args, **(kwargs or {}))
         if namespace in ("c10d", "_c10d_functional") and name not in _SILENT:
             assert name in _CALLS, f"what {name} sends is not known"
             self._count(_CALLS[name], args)

@@ -27,7 +27,7 @@ from tutti.parallel.fsdp import offloads, reshards
 from tutti.parallel.mesh import AXES
 from tutti.train.predict import Unpredictable, predict
 from tutti.train.setup import check_fits, open_data, tokenizer_and_model
-from tutti.train.stages import stage_blocks
+from tutti.train.stages import describe_stages, stage_blocks
 
 SHOWN_SAMPLES = 4
 SHOWN_CHARACTERS = 1200
@@ -116,10 +116,8 @@ def _plan_table(config: Config, layout: Layout, model: PreTrainedModel) -> Table
     )
     if layout.pipeline > 1:
         stages = stage_blocks(model, anatomy(model), layout.pipeline * train.pipeline_stages_per_rank)
-        described = ", ".join(f"{blocks[0]} to {blocks[-1]}" for blocks in stages)
-        table.add_row(
-            "stages", f"{len(stages)} on {layout.pipeline} ranks ({train.pipeline_schedule}): blocks {described}"
-        )
+        where = f"{len(stages)} on {layout.pipeline} ranks ({train.pipeline_schedule})"
+        table.add_row("stages", f"{where}: blocks {describe_stages(stages)}")
     kept = "freed after the forward pass" if reshards(train) and layout.shard > 1 else "kept until the backward pass"
     table.add_row("parameters", f"{'fp32' if train.enable_mixed_precision else 'bf16'}, computed with in "
                   f"{train.compute_dtype}, {kept}")  # fmt: skip

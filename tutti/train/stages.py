@@ -7,6 +7,7 @@ machinery from `tutti.parallel`. Here they meet, when a run is set up.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -44,6 +45,11 @@ def stage_blocks(model: PreTrainedModel, found: Anatomy, num_stages: int) -> lis
     return split_blocks(middle, before, after, num_stages)
 
 
+def describe_stages(borders: Sequence[range]) -> str:
+    """`0 to 4, 5 to 9`: the numbers of each stage's first and last block."""
+    return ", ".join(f"{blocks[0]} to {blocks[-1]}" for blocks in borders)
+
+
 def cut_model(objective: Objective, layout: Layout, mesh: Mesh, per_rank: int) -> Pipeline:
     """Leave the objective's model with this rank's stages, and say how they hang together. Collective."""
     model = objective.model
@@ -62,8 +68,7 @@ def cut_model(objective: Objective, layout: Layout, mesh: Mesh, per_rank: int) -
     tied = [p for p in output.parameters() if id(p) in shared and p.requires_grad]
     num_experts = max((module.num_experts for module in experts(model)), default=0)  # type: ignore[type-var]
     stages = cut(model, seams, borders, mesh.rank("pipeline"), layout.pipeline)
-    described = ", ".join(f"{blocks[0]} to {blocks[-1]}" for blocks in borders)
-    log.info("pipeline: %d stages on %d ranks, of blocks %s", len(borders), layout.pipeline, described)
+    log.info("pipeline: %d stages on %d ranks, of blocks %s", len(borders), layout.pipeline, describe_stages(borders))
     if layout.accumulation < layout.pipeline:
         log.warning(
             "%d micro batches a step do not fill a pipeline of %d ranks, which wait for each other: raise "

@@ -104,7 +104,6 @@ class Objective(nn.Module):
             return self._logits(states, batch)
         hidden = self._at_targets(states, batch)
         targets = batch.labels.index_select(0, batch.target_index)
-        layer = head(self.model)
         router_loss = None
         if self._router_loss is not None:
             # Not a sum over tokens: it takes the router's logits of a batch that ranks share as a whole.
@@ -112,20 +111,12 @@ class Objective(nn.Module):
         if batch.pairs is not None:
             return self._compare(hidden, targets, batch)._replace(router_loss=router_loss)
         pieces = self._pieces(batch)
-        loss, losses = linear_cross_entropy(
-            hidden,
-            layer.weight,
-            targets,
-            bias=layer.bias,
-            transform=self._transform,
-            shard=self._shard,
-            pieces=pieces,
-        )
+        loss, losses = self._by_head(linear_cross_entropy, hidden, targets, pieces)
         if self._shard is None and self._tensor is not None:
             loss, losses = loss * self._share, losses * self._share
         num_correct = None
         if self._classifies:
-            logits = self._transform(_project(hidden, layer, pieces))
+            logits = self._transform(_project(hidden, head(self.model), pieces))
             num_correct = (logits.argmax(-1) == targets).sum() * self._share
         return Output(loss, losses, router_loss, num_correct)
 
@@ -133,16 +124,7 @@ class Objective(nn.Module):
         """Of a batch of pairs, from the hidden states [N, H] at its targets. Every rank that shares the batch compares
         whole answers, and backward sees to its own tokens; so only what is counted is a share."""
         assert self.preference is not None, "pairs need a preference"
-        layer = head(self.model)
-        losses = target_losses(
-            hidden,
-            layer.weight,
-            targets,
-            bias=layer.bias,
-            transform=self._transform,
-            shard=self._shard,
-            pieces=self._pieces(batch),
-        )
+        losses = self._by_head(target_losses, hidden, targets, self._pieces(batch))
         log_probs = -answer_sums(losses, batch)
         compared, rewards = self.preference.compare(log_probs, batch)
         share = self._share / (batch.whole.ranks.size if batch.whole is not None else 1)
@@ -154,6 +136,19 @@ class Objective(nn.Module):
             num_correct=(rewards[:, 0] > rewards[:, 1]).sum() * share,
             rewards=rewards.sum(0) * share,
             log_probs=log_probs.detach(),
+        )
+
+    def _by_head(self, losses_of: Callable[..., Any], hidden: Tensor, targets: Tensor, pieces: list[int] | None) -> Any:
+        """What a function of `tutti.train.loss` makes of hidden states [N, H] and their targets [N] by the head."""
+        layer = head(self.model)
+        return losses_of(
+            hidden,
+            layer.weight,
+            targets,
+            bias=layer.bias,
+            transform=self._transform,
+            shard=self._shard,
+            pieces=pieces,
         )
 
     def _routed(self, states: Any, batch: Batch) -> tuple[Tensor, ...]:
