@@ -45,7 +45,7 @@ class Report:
     loss: float
 
 
-_PRELOAD = ["tutti.train.setup", "tutti.train.stages", "tutti.train.step", "tutti.parallel.traffic", "bench._ranks"]
+_PRELOAD = ["tutti.train.setup", "tutti.train.stages", "tutti.train.step", "tutti.check.comm_volume", "bench._ranks"]
 
 
 def run(job: Job) -> list[Report]:
@@ -98,14 +98,14 @@ def _run(job: Job, rank: int, folder: Path) -> Report:
     import torch
     import torch.distributed as dist
 
+    from tutti.check.comm_volume import count_traffic
     from tutti.config.layout import resolve_sizes
     from tutti.config.load import from_dict
-    from tutti.core.dist import init_dist, shutdown_dist
-    from tutti.parallel.traffic import count_traffic
+    from tutti.core.dist import init_world, shutdown_world
     from tutti.train.optim import build_optimizer, set_lr
     from tutti.train.setup import assemble, load_parameters, prepare_process
-    from tutti.train.stages import make_runner
-    from tutti.train.step import Totals, Trainer
+    from tutti.train.stages import make_executor
+    from tutti.train.step import Totals, TrainStep
 
     logging.disable(logging.WARNING)
     torch.set_num_threads(job.threads)
@@ -116,14 +116,14 @@ def _run(job: Job, rank: int, folder: Path) -> Report:
         group, _, leaf = name.partition(".")
         tree.setdefault(group, {})[leaf] = value
     config = resolve_sizes(from_dict(tree), job.world)
-    ranks = init_dist(prepare_process(config))
+    ranks = init_world(prepare_process(config))
     try:
         parts = assemble(config, ranks)
         load_parameters(config, parts, ranks)
-        runner = make_runner(config.train, parts.objective, parts.mesh, parts.pipeline, ranks.device)
+        executor = make_executor(config.train, parts.objective, parts.mesh, parts.pipeline, ranks.device)
         optimizer = build_optimizer(parts.model, config, whole=parts.whole is None)
         set_lr(optimizer, config.train.lr)
-        trainer = Trainer(parts.objective, optimizer, runner, parts.mesh, config.train.max_grad_norm)
+        trainer = TrainStep(parts.objective, optimizer, executor, parts.mesh, config.train.max_grad_norm)
         totals = Totals.zero(len(parts.data.sources), ranks.device)
         batches = iter(parts.data.train())
         for batch in islice(batches, job.warmup - 1):
@@ -142,4 +142,4 @@ def _run(job: Job, rank: int, folder: Path) -> Report:
         sent = {axis: (float(sent.bytes), float(sent.messages)) for axis, sent in traffic.sent.items()}
         return Report(seconds, tokens, sent, totals.reduce(ranks).loss)
     finally:
-        shutdown_dist()
+        shutdown_world()

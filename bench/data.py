@@ -128,15 +128,15 @@ def _tutti(path: str, threads: int) -> dict[str, Any]:
     import torch
 
     from tutti.config import Config, DataConfig
-    from tutti.core.dist import Dist
+    from tutti.core.dist import World
     from tutti.data.encode import make_encoder
-    from tutti.data.fetch import PackedSamples
     from tutti.data.index import build_index
     from tutti.data.pack import BestFit
+    from tutti.data.prefetch import PackedSamples
     from tutti.data.source import open_sources
 
     tokenizer = _tokenizer()
-    dist = Dist(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
+    dist = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
     config = Config(data=DataConfig(train_path=path))
     start = time.perf_counter()
     encoder = make_encoder(config, tokenizer, vocab_size=len(tokenizer))

@@ -18,9 +18,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from bench import workload
+from tutti.attention.kv_cache import register
 from tutti.core.device import keep_freed_memory
-from tutti.core.dist import Dist
-from tutti.infer.cache import register
+from tutti.core.dist import World
 from tutti.infer.generate import Generator, Request
 from tutti.infer.sampling import Sampler
 
@@ -96,7 +96,7 @@ def _transformers(model: PreTrainedModel, prompts: list[list[int]], limits: list
 
 def _tutti(model: PreTrainedModel, prompts: list[list[int]], limits: list[int]) -> list[list[int]]:
     model.set_attn_implementation(register())
-    one = Dist(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
+    one = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
     generator = Generator(model, _NeverStop(True, 1.0, 1.0, 0), frozenset({STOP}), one, batch_tokens=1 << 20)
     made: list[list[int]] = [[] for _ in prompts]
     requests = [Request(i, prompt, limit) for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))]

@@ -1,7 +1,7 @@
 """What training three published models takes on 8 to 4,096 GPUs: memory per rank, and bytes on the wire, predicted.
 
 `python -m bench.predict [MODEL ...]`, of qwen3-8b, qwen3-30b-a3b, qwen2.5-72b. Each row is a step of the training code
-itself, rehearsed by one process on tensors without values (`tutti.train.predict`); `tutti check` shows the same for any
+itself, rehearsed by one process on tensors without values (`tutti.check.dry_run`); `tutti check` shows the same for any
 configuration. Nothing is downloaded: the values of the models' configs are below, as they are published.
 """
 
@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
+from tutti.check.dry_run import predict
 from tutti.config import Config
 from tutti.config.layout import fit, resolve_sizes
 from tutti.config.load import from_dict
 from tutti.model.build import build_model
-from tutti.model.plan import num_params
-from tutti.train.predict import predict
+from tutti.model.structure import num_params
 
 TOKENS = 8_192
 """Of a micro batch."""

@@ -1,7 +1,7 @@
 """What a layout costs: tokens a second, and what travels in a step beside what theory says. `python -m bench.scaling`.
 
 1. Layouts. A small Qwen3 (and a Qwen3-MoE) trains on the same global batch of four samples of 1,024 tokens in every
-   layout, on ranks of one thread each. One step is counted (`tutti.parallel.traffic`): bytes and messages that a rank
+   layout, on ranks of one thread each. One step is counted (`tutti.check.comm_volume`): bytes and messages that a rank
    sends, by axis, averaged over the ranks. Beside them stand bytes and messages by formula (`bench.volume`), and the
    ratio of the bytes: above 1.00 something is sent that need not be.
 2. Ulysses with and without train.async_enabled, in turns.

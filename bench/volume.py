@@ -1,7 +1,7 @@
 """What theory says a rank has to send in one step, by axis of the mesh: closed formulas, made without looking at a run.
 
 A step is A micro batches on each data-parallel rank, each one sample of T tokens; ranks that share it have t of them.
-Bytes are those of the algorithms that send least (see `tutti.parallel.traffic`), averaged over the ranks, which differ
+Bytes are those of the algorithms that send least (see `tutti.check.comm_volume`), averaged over the ranks, which differ
 where keys travel in a ring and where a model is cut into stages. Compute is in bf16 (2 bytes), gradients are reduced in
 fp32 (4 bytes).
 

@@ -27,7 +27,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
     """`function(*args)` on `world` ranks in a gloo group; each rank's return value, in rank order.
 
     `function` is a module's own (picklable) function. It runs with RANK, WORLD_SIZE and LOCAL_RANK set and the group
-    initialised; `tutti.core.dist.init_dist` joins it. The first rank to fail fails the test with its traceback.
+    initialised; `tutti.core.dist.init_world` joins it. The first rank to fail fails the test with its traceback.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)

@@ -155,9 +155,9 @@ def test_train_gets_the_resolved_configuration(monkeypatch: pytest.MonkeyPatch) 
 
 def test_check_looks_at_the_ranks_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int | None, int]] = []
-    module = ModuleType("tutti.train.check")
+    module = ModuleType("tutti.check.run")
     module.check = lambda config, world: seen.append((config.train.global_batch_size, world))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "tutti.train.check", module)
+    monkeypatch.setitem(sys.modules, "tutti.check.run", module)
     assert main(["check", *NEEDED]) == 0
     assert main(["check", *NEEDED, "--nproc", "64"]) == 0
     assert seen == [(1, 1), (64, 64)]

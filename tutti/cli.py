@@ -242,7 +242,7 @@ def _check(command: _Command) -> int:
     world = command.nproc or _world()
     config = _configure(command, world)
 
-    from tutti.train.check import check
+    from tutti.check.run import check
 
     check(config, world)
     return 0
@@ -253,7 +253,7 @@ def _export(command: _Command) -> int:
     if len(paths) != 2:
         raise ConfigError([f"export: takes CHECKPOINT_OR_OUTPUT_DIR OUT_FOLDER, got {' '.join(paths) or 'neither'}"])
 
-    from tutti.train.export import export
+    from tutti.checkpoint.export import export
 
     export(*paths, merge_adapters="--merge" in command.argv)
     return 0
@@ -303,8 +303,8 @@ def _infer(command: _Command) -> int:
     if command.nproc is not None and command.nproc > 1:
         return _launch(command)
 
+    from tutti.checkpoint.export import load_trained
     from tutti.infer.run import Job, infer
-    from tutti.train.export import load_trained
 
     source, out = (options[name][0] if options[name] else None for name in ("--input", "--output"))
     infer(config, Job(tuple(options["--prompt"]), source, out), load_trained)
@@ -418,7 +418,7 @@ def _speaks() -> bool:
 
 def _report(error: Exception, *, debug: bool) -> None:
     """Say what went wrong: one line for each problem; with a traceback if asked for, or if the mistake is ours."""
-    if getattr(error, "told", False):  # by the rank that found it
+    if getattr(error, "reported", False):  # by the rank that found it
         return
     if isinstance(error, ConfigError):
         problems = error.problems

@@ -21,13 +21,13 @@ import torch
 from tests.harness import run_ranks
 from tutti.config import Config
 from tutti.core.batch import IGNORE, Sample
-from tutti.core.dist import Dist, init_dist
+from tutti.core.dist import World, init_world
 from tutti.data import index, loader
 from tutti.data.loader import build_data
 from tutti.data.source import BadRow
 
 L = 64
-ALONE = Dist(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 def encode(rows, source):
@@ -86,7 +86,7 @@ def configure(path, explicit=(), data=None, **train):
 
 
 def build(config, dp_rank=0, dp_size=1, dist=ALONE):
-    return build_data(config, None, dist=dist, dp_rank=dp_rank, dp_size=dp_size, vocab_size=10**6)
+    return build_data(config, None, world=dist, dp_rank=dp_rank, dp_size=dp_size, vocab_size=10**6)
 
 
 def samples_of(batch):
@@ -553,13 +553,13 @@ def test_weights_can_follow_a_schedule(tmp_path):
 
 def two_ranks(path, bad_path):
     use_fake_encoder(setattr)
-    dist = init_dist(torch.device("cpu"))
+    dist = init_world(torch.device("cpu"))
     config = configure(path, micro_batch_size=2, global_batch_size=8, dyn_bsz=True)
-    data = build(config, dist.rank, dist.world, dist)
+    data = build(config, dist.rank, dist.size, dist)
     errors = []
     for silent in (False, True):
         try:
-            build(configure(bad_path, data={"silent_exception": silent}), dist.rank, dist.world, dist)
+            build(configure(bad_path, data={"silent_exception": silent}), dist.rank, dist.size, dist)
         except ValueError as error:
             errors.append(str(error))
     return data.state_dict(), data.total_steps, record(data.train()), errors

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from tutti.config import Config, DataConfig
-from tutti.data import files
+from tutti.data import formats as files
 from tutti.data.source import BadRow, Row, open_sources
 
 VALUES = [{"text": f'row {i}, "quoted" é' + ("\nsecond line" if i % 3 == 0 else ""), "label": i} for i in range(40)]

@@ -13,8 +13,8 @@ from tests.model.zoo import tiny
 from tests.train.runs import QUICKSTART
 from tutti.config import Config
 from tutti.config.load import from_dict
-from tutti.core.dist import Dist
-from tutti.infer.speaker import Speaker, open_speaker
+from tutti.core.dist import World
+from tutti.infer.load import Speaker, open_speaker
 
 PROMPTS = (
     "Hello",
@@ -23,7 +23,7 @@ PROMPTS = (
     "Where?",
     "Tell me about dogs. " * 6,
 )
-ONE = Dist(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
+ONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 def write_model(folder: Path, family: str = "qwen3", dtype: torch.dtype = torch.float32, **overrides: Any) -> str:

@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.infer.models import ONE, PROMPTS, open_model, write_model
 from tests.model.zoo import FAMILIES
-from tutti.infer.cache import CACHED
-from tutti.infer.fallback import needs_generate
+from tutti.attention.kv_cache import CACHED
 from tutti.infer.generate import Generator, Request
+from tutti.infer.hf_generate import needs_generate
 from tutti.infer.prompts import prompt_ids
 from tutti.infer.sampling import Sampler
 

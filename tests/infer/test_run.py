@@ -122,7 +122,7 @@ def adapted(tmp_path_factory, model):
 
 
 def test_an_adapter_speaks_as_its_merged_model_does(adapted, model, say, tmp_path):
-    from tutti.train.export import export
+    from tutti.checkpoint.export import export
 
     export(str(adapted), str(tmp_path / "merged"), merge_adapters=True)
     merged = say(str(tmp_path / "merged"), do_sample=False)
@@ -197,7 +197,7 @@ def test_a_classifier_is_refused(capsys, tmp_path, model):
 def _infer_on_rank(path, source, output, settings):
     import logging
 
-    from tutti.train.export import load_trained
+    from tutti.checkpoint.export import load_trained
 
     logging.disable(logging.INFO)
     infer(infer_config(path, **settings), Job((), source, output), load_trained)

@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from tests.model.zoo import FAMILIES, tiny
+from tutti.attention.interface import PACKED
 from tutti.config import Config
 from tutti.config.load import from_dict
-from tutti.model.attention import PACKED
 from tutti.model.build import build_model, build_tokenizer, load_model_config
 from tutti.model.experts import EAGER, FUSED
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.model.zoo import EXPERTS, tiny
 from tutti.model.experts import EAGER, FUSED, ExpertLoad, fused_experts, resolve_experts
-from tutti.model.plan import experts, is_experts
+from tutti.model.structure import experts, is_experts
 
 
 def _run(name: str, implementation: str, dtype: torch.dtype = torch.float32, **overrides: int) -> dict[str, Tensor]:

@@ -10,8 +10,8 @@ from transformers import (
     AutoModelForCausalLM,
 )
 
+from tests.checkpoint.weighing import CPU, SHARDED, full, logits, nothing_on_meta, on_meta, sharded
 from tests.harness import run_ranks
-from tests.model.weighing import CPU, SHARDED, full, logits, nothing_on_meta, on_meta, sharded
 from tests.model.zoo import FAMILIES, tiny
 from tutti.model.initial import init_weights, materialize
 

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.model.zoo import EXPERTS, FAMILIES, VOCAB, tiny
-from tutti.core.dist import Dist
-from tutti.model.adapter import export_adapter, load_adapter, open_merged, read_lora
+from tutti.checkpoint.adapter import export_adapter, load_adapter, open_merged, read_lora
+from tutti.core.dist import World
 from tutti.model.experts import FUSED, resolve_experts
 from tutti.model.lora import (
     ADAPTER_MARK,
@@ -23,14 +23,14 @@ from tutti.model.lora import (
     adapters,
     adapters_off,
     add_adapters,
-    full_modules,
     init_adapters,
     lora_of,
     merge,
+    modules_to_save,
     require_gradients,
 )
 
-RANKS = Dist(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
+RANKS = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 IDS = torch.randint(0, VOCAB, (2, 11), generator=torch.Generator().manual_seed(1))
 
 
@@ -88,8 +88,8 @@ VARIANTS = {
     "biases-dora": ("qwen2", {"dora": True}),
     "transposed": ("gpt2", {}),
     "some-layers": ("qwen3", {"targets": ("q_proj", "layers.1.mlp.*")}),
-    "tied-embedding": ("qwen3", {"full_modules": ("embed_tokens",)}),
-    "head-and-norms": ("llama", {"full_modules": ("lm_head", "input_layernorm")}),
+    "tied-embedding": ("qwen3", {"modules_to_save": ("embed_tokens",)}),
+    "head-and-norms": ("llama", {"modules_to_save": ("lm_head", "input_layernorm")}),
     "experts": ("qwen3_moe", {}),
     "transposed-experts": ("gpt_oss", {}),
     "one-stack": ("qwen3_moe", {"targets": ("experts.down_proj", "v_proj")}),
@@ -101,11 +101,11 @@ def test_peft_reads_what_is_written_and_computes_the_same(tmp_path, family, sett
     peft = pytest.importorskip("peft")
     base = base_model(family)
     ours = adapted(base, **settings)
-    export_adapter(ours, tmp_path / "a", NoTokenizer(), dist=RANKS, base=None)
+    export_adapter(ours, tmp_path / "a", NoTokenizer(), world=RANKS, base=None)
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a", is_trainable=True).eval()
     assert (logits(ours) - logits(base)).abs().max() > 1e-3, "the adapter does nothing"
     assert_equal(logits(theirs), logits(ours), "logits")
-    if settings.get("full_modules") == ("embed_tokens",):
+    if settings.get("modules_to_save") == ("embed_tokens",):
         return  # peft unties the two, so that each gets a gradient of its own
     our_gradients = gradients(ours)
     model = copy.deepcopy(ours)
@@ -113,7 +113,7 @@ def test_peft_reads_what_is_written_and_computes_the_same(tmp_path, family, sett
         parameter.data = our_gradients.get(name, torch.zeros_like(parameter))
     # What is written of a model of gradients is the gradients, in peft's layout; but for magnitudes, to which norms are
     # added.
-    export_adapter(model, tmp_path / "g", NoTokenizer(), dist=RANKS, base=None)
+    export_adapter(model, tmp_path / "g", NoTokenizer(), world=RANKS, base=None)
     written = {
         key.removeprefix("base_model.model."): value for key, value in load_file(_weights(tmp_path / "g")).items()
     }
@@ -273,7 +273,7 @@ def test_adapters_can_be_off():
 
 def test_only_adapters_and_whole_modules_train_and_the_rest_is_held_small():
     model = base_model("qwen3_moe")
-    add_adapters(model, Lora(full_modules=("norm",)), torch.bfloat16)
+    add_adapters(model, Lora(modules_to_save=("norm",)), torch.bfloat16)
     for name, parameter in model.named_parameters():
         trained = ADAPTER_MARK in name or name == "model.norm.weight"
         assert parameter.requires_grad == trained, name
@@ -286,16 +286,16 @@ def test_only_adapters_and_whole_modules_train_and_the_rest_is_held_small():
 
 def test_tied_parameters_stay_one():
     model = base_model("qwen3")
-    add_adapters(model, Lora(full_modules=("lm_head",)), torch.bfloat16)
+    add_adapters(model, Lora(modules_to_save=("lm_head",)), torch.bfloat16)
     assert model.lm_head.weight is model.model.embed_tokens.weight and model.lm_head.weight.requires_grad
-    assert set(full_modules(model)) == {"model.embed_tokens", "lm_head"}
+    assert set(modules_to_save(model)) == {"model.embed_tokens", "lm_head"}
 
 
 def test_new_head_of_a_classifier_is_trained_and_travels(tmp_path):
     base = base_model("llama", AutoModelForSequenceClassification, num_labels=3)
     model = adapted(base)
     assert model.score.weight.requires_grad
-    export_adapter(model, tmp_path, NoTokenizer(), dist=RANKS, base=None)
+    export_adapter(model, tmp_path, NoTokenizer(), world=RANKS, base=None)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     assert settings["task_type"] == "SEQ_CLS" and settings["modules_to_save"] == ["score"]
     peft = pytest.importorskip("peft")
@@ -310,7 +310,7 @@ WRONG = {
     ),
     "embedding": ({"targets": ("embed_tokens",)}, r"lora_full_modules"),
     "no-such-module": (
-        {"full_modules": ("wte",)},
+        {"modules_to_save": ("wte",)},
         r"lora_full_modules: nothing is called wte; there are .*embed_tokens",
     ),
 }
@@ -345,7 +345,7 @@ def test_adapter_without_gradient_is_named():
 
 def _written(tmp_path, **settings):
     model = adapted(base_model(), **settings)
-    export_adapter(model, tmp_path, NoTokenizer(), dist=RANKS, base=None)
+    export_adapter(model, tmp_path, NoTokenizer(), world=RANKS, base=None)
     return tmp_path
 
 
@@ -390,7 +390,7 @@ def test_folder_is_enough_to_open_the_adapted_model(tmp_path, family):
     base = base_model(family)
     base.save_pretrained(tmp_path / "base")
     model = adapted(base, dora=True)
-    export_adapter(model, tmp_path / "adapter", NoTokenizer(), dist=RANKS, base=str(tmp_path / "base"))
+    export_adapter(model, tmp_path / "adapter", NoTokenizer(), world=RANKS, base=str(tmp_path / "base"))
     assert_equal(logits(open_merged(tmp_path / "adapter").eval()), logits(model), "logits")
 
 

@@ -11,20 +11,20 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
+from tests.checkpoint.weighing import CPU, ONE, held
 from tests.model.gallery import FAMILIES, Picture, pack_pictures, picture, tiny
-from tests.model.weighing import CPU, ONE, held
 from tests.train.runs import tiny_config
+from tutti.attention.interface import attention_by_part, resolve_attention
+from tutti.checkpoint.hf_load import load_weights
+from tutti.checkpoint.hf_save import export_hf
 from tutti.config import ConfigError
 from tutti.config.layout import fit
 from tutti.core.batch import IGNORE
-from tutti.model.attention import attention_by_part, resolve_attention
-from tutti.model.border import check_border, check_first, make_placing
 from tutti.model.build import build_model, build_tokenizer, language_factory
-from tutti.model.export import export_hf
 from tutti.model.initial import init_weights
-from tutti.model.plan import basic_modules, blocks, count_flops, text_model, tower_blocks, towers
-from tutti.model.weights import load_weights
-from tutti.train.task import Objective
+from tutti.model.multimodal import check_first, check_multimodal, make_placing
+from tutti.model.structure import basic_modules, blocks, count_flops, text_model, tower_blocks, towers
+from tutti.train.objective import Objective
 
 
 def build_pair(family: str, attention: str = "sdpa", **text: Any) -> tuple[Any, Any]:
@@ -141,13 +141,13 @@ def configured(tmp_path: Path, family: str, **changes: Any) -> Any:
 def test_a_checkpoint_is_loaded_drawn_and_exported(family: str, tmp_path: Path) -> None:
     config = configured(tmp_path, family)
     model = build_model(config, device=CPU)
-    load_weights(model, tmp_path / family, dist=ONE)
+    load_weights(model, tmp_path / family, world=ONE)
     theirs = AutoModelForMultimodalLM.from_pretrained(tmp_path / family)
     assert type(model) is type(theirs) and all(not tensor.is_meta for tensor in model.buffers())
     for mine, other in ((model.state_dict(), theirs.state_dict()), (buffers(model), buffers(theirs))):
         assert mine.keys() == other.keys()
         assert all(torch.equal(mine[name], other[name]) for name in mine)
-    export_hf(model, tmp_path / "out", build_tokenizer(config), dist=ONE)
+    export_hf(model, tmp_path / "out", build_tokenizer(config), world=ONE)
     assert held(tmp_path / "out") == held(tmp_path / family)
     drawn = build_model(config, device=CPU)
     init_weights(drawn, 0, CPU)
@@ -202,18 +202,18 @@ def test_a_model_of_text_alone_takes_no_images() -> None:
 def test_what_cannot_be_done_is_refused_by_name(tmp_path: Path) -> None:
     def check(**changes: Any) -> None:
         config = configured(tmp_path, "qwen3_vl", **changes)
-        check_border(build_model(config, device=CPU), fit(config, 1), config.train)
+        check_multimodal(build_model(config, device=CPU), fit(config, 1), config.train)
 
     check()
     with pytest.raises(ConfigError, match=r"train\.enable_batch_invariant_mode: Qwen3VLForConditionalGeneration"):
         check(**{"train.enable_batch_invariant_mode": True})
     staged = configured(tmp_path, "gemma3", world=2, **{"train.pipeline_parallel_size": 2})
     with pytest.raises(ConfigError, match=r"train\.pipeline_parallel_size: Gemma3For.* by a mask of its own"):
-        check_border(build_model(staged, device=CPU), fit(staged, 2), staged.train)
+        check_multimodal(build_model(staged, device=CPU), fit(staged, 2), staged.train)
     model = build_model(staged, device=CPU)
     model.config.text_config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(ConfigError, match=r"model\.attn_implementation: Gemma3For.* set sdpa"):
-        check_border(model, fit(staged, 2), staged.train)
+        check_multimodal(model, fit(staged, 2), staged.train)
     model = build_model(configured(tmp_path, "qwen3_vl"), device=CPU)
     check_first(model, 1)
     with pytest.raises(ValueError, match="to its first 1 blocks, of which the first stage has 0"):
@@ -224,4 +224,4 @@ def test_what_cannot_be_done_is_refused_by_name(tmp_path: Path) -> None:
     with torch.device("meta"):
         crossing = AutoModelForMultimodalLM.from_config(AutoConfig.for_model("mllama"))
     with pytest.raises(ValueError, match="the language model of MllamaForConditionalGeneration attends to images"):
-        check_border(crossing, fit(configured(tmp_path, "qwen3_vl"), 1), configured(tmp_path, "qwen3_vl").train)
+        check_multimodal(crossing, fit(configured(tmp_path, "qwen3_vl"), 1), configured(tmp_path, "qwen3_vl").train)

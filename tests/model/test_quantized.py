@@ -9,16 +9,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.model.zoo import VOCAB, tiny
-from tutti.core.dist import Dist
+from tutti.checkpoint.hf_load import load_weights
+from tutti.core.dist import World
 from tutti.model.experts import FUSED, resolve_experts
 from tutti.model.lora import Lora, adapters, add_adapters, init_adapters
-from tutti.model.plan import count_flops, num_params
 from tutti.model.quantized import Packing, hold_quantized, packings
-from tutti.model.weights import load_weights
+from tutti.model.structure import count_flops, num_params
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
-RANKS = Dist(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
+RANKS = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 IDS = torch.randint(0, VOCAB, (2, 11), generator=torch.Generator().manual_seed(1))
 KINDS = ("int8", "nf4")
 
@@ -70,7 +70,7 @@ def adapted(folder, kind=None, broadcast=False, **settings):
     add_adapters(model, Lora(rank=4, alpha=8.0, **settings), torch.float32)
     if kind is not None:
         hold_quantized([(module, each.weight) for module, each in adapters(model)], kind)
-    load_weights(model, folder, dist=RANKS, broadcast=broadcast)
+    load_weights(model, folder, world=RANKS, broadcast=broadcast)
     init_adapters(model, seed=3)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -142,4 +142,4 @@ def test_weights_of_another_width_are_refused(tmp_path):
     add_adapters(model, Lora(rank=4, targets=("down_proj",)), torch.float32)
     hold_quantized([(module, each.weight) for module, each in adapters(model)], "nf4")
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.down_proj\.weight \(32x100 in the checkpoint, 32x128"):
-        load_weights(model, tmp_path / "narrow", dist=RANKS, broadcast=False)
+        load_weights(model, tmp_path / "narrow", world=RANKS, broadcast=False)

@@ -56,7 +56,7 @@ def try_all(configs: list[Config], world: int) -> list[str | None]:
 def _train_each(configs: list[Config]) -> None:
     import tutti.train.run
 
-    tutti.train.run.shutdown_dist = lambda: None  # type: ignore[assignment]  # the next run is in the same group
+    tutti.train.run.shutdown_world = lambda: None  # type: ignore[assignment]  # the next run is in the same group
     for config in configs:
         train_quietly(config)
         _mark(config).touch()

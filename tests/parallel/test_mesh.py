@@ -5,7 +5,7 @@ import torch
 
 from tests.harness import run_ranks
 from tutti.config.layout import Layout
-from tutti.core.dist import Dist
+from tutti.core.dist import World
 from tutti.parallel.mesh import build_mesh
 
 ONES = {axis: 1 for axis in ("replicate", "shard", "tensor", "pipeline", "ulysses", "context", "expert")}
@@ -18,7 +18,7 @@ def describe(sizes, options):
     world = dist.get_world_size()
     data = sizes["replicate"] * sizes["shard"]
     layout = Layout(world=world, data=data, global_batch_size=data, accumulation=1, **sizes)
-    mesh = build_mesh(layout, Dist(dist.get_rank(), world, 0, torch.device("cpu")), **options)
+    mesh = build_mesh(layout, World(dist.get_rank(), world, 0, torch.device("cpu")), **options)
     return {
         "dp_rank": mesh.dp_rank,
         "dp_size": mesh.dp_size,

@@ -14,12 +14,12 @@ from tests.model.gallery import pack_pictures, picture, tiny
 from tests.train.runs import tiny_config
 from tutti.config.layout import fit
 from tutti.core.batch import Batch, GlobalBatch
-from tutti.core.dist import init_dist
+from tutti.core.dist import init_world
 from tutti.model.build import build_model
 from tutti.parallel.mesh import build_mesh
 from tutti.train.setup import Parts, load_parameters, make_objective, own_depth
-from tutti.train.stages import make_runner
-from tutti.train.step import Totals, Trainer
+from tutti.train.stages import make_executor
+from tutti.train.step import Totals, TrainStep
 
 CPU = torch.device("cpu")
 NUM_STEPS = 3
@@ -47,19 +47,19 @@ def micro_batches(family: str, step: int) -> list[Batch]:
 
 def train(config: Any, family: str) -> Result:
     """Three steps on all ranks of the group together, as `config` says."""
-    ranks = init_dist(CPU)
-    layout = fit(config, ranks.world)
+    ranks = init_world(CPU)
+    layout = fit(config, ranks.size)
     mesh = build_mesh(layout, ranks, ddp=config.train.data_parallel_mode == "ddp")
     model = build_model(config, device=CPU)
     objective = make_objective(config, model, mesh)
     pipeline, whole, plan = own_depth(objective, layout, mesh, config.train)
     parts = Parts(layout, mesh, None, model, objective, None, pipeline, whole, plan)  # type: ignore[arg-type]
     load_parameters(config, parts, ranks)
-    runner = make_runner(config.train, objective, mesh, parts.pipeline, CPU)
+    executor = make_executor(config.train, objective, mesh, parts.pipeline, CPU)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # The large epsilon keeps gradients that are nothing but rounding (of keys' biases) from counting.
     optimizer = torch.optim.AdamW(trained, lr=1e-2, eps=1e-3, weight_decay=0.1)
-    trainer = Trainer(objective, optimizer, runner, mesh, max_grad_norm=1.0)
+    trainer = TrainStep(objective, optimizer, executor, mesh, max_grad_norm=1.0)
     result = Result([], [], [], {})
     for step in range(NUM_STEPS):
         totals = Totals.zero(1, CPU)

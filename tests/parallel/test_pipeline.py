@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM
 from tests.harness import run_ranks
 from tests.model.zoo import FAMILIES, tiny
 from tests.train.runs import run, tiny_config, train_quietly
+from tutti.attention.interface import packed_kwargs, resolve_attention
 from tutti.config import ConfigError
 from tutti.core.batch import IGNORE, Sample, pack
-from tutti.model.anatomy import anatomy
-from tutti.model.attention import packed_kwargs, resolve_attention
-from tutti.model.plan import blocks, decoder, head
-from tutti.parallel.pipeline import Cost, Seams, cut, hand_on, split_blocks
-from tutti.parallel.schedule import rank_schedule
+from tutti.model.stage_trace import anatomy
+from tutti.model.structure import blocks, decoder, head
+from tutti.parallel.pipeline.schedule import rank_schedule
+from tutti.parallel.pipeline.stage import Cost, Seams, cut, hand_on, split_blocks
 
 
 def test_the_split_is_the_best_there_is():
@@ -212,17 +212,17 @@ def test_copies_of_tied_weights_stay_equal(tmp_path):
 
 def trained_embedding(config):
     """Train, and give this rank's part of the embedding."""
-    from tutti.train.step import Trainer
+    from tutti.train.step import TrainStep
 
     kept = {}
-    original = Trainer.step
+    original = TrainStep.step
 
     def step(self, batch, totals):
         original(self, batch, totals)
         largest = max(self._parameters, key=lambda parameter: parameter.numel())
         kept["embedding"] = largest.to_local().detach().tolist()
 
-    Trainer.step = step
+    TrainStep.step = step
     train_quietly(config)
     return kept["embedding"]
 
@@ -277,7 +277,7 @@ def test_a_family_that_is_no_chain_of_blocks_is_refused_by_name(frozen):
 
 
 def test_check_tells_where_the_cuts_are(tmp_path, capsys):
-    from tutti.train.check import check
+    from tutti.check.run import check
 
     def memory(world, **train):
         arguments = {f"train.{name}": value for name, value in train.items()}

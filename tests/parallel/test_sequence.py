@@ -52,7 +52,7 @@ def test_shares_are_the_batch(lengths, sizes):
         assert part.max_seqlen == part.cu_seqlens.diff().max()
         for begin, end in pairwise(part.cu_seqlens.tolist()):
             assert (part.position_ids[begin:end].diff() == 1).all(), "a piece is not of one sample"
-        whole = part.whole
+        whole = part.sequence
         assert whole is not None and whole.length == len(batch.input_ids)
         assert whole.cu_seqlens[-1] == len(part.input_ids) * sizes[0] * sizes[1]
 
@@ -78,28 +78,28 @@ def test_inputs_beside_the_tokens_stay_whole_with_the_tokens_that_they_belong_to
         assert torch.equal(part.extras["pixel_values"], pixels)
         assert part.extras["mm_token_type_ids"].tolist() == [[*kinds[0].tolist(), 0]]
         assert torch.equal(part.extras["position_ids"], torch.cat([rows, torch.zeros(4, 1, 1)], -1))
-        row = part.whole.row
+        row = part.sequence.row
         assert row.input_ids.tolist() == [*batch.input_ids.tolist(), 0]
         assert row.held.tolist() == list(range(4 * number, 4 * number + 4))
         assert torch.equal(row.input_ids[row.held], part.input_ids)
-    assert split_tokens(batch, all_ranks(1, 2)[0]).whole.row is None
+    assert split_tokens(batch, all_ranks(1, 2)[0]).sequence.row is None
 
 
 def gather_on_ranks(context, ulysses):
     import torch.distributed as dist
 
     from tutti.config.layout import Layout
-    from tutti.core.dist import Dist
+    from tutti.core.dist import World
     from tutti.parallel.mesh import build_mesh
     from tutti.parallel.sequence import sequence_ranks
 
     world = context * ulysses
     layout = Layout(world, 1, 1, 1, 1, 1, ulysses, context, 1, 1, 1)
-    ranks = sequence_ranks(build_mesh(layout, Dist(dist.get_rank(), world, 0, torch.device("cpu"))))
+    ranks = sequence_ranks(build_mesh(layout, World(dist.get_rank(), world, 0, torch.device("cpu"))))
     batch = make_batch([7, 1, 5])
     part = split_tokens(batch, ranks)
     own = part.input_ids.double().requires_grad_()
-    gathered = gather_tokens(own, part.whole)
+    gathered = gather_tokens(own, part.sequence)
     assert torch.equal(gathered, batch.input_ids.double())
     (gathered.square().sum() * (dist.get_rank() + 1)).backward()
     factor = world * (world + 1) / 2

@@ -20,21 +20,21 @@ from tests.harness import run_ranks
 from tests.model.zoo import tiny
 from tests.parallel.layouts import assert_same, family_config, train_all
 from tests.train.runs import QUICKSTART, tiny_config
+from tutti.attention.interface import resolve_attention
 from tutti.config.layout import fit
 from tutti.core.batch import IGNORE, Batch, Sample, pack
-from tutti.core.dist import init_dist
-from tutti.model.attention import resolve_attention
+from tutti.core.dist import init_world
 from tutti.model.experts import resolve_experts
 from tutti.model.initial import init_weights
-from tutti.model.plan import blocks, experts
+from tutti.model.structure import blocks, experts
 from tutti.parallel.apply import parallelize
 from tutti.parallel.fsdp import GradientSync
 from tutti.parallel.grads import gradient_norm
 from tutti.parallel.mesh import build_mesh
 from tutti.parallel.sequence import sequence_ranks, split_tokens
 from tutti.parallel.tensor import tensor_ranks
+from tutti.train.objective import Objective
 from tutti.train.setup import tensor_plan
-from tutti.train.task import Objective
 
 FAMILIES = (
     "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "granite", "cohere", "olmo2", "gpt_neox",
@@ -81,8 +81,8 @@ def run_split(
     model: Any, batches: list[Batch], config: Any
 ) -> tuple[dict[str, float], dict[str, torch.Tensor], float, Objective]:
     """The same by all ranks together as `config` says, the gradients gathered; and the gradient norm."""
-    ranks = init_dist(CPU)
-    layout = fit(config, ranks.world)
+    ranks = init_world(CPU)
+    layout = fit(config, ranks.size)
     mesh = build_mesh(layout, ranks, ddp=config.train.data_parallel_mode == "ddp")
     objective = Objective(model, tensor_ranks(mesh))
     units = [block for _, block in blocks(model)]

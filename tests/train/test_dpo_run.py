@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tests.harness import run_ranks
 from tests.train.runs import QUICKSTART, records, run, tiny_config
 from tests.train.test_run import STEP_KEYS, assert_same_training, train_until
-from tutti.train.reference import FILE
+from tutti.train.tasks.reference import FILE
 
 REWARDS = {"rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy"}
 

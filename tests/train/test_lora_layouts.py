@@ -15,8 +15,8 @@ from tests.parallel.layouts import assert_same, train_all
 from tests.train.adapted import export_quietly, lora_config, write_bases, written
 from tests.train.runs import records, run
 from tests.train.test_run import HYBRID, REMAT, ZERO2, train_until
-from tutti.model.adapter import open_merged
-from tutti.train.shards import read_index
+from tutti.checkpoint.adapter import open_merged
+from tutti.checkpoint.dcp import read_index
 
 VARIANTS = {
     "dense": ("dense", {"lora_dora": True, "lora_full_modules": ["embed_tokens", "norm"]}),

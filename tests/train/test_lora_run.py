@@ -12,9 +12,9 @@ from tests.harness import run_ranks
 from tests.train.adapted import export_quietly, lora_config, write_bases
 from tests.train.runs import records, run, tiny_config
 from tests.train.test_run import assert_same_training, train_until
-from tutti.model.adapter import open_merged
+from tutti.checkpoint.adapter import open_merged
+from tutti.checkpoint.dcp import read_index
 from tutti.model.lora import ADAPTER_MARK
-from tutti.train.shards import read_index
 
 
 @pytest.fixture(scope="module")
@@ -179,14 +179,14 @@ def hold(config):
     import gc
 
     from tests.train.runs import train_quietly
-    from tutti.train.step import Trainer
+    from tutti.train.step import TrainStep
 
     kept = {}
-    original = Trainer.step
+    original = TrainStep.step
 
     def step(self, batch, totals):
-        norm = self._runner.gradient_norm
-        named = dict(self._runner._root.named_parameters())
+        norm = self._executor.gradient_norm
+        named = dict(self._executor._root.named_parameters())
 
         def seen(parameters):
             kept["graded"] = {name for name, parameter in named.items() if parameter.grad is not None}
@@ -195,12 +195,12 @@ def hold(config):
             kept["wide"] = {tuple(item.shape) for item in plain if item.dtype == torch.float32}
             return norm(parameters)
 
-        self._runner.gradient_norm = seen
+        self._executor.gradient_norm = seen
         original(self, batch, totals)
         kept["stepped"] = {name for name, parameter in named.items() if self._optimizer.state.get(parameter)}
         kept["named"] = named
 
-    Trainer.step = step
+    TrainStep.step = step
     train_quietly(config)
     described = {
         name: (parameter.dtype, tuple(parameter.shape), tuple(parameter.to_local().shape))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from tutti.model.plan import LogitTransform
+from tutti.model.structure import LogitTransform
 from tutti.train import loss as module
 from tutti.train.loss import linear_cross_entropy, target_losses
 

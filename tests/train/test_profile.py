@@ -10,18 +10,18 @@ import pytest
 import torch
 
 from tutti.config import TrainConfig
-from tutti.core.dist import Dist
+from tutti.core.dist import World
 from tutti.train.profile import make_profiler
 
-MAIN = Dist(rank=0, world=2, local_rank=0, device=torch.device("cpu"))
-OTHER = Dist(rank=1, world=2, local_rank=1, device=torch.device("cpu"))
+MAIN = World(rank=0, size=2, local_rank=0, device=torch.device("cpu"))
+OTHER = World(rank=1, size=2, local_rank=1, device=torch.device("cpu"))
 
 
-def train(folder: Path, steps: int, dist: Dist = MAIN, start_step: int = 0, **options: Any) -> dict[str, list[dict]]:
+def train(folder: Path, steps: int, world: World = MAIN, start_step: int = 0, **options: Any) -> dict[str, list[dict]]:
     """The events of each trace file that a run of `steps` steps leaves."""
     config = TrainConfig(enable_profiling=True, profile_trace_dir=str(folder), **options)
     weight = torch.ones(3, 5)
-    with make_profiler(config, dist, start_step=start_step) as profiler:
+    with make_profiler(config, world, start_step=start_step) as profiler:
         for _ in range(steps):
             torch.ones(7, 3) @ weight
             profiler.step()

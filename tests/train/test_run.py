@@ -104,16 +104,16 @@ def train_until(config, step):
     import signal
 
     from tests.train.runs import train_quietly
-    from tutti.train.step import Trainer
+    from tutti.train.step import TrainStep
 
-    original = Trainer.step
+    original = TrainStep.step
 
     def step_and_signal(self, batch, totals):
         original(self, batch, totals)
         if batch.step == step and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    Trainer.step = step_and_signal
+    TrainStep.step = step_and_signal
     train_quietly(config)
 
 
@@ -182,21 +182,21 @@ def poisoned_step(config):
     from tutti.train import step as module
 
     seen = {}
-    original = module.Trainer.step
+    original = module.TrainStep.step
 
     def step(self, batch, totals):
         poison = batch.step == 2
-        norm = self._runner.gradient_norm
-        self._runner.gradient_norm = lambda parameters: norm(parameters) * (float("nan") if poison else 1.0)
+        norm = self._executor.gradient_norm
+        self._executor.gradient_norm = lambda parameters: norm(parameters) * (float("nan") if poison else 1.0)
         weight = self._parameters[0]
         before = weight.to_local().clone(), totals.skipped.item()
         original(self, batch, totals)
-        self._runner.gradient_norm = norm
+        self._executor.gradient_norm = norm
         if poison:
             seen["before"], seen["after"] = before[0].sum().item(), weight.to_local().sum().item()
             seen["skipped"] = totals.skipped.item() - before[1]
             assert torch.equal(before[0], weight.to_local())
 
-    module.Trainer.step = step
+    module.TrainStep.step = step
     train_quietly(config)
     return seen

@@ -5,10 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.model.zoo import tiny
+from tutti.attention.interface import resolve_attention
 from tutti.config import Config, ConfigError, TrainConfig
 from tutti.config.fits import ModelFacts, Piece
 from tutti.config.layout import fit
-from tutti.model.attention import resolve_attention
 from tutti.train.setup import check_fits, read_facts
 
 

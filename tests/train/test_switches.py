@@ -31,11 +31,11 @@ EVAL = str(QUICKSTART / "chat_eval.jsonl")
 def watch(config: Config) -> dict[str, Any]:
     """Train on this rank, and tell what it did that leaves no trace in the output folder: see `Watcher.seen`."""
     from tests.train.runs import train_quietly
-    from tutti.model.files import Checkpoint
+    from tutti.checkpoint.hf_files import Checkpoint
+    from tutti.checkpoint.manager import Checkpointer
     from tutti.parallel import apply
     from tutti.train import run, setup
     from tutti.train import step as step_module
-    from tutti.train.checkpoint import Checkpointer
 
     watcher = Watcher()
     watched: list[tuple[Any, str, Callable[..., None], Callable[..., None]]] = [
@@ -45,7 +45,7 @@ def watch(config: Config) -> dict[str, Any]:
         (setup, "load_weights", watcher.gets_values, ignore),
         (apply, "overlap_values", watcher.overlaps, ignore),
         (Checkpoint, "read", watcher.reads, ignore),
-        (step_module.Trainer, "step", watcher.steps, ignore),
+        (step_module.TrainStep, "step", watcher.steps, ignore),
         (torch.Tensor, "backward", watcher.notes_gathered, watcher.notes_gathered),
         (step_module, "_update", watcher.updates, ignore),
         (Checkpointer, "_write", watcher.writes, ignore),
@@ -54,7 +54,7 @@ def watch(config: Config) -> dict[str, Any]:
         for owner, name, before, after in watched:
             stack.enter_context(patch.object(owner, name, around(getattr(owner, name), before, after)))
         stack.enter_context(patch.object(torch, "compile", watcher.compiles))
-        stack.enter_context(patch.object(run, "shutdown_dist", ignore))
+        stack.enter_context(patch.object(run, "shutdown_world", ignore))
         train_quietly(config)
     return watcher.seen
 

@@ -74,7 +74,7 @@ class SequenceRanks(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class FullTokens:
     """All tokens of a batch that several ranks share, for a model that looks at them before they are divided: where
     images lie among them is the same for every rank.
 
@@ -85,12 +85,12 @@ class Row:
     position_ids: Tensor
     held: Tensor
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Row:
-        return Row(change(self.input_ids), change(self.position_ids), change(self.held))
+    def map(self, change: Callable[[Tensor], Tensor]) -> FullTokens:
+        return FullTokens(change(self.input_ids), change(self.position_ids), change(self.held))
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
+class GlobalSequence:
     """What attention, which looks beyond a rank's own tokens, needs to know of the batch that they are a part of.
 
     length: its tokens before it was padded to a multiple of the ranks. cu_seqlens: int32, the borders of its samples
@@ -104,11 +104,11 @@ class Whole:
     borders: Tensor
     max_seqlen: int
     ranks: SequenceRanks
-    row: Row | None = None
-    samples: tuple[Whole, ...] = ()
+    row: FullTokens | None = None
+    samples: tuple[GlobalSequence, ...] = ()
 
     @property
-    def parts(self) -> tuple[Whole, ...]:
+    def parts(self) -> tuple[GlobalSequence, ...]:
         """What was split, one after the other: its samples, or all of it at once."""
         return self.samples or (self,)
 
@@ -117,7 +117,7 @@ class Whole:
         """How many of its tokens, padding included, each rank holds."""
         return int(self.borders[-1]) // self.ranks.size
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Whole:
+    def map(self, change: Callable[[Tensor], Tensor]) -> GlobalSequence:
         row, samples = self.row and self.row.map(change), tuple(sample.map(change) for sample in self.samples)
         return replace(self, cu_seqlens=change(self.cu_seqlens), row=row, samples=samples)
 
@@ -153,8 +153,8 @@ class Batch:
     extras: what only some models take (pixel_values ...), by the name and in the shape of the model's forward argument.
     Those of ALONG_TOKENS have a value for each token, in the last dimension; where ranks share the batch, for each of
     all its tokens.
-    whole: where these are one rank's tokens of a batch that several ranks share, what that batch was. The samples are
-    then the pieces of samples that lie on this rank, and a piece's positions go on from where it was cut.
+    sequence: where these are one rank's tokens of a batch that several ranks share, what that batch was. The samples
+    are then the pieces of samples that lie on this rank, and a piece's positions go on from where it was cut.
     pairs: where the samples are pairs of answers; S then counts the answers.
     fillers: how many samples at the end, of one token of padding, only keep this rank in step with others.
     """
@@ -168,7 +168,7 @@ class Batch:
     sample_sources: Tensor
     num_tokens: int
     extras: Mapping[str, Tensor] = field(default_factory=dict)
-    whole: Whole | None = None
+    sequence: GlobalSequence | None = None
     pairs: Pairs | None = None
     fillers: int = 0
 
@@ -193,8 +193,8 @@ class Batch:
         values: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
         values = {name: change(value) if isinstance(value, Tensor) else value for name, value in values.items()}
         values["extras"] = {name: change(value) for name, value in self.extras.items()}
-        if self.whole is not None:
-            values["whole"] = self.whole.map(change)
+        if self.sequence is not None:
+            values["sequence"] = self.sequence.map(change)
         if self.pairs is not None:
             values["pairs"] = self.pairs.map(change)
         return Batch(**values)

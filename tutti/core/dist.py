@@ -1,6 +1,6 @@
 """This process among the others: ranks, the process group, and collectives over plain Python objects.
 
-`Dist` is made once and passed along; there is no global state of ours. Outside torchrun it is one process, which gets
+`World` is made once and passed along; there is no global state of ours. Outside torchrun it is one process, which gets
 a process group of one, so that the same code path (FSDP2, DTensor, distributed checkpoints) serves a laptop and a
 cluster.
 """
@@ -20,18 +20,19 @@ import torch.distributed as dist
 class OtherRankError(ValueError):
     """The user's mistake, found and told by another rank; this rank ends silently."""
 
-    told = True
+    reported = True
 
 
 @dataclass(frozen=True)
-class Dist:
-    """rank and world over all processes; local_rank within this machine; device: where this rank computes.
+class World:
+    """rank and size: this process' number among all, and how many there are; local_rank within this machine; device:
+    where this rank computes.
 
     group: the process group of the collectives, which holds every rank; None is the default group.
     """
 
     rank: int
-    world: int
+    size: int
     local_rank: int
     device: torch.device
     group: dist.ProcessGroup | None = None
@@ -42,15 +43,15 @@ class Dist:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value` (any picklable object), in rank order, on every rank."""
-        if self.world == 1:
+        if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.world
+        values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value` on every rank."""
-        if self.world == 1:
+        if self.size == 1:
             return value
         box = [value]
         device = self.device if self.device.type != "cpu" and self.group is None else None
@@ -58,16 +59,16 @@ class Dist:
         return box[0]
 
     def barrier(self) -> None:
-        if self.world > 1:
+        if self.size > 1:
             dist.barrier(group=self.group)
 
-    def on_own_group(self) -> Dist:
+    def on_own_group(self) -> World:
         """The same ranks with a gloo group of their own, whose collectives may run in another thread. Collective."""
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)
         return replace(self, group=group)
 
-    def agree(self, action: Callable[[], Any]) -> Any:
+    def run_on_all_ranks(self, action: Callable[[], Any]) -> Any:
         """Run `action` on every rank; if it raises on any, raise the first rank's error on all of them.
 
         This is what keeps bad input from hanging a run: no rank goes on to a collective that a failed rank never joins.
@@ -78,7 +79,7 @@ class Dist:
             result = action()
         except Exception as caught:
             error = caught
-        if self.world == 1:
+        if self.size == 1:
             if error is not None:
                 raise error
             return result
@@ -93,7 +94,7 @@ class Dist:
         return result
 
 
-def init_dist(device: torch.device, *, timeout_minutes: int = 30) -> Dist:
+def init_world(device: torch.device, *, timeout_minutes: int = 30) -> World:
     """Join the process group that torchrun's environment describes, or make one of a single process.
 
     On CUDA collectives over host tensors go through gloo beside NCCL.
@@ -110,10 +111,10 @@ def init_dist(device: torch.device, *, timeout_minutes: int = 30) -> Dist:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    return Dist(rank=rank, world=world, local_rank=local_rank, device=device)
+    return World(rank=rank, size=world, local_rank=local_rank, device=device)
 
 
-def shutdown_dist() -> None:
+def shutdown_world() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()

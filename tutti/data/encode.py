@@ -26,7 +26,7 @@ from tutti.core.batch import IGNORE, Sample
 from tutti.data.rows import RowError, class_of, conversation_of, text_of
 from tutti.data.source import BadRow, Row, text_columns
 from tutti.data.template import ChatTemplate, make_template
-from tutti.data.tokens import BatchTokenizer, Tokens
+from tutti.data.tokenize import BatchTokenizer, Tokens
 
 
 @dataclass

@@ -33,9 +33,9 @@ from typing import Any
 import numpy as np
 
 from tutti.core.batch import IGNORE, Sample
-from tutti.core.dist import Dist
+from tutti.core.dist import World
 from tutti.data.mix import Mix, Permuted, Weights
-from tutti.data.pack import Drawn
+from tutti.data.pack import SampleRef
 from tutti.data.worker import be_a_worker, quiet_fork
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class Index:
         return len(self.length)
 
 
-class Indexed:
+class MapSource:
     """The supply of samples that an index gives: items are the numbers of samples."""
 
     def __init__(self, index: Index, weights: Weights | None, names: Sequence[str], seed: int, shuffle: bool) -> None:
@@ -165,7 +165,7 @@ class Indexed:
     def name(self, item: int) -> int:
         return item
 
-    def find(self, names: Sequence[int]) -> list[Drawn]:
+    def find(self, names: Sequence[int]) -> list[SampleRef]:
         return [(int(self.index.length[name]), name) for name in names]
 
 
@@ -179,7 +179,7 @@ def _interleaved(source: np.ndarray) -> np.ndarray:
 
 
 def build_index(
-    sources: Sequence[Any], encoder: Any, dist: Dist, *, num_workers: int, silent: bool, argument: str
+    sources: Sequence[Any], encoder: Any, world: World, *, num_workers: int, silent: bool, argument: str
 ) -> Index:
     """Encode all rows of `sources` once, shared among the ranks; the same index on every rank.
 
@@ -193,11 +193,11 @@ def build_index(
     ]
     if not spans:
         raise ValueError(f"{argument} is empty: it has no rows")
-    mine = dist.agree(lambda: _encode_spans(sources, encoder, spans[dist.rank :: dist.world], num_workers))
-    if sum(dist.gather(sum(int(chunk.length.sum()) for chunk in mine))) > KEEP_TOKENS:
+    mine = world.run_on_all_ranks(lambda: _encode_spans(sources, encoder, spans[world.rank :: world.size], num_workers))
+    if sum(world.gather(sum(int(chunk.length.sum()) for chunk in mine))) > KEEP_TOKENS:
         mine = [replace(chunk, tokens=None) for chunk in mine]
-    shares = dist.gather(mine)
-    chunks = [shares[place % dist.world][place // dist.world] for place in range(len(spans))]
+    shares = world.gather(mine)
+    chunks = [shares[place % world.size][place // world.size] for place in range(len(spans))]
     bad = [row for chunk in chunks for row in chunk.bad]
     if bad and not silent:
         raise bad_row_error(bad[0], len(bad) - 1)

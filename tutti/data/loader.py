@@ -24,22 +24,22 @@ import numpy as np
 
 from tutti.config import Config
 from tutti.core.batch import Batch, GlobalBatch
-from tutti.core.dist import Dist
+from tutti.core.dist import World
 from tutti.data.encode import make_encoder
-from tutti.data.fetch import Fetch, PackedSamples, fetch_indexed, fetch_streamed, loader_options
-from tutti.data.index import Index, Indexed, build_index
+from tutti.data.index import Index, MapSource, build_index
 from tutti.data.mix import Weights
-from tutti.data.pairs import make_pair_encoder
-from tutti.data.plan import Planner, Recipe, StepPlan, Supply, describe_steps, make_recipe, one_pass
+from tutti.data.plan import BatchingPlan, Planner, SampleSource, StepPlan, describe_steps, make_batching_plan, one_pass
+from tutti.data.preference import make_pair_encoder
+from tutti.data.prefetch import Fetch, PackedSamples, fetch_indexed, fetch_streamed, loader_options
 from tutti.data.ready import ReadyMade
 from tutti.data.source import Source, open_sources
-from tutti.data.stream import BadRows, Feed, Streaming, data_changed
+from tutti.data.stream import BadRows, ChunkPrefetcher, StreamSource, data_changed
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class DataReport:
+class DataSummary:
     """What the training data is; of streamed data, what has been read so far.
 
     rows, samples, tokens, trained_tokens: of one pass. dropped: rows left out, by reason. packing_efficiency: tokens
@@ -55,7 +55,7 @@ class DataReport:
 
 
 @dataclass(frozen=True)
-class Part:
+class DataSplit:
     """Data for training or evaluation: the plan, how its micro batches are fetched, its report, and how to end it.
 
     report: from the samples, tokens, trained tokens and slots given out so far. digest, scan: of indexed data, what
@@ -64,14 +64,14 @@ class Part:
 
     planner: Planner
     fetch: Fetch
-    report: Callable[[np.ndarray], DataReport]
+    report: Callable[[np.ndarray], DataSummary]
     close: Callable[[], None] = lambda: None
     digest: str | None = None
     scan: Callable[[], Planner] | None = None
 
 
 @dataclass(frozen=True)
-class Share:
+class DataRank:
     """Which micro batches are this rank's, what the sources are called, and whether a sample is a pair of answers."""
 
     dp_rank: int
@@ -80,7 +80,7 @@ class Share:
     pairs: bool = False
 
 
-def global_batches(planner: Planner, fetch: Fetch, share: Share) -> Iterator[tuple[StepPlan, GlobalBatch]]:
+def global_batches(planner: Planner, fetch: Fetch, share: DataRank) -> Iterator[tuple[StepPlan, GlobalBatch]]:
     """Follow `planner` from its position on; `fetch` may run ahead, the plans wait for its batches."""
     planned: deque[StepPlan] = deque()
     micro_batches = planner.recipe.micro_batches
@@ -97,7 +97,7 @@ def global_batches(planner: Planner, fetch: Fetch, share: Share) -> Iterator[tup
         yield plan, _with_totals(plan, batch, planner.supply, share)
 
 
-def _with_totals(plan: StepPlan, batch: tuple[Batch, ...], supply: Supply, share: Share) -> GlobalBatch:
+def _with_totals(plan: StepPlan, batch: tuple[Batch, ...], supply: SampleSource, share: DataRank) -> GlobalBatch:
     drawn = [one for micro_batch in plan.micro_batches for one in micro_batch]
     tokens, sources = supply.facts([item for _, item in drawn])
     targets = np.ones_like(tokens) if share.pairs else tokens
@@ -133,7 +133,9 @@ class Data:
     that train() gave: plain data, the same on every rank.
     """
 
-    def __init__(self, train: Part, evaluation: Part | None, share: Share, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, train: DataSplit, evaluation: DataSplit | None, share: DataRank, settings: dict[str, Any]
+    ) -> None:
         self.sources = share.sources
         self.digest = train.digest and f"{train.digest} {evaluation.digest if evaluation else None}"
         self._train, self._evaluation, self._share, self._settings = train, evaluation, share, settings
@@ -155,7 +157,7 @@ class Data:
         return describe_steps(self._train.planner)
 
     @property
-    def report(self) -> DataReport:
+    def report(self) -> DataSummary:
         return self._train.report(self._given)
 
     def train(self) -> Iterator[GlobalBatch]:
@@ -211,7 +213,7 @@ def build_data(
     config: Config,
     tokenizer: Any,
     *,
-    dist: Dist,
+    world: World,
     dp_rank: int,
     dp_size: int,
     vocab_size: int,
@@ -225,7 +227,7 @@ def build_data(
     ValueError, on all ranks: data that is missing, empty or bad, or too little for one global batch.
     """
     pairs = config.data.data_type == "dpo"
-    encoder, sources, held_out = dist.agree(
+    encoder, sources, held_out = world.run_on_all_ranks(
         lambda: (
             make_pair_encoder(config, tokenizer, vocab_size=vocab_size)
             if pairs
@@ -244,7 +246,7 @@ def build_data(
             "(data.datasets_type) is read as it is trained on: set on_the_fly"
         )
     explicit = "data.train_size" if config.train.dyn_bsz else "data.train_sample"
-    recipe = make_recipe(config, dp_size=dp_size, by_formula=streams or explicit in config.explicit)
+    recipe = make_batching_plan(config, dp_size=dp_size, by_formula=streams or explicit in config.explicit)
     names = [source.name for source in sources]
     settings: dict[str, Any] = {
         "train.seed": config.train.seed,
@@ -257,18 +259,18 @@ def build_data(
     if streams:
         part = _streamed_part(config, sources, encoder, recipe, pad_id)
     else:
-        index = _index(config, sources, encoder, dist, "data.train_path")
+        index = _index(config, sources, encoder, world, "data.train_path")
         settings["digest"] = index.digest
-        supply = Indexed(index, _weights(sources), names, config.train.seed, config.data.shuffle)
+        supply = MapSource(index, _weights(sources), names, config.train.seed, config.data.shuffle)
         part = _indexed_part(config, PackedSamples(index, sources, encoder, recipe.pad_to, pad_id), supply, recipe)
     evaluation = None
     if held_out is not None:
         held_out = [source if source.mapping else Loaded(source) for source in held_out]
-        index = _index(config, held_out, encoder, dist, "data.eval_path")
-        supply = Indexed(index, None, [source.name for source in held_out], config.train.seed, shuffle=False)
+        index = _index(config, held_out, encoder, world, "data.eval_path")
+        supply = MapSource(index, None, [source.name for source in held_out], config.train.seed, shuffle=False)
         samples = PackedSamples(index, held_out, encoder, recipe.pad_to, pad_id)
         evaluation = _indexed_part(config, samples, supply, one_pass(recipe))
-    share = Share(dp_rank, dp_size, tuple(names), pairs)
+    share = DataRank(dp_rank, dp_size, tuple(names), pairs)
     return Data(part, evaluation, share, settings)
 
 
@@ -298,10 +300,10 @@ def _weights(sources: Sequence[Source]) -> Weights | None:
     return lambda step: [source.weight_at(step) for source in sources]
 
 
-def _index(config: Config, sources: Sequence[Any], encoder: Any, dist: Dist, argument: str) -> Index:
+def _index(config: Config, sources: Sequence[Any], encoder: Any, world: World, argument: str) -> Index:
     data = config.data
     index = build_index(
-        sources, encoder, dist, num_workers=data.num_workers, silent=data.silent_exception, argument=argument
+        sources, encoder, world, num_workers=data.num_workers, silent=data.silent_exception, argument=argument
     )
     log.info(
         "%s: %s rows, %s samples, %s tokens, %s of them trained%s",
@@ -314,15 +316,15 @@ def _index(config: Config, sources: Sequence[Any], encoder: Any, dist: Dist, arg
     return index
 
 
-def _indexed_part(config: Config, samples: PackedSamples, supply: Indexed, recipe: Recipe) -> Part:
+def _indexed_part(config: Config, samples: PackedSamples, supply: MapSource, recipe: BatchingPlan) -> DataSplit:
     index = samples.index
     planner = Planner(supply, recipe)
     # Samples in memory are packed faster here than workers could send them.
     num_workers = config.data.num_workers if index.tokens is None else 0
 
-    def report(given: np.ndarray) -> DataReport:
+    def report(given: np.ndarray) -> DataSummary:
         counted = planner.counted
-        return DataReport(
+        return DataSummary(
             rows=index.rows,
             samples=len(index),
             tokens=int(index.length.sum()),
@@ -332,23 +334,25 @@ def _indexed_part(config: Config, samples: PackedSamples, supply: Indexed, recip
         )
 
     def scan() -> Planner:
-        return Planner(Indexed(index, None, supply.names, supply.seed, shuffle=False), one_pass(recipe))
+        return Planner(MapSource(index, None, supply.names, supply.seed, shuffle=False), one_pass(recipe))
 
     fetch = fetch_indexed(samples, loader_options(config, num_workers))
-    return Part(planner, fetch, report, digest=index.digest, scan=scan)
+    return DataSplit(planner, fetch, report, digest=index.digest, scan=scan)
 
 
-def _streamed_part(config: Config, sources: Sequence[Source], encoder: Any, recipe: Recipe, pad_id: int) -> Part:
+def _streamed_part(
+    config: Config, sources: Sequence[Source], encoder: Any, recipe: BatchingPlan, pad_id: int
+) -> DataSplit:
     bad = BadRows(config.data.silent_exception)
-    feed = Feed(sources, encoder, loader_options(config, config.data.num_workers) | {"pin_memory": False})
+    feed = ChunkPrefetcher(sources, encoder, loader_options(config, config.data.num_workers) | {"pin_memory": False})
     capacity = config.data.shuffle_buffer_size if config.data.shuffle else 1
-    supply = Streaming(feed, _weights(sources), seed=config.train.seed, capacity=capacity, bad=bad)
+    supply = StreamSource(feed, _weights(sources), seed=config.train.seed, capacity=capacity, bad=bad)
 
-    def report(given: np.ndarray) -> DataReport:
+    def report(given: np.ndarray) -> DataSummary:
         samples, tokens, targets, _ = given.tolist()
-        return DataReport(bad.rows, samples, tokens, targets, bad.counts(), _efficiency(given))
+        return DataSummary(bad.rows, samples, tokens, targets, bad.counts(), _efficiency(given))
 
-    return Part(Planner(supply, recipe), fetch_streamed(config, recipe.pad_to, pad_id), report, feed.close)
+    return DataSplit(Planner(supply, recipe), fetch_streamed(config, recipe.pad_to, pad_id), report, feed.close)
 
 
 def _efficiency(given: np.ndarray) -> float | None:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tutti.data.pack import Draw, Drawn
+from tutti.data.pack import Draw, SampleRef
 
 Weights = Callable[[int], Sequence[float]]
 """The sources' weights at an optimizer step, from 0."""
@@ -41,7 +41,7 @@ def permutation(count: int, *key: int) -> np.ndarray:
 class Stream(Protocol):
     """The samples of one source, pass after pass."""
 
-    def draw(self) -> Drawn | None:
+    def draw(self) -> SampleRef | None:
         """The next sample of this pass; None at its end."""
 
     def restart(self) -> None:
@@ -61,10 +61,10 @@ class Permuted:
 
     def _begin(self, number: int, at: int) -> None:
         self._pass, self._start, self._next = number, at, 0
-        self._block: list[Drawn] = []
+        self._block: list[SampleRef] = []
         self._order: np.ndarray | None = None
 
-    def draw(self) -> Drawn | None:
+    def draw(self) -> SampleRef | None:
         if self._next == len(self._block) and not self._fill():
             return None
         drawn = self._block[self._next]
@@ -117,7 +117,7 @@ class Mix:
         self._shares = [weight / sum(weights) for weight in weights]
         return self._draw_weighted
 
-    def _draw_weighted(self) -> Drawn | None:
+    def _draw_weighted(self) -> SampleRef | None:
         if self._draws == self.size:
             return None
         self._draws += 1
@@ -127,7 +127,7 @@ class Mix:
             drawn = stream.draw()
         return drawn
 
-    def _draw_once(self) -> Drawn | None:
+    def _draw_once(self) -> SampleRef | None:
         while self._running:
             source = self._pick()
             if (drawn := self.streams[source].draw()) is not None:

@@ -22,10 +22,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-Drawn = tuple[int, Any]
+SampleRef = tuple[int, Any]
 """A sample's length in tokens and whatever names it: an index, or the sample itself."""
 
-Draw = Callable[[], Drawn | None]
+Draw = Callable[[], SampleRef | None]
 
 _AGE_BITS = 44
 _AGE_MASK = (1 << _AGE_BITS) - 1
@@ -34,13 +34,13 @@ _AGE_MASK = (1 << _AGE_BITS) - 1
 class Packer(Protocol):
     """Makes micro batches; `held()` and `hold()` are its state."""
 
-    def take(self, draw: Draw, budget: int) -> list[Drawn]:
+    def take(self, draw: Draw, budget: int) -> list[SampleRef]:
         """The next micro batch; empty at the end of the data."""
 
-    def held(self) -> list[Drawn]:
+    def held(self) -> list[SampleRef]:
         """The samples held back, oldest first."""
 
-    def hold(self, drawn: Sequence[Drawn]) -> None:
+    def hold(self, drawn: Sequence[SampleRef]) -> None:
         """Hold exactly these, oldest first."""
 
 
@@ -50,10 +50,10 @@ class BestFit:
     def __init__(self, capacity: int) -> None:
         self.capacity = max(1, capacity)
         self._keys: list[int] = []
-        self._items: dict[int, Drawn] = {}
+        self._items: dict[int, SampleRef] = {}
         self._count = 0
 
-    def take(self, draw: Draw, budget: int) -> list[Drawn]:
+    def take(self, draw: Draw, budget: int) -> list[SampleRef]:
         keys, items, capacity = self._keys, self._items, self.capacity
         while len(keys) < capacity and (drawn := draw()) is not None:
             self._add(drawn)
@@ -74,15 +74,15 @@ class BestFit:
             room -= drawn[0]
         return batch
 
-    def held(self) -> list[Drawn]:
+    def held(self) -> list[SampleRef]:
         return list(self._items.values())
 
-    def hold(self, drawn: Sequence[Drawn]) -> None:
+    def hold(self, drawn: Sequence[SampleRef]) -> None:
         self._keys, self._items, self._count = [], {}, 0
         for one in drawn:
             self._add(one)
 
-    def _add(self, drawn: Drawn) -> None:
+    def _add(self, drawn: SampleRef) -> None:
         # Age counts down in the low bits: of equal lengths the oldest has the largest key, which is found first.
         insort(self._keys, drawn[0] << _AGE_BITS | (_AGE_MASK - self._count))
         self._items[self._count] = drawn
@@ -94,10 +94,10 @@ class Fixed:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._held: deque[Drawn] = deque()
+        self._held: deque[SampleRef] = deque()
 
-    def take(self, draw: Draw, budget: int) -> list[Drawn]:
-        batch: list[Drawn] = []
+    def take(self, draw: Draw, budget: int) -> list[SampleRef]:
+        batch: list[SampleRef] = []
         while len(batch) < self.size:
             drawn = self._held.popleft() if self._held else draw()
             if drawn is None:
@@ -105,10 +105,10 @@ class Fixed:
             batch.append(drawn)
         return batch
 
-    def held(self) -> list[Drawn]:
+    def held(self) -> list[SampleRef]:
         return list(self._held)
 
-    def hold(self, drawn: Sequence[Drawn]) -> None:
+    def hold(self, drawn: Sequence[SampleRef]) -> None:
         self._held = deque(drawn)
 
 

@@ -31,10 +31,10 @@ import numpy as np
 
 from tutti.config import Config
 from tutti.data.mix import Mix
-from tutti.data.pack import BestFit, Drawn, Fixed, Packer, budget_at
+from tutti.data.pack import BestFit, Fixed, Packer, SampleRef, budget_at
 
 
-class Supply(Protocol):
+class SampleSource(Protocol):
     """Where samples come from: an index of data with random access, or a stream."""
 
     size: int | None
@@ -49,12 +49,12 @@ class Supply(Protocol):
     def name(self, item: Any) -> Any:
         """Plain data that finds the item again."""
 
-    def find(self, names: Sequence[Any]) -> list[Drawn]:
+    def find(self, names: Sequence[Any]) -> list[SampleRef]:
         """The items with these names."""
 
 
 @dataclass(frozen=True)
-class Recipe:
+class BatchingPlan:
     """How samples become steps. micro_batches: M, over all ranks. budget: B tokens. epoch_steps: if by formula."""
 
     micro_batches: int
@@ -81,7 +81,7 @@ class Recipe:
     def packer(self) -> Packer:
         return BestFit(self.buffer_size) if self.dynamic else Fixed(self.micro_batch_size)
 
-    def slots(self, budget: int, batch: Sequence[Drawn]) -> int:
+    def slots(self, budget: int, batch: Sequence[SampleRef]) -> int:
         """Room of a micro batch that was planned with `budget`; one without samples is a single token."""
         if self.pad:
             return self.budget
@@ -94,7 +94,7 @@ class Recipe:
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
 
-def make_recipe(config: Config, *, dp_size: int, by_formula: bool) -> Recipe:
+def make_batching_plan(config: Config, *, dp_size: int, by_formula: bool) -> BatchingPlan:
     """The recipe of a configuration on `dp_size` data-parallel ranks; ValueError if the batch sizes don't divide."""
     data, train = config.data, config.train
     step = train.micro_batch_size * dp_size
@@ -110,7 +110,7 @@ def make_recipe(config: Config, *, dp_size: int, by_formula: bool) -> Recipe:
         steps = math.ceil(grown / (global_batch_size * data.max_seq_len))
     elif by_formula:
         steps = math.ceil(data.train_sample / global_batch_size)
-    return Recipe(
+    return BatchingPlan(
         micro_batches=global_batch_size // train.micro_batch_size,
         micro_batch_size=train.micro_batch_size,
         budget=train.micro_batch_size * data.max_seq_len,
@@ -130,7 +130,7 @@ def make_recipe(config: Config, *, dp_size: int, by_formula: bool) -> Recipe:
 class StepPlan:
     """One step over all ranks: its micro batches in global order, `slots` of room in all, and the position after it."""
 
-    micro_batches: list[list[Drawn]]
+    micro_batches: list[list[SampleRef]]
     slots: int
     step: int
     epoch: int
@@ -154,7 +154,7 @@ class Count:
 class Planner:
     """Plans step after step from a position. `count()` must have set the number of steps before `steps()` runs."""
 
-    def __init__(self, supply: Supply, recipe: Recipe) -> None:
+    def __init__(self, supply: SampleSource, recipe: BatchingPlan) -> None:
         self.supply, self.recipe = supply, recipe
         self.mix, self.packer = supply.mix(), recipe.packer()
         self.step = self.epoch = self.step_in_epoch = 0
@@ -185,7 +185,7 @@ class Planner:
                 self._end_epoch()
             yield StepPlan(batches, slots, self.step, epoch, epoch_end, self.position())
 
-    def _take(self) -> tuple[list[list[Drawn]], int]:
+    def _take(self) -> tuple[list[list[SampleRef]], int]:
         """The next step's micro batches and their room; fewer than M, or none, at the end of the data."""
         recipe = self.recipe
         if self.step_in_epoch == 0:
@@ -193,7 +193,7 @@ class Planner:
             self.packer.hold(())
         budget = budget_at(self.step, budget=recipe.budget, initial=recipe.warmup_from, warmup_steps=self.warmup_steps)
         draw = self._drawer()
-        batches: list[list[Drawn]] = []
+        batches: list[list[SampleRef]] = []
         slots = 0
         while len(batches) < recipe.micro_batches and (batch := self.packer.take(draw, budget)):
             batches.append(batch)
@@ -203,12 +203,12 @@ class Planner:
         self.step_in_epoch += 1
         return batches, slots
 
-    def _drawer(self) -> Callable[[], Drawn | None]:
+    def _drawer(self) -> Callable[[], SampleRef | None]:
         draw = self.mix.drawer(self.step)
         if self.recipe.epoch_steps is None:
             return draw
 
-        def draw_for_ever() -> Drawn | None:
+        def draw_for_ever() -> SampleRef | None:
             if (drawn := draw()) is None:
                 self.mix.restart()
                 if (drawn := draw()) is None:
@@ -269,7 +269,7 @@ class Planner:
             ahead._end_epoch()
         return Count(tuple(counts), left_out, tokens, slots)
 
-    def _is_full(self, batches: list[list[Drawn]]) -> bool:
+    def _is_full(self, batches: list[list[SampleRef]]) -> bool:
         recipe = self.recipe
         full = len(batches) == recipe.micro_batches
         return full and (recipe.dynamic or len(batches[-1]) == recipe.micro_batch_size)
@@ -299,7 +299,7 @@ class Planner:
         self._set_counted(Count(**position["counted"]) if same else Count(()))
 
 
-def one_pass(recipe: Recipe) -> Recipe:
+def one_pass(recipe: BatchingPlan) -> BatchingPlan:
     """The recipe for evaluation: packed in the same way, one epoch of all the data, no warm-up."""
     return replace(recipe, drop_last=False, warmup_ratio=0.0, epochs=1, epoch_steps=None, max_steps=None)
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from tutti.config import Config
-from tutti.data.files import Arrow, BadRow, Csv, DataFile, JsonArray, JsonLines, Parquet, Row, Text
+from tutti.data.formats import Arrow, BadRow, Csv, DataFile, JsonArray, JsonLines, Parquet, Row, Text
 
 __all__ = ["BadRow", "Row", "Source", "open_sources", "text_columns"]
 

@@ -1,4 +1,4 @@
-"""Streaming: samples of data that is read in order and never loaded whole.
+"""StreamSource: samples of data that is read in order and never loaded whole.
 
 Every source is read row by row in chunks. Workers encode the chunks ahead: each reads the whole stream but encodes
 only the chunks it is asked for, which come back in the order of asking, so the samples and their order do not depend
@@ -24,13 +24,13 @@ from torch.utils.data import DataLoader, Dataset
 from tutti.core.batch import Sample
 from tutti.data.index import CHUNK, Chunk, bad_row_error, encode_chunk
 from tutti.data.mix import Mix, Weights, random_words
-from tutti.data.pack import Drawn
+from tutti.data.pack import SampleRef
 from tutti.data.worker import quiet_fork
 
 _BLOCK = 4096
 
 
-class Streamed(NamedTuple):
+class StreamSample(NamedTuple):
     """A sample of a stream, and what finds it again."""
 
     row: int
@@ -40,15 +40,17 @@ class Streamed(NamedTuple):
     sample: Sample
 
     @property
-    def drawn(self) -> Drawn:
+    def drawn(self) -> SampleRef:
         return len(self.sample), self
 
 
-def streamed(chunk: Chunk) -> Iterator[Streamed]:
+def streamed(chunk: Chunk) -> Iterator[StreamSample]:
     """The samples of a chunk, in order."""
     facts = zip(chunk.row.tolist(), chunk.piece.tolist(), chunk.targets.tolist(), chunk.samples(), strict=True)
     for row, piece, targets, sample in facts:
-        yield Streamed(row, piece, zlib.crc32(sample.labels.data, zlib.crc32(sample.input_ids.data)), targets, sample)
+        yield StreamSample(
+            row, piece, zlib.crc32(sample.labels.data, zlib.crc32(sample.input_ids.data)), targets, sample
+        )
 
 
 class BadRows:
@@ -94,7 +96,7 @@ class ChunkReader(Dataset):
         return request, encode_chunk(self.encoder, request.source, numbers, found)
 
 
-class Agenda:
+class ReadQueue:
     """Endless requests: for the source that is waited for if nothing of it is asked, else for the one with least asked.
 
     upcoming: each source's next request. asked: its chunks asked for and not yet used. wanted: who is waited for.
@@ -119,14 +121,14 @@ class Agenda:
         self.asked[source] = asked
 
 
-class Feed:
+class ChunkPrefetcher:
     """The chunks of every source in order, over and over, prepared ahead by workers."""
 
     def __init__(self, sources: Sequence[Any], encoder: Any, loader_options: dict[str, Any]) -> None:
         self.count = len(sources)
         self.reader = ChunkReader(sources, encoder)
         self._options = loader_options
-        self._agenda = Agenda(self.count)
+        self._agenda = ReadQueue(self.count)
         self._ready: list[deque[Chunk]] = [deque() for _ in range(self.count)]
         self._results: Iterator[tuple[Request, Chunk]] | None = None
 
@@ -156,19 +158,19 @@ class Feed:
         self._results = None
 
 
-class Shuffled:
+class ShuffleBuffer:
     """One source of a stream, through a shuffle buffer of `capacity` samples."""
 
-    def __init__(self, feed: Feed, source: int, *, seed: int, capacity: int, bad: BadRows) -> None:
+    def __init__(self, feed: ChunkPrefetcher, source: int, *, seed: int, capacity: int, bad: BadRows) -> None:
         self.feed, self.source, self.seed, self.capacity, self.bad = feed, source, seed, capacity, bad
         self._pass, self._draws = -1, 0
         self._row, self._piece, self._ended = 0, 0, True
-        self._buffer: list[Streamed] = []
+        self._buffer: list[StreamSample] = []
         self._names = np.zeros((capacity, 3), np.int64)
-        self._incoming: Iterator[Streamed] = iter(())
+        self._incoming: Iterator[StreamSample] = iter(())
         self._words: list[int] = []
 
-    def draw(self) -> Drawn | None:
+    def draw(self) -> SampleRef | None:
         buffer = self._buffer
         while len(buffer) < self.capacity and (one := self._read()) is not None:
             self._put(len(buffer), one)
@@ -180,7 +182,7 @@ class Shuffled:
             self._put(place, last)
         return drawn.drawn
 
-    def _put(self, place: int, one: Streamed) -> None:
+    def _put(self, place: int, one: StreamSample) -> None:
         if place == len(self._buffer):
             self._buffer.append(one)
         else:
@@ -194,7 +196,7 @@ class Shuffled:
         self._draws += 1
         return self._words[place]
 
-    def _read(self) -> Streamed | None:
+    def _read(self) -> StreamSample | None:
         """The next sample of the stream; None at its end."""
         while True:
             if (one := next(self._incoming, None)) is not None:
@@ -235,7 +237,7 @@ class Shuffled:
             self._put(len(self._buffer), one)
 
 
-def find_rows(reader: ChunkReader, source: int, names: Sequence[Sequence[int]]) -> list[Streamed]:
+def find_rows(reader: ChunkReader, source: int, names: Sequence[Sequence[int]]) -> list[StreamSample]:
     """The samples of `source` with these (row, piece, crc), read again; ValueError if they are not what they were."""
     if not names:
         return []
@@ -243,7 +245,7 @@ def find_rows(reader: ChunkReader, source: int, names: Sequence[Sequence[int]]) 
     first, last = min(wanted), max(wanted)
     rows = enumerate(islice(reader.sources[source].stream(first), last + 1 - first), first)
     picked = ((number, row) for number, row in rows if number in wanted)
-    found: dict[tuple[int, int], Streamed] = {}
+    found: dict[tuple[int, int], StreamSample] = {}
     while batch := list(islice(picked, CHUNK)):
         numbers, read = zip(*batch, strict=True)
         found |= {(one.row, one.piece): one for one in streamed(encode_chunk(reader.encoder, source, numbers, read))}
@@ -260,30 +262,32 @@ def data_changed() -> ValueError:
     )
 
 
-class Streaming:
+class StreamSource:
     """The supply of samples that streams give: items are the samples themselves."""
 
     size: int | None = None
 
-    def __init__(self, feed: Feed, weights: Weights | None, *, seed: int, capacity: int, bad: BadRows) -> None:
+    def __init__(
+        self, feed: ChunkPrefetcher, weights: Weights | None, *, seed: int, capacity: int, bad: BadRows
+    ) -> None:
         self.feed, self.weights, self.seed, self.capacity, self.bad = feed, weights, seed, capacity, bad
 
     def mix(self) -> Mix:
         streams = [
-            Shuffled(self.feed, source, seed=self.seed, capacity=self.capacity, bad=self.bad)
+            ShuffleBuffer(self.feed, source, seed=self.seed, capacity=self.capacity, bad=self.bad)
             for source in range(self.feed.count)
         ]
         return Mix(streams, self.weights)
 
-    def facts(self, items: Sequence[Streamed]) -> tuple[np.ndarray, np.ndarray]:
+    def facts(self, items: Sequence[StreamSample]) -> tuple[np.ndarray, np.ndarray]:
         targets = np.array([item.targets for item in items], np.int64)
         return targets, np.array([item.sample.source for item in items], np.int64)
 
-    def name(self, item: Streamed) -> list[int]:
+    def name(self, item: StreamSample) -> list[int]:
         return [item.sample.source, item.row, item.piece, item.crc]
 
-    def find(self, names: Sequence[Sequence[int]]) -> list[Drawn]:
-        found: dict[tuple[int, int, int], Streamed] = {}
+    def find(self, names: Sequence[Sequence[int]]) -> list[SampleRef]:
+        found: dict[tuple[int, int, int], StreamSample] = {}
         for source in {name[0] for name in names}:
             for one in find_rows(self.feed.reader, source, [name[1:] for name in names if name[0] == source]):
                 found[source, one.row, one.piece] = one

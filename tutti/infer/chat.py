@@ -18,9 +18,9 @@ from typing import Any
 from tutti.config import Config
 from tutti.data.rows import Conversation, RowError
 from tutti.infer.generate import Generator, Request
+from tutti.infer.load import Speaker
 from tutti.infer.prompts import conversation_ids, request
-from tutti.infer.speaker import Speaker
-from tutti.infer.text import TextStream, answer_text
+from tutti.infer.stream import TextStream, answer_text
 
 _HELP = """\
 Write a message and press Enter; a line that ends in \\ goes on in the next one. Ctrl-C stops an answer.

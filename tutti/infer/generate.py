@@ -3,8 +3,8 @@
 `Generator.stream` keeps as many sequences going as its token budget allows. In each round either waiting prompts join
 (one packed pass over all of them gives each its first token) or every sequence under way gets one more token. Sequences
 that are finished leave at once and make room for the next, so that no work is done on padding or on finished rows; see
-`tutti.infer.cache`. Models with more than plain attention (states, dynamic rotary frequencies, penalties in their
-generation config) are left to transformers' own `generate`; see `tutti.infer.fallback`.
+`tutti.attention.kv_cache`. Models with more than plain attention (states, dynamic rotary frequencies, penalties in
+their generation config) are left to transformers' own `generate`; see `tutti.infer.hf_generate`.
 
 With several ranks every rank holds a part of the model and runs the same sequences; rank 0 chooses the tokens.
 """
@@ -21,9 +21,9 @@ import torch.distributed as torch_dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tutti.core.dist import Dist
-from tutti.infer.cache import Cache
-from tutti.infer.fallback import generate_equal, needs_generate
+from tutti.attention.kv_cache import Cache
+from tutti.core.dist import World
+from tutti.infer.hf_generate import generate_equal, needs_generate
 from tutti.infer.sampling import Sampler
 
 
@@ -75,7 +75,7 @@ class Generator:
     model: PreTrainedModel
     sampler: Sampler
     stop_ids: frozenset[int]
-    dist: Dist
+    dist: World
     batch_tokens: int
     interrupted: Callable[[], bool] = field(default=lambda: False)
 
@@ -126,7 +126,7 @@ class Generator:
     def _choose(self, logits: Tensor, rows: Sequence[_Row]) -> list[int] | None:
         """Rank 0's choice for each of `rows` from logits [B, V]; None if it was interrupted."""
         tokens = self.sampler.pick(logits, [row.random for row in rows])
-        if self.dist.world > 1:
+        if self.dist.size > 1:
             shared = torch.cat([tokens, tokens.new_tensor([self.interrupted()])])
             torch_dist.broadcast(shared, src=0)
             *chosen, interrupted = shared.tolist()

@@ -13,7 +13,7 @@ from typing import Any
 
 from tutti.data.rows import Conversation, RowError, conversation_of
 from tutti.infer.generate import Request
-from tutti.infer.speaker import Speaker
+from tutti.infer.load import Speaker
 
 _TEXTS = ("content_split", "text")
 

@@ -1,6 +1,6 @@
 """`tutti infer`: answers to prompts of the command line, to the rows of a file, or in a conversation.
 
-The model is opened once (`tutti.infer.speaker`), on every rank of the job; what is asked comes from rank 0's command
+The model is opened once (`tutti.infer.load`), on every rank of the job; what is asked comes from rank 0's command
 line, files or terminal, and rank 0 alone writes.
 """
 
@@ -15,16 +15,16 @@ from pathlib import Path
 
 from tutti.config import Config
 from tutti.core.device import keep_freed_memory, limit_threads, pick_device
-from tutti.core.dist import init_dist, shutdown_dist
+from tutti.core.dist import init_world, shutdown_world
 from tutti.core.log import setup_logging
 from tutti.data.rows import RowError
+from tutti.infer.batch import answer_rows, read_rows
 from tutti.infer.chat import chat
 from tutti.infer.generate import Generator, Request
+from tutti.infer.load import LoadCheckpoint, Speaker, open_speaker
 from tutti.infer.prompts import prompt_ids, request
 from tutti.infer.sampling import Sampler
-from tutti.infer.speaker import LoadCheckpoint, Speaker, open_speaker
-from tutti.infer.table import answer_rows, read_rows
-from tutti.infer.text import TextStream
+from tutti.infer.stream import TextStream
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +47,9 @@ def infer(config: Config, job: Job, load_checkpoint: LoadCheckpoint) -> None:
     setup_logging(rank)
     limit_threads(local_world)
     keep_freed_memory()
-    ranks = init_dist(pick_device("cpu"))
+    ranks = init_world(pick_device("cpu"))
     try:
-        rows = ranks.agree(lambda: read_rows(Path(job.input)) if job.input else {})
+        rows = ranks.run_on_all_ranks(lambda: read_rows(Path(job.input)) if job.input else {})
         speaker = open_speaker(config, ranks, load_checkpoint)
         sampler = Sampler.of(config.infer)
         generator = Generator(speaker.model, sampler, speaker.stop_ids, ranks, config.infer.batch_tokens)
@@ -60,7 +60,7 @@ def infer(config: Config, job: Job, load_checkpoint: LoadCheckpoint) -> None:
         else:
             chat(config, speaker, generator)
     finally:
-        shutdown_dist()
+        shutdown_world()
 
 
 def _answer_prompts(config: Config, speaker: Speaker, generator: Generator, prompts: Sequence[str]) -> None:

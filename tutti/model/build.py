@@ -1,8 +1,8 @@
 """From paths to a tokenizer, a model configuration and a model without storage.
 
 Models are Hugging Face's own classes, chosen by the config's `model_type` and built on the meta device: the modules
-are there, their parameters are only shapes. Sharding comes next, weights last (`tutti.model.weights`), so that no rank
-ever holds more than its own part. Which attention and which expert kernel a model runs on is settled here, once,
+are there, their parameters are only shapes. Sharding comes next, weights last (`tutti.checkpoint.hf_load`), so that no
+rank ever holds more than its own part. Which attention and which expert kernel a model runs on is settled here, once,
 through the names under which they are registered with transformers; no model code is patched.
 
 Everything is read from local paths. Nothing is downloaded, and code that lies in a checkpoint is not run.
@@ -29,12 +29,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tutti.attention.interface import attention_by_part, resolve_attention
+from tutti.checkpoint.hf_files import read_index
 from tutti.config import Config
 from tutti.core.device import pick_device
-from tutti.model.attention import attention_by_part, resolve_attention
 from tutti.model.experts import resolve_experts
-from tutti.model.files import read_index
-from tutti.model.plan import experts
+from tutti.model.structure import experts
 
 log = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from transformers.distributed.sharding_utils import DtensorShardOperation
 from transformers.initialization import no_tie_weights
 
-from tutti.model.plan import ADAPTER_MARK, model_class
+from tutti.model.structure import ADAPTER_MARK, model_class
 
 
 def init_weights(model: PreTrainedModel, seed: int, device: torch.device) -> None:

@@ -44,11 +44,11 @@ from torch.nn.functional import dropout, linear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tutti.core.dist import Dist
+from tutti.core.dist import World
 from tutti.model.initial import local_part, own_part
-from tutti.model.plan import ADAPTER_MARK, blocks, head, is_classifier, is_experts
 from tutti.model.quantized import packing_of, product, whole_weight
-from tutti.parallel.tensor import WHOLE, Share
+from tutti.model.structure import ADAPTER_MARK, blocks, head, is_classifier, is_experts
+from tutti.parallel.tensor import WHOLE, LinearShard
 
 LISTED = 20
 """Names that an error lists before it only counts."""
@@ -59,7 +59,7 @@ class Lora:
     """What is adapted, and how.
 
     targets: patterns of layer names (of parameter names, for experts); () is every linear layer and every stack of
-    experts in the blocks. full_modules: patterns of modules that are trained whole. ranks, alphas: of adapters, by
+    experts in the blocks. modules_to_save: patterns of modules that are trained whole. ranks, alphas: of adapters, by
     name, where they differ from `rank` and `alpha`.
     """
 
@@ -69,7 +69,7 @@ class Lora:
     rslora: bool = False
     dora: bool = False
     targets: tuple[str, ...] = ()
-    full_modules: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
     ranks: Mapping[str, int] = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
 
@@ -121,7 +121,7 @@ class Adapter:
         """Those that have a column for each input."""
         return [self.factors(module).A]
 
-    def product(self, module: Any, inputs: Tensor, share: Share = WHOLE) -> Tensor:
+    def product(self, module: Any, inputs: Tensor, share: LinearShard = WHOLE) -> Tensor:
         """What a linear layer gives for `inputs` [.., in], without its bias: [.., out]."""
         A, *rest = self.factors(module)
         B, offset = (None if part is None else share.rows(part) for part in rest)
@@ -154,7 +154,7 @@ class Adapter:
         weight = whole_weight(module, self.weight)
         return weight.transpose(-2, -1) if self.transposed else weight
 
-    def _ratio(self, weight: Tensor, factors: Factors, share: Share = WHOLE) -> Tensor:
+    def _ratio(self, weight: Tensor, factors: Factors, share: LinearShard = WHOLE) -> Tensor:
         """DoRA's factor for each output, fp32 [(E,) out]; only the offset gets a gradient."""
         A, B, offset = factors
         assert offset is not None
@@ -231,7 +231,7 @@ def _adapted(module: Any, inputs: Tensor) -> Tensor:
     return out if module.bias is None else out + module.bias
 
 
-def _frozen_product(module: Any, inputs: Tensor, share: Share = WHOLE) -> Tensor:
+def _frozen_product(module: Any, inputs: Tensor, share: LinearShard = WHOLE) -> Tensor:
     """What a linear layer's weight gives for `inputs` [.., in], without bias or adapter: [.., out]."""
     rows_are_inputs = isinstance(module, Conv1D)
     if packing_of(module, "weight") is not None:
@@ -256,7 +256,7 @@ def lora_of(model: nn.Module) -> Lora | None:
     return model.__dict__.get("lora")
 
 
-def full_modules(model: nn.Module) -> dict[str, nn.Module]:
+def modules_to_save(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that are trained whole, by name: those with a parameter of their own that is trained."""
     return {
         name: module
@@ -293,7 +293,7 @@ def init_adapters(model: nn.Module, seed: int) -> None:
                 local_part(part).zero_()
 
 
-def require_gradients(model: nn.Module, dist: Dist) -> None:
+def require_gradients(model: nn.Module, world: World) -> None:
     """To be called after the first backward pass. Collective.
 
     ValueError, on all ranks, that names the adapters whose B has no gradient on any rank.
@@ -305,7 +305,7 @@ def require_gradients(model: nn.Module, dist: Dist) -> None:
         for module, adapter in adapters(model)
         for grad in [adapter.factors(module).B.grad]
     }
-    gathered = dist.gather(flags)
+    gathered = world.gather(flags)
     names = {name: None for part in gathered for name in part}
     dead = [name for name in names if not any(part.get(name) for part in gathered)]
     if dead:
@@ -395,7 +395,7 @@ def _full_modules(model: PreTrainedModel, lora: Lora) -> dict[str, nn.Module]:
         name: module for name, module in model.named_modules() if name and any(True for _ in module.parameters())
     }
     found: dict[str, nn.Module] = {}
-    for pattern in lora.full_modules:
+    for pattern in lora.modules_to_save:
         hits = {name: module for name, module in candidates.items() if matches(pattern, name)}
         if not hits:
             kinds = ", ".join(dict.fromkeys(_kind(name) for name in candidates if not _kind(name).isdecimal()))

@@ -11,7 +11,7 @@ quantized, with the same result; and since FSDP gathers bytes as they are, shard
   that does not divide by 64 is filled up with zeros, which no scale depends on.
 
 1. `hold_quantized` replaces parameters on the meta device, and says on their modules how to read them (`Packing`);
-2. weights are packed one tensor at a time, on the CPU, as they are read from their files (`tutti.model.weights`);
+2. weights are packed one tensor at a time, on the CPU, as they are read from their files (`tutti.checkpoint.hf_load`);
 3. `product` unpacks a matrix just before it is used, to the dtype it would have been held in, and again in the backward
    pass, so that no more than one is there at a time, and autograd keeps none.
 

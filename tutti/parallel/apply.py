@@ -20,17 +20,17 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from tutti.attention.ulysses import overlap_values
 from tutti.config import TrainConfig
+from tutti.parallel.activation_checkpoint import checkpoint_activations
+from tutti.parallel.activation_offload import offload_activations
+from tutti.parallel.batch_invariant import separate_samples
 from tutti.parallel.expert import divide_experts, divided_experts, undivided_parts
 from tutti.parallel.fsdp import postpones, shard
-from tutti.parallel.invariant import separate_samples
 from tutti.parallel.mesh import Mesh
-from tutti.parallel.offload import offload_activations
-from tutti.parallel.plan import TensorPlan
-from tutti.parallel.remat import apply_remat
 from tutti.parallel.sequence import sequence_ranks
 from tutti.parallel.tensor import split_tensors, use_local
-from tutti.parallel.ulysses import overlap_values
+from tutti.parallel.tp_plan import TensorPlan
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def parallelize(
         divided = divided_experts(root)
         use_local((*undivided_parts(divided), *basic, *towers, *blocks, root), apart=divided)
     if train.enable_gradient_checkpointing:
-        apply_remat(
+        checkpoint_activations(
             (*towers, *blocks), reentrant=train.enable_reentrant and not _reads_within(root) and not _in_parts(train)
         )
     if train.enable_batch_invariant_mode:

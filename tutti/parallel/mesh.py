@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tutti.config.layout import Layout
-from tutti.core.dist import Dist
+from tutti.core.dist import World
 
 AXES = ("pipeline", "replicate", "shard", "context", "ulysses", "tensor")
 
@@ -81,9 +81,9 @@ class Mesh:
         return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one rank"
 
 
-def build_mesh(layout: Layout, ranks: Dist, *, ddp: bool = False, ep_outside: bool = False) -> Mesh:
+def build_mesh(layout: Layout, world: World, *, ddp: bool = False, ep_outside: bool = False) -> Mesh:
     """Arrange all ranks as `layout` says. ddp: parameters are copied and not split. A collective call."""
-    device = ranks.device.type
+    device = world.device.type
     # Named, for an axis that is the whole world to get a group of its own too: calls along two axes that run at once
     # then do not wait for one another, and each can be told from the group it is in.
     backend = dist.get_backend_config()

@@ -9,11 +9,11 @@ All ranks along the context and ulysses axes are given the same packed batch, an
 
 Everything but attention looks at one token at a time and runs on the share as it is: embedding, norms, MLPs, experts,
 head and loss. Positions and targets come along with the tokens. Attention is told where the samples of the whole batch
-begin (`Whole`), and gets at the other tokens by `tutti.parallel.ulysses` and `tutti.parallel.ring`. What lies beside
-the tokens (images) every rank has whole: see `tutti.model.border`.
+begin (`GlobalSequence`), and gets at the other tokens by `tutti.attention.ulysses` and `tutti.attention.ring`. What
+lies beside the tokens (images) every rank has whole: see `tutti.model.multimodal`.
 
-Where a sample must not notice what else is in its batch (`tutti.parallel.invariant`), all this is done for each sample
-by itself, as if it were the batch (`split_samples`): its padding and the places where it is cut are its own.
+Where a sample must not notice what else is in its batch (`tutti.parallel.batch_invariant`), all this is done for each
+sample by itself, as if it were the batch (`split_samples`): its padding and the places where it is cut are its own.
 
 Sums over the shares are sums over the batch, and gradients are summed over all ranks anyway. What is not a sum over
 tokens (the load-balancing loss of a router) is computed from `gather_tokens`.
@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
-from tutti.core.batch import ALONG_TOKENS, IGNORE, Batch, Row, SequenceRanks, Whole
+from tutti.core.batch import ALONG_TOKENS, IGNORE, Batch, FullTokens, GlobalSequence, SequenceRanks
 from tutti.parallel.mesh import Mesh
 
 
@@ -97,7 +97,7 @@ def split_tokens(batch: Batch, ranks: SequenceRanks | None) -> Batch:
     cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int32), (last + 1).int()])
     sources = padded.sample_sources[sample]
     target_index = (labels != IGNORE).nonzero().flatten()
-    row = Row(padded.input_ids, padded.position_ids, held) if padded.extras else None
+    row = FullTokens(padded.input_ids, padded.position_ids, held) if padded.extras else None
     pairs = padded.pairs
     if pairs is not None:
         pairs = replace(pairs, segment=sample[target_index])
@@ -111,7 +111,7 @@ def split_tokens(batch: Batch, ranks: SequenceRanks | None) -> Batch:
         sample_sources=sources[last],
         num_tokens=int((sources >= 0).sum()),
         extras=padded.extras,
-        whole=Whole(length, padded.cu_seqlens, padded.cu_seqlens, padded.max_seqlen, ranks, row),
+        sequence=GlobalSequence(length, padded.cu_seqlens, padded.cu_seqlens, padded.max_seqlen, ranks, row),
         pairs=pairs,
     )
 
@@ -122,7 +122,7 @@ def split_samples(batch: Batch, ranks: SequenceRanks | None) -> Batch:
         return batch
     assert not batch.extras, "inputs beside the tokens belong to the batch as a whole"
     shares = [split_tokens(_segment(batch, number), ranks) for number in range(len(batch.sample_sources))]
-    samples = tuple(share.whole for share in shares if share.whole is not None)
+    samples = tuple(share.sequence for share in shares if share.sequence is not None)
     labels = torch.cat([share.labels for share in shares])
     borders = _in_a_row(sample.borders for sample in samples)
     pairs = batch.pairs
@@ -138,7 +138,7 @@ def split_samples(batch: Batch, ranks: SequenceRanks | None) -> Batch:
         target_index=(labels != IGNORE).nonzero().flatten(),
         sample_sources=torch.cat([share.sample_sources for share in shares]),
         num_tokens=sum(share.num_tokens for share in shares),
-        whole=Whole(
+        sequence=GlobalSequence(
             length=len(batch.input_ids),
             cu_seqlens=borders,
             borders=borders,
@@ -208,7 +208,7 @@ def _extend(value: Tensor, name: str, padding: int) -> Tensor:
     return torch.cat([value, more.to(value.dtype).expand(*value.shape[:-1], -1)], dim=-1)
 
 
-def sum_shares(tensor: Tensor, whole: Whole | None) -> Tensor:
+def sum_shares(tensor: Tensor, whole: GlobalSequence | None) -> Tensor:
     """The sum of what every rank that shares a batch has of it, on each of them; for backward a constant but for the
     rank's own part. A collective call where ranks do."""
     if whole is None or whole.ranks.size == 1:
@@ -219,7 +219,7 @@ def sum_shares(tensor: Tensor, whole: Whole | None) -> Tensor:
     return tensor + (total - tensor.detach())
 
 
-def gather_tokens(tensor: Tensor, whole: Whole | None) -> Tensor:
+def gather_tokens(tensor: Tensor, whole: GlobalSequence | None) -> Tensor:
     """[T, ...] of this rank's tokens -> the same of all of the batch's tokens, in the batch's order, on every rank.
 
     Differentiable: gradients of all ranks are summed. The padding that made the batch divide evenly is left out.
@@ -246,7 +246,7 @@ def gather_parts(part: Tensor, groups: Iterable[str]) -> Tensor:
     return part
 
 
-def _held_places(whole: Whole, ranks: SequenceRanks) -> Tensor:
+def _held_places(whole: GlobalSequence, ranks: SequenceRanks) -> Tensor:
     """The places in the padded batch of the tokens that one of the ranks holds, in its order."""
     places, begin = [], 0
     for part in whole.parts:

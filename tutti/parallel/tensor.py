@@ -5,9 +5,9 @@ The ranks of a tensor group are given the same packed row of T tokens:
 1. The embedding's rows are split: each rank looks up the tokens that it has rows for, and the sums are left to the rank
    that a token belongs to (reduce-scatter). The row keeps its length, so that positions and masks are made as ever.
 2. From the first block on a rank has its own T / G tokens, contiguous ones: residuals and norms run on these.
-3. A region (attention, MLP; see `tutti.parallel.plan`) gathers all tokens, multiplies with this rank's columns of its
-   first matrices (for attention: this rank's heads), and with its rows of the last one; the ranks' sums are left to the
-   rank that a token belongs to (reduce-scatter). That is one gather and one scatter a region, forward and backward.
+3. A region (attention, MLP; see `tutti.parallel.tp_plan`) gathers all tokens, multiplies with this rank's columns of
+   its first matrices (for attention: this rank's heads), and with its rows of the last one; the ranks' sums are left to
+   the rank that a token belongs to (reduce-scatter). That is one gather and one scatter a region, forward and backward.
    Experts are not split: each rank sends its own tokens through them, which all ranks hold, or which are divided among
    ranks of a grid of their own (`tutti.parallel.expert`).
 4. The last hidden states are gathered once, for a head that is split by the vocabulary (`tutti.train.loss`).
@@ -37,8 +37,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from tutti.parallel.mesh import Mesh
-from tutti.parallel.plan import GATHERED, SLICED, Linear, TensorPlan
 from tutti.parallel.sequence import process_group
+from tutti.parallel.tp_plan import GATHERED, SLICED, Linear, TensorPlan
 
 
 class TensorRanks(NamedTuple):
@@ -112,7 +112,7 @@ def scatter_tensor(tensor: Tensor, ranks: TensorRanks, dim: int) -> Tensor:
     return scatter_rows(tensor.movedim(dim, 0), ranks.group, ranks.size).movedim(0, dim)
 
 
-class Share(NamedTuple):
+class LinearShard(NamedTuple):
     """What a rank computes of a projection that is split.
 
     outputs: of the weight's rows that it holds, only these. inputs: the ranks that hold the other columns, so that
@@ -133,7 +133,7 @@ class Share(NamedTuple):
         return gather_rows(part[None], self.inputs.group, self.inputs.size).sum(0)
 
 
-WHOLE = Share()
+WHOLE = LinearShard()
 
 
 class Change(Protocol):
@@ -148,7 +148,7 @@ class Change(Protocol):
         """Parameters that have a column for each input."""
         ...
 
-    def product(self, module: Any, inputs: Tensor, share: Share) -> Tensor:
+    def product(self, module: Any, inputs: Tensor, share: LinearShard) -> Tensor:
         """What weight and change make of `inputs` [.., in], without the bias."""
         ...
 
@@ -203,7 +203,7 @@ def _split_parameters(linear: Linear) -> Iterator[Tensor]:
         yield from change.by_input(module) if linear.dim == 1 else change.by_output(module)
 
 
-def _project(module: Any, hidden: Tensor, share: Share) -> Tensor:
+def _project(module: Any, hidden: Tensor, share: LinearShard) -> Tensor:
     """What the module's weight, with what is trained beside it, makes of `hidden` [.., in]; without the bias."""
     change = _change(module)
     if change is None:
@@ -269,7 +269,7 @@ def _localize_linear(linear: Linear, ranks: TensorRanks) -> None:
     if linear.style in GATHERED:
         module.forward = lambda hidden: gather_tensor(project(hidden), ranks, _FEATURES)
     if linear.dim == 1:
-        share = Share(inputs=ranks)
+        share = LinearShard(inputs=ranks)
 
         def reduce(hidden: Tensor) -> Tensor:
             hidden = ranks.own(hidden, _FEATURES) if linear.style in SLICED else hidden
@@ -285,7 +285,7 @@ def _share_head(linear: Linear, ranks: TensorRanks) -> None:
     sharers = ranks.size // linear.units
     width = module.weight.shape[0] // linear.units
     start = ranks.rank // sharers * width
-    share = Share(outputs=slice(start, start + width))
+    share = LinearShard(outputs=slice(start, start + width))
 
     def project(hidden: Tensor) -> Tensor:
         out = _project(module, hidden, share)

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 
 from tutti.core.batch import GlobalBatch
-from tutti.core.dist import Dist
-from tutti.parallel.runner import Runner
-from tutti.train.task import Objective
+from tutti.core.dist import World
+from tutti.parallel.pipeline.executor import Executor
+from tutti.train.objective import Objective
 
 
-def evaluate(objective: Objective, batches: Iterable[GlobalBatch], runner: Runner, ranks: Dist) -> dict[str, Any]:
+def evaluate(objective: Objective, batches: Iterable[GlobalBatch], executor: Executor, world: World) -> dict[str, Any]:
     """`eval_loss` (token mean), `eval_tokens` and, where the objective predicts, `eval_accuracy`, over all ranks.
 
     Leaves the model in training mode. A collective call.
@@ -27,12 +27,12 @@ def evaluate(objective: Objective, batches: Iterable[GlobalBatch], runner: Runne
         for batch in batches:
             num_targets += batch.num_targets
             trained_tokens += batch.trained_tokens
-            for out in runner.evaluate(batch.micro_batches):
+            for out in executor.evaluate(batch.micro_batches):
                 correct = out.num_correct if out.num_correct is not None else torch.zeros(())
                 sums += torch.stack([out.loss.double().cpu(), correct.double().cpu()])
     objective.train()
-    if ranks.world > 1:
-        sums = sums.to(ranks.device)
+    if world.size > 1:
+        sums = sums.to(world.device)
         dist.all_reduce(sums)
     loss, correct = sums.tolist()
     result: dict[str, Any] = {"eval_loss": loss / num_targets, "eval_tokens": trained_tokens}

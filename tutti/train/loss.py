@@ -5,7 +5,7 @@ loss needs each row only once, so the head is applied to a chunk of rows at a ti
 there, they are turned in place into their own gradient (softmax minus one-hot), multiplied into the gradients of the
 hidden states and of the head, and dropped. The forward pass thus does the backward pass's work too, and nothing is
 computed twice. The idea is that of Cut Cross-Entropy (arXiv 2411.09009) and Liger (arXiv 2410.10989). Where no number
-may depend on what else is in a batch (`tutti.parallel.invariant`), no chunk holds rows of two samples.
+may depend on what else is in a batch (`tutti.parallel.batch_invariant`), no chunk holds rows of two samples.
 
 That needs every row to count the same. Where a row's weight in the loss depends on the losses of others, as when
 answers are compared by the sums over their tokens, it is not known before the last chunk: `target_losses` then computes
@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tutti.core.rehearsal import on_accelerator
-from tutti.model.plan import LogitTransform
+from tutti.model.structure import LogitTransform
 from tutti.parallel.sequence import process_group
 
 CHUNK_BYTES = 256 * 2**20

@@ -21,7 +21,7 @@ import torch
 from torch.profiler import ProfilerActivity, record_function
 
 from tutti.config import TrainConfig
-from tutti.core.dist import Dist
+from tutti.core.dist import World
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Profiler(Protocol):
     def step(self) -> None: ...
 
 
-def make_profiler(train: TrainConfig, dist: Dist, *, start_step: int = 0) -> Profiler:
+def make_profiler(train: TrainConfig, world: World, *, start_step: int = 0) -> Profiler:
     """The profiler that `train.profile_*` ask for on this rank, or one that does nothing.
 
     start_step: the step that training goes on from. ValueError where [start, end) holds no step.
@@ -53,9 +53,9 @@ def make_profiler(train: TrainConfig, dist: Dist, *, start_step: int = 0) -> Pro
             train.profile_end_step,
         )
         return _NoProfiler()
-    if train.profile_rank0_only and not dist.is_main:
+    if train.profile_rank0_only and not world.is_main:
         return _NoProfiler()
-    return _TorchProfiler(train, dist, start_step)
+    return _TorchProfiler(train, world, start_step)
 
 
 class _NoProfiler:
@@ -72,15 +72,15 @@ class _NoProfiler:
 class _TorchProfiler:
     """`_next` is the step that runs next; the profiler is set up before the asked steps and stopped after them."""
 
-    def __init__(self, train: TrainConfig, dist: Dist, start_step: int) -> None:
+    def __init__(self, train: TrainConfig, world: World, start_step: int) -> None:
         self._next = start_step + 1
         self._first = max(self._next, train.profile_start_step)
         self._last = train.profile_end_step - 1
-        self._folder, self._rank = Path(train.profile_trace_dir), dist.rank
+        self._folder, self._rank = Path(train.profile_trace_dir), world.rank
         self._span: record_function | None = None
         self._prepared = False
         activities = [ProfilerActivity.CPU]
-        if dist.device.type == "cuda":
+        if world.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         self._profile = torch.profiler.profile(
             activities=activities,

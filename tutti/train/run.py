@@ -14,25 +14,25 @@ from pathlib import Path
 
 import torch
 
+from tutti.checkpoint.adapter import base_of, require_base
+from tutti.checkpoint.export import export_trained
+from tutti.checkpoint.manager import Checkpointer
 from tutti.config import Config
 from tutti.core.batch import GlobalBatch
-from tutti.core.dist import Dist, init_dist, shutdown_dist
-from tutti.model.adapter import base_of, require_base
+from tutti.core.dist import World, init_world, shutdown_world
 from tutti.model.lora import lora_of, require_gradients
-from tutti.train.checkpoint import Checkpointer
 from tutti.train.evaluate import evaluate
-from tutti.train.export import export_trained
-from tutti.train.metrics import Metrics
+from tutti.train.logging.metrics import Metrics
+from tutti.train.logging.step_logger import Reporter
+from tutti.train.lr_schedule import learning_rate
 from tutti.train.optim import build_optimizer, set_lr
 from tutti.train.profile import make_profiler
-from tutti.train.reference import make_reference
-from tutti.train.reporter import Reporter
-from tutti.train.sample import Samples
-from tutti.train.schedule import learning_rate
+from tutti.train.samples import Samples
 from tutti.train.setup import Parts, assemble, claim_output, load_parameters, prepare_process
-from tutti.train.stages import make_runner
-from tutti.train.step import Trainer
+from tutti.train.stages import make_executor
+from tutti.train.step import TrainStep
 from tutti.train.stop import StopSignal
+from tutti.train.tasks.reference import make_reference
 
 log = logging.getLogger(__name__)
 
@@ -43,50 +43,50 @@ def train(config: Config) -> None:
     ValueError and OSError: what the user can mend, the same on every rank. SIGTERM and SIGINT end the run normally
     once a checkpoint is saved.
     """
-    ranks = init_dist(prepare_process(config))
+    ranks = init_world(prepare_process(config))
     try:
-        ranks.agree(lambda: claim_output(config, ranks))
+        ranks.run_on_all_ranks(lambda: claim_output(config, ranks))
         _run(config, ranks)
     finally:
-        shutdown_dist()
+        shutdown_world()
 
 
-def _run(config: Config, ranks: Dist) -> None:
+def _run(config: Config, world: World) -> None:
     output = Path(config.train.output_dir or "")
-    parts = assemble(config, ranks)
-    samples = ranks.agree(lambda: Samples(config, parts))
-    load_parameters(config, parts, ranks)
-    runner = make_runner(config.train, parts.objective, parts.mesh, parts.pipeline, ranks.device)
-    with_reference = make_reference(config, parts, runner, ranks)
+    parts = assemble(config, world)
+    samples = world.run_on_all_ranks(lambda: Samples(config, parts))
+    load_parameters(config, parts, world)
+    executor = make_executor(config.train, parts.objective, parts.mesh, parts.pipeline, world.device)
+    with_reference = make_reference(config, parts, executor, world)
     optimizer = build_optimizer(parts.model, config, whole=parts.whole is None)
     checkpoints = Checkpointer(
         output,
-        ranks,
+        world,
         save_async=config.train.save_async,
         max_checkpoints=config.train.max_checkpoints,
         facts=parts.facts(config),
     )
     state = checkpoints.resume(config.train.load_checkpoint_path, parts.model, optimizer)
     step = state["step"] if state else 0
-    base = base_of(config, ranks)
+    base = base_of(config, world)
     if state:
         require_base(state.get("base"), base)
         parts.data.load_state_dict(state["data"])
-    trainer = Trainer(
+    trainer = TrainStep(
         parts.objective,
         optimizer,
-        runner,
+        executor,
         parts.mesh,
         config.train.max_grad_norm,
-        inspect_gradients=partial(require_gradients, parts.model, ranks),
+        inspect_gradients=partial(require_gradients, parts.model, world),
     )
-    run_info = parts.describe(ranks)
+    run_info = parts.describe(world)
     with (
-        Metrics(config, ranks, total_steps=parts.data.total_steps, run_info=run_info, start_step=step) as metrics,
-        make_profiler(config.train, ranks, start_step=step) as profiler,
-        StopSignal(ranks) as stop,
+        Metrics(config, world, total_steps=parts.data.total_steps, run_info=run_info, start_step=step) as metrics,
+        make_profiler(config.train, world, start_step=step) as profiler,
+        StopSignal(world) as stop,
     ):
-        report = Reporter(config, parts, ranks, metrics)
+        report = Reporter(config, parts, world, metrics)
         for batch in with_reference(report.clock.waiting(parts.data.train()), "train"):
             step = batch.step
             set_lr(optimizer, learning_rate(step - 1, parts.data.total_steps, config.train))
@@ -97,15 +97,15 @@ def _run(config: Config, ranks: Dist) -> None:
             report.clock.pause()
             if config.data.eval_path and due(batch, config.train.eval_steps, config.train.eval_epochs):
                 held_out = with_reference(parts.data.evaluate(), "eval")
-                found = evaluate(parts.objective, held_out, runner, ranks)
+                found = evaluate(parts.objective, held_out, executor, world)
                 metrics.log_eval({"step": step, **found})
-                samples.show(step, metrics, runner, ranks)
+                samples.show(step, metrics, executor, world)
             stopping = stop.requested()
             if stopping or due(batch, config.train.save_steps, config.train.save_epochs):
                 state = {"step": step, "epoch": batch.epoch, "data": parts.data.state_dict(), "base": base}
                 checkpoints.save(step, parts.model, optimizer, state)
             if due(batch, config.train.hf_save_steps, config.train.hf_save_epochs):
-                _export(config, parts, output / "hf" / f"global_step_{step}", ranks)
+                _export(config, parts, output / "hf" / f"global_step_{step}", world)
             if stopping:
                 break
             report.clock.go_on()
@@ -114,9 +114,9 @@ def _run(config: Config, ranks: Dist) -> None:
             metrics.close({"status": "stopped", "message": f"asked to stop after step {step}"})
             log.info("stopped after step %d; go on with --train.load_checkpoint_path auto", step)
             return
-        samples.show(step, metrics, runner, ranks)
+        samples.show(step, metrics, executor, world)
         if config.train.save_hf_weights:
-            _export(config, parts, output / "hf" / "final", ranks)
+            _export(config, parts, output / "hf" / "final", world)
         metrics.close({"status": "finished", "data": parts.data.report})
     log.info("report: %s", output / "report.html")
 
@@ -136,6 +136,6 @@ def housekeeping(step: int, config: Config) -> None:
         torch.accelerator.empty_cache()
 
 
-def _export(config: Config, parts: Parts, folder: Path, ranks: Dist) -> None:
-    export_trained(config, parts.model, parts.tokenizer, folder, ranks, whole=parts.whole)
+def _export(config: Config, parts: Parts, folder: Path, world: World) -> None:
+    export_trained(config, parts.model, parts.tokenizer, folder, world, whole=parts.whole)
     log.info("wrote the %s to %s", "model" if lora_of(parts.model) is None else "adapter", folder)

@@ -22,24 +22,26 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from tutti.attention.interface import check_packable
+from tutti.checkpoint.adapter import load_adapter, plan_adapters
+from tutti.checkpoint.hf_load import load_weights
 from tutti.config import Config, TrainConfig
 from tutti.config.effect import warnings_on_cpu
 from tutti.config.fits import ModelFacts, Piece
 from tutti.config.layout import Layout, fit
 from tutti.config.yamlfile import to_yaml
 from tutti.core.device import keep_freed_memory, limit_threads, pick_device
-from tutti.core.dist import Dist
+from tutti.core.dist import World
 from tutti.core.log import setup_logging
 from tutti.data.loader import Data, build_data
 from tutti.data.template import end_of_turn, make_template
-from tutti.model.adapter import load_adapter, plan_adapters
-from tutti.model.anatomy import anatomy
-from tutti.model.attention import check_packable
-from tutti.model.border import check_border
 from tutti.model.build import build_model, build_tokenizer
 from tutti.model.initial import init_weights
 from tutti.model.lora import adapters, add_adapters, init_adapters
-from tutti.model.plan import (
+from tutti.model.multimodal import check_multimodal
+from tutti.model.quantized import hold_quantized
+from tutti.model.stage_trace import anatomy
+from tutti.model.structure import (
     basic_modules,
     blocks,
     experts,
@@ -50,18 +52,16 @@ from tutti.model.plan import (
     tower_blocks,
     towers,
 )
-from tutti.model.quantized import hold_quantized
-from tutti.model.weights import load_weights
 from tutti.parallel.apply import parallelize
 from tutti.parallel.fsdp import offloads
 from tutti.parallel.mesh import Mesh, build_mesh
-from tutti.parallel.pipeline import Pipeline, own_modules
-from tutti.parallel.plan import TensorPlan, read_plan
+from tutti.parallel.pipeline.stage import Pipeline, own_modules
 from tutti.parallel.tensor import tensor_ranks
+from tutti.parallel.tp_plan import TensorPlan, read_plan
+from tutti.train.objective import Objective
 from tutti.train.optim import decay_groups
-from tutti.train.preference import make_preference
 from tutti.train.stages import cut_model
-from tutti.train.task import Objective
+from tutti.train.tasks.preference import make_preference
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Parts:
     whole: PreTrainedModel | None = None
     plan: TensorPlan | None = None
 
-    def describe(self, ranks: Dist) -> dict[str, Any]:
+    def describe(self, world: World) -> dict[str, Any]:
         """What the report shows beside the curves."""
         model = self.whole or self.model
         sizes = num_params(model)
@@ -93,8 +93,8 @@ class Parts:
             "model": f"{type(self.objective.model).__name__} ({self.model.config.model_type})",
             "parameters": sizes.total,
             "trainable_parameters": sum(item.numel() for item in model.parameters() if item.requires_grad),
-            "device": _device_name(ranks.device),
-            "layout": {"ranks": ranks.world, "mesh": str(self.mesh), "accumulation": self.layout.accumulation},
+            "device": _device_name(world.device),
+            "layout": {"ranks": world.size, "mesh": str(self.mesh), "accumulation": self.layout.accumulation},
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
             "data": self.data.report,
             "steps_reason": self.data.steps_reason,
@@ -128,12 +128,12 @@ def prepare_process(config: Config) -> torch.device:
     return device
 
 
-def claim_output(config: Config, ranks: Dist) -> None:
+def claim_output(config: Config, world: World) -> None:
     """Make train.output_dir ready, on rank 0, and write config.yaml there.
 
     ValueError: it cannot be written, or it holds another run that this one does not go on from.
     """
-    if not ranks.is_main:
+    if not world.is_main:
         return
     output = Path(config.train.output_dir or "")
     if (output / "metrics.jsonl").exists() and not config.train.load_checkpoint_path:
@@ -148,19 +148,19 @@ def claim_output(config: Config, ranks: Dist) -> None:
         raise ValueError(f"train.output_dir {output} cannot be written: {error.strerror}") from error
 
 
-def assemble(config: Config, ranks: Dist) -> Parts:
+def assemble(config: Config, world: World) -> Parts:
     """Everything that `config` and its data describe; parameters still on the meta device where they can be.
 
     A collective call. ValueError, on all ranks: what is wrong with the model's or the data's files.
     """
-    layout, train = fit(config, ranks.world), config.train
-    tokenizer, model = ranks.agree(lambda: tokenizer_and_model(config, ranks.device))
-    ranks.agree(lambda: check_fits(config, layout, model))
-    mesh = build_mesh(layout, ranks, ddp=train.data_parallel_mode == "ddp", ep_outside=train.ep_outside)
-    data = open_data(config, tokenizer, model, ranks, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
+    layout, train = fit(config, world.size), config.train
+    tokenizer, model = world.run_on_all_ranks(lambda: tokenizer_and_model(config, world.device))
+    world.run_on_all_ranks(lambda: check_fits(config, layout, model))
+    mesh = build_mesh(layout, world, ddp=train.data_parallel_mode == "ddp", ep_outside=train.ep_outside)
+    data = open_data(config, tokenizer, model, world, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
     log.info("%s", data.steps_reason)
-    objective = ranks.agree(lambda: make_objective(config, model, mesh))
-    ranks.agree(lambda: decay_groups(model, train))
+    objective = world.run_on_all_ranks(lambda: make_objective(config, model, mesh))
+    world.run_on_all_ranks(lambda: decay_groups(model, train))
     return Parts(layout, mesh, tokenizer, model, objective, data, *own_depth(objective, layout, mesh, train))
 
 
@@ -200,20 +200,20 @@ def divide(
     )
 
 
-def second_model(config: Config, parts: Parts, ranks: Dist) -> Parts:
+def second_model(config: Config, parts: Parts, world: World) -> Parts:
     """The parts of a run with another model, made as `config` says and with its weights. A collective call."""
-    _, model = ranks.agree(lambda: tokenizer_and_model(config, ranks.device))
+    _, model = world.run_on_all_ranks(lambda: tokenizer_and_model(config, world.device))
     objective = make_objective(config, model, parts.mesh)
     pipeline, whole, plan = own_depth(objective, parts.layout, parts.mesh, config.train)
     second = replace(parts, model=model, objective=objective, pipeline=pipeline, whole=whole, plan=plan)
-    load_parameters(config, second, ranks)
+    load_parameters(config, second, world)
     return second
 
 
 def check_fits(config: Config, layout: Layout, model: PreTrainedModel) -> None:
     """ValueError unless `model` can be trained packed, and all that `layout` divides in it divides evenly."""
     check_packable(model)
-    check_border(model, layout, config.train)
+    check_multimodal(model, layout, config.train)
     fit(config, layout.world, read_facts(model, layout))
 
 
@@ -284,7 +284,7 @@ def open_data(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
-    ranks: Dist,
+    world: World,
     *,
     dp_rank: int,
     dp_size: int,
@@ -293,7 +293,7 @@ def open_data(
     return build_data(
         config,
         tokenizer,
-        dist=ranks,
+        world=world,
         dp_rank=dp_rank,
         dp_size=dp_size,
         vocab_size=model.config.get_text_config().vocab_size,
@@ -302,7 +302,7 @@ def open_data(
     )
 
 
-def load_parameters(config: Config, parts: Parts, ranks: Dist) -> None:
+def load_parameters(config: Config, parts: Parts, world: World) -> None:
     """Parallelize the model and give it its weights, from model.model_path or drawn from train.seed.
 
     train.init_device meta: first parallelize, then fill each rank's slices; else build whole on that device first.
@@ -312,14 +312,14 @@ def load_parameters(config: Config, parts: Parts, ranks: Dist) -> None:
     whole = train.init_device != "meta"
     if not whole:
         divide(config, parts.objective, parts.mesh, parts.whole, parts.plan)
-    device = torch.device("cpu") if train.init_device == "cpu" or offloads(train) else ranks.device
+    device = torch.device("cpu") if train.init_device == "cpu" or offloads(train) else world.device
     if config.model.model_path is None:
         init_weights(model, train.seed, device)
     else:
         load_weights(
             model,
             Path(config.model.model_path),
-            dist=ranks,
+            world=world,
             device=device,
             broadcast=train.broadcast_model_weights_from_rank0,
             index_path=config.model.safetensor_idx_path,
@@ -327,14 +327,14 @@ def load_parameters(config: Config, parts: Parts, ranks: Dist) -> None:
             whole=parts.whole,
         )
     if config.model.adapter_path is not None and train.architecture == "lora":
-        ranks.agree(lambda: load_adapter(model, Path(config.model.adapter_path or ""), parts.whole))
+        world.run_on_all_ranks(lambda: load_adapter(model, Path(config.model.adapter_path or ""), parts.whole))
     else:
         init_adapters(model, train.seed)
     if whole:
-        nn.Module.to(model, ranks.device)
+        nn.Module.to(model, world.device)
         divide(config, parts.objective, parts.mesh, parts.whole, parts.plan)
     else:
-        _move_buffers(model, ranks.device)
+        _move_buffers(model, world.device)
     parts.objective.train()
 
 

@@ -1,7 +1,7 @@
 """A run whose model is cut into pipeline stages: where the cuts are, and what runs a step through them.
 
-The facts come from the model (`tutti.model.anatomy`: where it can be cut; `tutti.model.plan`: what its parts cost), the
-machinery from `tutti.parallel`. Here they meet, when a run is set up.
+The facts come from the model (`tutti.model.stage_trace`: where it can be cut; `tutti.model.structure`: what its parts
+cost), the machinery from `tutti.parallel`. Here they meet, when a run is set up.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from transformers import PreTrainedModel
 from tutti.config import TrainConfig
 from tutti.config.layout import Layout
 from tutti.core.batch import Batch
-from tutti.model.anatomy import Anatomy, anatomy
-from tutti.model.border import check_first, make_placing
-from tutti.model.plan import experts, head, is_experts, part_sizes, text_model, towers
+from tutti.model.multimodal import check_first, make_placing
+from tutti.model.stage_trace import Anatomy, anatomy
+from tutti.model.structure import experts, head, is_experts, part_sizes, text_model, towers
+from tutti.parallel.batch_invariant import equal_counts
 from tutti.parallel.fsdp import GradientSync, postpones
-from tutti.parallel.invariant import equal_counts
 from tutti.parallel.mesh import Mesh
-from tutti.parallel.pipeline import Cost, Pipeline, Seams, cut, split_blocks, tied_ranks
-from tutti.parallel.runner import OneByOne, Pipelined, Runner
+from tutti.parallel.pipeline.executor import Executor, PipelineExecutor, SequentialExecutor
+from tutti.parallel.pipeline.stage import Cost, Pipeline, Seams, cut, split_blocks, tied_ranks
 from tutti.parallel.sequence import sequence_ranks, split_samples, split_tokens
-from tutti.train.task import Objective
+from tutti.train.objective import Objective
 
 log = logging.getLogger(__name__)
 
@@ -89,9 +89,9 @@ def cut_model(objective: Objective, layout: Layout, mesh: Mesh, per_rank: int) -
     )
 
 
-def make_runner(
+def make_executor(
     train: TrainConfig, objective: Objective, mesh: Mesh, pipeline: Pipeline | None, device: torch.device
-) -> Runner:
+) -> Executor:
     """What runs the micro batches of a step, on the parallelized `objective`. A collective call."""
     sync = GradientSync(objective, mesh, train)
     sharing, place = sequence_ranks(mesh), make_placing(objective.model)
@@ -107,6 +107,6 @@ def make_runner(
     if train.enable_batch_invariant_mode:
         prepare = prepare_samples
     if pipeline is None:
-        return OneByOne(objective, sync, prepare)
+        return SequentialExecutor(objective, sync, prepare)
     dtype = getattr(torch, train.compute_dtype)
-    return Pipelined(objective, pipeline, sync, prepare, dtype, split=postpones(train))
+    return PipelineExecutor(objective, pipeline, sync, prepare, dtype, split=postpones(train))

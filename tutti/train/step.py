@@ -21,21 +21,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tutti.core.batch import Batch, GlobalBatch
-from tutti.core.dist import Dist
+from tutti.core.dist import World
 from tutti.parallel.grads import clip_gradients
 from tutti.parallel.mesh import Mesh
-from tutti.parallel.runner import Runner
-from tutti.train.task import Objective, Output, source_sums
+from tutti.parallel.pipeline.executor import Executor
+from tutti.train.objective import Objective, Output, source_sums
 
 
-class Trainer:
+class TrainStep:
     """Runs steps; holds what stays the same from one to the next, made once before the loop."""
 
     def __init__(
         self,
         objective: Objective,
         optimizer: Optimizer,
-        runner: Runner,
+        executor: Executor,
         mesh: Mesh,
         max_grad_norm: float,
         *,
@@ -43,7 +43,7 @@ class Trainer:
     ) -> None:
         """inspect_gradients: called once, after the first step's backward pass."""
         self._optimizer = optimizer
-        self._runner = runner
+        self._executor = executor
         self._num_sharing = mesh.grid.size() // mesh.dp_size
         self._max_grad_norm = max_grad_norm
         self._inspect_gradients = inspect_gradients
@@ -60,13 +60,13 @@ class Trainer:
             totals.add(micro, out)
             return loss
 
-        self._runner.train(batch.micro_batches, loss_of)
+        self._executor.train(batch.micro_batches, loss_of)
         flops = sum(self._flops.batch(micro.lengths(), micro.num_values()) for micro in batch.micro_batches)
         totals.flops += flops / self._num_sharing
         if self._inspect_gradients is not None:
             self._inspect_gradients()
             self._inspect_gradients = None
-        norm = self._runner.gradient_norm(self._parameters)
+        norm = self._executor.gradient_norm(self._parameters)
         clip_gradients(self._parameters, norm, self._max_grad_norm)
         finite = norm.isfinite()
         _update(self._optimizer, finite)
@@ -149,12 +149,12 @@ class Totals:
         self.source_targets.update(batch.source_targets)
         self.source_tokens.update(batch.source_tokens)
 
-    def reduce(self, ranks: Dist) -> Means:
+    def reduce(self, world: World) -> Means:
         """What the totals come to over all ranks, on the host; waits for the device. A collective call."""
         local = self.loss.new_tensor([self.flops])
         vectors = [vector.to(self.loss.dtype) for vector in (self.rewards, self.source_loss)]
         sums = torch.cat([self.loss[None], self.router_loss[None], local, *vectors])
-        if ranks.world > 1:
+        if world.size > 1:
             dist.all_reduce(sums)
         loss, router_loss, flops, *rest = sums.tolist()
         return Means(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tutti.core.dist import Dist
+from tutti.core.dist import World
 
 log = logging.getLogger(__name__)
 
@@ -21,8 +21,8 @@ class StopSignal:
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self, ranks: Dist) -> None:
-        self._ranks = ranks
+    def __init__(self, world: World) -> None:
+        self._world = world
         self._seen = False
         self._before: dict[signal.Signals, Any] = {}
 
@@ -36,7 +36,7 @@ class StopSignal:
 
     def requested(self) -> bool:
         """Whether any rank was asked to stop. A collective call, over host memory: it does not wait for the device."""
-        if self._ranks.world == 1:
+        if self._world.size == 1:
             return self._seen
         flag = torch.tensor(int(self._seen))
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)

@@ -1,0 +1,224 @@
+"""What `tutti check` predicts of a step, beside what the same step takes on real ranks: sizes, to the last byte."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.harness import run_ranks
+from tests.parallel.layouts import family_config
+from tutti.check.dry_run import Prediction, Unpredictable, full_batch, predict, predict_rank
+from tutti.check.run import check
+from tutti.config import Config
+from tutti.core.batch import Batch
+
+FSDP2 = {"data_parallel_mode": "fsdp2"}
+REMAT = {"enable_gradient_checkpointing": True}
+DEEP = {"num_hidden_layers": 4}
+
+ONE = {
+    "alone": ("qwen3", {}),
+    "bf16 with compensation": (
+        "qwen3",
+        {"optimizer": "anyprecision_adamw", "enable_mixed_precision": False, "compute_dtype": "bfloat16"},
+    ),
+    "activations offloaded": ("llama", {"enable_activation_offload": True} | REMAT),
+}
+TWO = {
+    "ddp": ("qwen3", {"data_parallel_mode": "ddp"}),
+    "fsdp2": ("qwen3", FSDP2 | REMAT | {"compute_dtype": "bfloat16"}),
+    "fsdp2, ZeRO-2": ("llama", FSDP2 | {"enable_full_shard": False}),
+    "fsdp1": ("llama", {"data_parallel_mode": "fsdp1", "optimizer": "anyprecision_adamw"}),
+    "fsdp2, offloaded": ("smollm2", FSDP2 | {"enable_fsdp_offload": True, "enable_reentrant": False} | REMAT),
+    "tensor": ("qwen3", {"tensor_parallel_size": 2} | REMAT),
+    "pipeline": ("qwen3", {"pipeline_parallel_size": 2}),
+    "zero bubble": ("llama", {"pipeline_parallel_size": 2, "pipeline_schedule": "zero_bubble"}),
+    "ulysses": ("llama", FSDP2 | {"ulysses_parallel_size": 2, "async_enabled": True}),
+    "context": ("gemma3", FSDP2 | {"context_parallel_size": 2}),
+    "adapters": ("llama", FSDP2 | {"architecture": "lora"}),
+}
+FOUR = {
+    "hybrid": ("qwen3", FSDP2 | {"data_parallel_replicate_size": 2, "data_parallel_shard_size": 2}),
+    "fsdp2 x tensor": ("qwen3", FSDP2 | {"tensor_parallel_size": 2}),
+    "fsdp2 x pipeline, interleaved": (
+        "llama",
+        FSDP2 | {"pipeline_parallel_size": 2, "pipeline_schedule": "interleaved", "pipeline_stages_per_rank": 2},
+    ),
+    "context x ulysses": ("llama", FSDP2 | {"context_parallel_size": 2, "ulysses_parallel_size": 2} | REMAT),
+}
+EXPERTS = {
+    "experts": ("qwen3_moe", FSDP2 | {"expert_parallel_size": 2} | REMAT),
+    "experts, apart": ("mixtral", FSDP2 | {"expert_parallel_size": 2, "ep_outside": True}),
+}
+
+
+def configs_of(folder, cases: dict, world: int) -> list[Config]:
+    deep = {"interleaved"}
+    return [
+        family_config(
+            folder / str(number),
+            family,
+            world,
+            DEEP if any(word in name for word in deep) else None,
+            **{"global_batch_size": 16} | changes,
+        )
+        for number, (name, (family, changes)) in enumerate(cases.items())
+    ]
+
+
+def real_steps(configs: list[Config]) -> bytes:
+    """What the first step of each configuration takes on this rank, as far as it can be seen, and its micro batches;
+    pickled, since tensors that are sent as such die with this process."""
+    import logging
+
+    from tutti.core.dist import init_world
+    from tutti.train.setup import prepare_process
+
+    ranks = init_world(prepare_process(configs[0]))
+    logging.disable(logging.WARNING)
+    return pickle.dumps([real_step(config, ranks) for config in configs])
+
+
+def real_step(config: Config, ranks: Any) -> tuple[Prediction, list[Batch]]:
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    from tutti.check.comm_volume import count_traffic
+    from tutti.train.optim import build_optimizer
+    from tutti.train.setup import assemble, load_parameters
+    from tutti.train.stages import make_executor
+    from tutti.train.step import Totals, TrainStep
+
+    _clear_sharding_prop_cache()  # of the step before, whose mesh was another one
+    parts = assemble(config, ranks)
+    load_parameters(config, parts, ranks)
+    executor = make_executor(config.train, parts.objective, parts.mesh, parts.pipeline, ranks.device)
+    optimizer = build_optimizer(parts.model, config, whole=parts.whole is None)
+    grads: list[int] = []
+
+    def measure() -> None:
+        grads.append(num_bytes(parameter.grad for parameter in parts.objective.parameters()))
+
+    trainer = TrainStep(parts.objective, optimizer, executor, parts.mesh, 1.0, inspect_gradients=measure)
+    batch = next(iter(parts.data.train()))
+    with count_traffic(parts.mesh) as traffic:
+        trainer.step(batch, Totals.zero(1, ranks.device))
+    seen = Prediction(
+        rank=ranks.rank,
+        parameters=num_bytes(parts.objective.parameters()),
+        gradients=grads[0],
+        optimizer=num_bytes(value for state in optimizer.state.values() for value in state.values()),
+        gathered=0,
+        activations=0,
+        peak=0,
+        sent=traffic.sent,
+    )
+    return seen, list(batch.micro_batches)
+
+
+def num_bytes(tensors) -> int:
+    from tutti.parallel.grads import local
+
+    parts = [local(tensor) for tensor in tensors if isinstance(tensor, Tensor)]
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+def model_of(config: Config):
+    from tutti.train.setup import tokenizer_and_model
+
+    return tokenizer_and_model(config, torch.device("cpu"))[1]
+
+
+def pairs(folder, cases: dict, world: int):
+    """For each case and rank: where, what was predicted, and what was seen."""
+    configs = configs_of(folder, cases, world)
+    by_rank = [pickle.loads(seen) for seen in run_ranks(world, real_steps, configs, timeout=400)]
+    for number, name in enumerate(cases):
+        model = model_of(configs[number])
+        for rank in range(world):
+            seen, batches = by_rank[rank][number]
+            yield f"{name}, rank {rank}", predict_rank(configs[number], model, world, rank, batches), seen
+
+
+@pytest.mark.parametrize(("cases", "world"), [(ONE, 1), (TWO, 2), (FOUR, 4)])
+def test_what_is_predicted_is_what_a_step_takes(tmp_path, cases, world):
+    for where, predicted, seen in pairs(tmp_path, cases, world):
+        sizes = ("parameters", "gradients", "optimizer")
+        assert [getattr(predicted, size) for size in sizes] == [getattr(seen, size) for size in sizes], where
+        assert predicted.sent == seen.sent, where
+        assert predicted.peak >= predicted.parameters + predicted.optimizer + predicted.gathered, where
+        assert (predicted.sent == {}) == (world == 1), where
+
+
+def test_experts_are_predicted_as_if_chosen_evenly(tmp_path):
+    for where, predicted, seen in pairs(tmp_path, EXPERTS, 4):
+        sizes = ("parameters", "gradients", "optimizer")
+        assert [getattr(predicted, size) for size in sizes] == [getattr(seen, size) for size in sizes], where
+        assert {axis: sent.messages for axis, sent in predicted.sent.items()} == {
+            axis: sent.messages for axis, sent in seen.sent.items()
+        }, where
+        for axis, sent in seen.sent.items():
+            share = 0.4 if axis == "expert" else 0.0
+            assert predicted.sent[axis].bytes == pytest.approx(sent.bytes, rel=share), (where, axis)
+
+
+@pytest.mark.parametrize(
+    ("world", "changes"),
+    [
+        (4, FSDP2 | REMAT),
+        (4, FSDP2 | {"enable_full_shard": False}),
+        (8, FSDP2 | {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}),
+        (4, {"pipeline_parallel_size": 4}),
+        (2, {"pipeline_parallel_size": 2, "pipeline_schedule": "zero_bubble"}),
+        (
+            4,
+            FSDP2 | {"pipeline_parallel_size": 2, "pipeline_schedule": "interleaved", "pipeline_stages_per_rank": 2},
+        ),
+    ],
+)
+def test_a_long_step_is_told_from_short_ones(tmp_path, world, changes):
+    data_ranks = world // (changes.get("pipeline_parallel_size", 1) * changes.get("tensor_parallel_size", 1))
+    batches = 2 * 8 * data_ranks
+    config = family_config(tmp_path, "llama", world, DEEP, global_batch_size=batches, **changes)
+    model = model_of(config)
+    for rank in (0, world - 1):
+        told = predict_rank(config, model, world, rank)
+        whole = predict_rank(config, model, world, rank, [full_batch(config, model)] * 8)
+        assert told == whole, f"rank {rank}"
+
+
+def test_the_fullest_rank_is_told_of(tmp_path):
+    config = family_config(tmp_path, "llama", 4, DEEP, pipeline_parallel_size=4, global_batch_size=16)
+    model = model_of(config)
+    peaks = [predict_rank(config, model, 4, rank).peak for rank in range(4)]
+    found = predict(config, model, 4)
+    assert len(set(peaks)) > 1 and found.peak == max(peaks) == peaks[found.rank]
+
+
+def test_check_shows_it(tmp_path, capsys):
+    config = family_config(tmp_path, "llama", 8, tensor_parallel_size=2, global_batch_size=8, **FSDP2)
+    check(config, 8)
+    shown = capsys.readouterr().out
+    found = predict(config, model_of(config), 8)
+    _, memory = shown.split("Memory per rank")
+    memory, sent = memory.split("Sent per rank and step")
+    for name in ("parameters", "gradients", "optimizer", "gathered", "activations"):
+        assert f"{getattr(found, name) / 2**20:.3f} MiB" in memory
+    assert f"{found.peak / 2**20:.3f} MiB of the device" in memory
+    assert set(found.sent) == {"fsdp", "tensor"}
+    for axis, volume in found.sent.items():
+        (line,) = (line for line in sent.splitlines() if axis in line)
+        assert f"{volume.bytes / 2**20:.3f} MiB in {volume.messages} messages" in line
+
+
+def test_a_model_that_goes_by_values_is_told_of_and_not_predicted(tmp_path, capsys, monkeypatch):
+    config = family_config(tmp_path, "llama", 2)
+    model = model_of(config)
+    monkeypatch.setattr(type(model.model.norm), "forward", lambda self, hidden: hidden[hidden > 0])
+    with pytest.raises(Unpredictable, match="LlamaForCausalLM goes by values"):
+        predict(config, model, 2)
+    check(config, 2)
+    assert "not known before a run" in capsys.readouterr().out

@@ -1,0 +1,206 @@
+"""Samples: what the model answers as it trains, on any layout, without a trace in the training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.harness import run_ranks
+from tests.train.runs import QUICKSTART, records, run, tiny_config, write_model_config
+from tutti.config import Config
+
+ASKED = ["What is the capital of Sweden?", "Describe the element iron."]
+
+
+def sampling_config(folder: Path, *, world: int = 1, **changes: Any) -> Config:
+    folder.mkdir(exist_ok=True)
+    prompts = folder / "prompts.jsonl"
+    chat = [{"role": "user", "content": ASKED[1]}, {"role": "assistant", "content": "left out"}]
+    prompts.write_text(json.dumps({"prompt": ASKED[0]}) + "\n\n" + json.dumps({"messages": chat}) + "\n")
+    common = {
+        "data.eval_path": str(QUICKSTART / "chat_eval.jsonl"),
+        "train.eval_steps": 2,
+        "train.sample_tokens": 6,
+        "train.sample_prompts_path": str(prompts),
+        "train.lr": 3e-2,
+    }
+    return tiny_config(folder, world=world, **(common | changes))
+
+
+def texts(config: Config) -> list[dict[str, Any]]:
+    return json.loads((Path(config.train.output_dir or "") / "run.json").read_text())["texts"]
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    config = sampling_config(
+        tmp_path_factory.mktemp("sampled"), **{"train.max_steps": 5, "train.save_hf_weights": True}
+    )
+    run(config)
+    return config
+
+
+def test_prompts_are_answered_at_each_evaluation_and_at_the_end(sampled: Config) -> None:
+    assert [(text["step"], text["prompt"]) for text in texts(sampled)] == [
+        (step, prompt) for step in (2, 4, 5) for prompt in ASKED
+    ]
+
+
+def test_the_answers_are_those_of_the_exported_model(sampled: Config) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(sampled.train.output_dir or "") / "hf/final"
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    final = [text for text in texts(sampled) if text["step"] == 5]
+    assert any(text["text"] for text in final)
+    for text in final:
+        chat = [{"role": "user", "content": text["prompt"]}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=6)[0, inputs["input_ids"].shape[1] :]
+        assert text["text"] == tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+LAYOUTS = {
+    "ddp": {"train.data_parallel_mode": "ddp"},
+    "zero3": {"train.data_parallel_mode": "fsdp2"},
+    "zero2": {"train.data_parallel_mode": "fsdp2", "train.enable_full_shard": False},
+    "tensor": {"train.data_parallel_mode": "fsdp2", "train.tensor_parallel_size": 2},
+    "ulysses": {"train.data_parallel_mode": "fsdp2", "train.ulysses_parallel_size": 2},
+    "context, sample by sample": {"train.context_parallel_size": 2, "train.enable_batch_invariant_mode": True},
+    "pipeline": {"train.pipeline_parallel_size": 2},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_every_layout_gives_the_same_answers(tmp_path: Path, sampled: Config, layout: dict[str, Any]) -> None:
+    config = sampling_config(tmp_path, world=2, **layout, **{"train.max_steps": 5})
+    run(config, 2)
+    assert texts(config) == texts(sampled)
+
+
+@pytest.mark.parametrize("layout", ["zero3", "zero2"])
+def test_training_is_bit_equal_with_and_without_samples(tmp_path: Path, layout: str) -> None:
+    changes = LAYOUTS[layout] | {"train.save_steps": 2, "train.enable_full_determinism": True}
+    without = {"train.sample_prompts_path": None, "train.eval_steps": 0}
+    asked = sampling_config(tmp_path / "asked", world=2, **changes)
+    silent = sampling_config(tmp_path / "silent", world=2, **(changes | without))
+    lines = [[line for line in run(config, 2) if "loss" in line] for config in (asked, silent)]
+    assert texts(asked) and not texts(silent)
+    for ours, theirs in zip(*lines, strict=True):
+        assert (ours["loss"], ours["grad_norm"]) == (theirs["loss"], theirs["grad_norm"]), f"step {ours['step']}"
+    states = [run_ranks(1, random_state, str(config.train.output_dir)) for config in (asked, silent)]
+    assert states[0] == states[1]
+
+
+def random_state(folder: str) -> str:
+    """The digests of what the checkpoint of step 4 holds of random generators and weights."""
+    files = sorted((Path(folder) / "checkpoints/global_step_4").rglob("*.distcp"))
+    assert files
+    import hashlib
+
+    return " ".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+
+
+def test_compiled_blocks_answer_rows_of_one_length(tmp_path: Path) -> None:
+    config = sampling_config(tmp_path, **{"train.max_steps": 2, "train.enable_compile": True})
+    widths = run_ranks(1, widths_of_rows, config)[0]
+    assert len(widths) == 6 and len(set(widths)) == 1
+
+
+def widths_of_rows(config: Config) -> list[int]:
+    """The lengths of the rows that the prompts are answered in, with compilation asked for and left out."""
+    from tests.train.runs import train_quietly
+    from tutti.train.objective import Objective
+
+    forward, widths = Objective.forward, []
+
+    def watched(self: Any, batch: Any, *, only_logits: bool = False) -> Any:
+        if only_logits:
+            widths.append(len(batch.input_ids))
+        return forward(self, batch, only_logits=only_logits)
+
+    Objective.forward = watched  # type: ignore[method-assign]
+    torch.compile = lambda function, **options: function  # type: ignore[assignment]
+    train_quietly(config)
+    return widths
+
+
+def test_a_text_model_goes_on_with_texts(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("It is a truth\n\nShe was\n")
+    config = tiny_config(
+        tmp_path,
+        **{
+            "data.data_type": "plaintext",
+            "data.train_path": str(QUICKSTART / "prose.txt"),
+            "train.max_steps": 1,
+            "train.sample_prompts_path": str(prompts),
+            "train.sample_prompts": ["The"],
+            "train.sample_tokens": 3,
+        },
+    )
+    run(config)
+    assert [(text["step"], text["prompt"]) for text in texts(config)] == [
+        (1, "The"),
+        (1, "It is a truth"),
+        (1, "She was"),
+    ]
+
+
+def test_classifiers_are_not_asked(tmp_path: Path) -> None:
+    changes = {"data.data_type": "classification", "model.num_labels": 4, "train.max_steps": 1}
+    config = sampling_config(
+        tmp_path, **changes, **{"data.train_path": str(QUICKSTART / "topics.jsonl")}, **{"data.eval_path": None}
+    )
+    run(config)
+    assert texts(config) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("none.jsonl", None, "none.jsonl cannot be read: No such file"),
+        ("a.jsonl", "What?", r"a.jsonl:1: is not a JSON object"),
+        ("a.jsonl", '{"question": "What?"}', r"a.jsonl:1: has no column messages"),
+        ("a.jsonl", '{"messages": [{"role": "assistant", "content": "x"}]}', r"a.jsonl:1: .* no message to answer"),
+        ("a.txt", "word " * 100, r"a.txt:1: the prompt has \d+ tokens"),
+    ],
+)
+def test_prompts_that_cannot_be_used_stop_the_run_first(
+    tmp_path: Path, name: str, text: str | None, reason: str
+) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    model = write_model_config(tmp_path / "short", max_position_embeddings=64)
+    config = tiny_config(tmp_path, **{"model.config_path": model, "train.sample_prompts_path": str(tmp_path / name)})
+    with pytest.raises(AssertionError, match=reason):
+        run(config)
+    assert not (Path(config.train.output_dir or "") / "metrics.jsonl").exists()
+
+
+def test_nothing_is_drawn(tmp_path: Path) -> None:
+    assert run_ranks(
+        1, generators_untouched, sampling_config(tmp_path, **{"train.max_steps": 1, "train.eval_steps": 0})
+    )[0]
+
+
+def generators_untouched(config: Config) -> bool:
+    from tests.train.runs import train_quietly
+    from tutti.train.samples import Samples
+
+    show, equal = Samples.show, []
+
+    def watched(self: Any, *args: Any) -> None:
+        before = torch.get_rng_state()
+        show(self, *args)
+        equal.append(torch.equal(before, torch.get_rng_state()))
+
+    Samples.show = watched  # type: ignore[method-assign]
+    train_quietly(config)
+    return equal == [True]
+
+
+def test_records_hold_no_samples(sampled: Config) -> None:
+    assert not any("prompt" in line for line in records(sampled))

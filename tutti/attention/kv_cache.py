@@ -1,0 +1,194 @@
+"""Keys and values of the sequences that are being generated, and the attention that reads them.
+
+The sequences are of different lengths, and nothing is padded on the left: every one starts at place 0 of its row in the
+cache. A model runs in two kinds of pass, both as the packed row [1, T] that training uses
+(`tutti.attention.interface`):
+
+- *prefill*: the prompts of new sequences, end to end, attend within themselves; their keys and values are copied to
+  new rows.
+- *decode*: one token for each sequence. It is written behind the row's last one, and attends to its own row: one
+  batched product over all rows up to the longest, with what lies beyond a row's length hidden.
+
+So a sequence's logits do not depend on its neighbours, except through the rounding of the matrix products. Rows of
+finished sequences are dropped, and new sequences may join between any two passes.
+
+The cache is handed to the attention through the keyword arguments that transformers passes on from a model's forward
+to its attention function; the model itself runs without one of its own.
+
+Shapes: B rows, C places a row, H query heads, K key/value heads, G = H / K, D head dimension, E value dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from tutti.attention.interface import AttentionSpec, no_mask, packed_forward, probabilities, spec_of
+
+CACHED = "tutti_cached"
+"""The name under which this attention is registered with transformers."""
+
+_GROWTH = 64
+
+
+def register() -> str:
+    """Make the attention known to transformers; its name."""
+    AttentionInterface.register(CACHED, _cached_forward)
+    AttentionMaskInterface.register(CACHED, no_mask)
+    return CACHED
+
+
+class Cache:
+    """Keys and values of B sequences, of `lengths` tokens each."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.lengths: list[int] = []
+        self._device = device
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._capacity = 0
+        self._new: list[int] = []
+        self._places = torch.empty(0, dtype=torch.int64, device=device)
+        self._hidden: dict[tuple[int, int], Tensor] = {}
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """Make room for new sequences; what the model's forward is given to run their `prompts`.
+
+        Its logits are those that follow each prompt: [1, number of prompts, V].
+        """
+        self._new = [len(prompt) for prompt in prompts]
+        self.lengths += self._new
+        self._reserve(len(self.lengths), max(self.lengths) + 1)
+        borders = torch.tensor([0, *self._new]).cumsum(0)
+        return {
+            "input_ids": torch.tensor([[token for prompt in prompts for token in prompt]], device=self._device),
+            "position_ids": torch.cat([torch.arange(length) for length in self._new])[None].to(self._device),
+            "cu_seq_lens_q": borders.to(self._device, torch.int32),
+            "max_length_q": max(self._new),
+            "logits_to_keep": (borders[1:] - 1).to(self._device),
+            "use_cache": False,
+            "kv_cache": self,
+        }
+
+    def decode(self, tokens: Tensor) -> dict[str, Any]:
+        """What the model's forward is given to run one more token of every sequence: `tokens` [B].
+
+        Its logits are [1, B, V].
+        """
+        self._new = []
+        self._reserve(len(self.lengths), max(self.lengths) + 1)
+        self._places = torch.tensor(self.lengths, device=self._device)
+        self._hidden = {}
+        self.lengths = [length + 1 for length in self.lengths]
+        return {
+            "input_ids": tokens.to(self._device)[None],
+            "position_ids": self._places[None],
+            "use_cache": False,
+            "kv_cache": self,
+        }
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all sequences but those in `rows` (ascending)."""
+        index = torch.tensor(rows, dtype=torch.int64, device=self._device)
+        self.lengths = [self.lengths[row] for row in rows]
+        if not rows:
+            self._layers, self._capacity = {}, 0
+            return
+        self._layers = {
+            layer: (keys.index_select(0, index), values.index_select(0, index))
+            for layer, (keys, values) in self._layers.items()
+        }
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether the pass under way is over new prompts."""
+        return bool(self._new)
+
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Copy keys [K, T, D] and values [K, T, E] of the new prompts to their rows."""
+        if layer not in self._layers:
+            self._layers[layer] = tuple(  # type: ignore[assignment]  # two of them
+                part.new_zeros(len(self.lengths), part.shape[0], self._capacity, part.shape[2]) for part in (key, value)
+            )
+        keys, values = self._layers[layer]
+        first = len(self.lengths) - len(self._new)
+        borders = [0, *torch.tensor(self._new).cumsum(0).tolist()]
+        for row, (begin, end) in enumerate(pairwise(borders), start=first):
+            keys[row, :, : end - begin] = key[:, begin:end]
+            values[row, :, : end - begin] = value[:, begin:end]
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, sinks: Tensor | None
+    ) -> Tensor:
+        """Write one more token of every row, key [K, B, D] and value [K, B, E], and attend to the rows.
+
+        query [H, B, D] -> [B, H, E].
+        """
+        keys, values = self._layers[layer]
+        num_rows, kv_heads = keys.shape[:2]
+        heads, longest = query.shape[0], max(self.lengths)
+        rows = torch.arange(num_rows, device=self._device)
+        keys[rows, :, self._places] = key.transpose(0, 1)
+        values[rows, :, self._places] = value.transpose(0, 1)
+        weights, _ = probabilities(
+            query.transpose(0, 1).reshape(num_rows * kv_heads, heads // kv_heads, -1),
+            keys[:, :, :longest].flatten(0, 1),
+            self._bias(longest, kv_heads, spec, query),
+            None if sinks is None else sinks.repeat(num_rows),
+            spec,
+        )
+        return torch.bmm(weights[..., :longest], values[:, :, :longest].flatten(0, 1)).view(num_rows, heads, -1)
+
+    def _bias(self, longest: int, kv_heads: int, spec: AttentionSpec, like: Tensor) -> Tensor:
+        """0 where a row's token may look and -inf elsewhere, [B * K, 1, longest]; made once a pass."""
+        key = (spec.window, kv_heads)
+        if key not in self._hidden:
+            distance = self._places[:, None] - torch.arange(longest, device=self._device)
+            hidden = distance < 0
+            if spec.window:
+                hidden |= distance >= spec.window
+            bias = torch.zeros(hidden.shape, dtype=like.dtype, device=self._device).masked_fill_(hidden, -torch.inf)
+            self._hidden[key] = bias.repeat_interleave(kv_heads, 0)[:, None]
+        return self._hidden[key]
+
+    def _reserve(self, num_rows: int, num_places: int) -> None:
+        """Room for that many rows and places. Unused places are zeros: garbage times a weight of 0 could be NaN."""
+        if num_places > self._capacity:
+            self._capacity = max(num_places + _GROWTH, self._capacity * 5 // 4)
+        for layer, parts in self._layers.items():
+            self._layers[layer] = tuple(  # type: ignore[assignment]  # two of them
+                _grown(part, num_rows, self._capacity) for part in parts
+            )
+
+
+def _grown(part: Tensor, num_rows: int, num_places: int) -> Tensor:
+    if part.shape[0] == num_rows and part.shape[2] == num_places:
+        return part
+    grown = part.new_zeros(num_rows, part.shape[1], num_places, part.shape[3])
+    grown[: part.shape[0], :, : part.shape[2]] = part
+    return grown
+
+
+def _cached_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature: query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, E]."""
+    cache: Cache = kwargs.pop("kv_cache")
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    if cache.prefilling:
+        cache.store(layer, key[0], value[0])
+        return packed_forward(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+    spec = spec_of(module, query, scaling, kwargs)
+    return cache.attend(layer, query[0], key[0], value[0], spec, kwargs.get("s_aux"))[None], None

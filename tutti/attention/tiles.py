@@ -1,0 +1,102 @@
+"""Attention in tiles: how queries see keys, which tiles of scores that makes, and the scores of one tile.
+
+Shared by the kernels of one rank (`tutti.attention.interface`) and of a ring of ranks (`tutti.attention.ring`). Tokens
+are named by their positions, of any one counting: within a sample, or within a batch.
+
+Shapes: H query heads, K key/value heads (H = K * G), D head dimension. A tile's rows are [K, G * rows, D]: the query
+heads that share a key/value head one after the other, so that a tile is one batched matrix product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TILE = 256
+"""Query rows a tile: large enough for efficient products, small enough to skip most of the upper triangle."""
+
+
+class AttentionSpec(NamedTuple):
+    """How queries see keys within a sample.
+
+    scale: factor on the scores. causal: only keys up to the query. window: the last `window` keys, the query's own
+    included (0 = all). softcap: scores become softcap * tanh(score / softcap) (0 = off).
+    """
+
+    scale: float
+    causal: bool = True
+    window: int = 0
+    softcap: float = 0.0
+
+    @classmethod
+    def unpack(cls, numbers: list[float]) -> AttentionSpec:
+        """The spec from a list of them as floats, which is what custom operators can be given."""
+        scale, causal, window, softcap = numbers
+        return cls(scale, bool(causal), int(window), softcap)
+
+
+class Tile(NamedTuple):
+    """Queries at positions start to stop (excluded) and keys at first to last (excluded)."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+def tiles(queries: tuple[int, int], keys: tuple[int, int], spec: AttentionSpec) -> Iterator[Tile]:
+    """The tiles of the queries and keys at these positions (first, last + 1) of one sample: at most `TILE` queries,
+    and the keys that any of them may see."""
+    causal, window = spec.causal, spec.window
+    for start in range(queries[0], queries[1], TILE):
+        stop = min(queries[1], start + TILE)
+        first = max(keys[0], start - window + 1) if window else keys[0]
+        ahead = 1 if causal else window
+        last = min(keys[1], stop + ahead - 1) if ahead else keys[1]
+        if first < last:
+            yield Tile(start, stop, first, last)
+
+
+class Biases:
+    """For each tile 0 where the query may see the key and -inf elsewhere, [G * rows, keys]; None where all may be seen.
+
+    Equal tiles of one call share theirs.
+    """
+
+    def __init__(self, groups: int, spec: AttentionSpec, like: Tensor) -> None:
+        self._groups, self._settings, self._like = groups, spec, like
+        self._made: dict[tuple[int, int, int], Tensor | None] = {}
+
+    def __call__(self, tile: Tile) -> Tensor | None:
+        start, stop, first, last = tile
+        shape = (stop - start, last - first, start - first)
+        if shape not in self._made:
+            self._made[shape] = self._bias(tile)
+        return self._made[shape]
+
+    def _bias(self, tile: Tile) -> Tensor | None:
+        start, stop, first, last = tile
+        causal, window, device = self._settings.causal, self._settings.window, self._like.device
+        # The nearest and the farthest pair: keys behind their query count as positive.
+        nearest, farthest = start - (last - 1), stop - 1 - first
+        if (nearest >= 0 or not causal) and (max(farthest, -nearest) < window or not window):
+            return None
+        distance = torch.arange(start, stop, device=device)[:, None] - torch.arange(first, last, device=device)
+        hidden = distance < 0 if causal else distance < -(window - 1)
+        if window:
+            hidden |= distance >= window
+        bias = torch.zeros(hidden.shape, dtype=self._like.dtype, device=device)
+        return bias.masked_fill_(hidden, float("-inf")).repeat(self._groups, 1)
+
+
+def scores(rows: Tensor, keys: Tensor, bias: Tensor | None, spec: AttentionSpec) -> tuple[Tensor, Tensor | None]:
+    """A tile's scores [K, G * rows, keys] and, with softcap, tanh(score / softcap); keys [K, keys, D]."""
+    transposed, scale, softcap = keys.transpose(1, 2), spec.scale, spec.softcap
+    if softcap:
+        tanh = torch.bmm(rows, transposed).mul_(scale / softcap).tanh_()
+        return tanh * softcap if bias is None else tanh * softcap + bias, tanh
+    base = rows.new_zeros(1) if bias is None else bias
+    return torch.baddbmm(base, rows, transposed, beta=1, alpha=scale), None

@@ -1,0 +1,1 @@
+"""`tutti check`: what a run would do and take, without training."""

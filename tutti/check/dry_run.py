@@ -1,0 +1,262 @@
+"""What a step takes of each rank, memory and bytes on the wire, for any number of ranks and without having them.
+
+Nothing of it is a formula. In one process, which torch's `fake` backend lets be any rank of any number, the model is
+cut, divided and stepped by the very functions that a run calls, as a rehearsal: tensors have shapes and no values (see
+`tutti.core.rehearsal`). So what is seen are this rank's own shares, and all that it sends:
+
+1. parameters, gradients and optimizer state are the sizes of this rank's parts of them, after a step;
+2. the peak is that of all storages while the step runs; what it holds beside these three and gathered parameters is
+   activations, and whatever else is on its way (buffers of collectives, gradients before they are reduced);
+3. every collective is counted by the axis that it runs along (`tutti.check.comm_volume`).
+
+The micro batches are as full as the configuration lets them be, each token a target, and experts are chosen evenly.
+Kernels are an accelerator's: attention keeps no probabilities. Compilation is left out, and so are images and a
+reference model beside the trained one. All micro batches of a step are alike, so a long step is told from short ones:
+traffic grows by the same amount with each, and memory no longer once as many are under way at once as ever will be.
+
+Ranks differ in what they hold only along the pipeline, or by the remainder of what does not divide evenly, which the
+first ones have: of each pipeline rank the first is rehearsed, and the fullest is told of.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torch.optim import Optimizer
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import PreTrainedModel
+
+from tutti.check.comm_volume import Sent, count_traffic
+from tutti.config import Config, TrainConfig
+from tutti.config.layout import Layout, fit
+from tutti.core.batch import IGNORE, Batch, GlobalBatch, Sample, pack
+from tutti.core.dist import World
+from tutti.core.rehearsal import Memory, rehearse
+from tutti.model.initial import give_storage
+from tutti.model.structure import is_classifier
+from tutti.parallel.fsdp import postpones
+from tutti.parallel.grads import local
+from tutti.parallel.mesh import build_mesh
+from tutti.parallel.pipeline.schedule import rank_schedule
+from tutti.train.objective import Objective
+from tutti.train.optim import build_optimizer
+from tutti.train.setup import divide, make_objective, own_depth
+from tutti.train.stages import make_executor
+from tutti.train.step import Totals, TrainStep
+
+_COMPUTES = ("tutti::packed_attention", "tutti::packed_attention_backward")
+"""Operators in which there is no communication, and too much else."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes on one rank. parameters, gradients, optimizer: of its parts of them, after a step's backward passes.
+
+    peak: of all there is at once. At that time: gathered, parameters as they are computed with; activations, all that
+    is none of the others. sent: in a step, by axis.
+    """
+
+    rank: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    activations: int
+    peak: int
+    sent: dict[str, Sent]
+
+
+class Unpredictable(ValueError):
+    """A step of this model goes by what is in its tensors."""
+
+
+def predict(config: Config, model: PreTrainedModel, world: int) -> Prediction:
+    """What training `model`, which is whole and on the meta device, takes of the fullest of `world` ranks.
+
+    There must be no process group. ConfigError, ValueError: sizes that do not fit. Unpredictable: why.
+    """
+    layout = fit(config, world)
+    firsts = range(0, world, world // layout.pipeline)
+    return max((predict_rank(config, model, world, rank) for rank in firsts), key=lambda found: found.peak)
+
+
+def predict_rank(
+    config: Config, model: PreTrainedModel, world: int, rank: int, batches: Sequence[Batch] = ()
+) -> Prediction:
+    """The same of one rank. batches: its micro batches of a step, where they are not to be full ones."""
+    layout = fit(config, world)
+    train = replace(config.train, enable_compile=False)
+    config = replace(config, train=train)
+    with _pretend(rank, world) as ranks, _answering_for(model):
+        mesh = build_mesh(layout, ranks, ddp=train.data_parallel_mode == "ddp", ep_outside=train.ep_outside)
+        objective = make_objective(config, copy.deepcopy(model), mesh)
+        pipeline, whole, plan = own_depth(objective, layout, mesh, train)
+        divide(config, objective, mesh, whole, plan)
+        with count_traffic(mesh) as traffic, rehearse(computes=_COMPUTES) as memory:
+            give_storage(objective.model, ranks.device)
+            objective.train()
+            optimizer = build_optimizer(objective.model, config, whole=whole is None)
+            executor = make_executor(train, objective, mesh, pipeline, ranks.device)
+            sizes = _Sizes(objective, optimizer, memory)
+            trainer = TrainStep(
+                objective, optimizer, executor, mesh, train.max_grad_norm, inspect_gradients=sizes.after_backward
+            )
+
+            def sent_by(micro_batches: Sequence[Batch]) -> dict[str, Sent]:
+                before = traffic.sent
+                trainer.step(_global_batch(micro_batches), Totals.zero(1, ranks.device))
+                return _combined(traffic.sent, before, lambda after, so_far: after - so_far)
+
+            if batches:
+                return sizes.prediction(rank, sent_by(batches))
+            full, count = full_batch(config, model), layout.accumulation
+            few, many = _short_steps(count, layout, train, mesh.rank("pipeline"))
+            sent = sent_by([full] * many)
+            found = sizes.prediction(rank, sent)
+            if many == count:
+                return found
+            less = sent_by([full] * few)
+            left, apart = count - many, many - few
+            return replace(found, sent=_combined(sent, less, lambda more, some: more + (more - some) * left // apart))
+
+
+def _combined(
+    left: Mapping[str, Sent], right: Mapping[str, Sent], combine: Callable[[int, int], int]
+) -> dict[str, Sent]:
+    """Bytes and messages of each axis, from those in both."""
+    return {
+        axis: Sent(*(combine(mine, other) for mine, other in zip(sent, right.get(axis, Sent()), strict=True)))
+        for axis, sent in left.items()
+    }
+
+
+@contextmanager
+def _pretend(rank: int, world: int) -> Iterator[World]:
+    """Be `rank` of `world` ranks that there are not, silently."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    _clear_sharding_prop_cache()  # in which there are meshes of groups that have gone, and pass for new ones
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        yield World(rank=rank, size=world, local_rank=0, device=torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+        _clear_sharding_prop_cache()
+        logging.disable(level)
+
+
+@contextmanager
+def _answering_for(model: PreTrainedModel) -> Iterator[None]:
+    """Say in our words that something asked for values."""
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
+        name = type(model).__name__
+        raise Unpredictable(f"not known before a run: a step of {name} goes by values ({error.func})") from error
+
+
+class _Sizes:
+    """Looks at what a rank holds in the first of its steps."""
+
+    def __init__(self, objective: Objective, optimizer: Optimizer, memory: Memory) -> None:
+        self._parameters, self._optimizer, self._memory = list(objective.parameters()), optimizer, memory
+        self._gradients = self._gradients_at_peak = self._gathered = self._peak = 0
+
+    def after_backward(self) -> None:
+        grads = [local(parameter.grad) for parameter in self._parameters if parameter.grad is not None]
+        self._gradients, self._gradients_at_peak = _num_bytes(grads), self._memory.at_peak(grads)
+        self._peak, self._gathered = self._memory.peak, self._memory.gathered_at_peak
+        self._memory.restart()
+
+    def prediction(self, rank: int, sent: dict[str, Sent]) -> Prediction:
+        """What was seen, once the step is over. In it the optimizer's state came with the update; it then stays."""
+        parameters = _num_bytes(map(local, self._parameters))
+        states = (value for state in self._optimizer.state.values() for value in state.values())
+        optimizer = _num_bytes(local(value) for value in states if isinstance(value, Tensor))
+        peak, gathered, gradients = self._peak + optimizer, self._gathered, self._gradients_at_peak
+        if self._memory.peak > peak:
+            peak, gathered, gradients = self._memory.peak, self._memory.gathered_at_peak, self._gradients
+        return Prediction(
+            rank=rank,
+            parameters=parameters,
+            gradients=self._gradients,
+            optimizer=optimizer,
+            gathered=gathered,
+            activations=peak - parameters - optimizer - gathered - gradients,
+            peak=peak,
+            sent=sent,
+        )
+
+
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def full_batch(config: Config, model: PreTrainedModel) -> Batch:
+    """A micro batch of as many tokens as there may be, all of them trained on; of pairs or classes, if the data is."""
+    length = config.data.max_seq_len
+    ids = np.zeros(length, np.int32)
+    labels = np.zeros(length, np.int32)
+    labels[-1] = IGNORE
+    if is_classifier(model):
+        labels = np.where(np.arange(length) == length - 1, 0, IGNORE).astype(np.int32)
+    split = length // 2 if config.data.data_type == "dpo" else 0
+    if split:
+        labels[split - 1] = IGNORE
+    return pack([Sample(ids, labels, split=split)] * config.train.micro_batch_size)
+
+
+def _global_batch(batches: Sequence[Batch]) -> GlobalBatch:
+    """A step of these micro batches; what only the log knows is left at one."""
+    return GlobalBatch(
+        micro_batches=tuple(batches),
+        num_targets=1,
+        trained_tokens=1,
+        num_tokens=1,
+        num_samples=1,
+        num_slots=1,
+        source_targets={},
+        source_tokens={},
+        names=(),
+        step=1,
+        epoch=0,
+        epoch_end=False,
+    )
+
+
+def _short_steps(count: int, layout: Layout, train: TrainConfig, rank: int) -> tuple[int, int]:
+    """Two numbers of micro batches that tell what a step of `count` takes of a pipeline's `rank`: the larger one as
+    much memory, and the difference between them how traffic grows. Both are `count` where that is no more.
+
+    Interleaved stages take micro batches in groups of as many as there are ranks, and so it grows by groups.
+    """
+    ranks, per_rank = layout.pipeline, train.pipeline_stages_per_rank if layout.pipeline > 1 else 1
+
+    def most_alive(batches: int) -> int:
+        order = rank_schedule(rank, ranks, per_rank, batches, split=postpones(train))
+        alive = accumulate({"F": 1, "B": -1, "I": 0, "W": -1}[action.kind] for action in order)
+        return max(alive)
+
+    most = most_alive(count)
+    many = next(number for number in range(min(count, 2), count + 1) if most_alive(number) == most)
+    many += ranks > 1  # one more is received before one is done with
+    few = 1
+    if per_rank > 1:
+        few = many + (count - many) % ranks
+        many = few + ranks
+    return (few, many) if many < count else (count, count)

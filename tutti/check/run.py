@@ -1,0 +1,166 @@
+"""`tutti check`: what a run would do, without training: its data as the model sees it, its steps, layout and memory.
+
+It is assembled from the same parts as a run, in one process, for any number of ranks: the model stays on the meta
+device, and the data plan is the same whatever process looks at it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tutti.check.dry_run import Unpredictable, predict
+from tutti.config import Config
+from tutti.config.layout import Layout, fit
+from tutti.core.batch import Batch, GlobalBatch, Sample
+from tutti.core.device import pick_device
+from tutti.core.dist import World
+from tutti.core.log import setup_logging
+from tutti.data.encode import describe
+from tutti.data.loader import Data
+from tutti.model.stage_trace import anatomy
+from tutti.model.structure import is_classifier, num_params, towers
+from tutti.parallel.fsdp import offloads, reshards
+from tutti.parallel.mesh import AXES
+from tutti.train.setup import check_fits, open_data, tokenizer_and_model
+from tutti.train.stages import describe_stages, stage_blocks
+
+SHOWN_SAMPLES = 4
+SHOWN_CHARACTERS = 1200
+
+
+def check(config: Config, world: int = 1) -> None:
+    """Print what training with `config` on `world` ranks would do. ValueError: what is wrong with its files."""
+    setup_logging(0)
+    layout = fit(config, world)
+    ranks = World(rank=0, size=1, local_rank=0, device=pick_device(config.train.init_device))
+    tokenizer, model = tokenizer_and_model(config, ranks.device)
+    check_fits(config, layout, model)
+    data = open_data(config, tokenizer, model, ranks, dp_rank=0, dp_size=layout.data)
+    first = next(iter(data.train()), None)
+    if first is None:
+        raise ValueError("the data gives no global batch: see data.train_size, data.train_sample and data.drop_last")
+    out = Console(highlight=False)
+    _show_batch(out, first.micro_batches[0], tokenizer, model, data.sources)
+    out.print(_data_table(data, first))
+    out.print(_plan_table(config, layout, model))
+    _show_prediction(out, config, layout, model)
+
+
+def _samples(batch: Batch) -> Iterator[Sample]:
+    borders = batch.cu_seqlens.tolist()
+    for begin, end, source in zip(borders[:-1], borders[1:], batch.sample_sources.tolist(), strict=True):
+        if source >= 0:
+            yield Sample(batch.input_ids[begin:end].numpy(), batch.labels[begin:end].numpy(), source)
+
+
+def _show_batch(
+    out: Console, batch: Batch, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, sources: tuple[str, ...]
+) -> None:
+    samples = list(_samples(batch))
+    legend = Text("First micro batch: ", style="bold")
+    legend.append("trained on", style="bold green").append(", ").append("only read", style="dim")
+    out.print(legend)
+    for number, sample in enumerate(samples[:SHOWN_SAMPLES], 1):
+        text = Text(f"  {number}. {sources[sample.source]}, {len(sample)} tokens: ", style="bold")
+        left = SHOWN_CHARACTERS
+        for piece, trained in describe(sample, tokenizer):
+            text.append(piece[:left].replace("\n", "⏎\n"), style="green" if trained else "dim")
+            left -= len(piece)
+            if left <= 0:
+                text.append(" ...", style="dim")
+                break
+        if is_classifier(model):
+            text.append(f"  -> class {sample.labels[-1]}", style="bold green")
+        out.print(text)
+    if len(samples) > SHOWN_SAMPLES:
+        out.print(f"  ... and {len(samples) - SHOWN_SAMPLES} more samples", style="dim")
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=True)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column()
+    return table
+
+
+def _data_table(data: Data, first: GlobalBatch) -> Table:
+    report, table = data.report, _table("Data")
+    table.add_row("rows kept", f"{report.rows - sum(report.dropped.values()):,} of {report.rows:,}")
+    for reason, count in sorted(report.dropped.items(), key=lambda item: -item[1]):
+        table.add_row("  dropped", f"{count:,}: {reason}")
+    table.add_row("samples", f"{report.samples:,}")
+    share = report.trained_tokens / max(1, report.tokens)
+    table.add_row("tokens", f"{report.tokens:,}, of which {share:.0%} trained on")
+    if report.packing_efficiency is not None:
+        table.add_row("packing", f"{report.packing_efficiency:.1%} of the slots hold a token")
+    table.add_row("steps", data.steps_reason)
+    counts = f"{first.num_samples:,} samples, {first.num_tokens:,} tokens, {first.trained_tokens:,} trained on"
+    table.add_row("first step", counts)
+    return table
+
+
+def _plan_table(config: Config, layout: Layout, model: PreTrainedModel) -> Table:
+    train, table = config.train, _table("Layout")
+    divided = " x ".join(f"{axis} {size}" for axis in AXES if (size := getattr(layout, axis)) > 1)
+    experts = f", experts over {layout.expert}" if layout.expert > 1 else ""
+    table.add_row("ranks", f"{layout.world}{': ' * bool(divided)}{divided}{experts} ({train.data_parallel_mode})")
+    table.add_row(
+        "global batch",
+        f"{layout.global_batch_size} = {train.micro_batch_size} a micro batch x {layout.data} ranks x "
+        f"{layout.accumulation} accumulated",
+    )
+    if layout.pipeline > 1:
+        stages = stage_blocks(model, anatomy(model), layout.pipeline * train.pipeline_stages_per_rank)
+        where = f"{len(stages)} on {layout.pipeline} ranks ({train.pipeline_schedule})"
+        table.add_row("stages", f"{where}: blocks {describe_stages(stages)}")
+    kept = "freed after the forward pass" if reshards(train) and layout.shard > 1 else "kept until the backward pass"
+    table.add_row("parameters", f"{'fp32' if train.enable_mixed_precision else 'bf16'}, computed with in "
+                  f"{train.compute_dtype}, {kept}")  # fmt: skip
+    table.add_row("activations", "recomputed block by block" if train.enable_gradient_checkpointing else "kept")
+    return table
+
+
+def _show_prediction(out: Console, config: Config, layout: Layout, model: PreTrainedModel) -> None:
+    """What a step takes of a rank: memory, and traffic along each axis."""
+    sizes, memory = num_params(model), _table("Memory per rank")
+    active = f" ({sizes.active:,} active)" if sizes.active != sizes.total else ""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    share = f", of which {trained:,} are trained" if trained != sizes.total else ""
+    memory.add_row("model", f"{type(model).__name__}, {sizes.total:,} parameters{active}{share}")
+    try:
+        with out.status("rehearsing a step"):
+            found = predict(config, model, layout.world)
+    except Unpredictable as error:
+        memory.add_row("", str(error))
+        out.print(memory)
+        return
+    if layout.pipeline > 1:
+        stage = found.rank * layout.pipeline // layout.world + 1
+        memory.title = f"Memory per rank, on the fullest of {layout.pipeline} pipeline ranks, number {stage}"
+    held = ", in host memory" if offloads(config.train) else ""
+    for name in ("parameters", "gradients", "optimizer"):
+        memory.add_row(name, _size(getattr(found, name)) + held)
+    memory.add_row("gathered", f"{_size(found.gathered)}, parameters while they are computed with")
+    memory.add_row("activations", f"{_size(found.activations)}, and buffers")
+    device = found.gathered + found.activations if held else found.peak
+    memory.add_row("together", f"{_size(device)} of the device, at the peak of a full step")
+    compares = config.data.data_type == "dpo" and config.train.dpo_reference == "on_the_fly"
+    left_out = ["images"] * bool(towers(model)) + ["the reference model"] * compares
+    if left_out:
+        memory.add_row("not counted", " and ".join(left_out))
+    out.print(memory)
+    if found.sent:
+        traffic = _table("Sent per rank and step")
+        for axis, sent in sorted(found.sent.items(), key=lambda item: -item[1].bytes):
+            traffic.add_row(axis, f"{_size(sent.bytes)} in {sent.messages:,} messages")
+        out.print(traffic)
+
+
+def _size(num_bytes: int) -> str:
+    """In GiB, or MiB where that would be nought."""
+    return f"{num_bytes / 2**30:9.3f} GiB" if num_bytes >= 2**27 else f"{num_bytes / 2**20:9.3f} MiB"

@@ -1,0 +1,411 @@
+"""Adapter folders: `adapter_config.json` and `adapter_model.safetensors`, in the names and layouts of peft.
+
+What peft writes is read, and what is written here peft reads: an adapter is worth more the more programs take it. A key
+is `base_model.model.`, the layer's name in the model, and `.lora_A.weight`, `.lora_B.weight` or (DoRA)
+`.lora_magnitude_vector`; modules that were trained whole have their own names. For a stack of experts peft wraps the
+module once for each adapted parameter, the first one innermost, so that the keys of all but the last have a
+`.base_layer` each; A lies as [E * r, in] and B as [out, r * E]. There is one thing that peft has no layout for, DoRA on
+stacks of experts: it is written by the same rules, and read by us alone.
+
+Which layers are adapted, and with which rank, is taken from the keys and shapes rather than from the patterns in the
+config. What would change the computation and is not understood is refused. Adapters are small, so that every rank reads
+a whole one and takes its part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tutti.checkpoint.hf_files import Checkpoint
+from tutti.checkpoint.hf_save import first_holders, gather_from, prepare_folder, put_in_place
+from tutti.config import Config
+from tutti.core.dist import World
+from tutti.model.initial import local_part, own_part
+from tutti.model.lora import (
+    Adapter,
+    Lora,
+    adapters,
+    add_adapters,
+    listed,
+    lora_of,
+    merge,
+    modules_to_save,
+    row_norms,
+)
+from tutti.model.structure import ADAPTER_MARK, is_classifier, is_experts
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+_PREFIX = "base_model.model."
+_SUFFIXES = {"A": ".lora_A.weight", "B": ".lora_B.weight", "offset": ".lora_magnitude_vector"}
+_NOT_UNDERSTOOD = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "monteclora_config",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+)
+_SAMPLED_BYTES = 2**20
+
+
+def is_adapter_folder(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
+
+
+def base_path(folder: Path) -> str:
+    """Where the model lies that the adapter in `folder` was trained on. ValueError: it is not said."""
+    path = _read_config(folder).get("base_model_name_or_path")
+    if not path:
+        raise ValueError(f"{folder / CONFIG} does not name its base model (base_model_name_or_path)")
+    return path
+
+
+def plan_adapters(config: Config, model: PreTrainedModel) -> Lora | None:
+    """What `config` has adapted in `model`: as train.lora_* say, or as the adapter at model.adapter_path is."""
+    train = config.train
+    if train.architecture != "lora":
+        return None
+    if config.model.adapter_path is not None:
+        return read_lora(Path(config.model.adapter_path), model, dropout=train.lora_dropout)
+    return Lora(
+        rank=train.lora_rank,
+        alpha=train.lora_alpha,
+        dropout=train.lora_dropout,
+        rslora=train.lora_rslora,
+        dora=train.lora_dora,
+        targets=train.lora_targets,
+        modules_to_save=train.lora_full_modules,
+    )
+
+
+def read_lora(folder: Path, model: PreTrainedModel, dropout: float = 0.0) -> Lora:
+    """What the adapter in `folder` adapts in `model`, which need not have storage.
+
+    dropout: of the training to come. ValueError: it is no LoRA adapter of this model, or one that we do not know.
+    """
+    settings = _read_config(folder)
+    ranks: dict[str, int] = {}
+    full: dict[str, None] = {}
+    modules, names = dict(model.named_modules()), model.state_dict()
+    for key, tensor in _open(folder).meta().items():
+        name = key.removeprefix(_PREFIX)
+        if name.endswith(_SUFFIXES["A"]):
+            target, num_experts = _target(name.removesuffix(_SUFFIXES["A"]), modules, settings)
+            ranks[target] = tensor.shape[0] // num_experts
+        elif ".lora_" not in name and name in names:
+            full[name.rpartition(".")[0]] = None
+    if not ranks:
+        raise ValueError(f"model.adapter_path: {folder} adapts no layer")
+    alphas = {}
+    for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
+        alphas.update({name: float(alpha) for name in ranks if re.match(rf"(.*\.)?({pattern})$", name)})
+    rank = int(settings.get("r", 8))
+    return Lora(
+        rank=rank,
+        alpha=float(settings.get("lora_alpha", 8)),
+        dropout=dropout,
+        rslora=bool(settings.get("use_rslora")),
+        dora=bool(settings.get("use_dora")),
+        targets=tuple(ranks),
+        modules_to_save=tuple(full),
+        ranks={name: own for name, own in ranks.items() if own != rank},
+        alphas=alphas,
+    )
+
+
+def load_adapter(model: PreTrainedModel, folder: Path, whole: PreTrainedModel | None = None) -> None:
+    """Fill the adapters and full modules of `model`, whose frozen weights are loaded, from `folder`.
+
+    whole: the whole model, without storage, where `model` is a part of it. Collective if the model is sharded.
+    ValueError: keys are missing, left over or of another shape.
+    """
+    checkpoint = _open(folder)
+    given = checkpoint.meta()
+    items = {item.key: item for item in _items(whole or model)}
+    # peft has written the magnitude with and without the name of a parameter.
+    stored = {key.removesuffix(".weight") if "lora_magnitude" in key else key: key for key in given}
+    # Tied parameters may be given under each of their keys.
+    first = {id(item.tensor): key for key, item in reversed(items.items()) if key in stored}
+    problems = {
+        "it lacks": [key for key, item in items.items() if id(item.tensor) not in first],
+        "it holds what the model has not": [key for key in stored if key not in items],
+        "of another shape": [
+            key for key, item in items.items() if key in stored and tuple(given[stored[key]].shape) != item.shape
+        ],
+    }
+    found = "; ".join(f"{what}: {listed(keys)}" for what, keys in problems.items() if keys)
+    if found:
+        raise ValueError(f"model.adapter_path: {folder} does not fit {type(model).__name__}: {found}")
+    sources = {key: first[id(item.tensor)] for key, item in items.items()}
+    for key, source in sources.items():
+        values = {stored[name] for name in (key, source) if name in stored}
+        if len(values) > 1 and not torch.equal(*(checkpoint.read(value)[...] for value in values)):
+            raise ValueError(
+                f"model.adapter_path: {key} and {source} are one parameter in this model, but differ in {folder}"
+            )
+    for item in _items(model):
+        value = item.unpack(checkpoint.read(stored[sources[item.key]])[...].float())
+        local_part(item.tensor).copy_(own_part(value, item.tensor))
+
+
+def export_adapter(
+    model: PreTrainedModel,
+    folder: str | Path,
+    tokenizer: Any,
+    *,
+    world: World,
+    base: str | None,
+    whole: PreTrainedModel | None = None,
+) -> None:
+    """Write what was trained of an adapted `model` to `folder`, with the tokenizer, in place of what was there.
+
+    base: where the base model lies. whole: the whole model, without storage, where the ranks' models are parts of it.
+    Every rank must call it.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    world.run_on_all_ranks(lambda: prepare_folder(partial) if world.is_main else None)
+    held = {item.key: item for item in _items(model)}
+    holders = first_holders(set(held), world)
+    tensors: dict[str, Tensor] = {}
+    for item in _items(whole or model):
+        own, holder = held.get(item.key), holders[item.key]
+        full = gather_from(None if own is None else own.tensor, item.tensor, holder, world)
+        if item.norms is not None:
+            norms = None if own is None or own.norms is None else own.norms()
+            full = full.float() + gather_from(norms, item.tensor.float(), holder, world)
+        if world.is_main:
+            tensors[item.key] = item.pack(full).contiguous().clone()
+
+    def write() -> None:
+        if world.is_main:
+            save_file(tensors, partial / WEIGHTS[0], metadata={"format": "pt"})
+            (partial / CONFIG).write_text(json.dumps(_config(whole or model, base), indent=2, sort_keys=True) + "\n")
+            tokenizer.save_pretrained(partial)
+            put_in_place(partial, folder)
+
+    world.run_on_all_ranks(write)
+
+
+def open_merged(folder: Path) -> PreTrainedModel:
+    """The causal language model that the adapter in `folder` makes of its base, in this process, on the CPU."""
+    model = AutoModelForCausalLM.from_pretrained(base_path(folder), local_files_only=True)
+    add_adapters(model, read_lora(folder, model), model.dtype)
+    load_adapter(model, folder)
+    merge(model)
+    return model
+
+
+def base_of(config: Config, world: World) -> dict[str, str] | None:
+    """What tells the base model of a run with adapters from another: its path, and a digest of parts of its weight
+    files and of how they are held, or of config and seed if it is drawn at random. None without adapters. Every rank
+    must call it."""
+    if config.train.architecture != "lora":
+        return None
+    return world.broadcast(world.run_on_all_ranks(lambda: _fingerprint(config) if world.is_main else None))
+
+
+def _fingerprint(config: Config) -> dict[str, str]:
+    digest = hashlib.sha256(config.train.lora_base_dtype.encode())
+    name = config.model.model_path or config.model.config_path
+    assert name is not None
+    path = Path(name)
+    if config.model.model_path is None:
+        file = path if path.is_file() else path / "config.json"
+        digest.update(f"{config.train.seed} {json.dumps(json.loads(file.read_text()), sort_keys=True)}".encode())
+        return {"path": name, "digest": digest.hexdigest()}
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{size} ".encode())
+        with file.open("rb") as stream:
+            for start in (0, size // 2, max(0, size - _SAMPLED_BYTES)):
+                stream.seek(start)
+                digest.update(stream.read(_SAMPLED_BYTES))
+    return {"path": name, "digest": digest.hexdigest()}
+
+
+def require_base(saved: dict[str, str] | None, base: dict[str, str] | None) -> None:
+    """ValueError unless the base of a checkpoint's adapters is the one they are to go on with."""
+    if (saved or {}).get("digest") != (base or {}).get("digest"):
+        assert base is not None or saved is not None
+        raise ValueError(
+            "train.load_checkpoint_path: the checkpoint holds adapters of another base model than this run's: "
+            f"{(saved or {}).get('path')} then, {(base or {}).get('path')} now (weights, train.lora_base_dtype or seed "
+            "differ)"
+        )
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A tensor that trains, and how it lies in an adapter file. norms: what is added to it there (DoRA)."""
+
+    key: str
+    tensor: Tensor
+    shape: tuple[int, ...]
+    pack: Callable[[Tensor], Tensor]
+    unpack: Callable[[Tensor], Tensor]
+    norms: Callable[[], Tensor] | None = None
+
+
+def _items(model: PreTrainedModel) -> Iterator[_Item]:
+    """Everything that trains in an adapted model, by its keys in a file."""
+    for module, adapter in adapters(model):
+        parts = adapter.factors(module)._asdict()
+        for part, tensor in parts.items():
+            if tensor is not None:
+                yield _item(_key(module, adapter) + _SUFFIXES[part], part, tensor, module, adapter)
+    for name, module in modules_to_save(model).items():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and ADAPTER_MARK not in leaf:
+                yield _Item(f"{_PREFIX}{name}.{leaf}", parameter, tuple(parameter.shape), _same, _same)
+
+
+def _item(key: str, part: str, tensor: Tensor, module: nn.Module, adapter: Adapter) -> _Item:
+    shape = tuple(tensor.shape)
+    if part == "offset":
+
+        def norms() -> Tensor:
+            return row_norms(adapter.weight_of(module))
+
+        return _Item(key, tensor, shape, _same, lambda value: value - _whole(norms()).to(value.device), norms)
+    if len(shape) == 2:
+        return _Item(key, tensor, shape, _same, _same)
+    if part == "A":
+        flat = (shape[0] * shape[1], shape[2])
+        return _Item(key, tensor, flat, lambda value: value.reshape(flat), lambda value: value.reshape(shape))
+    experts, rows, rank = shape
+    return _Item(
+        key,
+        tensor,
+        (rows, rank * experts),
+        lambda value: value.permute(1, 2, 0).reshape(rows, rank * experts),
+        lambda value: value.reshape(rows, rank, experts).permute(2, 0, 1),
+    )
+
+
+def _same(value: Tensor) -> Tensor:
+    return value
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _key(module: nn.Module, adapter: Adapter) -> str:
+    """The layer's name in the file."""
+    if not is_experts(module):
+        return _PREFIX + adapter.name
+    adapted = [leaf for leaf, _ in module.named_parameters(recurse=False) if leaf in module.__dict__["low_rank"]]
+    depth = len(adapted) - 1 - adapted.index(adapter.weight)
+    return _PREFIX + adapter.name.removesuffix(f".{adapter.weight}") + ".base_layer" * depth
+
+
+def _target(name: str, modules: dict[str, nn.Module], settings: dict[str, Any]) -> tuple[str, int]:
+    """What a key's layer is called in the model, and the number of its experts (1: a layer of its own)."""
+    owner = name.replace(".base_layer", "")
+    module = modules.get(owner)
+    if module is None:
+        raise ValueError(f"model.adapter_path: it adapts {owner}, which this model does not have")
+    if not is_experts(module):
+        return owner, 1
+    patterns = settings.get("target_parameters") or ()
+    stacks = [
+        leaf
+        for leaf, _ in module.named_parameters(recurse=False)
+        if any(f".{owner}.{leaf}".endswith(f".{pattern}") for pattern in patterns)
+    ]
+    depth = name.count(".base_layer")
+    if depth >= len(stacks):
+        raise ValueError(f"model.adapter_path: its target_parameters do not name what it adapts of {owner}")
+    return f"{owner}.{stacks[-1 - depth]}", int(module.num_experts)  # type: ignore[arg-type]  # a plain attribute
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        assert isinstance(settings, dict)
+    except (OSError, ValueError, AssertionError) as error:
+        raise ValueError(f"model.adapter_path: there is no {CONFIG} that can be read in {folder}") from error
+    kind = settings.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"model.adapter_path: {folder} holds an adapter of kind {kind}; LORA is understood")
+    unknown = [f"{name} = {settings[name]}" for name in _NOT_UNDERSTOOD if settings.get(name)]
+    if settings.get("bias", "none") != "none":
+        unknown.append(f"bias = {settings['bias']}")
+    start = settings.get("init_lora_weights")
+    if isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal"):
+        unknown.append(f"init_lora_weights = {start}, which changes the base model")
+    if unknown:
+        raise ValueError(f"model.adapter_path: {file} sets what is not understood: {', '.join(unknown)}")
+    return settings
+
+
+def _open(folder: Path) -> Checkpoint:
+    file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if file is None:
+        raise ValueError(f"model.adapter_path: there is no {WEIGHTS[0]} in {folder}")
+    try:
+        return Checkpoint(file)
+    except ValueError as error:
+        raise ValueError(str(error).replace("model.model_path", "model.adapter_path")) from error
+
+
+def _config(model: PreTrainedModel, base: str | None) -> dict[str, Any]:
+    """adapter_config.json of an adapted model."""
+    lora = lora_of(model)
+    assert lora is not None
+    every = adapters(model)
+    layers = [adapter.name for module, adapter in every if not is_experts(module)]
+    stacks = [adapter.name for module, adapter in every if is_experts(module)]
+    full = list(modules_to_save(model))
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return {
+        "alpha_pattern": {name: _number(alpha) for name, alpha in lora.alphas.items()},
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": any(adapter.transposed and not is_experts(module) for module, adapter in every),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": _number(lora.alpha),
+        # peft takes no dropout beside stacks of experts; reading an adapter does not need it.
+        "lora_dropout": 0.0 if stacks else lora.dropout,
+        "modules_to_save": full or None,
+        "peft_type": "LORA",
+        "r": lora.rank,
+        "rank_pattern": dict(lora.ranks),
+        "target_modules": _shortened(layers, [name for name, _ in model.named_modules()], 1),
+        "target_parameters": _shortened(stacks, parameters, 3) or None,
+        "task_type": "SEQ_CLS" if is_classifier(model) else "CAUSAL_LM",
+        "use_dora": lora.dora,
+        "use_rslora": lora.rslora,
+    }
+
+
+def _shortened(names: Sequence[str], every: Sequence[str], parts: int) -> list[str]:
+    """The ends of `names` of this many parts, if among `every` nothing else ends so; otherwise the names."""
+    ends = {".".join(name.split(".")[-parts:]) for name in names}
+    meant = {name for name in every if any(f".{name}".endswith(f".{end}") for end in ends)}
+    return sorted(ends) if meant == set(names) else list(names)
+
+
+def _number(value: float) -> int | float:
+    return int(value) if float(value).is_integer() else value

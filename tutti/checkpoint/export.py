@@ -1,0 +1,97 @@
+"""`tutti export`: a training checkpoint as a complete Hugging Face folder, or as an adapter folder."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tutti.checkpoint.adapter import export_adapter
+from tutti.checkpoint.hf_files import find_index
+from tutti.checkpoint.hf_load import load_weights
+from tutti.checkpoint.hf_save import export_hf
+from tutti.checkpoint.manager import load_model_only
+from tutti.config import Config
+from tutti.config.load import load
+from tutti.core.dist import World, init_world, shutdown_world
+from tutti.core.log import setup_logging
+from tutti.model.initial import init_weights, materialize
+from tutti.model.lora import lora_of, merge
+from tutti.train.setup import tokenizer_and_model
+
+log = logging.getLogger(__name__)
+
+
+def export(source: str, out: str, *, merge_adapters: bool = False) -> None:
+    """Write the model of `source` (a checkpoint, or an output folder: its newest whole one) to the new folder `out`.
+
+    merge_adapters: of an adapted model not the adapter, but the complete model that it makes of its base.
+    Runs in one process on the CPU. ValueError: there is no checkpoint, it is damaged, or `out` exists.
+    """
+    setup_logging(0)
+    if Path(out).exists():
+        raise ValueError(f"{out} exists already: give the name of a new folder")
+    output = _output_folder(Path(source))
+    config = load([str(output / "config.yaml")], verb=None)
+    ranks = init_world(torch.device("cpu"))
+    try:
+        if merge_adapters:
+            # What is merged into bf16 is rounded away, and quantized weights take no change.
+            held = replace(config.train, compute_dtype="float32", lora_base_dtype="compute")
+            config = replace(config, train=held)
+        tokenizer, model = tokenizer_and_model(config, ranks.device)
+        if merge_adapters and lora_of(model) is None:
+            raise ValueError(f"--merge: {source} is of a model that was trained whole, there is nothing to merge")
+        load_trained(config, Path(source), model, ranks)
+        if merge_adapters:
+            merge(model)
+        export_trained(config, model, tokenizer, Path(out), ranks)
+    finally:
+        shutdown_world()
+    log.info("wrote the model to %s", out)
+
+
+def load_trained(config: Config, source: Path, model: PreTrainedModel, world: World) -> None:
+    """Give `model`, which has no storage, what the run of `config` had trained at checkpoint `source`. Collective.
+
+    A checkpoint of adapters holds no more than these: the base model is read from where the run read it.
+    """
+    if lora_of(model) is None:
+        materialize(model, world.device)
+    elif config.model.model_path is None:
+        init_weights(model, config.train.seed, world.device)
+    else:
+        load_weights(model, config.model.model_path, world=world, broadcast=False, seed=config.train.seed)
+    load_model_only(source, model, world)
+
+
+def export_trained(
+    config: Config,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    world: World,
+    *,
+    whole: PreTrainedModel | None = None,
+) -> None:
+    """Write `model` to `folder`: complete, or of an adapted one its adapter, which peft reads. Collective.
+
+    whole: as in `export_hf`.
+    """
+    if lora_of(model) is not None:
+        base = config.model.model_path or config.model.config_path
+        export_adapter(model, folder, tokenizer, world=world, base=base and str(Path(base).absolute()), whole=whole)
+        return
+    index = find_index(config.model.model_path, config.model.safetensor_idx_path)
+    export_hf(model, folder, tokenizer, world=world, index_path=index, whole=whole)
+
+
+def _output_folder(source: Path) -> Path:
+    """The run's output folder that `source` is or lies in: where its config.yaml is."""
+    for folder in (source, *source.absolute().parents[:2]):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise ValueError(f"{source} is neither an output folder of a run (with its config.yaml) nor a checkpoint in one")

@@ -1,0 +1,274 @@
+"""Writing a model, wherever its parts lie, as a complete Hugging Face folder that plain transformers loads.
+
+The tensors are gathered one group at a time: a group is what the conversions of loading, reverted, turn into the keys
+of the family's published checkpoints (a stack of experts becomes one tensor an expert again). Which file each key goes
+to is known beforehand, from reverting the conversions on meta tensors, so that a file is written and forgotten as soon
+as its last tensor is there, and no rank holds more than the files that are under way. All ranks gather; rank 0 writes.
+
+The folder is made under another name and renamed when it is whole: a folder of the final name is always complete.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    apply_converters,
+    apply_renamings,
+    dot_natural_key,
+)
+
+from tutti.checkpoint.hf_files import INDEX, SINGLE, read_index
+from tutti.core.dist import World
+from tutti.model.structure import model_class
+
+# What FSDP has split after other axes takes one gather for each, which torch finds worth a warning on every rank.
+logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+
+
+def export_hf(
+    model: PreTrainedModel,
+    folder: str | Path,
+    tokenizer: Any,
+    *,
+    world: World,
+    index_path: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_gb: float = 5.0,
+    whole: PreTrainedModel | None = None,
+) -> None:
+    """Write `model` to `folder`: config, generation config, weights, and what `tokenizer.save_pretrained` writes.
+
+    index_path: an index whose layout to reproduce, same tensor to same file; else files of at most max_shard_gb.
+    dtype: what floating-point weights are cast to (default: none). whole: the whole model, without storage, where the
+    ranks' models are parts of it. Replaces `folder`. Every rank must call it.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    world.run_on_all_ranks(lambda: prepare_folder(partial) if world.is_main else None)
+    groups = _Reverted(whole or model, dtype)
+    held = groups.tensors if whole is None else dict(_saved(model))
+    holders = first_holders(set(held), world)
+    layout = world.run_on_all_ranks(lambda: _layout(groups.sizes, index_path, max_shard_gb))
+    writer = _Writer(partial, layout)
+    failure: Exception | None = None
+    for names in groups.in_order_of(layout):
+        gathered = {name: gather_from(held.get(name), groups.tensors[name], holders[name], world) for name in names}
+        if not world.is_main or failure is not None:
+            continue
+        try:
+            writer.add(groups.revert(gathered))
+        except Exception as error:  # the others are waiting in the next gather: go on with them, then raise
+            failure = error
+    world.run_on_all_ranks(
+        lambda: _finish(model, partial, folder, tokenizer, writer, failure) if world.is_main else None
+    )
+
+
+class _Reverted:
+    """The model's tensors, and the keys that they become in a published checkpoint.
+
+    tensors: what is saved, by name; a tied parameter under its first name only. sizes: key -> bytes, in order.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+        self._model = model
+        self._dtype = dtype
+        mapping = getattr(model, "_weight_conversions", None)
+        if mapping is None:
+            # A model that was not loaded has the published names, but never had a prefix that others drop or add.
+            entries = get_model_conversion_mapping(model, add_legacy=False)
+            mapping = [entry for entry in entries if not isinstance(entry, PrefixChange)]
+        backward = [entry.reverse_transform() for entry in reversed(mapping)]
+        self._renamings = [entry for entry in backward if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in backward if isinstance(entry, WeightConverter)]
+        self._by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
+        self.tensors = dict(_saved(model))
+        self._groups: dict[str, list[str]] = {}
+        for name in sorted(self.tensors, key=dot_natural_key):
+            self._groups.setdefault(apply_converters(name, self._converters)[0], []).append(name)
+        self._keys: dict[str, list[str]] = {}
+        self.sizes: dict[str, int] = {}
+        for first, names in self._groups.items():
+            blank = {
+                name: torch.empty(self.tensors[name].shape, dtype=self.tensors[name].dtype, device="meta")
+                for name in names
+            }
+            made = self.revert(blank)
+            self._keys[first] = list(made)
+            self.sizes.update({key: tensor.nbytes for key, tensor in made.items()})
+
+    def revert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The keys that one group of full tensors becomes."""
+        first, pattern = apply_converters(next(iter(tensors)), self._converters)
+        if pattern is None:
+            made = {apply_renamings(first, self._renamings): tensors[first]}
+        else:
+            converter = copy.deepcopy(self._by_pattern[pattern])
+            for name, tensor in tensors.items():
+                matched: Any = apply_converters(name, self._converters)[1]
+                converter.add_tensor(first, name, matched, tensor)  # type: ignore[arg-type]  # takes tensors too
+            values = converter.convert(first, model=self._model, config=self._model.config)
+            made = {
+                apply_renamings(key, self._renamings): value[0] if isinstance(value, list) else value
+                for key, value in values.items()
+            }
+        return {key: self._cast(tensor) for key, tensor in made.items()}
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._dtype) if self._dtype is not None and tensor.is_floating_point() else tensor
+
+    def in_order_of(self, layout: Mapping[str, str]) -> Iterator[list[str]]:
+        """The names of each group, those first whose keys are in the first file."""
+        yield from (
+            self._groups[first] for first in sorted(self._groups, key=lambda first: layout[self._keys[first][0]])
+        )
+
+
+def _saved(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    saved = model.state_dict()
+    for target, source in model.all_tied_weights_keys.items():
+        if target in saved and source in saved and model.get_parameter(target) is model.get_parameter(source):
+            del saved[target]
+    for name in model._keys_to_ignore_on_save or ():
+        saved.pop(name, None)
+    yield from saved.items()
+
+
+def _layout(sizes: Mapping[str, int], index_path: str | Path | None, max_shard_gb: float) -> dict[str, str]:
+    """Which file each key goes to."""
+    if index_path is not None:
+        known = read_index(Path(index_path))
+        last = max(known.values())
+        return {key: known.get(key, last) for key in sizes}
+    numbers: dict[str, int] = {}
+    number, held = 1, 0
+    for key, size in sizes.items():
+        if held and held + size > max_shard_gb * 10**9:
+            number, held = number + 1, 0
+        numbers[key] = number
+        held += size
+    if number == 1:
+        return dict.fromkeys(sizes, SINGLE)
+    return {key: f"model-{position:05d}-of-{number:05d}.safetensors" for key, position in numbers.items()}
+
+
+def gather_full(tensor: Tensor, *, keep: bool) -> Tensor:
+    """The full tensor on the CPU, for the rank that keeps it; every rank takes part."""
+    tensor = tensor.detach()
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
+    return tensor.to("cpu") if keep else tensor.new_empty(0)
+
+
+def first_holders(names: set[str], world: World) -> dict[str, int]:
+    """For every name on any rank the first rank that has it. Every rank must call it."""
+    return {name: rank for rank, held in reversed(list(enumerate(world.gather(names)))) for name in held}
+
+
+def gather_from(tensor: Tensor | None, like: Tensor, holder: int, world: World) -> Tensor:
+    """The full tensor on the CPU of rank 0, from the ranks that have a part of it, of which `holder` is the first.
+
+    like: its shape and dtype. Every rank takes part.
+    """
+    full = like.new_empty(0) if tensor is None else gather_full(tensor, keep=world.rank == holder)
+    if holder == 0:
+        return full
+    if world.rank == holder:
+        torch_dist.send(full.contiguous(), dst=0)
+    if not world.is_main:
+        return full
+    received = torch.empty(like.shape, dtype=like.dtype)
+    torch_dist.recv(received, src=holder)
+    return received
+
+
+class _Writer:
+    """Collects tensors and writes each file once it has all of its own."""
+
+    def __init__(self, folder: Path, layout: Mapping[str, str]) -> None:
+        self._folder = folder
+        self._layout = layout
+        self._waiting: dict[str, set[str]] = {}
+        for key, file in layout.items():
+            self._waiting.setdefault(file, set()).add(key)
+        self._held: dict[str, dict[str, Tensor]] = {file: {} for file in self._waiting}
+        self.dtype: torch.dtype | None = None
+        self._num_bytes = 0
+        self._num_parameters = 0
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        for key, tensor in tensors.items():
+            file = self._layout[key]
+            # A slice of a larger tensor is copied, so that the larger one can go.
+            self._held[file][key] = tensor.clone() if tensor._is_view() else tensor.contiguous()
+            if self.dtype is None and tensor.is_floating_point():
+                self.dtype = tensor.dtype
+            self._num_bytes += tensor.nbytes
+            self._num_parameters += tensor.numel()
+            self._waiting[file].discard(key)
+            if not self._waiting[file]:
+                save_file(self._held.pop(file), self._folder / file, metadata={"format": "pt"})
+
+    def finish(self) -> None:
+        """Write the index, if there is more than one file, or one of another name."""
+        assert not self._held, f"{sorted(self._held)} were never complete"
+        if set(self._waiting) == {SINGLE}:
+            return
+        totals = {"total_parameters": self._num_parameters, "total_size": self._num_bytes}
+        index = {"metadata": totals, "weight_map": dict(sorted(self._layout.items()))}
+        (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def prepare_folder(partial: Path) -> None:
+    """Make the folder, empty, that is to be put in place when it is whole."""
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"train.output_dir: {partial.parent} cannot be written to: {error.strerror}") from error
+
+
+def _finish(
+    model: PreTrainedModel, partial: Path, folder: Path, tokenizer: Any, writer: _Writer, failure: Exception | None
+) -> None:
+    if failure is not None:
+        raise failure
+    writer.finish()
+    config = copy.deepcopy(model.config)
+    config.architectures = [model_class(model).__name__]
+    config.dtype = writer.dtype
+    if getattr(config, "pad_token_id", None) is None and not model.can_generate():
+        config.pad_token_id = getattr(tokenizer, "pad_token_id", None)  # classifiers look for the last real token
+    config.save_pretrained(partial)
+    if model.can_generate():
+        model.generation_config.to_json_file(partial / "generation_config.json")
+    tokenizer.save_pretrained(partial)
+    put_in_place(partial, folder)
+
+
+def put_in_place(partial: Path, folder: Path) -> None:
+    """Give a folder that is whole its name, in place of what had it."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)

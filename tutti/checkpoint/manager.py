@@ -1,0 +1,350 @@
+"""Checkpoints: the whole state of a run in a folder that is either complete or not a checkpoint.
+
+A save goes through these steps; each is finished on all ranks, or has failed on all, before the next begins:
+
+1. Rank 0 removes what an interrupted save may have left and makes `.global_step_N.tmp`.
+2. Every rank writes its parts of the model's and the optimizer's tensors and the state of its random generators, and
+   rank 0 the plain state of the run (JSON). Everything is flushed to stable storage.
+3. Every rank hashes its own files; rank 0 writes the manifest of all.
+4. Rank 0 renames the folder to `global_step_N` (the commit), points `latest` at it, and only then removes checkpoints
+   beyond the number to keep.
+
+A crash at any point leaves the earlier checkpoints untouched, and at worst a folder with a temporary name. With
+`save_async` the tensors are copied to host memory first, and the steps run in a thread beside the training, over a
+process group of their own.
+
+A load verifies all sizes and hashes before it looks into any file, compares names and shapes, and then fills the live
+tensors in place, whatever layout or number of ranks wrote them. The random generators go on where they were if there
+are as many ranks as then; otherwise they are seeded from the checkpoint and the rank.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tutti.checkpoint import dcp as shards
+from tutti.checkpoint import manifest
+from tutti.checkpoint.manifest import File, Manifest
+from tutti.checkpoint.state import (
+    create_optimizer_state,
+    derive_rng,
+    model_entries,
+    model_tensors,
+    optimizer_tensors,
+    restore_rng,
+    rng_state,
+    unstepped,
+)
+from tutti.core.dist import World
+
+log = logging.getLogger(__name__)
+
+STATE = "state.json"
+LATEST = "latest"
+
+
+class Checkpointer:
+    """Saves to and resumes from the checkpoints of one output folder. Its methods are collective.
+
+    save_async: write in the background. max_checkpoints: how many to keep, 0 for all. facts: what the manifest is to
+    say of the run besides versions and number of ranks (layout, configuration digest); plain data.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        world: World,
+        *,
+        save_async: bool,
+        max_checkpoints: int = 0,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._root = output / "checkpoints"
+        self._world = world.on_own_group()
+        self._save_async = save_async
+        self._max_checkpoints = max_checkpoints
+        versions = {"torch": torch.__version__, **{name: version(name) for name in ("transformers", "tutti")}}
+        self._facts = {"world": world.size, "versions": versions, **(facts or {})}
+        self._background: _Background | None = None
+
+    def save(self, step: int, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint after `step` steps; `state` is plain data, the same on every rank.
+
+        With save_async this returns once the tensors are copied, and `wait` reports how it ended. ValueError, on every
+        rank: the files cannot be written, or the save before this one could not.
+        """
+        self.wait()
+        tensors = {**model_tensors(model), **optimizer_tensors(model, optimizer)}
+        snapshot = _Snapshot(
+            step=step,
+            tensors=tensors,
+            copies=shards.copy_to_host(tensors) if self._save_async else None,
+            state=_plain(state),
+            unstepped=unstepped(model, optimizer),
+            rng=json.dumps(rng_state(self._world.device)),
+        )
+        if self._save_async:
+            self._background = _Background(lambda: self._write(snapshot))
+        else:
+            self._write(snapshot)
+
+    def wait(self) -> None:
+        """Let a save under way come to its end, raising on every rank what it failed with, if it did."""
+        background, self._background = self._background, None
+        if background is not None:
+            background.join()
+
+    def latest(self) -> Path | None:
+        """The checkpoint committed last that is whole; damaged ones are passed over with a warning that says why."""
+        self.wait()
+        newest = _newest(self._root, self._world)
+        return newest[0] if newest else None
+
+    def resume(self, path: str | None, model: nn.Module, optimizer: Optimizer) -> dict[str, Any] | None:
+        """Fill `model` and `optimizer` from a checkpoint, restore the random generators, and return its `state`.
+
+        path: train.load_checkpoint_path: a checkpoint, an output folder (its newest whole checkpoint), or `auto`: this
+        output folder's. None is returned, and nothing changed, for None, and for `auto` where there is none yet.
+        ValueError, on every rank: no checkpoint is at `path`, or it is damaged or not of this `model` and `optimizer`.
+        """
+        if path is None:
+            return None
+        self.wait()
+        dist = self._world
+        if path == "auto":
+            newest = _newest(self._root, dist)
+            if newest is None:
+                log.info(
+                    "train.load_checkpoint_path is auto, and there is no checkpoint in %s: starting afresh", self._root
+                )
+                return None
+            folder, found = newest
+        else:
+            folder, found = _find(Path(path), dist)
+        saved = dist.run_on_all_ranks(lambda: json.loads((folder / STATE).read_text()))
+        create_optimizer_state(model, optimizer, skip=set(saved["unstepped"]))
+        tensors = {**model_tensors(model), **optimizer_tensors(model, optimizer)}
+        cast = _read(folder, tensors, set(model_entries(model)), dist, prefixes=("model.", "optimizer."))
+        if cast and dist.is_main:
+            log.warning("%s has another precision than this run, and is converted: %s", folder, _some(cast))
+        if saved["world"] == dist.size:
+            rng = dist.run_on_all_ranks(lambda: json.loads((folder / _rng_file(dist.rank)).read_text()))
+            restore_rng(rng, dist.device)
+        else:
+            derive_rng(found.files[STATE].sha256, dist.rank)
+        log.info("loaded %s, saved by %d ranks", folder, saved["world"])
+        return saved["state"]
+
+    def _write(self, snapshot: _Snapshot) -> None:
+        final = self._root / manifest.folder_name(snapshot.step)
+        partial = self._root / f".{final.name}.tmp"
+        dist = self._world
+        try:
+            dist.run_on_all_ranks(lambda: self._prepare(partial))
+            dist.run_on_all_ranks(lambda: _require_shared(partial))
+            shards.write(partial, snapshot.tensors, snapshot.copies, dist.group)
+            unstepped = sorted({name for names in dist.gather(snapshot.unstepped) for name in names})
+            files = dist.run_on_all_ranks(lambda: _write_plain(partial, snapshot, unstepped, dist))
+            every = {name: file for part in dist.gather(files) for name, file in part.items()}
+            dist.run_on_all_ranks(lambda: self._commit(partial, final, Manifest(snapshot.step, self._facts, every)))
+        except Exception as error:
+            if dist.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, (OSError, ValueError)):
+                raise ValueError(f"could not save {final}: {error}") from error
+            raise
+        log.info("saved %s", final)
+
+    def _prepare(self, partial: Path) -> None:
+        if self._world.is_main:
+            self._root.mkdir(parents=True, exist_ok=True)
+            for leftover in self._root.glob(".global_step_*.tmp"):
+                shutil.rmtree(leftover)
+            partial.mkdir()
+
+    def _commit(self, partial: Path, final: Path, content: Manifest) -> None:
+        if not self._world.is_main:
+            return
+        present = {path.name for path in partial.iterdir()}
+        assert present == set(content.files), f"files {present} are not those described: {set(content.files)}"
+        manifest.write(partial, manifest.after(self._root, content))
+        replaced = _hide(final) if final.exists() else None
+        partial.rename(final)
+        manifest.sync_folder(self._root)
+        pointer = self._root / f".{LATEST}.tmp"
+        manifest.write_synced(pointer, final.name + "\n")
+        os.replace(pointer, self._root / LATEST)
+        manifest.sync_folder(self._root)
+        surplus = manifest.by_age(self._root)[0][self._max_checkpoints :] if self._max_checkpoints else []
+        for hidden in [replaced, *map(_hide, surplus)]:
+            if hidden is not None:
+                shutil.rmtree(hidden)
+
+
+def load_model_only(path: Path, model: nn.Module, world: World) -> None:
+    """Fill `model`, which must have its storage, from a checkpoint or an output folder's newest. Collective.
+
+    ValueError: as `Checkpointer.resume`.
+    """
+    folder, _ = _find(path, world)
+    _read(folder, model_tensors(model), set(model_entries(model)), world, prefixes=("model.",))
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """What one save writes. tensors: the live ones; copies: of their parts on this rank; state and rng: JSON."""
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    copies: Mapping[str, Tensor] | None
+    state: str
+    unstepped: list[str]
+    rng: str
+
+
+class _Background:
+    """A thread whose error is raised where it is joined."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self._action = action
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._action()
+        except BaseException as error:
+            self._error = error
+
+    def join(self) -> None:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
+def _rng_file(rank: int) -> str:
+    return f"rng_{rank}.json"
+
+
+def _require_shared(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}, which rank 0 made, is not there: all machines must see the same train.output_dir")
+
+
+def _write_plain(folder: Path, snapshot: _Snapshot, unstepped: list[str], world: World) -> dict[str, File]:
+    """Write what is not tensors; the descriptions of all files that this rank wrote."""
+    paths = [folder / _rng_file(world.rank), *shards.files_of(folder, world.rank)]
+    manifest.write_synced(paths[0], snapshot.rng)
+    if world.is_main:
+        paths.append(folder / STATE)
+        head = json.dumps({"world": world.size, "unstepped": unstepped})
+        manifest.write_synced(paths[-1], f'{head[:-1]}, "state": {snapshot.state}}}\n')
+    return {path.name: manifest.describe(path) for path in paths}
+
+
+def _hide(folder: Path) -> Path:
+    """Take a checkpoint's name away, so that it counts as a leftover however far its removal gets."""
+    return folder.rename(folder.with_name(f".{folder.name}.old.tmp"))
+
+
+def _plain(state: Any) -> str:
+    """`state` as JSON, from which it can be read back."""
+
+    def check(value: Any) -> None:
+        if isinstance(value, Mapping):
+            assert all(isinstance(key, str) for key in value), "JSON has no keys but strings"
+        for part in value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ():
+            check(part)
+
+    check(state)
+    return json.dumps(state)
+
+
+def _newest(root: Path, world: World) -> tuple[Path, Manifest] | None:
+    """The whole checkpoint under `root` that was committed last, verified."""
+    folders, broken = world.broadcast(world.run_on_all_ranks(lambda: manifest.by_age(root) if world.is_main else None))
+    skipped = [f"skipping {folder}: {reason}" for folder, reason in broken.items()]
+    newest = None
+    for folder in folders:
+        try:
+            newest = (folder, manifest.verify(folder, world))
+            break
+        except ValueError as error:
+            skipped.append(f"skipping {folder}: {error}")
+    if world.is_main:
+        for line in skipped:
+            log.warning("%s", line)
+    return newest
+
+
+def _find(path: Path, world: World) -> tuple[Path, Manifest]:
+    """The checkpoint that `path` names, verified."""
+    if not world.run_on_all_ranks(path.is_dir):
+        raise ValueError(f"train.load_checkpoint_path: there is no folder {path}")
+    if manifest.is_folder_name(path.name):
+        return path, manifest.verify(path, world)
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    newest = _newest(root, world)
+    if newest is None:
+        raise ValueError(
+            f"train.load_checkpoint_path: {path} holds no whole checkpoint; give a folder global_step_N, an output "
+            "folder that has one in its checkpoints/, or auto"
+        )
+    return newest
+
+
+def _read(
+    folder: Path, tensors: dict[str, Tensor], names: set[str], world: World, prefixes: tuple[str, ...]
+) -> list[str]:
+    """Fill `tensors` from a verified checkpoint that must hold exactly them, as far as `prefixes` go; the names of
+    those that it holds in another precision, and that were converted.
+
+    names: all names of the model's tensors, tied ones too.
+    """
+    index = world.run_on_all_ranks(lambda: shards.read_index(folder))
+    stored = {name: entry for name, entry in index.state_dict_metadata.items() if name.startswith(prefixes)}
+    known = set(tensors) | {f"model.{name}" for name in names}
+    known = known.union(*world.gather(known))
+
+    def compare() -> None:
+        reshaped = [
+            f"{name} {list(stored[name].size)} instead of {list(tensor.shape)}"
+            for name, tensor in tensors.items()
+            if name in stored and stored[name].size != tensor.shape
+        ]
+        missing = [name for name in tensors if name not in stored]
+        unknown = [name for name in stored if name not in known]
+        problems = {
+            "it lacks": missing,
+            "it holds in another shape": reshaped,
+            "it holds and the run does not": unknown,
+        }
+        found = "; ".join(f"{what} {_some(names)}" for what, names in problems.items() if names)
+        if found:
+            raise ValueError(
+                f"{folder} does not fit the model and optimizer of this run: {found}. Load it with the model.*, "
+                "train.architecture and train.optimizer it was saved with"
+            )
+
+    world.run_on_all_ranks(compare)
+    shards.read(folder, index, tensors, world.group)
+    return [name for name, tensor in tensors.items() if stored[name].properties.dtype != tensor.dtype]
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    """The first few of `names`, and how many there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,157 @@
+"""Which folders are checkpoints, and whether their files are what was written.
+
+A checkpoint is a folder `global_step_N` that holds a `manifest.json`: the step, facts about the run that wrote it, and
+the size and SHA-256 of every other file. The manifest is written last, into a folder that still has a temporary name,
+so a folder without a valid one is no checkpoint, whatever else is in it. Nothing is read from a checkpoint before
+`verify` has compared every file with the manifest; the hashing is shared out among the ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tutti.core.dist import World
+
+NAME = "manifest.json"
+FORMAT = 1
+
+_FOLDER = re.compile(r"global_step_\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """size in bytes; sha256 in hexadecimal digits."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself.
+
+    step: optimizer steps taken. saved: when it was committed, in nanoseconds since 1970, later than that of the
+    checkpoints beside it. facts: about the run (layout, configuration digest, versions). files: by their name in the
+    folder, all but the manifest.
+    """
+
+    step: int
+    facts: Mapping[str, Any]
+    files: Mapping[str, File]
+    saved: int = field(default_factory=time.time_ns)
+
+
+def folder_name(step: int) -> str:
+    """The name of the checkpoint of `step`."""
+    return f"global_step_{step}"
+
+
+def is_folder_name(name: str) -> bool:
+    """Whether a folder of this name is meant to be a checkpoint."""
+    return _FOLDER.fullmatch(name) is not None
+
+
+def describe(path: Path) -> File:
+    """Size and hash of a file."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return File(path.stat().st_size, digest)
+
+
+def write(folder: Path, manifest: Manifest) -> None:
+    """Put `manifest` into `folder`, on stable storage when this returns."""
+    write_synced(folder / NAME, json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1) + "\n")
+    sync_folder(folder)
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of `folder`, its files not looked at. ValueError: there is none, or it is not one of ours."""
+    path = folder / NAME
+    try:
+        content = json.loads(path.read_bytes())
+        if content.pop("format") != FORMAT:
+            raise ValueError(f"written in a format other than {FORMAT}")
+        files = {name: File(**entry) for name, entry in content.pop("files").items()}
+        manifest = Manifest(files=files, **content)
+        if not isinstance(manifest.step, int) or not isinstance(manifest.saved, int):
+            raise ValueError("step and saved are not integers")
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is not a checkpoint: it has no {NAME}") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    for name in files:
+        if Path(name).name != name:
+            raise ValueError(f"{path} is damaged: it names a file outside its folder: {name}")
+    return manifest
+
+
+def verify(folder: Path, world: World) -> Manifest:
+    """The manifest of `folder`, after all its files were found as it says. Every rank calls this and hashes its share.
+
+    ValueError, on every rank: the first file found missing, of another size, or of another content.
+    """
+    manifest = world.run_on_all_ranks(lambda: _read_with_sizes(folder))
+    mine = sorted(manifest.files.items())[world.rank :: world.size]
+    world.run_on_all_ranks(lambda: _check_hashes(folder, mine))
+    return manifest
+
+
+def _read_with_sizes(folder: Path) -> Manifest:
+    manifest = read(folder)
+    for name, file in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing")
+        if path.stat().st_size != file.size:
+            raise ValueError(f"{path} is damaged: {path.stat().st_size} bytes instead of {file.size}")
+    return manifest
+
+
+def _check_hashes(folder: Path, files: Sequence[tuple[str, File]]) -> None:
+    for name, file in files:
+        if describe(folder / name).sha256 != file.sha256:
+            raise ValueError(f"{folder / name} is damaged: its content is not what was written (SHA-256 differs)")
+
+
+def by_age(root: Path) -> tuple[list[Path], dict[Path, str]]:
+    """The checkpoints under `root`, last committed first; and the folders only named like one, with what is wrong."""
+    found: list[tuple[int, Path]] = []
+    broken: dict[Path, str] = {}
+    for folder in sorted(root.iterdir()) if root.is_dir() else ():
+        if folder.is_dir() and is_folder_name(folder.name):
+            try:
+                found.append((read(folder).saved, folder))
+            except ValueError as error:
+                broken[folder] = str(error)
+    return [folder for _, folder in sorted(found, reverse=True)], broken
+
+
+def after(root: Path, manifest: Manifest) -> Manifest:
+    """`manifest` with a time of saving later than all checkpoints under `root`, should the clock have gone back."""
+    newest = by_age(root)[0]
+    return replace(manifest, saved=max(manifest.saved, read(newest[0]).saved + 1)) if newest else manifest
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Write `text` to `path` and wait until it is on stable storage."""
+    with path.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in `folder` are on stable storage."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,218 @@
+"""From `infer.model_path` to a model that is ready to speak: weights loaded, tokenizer, chat template, limits.
+
+The path may be a Hugging Face folder, an adapter folder, a training checkpoint (`OUTPUT_DIR/checkpoints/global_step_N`)
+or a run's `train.output_dir`, of which the final export is taken, or else the newest whole checkpoint. A checkpoint
+holds weights alone; what model they are of, and how chats are rendered, stands in the run's config.yaml.
+
+With several ranks each of them reads and holds its slices only (FSDP2); a block is gathered when it runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from tutti.attention.kv_cache import register
+from tutti.checkpoint.adapter import base_path, is_adapter_folder, load_adapter, plan_adapters
+from tutti.checkpoint.hf_load import load_weights
+from tutti.config import Config, ModelConfig, TrainConfig
+from tutti.config.load import load
+from tutti.core.dist import World
+from tutti.data.template import ChatTemplate, end_of_turn, make_template
+from tutti.infer.hf_generate import needs_generate
+from tutti.model.build import build_model, build_tokenizer, load_model_config
+from tutti.model.lora import add_adapters
+from tutti.model.structure import blocks, num_params
+
+log = logging.getLogger(__name__)
+
+LoadCheckpoint = Callable[[Config, Path, PreTrainedModel, World], None]
+"""Gives a model without storage what the run of a configuration had trained at a checkpoint, or at an output folder's
+newest one. Training knows how, and inference does not know training: whoever calls both hands it over."""
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model with what it takes to talk to it.
+
+    template: how conversations are rendered, if that is known. is_chat: whether a bare prompt is a user's message,
+    rather than a text to go on with. context: most tokens of prompt and answer together; None: no limit known.
+    stop_ids: tokens that end an answer.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate | None
+    is_chat: bool
+    context: int | None
+    stop_ids: frozenset[int]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """config: describes the model and its tokenizer. checkpoint: what to load it from, if not config.model.model_path.
+    template: data.chat_template, as it was in training."""
+
+    config: Config
+    checkpoint: Path | None = None
+    template: str = "default"
+
+
+def open_speaker(config: Config, world: World, load_checkpoint: LoadCheckpoint) -> Speaker:
+    """Load the model that `config.infer` names. Collective.
+
+    ValueError, on all ranks: it is not there, damaged, or not a model that generates text.
+    """
+    with _speaking_of_infer():
+        source = world.run_on_all_ranks(lambda: _find(config))
+    tokenizer, model = world.run_on_all_ranks(lambda: _build(source, world.device))
+    _shard(model, world)
+    with _speaking_of_infer():
+        if source.checkpoint is None:
+            load_weights(model, source.config.model.model_path or "", world=world, broadcast=False)
+            if source.config.model.adapter_path is not None:
+                world.run_on_all_ranks(lambda: load_adapter(model, Path(source.config.model.adapter_path or "")))
+        else:
+            load_checkpoint(source.config, source.checkpoint, model, world)
+    model.eval()
+    template = world.run_on_all_ranks(lambda: _template(config, source, tokenizer))
+    is_chat = _is_chat(config, source, tokenizer)
+    log.info("%s: %s, %s", config.infer.model_path, _described(model), world.device)
+    return Speaker(
+        model=model,
+        tokenizer=tokenizer,
+        template=template,
+        is_chat=is_chat,
+        context=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        stop_ids=_stop_ids(model, tokenizer, template if is_chat else None),
+    )
+
+
+def _find(config: Config) -> _Source:
+    path = Path(config.infer.model_path or "").expanduser()
+    given = config.infer.tokenizer_path
+    tokenizer = None if given == config.infer.model_path else given
+    if not path.exists():
+        raise ValueError(f"infer.model_path: {path} is not there; models are read from local paths, download it first")
+    output = next((part for part in (path, *path.absolute().parents[:2]) if (part / "config.yaml").is_file()), None)
+    for folder in (path, path / "hf" / "final") if output == path else (path,):
+        if is_adapter_folder(folder):
+            return _adapted(folder, config, tokenizer)
+        if (folder / "config.json").is_file():
+            return _Source(Config(model=ModelConfig(model_path=str(folder), tokenizer_path=tokenizer)))
+    if output is None:
+        raise ValueError(
+            f"infer.model_path: {path} is neither a Hugging Face folder (with its config.json) nor an adapter nor an "
+            "output folder of a run (with its config.yaml) nor a checkpoint in one"
+        )
+    run = load([str(output / "config.yaml")], verb=None)
+    if run.data.data_type == "classification":
+        raise ValueError(f"infer.model_path: {path} is of a classifier, which generates no text")
+    if tokenizer is not None:
+        run = replace(run, model=replace(run.model, tokenizer_path=tokenizer))
+    return _Source(run, path, run.data.chat_template if run.data.holds_chats else "default")
+
+
+def _adapted(folder: Path, config: Config, tokenizer: str | None) -> _Source:
+    """The adapter in `folder` on model.model_path, or else on the model that it names as its base."""
+    base = config.model.model_path or base_path(folder)
+    own = str(folder) if (folder / "tokenizer_config.json").is_file() else None
+    if tokenizer == config.model.model_path and "infer.tokenizer_path" not in config.explicit:
+        tokenizer = None  # merely the default, and the tokenizer beside the adapter knows how its chats are rendered
+    model = ModelConfig(model_path=base, tokenizer_path=tokenizer or own, adapter_path=str(folder))
+    return _Source(Config(model=model, train=TrainConfig(architecture="lora")))
+
+
+def _build(source: _Source, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """The tokenizer and the model without storage, on the attention that generation runs on."""
+    with _speaking_of_infer():
+        config = replace(source.config, model=replace(source.config.model, attn_implementation="sdpa"))
+        tokenizer = build_tokenizer(config)
+        dtype = _dtype(source, load_model_config(config))
+        model = build_model(config, tokenizer=tokenizer, device=device, dtype=dtype)
+        lora = plan_adapters(config, model)
+        if lora is not None:
+            add_adapters(model, lora, model.dtype)
+    if needs_generate(model):
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    else:
+        model.set_attn_implementation(register())
+    return tokenizer, model
+
+
+def _dtype(source: _Source, model_config: PreTrainedConfig) -> torch.dtype | None:
+    """What parameters are held in: as in the files, those of the base of adapters; None: as in the run's
+    checkpoints."""
+    if source.checkpoint is None and any(
+        name.endswith("ForSequenceClassification") for name in model_config.architectures or ()
+    ):
+        raise ValueError("infer.model_path: the model is a classifier, which generates no text")
+    if source.checkpoint is not None and source.config.train.architecture != "lora":
+        return None
+    return model_config.dtype if isinstance(model_config.dtype, torch.dtype) else torch.float32
+
+
+def _shard(model: PreTrainedModel, world: World) -> None:
+    """Divide the parameters among the ranks."""
+    if world.size == 1:
+        return
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for _, block in blocks(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def _template(config: Config, source: _Source, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
+    wanted = config.infer.chat_template
+    name = source.template if wanted in ("default", "none") else wanted
+    if name == "default" and not tokenizer.chat_template and tokenizer.eos_token is None:
+        return None
+    try:
+        return make_template(name, tokenizer)
+    except ValueError as error:
+        raise ValueError(str(error).replace("data.chat_template", "infer.chat_template")) from error
+
+
+def _is_chat(config: Config, source: _Source, tokenizer: PreTrainedTokenizerBase) -> bool:
+    if config.infer.chat_template != "default":
+        return config.infer.chat_template != "none"
+    return source.template != "default" or bool(tokenizer.chat_template)
+
+
+def _stop_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None
+) -> frozenset[int]:
+    """What the generation config, or else the tokenizer, calls the end of a text; and what ends a template's turn."""
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    stops = {ends} if isinstance(ends, int) else set(ends or ())
+    turn = end_of_turn(template, tokenizer) if template is not None else None
+    if turn is not None:
+        stops.add(turn)
+    return frozenset(stops)
+
+
+def _described(model: PreTrainedModel) -> str:
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"{model.config.model_type} of {num_params(model).total:,} parameters in {dtype}"
+
+
+@contextmanager
+def _speaking_of_infer() -> Iterator[None]:
+    """Errors of reading a model name the arguments of `infer.*` that its paths came from."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        for name in ("model.model_path", "model.config_path", "model.adapter_path", "train.load_checkpoint_path"):
+            text = text.replace(name, "infer.model_path")
+        text = text.replace("model.tokenizer_path", "infer.tokenizer_path")
+        raise ValueError(text) from error

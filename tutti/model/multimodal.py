@@ -1,0 +1,285 @@
+"""Where a multimodal model hands a row of embedded tokens to its language model, and what packing does there.
+
+A Hugging Face model that takes images (or video, or audio) is a language model with *towers* beside it (an encoder, a
+projector), in an outer decoder that embeds the tokens, encodes the images, puts their features in the place of
+placeholder tokens, and calls the language model with the row of embeddings. Towers see images and no tokens, and none
+of the outer part mixes tokens. So all that packed samples and ranks that share a batch ask for is done at one place,
+for any family, in a hook on the language model:
+
+1. The outer decoder is given the batch as one row, the whole of it on every rank, and nothing of samples and their
+   borders, which a tower would take for those of its images.
+2. At the border, the row is told where its samples begin and each token's position. A mask that the outer decoder has
+   made (Gemma 3: the tokens of an image see one another) is cut at the samples' borders.
+3. Where ranks divide the batch's tokens (context, ulysses), each goes on with its own ones of all that lies along them.
+   Every rank has every image's features (`tutti.model.encoder_parallel`), but its gradient comes from its own tokens:
+   the sum over ranks is the gradient, of towers as of everything. The same holds for tensor parallelism, whose ranks
+   cut the row one step later. Tokens are embedded by the rank that keeps them, into a row that is zero elsewhere.
+4. Not every batch has images, while gradients are reduced over ranks that have some and ranks that have none. So the
+   towers' parameters are tied to the row with a gradient of zero: in each step every one of them has a gradient, on
+   every rank, in every layout. And as towers run on some ranks only, nothing in them may wait for other ranks: they
+   belong to the root's FSDP unit, which is gathered whatever a batch has (`tutti.parallel.apply`).
+
+Where positions have several rows (mrope: time, height and width), the family's own `get_rope_index` makes them, sample
+by sample, before a batch is divided.
+
+Shapes: T tokens in the row, t of them this rank's, H hidden size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from tutti.attention.interface import border_kwargs
+from tutti.config import ConfigError, TrainConfig
+from tutti.config.layout import Layout
+from tutti.core.batch import Batch, FullTokens
+from tutti.model.encoder_parallel import encode_apart, encoders
+from tutti.model.structure import decoder, model_class, text_model, towers
+from tutti.parallel.pipeline.stage import Passed, Stage
+from tutti.parallel.tensor import TensorRanks, local_parameters
+
+_ALONG = {"inputs_embeds": 1, "position_ids": -1, "visual_pos_masks": -1}
+"""What lies along the tokens of what a language model is handed, and in which dimension."""
+
+_BESIDE = {"attention_mask", "deepstack_visual_embeds", "cu_seq_lens_q", "cu_seq_lens_k"}
+"""What does not, and is known."""
+
+
+def check_multimodal(model: PreTrainedModel, layout: Layout, train: TrainConfig) -> None:
+    """ValueError for what cannot be done with a model that has towers."""
+    if not towers(model):
+        return
+    name = model_class(model).__name__
+    foreign = [key for key in inspect.signature(text_model(model).forward).parameters if "cross_attention" in key]
+    if foreign:
+        raise ValueError(
+            f"model.config_path: the language model of {name} attends to images ({foreign[0]}), which would leak from "
+            "one packed sample into the next; models that put images in the place of tokens can be trained"
+        )
+    problems = []
+    masks = "token_type_ids" in inspect.signature(decoder(model).forward).parameters
+    language: Any = text_model(model)
+    if masks and "flash" in (language.config._attn_implementation or ""):
+        problems.append(f"model.attn_implementation: {name} has a mask that this package does not take; set sdpa")
+    if masks and layout.pipeline > 1:
+        problems.append(
+            f"train.pipeline_parallel_size: {name} attends to its tokens by a mask of its own, which only the first "
+            "stage would know; set 1"
+        )
+    if train.enable_batch_invariant_mode:
+        problems.append(f"train.enable_batch_invariant_mode: {name} encodes a batch's images together; set false")
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_first(model: PreTrainedModel, num_blocks: int) -> None:
+    """ValueError unless the first stage of a pipeline has all blocks that features of images are added to."""
+    encoder = getattr(model.config, "vision_config", None)
+    name = model_class(model).__name__
+    needed = len(getattr(encoder, "deepstack_visual_indexes", None) or ())
+    if num_blocks < needed:
+        raise ValueError(
+            f"train.pipeline_parallel_size: {name} adds features of images to its first {needed} "
+            f"blocks, of which the first stage has {num_blocks}; a smaller size would do"
+        )
+
+
+class MultimodalForward:
+    """Runs a multimodal model's decoder; made once, it puts its hook on the language model.
+
+    tensor: the ranks that cut the row among themselves within the language model.
+    """
+
+    def __init__(self, model: PreTrainedModel, tensor: TensorRanks | None) -> None:
+        self._decoder, self._towers, self._tensor = decoder(model), towers(model), tensor
+        self._name = model_class(model).__name__
+        self._batch: Batch | None = None
+        self._options: dict[str, Any] = {}
+        self._text = text = cast(Any, text_model(model))
+        text.register_forward_pre_hook(self._hand_over, with_kwargs=True)
+        text.get_input_embeddings().register_forward_pre_hook(self._own_ids)
+        text.get_input_embeddings().register_forward_hook(self._in_the_row)
+
+    def run(self, batch: Batch, stage: Stage | None = None, received: Passed | None = None, **options: Any) -> Any:
+        """The decoder's output for `batch`, of this rank's tokens where ranks divide them. options: of the language
+        model's forward.
+
+        stage: the part of the language model's depth to run, on what was `received` from the stage before. All that
+        comes before the language model is the first one's.
+        """
+        if stage is None:
+            return self._run_outer(batch, options)
+        if stage.is_first:
+            return stage.run(lambda: self._run_outer(batch, options), {}, None)
+        row, positions = _divided(batch), _positions(batch)
+        own = positions if row is None else positions.index_select(-1, row.held)
+        inputs = {"input_ids": batch.input_ids[None], "position_ids": own}
+        return stage.run(self._text, inputs | border_kwargs(batch) | options, received)
+
+    def _run_outer(self, batch: Batch, options: dict[str, Any]) -> Any:
+        row, inputs = _row(batch), dict(batch.extras)
+        if batch.sequence is not None:
+            inputs = encode_apart(self._decoder, inputs, encoders(batch.sequence.ranks, self._tensor))
+        kwargs = inputs | {"input_ids": row.input_ids[None], "use_cache": False}
+        # One sample, as far as the outer decoder knows.
+        kwargs["position_ids"] = torch.arange(len(row.input_ids), device=row.input_ids.device)[None]
+        self._batch, self._options = batch, options
+        try:
+            return self._decoder(**kwargs)
+        finally:
+            self._batch = None
+
+    def _own_ids(self, module: nn.Module, args: tuple[Tensor, ...]) -> Any:
+        """A forward hook: what is looked up in the table of embeddings."""
+        row = _divided(self._batch)
+        return None if row is None else (args[0].index_select(1, row.held),)
+
+    def _in_the_row(self, module: nn.Module, args: Any, own: Tensor) -> Any:
+        """A forward hook: the embeddings as a row that is zero but for the tokens that this rank keeps."""
+        row = _divided(self._batch)
+        if row is None:
+            return None
+        return own.new_zeros(1, len(row.input_ids), own.shape[-1]).index_copy(1, row.held, own)
+
+    def _hand_over(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A forward hook: what the language model is given in place of what the outer decoder gives it."""
+        batch = self._batch
+        if batch is None:
+            return None
+        handed = {key: value for key, value in kwargs.items() if value is not None}
+        handed |= border_kwargs(batch) | self._options
+        handed["position_ids"] = _positions(batch)
+        handed["inputs_embeds"] = self._anchored(handed["inputs_embeds"])
+        if "attention_mask" in handed:
+            handed["attention_mask"] = _at_borders(handed["attention_mask"], handed["cu_seq_lens_q"])
+        row = _divided(batch)
+        if row is not None:
+            self._check_divisible(handed, batch)
+            handed = _own(handed, row.held)
+        if self._tensor is not None and "deepstack_visual_embeds" in handed:
+            # The row itself is cut by the first block, but these are for what comes between blocks.
+            mine = {key: handed[key] for key in ("visual_pos_masks", "deepstack_visual_embeds")}
+            places = torch.arange(handed["inputs_embeds"].shape[1], device=handed["inputs_embeds"].device)
+            handed |= _own(mine, self._tensor.own(places, 0))
+        return args, handed
+
+    def _anchored(self, row: Tensor) -> Tensor:
+        with local_parameters(part for tower in self._towers for part in tower.modules()):
+            parameters = [item for tower in self._towers for item in tower.parameters() if item.requires_grad]
+            return _Anchor.apply(row, *parameters)
+
+    def _check_divisible(self, handed: Mapping[str, Any], batch: Batch) -> None:
+        tensors = [key for key, value in handed.items() if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))]
+        unknown = [key for key in tensors if key not in _ALONG and key not in _BESIDE]
+        if unknown:
+            raise ValueError(
+                f"{self._name} hands its language model {', '.join(unknown)}, which is not divided over ranks; set "
+                "train.ulysses_parallel_size and train.context_parallel_size to 1"
+            )
+        ring = batch.sequence is not None and batch.sequence.ranks.context_size > 1
+        if ring and any(isinstance(leaf, Tensor) for leaf in tree_leaves(handed.get("attention_mask"))):
+            raise ValueError(
+                f"{self._name} attends to its tokens by a mask of its own, which a ring of ranks does not know; set "
+                "train.context_parallel_size to 1 (train.ulysses_parallel_size may be more)"
+            )
+
+
+def _row(batch: Batch) -> Batch | FullTokens:
+    """What has the tokens and positions of all that the outer decoder sees."""
+    return batch if batch.sequence is None or batch.sequence.row is None else batch.sequence.row
+
+
+def _divided(batch: Batch | None) -> FullTokens | None:
+    """The row of a batch whose tokens ranks divide at the border."""
+    if batch is None or batch.sequence is None or batch.sequence.ranks.size == 1:
+        return None
+    return batch.sequence.row
+
+
+def _positions(batch: Batch) -> Tensor:
+    """int64 [1, T], or [1 + rows, 1, T] where the model rotates by several: those within samples, then the rows."""
+    own: Tensor = _row(batch).position_ids[None]
+    rows = batch.extras.get("position_ids")
+    if rows is None:
+        return own
+    return rows if rows.ndim < 3 or rows.shape[0] > 3 else torch.cat([own[None], rows])
+
+
+def _at_borders(mask: Any, cu_seqlens: Tensor) -> Any:
+    """A mask [1, 1, T, T], bool or added to scores, without what lies between samples; or a dict of such and None."""
+    if isinstance(mask, dict):
+        return {kind: _at_borders(each, cu_seqlens) for kind, each in mask.items()}
+    if mask is None:
+        return None
+    length = mask.shape[-1]
+    assert mask.ndim == 4 and mask.shape[2] == length, "a mask that is not of all tokens"
+    sample = torch.bucketize(torch.arange(length, device=mask.device), cu_seqlens[1:], right=True)
+    across = sample[:, None] != sample
+    return mask.masked_fill(across, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+
+
+def _own(handed: Mapping[str, Any], held: Tensor) -> dict[str, Any]:
+    """What is handed over for the tokens at the places `held` [t] alone."""
+    own = dict(handed)
+    for key, dim in _ALONG.items():
+        if key in own:
+            own[key] = own[key].index_select(dim, held)
+    if "deepstack_visual_embeds" in own:
+        mask = handed["visual_pos_masks"][0]
+        mine = (mask.cumsum(0) - 1)[held][own["visual_pos_masks"][0]]
+        own["deepstack_visual_embeds"] = [features[mine] for features in handed["deepstack_visual_embeds"]]
+    return own
+
+
+class _Anchor(torch.autograd.Function):
+    """The row of embeddings as it is; parameters that may have no part in it get a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, row: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.like = [(item.shape, item.dtype) for item in parameters]
+        return row.view_as(row)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(grad.new_zeros(shape, dtype=dtype) for shape, dtype in ctx.like)
+
+
+def make_placing(model: PreTrainedModel) -> Callable[[Batch], Batch]:
+    """What gives a batch on the host the positions of its images' tokens, where the model's have several rows."""
+    index: Any = getattr(decoder(model), "get_rope_index", None)
+    if index is None:
+        return lambda batch: batch
+    name, taken = model_class(model).__name__, set(inspect.signature(index).parameters)
+
+    def place(batch: Batch) -> Batch:
+        grids = [key for key in batch.extras if key.endswith("_grid_thw")]
+        if "position_ids" in batch.extras or not grids:
+            return batch
+        if "mm_token_type_ids" not in batch.extras:
+            raise ValueError(f"{name} needs mm_token_type_ids beside {grids[0]}, to know which tokens are an image's")
+        lengths = batch.cu_seqlens.diff().tolist()
+
+        def by_sample(values: Tensor) -> Tensor:
+            return pad_sequence(list(values.split(lengths)), batch_first=True)
+
+        inputs = {key: value for key, value in batch.extras.items() if key in taken}
+        inputs |= {
+            "input_ids": by_sample(batch.input_ids),
+            "mm_token_type_ids": by_sample(batch.extras["mm_token_type_ids"].flatten()),
+            "attention_mask": by_sample(torch.ones_like(batch.input_ids)),
+        }
+        padded = index(**inputs)[0]
+        rows = torch.cat([padded[:, number, :length] for number, length in enumerate(lengths)], dim=-1)
+        positions = torch.cat([batch.position_ids[None], rows])[:, None]
+        return replace(batch, extras={**batch.extras, "position_ids": positions})
+
+    return place

@@ -1,0 +1,191 @@
+"""Where a decoder can be cut between its blocks, so that its stages run on different ranks.
+
+A Hugging Face decoder is a list of blocks, with some modules that run before them (the embedding, rotary positions) and
+some after (the final norm). Whether a class is built like that, and which module runs when, is tried out rather than
+kept in a table: its own `forward` runs once on the meta device with a stand-in for every block. It can be cut if
+
+1. each block is called once, in order, and is handed what the block before it gave, untouched;
+2. nothing else that a block is handed depends on a parameter (a later stage does not have those of the first one);
+3. every other module with parameters runs before all blocks or after all of them, and what comes out in the end
+   depends on what runs before through the blocks alone.
+
+A class that does anything else is refused by name. Of a model that takes images it is the language model that is cut;
+what lies beside that runs before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from tutti.attention.interface import PACKED
+from tutti.model.structure import blocks, model_class, text_model
+from tutti.parallel.pipeline.stage import plain_attributes
+
+_HOOKED = "_output_capturing_hooks_installed"
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """blocks: the name of the decoder's list of blocks. front, tail: of its modules with parameters that run before and
+    after them. gives_tuple: a block's hidden states are the first of a tuple."""
+
+    blocks: str
+    front: tuple[str, ...]
+    tail: tuple[str, ...]
+    gives_tuple: bool
+
+
+def anatomy(model: PreTrainedModel) -> Anatomy:
+    """How `model`, which lies on the meta device, can be cut. ValueError where it cannot."""
+    name = model_class(model).__name__
+    inner = text_model(model)
+    found = [block for _, block in blocks(model)]
+    lists = [key for key, child in inner.named_children() if isinstance(child, nn.ModuleList) and list(child) == found]
+    if not found or not lists or any(True for _ in inner.parameters(recurse=False)):
+        raise ValueError(f"{name} is not a list of blocks between an embedding and a norm, and cannot be cut in stages")
+    problem = ""
+    for gives_tuple in (False, True):
+        trace = _Trace(gives_tuple)
+        try:
+            with _unfrozen(inner), _stand_ins(inner, lists[0], trace):
+                output = _run(inner)
+        except Exception as error:  # whatever the class does with what it does not expect
+            problem = problem or f"its forward fails: {str(error).splitlines()[0] if str(error) else error!r}"
+            continue
+        with _unfrozen(inner):
+            mistake = trace.mistake(inner, lists[0], output)
+        if mistake is None:
+            return Anatomy(lists[0], tuple(trace.front), tuple(trace.tail), gives_tuple)
+        problem = mistake
+    raise ValueError(f"{name} cannot be cut in stages: {problem}")
+
+
+@dataclass
+class _Trace:
+    """What happened in one run with stand-ins."""
+
+    gives_tuple: bool
+    called: list[int] = field(default_factory=list)
+    given: list[Any] = field(default_factory=list)
+    made: list[Tensor] = field(default_factory=list)
+    beside: list[Any] = field(default_factory=list)
+    front: list[str] = field(default_factory=list)
+    tail: list[str] = field(default_factory=list)
+    num_blocks: int = 0
+
+    def mistake(self, inner: nn.Module, path: str, output: Any) -> str | None:
+        """What keeps the decoder from being cut."""
+        if self.called != list(range(self.num_blocks)):
+            return f"its blocks run in the order {self.called}"
+        if any(got is not gave for got, gave in zip(self.given[1:], self.made[:-1], strict=True)):
+            return "something happens to the hidden states between two blocks"
+        if any(isinstance(item, Tensor) and item.requires_grad for item in tree_leaves(self.beside)):
+            return "its blocks are handed more than hidden states by what comes before them"
+        placed = {*self.front, *self.tail}
+        for key, child in inner.named_children():
+            has_parameters = any(True for _ in child.parameters())
+            if key != path and has_parameters and (key not in placed or (key in self.front and key in self.tail)):
+                return f"its {key} runs neither before all blocks nor after them"
+        first = [p for key in self.front for p in inner.get_submodule(key).parameters()]
+        last: Tensor = output.last_hidden_state
+        if not last.requires_grad:
+            return "its output does not come from its blocks"
+        grads = torch.autograd.grad(last.sum(), [*first, self.made[-1]], allow_unused=True)
+        if grads[-1] is None or any(grad is not None for grad in grads[:-1]):
+            return "its output comes from more than its last block"
+        return None
+
+
+class _Probe(nn.Module):
+    """Stands for a block: takes note of what it is given, and gives new hidden states."""
+
+    def __init__(self, number: int, block: nn.Module, trace: _Trace) -> None:
+        super().__init__()
+        self.__dict__.update(plain_attributes(block))
+        self._number, self._trace = number, trace
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        trace = self._trace
+        trace.called.append(self._number)
+        trace.given.append(hidden)
+        trace.beside.append((args, kwargs))
+        trace.made.append(torch.empty_like(hidden).detach().requires_grad_())
+        return (trace.made[-1],) if trace.gives_tuple else trace.made[-1]
+
+
+class _Positions(nn.Module):
+    """Stands for a module that only computes (rotary frequencies), which might look at values that are not there."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return args[0].detach()
+
+
+@contextmanager
+def _unfrozen(inner: nn.Module) -> Iterator[None]:
+    """Have what depends on a parameter be seen to, also where the parameter is not trained."""
+    frozen = [p for p in inner.parameters() if p.is_floating_point() and not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_()
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
+def _stand_ins(inner: nn.Module, path: str, trace: _Trace) -> Iterator[None]:
+    """Put stand-ins into `inner` for a while, and note which of its other modules run when."""
+    held = dict(inner._modules)
+    original: Any = held[path]
+    trace.num_blocks = len(original)
+    handles = []
+    for key, child in held.items():
+        if child is None or key == path:
+            continue
+        if not any(True for _ in child.parameters()):
+            if any(True for _ in child.buffers()):
+                inner._modules[key] = _Positions()
+            continue
+        handles.append(child.register_forward_pre_hook(_note(key, trace)))
+    inner._modules[path] = nn.ModuleList(_Probe(number, block, trace) for number, block in enumerate(original))
+    config: Any = inner.config
+    implementation = config._attn_implementation
+    config._attn_implementation = PACKED
+    # transformers hooks into blocks once, when it is first asked for what they make beside hidden states.
+    hooked = inner.__dict__.get(_HOOKED, False)
+    inner.__dict__[_HOOKED] = True
+    try:
+        yield
+    finally:
+        inner.__dict__[_HOOKED] = hooked
+        config._attn_implementation = implementation
+        inner._modules.update(held)
+        for handle in handles:
+            handle.remove()
+
+
+def _note(key: str, trace: _Trace) -> Any:
+    def note(module: nn.Module, args: Any) -> None:
+        places: Sequence[list[str]] = (trace.front,) if not trace.called else (trace.tail,)
+        if 0 < len(trace.called) < trace.num_blocks:
+            places = (trace.front, trace.tail)
+        for place in places:
+            if key not in place:
+                place.append(key)
+
+    return note
+
+
+def _run(inner: nn.Module) -> Any:
+    tokens = torch.zeros(1, 4, dtype=torch.int64, device="meta")
+    # With a mask transformers does not look for borders in the positions, of which there are none on meta.
+    return inner(input_ids=tokens, position_ids=tokens, attention_mask=tokens.bool(), use_cache=False)

@@ -1,0 +1,45 @@
+"""Activation checkpointing: run a block's forward again in the backward pass instead of keeping its activations.
+
+The block's `forward` is wrapped rather than the block itself, so that FSDP's hooks stay outside (parameters are
+gathered once for the recomputation and the backward pass together) and module and parameter names do not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def checkpoint_activations(blocks: Iterable[nn.Module], *, reentrant: bool) -> None:
+    """Checkpoint each block's forward in training; evaluation runs as before.
+
+    reentrant: torch's older mechanism, which needs an input that requires a gradient, and recomputes a whole block at
+    once; otherwise saved-tensor hooks.
+    """
+    for block in blocks:
+        block.forward = _checkpointed(block, block.forward, reentrant)
+
+
+def _checkpointed(block: nn.Module, forward: Callable[..., Any], reentrant: bool) -> Callable[..., Any]:
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not block.training:
+            return forward(*args, **kwargs)
+        # The reentrant mechanism takes positional arguments alone; of the keyword arguments none needs a gradient.
+        if reentrant and not any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            # What comes before the block is frozen; nothing of the block would get a gradient.
+            args = tuple(_requiring_grad(arg) for arg in args)
+        return checkpoint(partial(forward, **kwargs), *args, use_reentrant=reentrant)
+
+    return run
+
+
+def _requiring_grad(arg: Any) -> Any:
+    if isinstance(arg, Tensor) and arg.is_floating_point() and torch.is_grad_enabled():
+        return arg.detach().requires_grad_()
+    return arg

@@ -1,0 +1,149 @@
+"""Batch-invariant computation: what the model says of a sample does not depend, bit for bit, on the rest of its batch.
+
+Floating-point sums depend on their order, and the order on a tensor's shape: matrix products pick their tiles by the
+number of rows, vectorised functions treat the last few elements of a thread's share otherwise, reductions and grouped
+products split by size. No list of such kernels is ever complete. So instead of replacing them, everything is computed
+sample by sample: a packed batch is cut at its samples' borders before each block (and before whatever else the decoder
+runs, such as rotary embeddings and the final norm), each sample goes through on its own, in memory of its own, and the
+results are laid end to end again. All that a kernel could go by, shape and alignment, is then the sample's. The head is
+applied to each sample's rows alike (`tutti.train.loss`).
+
+It is done within the units that FSDP gathers, so parameters travel once a batch, as ever. The price is that of products
+with fewer rows: what packing gains for short samples is lost again.
+
+Where ranks share samples, each sample is split among them as if it were alone (`tutti.parallel.sequence`), and so every
+collective is about one sample, and its sums are in an order that depends on that sample's length. Ranks that have other
+samples meet within a block where tokens travel to experts, and where FSDP gathers a part of the block by itself. So all
+run as many samples, for which batches are padded by samples of one token, and experts compute on what each rank has
+sent apart from the rest.
+
+Not with torch.compile: which of its kernels a sample gets depends on the lengths it has been compiled for before.
+
+Shapes: T tokens of S samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from tutti.core.batch import Batch
+from tutti.parallel.sequence import add_fillers
+
+
+def separate_samples(root: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    """Have `blocks`, and all modules below `root` that are not around them, run one sample after the other, in place.
+
+    `root` is called with a `Batch` first.
+    """
+    samples = _Samples()
+    root.register_forward_pre_hook(samples.note)
+    known = set(blocks)
+    for module in (*known, *_beside(root, known)):
+        module.forward = _by_sample(module.forward, samples)
+
+
+def _beside(module: nn.Module, blocks: set[nn.Module]) -> Iterator[nn.Module]:
+    """The outermost modules below `module` with no block in or around them."""
+    for child in module.children():
+        if child in blocks:
+            continue
+        if any(inner in blocks for inner in child.modules()):
+            yield from _beside(child, blocks)
+        else:
+            yield child
+
+
+def equal_counts(batch: Batch, groups: Iterable[dist.ProcessGroup], device: torch.device) -> Batch:
+    """`batch` (on the host) with as many samples as the other ranks of `groups` have; a collective call of each."""
+    count = torch.tensor(len(batch.sample_sources), device=device)
+    for group in groups:
+        if group.size() > 1:
+            dist.all_reduce(count, dist.ReduceOp.MAX, group=group)
+    return add_fillers(batch, int(count) - len(batch.sample_sources))
+
+
+class _Samples:
+    """The samples of the batch that is being run.
+
+    lengths: of each, the tokens that this rank is given, and those of them that it has to itself where tensor ranks
+    divide them between the parts of a block. known: what attention is to know of each.
+    """
+
+    def __init__(self) -> None:
+        self.lengths: list[list[int]] = []
+        self.known: list[dict[str, Any]] = []
+
+    def note(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A forward hook of the root. Waits for the device, to learn the lengths."""
+        (batch,) = args
+        assert isinstance(batch, Batch)
+        if batch.sequence is None:
+            given = batch.cu_seqlens.diff().tolist()
+            borders = [pair - pair[0] for pair in batch.cu_seqlens.unfold(0, 2, 1)]
+            self.lengths = [given]
+            self.known = [_known(*each) for each in zip(borders, given, strict=True)]
+            return
+        parts, divided = batch.sequence.parts, batch.sequence.ranks.tensor_size
+        given = [part.share for part in parts]
+        self.lengths = [given, [length // divided for length in given]]
+        self.known = [_known(part.cu_seqlens, part.max_seqlen) | {"whole": part} for part in parts]
+
+    def cut(self, leaf: Any) -> list[Any]:
+        """An argument for each of the samples: its own part, in its own memory, of what lies along the tokens."""
+        for lengths in self.lengths if isinstance(leaf, Tensor) else ():
+            dims = _token_dims(leaf, sum(lengths))
+            if dims:
+                parts = list(leaf.split(lengths, dims[0]))
+                for dim in dims[1:]:
+                    parts = [part.split(lengths, dim)[number] for number, part in enumerate(parts)]
+                return [part.clone(memory_format=torch.contiguous_format) for part in parts]
+        return [leaf] * len(self.known)
+
+    def join(self, outputs: list[Any]) -> Any:
+        """The samples' outputs as one output of all tokens."""
+        leaves, specs = zip(*map(tree_flatten, outputs), strict=True)
+        return tree_unflatten([self._join(column) for column in zip(*leaves, strict=True)], specs[0])
+
+    def _join(self, column: tuple[Any, ...]) -> Any:
+        for lengths in self.lengths if isinstance(column[0], Tensor) else ():
+            dims = _token_dims(column[0], lengths[0])
+            if dims:
+                return torch.cat(column, dims[0])
+        return column[0]
+
+
+def _known(borders: Tensor, longest: int) -> dict[str, Any]:
+    return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
+
+
+def _by_sample(forward: Callable[..., Any], samples: _Samples) -> Callable[..., Any]:
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        outputs = []
+        for known, *own in zip(samples.known, *map(samples.cut, leaves), strict=True):
+            own_args, own_kwargs = tree_unflatten(own, spec)
+            outputs.append(forward(*own_args, **{name: known.get(name, value) for name, value in own_kwargs.items()}))
+        return samples.join(outputs)
+
+    return run
+
+
+def _token_dims(tensor: Tensor, length: int) -> tuple[int, ...]:
+    """The dimensions of a tensor that run along a row of `length` tokens: [T, ..], [1, T, ..], positions [3, 1, T], and
+    masks [1, .., T, T]."""
+    shape = tensor.shape
+    if tensor.ndim == 4 and shape[2] == shape[3] == length:
+        return 2, 3
+    if tensor.ndim >= 2 and shape[0] == 1 and shape[1] == length:
+        return (1,)
+    if tensor.ndim == 3 and shape[1] == 1 and shape[2] == length:
+        return (2,)
+    return (0,) if tensor.ndim and shape[0] == length else ()

@@ -1,0 +1,313 @@
+"""Pipeline parallelism: the depth of a model cut into stages, each on ranks of its own.
+
+Every rank builds the whole model without storage, and `cut` leaves it with the blocks of its own stages, under the
+names that they have in the whole: the embedding goes to the first stage, final norm and head to the last. Nothing else
+changes, so that loading, FSDP, the optimizer and checkpoints see an ordinary, smaller model.
+
+A stage runs the decoder class's own `forward`, which makes positions and masks and calls block after block. Around the
+stage's blocks it finds stand-ins in its list: the one before them hands out the hidden states that were received from
+the previous stage, whatever it is given, and the one after takes the stage's result out. So it does not matter what a
+family does between its embedding and its blocks; whether a class can be cut at all, `tutti.model.stage_trace` finds
+out.
+
+Which blocks make a stage is decided by what they cost (`split_blocks`): the slowest stage sets the pace, and a head
+over a large vocabulary may be worth several blocks.
+
+Tied weights exist twice, on the first rank as the embedding and on the last as the head: their gradients, if they are
+trained, are added up once a step, and both copies take the same steps from then on.
+
+Shapes: t tokens on this rank, H hidden size, n router layers before a stage, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tutti.parallel.mesh import Mesh
+
+MEMORY_WEIGHT = 0.25
+"""What a share of the model's parameters costs, beside the same share of its work."""
+
+
+class Cost(NamedTuple):
+    """work: parameters that a token is multiplied with. size: parameters in all."""
+
+    work: float
+    size: float
+
+
+def split_blocks(blocks: Sequence[Cost], front: Cost, tail: Cost, num_stages: int) -> list[range]:
+    """Which consecutive `blocks` make each stage; what comes before them is on the first, what comes after on the last.
+
+    The costliest stage costs as little as possible, and among such splits the squares of all costs sum to the least.
+    Every stage has a block.
+    """
+    assert 0 < num_stages <= len(blocks), "more stages than blocks"
+    everything = [front, *blocks, tail]
+    work, size = (sum(values) or 1.0 for values in zip(*everything, strict=True))
+    share = [cost.work / work + MEMORY_WEIGHT * cost.size / size for cost in everything]
+    sums = [0.0]
+    for value in share[1:-1]:
+        sums.append(sums[-1] + value)
+
+    def cost(stage: int, first: int, last: int) -> float:
+        ends = share[0] * (stage == 0) + share[-1] * (stage == num_stages - 1)
+        return sums[last] - sums[first] + ends
+
+    largest, _ = _search(len(blocks), num_stages, lambda so_far, value: max(so_far, value), cost)
+    limit = largest * (1 + 1e-9)
+
+    def squares(so_far: float, value: float) -> float:
+        return so_far + value * value if value <= limit else math.inf
+
+    _, borders = _search(len(blocks), num_stages, squares, cost)
+    return [range(first, last) for first, last in pairwise(borders)]
+
+
+def _search(
+    num_blocks: int,
+    num_stages: int,
+    combine: Callable[[float, float], float],
+    cost: Callable[[int, int, int], float],
+) -> tuple[float, tuple[int, ...]]:
+    """The least that the stages' costs combine to, and the borders of the blocks that give it: dynamic programming
+    over the stages. cost: of a stage with the blocks from the first up to the last."""
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, (0,))}
+    for stage in range(num_stages):
+        after = num_stages - 1 - stage
+        best = {
+            last: min(
+                (combine(so_far, cost(stage, first, last)), (*borders, last))
+                for first, (so_far, borders) in best.items()
+                if first < last
+            )
+            for last in range(stage + 1, num_blocks - after + 1)
+        }
+    return best[num_blocks]
+
+
+class Passed(NamedTuple):
+    """What a stage hands to the next. hidden: [1, t, H]. routed: fp32 [n, t, E], the routers' logits of all layers so
+    far, where a loss is made of them; else None."""
+
+    hidden: Tensor
+    routed: Tensor | None
+
+
+class States(NamedTuple):
+    """A stage's decoder output, as transformers names it; router_logits: of all layers so far."""
+
+    last_hidden_state: Tensor
+    router_logits: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of this rank's model. index: among all stages. blocks: the numbers of its blocks."""
+
+    index: int
+    blocks: range
+    is_first: bool
+    is_last: bool
+    holder: StageBlocks
+
+    def run(self, decoder: Callable[..., Any], kwargs: Mapping[str, Any], received: Passed | None) -> States:
+        """What `decoder`, called with `kwargs`, makes of this stage; `received` from the stage before, if there is."""
+        kwargs = dict(kwargs)
+        if received is not None:
+            # Only its shape and dtype matter: the blocks are given the received states themselves.
+            length = kwargs["input_ids"].shape[1]
+            blank = received.hidden.detach()[:, :1].expand(-1, length, -1)
+            kwargs |= {"input_ids": None, "inputs_embeds": blank}
+        with self.holder.only(self.blocks, None if received is None else received.hidden) as result:
+            output = decoder(**kwargs)
+        own = getattr(output, "router_logits", None) or ()
+        before = () if received is None or received.routed is None else received.routed.unbind()
+        hidden = output.last_hidden_state if self.is_last else result[0]
+        return States(hidden, (*before, *own))
+
+
+def hand_on(states: States) -> Passed:
+    """What the next stage is given."""
+    hidden, logits = states.last_hidden_state, [each.float() for each in states.router_logits]
+    return Passed(hidden, torch.stack(by_layer(logits, hidden.shape[1])) if logits else None)
+
+
+def by_layer(router_logits: Sequence[Tensor], num_tokens: int) -> tuple[Tensor, ...]:
+    """Of each layer its router's logits for all tokens [t, E], where it may have run on one sample after the other."""
+    if all(len(logits) == num_tokens for logits in router_logits):
+        return tuple(router_logits)
+    return torch.cat(list(router_logits)).split(num_tokens)
+
+
+class StageBlocks(nn.ModuleList):
+    """A decoder's list of blocks, of which only some are here, under their numbers; a stand-in's place is empty.
+
+    To the decoder's loop it looks as long as it was. `only` says which blocks the loop finds in it.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], held: Iterable[int], *, gives_tuple: bool) -> None:
+        super().__init__()
+        for number in held:
+            self.add_module(str(number), blocks[number])
+        self._attributes = [plain_attributes(block) for block in blocks]
+        self._gives_tuple = gives_tuple
+        self._found: list[Any] = []
+
+    def __len__(self) -> int:
+        return len(self._attributes)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._found)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._found[index]
+
+    @contextmanager
+    def only(self, numbers: range, received: Tensor | None) -> Iterator[list[Tensor]]:
+        """Have the loop run these blocks on `received`; what the last of them gives is appended to the result, unless
+        they are the last of all."""
+        result: list[Tensor] = []
+
+        def take_out(hidden: Tensor) -> Tensor:
+            result.append(hidden)
+            return hidden
+
+        def stand_in(number: int) -> Any:
+            if number in numbers:
+                return self._modules[str(number)]
+            action: Callable[[Tensor], Tensor] = lambda hidden: hidden  # noqa: E731
+            if number == numbers.start - 1:
+                assert received is not None, "nothing was received"
+                states = received
+                action = lambda hidden: states  # noqa: E731
+            elif number == numbers.stop:
+                action = take_out
+            return _StandIn(action, self._gives_tuple, self._attributes[number])
+
+        self._found = [stand_in(number) for number in range(len(self))]
+        try:
+            yield result
+        finally:
+            self._found = []
+
+
+class _StandIn:
+    """In the place of a block that another stage runs."""
+
+    def __init__(self, action: Callable[[Tensor], Tensor], gives_tuple: bool, attributes: dict[str, Any]) -> None:
+        self.__dict__.update(attributes)
+        self._action, self._gives_tuple = action, gives_tuple
+
+    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = self._action(hidden)
+        return (out,) if self._gives_tuple else out
+
+
+def plain_attributes(block: nn.Module) -> dict[str, Any]:
+    """What a decoder's loop may read off a block, beside calling it."""
+    return {key: value for key, value in block.__dict__.items() if not key.startswith("_") and key != "training"}
+
+
+class Absent(nn.Module):
+    """In the place of a module that another stage has; what it gives is not used, but for its shape."""
+
+    def forward(self, first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return first if first.is_floating_point() else first.new_zeros((*first.shape, 1), dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The pipeline that this rank is a part of.
+
+    stages: this rank's, ascending. per_rank: how many each rank has. group: the ranks that one batch runs through, in
+    order. hidden_size: H. token_parts: how many tensor ranks share a batch's tokens between blocks. routed: for each of
+    the model's stages, how many routers come before it (0 unless a loss is made of their logits), and num_experts the
+    width of these. tied: names of this rank's copies of trained parameters that another rank of `tied_group` has too.
+    """
+
+    stages: tuple[Stage, ...]
+    per_rank: int
+    group: dist.ProcessGroup
+    hidden_size: int
+    token_parts: int
+    routed: tuple[int, ...]
+    num_experts: int
+    tied: tuple[str, ...]
+    tied_group: dist.ProcessGroup | None
+
+    @property
+    def num_stages(self) -> int:
+        return self.per_rank * self.group.size()
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this rank has the last stage."""
+        return self.stages[-1].is_last
+
+
+class Seams(NamedTuple):
+    """Where a model can be cut. decoder: the module that holds the rest. blocks: the name of the list of blocks.
+    front, tail: names of what runs before and after them. gives_tuple: a block's hidden states are the first of a
+    tuple. head: the name, in the model, of its head. beside: likewise of what runs before the decoder."""
+
+    decoder: nn.Module
+    blocks: str
+    front: tuple[str, ...]
+    tail: tuple[str, ...]
+    gives_tuple: bool
+    head: str
+    beside: tuple[str, ...] = ()
+
+
+def cut(model: nn.Module, seams: Seams, borders: Sequence[range], rank: int, num_ranks: int) -> tuple[Stage, ...]:
+    """Leave `model` with what the stages of `rank` need, in place, and return these stages.
+
+    borders: the blocks of each of all stages, stage s being on rank s % num_ranks.
+    """
+    decoder = seams.decoder
+    numbers = range(rank, len(borders), num_ranks)
+    held = [number for stage in numbers for number in borders[stage]]
+    blocks: Any = decoder.get_submodule(seams.blocks)
+    holder = StageBlocks(list(blocks), held, gives_tuple=seams.gives_tuple)
+    decoder.set_submodule(seams.blocks, holder)
+    has_last = numbers[-1] == len(borders) - 1
+    needed = {id(p) for p in model.get_submodule(seams.head).parameters()} if has_last else set()
+    for name in seams.front if numbers[0] > 0 else ():
+        # What is tied to the head keeps its name, under which checkpoints hold it.
+        if not any(id(p) in needed for p in decoder.get_submodule(name).parameters()):
+            decoder.set_submodule(name, Absent())
+    for name in seams.beside if numbers[0] > 0 else ():
+        model.set_submodule(name, Absent())
+    if not has_last:
+        for name in seams.tail:
+            decoder.set_submodule(name, Absent())
+        model.set_submodule(seams.head, Absent())
+    return tuple(Stage(index, borders[index], index == 0, index == len(borders) - 1, holder) for index in numbers)
+
+
+def tied_ranks(mesh: Mesh) -> dist.ProcessGroup | None:
+    """The first and the last rank of this rank's pipeline, on these two. They call it together."""
+    group = mesh.group("pipeline")
+    ranks = dist.get_process_group_ranks(group)
+    if dist.get_rank() not in (ranks[0], ranks[-1]):
+        return None
+    made = dist.new_group([ranks[0], ranks[-1]], use_local_synchronization=True)
+    assert isinstance(made, dist.ProcessGroup)
+    return made
+
+
+def own_modules(model: nn.Module, whole: Iterable[tuple[str, nn.Module]]) -> list[nn.Module]:
+    """Of the named modules of the whole model, this rank's own."""
+    present = dict(model.named_modules())
+    found = (present.get(name) for name, _ in whole)
+    return [module for module in found if module is not None and not isinstance(module, Absent)]

@@ -1,0 +1,1 @@
+"""Metrics of a run and the places that show them."""

@@ -1,0 +1,216 @@
+"""The progress of a run on stderr: a live block on a terminal, now and then a plain line in a log file.
+
+On a terminal two lines are redrawn in place, a bar with the time left and the newest figures, and log lines scroll by
+above them. Elsewhere a line is written after 1, 2, 5, 10, 20, 50 ... steps and then at least every 30 seconds, so that
+a log of any length stays readable. Both fit into 80 columns: figures are left out, the least important first, where
+they do not. The time left counts everything between steps (evaluation, saving), but not the first step, which compiles.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tutti.train.logging.history import History
+
+log = logging.getLogger(__name__)
+
+WIDTH = 80
+PREFIX = len("12:34:56 I ")
+PLAIN_EVERY = 30.0
+"""Most seconds between two plain lines, if a step is done at all."""
+REDRAW_EVERY = 0.1
+SMOOTHING = 0.95
+
+
+class Progress:
+    """Shows training records as they come; a sink of `Metrics`.
+
+    clock: seconds, for tests. live: redraw in place, rather than write lines; by default where stderr is a terminal.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int,
+        history: History,
+        *,
+        live: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total, self._start, self._history, self._clock = total_steps, start_step, history, clock
+        self._average = _Average()
+        self._began = clock()
+        self._first: tuple[int, float] | None = None
+        self._milestone = 1
+        self._shown = -1e9
+        self._record: Mapping[str, Any] = {}
+        self._block = _LiveBlock() if (sys.stderr.isatty() if live is None else live) else None
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        now, step = self._clock(), record["step"]
+        self._first = self._first or (step, now)
+        self._average.add(record.get("loss"))
+        self._record = record
+        done = step - self._start
+        if self._block is not None:
+            if now - self._shown >= REDRAW_EVERY or step == self._total:
+                self._shown = now
+                self._block.draw(step, self._total, self._clock_line(), self._figures())
+        elif done >= self._milestone or now - self._shown >= PLAIN_EVERY or step == self._total:
+            self._shown = now
+            while self._milestone <= done:
+                self._milestone = next_milestone(self._milestone)
+            counted = (100, f"step {step:>{len(str(self._total))}}/{self._total}")
+            log.info("%s", fit([counted, *self._figures(), (70, self._clock_line())], WIDTH - PREFIX))
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        best = self._history.best_eval
+        parts = [f"step {record['step']}/{self._total}", f"eval loss {number(record.get('eval_loss'))}"]
+        if "eval_accuracy" in record:
+            parts.append(f"accuracy {record['eval_accuracy']:.2%}")
+        if best and best["step"] != record["step"]:
+            parts.append(f"best {number(best['eval_loss'])} at step {best['step']}")
+        log.info("%s", "  ".join(parts))
+
+    def text(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def close(self, summary: Mapping[str, Any]) -> None:
+        if self._block is not None:
+            if self._record:
+                self._block.draw(self._record["step"], self._total, self._clock_line(), self._figures())
+            self._block.close()
+
+    def _clock_line(self) -> str:
+        """`ETA 3:21`, or how long it took when there is nothing left to do."""
+        now, step = self._clock(), self._record["step"]
+        if step >= self._total:
+            return f"took {duration(now - self._began)}"
+        first_step, first_time = self._first or (step, now)
+        if step == first_step:
+            seconds = (now - self._began) / max(1, step - self._start)
+        else:
+            seconds = (now - first_time) / (step - first_step)
+        return f"ETA {duration(seconds * (self._total - step))}"
+
+    def _figures(self) -> list[tuple[int, str]]:
+        """(importance, text) of each figure, in the order shown."""
+        record, evaluated = self._record, self._history.last_eval
+        loss = f"loss {number(record.get('loss'))}"
+        if self._average.count > 1:
+            loss += f" avg {number(self._average.value)}"
+        figures = [(90, loss)]
+        if evaluated and self._block is not None:
+            figures.append((50, f"eval {number(evaluated.get('eval_loss'))}"))
+        if record.get("lr") is not None:
+            figures.append((60, f"lr {record['lr']:.1e}"))
+        if record.get("tokens_per_second") is not None:
+            figures.append((80, f"{si(record['tokens_per_second'])} tok/s"))
+        if record.get("mfu") is not None:
+            figures.append((40, f"MFU {record['mfu']:.0%}"))
+        if record.get("memory_gib") is not None:
+            figures.append((30, f"{record['memory_gib']:.1f} GiB"))
+        return figures
+
+
+class _Average:
+    """Exponential average without a bias to where it started, over the finite values."""
+
+    def __init__(self) -> None:
+        self.count, self._sum, self._weight = 0, 0.0, 0.0
+
+    def add(self, value: float | None) -> None:
+        if value is None or value != value or abs(value) == float("inf"):
+            return
+        self.count += 1
+        self._sum = SMOOTHING * self._sum + value
+        self._weight = SMOOTHING * self._weight + 1
+
+    @property
+    def value(self) -> float:
+        return self._sum / self._weight if self._weight else float("nan")
+
+
+class _LiveBlock:
+    """Two lines at the foot of the terminal. Log lines go through it while it lives, so that they scroll by above."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._live = Live(console=Console(stderr=True, highlight=False), auto_refresh=False)
+        self._live.start()
+        self._handlers = [
+            (handler, handler.setStream(sys.stderr))
+            for handler in logging.getLogger("tutti").handlers
+            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler)
+        ]
+
+    def draw(self, step: int, total: int, clock: str, figures: list[tuple[int, str]]) -> None:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        width = min(self._live.console.width, 100)
+        done = f"{step}/{total}"
+        share = f"{step / max(total, 1):.0%}"
+        bar = max(10, width - len(done) - len(share) - len(clock) - 9)
+        head = Table.grid(padding=(0, 2, 0, 0))
+        head.add_row(
+            Text(f" {done}", style="bold"),
+            ProgressBar(total=total, completed=step, width=bar, complete_style="cyan", finished_style="green"),
+            share,
+            Text(clock, style="cyan"),
+        )
+        block = Table.grid()
+        block.add_row(head)
+        block.add_row(Text(" " + fit(figures, width - 1), style="dim"))
+        self._live.update(block, refresh=True)
+
+    def close(self) -> None:
+        self._live.stop()
+        for handler, stream in self._handlers:
+            if stream is not None:
+                handler.setStream(stream)
+
+
+def next_milestone(step: int) -> int:
+    """The number after `step` in 1, 2, 5, 10, 20, 50 ..."""
+    return step * 5 // 2 if str(step).startswith("2") else step * 2
+
+
+def fit(parts: list[tuple[int, str]], width: int) -> str:
+    """The texts of `parts` (importance, text) in order, the least important left out until they fit `width`."""
+    parts = list(parts)
+    while len(parts) > 1 and len("  ".join(text for _, text in parts)) > width:
+        parts.remove(min(parts))
+    return "  ".join(text for _, text in parts)
+
+
+def number(value: float | None) -> str:
+    """A loss to four digits or so."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if 0.1 <= abs(value) < 1000 else f"{value:.3g}"
+
+
+def si(value: float) -> str:
+    """123, 1.2k, 12.3k, 4.5M."""
+    for unit in ("", "k", "M", "G"):
+        if abs(value) < 999.5 or unit == "G":
+            break
+        value /= 1000
+    return f"{value:.0f}{unit}" if not unit or value >= 100 else f"{value:.1f}{unit}"
+
+
+def duration(seconds: float) -> str:
+    """0:07, 3:21, 2:03:04, 3d 04:05."""
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    if hours >= 48:
+        return f"{hours // 24}d {hours % 24:02}:{minutes:02}"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,133 @@
+"""From totals to lines of metrics: reads what the steps left on the device every train.log_steps steps."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from tutti.config import Config
+from tutti.core.batch import GlobalBatch
+from tutti.core.device import memory_gib, peak_flops
+from tutti.core.dist import World
+from tutti.model.experts import ExpertLoad
+from tutti.model.structure import experts
+from tutti.train.logging.metrics import Metrics
+from tutti.train.setup import Parts
+from tutti.train.step import Means, Totals
+from tutti.train.tasks.preference import reward_metrics
+
+log = logging.getLogger(__name__)
+
+MAX_CONSECUTIVE_SKIPS = 10
+"""Steps in a row with a gradient that is not finite, after which a run has broken down."""
+
+
+class Clock:
+    """Seconds of training since the last lap, without evaluations and saves, and how many went by waiting for data."""
+
+    def __init__(self) -> None:
+        self._running_since: float | None = time.perf_counter()
+        self._seconds = self._waited = 0.0
+
+    def pause(self) -> None:
+        if self._running_since is not None:
+            self._seconds += time.perf_counter() - self._running_since
+        self._running_since = None
+
+    def go_on(self) -> None:
+        self._running_since = time.perf_counter()
+
+    def waiting(self, batches: Iterable[GlobalBatch]) -> Iterator[GlobalBatch]:
+        """The same batches, with the time it takes to get each one counted."""
+        iterator = iter(batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(iterator, None)
+            self._waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def lap(self) -> tuple[float, float]:
+        """(seconds, seconds waited for data) since the last lap."""
+        self.pause()
+        result = self._seconds, self._waited
+        self._seconds = self._waited = 0.0
+        self.go_on()
+        return result
+
+
+class Reporter:
+    """Holds the totals of the steps since the last line of metrics, and writes the line when it is due."""
+
+    def __init__(self, config: Config, parts: Parts, world: World, metrics: Metrics) -> None:
+        self._config, self._parts, self._ranks, self._metrics = config, parts, world, metrics
+        self._peak: float | None = None
+        self._expert_load = ExpertLoad(experts(parts.model), parts.mesh, world.device)
+        self.clock = Clock()
+        self.totals = self._fresh()
+
+    def _fresh(self) -> Totals:
+        return Totals.zero(len(self._parts.data.sources), self._ranks.device)
+
+    def after_step(self, batch: GlobalBatch, lr: float) -> None:
+        """Write the line that is due after `batch`, if one is. ValueError where training has broken down."""
+        if batch.step % self._config.train.log_steps and not batch.epoch_end:
+            return
+        totals, means = self.totals, self.totals.reduce(self._ranks)
+        seconds, waited = self.clock.lap()
+        record: dict[str, Any] = {
+            "step": batch.step,
+            "epoch": batch.epoch,
+            "loss": means.loss,
+            "grad_norm": means.grad_norm,
+            "lr": lr,
+            "tokens": totals.num_tokens,
+            "trained_tokens": totals.trained_tokens,
+            "samples": totals.num_samples,
+            "step_seconds": seconds / totals.num_steps,
+            "data_seconds": waited / totals.num_steps,
+            "tokens_per_second": totals.num_tokens / seconds,
+            "mfu": self._mfu(means.flops, seconds),
+            "memory_gib": memory_gib(self._ranks.device),
+            "packing": totals.num_tokens / totals.num_slots,
+        }
+        record |= self._by_source(means) | self._expert_load.take()
+        if self._parts.objective.preference is not None:
+            record |= reward_metrics(means.rewards, totals.num_targets)
+        if means.router_loss:
+            record["router_loss"] = means.router_loss
+        if means.skipped:
+            record["skipped_steps"] = means.skipped
+            log.warning("step %d: %d skipped, the gradient was not finite", batch.step, means.skipped)
+        self._metrics.log_step(record)
+        if means.consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
+            raise ValueError(
+                f"the gradient was not finite for the last {means.consecutive_skips} steps and nothing was learned "
+                "from them: lower train.lr, raise train.lr_warmup_ratio, or look at the data of these steps"
+            )
+        self.totals = self._fresh()
+        self.totals.consecutive_skips = totals.consecutive_skips
+
+    def _mfu(self, flops: float, seconds: float) -> float | None:
+        """The model's own operations as a share of what all ranks' devices can do in that time."""
+        if self._peak is None:
+            self._peak = peak_flops(self._ranks.device, getattr(torch, self._config.train.compute_dtype)) or 0.0
+            self.clock.lap()
+        return flops / seconds / (self._peak * self._ranks.size) if self._peak else None
+
+    def _by_source(self, means: Means) -> dict[str, float]:
+        """Loss and tokens of each of several sources, or of the one that the user gave a name."""
+        names, tokens, targets = self._parts.data.sources, self.totals.source_tokens, self.totals.source_targets
+        if len(names) == 1:
+            label = self._config.data.source_name
+            return {f"source_tokens/{label}": tokens[names[0]], f"source_loss/{label}": means.loss} if label else {}
+        record: dict[str, float] = {f"source_tokens/{name}": tokens[name] for name in names}
+        for name, total in zip(names, means.source_loss, strict=True):
+            if targets[name]:
+                record[f"source_loss/{name}"] = total / targets[name]
+        return record

@@ -1,0 +1,1 @@
+"""Tasks: objectives with their rows, losses and metrics."""
