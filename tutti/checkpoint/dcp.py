@@ -9,12 +9,17 @@ torch's own reader and writer:
   freely, are refused. Tensors are read with weights_only.
 - The parts can be given as copies in host memory: then the live tensors say only where each part belongs and may change
   while it is being written.
+
+And a file that cannot be written is an OSError with its path and cause: torch's serialization, which writes through
+C++, would replace it by a complaint about positions.
 """
 
 from __future__ import annotations
 
+import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +27,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
+
+from tutti.core.files import describe_error
 
 INDEX = ".metadata"
 
@@ -109,9 +116,46 @@ def read(folder: Path, index: Metadata, tensors: Mapping[str, Tensor], group: di
 
 
 class _Writer(dcp.FileSystemWriter):
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(folder, **options)
+        self.fs = _Files()
+
     def storage_meta(self) -> StorageMeta:
         """torch's notes the folder's path here, which is a temporary one."""
         return StorageMeta(save_id=self.save_id)
+
+
+class _Files(FileSystem):
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+        stream = None
+        try:
+            with super().create_stream(path, mode) as file:
+                stream = _Stream(file)
+                yield stream
+        except Exception as error:
+            cause = error if isinstance(error, OSError) else stream and stream.error
+            if cause is None:
+                raise
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
+
+
+class _Stream:
+    """A stream that remembers the first error of writing to it."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 class _Planner(dcp.DefaultSavePlanner):
@@ -144,5 +188,5 @@ class _IndexUnpickler(pickle.Unpickler):
 def _first_failure(error: dcp.CheckpointException) -> BaseException:
     rank, (cause, _) = next(iter(sorted(error.failures.items())))
     if isinstance(cause, (OSError, ValueError)):
-        return ValueError(f"rank {rank}: {cause}")
+        return ValueError(f"{describe_error(cause)}{f' (rank {rank})' if rank else ''}")
     return RuntimeError(f"rank {rank}: {type(cause).__name__}: {cause}")

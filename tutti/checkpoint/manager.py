@@ -11,7 +11,8 @@ A save goes through these steps; each is finished on all ranks, or has failed on
 
 A crash at any point leaves the earlier checkpoints untouched, and at worst a folder with a temporary name. With
 `save_async` the tensors are copied to host memory first, and the steps run in a thread beside the training, over a
-process group of their own.
+process group of their own. A checkpoint also holds the documents that describe its model (configuration), so that it
+can be exported whatever has been changed around it.
 
 A load verifies all sizes and hashes before it looks into any file, compares names and shapes, and then fills the live
 tensors in place, whatever layout or number of ranks wrote them. The random generators go on where they were if there
@@ -22,13 +23,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -48,19 +49,25 @@ from tutti.checkpoint.state import (
     rng_state,
     unstepped,
 )
+from tutti.core import files
 from tutti.core.dist import World
+from tutti.train.lineage import Start, read_start, write_start
 
 log = logging.getLogger(__name__)
 
 STATE = "state.json"
 LATEST = "latest"
 
+_REPLACED, _SURPLUS = ".replaced.tmp", ".surplus.tmp"
+
 
 class Checkpointer:
     """Saves to and resumes from the checkpoints of one output folder. Its methods are collective.
 
+    A context manager: leaving it lets a save under way come to its end, also where training has failed meanwhile.
     save_async: write in the background. max_checkpoints: how many to keep, 0 for all. facts: what the manifest is to
-    say of the run besides versions and number of ranks (layout, configuration digest); plain data.
+    say of the run besides versions and number of ranks (layout, configuration digest); plain data. documents: texts
+    that go into every checkpoint, by file name.
     """
 
     def __init__(
@@ -71,6 +78,7 @@ class Checkpointer:
         save_async: bool,
         max_checkpoints: int = 0,
         facts: Mapping[str, Any] | None = None,
+        documents: Mapping[str, str] | None = None,
     ) -> None:
         self._root = output / "checkpoints"
         self._world = world.on_own_group()
@@ -78,7 +86,35 @@ class Checkpointer:
         self._max_checkpoints = max_checkpoints
         versions = {"torch": torch.__version__, **{name: version(name) for name in ("transformers", "tutti")}}
         self._facts = {"world": world.size, "versions": versions, **(facts or {})}
+        self._documents = dict(documents or {})
         self._background: _Background | None = None
+        self._start = Start()
+        self._parent: dict[str, Any] | None = None
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            self.wait()
+        except Exception as failed:
+            if error is None:
+                raise
+            log.error("%s", failed)  # what ended the training is what the user must hear
+
+    def begin(self) -> Start:
+        """Record the start of a run from what was resumed; `auto` then follows the checkpoints that are saved from now
+        on and their past, and none that lie beyond the point resumed from."""
+
+        def record() -> None:
+            write_start(self._root, self._start)
+            if self._start.goes_back:
+                files.replace_file(self._root / LATEST, f"{self._start.origin}\n")
+            else:
+                (self._root / LATEST).unlink(missing_ok=True)
+
+        self._world.run_on_all_ranks(lambda: record() if self._world.is_main else None)
+        return self._start
 
     def save(self, step: int, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         """Write a checkpoint after `step` steps; `state` is plain data, the same on every rank.
@@ -117,23 +153,22 @@ class Checkpointer:
         """Fill `model` and `optimizer` from a checkpoint, restore the random generators, and return its `state`.
 
         path: train.load_checkpoint_path: a checkpoint, an output folder (its newest whole checkpoint), or `auto`: this
-        output folder's. None is returned, and nothing changed, for None, and for `auto` where there is none yet.
+        output folder's newest, or where it has none yet the one elsewhere that its last start went on from. None is
+        returned, and nothing changed, for None, and for `auto` where there is neither.
         ValueError, on every rank: no checkpoint is at `path`, or it is damaged or not of this `model` and `optimizer`.
         """
         if path is None:
             return None
         self.wait()
         dist = self._world
-        if path == "auto":
-            newest = _newest(self._root, dist)
-            if newest is None:
-                log.info(
-                    "train.load_checkpoint_path is auto, and there is no checkpoint in %s: starting afresh", self._root
-                )
-                return None
-            folder, found = newest
-        else:
-            folder, found = _find(Path(path), dist)
+        dist.run_on_all_ranks(lambda: _put_back_replaced(self._root) if dist.is_main else None)
+        chosen = self._follow() if path == "auto" else _find(Path(path), dist)
+        if chosen is None:
+            log.info(
+                "train.load_checkpoint_path is auto, and there is no checkpoint in %s: starting afresh", self._root
+            )
+            return None
+        folder, found = chosen
         saved = dist.run_on_all_ranks(lambda: json.loads((folder / STATE).read_text()))
         create_optimizer_state(model, optimizer, skip=set(saved["unstepped"]))
         tensors = {**model_tensors(model), **optimizer_tensors(model, optimizer)}
@@ -144,9 +179,22 @@ class Checkpointer:
             rng = dist.run_on_all_ranks(lambda: json.loads((folder / _rng_file(dist.rank)).read_text()))
             restore_rng(rng, dist.device)
         else:
-            derive_rng(found.files[STATE].sha256, dist.rank)
+            derive_rng(found.files[_rng_file(0)].sha256, dist.rank)
         log.info("loaded %s, saved by %d ranks", folder, saved["world"])
+        own = folder.resolve().parent == self._root.resolve()
+        origin = folder.name if own else str(folder.resolve())
+        self._start = Start(origin, found.step, self._start.id)
+        self._parent = {"path": origin, "saved": found.saved}
         return saved["state"]
+
+    def _follow(self) -> tuple[Path, Manifest] | None:
+        """The checkpoint that `auto` means."""
+        newest = _newest(self._root, self._world)
+        start = self._world.run_on_all_ranks(lambda: read_start(self._root))
+        if newest is None and start is not None and start.origin is not None and not start.goes_back:
+            log.info("there is no checkpoint in %s yet: going on from where it began", self._root)
+            return _find(Path(start.origin), self._world)
+        return newest
 
     def _write(self, snapshot: _Snapshot) -> None:
         final = self._root / manifest.folder_name(snapshot.step)
@@ -157,20 +205,22 @@ class Checkpointer:
             dist.run_on_all_ranks(lambda: _require_shared(partial))
             shards.write(partial, snapshot.tensors, snapshot.copies, dist.group)
             unstepped = sorted({name for names in dist.gather(snapshot.unstepped) for name in names})
-            files = dist.run_on_all_ranks(lambda: _write_plain(partial, snapshot, unstepped, dist))
-            every = {name: file for part in dist.gather(files) for name, file in part.items()}
-            dist.run_on_all_ranks(lambda: self._commit(partial, final, Manifest(snapshot.step, self._facts, every)))
+            written = dist.run_on_all_ranks(lambda: self._write_plain(partial, snapshot, unstepped))
+            every = {name: file for part in dist.gather(written) for name, file in part.items()}
+            content = Manifest(snapshot.step, self._facts, every, start=self._start.id, parent=self._parent)
+            dist.run_on_all_ranks(lambda: self._commit(partial, final, content))
         except Exception as error:
             if dist.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, (OSError, ValueError)):
-                raise ValueError(f"could not save {final}: {error}") from error
+                raise ValueError(f"could not save {final}: {files.describe_error(error)}") from error
             raise
         log.info("saved %s", final)
 
     def _prepare(self, partial: Path) -> None:
         if self._world.is_main:
             self._root.mkdir(parents=True, exist_ok=True)
+            _put_back_replaced(self._root)
             for leftover in self._root.glob(".global_step_*.tmp"):
                 shutil.rmtree(leftover)
             partial.mkdir()
@@ -180,18 +230,28 @@ class Checkpointer:
             return
         present = {path.name for path in partial.iterdir()}
         assert present == set(content.files), f"files {present} are not those described: {set(content.files)}"
-        manifest.write(partial, manifest.after(self._root, content))
-        replaced = _hide(final) if final.exists() else None
+        content = manifest.after(self._root, content)
+        manifest.write(partial, content)
+        replaced = _hide(final, _REPLACED) if final.exists() else None
         partial.rename(final)
-        manifest.sync_folder(self._root)
-        pointer = self._root / f".{LATEST}.tmp"
-        manifest.write_synced(pointer, final.name + "\n")
-        os.replace(pointer, self._root / LATEST)
-        manifest.sync_folder(self._root)
+        files.sync_folder(self._root)
+        files.replace_file(self._root / LATEST, final.name + "\n")
+        self._parent = {"path": final.name, "saved": content.saved}
         surplus = manifest.by_age(self._root)[0][self._max_checkpoints :] if self._max_checkpoints else []
-        for hidden in [replaced, *map(_hide, surplus)]:
+        for hidden in [replaced, *(_hide(folder, _SURPLUS) for folder, _ in surplus)]:
             if hidden is not None:
                 shutil.rmtree(hidden)
+
+    def _write_plain(self, folder: Path, snapshot: _Snapshot, unstepped: list[str]) -> dict[str, File]:
+        """Write all but tensors; the descriptions of all files that this rank wrote."""
+        texts = {_rng_file(self._world.rank): snapshot.rng}
+        if self._world.is_main:
+            head = json.dumps({"world": self._world.size, "unstepped": unstepped})
+            texts |= {STATE: f'{head[:-1]}, "state": {snapshot.state}}}\n', **self._documents}
+        for name, text in texts.items():
+            files.write_synced(folder / name, text)
+        paths = [*map(folder.joinpath, texts), *shards.files_of(folder, self._world.rank)]
+        return {path.name: manifest.describe(path) for path in paths}
 
 
 def load_model_only(path: Path, model: nn.Module, world: World) -> None:
@@ -245,20 +305,17 @@ def _require_shared(folder: Path) -> None:
         raise ValueError(f"{folder}, which rank 0 made, is not there: all machines must see the same train.output_dir")
 
 
-def _write_plain(folder: Path, snapshot: _Snapshot, unstepped: list[str], world: World) -> dict[str, File]:
-    """Write what is not tensors; the descriptions of all files that this rank wrote."""
-    paths = [folder / _rng_file(world.rank), *shards.files_of(folder, world.rank)]
-    manifest.write_synced(paths[0], snapshot.rng)
-    if world.is_main:
-        paths.append(folder / STATE)
-        head = json.dumps({"world": world.size, "unstepped": unstepped})
-        manifest.write_synced(paths[-1], f'{head[:-1]}, "state": {snapshot.state}}}\n')
-    return {path.name: manifest.describe(path) for path in paths}
-
-
-def _hide(folder: Path) -> Path:
+def _hide(folder: Path, kind: str) -> Path:
     """Take a checkpoint's name away, so that it counts as a leftover however far its removal gets."""
-    return folder.rename(folder.with_name(f".{folder.name}.old.tmp"))
+    return folder.rename(folder.with_name(f".{folder.name}{kind}"))
+
+
+def _put_back_replaced(root: Path) -> None:
+    """Undo a replacement that was interrupted when the old checkpoint had lost its name and the new one had none."""
+    for hidden in root.glob(f".global_step_*{_REPLACED}"):
+        final = hidden.with_name(hidden.name.removeprefix(".").removesuffix(_REPLACED))
+        if not final.exists():
+            hidden.rename(final)
 
 
 def _plain(state: Any) -> str:
@@ -275,20 +332,38 @@ def _plain(state: Any) -> str:
 
 
 def _newest(root: Path, world: World) -> tuple[Path, Manifest] | None:
-    """The whole checkpoint under `root` that was committed last, verified."""
-    folders, broken = world.broadcast(world.run_on_all_ranks(lambda: manifest.by_age(root) if world.is_main else None))
-    skipped = [f"skipping {folder}: {reason}" for folder, reason in broken.items()]
+    """The whole checkpoint under `root` that was committed last on the branch that is followed there, verified.
+
+    None: there is no checkpoint. ValueError: there are some, and all of them are damaged.
+    """
+    candidates, skipped = world.broadcast(world.run_on_all_ranks(lambda: _candidates(root) if world.is_main else None))
     newest = None
-    for folder in folders:
+    for folder in candidates:
         try:
             newest = (folder, manifest.verify(folder, world))
             break
         except ValueError as error:
-            skipped.append(f"skipping {folder}: {error}")
+            skipped[folder] = str(error)
+    if newest is None and skipped:
+        folder, reason = next(iter(skipped.items()))
+        raise ValueError(f"{root} holds no whole checkpoint; {len(skipped)} were passed over, {folder.name}: {reason}")
     if world.is_main:
-        for line in skipped:
-            log.warning("%s", line)
+        for folder, reason in skipped.items():
+            log.warning("skipping %s: %s", folder, reason)
     return newest
+
+
+def _candidates(root: Path) -> tuple[list[Path], dict[Path, str]]:
+    """The checkpoints of the branch that is followed under `root`, newest first; others, with why they are not."""
+    found, skipped = manifest.by_age(root)
+    start = read_start(root)
+    candidates = []
+    for folder, content in found:
+        if start is None or start.owns(content.step, content.start):
+            candidates.append(folder)
+        else:
+            skipped[folder] = f"it is of a branch that was left when the run went back to step {start.step}"
+    return candidates, skipped
 
 
 def _find(path: Path, world: World) -> tuple[Path, Manifest]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tutti.core.dist import World
+from tutti.core.files import sha256, sync_folder, write_synced
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -36,17 +36,20 @@ class File:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself.
+    """Description of a checkpoint, written into it.
 
     step: optimizer steps taken. saved: when it was committed, in nanoseconds since 1970, later than that of the
     checkpoints beside it. facts: about the run (layout, configuration digest, versions). files: by their name in the
-    folder, all but the manifest.
+    folder, all but the manifest. start: id of the start of the run that wrote it. parent: the checkpoint before it in
+    its run, the last one saved or the one gone on from: {"path", "saved"}; None for a run's first.
     """
 
     step: int
     facts: Mapping[str, Any]
     files: Mapping[str, File]
     saved: int = field(default_factory=time.time_ns)
+    start: str = ""
+    parent: Mapping[str, Any] | None = None
 
 
 def folder_name(step: int) -> str:
@@ -55,20 +58,24 @@ def folder_name(step: int) -> str:
 
 
 def is_folder_name(name: str) -> bool:
-    """Whether a folder of this name is meant to be a checkpoint."""
+    """True if a folder of this name is meant to be a checkpoint."""
     return _FOLDER.fullmatch(name) is not None
+
+
+def step_of(name: str) -> int:
+    """The step of the checkpoint in a folder of this name."""
+    return int(name.removeprefix("global_step_"))
 
 
 def describe(path: Path) -> File:
     """Size and hash of a file."""
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return File(path.stat().st_size, digest)
+    return File(path.stat().st_size, sha256(path))
 
 
 def write(folder: Path, manifest: Manifest) -> None:
-    """Put `manifest` into `folder`, on stable storage when this returns."""
-    write_synced(folder / NAME, json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1) + "\n")
+    """Put `manifest`, with a hash of its own, into `folder`, on stable storage when this returns."""
+    content = {"format": FORMAT, **asdict(manifest)}
+    write_synced(folder / NAME, json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n")
     sync_folder(folder)
 
 
@@ -77,20 +84,29 @@ def read(folder: Path) -> Manifest:
     path = folder / NAME
     try:
         content = json.loads(path.read_bytes())
-        if content.pop("format") != FORMAT:
+        if content["format"] != FORMAT:
             raise ValueError(f"written in a format other than {FORMAT}")
+        if "sha256" in content and content.pop("sha256") != _digest(content):
+            raise ValueError("its content is not what was written (SHA-256 differs)")
+        del content["format"]
         files = {name: File(**entry) for name, entry in content.pop("files").items()}
         manifest = Manifest(files=files, **content)
         if not isinstance(manifest.step, int) or not isinstance(manifest.saved, int):
             raise ValueError("step and saved are not integers")
     except FileNotFoundError:
         raise ValueError(f"{folder} is not a checkpoint: it has no {NAME}") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     for name in files:
         if Path(name).name != name:
             raise ValueError(f"{path} is damaged: it names a file outside its folder: {name}")
+    if is_folder_name(folder.name) and step_of(folder.name) != manifest.step:
+        raise ValueError(f"{folder} is of step {manifest.step}, and its name says otherwise")
     return manifest
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def verify(folder: Path, world: World) -> Manifest:
@@ -117,41 +133,24 @@ def _read_with_sizes(folder: Path) -> Manifest:
 
 def _check_hashes(folder: Path, files: Sequence[tuple[str, File]]) -> None:
     for name, file in files:
-        if describe(folder / name).sha256 != file.sha256:
+        if sha256(folder / name) != file.sha256:
             raise ValueError(f"{folder / name} is damaged: its content is not what was written (SHA-256 differs)")
 
 
-def by_age(root: Path) -> tuple[list[Path], dict[Path, str]]:
+def by_age(root: Path) -> tuple[list[tuple[Path, Manifest]], dict[Path, str]]:
     """The checkpoints under `root`, last committed first; and the folders only named like one, with what is wrong."""
-    found: list[tuple[int, Path]] = []
+    found: list[tuple[Path, Manifest]] = []
     broken: dict[Path, str] = {}
     for folder in sorted(root.iterdir()) if root.is_dir() else ():
         if folder.is_dir() and is_folder_name(folder.name):
             try:
-                found.append((read(folder).saved, folder))
+                found.append((folder, read(folder)))
             except ValueError as error:
                 broken[folder] = str(error)
-    return [folder for _, folder in sorted(found, reverse=True)], broken
+    return sorted(found, key=lambda entry: (entry[1].saved, entry[0]), reverse=True), broken
 
 
 def after(root: Path, manifest: Manifest) -> Manifest:
     """`manifest` with a time of saving later than all checkpoints under `root`, should the clock have gone back."""
     newest = by_age(root)[0]
-    return replace(manifest, saved=max(manifest.saved, read(newest[0]).saved + 1)) if newest else manifest
-
-
-def write_synced(path: Path, text: str) -> None:
-    """Write `text` to `path` and wait until it is on stable storage."""
-    with path.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in `folder` are on stable storage."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return replace(manifest, saved=max(manifest.saved, newest[0][1].saved + 1)) if newest else manifest

@@ -26,9 +26,10 @@ from tutti.train.logging.metrics import Metrics
 from tutti.train.logging.step_logger import Reporter
 from tutti.train.lr_schedule import learning_rate
 from tutti.train.optim import build_optimizer, set_lr
+from tutti.train.output import begin_run, claim_output
 from tutti.train.profile import make_profiler
 from tutti.train.samples import Samples
-from tutti.train.setup import Parts, assemble, claim_output, load_parameters, prepare_process
+from tutti.train.setup import Parts, assemble, load_parameters, prepare_process
 from tutti.train.stages import make_executor
 from tutti.train.step import TrainStep
 from tutti.train.stop import StopSignal
@@ -44,9 +45,10 @@ def train(config: Config) -> None:
     once a checkpoint is saved.
     """
     ranks = init_world(prepare_process(config))
+    output = Path(config.train.output_dir or "")
     try:
-        ranks.run_on_all_ranks(lambda: claim_output(config, ranks))
-        _run(config, ranks)
+        with claim_output(output, ranks, fresh=config.train.load_checkpoint_path is None):
+            _run(config, ranks)
     finally:
         shutdown_world()
 
@@ -65,6 +67,7 @@ def _run(config: Config, world: World) -> None:
         save_async=config.train.save_async,
         max_checkpoints=config.train.max_checkpoints,
         facts=parts.facts(config),
+        documents=parts.documents(config),
     )
     state = checkpoints.resume(config.train.load_checkpoint_path, parts.model, optimizer)
     step = state["step"] if state else 0
@@ -80,13 +83,17 @@ def _run(config: Config, world: World) -> None:
         config.train.max_grad_norm,
         inspect_gradients=partial(require_gradients, parts.model, world),
     )
-    run_info = parts.describe(world)
+    # From here on the output folder is this run's: all that it was given is good.
+    branch = begin_run(config, output, checkpoints, world)
+    run_info = parts.describe(world) | {"branch": branch}
     with (
+        checkpoints,
         Metrics(config, world, total_steps=parts.data.total_steps, run_info=run_info, start_step=step) as metrics,
         make_profiler(config.train, world, start_step=step) as profiler,
         StopSignal(world) as stop,
     ):
         report = Reporter(config, parts, world, metrics)
+        report.load_state_dict(state.get("totals", {}) if state else {})
         for batch in with_reference(report.clock.waiting(parts.data.train()), "train"):
             step = batch.step
             set_lr(optimizer, learning_rate(step - 1, parts.data.total_steps, config.train))
@@ -103,6 +110,7 @@ def _run(config: Config, world: World) -> None:
             stopping = stop.requested()
             if stopping or due(batch, config.train.save_steps, config.train.save_epochs):
                 state = {"step": step, "epoch": batch.epoch, "data": parts.data.state_dict(), "base": base}
+                state["totals"] = report.state_dict()
                 checkpoints.save(step, parts.model, optimizer, state)
             if due(batch, config.train.hf_save_steps, config.train.hf_save_epochs):
                 _export(config, parts, output / "hf" / f"global_step_{step}", world)

@@ -1,4 +1,4 @@
-"""What a run is made of before its first step: the process, the output folder, and the parts it is assembled from.
+"""What a run is made of before its first step: the process, and the parts it is assembled from.
 
 `assemble` is shared by training, `tutti check` and export: it makes everything that is described by the configuration
 and the data, and leaves parameters without storage where training would load them (`load_parameters`).
@@ -105,6 +105,11 @@ class Parts:
         digest = hashlib.sha256(to_yaml(config).encode()).hexdigest()
         return {"layout": asdict(self.layout), "config": digest}
 
+    def documents(self, config: Config) -> dict[str, str]:
+        """The configurations of the run and of its model, by file name, for its checkpoints."""
+        model = self.whole or self.model
+        return {"config.yaml": to_yaml(config), "config.json": model.config.to_json_string()}
+
 
 def prepare_process(config: Config) -> torch.device:
     """Set up logging, threads, memory, seeds and determinism of this process; the device it computes on."""
@@ -126,26 +131,6 @@ def prepare_process(config: Config) -> torch.device:
         for warning in warnings_on_cpu(config):
             log.warning("%s", warning)
     return device
-
-
-def claim_output(config: Config, world: World) -> None:
-    """Make train.output_dir ready, on rank 0, and write config.yaml there.
-
-    ValueError: it cannot be written, or it holds another run that this one does not go on from.
-    """
-    if not world.is_main:
-        return
-    output = Path(config.train.output_dir or "")
-    if (output / "metrics.jsonl").exists() and not config.train.load_checkpoint_path:
-        raise ValueError(
-            f"train.output_dir {output} holds a run already: go on with it by --train.load_checkpoint_path auto, or "
-            "choose another folder"
-        )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"train.output_dir {output} cannot be written: {error.strerror}") from error
 
 
 def assemble(config: Config, world: World) -> Parts:

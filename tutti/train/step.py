@@ -11,9 +11,9 @@ A step whose gradient is not finite changes nothing (neither parameters nor opti
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -149,6 +149,39 @@ class Totals:
         self.source_targets.update(batch.source_targets)
         self.source_tokens.update(batch.source_tokens)
 
+    def state_dict(self, world: World) -> dict[str, Any]:
+        """The totals as plain data, the same on every rank. A collective call.
+
+        Sums are kept by rank: added up in another order they would differ in their last bits after a resume.
+        """
+        sums = [self.loss, self.router_loss, self.loss.new_tensor(self.flops), *self.rewards, *self.source_loss]
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        return {
+            "sums": world.gather(torch.stack([value.double() for value in sums]).tolist()),
+            "counts": {name: dict(value) if isinstance(value, Counter) else value for name, value in counts.items()},
+            "skipped": int(self.skipped),
+            "consecutive_skips": int(self.consecutive_skips),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], world: World) -> None:
+        """Go on from `state`; the first rank takes the sums of all where there were other ranks."""
+        sums = torch.tensor(state["sums"], dtype=torch.float64)
+        if len(sums) != world.size:
+            sums = torch.cat([sums.sum(0, keepdim=True), sums.new_zeros(world.size - 1, sums.shape[1])])
+        loss, router_loss, flops, *rest = sums[world.rank]
+        self.loss += loss
+        self.router_loss += router_loss
+        self.flops += float(flops)
+        self.rewards += torch.stack(rest[:3]).to(self.rewards)
+        self.source_loss += torch.stack(rest[3:]).to(self.source_loss)
+        self.skipped += state["skipped"]
+        self.consecutive_skips += state["consecutive_skips"]
+        for name, value in state["counts"].items():
+            if isinstance(value, dict):
+                getattr(self, name).update(value)
+            else:
+                setattr(self, name, value)
+
     def reduce(self, world: World) -> Means:
         """What the totals come to over all ranks, on the host; waits for the device. A collective call."""
         local = self.loss.new_tensor([self.flops])
@@ -167,6 +200,19 @@ class Totals:
             skipped=int(self.skipped),
             consecutive_skips=int(self.consecutive_skips),
         )
+
+
+_COUNTS = (
+    "num_steps",
+    "num_targets",
+    "trained_tokens",
+    "num_tokens",
+    "num_samples",
+    "num_slots",
+    "source_targets",
+    "source_tokens",
+)
+"""The fields of `Totals` that are the same on every rank."""
 
 
 class Means(NamedTuple):

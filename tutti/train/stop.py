@@ -1,4 +1,9 @@
-"""Ending a run in good order: SIGTERM and SIGINT are noted, agreed on by all ranks, and acted on at the step's end."""
+"""Ending a run in good order: SIGTERM and SIGINT are noted, agreed on by all ranks, and acted on at the step's end.
+
+One request to stop often arrives as several signals. Slurm, systemd and a terminal signal every process of a job, and a
+launcher that was signalled passes its own signal on, so that a rank gets two or more, the last ones while it is saving.
+All of them mean the same stop. Who cannot wait for the checkpoint has SIGQUIT (Ctrl-\\) and SIGKILL.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +22,11 @@ log = logging.getLogger(__name__)
 
 
 class StopSignal:
-    """Within its `with` block the first SIGTERM or SIGINT asks the run to stop; a second one acts as it always does."""
+    """Within its `with` block SIGTERM and SIGINT ask the run to stop, once, however many of them come.
+
+    After a run that was asked to stop they stay ignored: the process is about to end, and a signal that comes late must
+    not turn its exit status 0 into another.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -32,10 +41,11 @@ class StopSignal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_IGN if self._seen else handler)
 
     def requested(self) -> bool:
-        """Whether any rank was asked to stop. A collective call, over host memory: it does not wait for the device."""
+        """True if any rank was asked to stop. A collective call, over host memory: it does not wait for the device."""
         if self._world.size == 1:
             return self._seen
         flag = torch.tensor(int(self._seen))
@@ -43,11 +53,6 @@ class StopSignal:
         return bool(flag)
 
     def _note(self, number: int, _: FrameType | None) -> None:
+        if not self._seen:
+            log.warning("%s: stopping after this step, once a checkpoint is saved", signal.Signals(number).name)
         self._seen = True
-        self._restore()
-        log.warning("%s: stopping after this step, once a checkpoint is saved", signal.Signals(number).name)
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}

@@ -115,6 +115,7 @@ def test_resume_leaves_one_clean_history_and_loses_nothing(tmp_path: Path) -> No
         file.write('{"step": 6, "lo')
     first._sinks[-1].close({"status": "running"})
 
+    cut_back(tmp_path, 3)
     with open_metrics(tmp_path, start_step=3) as second:
         for step in range(4, 8):
             second.log_step(record(step, loss=0.25))

@@ -3,8 +3,9 @@
 Lines. Every record is one JSON object with floats in full precision (`repr`). JSON has no NaN or infinity, so such a
 value is written as null and named in `non_finite`: `{"step": 7, "loss": null, "non_finite": {"loss": "nan"}}`.
 
-Going back. A run that resumes at step N makes the steps after N again. `cut_back` moves what the interrupted run had
-written of them to metrics.superseded.jsonl, so that metrics.jsonl is always one clean history and nothing is lost.
+Going back. A run that resumes at step N makes the steps after N again. `cut_back` moves the lines that the interrupted
+run had written of them to metrics.superseded.jsonl, so that metrics.jsonl is always one clean history and nothing is
+lost.
 
 Bounded. The report draws at most `LIMIT` points however long the run is. `Buckets` gives every step range of equal
 width one bucket (count, sum, lowest, highest per column); when there are too many, the width doubles and neighbours
@@ -16,10 +17,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from tutti.core.files import read_jsonl, replacing, synced
 
 LIMIT = 1000
 """Most buckets of a table."""
@@ -35,39 +37,36 @@ def encode(record: Mapping[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False, allow_nan=False)
 
 
-def decode(line: str) -> dict[str, Any] | None:
-    """The record of a line, or None where the line is no whole record (a writer was killed within it)."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
-
-
-def cut_back(folder: Path, step: int) -> int:
+def cut_back(folder: Path, step: int, *, superseded: bool = True) -> int:
     """Keep the lines of metrics.jsonl in `folder` up to `step`; append the others to metrics.superseded.jsonl.
 
-    Returns how many lines were moved. A kill in between loses nothing: the lines are appended before they are removed.
+    superseded: false drops the others, which were copied elsewhere.
+    Returns how many lines were cut. A kill in between loses nothing: the lines are appended before they are removed.
     """
-    path = folder / METRICS
+    path, count = folder / METRICS, 0
     if not path.exists():
         return 0
-    draft, moved = path.with_suffix(".draft"), 0
-    with path.open() as old, draft.open("w") as kept, (folder / SUPERSEDED).open("a") as superseded:
-        for line in old:
-            record = decode(line)
-            if record is not None and record["step"] <= step:
-                kept.write(line if line.endswith("\n") else line + "\n")
-            else:
-                superseded.write(line if line.endswith("\n") else line + "\n")
-                moved += 1
-        for file in (superseded, kept):
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(draft, path)
+    with replacing(path) as kept, synced(folder / SUPERSEDED, "a") as cut:
+        for line, record in read_jsonl(path):
+            stays = _is_record(record) and record["step"] <= step
+            count += not stays
+            if stays or superseded:
+                (kept if stays else cut).write(line.removesuffix("\n") + "\n")
     if (folder / SUPERSEDED).stat().st_size == 0:
         (folder / SUPERSEDED).unlink()
-    return moved
+    return count
+
+
+def step_range(path: Path) -> tuple[int, int]:
+    """The lowest and the highest step in a metrics.jsonl; 0 and 0 where there is none."""
+    low = high = 0
+    for record in _records(path):
+        low, high = min(low or record["step"], record["step"]), max(high, record["step"])
+    return low, high
+
+
+def _is_record(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("step"), int)
 
 
 class Buckets:
@@ -185,10 +184,6 @@ def read_history(path: Path) -> History:
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.exists():
-        return
-    with path.open() as lines:
-        for line in lines:
-            record = decode(line)
-            if record is not None:
-                yield record
+    """The records of a metrics.jsonl, without a line that its writer was killed in."""
+    if path.exists():
+        yield from (value for _, value in read_jsonl(path) if _is_record(value))

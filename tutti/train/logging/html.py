@@ -17,7 +17,6 @@ import functools
 import html
 import json
 import logging
-import os
 import time
 from collections.abc import Collection, Mapping
 from importlib import resources
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tutti.config import ARGUMENTS, Config, away_from_default, get
+from tutti.core.files import replace_file
 from tutti.train.logging.history import METRICS, Buckets, History, read_history
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,8 @@ class Report:
         self._folder, self._history = folder, history
         self._began, self._seconds_before = time.time(), before.get("seconds", 0.0)
         self._written = 0.0
+        info = {key: _plain(value) for key, value in run_info.items()}
+        branches = [*before.get("branches", []), *filter(None, [info.pop("branch", None)])]
         texts = [text for text in before.get("texts", []) if text["step"] <= start_step]
         self._run: dict[str, Any] = {
             "name": folder.resolve().name,
@@ -62,7 +64,8 @@ class Report:
             "resumed": [*before.get("resumed", []), start_step] if start_step else [],
             "total_steps": total_steps,
             "config": config_rows(config),
-            **{key: _plain(value) for key, value in run_info.items()},
+            **info,
+            "branches": branches,
             "texts": texts,
             "status": "running",
         }
@@ -93,8 +96,8 @@ class Report:
         now = time.time()
         self._run |= {"updated": now, "seconds": self._seconds_before + now - self._began}
         try:
-            _replace(self._folder / RUN, json.dumps(self._run, ensure_ascii=False, indent=1))
-            _replace(self._folder / REPORT, render(self._run, self._history))
+            replace_file(self._folder / RUN, json.dumps(self._run, ensure_ascii=False, indent=1), durable=False)
+            replace_file(self._folder / REPORT, render(self._run, self._history), durable=False)
         except OSError as error:
             log.warning("the report could not be written: %s", error)
         self._written = time.monotonic()
@@ -107,7 +110,7 @@ def write_report(output_dir: str | Path) -> Path:
     if not history.last and not history.last_eval:
         raise ValueError(f"{folder / METRICS} holds no metrics: output_dir must be the folder of a training run")
     run = {"name": folder.resolve().name, "status": "finished", **_read_run(folder)}
-    _replace(folder / REPORT, render(run, history))
+    replace_file(folder / REPORT, render(run, history), durable=False)
     return folder / REPORT
 
 
@@ -234,10 +237,3 @@ def _read_run(folder: Path) -> dict[str, Any]:
         return json.loads((folder / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write `path` so that a reader sees the old or the new text, never a part."""
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)

@@ -27,7 +27,7 @@ from typing import IO, Any, Literal, Protocol
 from tutti.config import Config
 from tutti.core.dist import World
 from tutti.train.logging.console import Progress
-from tutti.train.logging.history import METRICS, History, cut_back, encode, read_history
+from tutti.train.logging.history import METRICS, History, encode, read_history
 from tutti.train.logging.html import Report
 
 log = logging.getLogger(__name__)
@@ -47,10 +47,11 @@ class Sink(Protocol):
 class Metrics:
     """The run's one outlet for figures; use it as a context manager, or call `close`.
 
-    total_steps: of the whole run. start_step: the step that training goes on from; lines of later steps, which an
-    interrupted run left, move to metrics.superseded.jsonl. run_info: what the report shows beside the curves, all of
+    total_steps: of the whole run. start_step: the step that training goes on from; metrics.jsonl holds the steps up to
+    it (see `tutti.train.output.begin_branch`). run_info: what the report shows beside the curves, all of
     it optional: `name`, `model` (one line), `parameters` (int), `trainable_parameters` (int), `device`, `layout` and
-    `versions` (dicts of name to value), `data` (the data report: a dict or dataclass), `steps_reason`.
+    `versions` (dicts of name to value), `data` (the data report: a dict or dataclass), `steps_reason`, `branch` (a
+    branch that was left at the start: `tutti.train.output.Branch`).
     Leaving the `with` block by an exception closes with the status `failed` and its message.
     """
 
@@ -65,8 +66,6 @@ class Metrics:
             return
         folder = Path(config.train.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
-        if moved := cut_back(folder, start_step):
-            log.info("moved %d lines of steps after %d to metrics.superseded.jsonl", moved, start_step)
         history = read_history(folder / METRICS)
         self._sinks = [
             _JsonLines(folder / METRICS, history),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -52,6 +52,19 @@ class Clock:
                 return
             yield batch
 
+    def state(self) -> tuple[float, float]:
+        """(seconds, seconds waited for data) since the last lap; the lap goes on."""
+        running = self._running_since is not None
+        self.pause()
+        if running:
+            self.go_on()
+        return self._seconds, self._waited
+
+    def go_back(self, seconds: float, waited: float) -> None:
+        """Count these seconds to this lap as well."""
+        self._seconds += seconds
+        self._waited += waited
+
     def lap(self) -> tuple[float, float]:
         """(seconds, seconds waited for data) since the last lap."""
         self.pause()
@@ -73,6 +86,16 @@ class Reporter:
 
     def _fresh(self) -> Totals:
         return Totals.zero(len(self._parts.data.sources), self._ranks.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The totals since the last line of metrics, as plain data, the same on every rank. A collective call."""
+        return {"clock": self._ranks.broadcast(self.clock.state()), **self.totals.state_dict(self._ranks)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the totals of `state`; nothing where a checkpoint has none."""
+        if state:
+            self.clock.go_back(*state["clock"])
+            self.totals.load_state_dict(state, self._ranks)
 
     def after_step(self, batch: GlobalBatch, lr: float) -> None:
         """Write the line that is due after `batch`, if one is. ValueError where training has broken down."""

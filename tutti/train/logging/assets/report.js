@@ -32,6 +32,7 @@ function header() {
     run.device,
     run.started ? `started ${when(run.started)}` : null,
     run.resumed?.length ? `resumed after step ${run.resumed.map(whole).join(", ")}` : null,
+    ...(run.branches ?? []).map((left) => `branched off at step ${whole(left.step)}, the rest is in ${left.folder}`),
     run.updated ? `updated ${when(run.updated)}` : null,
   ].filter(Boolean);
   const left =

@@ -1,0 +1,61 @@
+"""Branches: which of the checkpoints in one output folder belong to the run that goes on there.
+
+A run may go back: it is started again from an earlier step, with another learning rate, say. The checkpoints beyond
+that step are then of the abandoned branch, and the newest of them must not be taken for the newest of the run, also not
+if the new branch is killed before it has saved anything. So every start leaves a record, `start.json`, beside the
+checkpoints, before its first step: an id of its own and the checkpoint that it went on from. A checkpoint belongs to
+the branch of that start if the start wrote it, or if it lies in the same folder at or before the point that the start
+went on from: what lay beyond was set aside then (`tutti.train.output`), or still waits for that.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from tutti.core.files import replace_file
+
+NAME = "start.json"
+
+
+@dataclass(frozen=True)
+class Start:
+    """A start of a run. origin: the checkpoint that it goes on from at `step`: the name of a folder beside start.json,
+    or the absolute path of one elsewhere; None: it began with step 1."""
+
+    origin: str | None = None
+    step: int = 0
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+
+    @property
+    def goes_back(self) -> bool:
+        """True if it goes on from a checkpoint of its own folder, so that what is there up to `step` is its past."""
+        return self.origin is not None and not Path(self.origin).is_absolute()
+
+    def owns(self, step: int, start: str) -> bool:
+        """True if the checkpoint of `step`, written by the start of this id, belongs to this start's branch."""
+        return start == self.id or (self.goes_back and step <= self.step)
+
+
+def read_start(root: Path) -> Start | None:
+    """The record of the last start in the folder of checkpoints `root`, None where there is none."""
+    path = root / NAME
+    try:
+        content = json.loads(path.read_bytes())
+        start = Start(**content)
+        assert isinstance(start.step, int) and isinstance(start.id, str)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): name the checkpoint to go on from in train.load_checkpoint_path"
+        ) from None
+    return start
+
+
+def write_start(root: Path, start: Start) -> None:
+    """Make `start` the last start in the folder of checkpoints `root`."""
+    root.mkdir(parents=True, exist_ok=True)
+    replace_file(root / NAME, json.dumps(asdict(start)) + "\n")

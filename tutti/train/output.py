@@ -1,0 +1,222 @@
+"""The output folder of a run: one run at a time in it, and one branch of a run.
+
+Lock. While a run goes on, every rank of it holds a lock on `.lock` in the folder (flock, which ends with the process,
+however it ends). A second run is refused at once; the file says who has the lock.
+
+Branches. A run that goes on from a checkpoint of its folder may find things beyond that step: checkpoints, exports,
+lines of metrics. They belong to a branch that is being left. `begin_branch` moves them to `branches/K`, with the
+configuration, the metrics and the report as they were, so that this folder is that of the branch; nothing is deleted.
+Where no more than lines of metrics lie beyond, as after a crash, these alone are set aside
+(`metrics.superseded.jsonl`).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tutti.checkpoint import manifest
+from tutti.checkpoint.manager import Checkpointer
+from tutti.config import Config
+from tutti.config.yamlfile import to_yaml
+from tutti.core.dist import World
+from tutti.core.files import replace_file, sync_folder
+from tutti.train.lineage import Start
+from tutti.train.logging.history import METRICS, cut_back, step_range
+from tutti.train.logging.html import REPORT, RUN
+
+log = logging.getLogger(__name__)
+
+LOCK, CONFIG, BRANCHES = ".lock", "config.yaml", "branches"
+
+
+@contextmanager
+def claim_output(output: Path, world: World, *, fresh: bool) -> Iterator[None]:
+    """Make the folder `output` and keep other runs out of it meanwhile; leave no trace of a run that wrote nothing.
+
+    fresh: it must not hold a run yet. Collective; ValueError, on every rank: it does, another run is going on in it, it
+    cannot be written, or not all ranks see it.
+    """
+    # Rank 0 decides, alone; the others join, and hold on to the lock should they outlive it.
+    locks: list[int] = []
+    made = False
+
+    def first() -> bool:
+        missing = not output.exists()
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            locks.append(_lock(output / LOCK, first=True))
+        except OSError as error:
+            raise ValueError(f"train.output_dir {output} cannot be written: {error.strerror}") from error
+        if fresh and ((output / METRICS).exists() or manifest.by_age(output / "checkpoints")[0]):
+            raise ValueError(
+                f"train.output_dir {output} holds a run already: go on with it by --train.load_checkpoint_path auto, or
+                " "choose another folder"
+            )
+        return missing
+
+    def join() -> None:
+        if not (output / LOCK).exists():
+            raise ValueError(
+                f"train.output_dir: {output}, which rank 0 made, is not there on rank {world.rank} "
+                f"({socket.gethostname()}): all machines must see the same folder"
+            )
+        locks.append(_lock(output / LOCK, first=False))
+
+    try:
+        made = world.run_on_all_ranks(lambda: first() if world.is_main else False)
+        world.run_on_all_ranks(lambda: None if world.is_main else join())
+        yield
+    finally:
+        if world.is_main and locks:
+            (output / LOCK).unlink(missing_ok=True)
+            if made and not any(output.iterdir()):
+                output.rmdir()
+        for lock in locks:
+            _LOCKS.discard(lock)
+            os.close(lock)
+
+
+_LOCKS: set[int] = set()
+"""Locks that this process holds. A child must not keep them when the process is gone, and closes its copies."""
+
+
+def _drop_locks() -> None:
+    while _LOCKS:
+        os.close(_LOCKS.pop())
+
+
+os.register_at_fork(after_in_child=_drop_locks)
+
+
+def _lock(path: Path, *, first: bool) -> int:
+    """Lock the file `path`, alone at first, then shared with the ranks that join; the descriptor that holds the
+    lock.""" while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o640)
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_EX if first else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            if first:
+                holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+                os.truncate(descriptor, 0)
+                os.write(descriptor, json.dumps(holder).encode())
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                text = os.read(descriptor, 1000).decode(errors="replace")
+                os.close(descriptor)
+                raise ValueError(
+                    f"train.output_dir {path.parent}: another run is going on there ({_named(text)}); stop it first, or
+                    " "choose another folder"
+                ) from None
+            if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+                os.close(descriptor)
+                raise
+            log.warning("%s: its file system has no locks; see to it that one run at a time writes there", path.parent)
+        _LOCKS.add(descriptor)
+        if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return descriptor
+        # Whoever held the lock has just removed the file, and a lock on it keeps nobody out.
+        _LOCKS.discard(descriptor)
+        os.close(descriptor)
+
+
+def _named(text: str) -> str:
+    try:
+        holder = json.loads(text)
+        return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "it has not told its name yet"
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Record of a branch that was left, for the report. step: where the run went on from. folder: where the rest is,
+    within the output folder. told: the rest in words."""
+
+    step: int
+    folder: str
+    told: str
+
+
+def begin_run(config: Config, output: Path, checkpoints: Checkpointer, world: World) -> Branch | None:
+    """Make `output` the folder of the run that `checkpoints` goes on with, or of a new one: its checkpoints, metrics
+    and configuration. Returns the branch that was left, on rank 0. Collective."""
+    start = checkpoints.begin()
+
+    def begin() -> Branch | None:
+        branch = begin_branch(output, start)
+        replace_file(output / CONFIG, to_yaml(config))
+        return branch
+
+    return world.run_on_all_ranks(lambda: begin() if world.is_main else None)
+
+
+def begin_branch(output: Path, start: Start) -> Branch | None:
+    """Leave in `output` the past of `start`, and set aside the rest; returns None if that is metrics at most."""
+    step = start.step
+    first, last = step_range(output / METRICS)
+    # Of a checkpoint from elsewhere no metrics up to it can be in this folder: these are another run's.
+    goes_on = start.goes_back or not 0 < first <= step
+    checkpoints = [
+        folder
+        for folder, owner in _checkpoints(output / "checkpoints")
+        if not start.owns(manifest.step_of(folder.name), owner)
+    ]
+    exports = [path for path, of in _exports(output / "hf", last) if of > step or not goes_on]
+    if not checkpoints and not exports and goes_on:
+        cut_back(output, step)
+        return None
+    folder = _next_folder(output / BRANCHES)
+    folder.mkdir(parents=True)
+    for name in (CONFIG, METRICS, RUN, REPORT):
+        if (output / name).exists():
+            shutil.copyfile(output / name, folder / name)
+    for path in (*checkpoints, *exports):
+        place = folder / path.parent.name / path.name
+        place.parent.mkdir(exist_ok=True)
+        path.rename(place)
+        sync_folder(place.parent)
+    sync_folder(folder)
+    cut_back(output, step if goes_on else 0, superseded=False)
+    if not goes_on:
+        (output / RUN).unlink(missing_ok=True)
+    parts = [f"{path.parent.name}/{path.name}" for path in (*checkpoints, *exports)]
+    if last > step or not goes_on:
+        parts.append(f"metrics up to step {last}")
+    branch = Branch(step, f"{BRANCHES}/{folder.name}", ", ".join(parts))
+    log.warning("going on from step %d; set aside in %s, since it lay beyond: %s", step, folder, branch.told)
+    return branch
+
+
+def _checkpoints(root: Path) -> Iterator[tuple[Path, str]]:
+    """Every folder named like a checkpoint, oldest first, with the id of the start that wrote it, if it says so."""
+    found, broken = manifest.by_age(root)
+    written = {folder: content.start for folder, content in found}
+    for folder in sorted([*written, *broken], key=lambda folder: manifest.step_of(folder.name)):
+        yield folder, written.get(folder, "")
+
+
+def _exports(root: Path, last: int) -> Iterator[tuple[Path, int]]:
+    """The exports under `root` with their steps; `last` is that of the end of the run."""
+    for path in sorted(root.iterdir()) if root.is_dir() else ():
+        if path.name == "final":
+            yield path, last
+        elif manifest.is_folder_name(path.name):
+            yield path, manifest.step_of(path.name)
+
+
+def _next_folder(root: Path) -> Path:
+    number = 1
+    while (root / str(number)).exists():
+        number += 1
+    return root / str(number)
