@@ -15,110 +15,26 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
+from tests.checkpoint.tiny import (
+    Killed,
+    Tiny,
+    assert_same,
+    build,
+    checkpointer,
+    everything,
+    flip,
+    names,
+    raising,
+    saved,
+    train,
+)
 from tests.harness import run_ranks
-from tutti.checkpoint import dcp as shards
-from tutti.checkpoint import manager as checkpoint
-from tutti.checkpoint import manifest
+from tutti.checkpoint import dcp, manager, manifest
 from tutti.checkpoint.manager import Checkpointer, load_model_only
-from tutti.checkpoint.state import create_optimizer_state, model_tensors, optimizer_tensors
-from tutti.core.dist import World, init_world, shutdown_world
+from tutti.checkpoint.state import create_optimizer_state, model_tensors
+from tutti.core.dist import init_world
 from tutti.train.optim import AnyPrecisionAdamW
-
-
-class Tiny(nn.Module):
-    """Tied weights, a buffer, a parameter that is never used, and sizes that two ranks cannot share evenly."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(17, 6)
-        self.body = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 6))
-        self.scale = nn.Parameter(torch.ones(1))
-        self.unused = nn.Parameter(torch.ones(3))
-        self.head = nn.Linear(6, 17, bias=False)
-        self.head.weight = self.embed.weight
-        self.register_buffer("count", torch.zeros(2))
-        self.register_buffer("scratch", torch.zeros(2), persistent=False)
-
-    def forward(self, ids):
-        self.count += 1
-        return self.head(self.body(self.embed(ids)) * self.scale)
-
-
-def build(layout: str, kind: str = "adamw", seed: int = 0, groups: bool = False):
-    torch.manual_seed(seed)
-    model: nn.Module = Tiny()
-    if layout != "plain":
-        world = torch.distributed.get_world_size()
-        shape = {"shard": (1, world), "copies": (world, 1), "hybrid": (world // 2, 2)}[layout]
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
-        for block in (model.body[0], model.body[2], model):
-            fully_shard(block, mesh=mesh, reshard_after_forward=layout != "copies")
-    parameters = list(model.parameters())
-    split = [{"params": parameters[::-2]}, {"params": parameters[-2::-2]}] if groups else parameters
-    if kind == "bf16":
-        model.bfloat16()
-        return model, AnyPrecisionAdamW(split, lr=1e-2)
-    return model, torch.optim.AdamW(split, lr=1e-2, fused=True)
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
-    for _ in range(steps):
-        ids = torch.randint(0, 17, (24,))
-        nn.functional.cross_entropy(model(ids).float(), ids).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]:
-    """All tensors of model and optimizer, gathered."""
-    tensors = {**model_tensors(model), **optimizer_tensors(model, optimizer)}
-    full = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
-    return {name: t.detach().float().numpy().copy() for name, t in full.items()}
-
-
-def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-
-
-@pytest.fixture
-def one_rank():
-    yield init_world(torch.device("cpu"))
-    shutdown_world()
-
-
-@pytest.fixture
-def warnings(caplog):
-    """Records of the package's logger, whether or not a test before this one has set up logging."""
-    logger = logging.getLogger("tutti")
-    kept, logger.propagate = logger.propagate, True
-    caplog.set_level(logging.INFO, logger="tutti")
-    yield caplog
-    logger.propagate = kept
-
-
-def checkpointer(root: Path, world: World, **settings) -> Checkpointer:
-    return Checkpointer(root, world, **{"save_async": False, **settings})
-
-
-def saved(root: Path, world: World, *steps: int, layout: str = "plain", **settings) -> tuple:
-    """A model trained a little and saved at `steps`."""
-    model, optimizer = build(layout)
-    keeper = checkpointer(root, world, **settings)
-    for step in steps:
-        train(model, optimizer, 1)
-        keeper.save(step, model, optimizer, {"step": step})
-    keeper.wait()
-    return model, optimizer, keeper
-
-
-def names(root: Path) -> list[str]:
-    return sorted(path.name for path in (root / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("layout", ["plain", "shard", "copies"])
@@ -158,7 +74,7 @@ def test_a_checkpoint_describes_itself(tmp_path, one_rank):
 
 def test_tied_once_and_buffers(tmp_path, one_rank):
     saved(tmp_path, one_rank, 1)
-    index = shards.read_index(tmp_path / "checkpoints/global_step_1").state_dict_metadata
+    index = dcp.read_index(tmp_path / "checkpoints/global_step_1").state_dict_metadata
     stored = {name for name in index if name.startswith("model.")}
     assert "model.embed.weight" in stored and "model.head.weight" not in stored
     assert "model.count" in stored and "model.scratch" not in stored
@@ -218,8 +134,8 @@ def test_every_rank_gets_its_own_generator_back(tmp_path):
 
 def test_async_save_is_of_the_moment_it_was_asked_for(tmp_path, one_rank, monkeypatch):
     may_write = threading.Event()
-    write = shards.write
-    monkeypatch.setattr(shards, "write", lambda *args: may_write.wait(30) and write(*args))
+    write = dcp.write
+    monkeypatch.setattr(dcp, "write", lambda *args: may_write.wait(30) and write(*args))
     model, optimizer = build("shard")
     train(model, optimizer, 2)
     keeper = checkpointer(tmp_path, one_rank, save_async=True)
@@ -248,22 +164,11 @@ def test_async_error_is_raised_by_wait_and_by_the_next_save(tmp_path, one_rank, 
     assert names(tmp_path) == ["global_step_1", "latest"]
 
 
-def raising(error: BaseException):
-    def raise_it(*args, **kwargs):
-        raise error
-
-    return raise_it
-
-
-class Killed(BaseException):
-    """Stands for the process going away: nothing catches it."""
-
-
 @pytest.mark.parametrize(
     ("where", "what"),
     [
-        (checkpoint, "_require_shared"),
-        (shards, "write"),
+        (manager, "_require_shared"),
+        (dcp, "write"),
         (Checkpointer, "_write_plain"),
         (manifest, "write"),
         (manifest, "sync_folder"),
@@ -318,12 +223,6 @@ def test_an_unwritable_folder(tmp_path, one_rank):
         checkpointer(tmp_path, one_rank).save(1, model, optimizer, {})
 
 
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "state.json", "rng_0.json"])
 def test_a_flipped_bit_is_found_and_named_before_anything_is_read(tmp_path, one_rank, monkeypatch, name):
     model, optimizer, keeper = saved(tmp_path, one_rank, 1)
@@ -332,7 +231,7 @@ def test_a_flipped_bit_is_found_and_named_before_anything_is_read(tmp_path, one_
     before = everything(model, optimizer)
     for reader in ("load", "_load"):
         monkeypatch.setattr(pickle, reader, raising(Killed()))
-    monkeypatch.setattr(shards, "_IndexUnpickler", raising(Killed()))
+    monkeypatch.setattr(dcp, "_IndexUnpickler", raising(Killed()))
     monkeypatch.setattr(torch, "load", raising(Killed()))
     with pytest.raises(ValueError, match=f"{name} is damaged"):
         keeper.resume(str(folder), model, optimizer)
@@ -432,7 +331,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, one_rank):
     model, optimizer, keeper = saved(tmp_path, one_rank, 1)
     folder = tmp_path / "checkpoints/global_step_1"
     mark = tmp_path / "ran"
-    index = shards.read_index(folder)
+    index = dcp.read_index(folder)
     index.planner_data = Harmful(mark)
     forge(folder, ".metadata", pickle.dumps(index))
     with pytest.raises(ValueError, match=r"\.metadata is not the index of a checkpoint: it names pathlib"):
@@ -447,7 +346,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, one_rank):
 def test_an_entry_that_would_be_unpickled_freely_is_refused(tmp_path, one_rank):
     model, optimizer, keeper = saved(tmp_path, one_rank, 1)
     folder = tmp_path / "checkpoints/global_step_1"
-    index = shards.read_index(folder)
+    index = dcp.read_index(folder)
     index.state_dict_metadata["model.scale"] = torch.distributed.checkpoint.metadata.BytesStorageMetadata()
     forge(folder, ".metadata", pickle.dumps(index))
     with pytest.raises(ValueError, match=r"model\.scale is not a tensor"):
@@ -457,7 +356,7 @@ def test_an_entry_that_would_be_unpickled_freely_is_refused(tmp_path, one_rank):
 def test_a_place_outside_the_checkpoint_is_refused(tmp_path, one_rank):
     model, optimizer, keeper = saved(tmp_path, one_rank, 1)
     folder = tmp_path / "checkpoints/global_step_1"
-    index = shards.read_index(folder)
+    index = dcp.read_index(folder)
     next(iter(index.storage_data.values())).relative_path = "../elsewhere"
     forge(folder, ".metadata", pickle.dumps(index))
     with pytest.raises(ValueError, match=r"outside the checkpoint: \.\./elsewhere"):

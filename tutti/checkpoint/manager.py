@@ -36,8 +36,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tutti.checkpoint import dcp as shards
-from tutti.checkpoint import manifest
+from tutti.checkpoint import dcp, manifest
+from tutti.checkpoint.lineage import Start, read_start, write_start
 from tutti.checkpoint.manifest import File, Manifest
 from tutti.checkpoint.state import (
     create_optimizer_state,
@@ -51,7 +51,6 @@ from tutti.checkpoint.state import (
 )
 from tutti.core import files
 from tutti.core.dist import World
-from tutti.train.lineage import Start, read_start, write_start
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +126,7 @@ class Checkpointer:
         snapshot = _Snapshot(
             step=step,
             tensors=tensors,
-            copies=shards.copy_to_host(tensors) if self._save_async else None,
+            copies=dcp.copy_to_host(tensors) if self._save_async else None,
             state=_plain(state),
             unstepped=unstepped(model, optimizer),
             rng=json.dumps(rng_state(self._world.device)),
@@ -160,26 +159,26 @@ class Checkpointer:
         if path is None:
             return None
         self.wait()
-        dist = self._world
-        dist.run_on_all_ranks(lambda: _put_back_replaced(self._root) if dist.is_main else None)
-        chosen = self._follow() if path == "auto" else _find(Path(path), dist)
+        world = self._world
+        world.run_on_all_ranks(lambda: _put_back_replaced(self._root) if world.is_main else None)
+        chosen = self._follow() if path == "auto" else _find(Path(path), world)
         if chosen is None:
             log.info(
                 "train.load_checkpoint_path is auto, and there is no checkpoint in %s: starting afresh", self._root
             )
             return None
         folder, found = chosen
-        saved = dist.run_on_all_ranks(lambda: json.loads((folder / STATE).read_text()))
+        saved = world.run_on_all_ranks(lambda: json.loads((folder / STATE).read_text()))
         create_optimizer_state(model, optimizer, skip=set(saved["unstepped"]))
         tensors = {**model_tensors(model), **optimizer_tensors(model, optimizer)}
-        cast = _read(folder, tensors, set(model_entries(model)), dist, prefixes=("model.", "optimizer."))
-        if cast and dist.is_main:
+        cast = _read(folder, tensors, set(model_entries(model)), world, prefixes=("model.", "optimizer."))
+        if cast and world.is_main:
             log.warning("%s has another precision than this run, and is converted: %s", folder, _some(cast))
-        if saved["world"] == dist.size:
-            rng = dist.run_on_all_ranks(lambda: json.loads((folder / _rng_file(dist.rank)).read_text()))
-            restore_rng(rng, dist.device)
+        if saved["world"] == world.size:
+            rng = world.run_on_all_ranks(lambda: json.loads((folder / _rng_file(world.rank)).read_text()))
+            restore_rng(rng, world.device)
         else:
-            derive_rng(found.files[_rng_file(0)].sha256, dist.rank)
+            derive_rng(found.files[_rng_file(0)].sha256, world.rank)
         log.info("loaded %s, saved by %d ranks", folder, saved["world"])
         own = folder.resolve().parent == self._root.resolve()
         origin = folder.name if own else str(folder.resolve())
@@ -199,18 +198,18 @@ class Checkpointer:
     def _write(self, snapshot: _Snapshot) -> None:
         final = self._root / manifest.folder_name(snapshot.step)
         partial = self._root / f".{final.name}.tmp"
-        dist = self._world
+        world = self._world
         try:
-            dist.run_on_all_ranks(lambda: self._prepare(partial))
-            dist.run_on_all_ranks(lambda: _require_shared(partial))
-            shards.write(partial, snapshot.tensors, snapshot.copies, dist.group)
-            unstepped = sorted({name for names in dist.gather(snapshot.unstepped) for name in names})
-            written = dist.run_on_all_ranks(lambda: self._write_plain(partial, snapshot, unstepped))
-            every = {name: file for part in dist.gather(written) for name, file in part.items()}
+            world.run_on_all_ranks(lambda: self._prepare(partial))
+            world.run_on_all_ranks(lambda: _require_shared(partial))
+            dcp.write(partial, snapshot.tensors, snapshot.copies, world.group)
+            unstepped = sorted({name for names in world.gather(snapshot.unstepped) for name in names})
+            written = world.run_on_all_ranks(lambda: self._write_plain(partial, snapshot, unstepped))
+            every = {name: file for part in world.gather(written) for name, file in part.items()}
             content = Manifest(snapshot.step, self._facts, every, start=self._start.id, parent=self._parent)
-            dist.run_on_all_ranks(lambda: self._commit(partial, final, content))
+            world.run_on_all_ranks(lambda: self._commit(partial, final, content))
         except Exception as error:
-            if dist.is_main:
+            if world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, (OSError, ValueError)):
                 raise ValueError(f"could not save {final}: {files.describe_error(error)}") from error
@@ -250,7 +249,7 @@ class Checkpointer:
             texts |= {STATE: f'{head[:-1]}, "state": {snapshot.state}}}\n', **self._documents}
         for name, text in texts.items():
             files.write_synced(folder / name, text)
-        paths = [*map(folder.joinpath, texts), *shards.files_of(folder, self._world.rank)]
+        paths = [*map(folder.joinpath, texts), *dcp.files_of(folder, self._world.rank)]
         return {path.name: manifest.describe(path) for path in paths}
 
 
@@ -336,34 +335,34 @@ def _newest(root: Path, world: World) -> tuple[Path, Manifest] | None:
 
     None: there is no checkpoint. ValueError: there are some, and all of them are damaged.
     """
-    candidates, skipped = world.broadcast(world.run_on_all_ranks(lambda: _candidates(root) if world.is_main else None))
+    candidates, damaged = world.broadcast(world.run_on_all_ranks(lambda: _candidates(root) if world.is_main else None))
     newest = None
     for folder in candidates:
         try:
             newest = (folder, manifest.verify(folder, world))
             break
         except ValueError as error:
-            skipped[folder] = str(error)
-    if newest is None and skipped:
-        folder, reason = next(iter(skipped.items()))
-        raise ValueError(f"{root} holds no whole checkpoint; {len(skipped)} were passed over, {folder.name}: {reason}")
+            damaged[folder] = str(error)
+    if newest is None and damaged:
+        folder, reason = next(iter(damaged.items()))
+        raise ValueError(f"{root} holds no whole checkpoint; {len(damaged)} were passed over, {folder.name}: {reason}")
     if world.is_main:
-        for folder, reason in skipped.items():
+        for folder, reason in damaged.items():
             log.warning("skipping %s: %s", folder, reason)
     return newest
 
 
 def _candidates(root: Path) -> tuple[list[Path], dict[Path, str]]:
-    """The checkpoints of the branch that is followed under `root`, newest first; others, with why they are not."""
-    found, skipped = manifest.by_age(root)
+    """The checkpoints of the branch that is followed under `root`, newest first; and the damaged ones, with reasons."""
+    found, damaged = manifest.by_age(root)
     start = read_start(root)
     candidates = []
     for folder, content in found:
         if start is None or start.owns(content.step, content.start):
             candidates.append(folder)
         else:
-            skipped[folder] = f"it is of a branch that was left when the run went back to step {start.step}"
-    return candidates, skipped
+            log.warning("skipping %s: it is of a branch that was left when the run went back", folder)
+    return candidates, damaged
 
 
 def _find(path: Path, world: World) -> tuple[Path, Manifest]:
@@ -390,7 +389,7 @@ def _read(
 
     names: all names of the model's tensors, tied ones too.
     """
-    index = world.run_on_all_ranks(lambda: shards.read_index(folder))
+    index = world.run_on_all_ranks(lambda: dcp.read_index(folder))
     stored = {name: entry for name, entry in index.state_dict_metadata.items() if name.startswith(prefixes)}
     known = set(tensors) | {f"model.{name}" for name in names}
     known = known.union(*world.gather(known))
@@ -416,7 +415,7 @@ def _read(
             )
 
     world.run_on_all_ranks(compare)
-    shards.read(folder, index, tensors, world.group)
+    dcp.read(folder, index, tensors, world.group)
     return [name for name, tensor in tensors.items() if stored[name].properties.dtype != tensor.dtype]
 
 

@@ -31,7 +31,7 @@ from tutti.config import Config
 from tutti.config.yamlfile import to_yaml
 from tutti.core.dist import World
 from tutti.core.files import replace_file, sync_folder
-from tutti.train.lineage import Start
+from tutti.checkpoint.lineage import Start
 from tutti.train.logging.history import METRICS, cut_back, step_range
 from tutti.train.logging.html import REPORT, RUN
 
@@ -60,8 +60,8 @@ def claim_output(output: Path, world: World, *, fresh: bool) -> Iterator[None]:
             raise ValueError(f"train.output_dir {output} cannot be written: {error.strerror}") from error
         if fresh and ((output / METRICS).exists() or manifest.by_age(output / "checkpoints")[0]):
             raise ValueError(
-                f"train.output_dir {output} holds a run already: go on with it by --train.load_checkpoint_path auto, or
-                " "choose another folder"
+                f"train.output_dir {output} holds a run already: go on with it by --train.load_checkpoint_path auto, "
+                "or choose another folder"
             )
         return missing
 
@@ -100,8 +100,9 @@ os.register_at_fork(after_in_child=_drop_locks)
 
 
 def _lock(path: Path, *, first: bool) -> int:
-    """Lock the file `path`, alone at first, then shared with the ranks that join; the descriptor that holds the
-    lock.""" while True:
+    """Lock the file `path`, at first for this process alone, then together with the ranks that join; returns the
+    descriptor that holds the lock."""
+    while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o640)
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_EX if first else fcntl.LOCK_SH) | fcntl.LOCK_NB)
@@ -115,8 +116,8 @@ def _lock(path: Path, *, first: bool) -> int:
                 text = os.read(descriptor, 1000).decode(errors="replace")
                 os.close(descriptor)
                 raise ValueError(
-                    f"train.output_dir {path.parent}: another run is going on there ({_named(text)}); stop it first, or
-                    " "choose another folder"
+                    f"train.output_dir {path.parent}: another run is going on there ({_named(text)}); stop it first, "
+                    "or choose another folder"
                 ) from None
             if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
                 os.close(descriptor)

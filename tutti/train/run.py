@@ -44,11 +44,11 @@ def train(config: Config) -> None:
     ValueError and OSError: what the user can mend, the same on every rank. SIGTERM and SIGINT end the run normally
     once a checkpoint is saved.
     """
-    ranks = init_world(prepare_process(config))
+    world = init_world(prepare_process(config))
     output = Path(config.train.output_dir or "")
     try:
-        with claim_output(output, ranks, fresh=config.train.load_checkpoint_path is None):
-            _run(config, ranks)
+        with claim_output(output, world, fresh=config.train.load_checkpoint_path is None):
+            _run(config, world)
     finally:
         shutdown_world()
 
