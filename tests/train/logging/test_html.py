@@ -336,7 +336,7 @@ def test_a_full_disk_does_not_stop_the_run(
     def full(path: Path, text: str) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(module, "_replace", full)
+    monkeypatch.setattr(module, "replace_file", full)
     with caplog.at_level("WARNING", "tutti"):
         make_run(tmp_path)
     assert "the report could not be written: no space left" in caplog.text
