@@ -26,12 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tutti.checkpoint import manifest
+from tutti.checkpoint.lineage import Start
 from tutti.checkpoint.manager import Checkpointer
 from tutti.config import Config
 from tutti.config.yamlfile import to_yaml
 from tutti.core.dist import World
 from tutti.core.files import replace_file, sync_folder
-from tutti.checkpoint.lineage import Start
 from tutti.train.logging.history import METRICS, cut_back, step_range
 from tutti.train.logging.html import REPORT, RUN
 

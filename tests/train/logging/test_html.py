@@ -333,7 +333,7 @@ def test_is_written_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_full_disk_does_not_stop_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(path: Path, text: str) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError("no space left")
 
     monkeypatch.setattr(module, "replace_file", full)

@@ -130,7 +130,7 @@ def render(run: Mapping[str, Any], history: History) -> str:
 
 @functools.cache
 def _asset(name: str) -> str:
-    return (resources.files("tutti.train") / "assets" / name).read_text(encoding="utf-8")
+    return (resources.files("tutti.train.logging") / "assets" / name).read_text(encoding="utf-8")
 
 
 def config_rows(config: Config) -> list[dict[str, Any]]:
