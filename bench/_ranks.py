@@ -45,7 +45,7 @@ class Report:
     loss: float
 
 
-_PRELOAD = ["tutti.train.setup", "tutti.train.stages", "tutti.train.step", "tutti.check.comm_volume", "bench._ranks"]
+_PRELOAD = ["tutti.train.run", "tutti.train.step", "tutti.check.comm_volume", "bench._ranks"]
 
 
 def run(job: Job) -> list[Report]:
@@ -103,8 +103,9 @@ def _run(job: Job, rank: int, folder: Path) -> Report:
     from tutti.config.load import from_dict
     from tutti.core.dist import init_world, shutdown_world
     from tutti.train.optim import build_optimizer, set_lr
-    from tutti.train.setup import assemble, load_parameters, prepare_process
-    from tutti.train.stages import make_executor
+    from tutti.train.placement import load_parameters, make_executor
+    from tutti.train.process import prepare_process
+    from tutti.train.run import assemble
     from tutti.train.step import Totals, TrainStep
 
     logging.disable(logging.WARNING)
@@ -118,17 +119,18 @@ def _run(job: Job, rank: int, folder: Path) -> Report:
     config = resolve_sizes(from_dict(tree), job.world)
     ranks = init_world(prepare_process(config))
     try:
-        parts = assemble(config, ranks)
-        load_parameters(config, parts, ranks)
-        executor = make_executor(config.train, parts.objective, parts.mesh, parts.pipeline, ranks.device)
-        optimizer = build_optimizer(parts.model, config, whole=parts.whole is None)
+        run = assemble(config, ranks)
+        placed, objective = run.placed, run.placed.objective
+        load_parameters(config, placed, run.mesh, ranks)
+        executor = make_executor(config.train, placed, run.mesh, ranks.device)
+        optimizer = build_optimizer(placed.model, config, is_complete=placed.is_complete)
         set_lr(optimizer, config.train.lr)
-        trainer = TrainStep(parts.objective, optimizer, executor, parts.mesh, config.train.max_grad_norm)
-        totals = Totals.zero(len(parts.data.sources), ranks.device)
-        batches = iter(parts.data.train())
+        trainer = TrainStep(objective, optimizer, executor, run.mesh, config.train.max_grad_norm)
+        totals = Totals.zero(objective.sizes, ranks.device)
+        batches = iter(run.data.train())
         for batch in islice(batches, job.warmup - 1):
             trainer.step(batch, totals)
-        with count_traffic(parts.mesh) as traffic:
+        with count_traffic(run.mesh) as traffic:
             trainer.step(next(batches), totals)
         seconds, tokens = [], 0
         for batch in islice(batches, job.steps):
@@ -140,6 +142,6 @@ def _run(job: Job, rank: int, folder: Path) -> Report:
             tokens = batch.num_tokens
         assert len(seconds) == job.steps, "the data is too short"
         sent = {axis: (float(sent.bytes), float(sent.messages)) for axis, sent in traffic.sent.items()}
-        return Report(seconds, tokens, sent, totals.reduce(ranks).loss)
+        return Report(seconds, tokens, sent, totals.reduce(ranks).sums["loss"] / totals.num_targets)
     finally:
         shutdown_world()

@@ -76,7 +76,7 @@ def real_steps(configs: list[Config]) -> bytes:
     import logging
 
     from tutti.core.dist import init_world
-    from tutti.train.setup import prepare_process
+    from tutti.train.process import prepare_process
 
     ranks = init_world(prepare_process(configs[0]))
     logging.disable(logging.WARNING)
@@ -88,27 +88,28 @@ def real_step(config: Config, ranks: Any) -> tuple[Prediction, list[Batch]]:
 
     from tutti.check.comm_volume import count_traffic
     from tutti.train.optim import build_optimizer
-    from tutti.train.setup import assemble, load_parameters
-    from tutti.train.stages import make_executor
+    from tutti.train.placement import load_parameters, make_executor
+    from tutti.train.run import assemble
     from tutti.train.step import Totals, TrainStep
 
     _clear_sharding_prop_cache()  # of the step before, whose mesh was another one
-    parts = assemble(config, ranks)
-    load_parameters(config, parts, ranks)
-    executor = make_executor(config.train, parts.objective, parts.mesh, parts.pipeline, ranks.device)
-    optimizer = build_optimizer(parts.model, config, whole=parts.whole is None)
+    run = assemble(config, ranks)
+    placed, objective = run.placed, run.placed.objective
+    load_parameters(config, placed, run.mesh, ranks)
+    executor = make_executor(config.train, placed, run.mesh, ranks.device)
+    optimizer = build_optimizer(placed.model, config, is_complete=placed.is_complete)
     grads: list[int] = []
 
     def measure() -> None:
-        grads.append(num_bytes(parameter.grad for parameter in parts.objective.parameters()))
+        grads.append(num_bytes(parameter.grad for parameter in objective.parameters()))
 
-    trainer = TrainStep(parts.objective, optimizer, executor, parts.mesh, 1.0, inspect_gradients=measure)
-    batch = next(iter(parts.data.train()))
-    with count_traffic(parts.mesh) as traffic:
-        trainer.step(batch, Totals.zero(1, ranks.device))
+    trainer = TrainStep(objective, optimizer, executor, run.mesh, 1.0, inspect_gradients=measure)
+    batch = next(iter(run.data.train()))
+    with count_traffic(run.mesh) as traffic:
+        trainer.step(batch, Totals.zero(objective.sizes, ranks.device))
     seen = Prediction(
         rank=ranks.rank,
-        parameters=num_bytes(parts.objective.parameters()),
+        parameters=num_bytes(objective.parameters()),
         gradients=grads[0],
         optimizer=num_bytes(value for state in optimizer.state.values() for value in state.values()),
         gathered=0,
@@ -127,7 +128,7 @@ def num_bytes(tensors) -> int:
 
 
 def model_of(config: Config):
-    from tutti.train.setup import tokenizer_and_model
+    from tutti.train.placement import tokenizer_and_model
 
     return tokenizer_and_model(config, torch.device("cpu"))[1]
 

@@ -91,7 +91,7 @@ def build(config, dp_rank=0, dp_size=1, dist=ALONE):
 
 def samples_of(batch):
     """The ids of a micro batch's samples, in order."""
-    starts = batch.cu_seqlens[:-1][batch.sample_sources >= 0]
+    starts = batch.cu_seqlens[:-1][batch.segment_sources >= 0]
     return batch.input_ids[starts.long()].tolist()
 
 

@@ -185,11 +185,10 @@ def test_a_pair_is_packed_as_two_sequences():
     assert batch.cu_seqlens[:5].tolist() == np.cumsum([0, *lengths]).tolist()
     starts = batch.position_ids == 0
     assert starts.nonzero().flatten()[:4].tolist() == batch.cu_seqlens[:4].tolist()
-    assert batch.sample_sources.tolist()[:4] == [3] * 4
-    assert batch.pairs is not None and batch.pairs.source.tolist() == [3, 3]
+    assert batch.segment_sources.tolist()[:4] == [3] * 4 and batch.num_sequences == 4
     for segment in range(4):
         begin, end = batch.cu_seqlens[segment : segment + 2].tolist()
-        mine = batch.target_index[batch.pairs.segment == segment]
+        mine = batch.target_index[batch.target_segment == segment]
         assert len(mine) and (mine >= begin).all() and (mine < end).all()
 
 
@@ -238,12 +237,12 @@ def fingerprint(batch):
 def test_a_global_batch_counts_pairs(tmp_path):
     data = data_of(write_rows(tmp_path / "rows.jsonl", 60))
     for batch in data.train():
-        pairs = [micro.pairs for micro in batch.micro_batches]
-        assert batch.num_targets == batch.num_samples == sum(len(one.source) for one in pairs)
+        pairs = [micro.num_sequences // 2 for micro in batch.micro_batches]
+        assert batch.num_targets == batch.num_samples == sum(pairs)
         assert batch.source_targets == {"rows": batch.num_targets}
         assert batch.trained_tokens == sum(len(micro.target_index) for micro in batch.micro_batches)
         assert batch.source_tokens == {"rows": batch.trained_tokens}
-        assert [len(names) for names in batch.names] == [len(one.source) for one in pairs]
+        assert [len(names) for names in batch.names] == pairs
 
 
 def test_names_find_each_pair_on_any_number_of_ranks_and_in_a_scan(tmp_path):

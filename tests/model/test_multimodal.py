@@ -23,7 +23,7 @@ from tutti.core.batch import IGNORE
 from tutti.model.build import build_model, build_tokenizer, language_factory
 from tutti.model.initial import init_weights
 from tutti.model.multimodal import check_first, check_multimodal, make_placing
-from tutti.model.structure import basic_modules, blocks, count_flops, text_model, tower_blocks, towers
+from tutti.model.structure import basic_modules, blocks, count_flops, read_structure, text_model, tower_blocks, towers
 from tutti.train.objective import Objective
 
 
@@ -66,12 +66,12 @@ def assert_same_gradients(packed: Any, plain: Any) -> None:
 
 def assert_packed_equals_own(family: str, pictures: list[Picture], attention: str = "sdpa", **text: Any) -> None:
     plain, packed = build_pair(family, attention, **text)
-    batch = make_placing(packed)(pack_pictures(pictures, pad_to=160))
+    batch = make_placing(read_structure(packed))(pack_pictures(pictures, pad_to=160))
     out = Objective(packed)(batch)
-    out.loss.backward()
+    out["loss"].backward()
     want = own_loss(plain, pictures)
     want.backward()
-    assert out.loss.item() == pytest.approx(want.item(), rel=1e-5)
+    assert out["loss"].item() == pytest.approx(want.item(), rel=1e-5)
     assert_same_gradients(packed, plain)
 
 
@@ -101,7 +101,7 @@ def test_text_alone_leaves_towers_with_a_gradient_of_zero(family: str) -> None:
     assert_packed_equals_own(family, [picture(family, 0, 12, 0), picture(family, 1, 9, 0)])
     _, packed = build_pair(family)
     out = Objective(packed)(pack_pictures([picture(family, 0, 12, 0)]))
-    out.loss.backward()
+    out["loss"].backward()
     beside = [parameter for tower in towers(packed) for parameter in tower.parameters()]
     assert beside and all(parameter.grad is not None and not parameter.grad.any() for parameter in beside)
 
@@ -109,24 +109,25 @@ def test_text_alone_leaves_towers_with_a_gradient_of_zero(family: str) -> None:
 def test_the_router_loss_is_the_family_s_own_times_tokens() -> None:
     item = picture("qwen3_vl_moe", 0, 12, 2)
     plain, packed = build_pair("qwen3_vl_moe", output_router_logits=True, router_aux_loss_coef=0.01)
-    out = Objective(packed)(make_placing(packed)(pack_pictures([item])))
+    out = Objective(packed)(make_placing(read_structure(packed))(pack_pictures([item])))
     ids = torch.from_numpy(item.sample.input_ids).long()[None]
     own = plain(input_ids=ids, output_router_logits=True, use_cache=False, **item.inputs).aux_loss
-    assert out.router_loss.item() == pytest.approx(0.01 * own.item() * len(item.sample), rel=1e-5)
+    assert out["router_loss"].item() == pytest.approx(0.01 * own.item() * len(item.sample), rel=1e-5)
 
 
 def test_positions_that_come_with_the_batch_are_taken() -> None:
     pictures = [picture("qwen3_vl", 0, 12, 2), picture("qwen3_vl", 1, 9, 1)]
     _, packed = build_pair("qwen3_vl")
     objective, batch = Objective(packed), pack_pictures(pictures)
-    placed = make_placing(packed)(batch)
+    placed = make_placing(read_structure(packed))(batch)
     assert placed.extras["position_ids"].shape == (4, 1, len(batch.input_ids))
-    assert make_placing(packed)(placed) is placed
+    assert make_placing(read_structure(packed))(placed) is placed
     rows = replace(placed, extras=placed.extras | {"position_ids": placed.extras["position_ids"][1:]})
-    assert objective(rows).loss == objective(placed).loss != objective(batch).loss
+    losses = [objective(one)["loss"].item() for one in (rows, placed, batch)]
+    assert losses[0] == losses[1] != losses[2]
     del batch.extras["mm_token_type_ids"]  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="needs mm_token_type_ids beside image_grid_thw"):
-        make_placing(packed)(batch)
+        make_placing(read_structure(packed))(batch)
 
 
 def configured(tmp_path: Path, family: str, **changes: Any) -> Any:
@@ -202,26 +203,29 @@ def test_a_model_of_text_alone_takes_no_images() -> None:
 def test_what_cannot_be_done_is_refused_by_name(tmp_path: Path) -> None:
     def check(**changes: Any) -> None:
         config = configured(tmp_path, "qwen3_vl", **changes)
-        check_multimodal(build_model(config, device=CPU), fit(config, 1), config.train)
+        check_multimodal(read_structure(build_model(config, device=CPU)), fit(config, 1), config.train)
 
     check()
     with pytest.raises(ConfigError, match=r"train\.enable_batch_invariant_mode: Qwen3VLForConditionalGeneration"):
         check(**{"train.enable_batch_invariant_mode": True})
     staged = configured(tmp_path, "gemma3", world=2, **{"train.pipeline_parallel_size": 2})
     with pytest.raises(ConfigError, match=r"train\.pipeline_parallel_size: Gemma3For.* by a mask of its own"):
-        check_multimodal(build_model(staged, device=CPU), fit(staged, 2), staged.train)
+        check_multimodal(read_structure(build_model(staged, device=CPU)), fit(staged, 2), staged.train)
     model = build_model(staged, device=CPU)
     model.config.text_config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(ConfigError, match=r"model\.attn_implementation: Gemma3For.* set sdpa"):
-        check_multimodal(model, fit(staged, 2), staged.train)
+        check_multimodal(read_structure(model), fit(staged, 2), staged.train)
     model = build_model(configured(tmp_path, "qwen3_vl"), device=CPU)
-    check_first(model, 1)
+    check_first(read_structure(model), 1)
     with pytest.raises(ValueError, match="to its first 1 blocks, of which the first stage has 0"):
-        check_first(model, 0)
+        check_first(read_structure(model), 0)
     with pytest.raises(ValueError, match=r"model\.basic_modules: Qwen3VLVisionBlock is part of what encodes images"):
         basic_modules(model, ["Qwen3VLVisionBlock"])
     assert basic_modules(model, ["Qwen3VLTextMLP"])
+    config = configured(tmp_path, "qwen3_vl")
     with torch.device("meta"):
         crossing = AutoModelForMultimodalLM.from_config(AutoConfig.for_model("mllama"))
     with pytest.raises(ValueError, match="the language model of MllamaForConditionalGeneration attends to images"):
-        check_multimodal(crossing, fit(configured(tmp_path, "qwen3_vl"), 1), configured(tmp_path, "qwen3_vl").train)
+        check_multimodal(
+            read_structure(crossing), fit(configured(tmp_path, "qwen3_vl"), 1), configured(tmp_path, "qwen3_vl").train
+        )

@@ -47,10 +47,10 @@ def make_batch(*lengths):
 def gradients(objective, batch):
     model = objective.model
     out = objective(batch)
-    out.loss.backward()
+    out["loss"].backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    return {"loss": out.loss.detach(), **found}
+    return {"loss": out["loss"].detach(), **found}
 
 
 def assert_equal(got, want):

@@ -17,8 +17,9 @@ from tutti.parallel.activation_checkpoint import checkpoint_activations
 from tutti.parallel.batch_invariant import separate_samples
 from tutti.train import loss as loss_module
 from tutti.train.objective import Objective
-from tutti.train.setup import assemble, load_parameters
-from tutti.train.stages import make_executor
+from tutti.train.objective import logits as logits_at
+from tutti.train.placement import load_parameters, make_executor
+from tutti.train.run import assemble
 
 
 def make_objective(family, dtype=torch.float32, *, attention="sdpa", invariant=True, remat=False, **overrides):
@@ -36,6 +37,10 @@ def make_objective(family, dtype=torch.float32, *, attention="sdpa", invariant=T
     return objective
 
 
+def losses_at(hidden, head):
+    return head.cross_entropy(hidden)[1]
+
+
 def make_samples(*lengths):
     generator = np.random.default_rng(0)
     samples = []
@@ -51,7 +56,7 @@ def of_each(objective, samples, pad_to=None):
     """(logits, losses) of each sample, from one batch of them all."""
     batch = pack(samples, pad_to=pad_to)
     with torch.no_grad():
-        logits, losses = objective(batch, only_logits=True), objective(batch).losses
+        logits, losses = objective(batch, compute=logits_at), objective(batch, compute=losses_at)
     counts = [int((sample.labels != IGNORE).sum()) for sample in samples]
     return list(zip(logits.split(counts), losses.split(counts), strict=True))
 
@@ -169,17 +174,17 @@ def differences_of(config):
     """The samples of which this rank's logits are not what they are where all ranks run that sample alone."""
     ranks = init_world(torch.device("cpu"))
     parts = assemble(config, ranks)
-    load_parameters(config, parts, ranks)
-    executor = make_executor(config.train, parts.objective, parts.mesh, parts.pipeline, ranks.device)
-    parts.objective.eval()
+    load_parameters(config, parts.placed, parts.mesh, ranks)
+    executor = make_executor(config.train, parts.placed, parts.mesh, ranks.device)
+    parts.placed.objective.eval()
     samples = make_samples(37, 1, 150, 64, 5, 203)
     orders = [[0, 1, 2, 3, 4, 5], [5, 2, 0], [4, 1, 3], [1, 1, 5, 5, 0], [3]]
     # Ranks with other data have other samples, and other numbers of them.
     mine = [orders[(number + parts.mesh.dp_rank) % len(orders)] for number in range(len(orders))]
     batches = [pack([samples[number] for number in order]) for order in mine]
     with torch.no_grad():
-        alone = list(executor.evaluate([pack([sample]) for sample in samples], only_logits=True))
-        together = list(executor.evaluate(batches, only_logits=True))
+        alone = list(executor.evaluate([pack([sample]) for sample in samples], compute=logits_at))
+        together = list(executor.evaluate(batches, compute=logits_at))
     return [
         f"rank {ranks.rank}: sample {number} in {order}"
         for order, logits in zip(mine, together, strict=False)

@@ -16,10 +16,11 @@ from tutti.config.layout import fit
 from tutti.core.batch import Batch, GlobalBatch
 from tutti.core.dist import init_world
 from tutti.model.build import build_model
+from tutti.model.structure import read_structure
 from tutti.parallel.mesh import build_mesh
-from tutti.train.setup import Parts, load_parameters, make_objective, own_depth
-from tutti.train.stages import make_executor
+from tutti.train.placement import load_parameters, make_executor, place_model
 from tutti.train.step import Totals, TrainStep
+from tutti.train.tasks.language import LanguageModelling
 
 CPU = torch.device("cpu")
 NUM_STEPS = 3
@@ -51,18 +52,16 @@ def train(config: Any, family: str) -> Result:
     layout = fit(config, ranks.size)
     mesh = build_mesh(layout, ranks, ddp=config.train.data_parallel_mode == "ddp")
     model = build_model(config, device=CPU)
-    objective = make_objective(config, model, mesh)
-    pipeline, whole, plan = own_depth(objective, layout, mesh, config.train)
-    parts = Parts(layout, mesh, None, model, objective, None, pipeline, whole, plan)  # type: ignore[arg-type]
-    load_parameters(config, parts, ranks)
-    executor = make_executor(config.train, objective, mesh, parts.pipeline, CPU)
+    placed = place_model(config, model, read_structure(model), LanguageModelling(), layout, mesh)
+    load_parameters(config, placed, mesh, ranks)
+    executor = make_executor(config.train, placed, mesh, CPU)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # The large epsilon keeps gradients that are nothing but rounding (of keys' biases) from counting.
     optimizer = torch.optim.AdamW(trained, lr=1e-2, eps=1e-3, weight_decay=0.1)
-    trainer = TrainStep(objective, optimizer, executor, mesh, max_grad_norm=1.0)
+    trainer = TrainStep(placed.objective, optimizer, executor, mesh, max_grad_norm=1.0)
     result = Result([], [], [], {})
     for step in range(NUM_STEPS):
-        totals = Totals.zero(1, CPU)
+        totals = Totals.zero(placed.objective.sizes, CPU)
         batches = micro_batches(family, step)
         num_targets = sum(len(batch.target_index) for batch in batches)
         num_tokens = sum(batch.num_tokens for batch in batches)
@@ -83,10 +82,10 @@ def train(config: Any, family: str) -> Result:
             ),
             totals,
         )
-        means = totals.reduce(ranks)
-        result.losses.append(means.loss)
-        result.router_losses.append(means.router_loss)
-        result.norms.append(means.grad_norm)
+        reduced = totals.reduce(ranks)
+        result.losses.append(reduced.sums["loss"] / num_targets)
+        result.router_losses.append(reduced.sums.get("router_loss", 0.0) / num_tokens)
+        result.norms.append(reduced.grad_norm)
     for name, parameter in model.named_parameters():
         result.parameters[name] = _whole(parameter.detach()).numpy().copy()
     return result

@@ -16,10 +16,10 @@ from tests.train.runs import run, tiny_config, train_quietly
 from tutti.attention.interface import packed_kwargs, resolve_attention
 from tutti.config import ConfigError
 from tutti.core.batch import IGNORE, Sample, pack
-from tutti.model.stage_trace import anatomy
-from tutti.model.structure import blocks, decoder, head
+from tutti.model.stage_trace import trace_stages
+from tutti.model.structure import blocks, decoder, read_structure
 from tutti.parallel.pipeline.schedule import rank_schedule
-from tutti.parallel.pipeline.stage import Cost, Seams, cut, hand_on, split_blocks
+from tutti.parallel.pipeline.stage import Cost, cut, hand_on, split_blocks
 
 
 def test_the_split_is_the_best_there_is():
@@ -111,19 +111,17 @@ def test_stages_of_every_family_make_the_whole(family):
     attention = resolve_attention("sdpa", torch.device("cpu"))
     whole = AutoModelForCausalLM.from_config(tiny(family), attn_implementation=attention)
     with torch.device("meta"):
-        found = anatomy(AutoModelForCausalLM.from_config(tiny(family), attn_implementation=attention))
+        on_meta = AutoModelForCausalLM.from_config(tiny(family), attn_implementation=attention)
+    trace = trace_stages(read_structure(on_meta))
     kwargs = packed_kwargs(make_batch())
     states = decoder(whole)(**kwargs).last_hidden_state
     states.square().sum().backward()
-    names = {id(module): name for name, module in whole.named_modules()}
-    output = names[id(head(whole))]
     received, grads = None, {}
     runs = []
     for rank, _ in enumerate(blocks(whole)):
         part = copy.deepcopy(whole)
         part.zero_grad()
-        seams = Seams(decoder(part), found.blocks, found.front, found.tail, found.gives_tuple, output)
-        (stage,) = cut(part, seams, [range(1), range(1, 2)], rank, 2)
+        (stage,) = cut(part, read_structure(part), trace, [range(1), range(1, 2)], rank, 2)
         made = hand_on(stage.run(decoder(part), kwargs, received))
         runs.append((part, received, made.hidden))
         received = made._replace(hidden=made.hidden.detach().requires_grad_())
@@ -262,7 +260,7 @@ def test_a_family_that_is_no_chain_of_blocks_is_refused_by_name(frozen):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny("llama"), attn_implementation=attention)
     model.requires_grad_(not frozen)
-    assert anatomy(model).front == ("embed_tokens",)
+    assert trace_stages(read_structure(model)).front == ("embed_tokens",)
     assert all(parameter.requires_grad != frozen for parameter in model.parameters())
     original = type(decoder(model)).forward
 
@@ -271,9 +269,10 @@ def test_a_family_that_is_no_chain_of_blocks_is_refused_by_name(frozen):
             output = original(self, *args, **kwargs)
             return type(output)(last_hidden_state=output.last_hidden_state + self.embed_tokens(kwargs["input_ids"]))
 
+    structure = read_structure(model)
     decoder(model).__class__ = Skipping
     with pytest.raises(ValueError, match="LlamaForCausalLM cannot be cut in stages"):
-        anatomy(model)
+        trace_stages(structure)
 
 
 def test_check_tells_where_the_cuts_are(tmp_path, capsys):

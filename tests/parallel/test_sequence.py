@@ -40,15 +40,15 @@ def test_shares_are_the_batch(lengths, sizes):
     assert sum(part.num_tokens for part in parts) == batch.num_tokens
 
     def targets(item):
-        sample = torch.bucketize(item.target_index, item.cu_seqlens[1:], right=True)
         columns = (item.input_ids, item.labels, item.position_ids)
         rows = [column[item.target_index].tolist() for column in columns]
-        return sorted(zip(*rows, item.sample_sources[sample].tolist(), strict=True))
+        return sorted(zip(*rows, item.target_segment.tolist(), strict=True))
 
     assert sorted(row for part in parts for row in targets(part)) == targets(batch)
     for part in parts:
         assert part.cu_seqlens[0] == 0 and part.cu_seqlens[-1] == len(part.input_ids)
-        assert len(part.sample_sources) == len(part.cu_seqlens) - 1
+        assert part.segment_sources[: part.num_sequences].tolist() == batch.segment_sources.tolist()
+        assert part.num_sequences == batch.num_sequences == len(lengths)
         assert part.max_seqlen == part.cu_seqlens.diff().max()
         for begin, end in pairwise(part.cu_seqlens.tolist()):
             assert (part.position_ids[begin:end].diff() == 1).all(), "a piece is not of one sample"

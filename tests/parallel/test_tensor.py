@@ -26,15 +26,19 @@ from tutti.core.batch import IGNORE, Batch, Sample, pack
 from tutti.core.dist import init_world
 from tutti.model.experts import resolve_experts
 from tutti.model.initial import init_weights
-from tutti.model.structure import blocks, experts
+from tutti.model.structure import is_classifier, read_structure
 from tutti.parallel.apply import parallelize
 from tutti.parallel.fsdp import GradientSync
 from tutti.parallel.grads import gradient_norm
 from tutti.parallel.mesh import build_mesh
 from tutti.parallel.sequence import sequence_ranks, split_tokens
 from tutti.parallel.tensor import tensor_ranks
+from tutti.parallel.tp_plan import read_plan
 from tutti.train.objective import Objective
-from tutti.train.setup import tensor_plan
+from tutti.train.step import add_sums, zero_sums
+from tutti.train.tasks import Task
+from tutti.train.tasks.classification import Classification
+from tutti.train.tasks.language import LanguageModelling
 
 FAMILIES = (
     "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "granite", "cohere", "olmo2", "gpt_neox",
@@ -70,10 +74,14 @@ def make_model(family: str, *, classes: int = 0, attention: str = "sdpa", **over
         ).train()
 
 
+def task_of(model: Any) -> Task:
+    return Classification() if is_classifier(model) else LanguageModelling()
+
+
 def run_whole(model: Any, batches: list[Batch]) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """Sums over `batches`, and gradients, of a model on one process without anything parallel."""
     init_weights(model, 0, CPU)
-    objective = Objective(model)
+    objective = Objective(model, task_of(model))
     return _sums(objective, batches, []), {name: item.grad for name, item in model.named_parameters()}
 
 
@@ -84,9 +92,10 @@ def run_split(
     ranks = init_world(CPU)
     layout = fit(config, ranks.size)
     mesh = build_mesh(layout, ranks, ddp=config.train.data_parallel_mode == "ddp")
-    objective = Objective(model, tensor_ranks(mesh))
-    units = [block for _, block in blocks(model)]
-    parallelize(objective, units, mesh, config.train, experts=experts(model), plan=tensor_plan(model, layout))
+    structure = read_structure(model)
+    plan = read_plan(structure) if layout.tensor > 1 else None
+    objective = Objective(model, task_of(model), tensor_ranks(mesh), structure=structure)
+    parallelize(objective, structure, mesh, config.train, plan)
     init_weights(model, 0, CPU)
     sync = GradientSync(objective, mesh, config.train)
     own = [split_tokens(batch, sequence_ranks(mesh)) for batch in batches[mesh.dp_rank :: mesh.dp_size]]
@@ -102,20 +111,16 @@ def run_split(
 
 
 def _sums(objective: Objective, batches: list[Batch], syncs: list[GradientSync]) -> dict[str, float]:
-    sums = {"loss": 0.0, "losses": 0.0, "router": 0.0, "correct": 0.0}
+    total = zero_sums(objective.sizes, CPU)
     for number, batch in enumerate(batches):
         for sync in syncs:
             sync.before(last=number == len(batches) - 1)
         out = objective(batch)
-        loss = out.loss if out.router_loss is None else out.loss + out.router_loss
-        loss.backward()
-        sums["loss"] += out.loss.item()
-        sums["losses"] += out.losses.sum().item()
-        sums["router"] += 0.0 if out.router_loss is None else out.router_loss.item()
-        sums["correct"] += 0.0 if out.num_correct is None else float(out.num_correct)
+        sum(out[name] for name in ("loss", "router_loss") if name in out).backward()
+        add_sums(total, out)
     for sync in syncs:
         sync.finish()
-    return sums
+    return {name: value.item() for name, value in total.items()}
 
 
 def compare(name: str, config: Any, family: str, **model: Any) -> None:
@@ -317,7 +322,6 @@ def watch_traffic(config: Any, batch: Batch, vocabulary: int) -> dict[str, list[
     return traffic
 
 
-def test_what_has_no_plan_is_refused_by_name(tmp_path):
-    config = config_for(tmp_path, 8, tensor_parallel_size=8)
+def test_what_has_no_plan_is_refused_by_name():
     with pytest.raises(ValueError, match="GPT2LMHeadModel cannot be split into tensors: its config has no"):
-        tensor_plan(make_model("gpt2"), fit(config, 8))
+        read_plan(read_structure(make_model("gpt2")))

@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.model.zoo import FAMILIES, tiny
 from tutti.attention.interface import resolve_attention
 from tutti.core.batch import IGNORE, Sample, pack
-from tutti.train.objective import Objective, source_sums
+from tutti.train.objective import Objective
+from tutti.train.tasks.classification import Classification
+from tutti.train.tasks.language import LanguageModelling
 
 LENGTHS = (5, 33, 2, 20)
 
@@ -55,7 +57,7 @@ def test_packed_loss_and_gradients_equal_the_family_s_own(family):
     samples = make_samples(packed.config.get_text_config().vocab_size)
     objective = Objective(packed)
     out = objective(pack(samples, pad_to=80))
-    out.loss.backward()
+    out["loss"].backward()
     want = torch.zeros(())
     for sample in samples:
         ids = torch.from_numpy(sample.input_ids).long()[None]
@@ -64,8 +66,7 @@ def test_packed_loss_and_gradients_equal_the_family_s_own(family):
         if (sample.labels != IGNORE).any():
             want = want + plain(input_ids=ids, labels=labels, use_cache=False).loss * (labels != IGNORE).sum()
     want.backward()
-    assert out.loss.item() == pytest.approx(want.item(), rel=1e-5)
-    assert out.losses.sum().item() == pytest.approx(want.item(), rel=1e-5)
+    assert out["loss"].item() == pytest.approx(want.item(), rel=1e-5)
     assert_same_gradients(packed, plain)
 
 
@@ -79,8 +80,8 @@ def test_classification_takes_the_last_token_of_each_sample(family):
         labels = np.full(len(sample), IGNORE, np.int32)
         labels[-1] = number % 3
         samples.append(Sample(sample.input_ids, labels))
-    out = Objective(packed)(pack(samples))
-    out.loss.backward()
+    out = Objective(packed, Classification())(pack(samples))
+    out["loss"].backward()
     want, correct = torch.zeros(()), 0
     for sample in samples:
         result = plain(
@@ -89,8 +90,8 @@ def test_classification_takes_the_last_token_of_each_sample(family):
         want = want + result.loss
         correct += int(result.logits.argmax() == sample.labels[-1])
     want.backward()
-    assert out.loss.item() == pytest.approx(want.item(), rel=1e-5)
-    assert out.num_correct == correct
+    assert out["loss"].item() == pytest.approx(want.item(), rel=1e-5)
+    assert out["correct"] == correct
     assert_same_gradients(packed, plain)
 
 
@@ -102,7 +103,10 @@ def test_losses_are_summed_by_source():
     for loss, position in zip(losses.tolist(), batch.target_index.tolist(), strict=True):
         sample = int(np.searchsorted(np.cumsum(LENGTHS), position, side="right"))
         want[samples[sample].source] += loss
-    assert source_sums(batch, losses, 2).tolist() == want
+    task = LanguageModelling(num_sources=2)
+    sums = task.by_source(losses, batch.segment_sources[batch.target_segment])
+    assert sums["source_loss"].tolist() == want and task.sizes() == {"loss": 1, "source_loss": 2}
+    assert LanguageModelling().by_source(losses, batch.segment_sources[batch.target_segment]) == {}
 
 
 def test_router_loss_is_the_family_s_own_times_tokens():
@@ -113,7 +117,7 @@ def test_router_loss_is_the_family_s_own_times_tokens():
     out = Objective(packed)(pack([sample]))
     ids = torch.from_numpy(sample.input_ids).long()[None]
     want = 0.01 * plain(input_ids=ids, output_router_logits=True, use_cache=False).aux_loss * len(sample)
-    assert out.router_loss.item() == pytest.approx(want.item(), rel=1e-5)
-    out.router_loss.backward()
+    assert out["router_loss"].item() == pytest.approx(want.item(), rel=1e-5)
+    out["router_loss"].backward()
     want.backward()
     assert_same_gradients(packed, plain)

@@ -112,14 +112,14 @@ def test_compiled_blocks_answer_rows_of_one_length(tmp_path: Path) -> None:
 def widths_of_rows(config: Config) -> list[int]:
     """The lengths of the rows that the prompts are answered in, with compilation asked for and left out."""
     from tests.train.runs import train_quietly
-    from tutti.train.objective import Objective
+    from tutti.train.objective import Objective, logits
 
     forward, widths = Objective.forward, []
 
-    def watched(self: Any, batch: Any, *, only_logits: bool = False) -> Any:
-        if only_logits:
+    def watched(self: Any, batch: Any, *, compute: Any = None) -> Any:
+        if compute is logits:
             widths.append(len(batch.input_ids))
-        return forward(self, batch, only_logits=only_logits)
+        return forward(self, batch, compute=compute)
 
     Objective.forward = watched  # type: ignore[method-assign]
     torch.compile = lambda function, **options: function  # type: ignore[assignment]

@@ -48,16 +48,17 @@ from tutti.core.batch import IGNORE, Batch, GlobalBatch, Sample, pack
 from tutti.core.dist import World
 from tutti.core.rehearsal import Memory, rehearse
 from tutti.model.initial import give_storage
-from tutti.model.structure import is_classifier
+from tutti.model.structure import is_classifier, read_structure
+from tutti.parallel.apply import parallelize
 from tutti.parallel.fsdp import postpones
 from tutti.parallel.grads import local
 from tutti.parallel.mesh import build_mesh
 from tutti.parallel.pipeline.schedule import rank_schedule
 from tutti.train.objective import Objective
 from tutti.train.optim import build_optimizer
-from tutti.train.setup import divide, make_objective, own_depth
-from tutti.train.stages import make_executor
+from tutti.train.placement import make_executor, place_model
 from tutti.train.step import Totals, TrainStep
+from tutti.train.tasks import make_task
 
 _COMPUTES = ("tutti::packed_attention", "tutti::packed_attention_backward")
 """Operators in which there is no communication, and too much else."""
@@ -104,14 +105,16 @@ def predict_rank(
     config = replace(config, train=train)
     with _pretend(rank, world) as ranks, _answering_for(model):
         mesh = build_mesh(layout, ranks, ddp=train.data_parallel_mode == "ddp", ep_outside=train.ep_outside)
-        objective = make_objective(config, copy.deepcopy(model), mesh)
-        pipeline, whole, plan = own_depth(objective, layout, mesh, train)
-        divide(config, objective, mesh, whole, plan)
+        copied = copy.deepcopy(model)
+        structure = read_structure(copied, config.model.basic_modules)
+        placed = place_model(config, copied, structure, make_task(config), layout, mesh)
+        objective = placed.objective
+        parallelize(objective, placed.structure, mesh, train, placed.plan)
         with count_traffic(mesh) as traffic, rehearse(computes=_COMPUTES) as memory:
             give_storage(objective.model, ranks.device)
             objective.train()
-            optimizer = build_optimizer(objective.model, config, whole=whole is None)
-            executor = make_executor(train, objective, mesh, pipeline, ranks.device)
+            optimizer = build_optimizer(objective.model, config, is_complete=placed.is_complete)
+            executor = make_executor(train, placed, mesh, ranks.device)
             sizes = _Sizes(objective, optimizer, memory)
             trainer = TrainStep(
                 objective, optimizer, executor, mesh, train.max_grad_norm, inspect_gradients=sizes.after_backward
@@ -119,7 +122,7 @@ def predict_rank(
 
             def sent_by(micro_batches: Sequence[Batch]) -> dict[str, Sent]:
                 before = traffic.sent
-                trainer.step(_global_batch(micro_batches), Totals.zero(1, ranks.device))
+                trainer.step(_global_batch(micro_batches), Totals.zero(objective.sizes, ranks.device))
                 return _combined(traffic.sent, before, lambda after, so_far: after - so_far)
 
             if batches:
@@ -215,7 +218,7 @@ def full_batch(config: Config, model: PreTrainedModel) -> Batch:
     labels[-1] = IGNORE
     if is_classifier(model):
         labels = np.where(np.arange(length) == length - 1, 0, IGNORE).astype(np.int32)
-    split = length // 2 if config.data.data_type == "dpo" else 0
+    split = length // 2 if config.data.task.rows == "pairs" else 0
     if split:
         labels[split - 1] = IGNORE
     return pack([Sample(ids, labels, split=split)] * config.train.micro_batch_size)

@@ -20,14 +20,15 @@ from tutti.core.batch import Batch, GlobalBatch, Sample
 from tutti.core.device import pick_device
 from tutti.core.dist import World
 from tutti.core.log import setup_logging
+from tutti.core.structure import ModelStructure
 from tutti.data.encode import describe
 from tutti.data.loader import Data
-from tutti.model.stage_trace import anatomy
+from tutti.model.stage_trace import trace_stages
+from tutti.model.stages import describe_stages, stage_blocks
 from tutti.model.structure import is_classifier, num_params, towers
 from tutti.parallel.fsdp import offloads, reshards
 from tutti.parallel.mesh import AXES
-from tutti.train.setup import check_fits, open_data, tokenizer_and_model
-from tutti.train.stages import describe_stages, stage_blocks
+from tutti.train.placement import inspect_model, open_data, tokenizer_and_model
 
 SHOWN_SAMPLES = 4
 SHOWN_CHARACTERS = 1200
@@ -39,7 +40,7 @@ def check(config: Config, world: int = 1) -> None:
     layout = fit(config, world)
     ranks = World(rank=0, size=1, local_rank=0, device=pick_device(config.train.init_device))
     tokenizer, model = tokenizer_and_model(config, ranks.device)
-    check_fits(config, layout, model)
+    structure = inspect_model(config, layout, model)
     data = open_data(config, tokenizer, model, ranks, dp_rank=0, dp_size=layout.data)
     first = next(iter(data.train()), None)
     if first is None:
@@ -47,13 +48,13 @@ def check(config: Config, world: int = 1) -> None:
     out = Console(highlight=False)
     _show_batch(out, first.micro_batches[0], tokenizer, model, data.sources)
     out.print(_data_table(data, first))
-    out.print(_plan_table(config, layout, model))
+    out.print(_plan_table(config, layout, model, structure))
     _show_prediction(out, config, layout, model)
 
 
 def _samples(batch: Batch) -> Iterator[Sample]:
     borders = batch.cu_seqlens.tolist()
-    for begin, end, source in zip(borders[:-1], borders[1:], batch.sample_sources.tolist(), strict=True):
+    for begin, end, source in zip(borders[:-1], borders[1:], batch.segment_sources.tolist(), strict=True):
         if source >= 0:
             yield Sample(batch.input_ids[begin:end].numpy(), batch.labels[begin:end].numpy(), source)
 
@@ -104,7 +105,7 @@ def _data_table(data: Data, first: GlobalBatch) -> Table:
     return table
 
 
-def _plan_table(config: Config, layout: Layout, model: PreTrainedModel) -> Table:
+def _plan_table(config: Config, layout: Layout, model: PreTrainedModel, structure: ModelStructure) -> Table:
     train, table = config.train, _table("Layout")
     divided = " x ".join(f"{axis} {size}" for axis in AXES if (size := getattr(layout, axis)) > 1)
     experts = f", experts over {layout.expert}" if layout.expert > 1 else ""
@@ -115,7 +116,9 @@ def _plan_table(config: Config, layout: Layout, model: PreTrainedModel) -> Table
         f"{layout.accumulation} accumulated",
     )
     if layout.pipeline > 1:
-        stages = stage_blocks(model, anatomy(model), layout.pipeline * train.pipeline_stages_per_rank)
+        stages = stage_blocks(
+            model, structure, trace_stages(structure), layout.pipeline * train.pipeline_stages_per_rank
+        )
         where = f"{len(stages)} on {layout.pipeline} ranks ({train.pipeline_schedule})"
         table.add_row("stages", f"{where}: blocks {describe_stages(stages)}")
     kept = "freed after the forward pass" if reshards(train) and layout.shard > 1 else "kept until the backward pass"

@@ -20,7 +20,7 @@ from tutti.core.dist import World, init_world, shutdown_world
 from tutti.core.log import setup_logging
 from tutti.model.initial import init_weights, materialize
 from tutti.model.lora import lora_of, merge
-from tutti.train.setup import tokenizer_and_model
+from tutti.train.placement import tokenizer_and_model
 
 log = logging.getLogger(__name__)
 

@@ -54,12 +54,10 @@ ARGUMENTS: dict[str, Argument] = {
     argument.name: argument for group, cls in GROUPS.items() for argument in arguments_of(group, cls)
 }
 
-_TEXT_KEYS = {"plaintext": "content_split", "conversation": "messages", "classification": "text", "dpo": "prompt"}
-
 _DERIVED: dict[str, Callable[[Config], Any]] = {
     "model.config_path": lambda config: config.model.model_path,
     "model.tokenizer_path": lambda config: config.model.model_path or config.model.config_path,
-    "data.text_keys": lambda config: _TEXT_KEYS[config.data.data_type],
+    "data.text_keys": lambda config: config.data.task.columns,
     "infer.tokenizer_path": lambda config: config.model.model_path or config.infer.model_path,
 }
 """Defaults that follow other arguments. (train.global_batch_size follows the world size: `layout.fit`.)"""

@@ -66,7 +66,7 @@ class Argument:
 def arg(default: Any, doc: str, **facts: Any) -> Any:
     """Declare a field: `lr: float = arg(5e-5, "Peak learning rate.", low=0)`.
 
-    `facts` are fields of `Argument`: low, high, shown, examples, open_set, required, added.
+    `facts` are fields of `Argument`: low, high, shown, values, examples, open_set, required, added.
     """
     metadata = {"doc": doc, **facts}
     if isinstance(default, dict):
@@ -86,7 +86,7 @@ def _describe(group: str, field: dataclasses.Field) -> Argument:
     if get_origin(hint) in (Union, types.UnionType):
         (hint,) = (part for part in get_args(hint) if part is not types.NoneType)
         optional = True
-    values = get_args(hint) if get_origin(hint) is Literal else ()
+    values = get_args(hint) if get_origin(hint) is Literal else facts.get("values", ())
     kind = str if values else get_origin(hint) or hint
     factory = field.default_factory
     default = field.default if factory is dataclasses.MISSING else factory()

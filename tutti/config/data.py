@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tutti.config.argument import Open, arg
+from tutti.config.tasks import TASKS, TaskRow
 
 
 @dataclass(frozen=True)
@@ -11,9 +12,9 @@ class DataConfig:
     """The data. L is max_seq_len; B = train.micro_batch_size * L is the token budget of a micro batch."""
 
     @property
-    def holds_chats(self) -> bool:
-        """Whether rows are rendered by a chat template."""
-        return self.data_type in ("conversation", "dpo")
+    def task(self) -> TaskRow:
+        """The row of data_type in the table of tasks."""
+        return TASKS[self.data_type]
 
     train_path: str | None = arg(
         None,
@@ -35,10 +36,12 @@ class DataConfig:
         "Samples of an epoch without train.dyn_bsz, from which its steps follow: for iterable data, or when set.",
         low=1,
     )
-    data_type: Literal["plaintext", "conversation", "classification", "dpo"] = arg(
+    data_type: str = arg(
         "conversation",
-        "What a row is: text trained on whole, a chat trained on its assistant turns, a text with a class label, or "
-        "(dpo) a prompt with a chosen and a rejected answer.",
+        "What a row is, and what is learned from it: "
+        + "; ".join(f"{name}, {row.doc}" for name, row in TASKS.items())
+        + ".",
+        values=tuple(TASKS),
     )
     dataloader_type: Literal["native"] = arg("native", "The data loader: torch's DataLoader with Tutti's packing.")
     datasets_type: str = arg(
@@ -60,7 +63,7 @@ class DataConfig:
     text_keys: str | None = arg(
         None,
         "Column with the text; of a comma list the first that a row has. "
-        "By data_type: content_split (plaintext), messages (conversation), text (classification), prompt (dpo).",
+        "By data_type: " + ", ".join(f"{row.columns} ({name})" for name, row in TASKS.items()) + ".",
         shown="content_split",
         examples=("content_split", "messages"),
     )

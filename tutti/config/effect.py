@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tutti.config import ARGUMENTS, Config, away_from_default
+from tutti.config.tasks import TASKS
 
 
 class _Rule(NamedTuple):
@@ -66,8 +67,8 @@ _RULES = (
     _Rule(("data.prefetch_factor",), lambda config: config.data.num_workers == 0, "data.num_workers is 0"),
     _Rule(
         ("data.chat_template",),
-        lambda config: not config.data.holds_chats,
-        "data.data_type is neither conversation nor dpo",
+        lambda config: not config.data.task.holds_chats,
+        "data.data_type is neither " + " nor ".join(name for name, row in TASKS.items() if row.holds_chats),
     ),
     _Rule(
         ("data.shuffle_buffer_size",),
@@ -92,7 +93,7 @@ _RULES = (
     ),
     _Rule(
         ("model.num_labels",),
-        lambda config: config.data.data_type != "classification",
+        lambda config: config.data.task.head != "classes",
         "data.data_type is not classification",
     ),
     _Rule(
@@ -178,14 +179,13 @@ _RULES = (
     ),
     _Rule(
         _prefixed("train.sample_"),
-        lambda config: config.data.data_type == "classification",
-        "data.data_type is classification, and a classifier writes nothing",
+        lambda config: config.data.task.head != "tokens",
+        "the model of this data.data_type gives numbers, and writes nothing",
     ),
     _Rule(
         ("train.sample_tokens",),
         lambda config: (
-            config.data.data_type != "classification"
-            and not (config.train.sample_prompts or config.train.sample_prompts_path)
+            config.data.task.head == "tokens" and not (config.train.sample_prompts or config.train.sample_prompts_path)
         ),
         "there are no train.sample_prompts",
     ),

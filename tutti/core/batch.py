@@ -123,24 +123,6 @@ class GlobalSequence:
 
 
 @dataclass(frozen=True, slots=True)
-class Pairs:
-    """What preference training needs of a batch of P pairs, whose segments 2i and 2i + 1 are the answers of pair i.
-
-    segment: int64 [N], the segment of the whole batch that each target lies in. source: int64 [P], the pairs' data
-    sources. reference: fp32 [P, 2], the log-probabilities of the chosen and the rejected answer by the reference model,
-    once they are known.
-    """
-
-    segment: Tensor
-    source: Tensor
-    reference: Tensor | None = None
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Pairs:
-        reference = None if self.reference is None else change(self.reference)
-        return Pairs(change(self.segment), change(self.source), reference)
-
-
-@dataclass(frozen=True, slots=True)
 class Batch:
     """A packed micro batch.
 
@@ -148,14 +130,19 @@ class Batch:
     cu_seqlens: int32 [S + 1], the samples' borders, from 0 to T; segments of padding count as samples.
     max_seqlen: length of the longest segment.
     target_index: int64 [N], the positions whose label is not IGNORE, ascending.
-    sample_sources: int64 [S], the data source of each sample (padding: -1).
+    target_segment: int64 [N], the number of the segment that each target lies in. Segments are counted over the whole
+    batch, also where this is one rank's part of it.
+    segment_sources: int64, the data source of each segment of the whole batch (padding: -1).
+    num_sequences: the segments of the whole batch that are not padding. A pair of answers makes two, next to each
+    other.
     num_tokens: tokens that are not padding.
     extras: what only some models take (pixel_values ...), by the name and in the shape of the model's forward argument.
     Those of ALONG_TOKENS have a value for each token, in the last dimension; where ranks share the batch, for each of
     all its tokens.
     sequence: where these are one rank's tokens of a batch that several ranks share, what that batch was. The samples
     are then the pieces of samples that lie on this rank, and a piece's positions go on from where it was cut.
-    pairs: where the samples are pairs of answers; S then counts the answers.
+    payload: tensors about the batch as a whole that its task laid beside it, by name; they are moved with it, and
+    are the same for all ranks that share it.
     fillers: how many samples at the end, of one token of padding, only keep this rank in step with others.
     """
 
@@ -165,17 +152,19 @@ class Batch:
     cu_seqlens: Tensor
     max_seqlen: int
     target_index: Tensor
-    sample_sources: Tensor
+    target_segment: Tensor
+    segment_sources: Tensor
+    num_sequences: int
     num_tokens: int
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     sequence: GlobalSequence | None = None
-    pairs: Pairs | None = None
+    payload: Mapping[str, Tensor] = field(default_factory=dict)
     fillers: int = 0
 
     def lengths(self) -> list[int]:
-        """The samples' lengths, padding left out; for a batch on the host."""
+        """The segments' lengths, padding left out; for a whole batch on the host."""
         lengths = self.cu_seqlens.diff().tolist()
-        return [length for length, source in zip(lengths, self.sample_sources.tolist(), strict=True) if source >= 0]
+        return [length for length, source in zip(lengths, self.segment_sources.tolist(), strict=True) if source >= 0]
 
     def num_values(self) -> int:
         """Of how many values (pixels times channels) the batch's images, video and audio are made."""
@@ -192,31 +181,29 @@ class Batch:
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         values: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
         values = {name: change(value) if isinstance(value, Tensor) else value for name, value in values.items()}
-        values["extras"] = {name: change(value) for name, value in self.extras.items()}
+        for name in ("extras", "payload"):
+            values[name] = {key: change(value) for key, value in values[name].items()}
         if self.sequence is not None:
             values["sequence"] = self.sequence.map(change)
-        if self.pairs is not None:
-            values["pairs"] = self.pairs.map(change)
         return Batch(**values)
 
 
 def pack(samples: Sequence[Sample], *, pad_to: int | None = None, pad_id: int = 0) -> Batch:
     """Lay `samples` end to end as one micro batch of T tokens; with `pad_to`, T is exactly that.
 
-    A pair of answers makes two segments; samples are all pairs, or none is.
-    Padding carries IGNORE labels and lies in segments of its own. With no samples the batch is padding alone (T =
-    pad_to or 1): what a rank runs that has nothing left to train on while others have.
+    A sample that is split makes two segments. Padding carries IGNORE labels and lies in segments of its own. With no
+    samples the batch is padding alone (T = pad_to or 1): what a rank runs that has nothing left to train on while
+    others have.
     """
     if not samples and pad_to is None:
         pad_to = 1
-    lengths = [len(sample) for sample in samples]
-    sources = [sample.source for sample in samples]
-    paired = bool(samples) and samples[0].split > 0
-    if paired:
-        pair_sources = torch.tensor(sources, dtype=torch.int64)
-        lengths = [n for sample in samples for n in (sample.split, len(sample) - sample.split)]
-        sources = [source for source in sources for _ in range(2)]
-    num_tokens = sum(lengths)
+    lengths: list[int] = []
+    sources: list[int] = []
+    for sample in samples:
+        parts = (sample.split, len(sample) - sample.split) if sample.split else (len(sample),)
+        lengths += parts
+        sources += [sample.source] * len(parts)
+    num_tokens, num_sequences = sum(lengths), len(lengths)
     padding = max(0, (pad_to or 0) - num_tokens)
     ids = [sample.input_ids for sample in samples] + [np.full(padding, pad_id, np.int64)]
     labels = [sample.labels for sample in samples] + [np.full(padding, IGNORE, np.int64)]
@@ -227,7 +214,6 @@ def pack(samples: Sequence[Sample], *, pad_to: int | None = None, pad_id: int = 
     flat_labels = torch.from_numpy(np.concatenate(labels).astype(np.int64))
     target_index = (flat_labels != IGNORE).nonzero().flatten()
     cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
-    segment = torch.bucketize(target_index, cu_seqlens[1:], right=True) if paired else None
     return Batch(
         input_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64)),
         labels=flat_labels,
@@ -235,9 +221,10 @@ def pack(samples: Sequence[Sample], *, pad_to: int | None = None, pad_id: int = 
         cu_seqlens=cu_seqlens,
         max_seqlen=max(lengths),
         target_index=target_index,
-        sample_sources=torch.tensor(sources, dtype=torch.int64),
+        target_segment=torch.bucketize(target_index, cu_seqlens[1:], right=True),
+        segment_sources=torch.tensor(sources, dtype=torch.int64),
+        num_sequences=num_sequences,
         num_tokens=num_tokens,
-        pairs=Pairs(segment, pair_sources) if segment is not None else None,
     )
 
 
@@ -268,3 +255,8 @@ class GlobalBatch:
     step: int
     epoch: int
     epoch_end: bool
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What each loss of the step, by its name among the objective's sums, is divided by."""
+        return {"loss": self.num_targets, "router_loss": self.num_tokens}

@@ -34,7 +34,7 @@ class Encoder:
     """Turns rows into samples; picklable. Made by `make_encoder`."""
 
     tokenize: BatchTokenizer
-    data_type: str
+    rows: str
     columns: tuple[str, ...]
     max_seq_len: int
     vocab_size: int
@@ -77,7 +77,7 @@ class Encoder:
         """A row's text, and its class or its trained character spans."""
         if self.template is not None:
             return self.template(conversation_of(value, self.columns))
-        if self.data_type == "classification":
+        if self.rows == "labels":
             return text_of(value, self.columns), class_of(value, self.num_labels, self.label_names)
         return text_of(value, self.columns), None
 
@@ -87,9 +87,9 @@ class Encoder:
 
     def _samples(self, ids: np.ndarray, labels: np.ndarray, target: Any, source: int) -> list[Sample]:
         """A row's samples from its tokens [n] and as many labels, all IGNORE, to be filled in."""
-        if self.data_type == "plaintext":
+        if self.rows == "documents":
             return _pieces(np.append(ids, np.int32(self.tokenize.tokenizer.eos_token_id)), self.max_seq_len, source)
-        if self.data_type == "conversation":
+        if self.rows == "conversations":
             return [_chat(ids, labels, target, self.max_seq_len, source)]
         if not len(ids):
             raise RowError("no trained token: the text has no tokens")
@@ -159,24 +159,22 @@ def make_encoder(
 
     `num_labels`, `label_names`: the classes, for classification. ValueError if tokenizer, template and model can't fit.
     """
-    data = config.data
+    data, kind = config.data, config.data.task.rows
     if len(tokenizer) > vocab_size:
         raise ValueError(_too_large(f"has {len(tokenizer)} tokens", vocab_size))
-    if data.data_type == "plaintext" and tokenizer.eos_token_id is None:
+    if kind == "documents" and tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos_token, which ends every text of data.data_type plaintext")
-    if data.max_seq_len < 2 and data.data_type != "classification":
+    if data.max_seq_len < 2 and kind != "labels":
         raise ValueError(f"data.max_seq_len {data.max_seq_len} leaves nothing to predict: give 2 or more")
     return Encoder(
-        tokenize=BatchTokenizer(
-            tokenizer, special=data.data_type == "classification", places=data.data_type == "conversation"
-        ),
-        data_type=data.data_type,
+        tokenize=BatchTokenizer(tokenizer, special=kind == "labels", places=kind == "conversations"),
+        rows=kind,
         columns=text_columns(config),
         max_seq_len=data.max_seq_len,
         vocab_size=vocab_size,
         num_labels=num_labels,
         label_names=tuple(label_names),
-        template=make_template(data.chat_template, tokenizer) if data.data_type == "conversation" else None,
+        template=make_template(data.chat_template, tokenizer) if kind == "conversations" else None,
     )
 
 

@@ -226,7 +226,7 @@ def build_data(
     vocab_size: rows of the model's embedding. num_labels, label_names: the classes, for classification.
     ValueError, on all ranks: data that is missing, empty or bad, or too little for one global batch.
     """
-    pairs = config.data.data_type == "dpo"
+    pairs = config.data.task.rows == "pairs"
     encoder, sources, held_out = world.run_on_all_ranks(
         lambda: (
             make_pair_encoder(config, tokenizer, vocab_size=vocab_size)

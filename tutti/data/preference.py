@@ -42,11 +42,13 @@ Turn = tuple[dict[str, Any], bool]
 
 @dataclass
 class PairEncoder:
-    """Turns rows into pairs; picklable. chats: the encoder of their conversations, which cuts nothing."""
+    """Turns rows into pairs; picklable. chats: the encoder of their conversations, which cuts nothing. last: an answer
+    is judged as a whole at its last token, which is then its only target (labelled 0)."""
 
     chats: Encoder
     columns: tuple[str, ...]
     max_seq_len: int
+    last: bool = False
 
     def __call__(self, rows: Sequence[Row | BadRow], source: int = 0) -> list[list[Sample] | BadRow]:
         """Per row its pair, or why there is none, as the encoder of conversations does. `source`: its index."""
@@ -87,19 +89,22 @@ class PairEncoder:
                 f"a pair of {total} tokens is longer than data.max_seq_len {self.max_seq_len}, and the answers leave "
                 "no room for any of the prompt"
             )
+        labels = [side.labels[cut:] for side in samples]
+        if self.last:
+            labels = [np.append(np.full(len(side) - 1, IGNORE, np.int32), np.int32(0)) for side in labels]
         return Sample(
             np.concatenate([side.input_ids[cut:] for side in samples]),
-            np.concatenate([side.labels[cut:] for side in samples]),
+            np.concatenate(labels),
             chosen.source,
             split=len(chosen) - cut,
         )
 
 
 def make_pair_encoder(config: Config, tokenizer: Any, *, vocab_size: int) -> PairEncoder:
-    """The encoder for data.data_type dpo. ValueError if tokenizer, template and model can't fit."""
+    """The encoder of tasks whose rows are pairs. ValueError if tokenizer, template and model can't fit."""
     chats = replace(config, data=replace(config.data, data_type="conversation", text_keys="messages"))
     encoder = replace(make_encoder(chats, tokenizer, vocab_size=vocab_size), max_seq_len=sys.maxsize)
-    return PairEncoder(encoder, text_columns(config), config.data.max_seq_len)
+    return PairEncoder(encoder, text_columns(config), config.data.max_seq_len, last=config.data.task.head == "scalar")
 
 
 def conversations_of(value: dict[str, Any], columns: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:

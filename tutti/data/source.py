@@ -28,7 +28,6 @@ __all__ = ["BadRow", "Row", "Source", "open_sources", "text_columns"]
 
 log = logging.getLogger(__name__)
 
-_COLUMNS = {"plaintext": "content_split", "conversation": "messages", "classification": "text", "dpo": "prompt"}
 _FORMATS: dict[str, Callable[[str], DataFile]] = {
     ".jsonl": JsonLines,
     ".ndjson": JsonLines,
@@ -151,7 +150,7 @@ class _Custom(DataFile):
 
 def text_columns(config: Config) -> tuple[str, ...]:
     """The columns that may hold a row's text, first choice first: data.text_keys, else what data.data_type implies."""
-    keys = config.data.text_keys or _COLUMNS[config.data.data_type]
+    keys = config.data.text_keys or config.data.task.columns
     return tuple(key.strip() for key in keys.split(",") if key.strip())
 
 

@@ -114,11 +114,11 @@ def _find(config: Config) -> _Source:
             "output folder of a run (with its config.yaml) nor a checkpoint in one"
         )
     run = load([str(output / "config.yaml")], verb=None)
-    if run.data.data_type == "classification":
+    if run.data.task.head != "tokens":
         raise ValueError(f"infer.model_path: {path} is of a classifier, which generates no text")
     if tokenizer is not None:
         run = replace(run, model=replace(run.model, tokenizer_path=tokenizer))
-    return _Source(run, path, run.data.chat_template if run.data.holds_chats else "default")
+    return _Source(run, path, run.data.chat_template if run.data.task.holds_chats else "default")
 
 
 def _adapted(folder: Path, config: Config, tokenizer: str | None) -> _Source:

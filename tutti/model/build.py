@@ -100,9 +100,9 @@ def build_model(
 ) -> PreTrainedModel:
     """The model that `config` asks for, on the meta device, in training mode.
 
-    A causal language model (one that takes images, if the config is of such), or with data.data_type classification a
-    sequence classifier of `num_labels` classes (by default model.num_labels, else the config's). Parameters are of
-    `dtype`, by default fp32 with train.enable_mixed_precision, else bf16.
+    A causal language model (one that takes images, if the config is of such), or for a task whose head gives
+    classes or a number a sequence classifier of `num_labels` classes (by default model.num_labels, else the config's).
+    Parameters are of `dtype`, by default fp32 with train.enable_mixed_precision, else bf16.
     tokenizer: checked to fit the embedding; a model that starts from random weights ends its texts as it does.
     device: where it will run, which decides on the kernels (default: this machine's).
     """
@@ -117,9 +117,10 @@ def build_model(
         _check_vocabulary(model_config, tokenizer)
         if config.model.model_path is None:
             _take_special_tokens(model_config, tokenizer)
-    classify = config.data.data_type == "classification"
+    head = config.data.task.head
+    classify = head != "tokens"
     if classify:
-        count = num_labels or config.model.num_labels
+        count = 1 if head == "scalar" else num_labels or config.model.num_labels
         if count is not None:
             model_config.num_labels = count
     factory = AutoModelForSequenceClassification if classify else language_factory(model_config)

@@ -36,14 +36,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
 
 from tutti.attention.interface import border_kwargs
 from tutti.config import ConfigError, TrainConfig
 from tutti.config.layout import Layout
 from tutti.core.batch import Batch, FullTokens
+from tutti.core.structure import ModelStructure
 from tutti.model.encoder_parallel import encode_apart, encoders
-from tutti.model.structure import decoder, model_class, text_model, towers
 from tutti.parallel.pipeline.stage import Passed, Stage
 from tutti.parallel.tensor import TensorRanks, local_parameters
 
@@ -54,20 +53,20 @@ _BESIDE = {"attention_mask", "deepstack_visual_embeds", "cu_seq_lens_q", "cu_seq
 """What does not, and is known."""
 
 
-def check_multimodal(model: PreTrainedModel, layout: Layout, train: TrainConfig) -> None:
+def check_multimodal(structure: ModelStructure, layout: Layout, train: TrainConfig) -> None:
     """ValueError for what cannot be done with a model that has towers."""
-    if not towers(model):
+    if not structure.towers:
         return
-    name = model_class(model).__name__
-    foreign = [key for key in inspect.signature(text_model(model).forward).parameters if "cross_attention" in key]
+    name = structure.name
+    foreign = [key for key in inspect.signature(structure.text_model.forward).parameters if "cross_attention" in key]
     if foreign:
         raise ValueError(
             f"model.config_path: the language model of {name} attends to images ({foreign[0]}), which would leak from "
             "one packed sample into the next; models that put images in the place of tokens can be trained"
         )
     problems = []
-    masks = "token_type_ids" in inspect.signature(decoder(model).forward).parameters
-    language: Any = text_model(model)
+    masks = "token_type_ids" in inspect.signature(structure.decoder.forward).parameters
+    language: Any = structure.text_model
     if masks and "flash" in (language.config._attn_implementation or ""):
         problems.append(f"model.attn_implementation: {name} has a mask that this package does not take; set sdpa")
     if masks and layout.pipeline > 1:
@@ -81,10 +80,11 @@ def check_multimodal(model: PreTrainedModel, layout: Layout, train: TrainConfig)
         raise ConfigError(problems)
 
 
-def check_first(model: PreTrainedModel, num_blocks: int) -> None:
+def check_first(structure: ModelStructure, num_blocks: int) -> None:
     """ValueError unless the first stage of a pipeline has all blocks that features of images are added to."""
-    encoder = getattr(model.config, "vision_config", None)
-    name = model_class(model).__name__
+    decoder: Any = structure.decoder
+    encoder = getattr(decoder.config, "vision_config", None)
+    name = structure.name
     needed = len(getattr(encoder, "deepstack_visual_indexes", None) or ())
     if num_blocks < needed:
         raise ValueError(
@@ -99,12 +99,12 @@ class MultimodalForward:
     tensor: the ranks that cut the row among themselves within the language model.
     """
 
-    def __init__(self, model: PreTrainedModel, tensor: TensorRanks | None) -> None:
-        self._decoder, self._towers, self._tensor = decoder(model), towers(model), tensor
-        self._name = model_class(model).__name__
+    def __init__(self, structure: ModelStructure, tensor: TensorRanks | None) -> None:
+        self._decoder, self._towers, self._tensor = structure.decoder, structure.towers, tensor
+        self._name = structure.name
         self._batch: Batch | None = None
         self._options: dict[str, Any] = {}
-        self._text = text = cast(Any, text_model(model))
+        self._text = text = cast(Any, structure.text_model)
         text.register_forward_pre_hook(self._hand_over, with_kwargs=True)
         text.get_input_embeddings().register_forward_pre_hook(self._own_ids)
         text.get_input_embeddings().register_forward_hook(self._in_the_row)
@@ -253,12 +253,12 @@ class _Anchor(torch.autograd.Function):
         return grad, *(grad.new_zeros(shape, dtype=dtype) for shape, dtype in ctx.like)
 
 
-def make_placing(model: PreTrainedModel) -> Callable[[Batch], Batch]:
+def make_placing(structure: ModelStructure) -> Callable[[Batch], Batch]:
     """What gives a batch on the host the positions of its images' tokens, where the model's have several rows."""
-    index: Any = getattr(decoder(model), "get_rope_index", None)
+    index: Any = getattr(structure.decoder, "get_rope_index", None)
     if index is None:
         return lambda batch: batch
-    name, taken = model_class(model).__name__, set(inspect.signature(index).parameters)
+    name, taken = structure.name, set(inspect.signature(index).parameters)
 
     def place(batch: Batch) -> Batch:
         grids = [key for key in batch.extras if key.endswith("_grid_thw")]

@@ -23,31 +23,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
 
 from tutti.attention.interface import PACKED
-from tutti.model.structure import blocks, model_class, text_model
+from tutti.core.structure import ModelStructure, StageTrace
 from tutti.parallel.pipeline.stage import plain_attributes
 
 _HOOKED = "_output_capturing_hooks_installed"
 
 
-@dataclass(frozen=True)
-class Anatomy:
-    """blocks: the name of the decoder's list of blocks. front, tail: of its modules with parameters that run before and
-    after them. gives_tuple: a block's hidden states are the first of a tuple."""
-
-    blocks: str
-    front: tuple[str, ...]
-    tail: tuple[str, ...]
-    gives_tuple: bool
-
-
-def anatomy(model: PreTrainedModel) -> Anatomy:
-    """How `model`, which lies on the meta device, can be cut. ValueError where it cannot."""
-    name = model_class(model).__name__
-    inner = text_model(model)
-    found = [block for _, block in blocks(model)]
+def trace_stages(structure: ModelStructure) -> StageTrace:
+    """How a model that lies on the meta device can be cut between its blocks. ValueError where it cannot."""
+    name, inner = structure.name, structure.text_model
+    found = [block for _, block in structure.blocks]
     lists = [key for key, child in inner.named_children() if isinstance(child, nn.ModuleList) and list(child) == found]
     if not found or not lists or any(True for _ in inner.parameters(recurse=False)):
         raise ValueError(f"{name} is not a list of blocks between an embedding and a norm, and cannot be cut in stages")
@@ -63,7 +50,7 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
         with _unfrozen(inner):
             mistake = trace.mistake(inner, lists[0], output)
         if mistake is None:
-            return Anatomy(lists[0], tuple(trace.front), tuple(trace.tail), gives_tuple)
+            return StageTrace(lists[0], tuple(trace.front), tuple(trace.tail), gives_tuple)
         problem = mistake
     raise ValueError(f"{name} cannot be cut in stages: {problem}")
 

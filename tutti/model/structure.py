@@ -1,5 +1,7 @@
 """Facts about a Hugging Face model that training is planned by, read off the model itself rather than kept in a table.
 
+`read_structure` collects into one record (`tutti.core.structure`):
+
 - `blocks`: the repeated layers, which are compiled, checkpointed and sharded one by one.
 - `text_model`, `towers`: of a model that takes more than text, its language model and what lies beside that.
 - `decoder`, `head`, `logit_transform`: the model cut between its hidden states and its logits, so that the head can be
@@ -7,7 +9,8 @@
   config under a few names, and whether we have understood it is tried out: the class's own `forward` is run once with
   its decoder and head replaced by stubs of a few numbers, and must give what our transform gives. A model that does
   anything else is refused instead of being trained on another function than its own.
-- `num_params`, `count_flops`: sizes and work, for the log and for the utilisation of the hardware.
+
+Beside it, `num_params` and `count_flops`: sizes and work, for the log and for the utilisation of the hardware.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from tutti.core.structure import LogitTransform, ModelStructure
 from tutti.model.quantized import num_weights
 
 HEAD_NAMES = ("score",)
@@ -30,18 +34,25 @@ ADAPTER_MARK = "_lora_"
 """What the names of low-rank adapters' parameters have in them (`tutti.model.lora`), and no name of a model has."""
 
 
-class LogitTransform(NamedTuple):
-    """What a model does between its head and its loss: logits = softcap * tanh(scale * head(x) / softcap).
+def read_structure(model: PreTrainedModel, basic: Iterable[str] = ()) -> ModelStructure:
+    """The parts of `model`, which lies whole on the meta device. basic: names of the classes of model.basic_modules.
 
-    softcap 0: no soft-capping.
+    ValueError: the model is not made of a decoder and a head that are known, or has no module of a class in `basic`.
     """
-
-    scale: float = 1.0
-    softcap: float = 0.0
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        logits = logits * self.scale if self.scale != 1.0 else logits
-        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
+    return ModelStructure(
+        name=_class_name(model),
+        config=model.config.get_text_config(),
+        decoder=decoder(model),
+        text_model=text_model(model),
+        blocks=tuple(blocks(model)),
+        basic=tuple(module for _, module in basic_modules(model, basic)),
+        head=head(model),
+        classifies=is_classifier(model),
+        transform=logit_transform(model),
+        towers=tuple(towers(model)),
+        tower_blocks=tuple(tower_blocks(model)),
+        experts=tuple(experts(model)),
+    )
 
 
 def blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:

@@ -15,13 +15,13 @@ The model may be on the meta device; weights are loaded afterwards, each rank re
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from tutti.attention.ulysses import overlap_values
 from tutti.config import TrainConfig
+from tutti.core.structure import ModelStructure
 from tutti.parallel.activation_checkpoint import checkpoint_activations
 from tutti.parallel.activation_offload import offload_activations
 from tutti.parallel.batch_invariant import separate_samples
@@ -36,23 +36,15 @@ log = logging.getLogger(__name__)
 
 
 def parallelize(
-    root: nn.Module,
-    blocks: Sequence[nn.Module],
-    mesh: Mesh,
-    train: TrainConfig,
-    *,
-    basic: Sequence[nn.Module] = (),
-    experts: Sequence[nn.Module] = (),
-    plan: TensorPlan | None = None,
-    towers: Sequence[nn.Module] = (),
+    root: nn.Module, structure: ModelStructure, mesh: Mesh, train: TrainConfig, plan: TensorPlan | None = None
 ) -> None:
-    """Prepare `root`, whose repeated units are `blocks` and layers of experts `experts`, for training, in place.
+    """Prepare `root`, which holds a model of this structure, for training, in place.
 
-    basic: further modules that FSDP is to gather separately, inner ones first. plan: what is split over the tensor
-    axis; None if nothing is. towers: repeated units of what encodes images, which not every batch has: they are
+    plan: what is split over the tensor axis; None if nothing is. Towers, which not every batch has inputs for, are
     checkpointed, and else belong to the root.
     """
-    divide_experts(experts, mesh, apart=train.enable_batch_invariant_mode)
+    blocks, basic, towers = [block for _, block in structure.blocks], structure.basic, structure.tower_blocks
+    divide_experts(structure.experts, mesh, apart=train.enable_batch_invariant_mode)
     if plan is not None:
         split_tensors(root, plan, mesh)
     sharing = sequence_ranks(mesh)

@@ -62,11 +62,11 @@ def _beside(module: nn.Module, blocks: set[nn.Module]) -> Iterator[nn.Module]:
 
 def equal_counts(batch: Batch, groups: Iterable[dist.ProcessGroup], device: torch.device) -> Batch:
     """`batch` (on the host) with as many samples as the other ranks of `groups` have; a collective call of each."""
-    count = torch.tensor(len(batch.sample_sources), device=device)
+    count = torch.tensor(len(batch.segment_sources), device=device)
     for group in groups:
         if group.size() > 1:
             dist.all_reduce(count, dist.ReduceOp.MAX, group=group)
-    return add_fillers(batch, int(count) - len(batch.sample_sources))
+    return add_fillers(batch, int(count) - len(batch.segment_sources))
 
 
 class _Samples:

@@ -95,12 +95,8 @@ def split_tokens(batch: Batch, ranks: SequenceRanks | None) -> Batch:
     ends = (sample.diff() != 0) | (held.diff() != 1)
     last = torch.cat([ends.nonzero().flatten(), torch.tensor([len(held) - 1])])
     cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int32), (last + 1).int()])
-    sources = padded.sample_sources[sample]
     target_index = (labels != IGNORE).nonzero().flatten()
     row = FullTokens(padded.input_ids, padded.position_ids, held) if padded.extras else None
-    pairs = padded.pairs
-    if pairs is not None:
-        pairs = replace(pairs, segment=sample[target_index])
     return Batch(
         input_ids=padded.input_ids[held],
         labels=labels,
@@ -108,11 +104,13 @@ def split_tokens(batch: Batch, ranks: SequenceRanks | None) -> Batch:
         cu_seqlens=cu_seqlens,
         max_seqlen=int(cu_seqlens.diff().max()),
         target_index=target_index,
-        sample_sources=sources[last],
-        num_tokens=int((sources >= 0).sum()),
+        target_segment=sample[target_index],
+        segment_sources=padded.segment_sources,
+        num_sequences=padded.num_sequences,
+        num_tokens=int((padded.segment_sources[sample] >= 0).sum()),
         extras=padded.extras,
         sequence=GlobalSequence(length, padded.cu_seqlens, padded.cu_seqlens, padded.max_seqlen, ranks, row),
-        pairs=pairs,
+        payload=padded.payload,
     )
 
 
@@ -121,14 +119,11 @@ def split_samples(batch: Batch, ranks: SequenceRanks | None) -> Batch:
     if ranks is None:
         return batch
     assert not batch.extras, "inputs beside the tokens belong to the batch as a whole"
-    shares = [split_tokens(_segment(batch, number), ranks) for number in range(len(batch.sample_sources))]
+    shares = [split_tokens(_segment(batch, number), ranks) for number in range(len(batch.segment_sources))]
     samples = tuple(share.sequence for share in shares if share.sequence is not None)
     labels = torch.cat([share.labels for share in shares])
     borders = _in_a_row(sample.borders for sample in samples)
-    pairs = batch.pairs
-    if pairs is not None:
-        counts = torch.tensor([len(share.target_index) for share in shares])
-        pairs = replace(pairs, segment=torch.arange(len(shares)).repeat_interleave(counts))
+    counts = torch.tensor([len(share.target_index) for share in shares])
     return Batch(
         input_ids=torch.cat([share.input_ids for share in shares]),
         labels=labels,
@@ -136,7 +131,9 @@ def split_samples(batch: Batch, ranks: SequenceRanks | None) -> Batch:
         cu_seqlens=_in_a_row(share.cu_seqlens for share in shares),
         max_seqlen=max(share.max_seqlen for share in shares),
         target_index=(labels != IGNORE).nonzero().flatten(),
-        sample_sources=torch.cat([share.sample_sources for share in shares]),
+        target_segment=torch.arange(len(shares)).repeat_interleave(counts),
+        segment_sources=batch.segment_sources,
+        num_sequences=batch.num_sequences,
         num_tokens=sum(share.num_tokens for share in shares),
         sequence=GlobalSequence(
             length=len(batch.input_ids),
@@ -146,7 +143,7 @@ def split_samples(batch: Batch, ranks: SequenceRanks | None) -> Batch:
             ranks=ranks,
             samples=samples,
         ),
-        pairs=pairs,
+        payload=batch.payload,
         fillers=batch.fillers,
     )
 
@@ -162,8 +159,10 @@ def _segment(batch: Batch, number: int) -> Batch:
         cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
         max_seqlen=length,
         target_index=(labels != IGNORE).nonzero().flatten(),
-        sample_sources=batch.sample_sources[number : number + 1],
-        num_tokens=length if batch.sample_sources[number] >= 0 else 0,
+        target_segment=torch.zeros(int((labels != IGNORE).sum()), dtype=torch.int64),
+        segment_sources=batch.segment_sources[number : number + 1],
+        num_sequences=int(batch.segment_sources[number] >= 0),
+        num_tokens=length if batch.segment_sources[number] >= 0 else 0,
     )
 
 
@@ -195,7 +194,7 @@ def _pad(batch: Batch, padding: int) -> Batch:
         position_ids=extend(batch.position_ids, torch.arange(padding)),
         cu_seqlens=extend(batch.cu_seqlens, batch.cu_seqlens[-1:] + padding),
         max_seqlen=max(batch.max_seqlen, padding),
-        sample_sources=extend(batch.sample_sources, torch.tensor([-1])),
+        segment_sources=extend(batch.segment_sources, torch.tensor([-1])),
         extras={name: _extend(value, name, padding) for name, value in batch.extras.items()},
     )
 

@@ -29,6 +29,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from tutti.config.fits import Piece
+from tutti.core.structure import ModelStructure
 
 COLWISE, GATHERED = "colwise", ("colwise_gather_output", "colwise_rep")
 ROWWISE, SLICED = "rowwise", ("rowwise_split_input", "rowwise_rep")
@@ -96,18 +97,15 @@ class TensorPlan:
     first: nn.Module
 
 
-def read_plan(
-    name: str,
-    decoder: nn.Module,
-    config: PreTrainedConfig,
-    blocks: Sequence[nn.Module],
-    head: nn.Linear | None,
-) -> TensorPlan:
-    """The plan of `config` applied to `decoder`, whose repeated units are `blocks`. name: what errors call the model.
+def read_plan(structure: ModelStructure) -> TensorPlan:
+    """The plan of a model's config applied to it.
 
     ValueError: the config has no plan, or one with something that is not known here.
     """
-    refuse = f"train.tensor_parallel_size: {name} cannot be split into tensors: "
+    decoder, config = structure.text_model, structure.config
+    head = None if structure.classifies else structure.head
+    blocks = [block for _, block in structure.blocks]
+    refuse = f"train.tensor_parallel_size: {structure.name} cannot be split into tensors: "
     names = {module: path for path, module in decoder.named_modules()}
     inner = [block for block in blocks if block in names]
     heads = (config.num_attention_heads,)

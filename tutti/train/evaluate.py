@@ -1,5 +1,4 @@
-"""Evaluation: the mean loss over all trained tokens (or pairs) of the evaluation data, and the share of right answers
-of a classifier, or of pairs in the right order."""
+"""Evaluation: the objective's sums over all of the evaluation data."""
 
 from __future__ import annotations
 
@@ -7,35 +6,31 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from tutti.core.batch import GlobalBatch
 from tutti.core.dist import World
 from tutti.parallel.pipeline.executor import Executor
 from tutti.train.objective import Objective
+from tutti.train.step import add_sums, reduce_sums, zero_sums
 
 
 def evaluate(objective: Objective, batches: Iterable[GlobalBatch], executor: Executor, world: World) -> dict[str, Any]:
-    """`eval_loss` (token mean), `eval_tokens` and, where the objective predicts, `eval_accuracy`, over all ranks.
+    """`eval_loss` (mean over targets), `eval_tokens` and, where the task counts what is correct, `eval_accuracy`.
 
     Leaves the model in training mode. A collective call.
     """
-    sums = torch.zeros(2, dtype=torch.float64)
+    total = zero_sums(objective.sizes, world.device)
     num_targets = trained_tokens = 0
     objective.eval()
     with torch.no_grad():
         for batch in batches:
             num_targets += batch.num_targets
             trained_tokens += batch.trained_tokens
-            for out in executor.evaluate(batch.micro_batches):
-                correct = out.num_correct if out.num_correct is not None else torch.zeros(())
-                sums += torch.stack([out.loss.double().cpu(), correct.double().cpu()])
+            for sums in executor.evaluate(batch.micro_batches):
+                add_sums(total, sums)
     objective.train()
-    if world.size > 1:
-        sums = sums.to(world.device)
-        dist.all_reduce(sums)
-    loss, correct = sums.tolist()
-    result: dict[str, Any] = {"eval_loss": loss / num_targets, "eval_tokens": trained_tokens}
-    if objective.predicts:
-        result["eval_accuracy"] = correct / num_targets
+    reduced = reduce_sums(total, world)
+    result: dict[str, Any] = {"eval_loss": reduced["loss"] / num_targets, "eval_tokens": trained_tokens}
+    if "correct" in reduced:
+        result["eval_accuracy"] = reduced["correct"] / num_targets
     return result

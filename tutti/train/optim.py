@@ -37,15 +37,15 @@ BUCKET_ON_CPU, BUCKET_ON_DEVICE = 1 << 18, 1 << 24
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
-def build_optimizer(model: nn.Module, config: Config, *, whole: bool = True) -> Optimizer:
+def build_optimizer(model: nn.Module, config: Config, *, is_complete: bool = True) -> Optimizer:
     """The optimizer over `model`'s trainable parameters, as `config.train` describes it.
 
     Every parameter is in exactly one group, tied ones once; a group's weight decay is train.weight_decay or 0. The
-    groups' learning rate is set by the loop, with `set_lr`. ValueError, if `model` is whole and not a stage: a no_decay
-    name that matches nothing, or nothing to train.
+    groups' learning rate is set by the loop, with `set_lr`. is_complete: `model` is not a
+    stage of a pipeline. ValueError, if it is: a no_decay name that matches nothing, or nothing to train.
     """
     train = config.train
-    groups = decay_groups(model, train, whole=whole)
+    groups = decay_groups(model, train, is_complete=is_complete)
     betas = (train.adam_beta1, train.adam_beta2)
     if train.optimizer == "anyprecision_adamw":
         return AnyPrecisionAdamW(groups, lr=train.lr, betas=betas, eps=train.adam_eps)
@@ -60,15 +60,15 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def decay_groups(model: nn.Module, train: TrainConfig, *, whole: bool = True) -> list[dict[str, Any]]:
+def decay_groups(model: nn.Module, train: TrainConfig, *, is_complete: bool = True) -> list[dict[str, Any]]:
     """Parameter groups by weight decay, and by plain tensor or DTensor, which one kernel cannot take together."""
-    exempt = _exempt_parameters(model, train, whole)
+    exempt = _exempt_parameters(model, train, is_complete)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             key = (parameter in exempt, isinstance(parameter, DTensor))
             groups.setdefault(key, []).append(parameter)
-    if not groups and whole:
+    if not groups and is_complete:
         raise ValueError("the model has no trainable parameter: everything is frozen")
     if not groups:
         groups[True, False] = []  # an optimizer is never without a group
@@ -78,12 +78,12 @@ def decay_groups(model: nn.Module, train: TrainConfig, *, whole: bool = True) ->
     ]
 
 
-def _exempt_parameters(model: nn.Module, train: TrainConfig, whole: bool) -> set[nn.Parameter]:
+def _exempt_parameters(model: nn.Module, train: TrainConfig, is_complete: bool) -> set[nn.Parameter]:
     """The parameters that train.no_decay_modules and train.no_decay_params name."""
     exempt: set[nn.Parameter] = set()
     for name in train.no_decay_modules:
         matches = [module for module in model.modules() if _class_name(module) == name]
-        if not matches and whole:
+        if not matches and is_complete:
             known = sorted({_class_name(module) for module in model.modules()})
             raise ValueError(
                 f"train.no_decay_modules: the model has no module of class {name}; it has {', '.join(known)}"
@@ -92,7 +92,7 @@ def _exempt_parameters(model: nn.Module, train: TrainConfig, whole: bool) -> set
     named = list(model.named_parameters(remove_duplicate=False))
     for part in train.no_decay_params:
         found = [parameter for name, parameter in named if part in name]
-        if not found and whole:
+        if not found and is_complete:
             known = sorted({".".join(name.split(".")[-2:]) for name, _ in named})
             raise ValueError(
                 f"train.no_decay_params: no parameter's name contains {part}; the names end in {', '.join(known)}"

@@ -1,39 +1,47 @@
 """The run: everything that `tutti train` does, in the order in which it happens.
 
-configuration -> process group -> mesh -> model on the meta device -> data -> parallelize -> weights -> optimizer ->
-checkpoint -> loop. What can be wrong with the user's input is looked at before anything costly, on all ranks. State is
-passed along as arguments; what runs (which kernel, which layout) was decided when the parts were built.
+configuration -> process group -> layout -> tokenizer and model (on the meta device) -> structure -> mesh -> data ->
+task -> stages -> parallelize and weights -> executor -> optimizer -> checkpoint -> loop. What can be wrong with the
+user's input is looked at before anything costly, on all ranks. State is passed along as arguments; what runs (which
+kernel, which layout) was decided when the parts were built.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
 from functools import partial
 from pathlib import Path
-
-import torch
 
 from tutti.checkpoint.adapter import base_of, require_base
 from tutti.checkpoint.export import export_trained
 from tutti.checkpoint.manager import Checkpointer
 from tutti.config import Config
+from tutti.config.layout import fit
 from tutti.core.batch import GlobalBatch
 from tutti.core.dist import World, init_world, shutdown_world
 from tutti.model.lora import lora_of, require_gradients
+from tutti.parallel.mesh import build_mesh
 from tutti.train.evaluate import evaluate
 from tutti.train.logging.metrics import Metrics
-from tutti.train.logging.step_logger import Reporter
+from tutti.train.logging.step_logger import StepLogger
 from tutti.train.lr_schedule import learning_rate
-from tutti.train.optim import build_optimizer, set_lr
+from tutti.train.optim import build_optimizer, decay_groups, set_lr
+from tutti.train.placement import (
+    Run,
+    inspect_model,
+    load_parameters,
+    make_executor,
+    open_data,
+    place_model,
+    tokenizer_and_model,
+)
 from tutti.train.output import begin_run, claim_output
+from tutti.train.process import housekeeping, prepare_process
 from tutti.train.profile import make_profiler
 from tutti.train.samples import Samples
-from tutti.train.setup import Parts, assemble, load_parameters, prepare_process
-from tutti.train.stages import make_executor
 from tutti.train.step import TrainStep
 from tutti.train.stop import StopSignal
-from tutti.train.tasks.reference import make_reference
+from tutti.train.tasks import make_task
 
 log = logging.getLogger(__name__)
 
@@ -53,79 +61,95 @@ def train(config: Config) -> None:
         shutdown_world()
 
 
+def assemble(config: Config, world: World) -> Run:
+    """Everything that `config` and its data describe, with parameters still on the meta device. A collective call.
+
+    ValueError, on all ranks: what is wrong with the model's or the data's files, or does not fit the layout.
+    """
+    layout = fit(config, world.size)
+    tokenizer, model = world.run_on_all_ranks(lambda: tokenizer_and_model(config, world.device))
+    structure = world.run_on_all_ranks(lambda: inspect_model(config, layout, model))
+    world.run_on_all_ranks(lambda: decay_groups(model, config.train))
+    ddp = config.train.data_parallel_mode == "ddp"
+    mesh = build_mesh(layout, world, ddp=ddp, ep_outside=config.train.ep_outside)
+    data = open_data(config, tokenizer, model, world, mesh.dp_rank, mesh.dp_size)
+    log.info("%s", data.steps_reason)
+    placed = place_model(config, model, structure, make_task(config, len(data.sources)), layout, mesh)
+    return Run(config, world, layout, mesh, tokenizer, data, placed)
+
+
 def _run(config: Config, world: World) -> None:
     output = Path(config.train.output_dir or "")
-    parts = assemble(config, world)
-    samples = world.run_on_all_ranks(lambda: Samples(config, parts))
-    load_parameters(config, parts, world)
-    executor = make_executor(config.train, parts.objective, parts.mesh, parts.pipeline, world.device)
-    with_reference = make_reference(config, parts, executor, world)
-    optimizer = build_optimizer(parts.model, config, whole=parts.whole is None)
+    run = assemble(config, world)
+    data, placed, model = run.data, run.placed, run.placed.model
+    samples = world.run_on_all_ranks(lambda: Samples(run))
+    load_parameters(config, placed, run.mesh, world)
+    executor = make_executor(config.train, placed, run.mesh, world.device)
+    prepare = placed.objective.task.prepare(run, executor)
+    optimizer = build_optimizer(model, config, is_complete=placed.is_complete)
     checkpoints = Checkpointer(
         output,
         world,
         save_async=config.train.save_async,
         max_checkpoints=config.train.max_checkpoints,
-        facts=parts.facts(config),
-        documents=parts.documents(config),
+        facts=run.facts(),
+        documents=run.documents(),
     )
-    state = checkpoints.resume(config.train.load_checkpoint_path, parts.model, optimizer)
+    state = checkpoints.resume(config.train.load_checkpoint_path, model, optimizer)
     step = state["step"] if state else 0
     base = base_of(config, world)
     if state:
         require_base(state.get("base"), base)
-        parts.data.load_state_dict(state["data"])
-    trainer = TrainStep(
-        parts.objective,
+        data.load_state_dict(state["data"])
+    train_step = TrainStep(
+        placed.objective,
         optimizer,
         executor,
-        parts.mesh,
+        run.mesh,
         config.train.max_grad_norm,
-        inspect_gradients=partial(require_gradients, parts.model, world),
+        inspect_gradients=partial(require_gradients, model, world),
     )
     # From here on the output folder is this run's: all that it was given is good.
-    branch = begin_run(config, output, checkpoints, world)
-    run_info = parts.describe(world) | {"branch": branch}
+    run_info = run.describe() | {"branch": begin_run(config, output, checkpoints, world)}
     with (
         checkpoints,
-        Metrics(config, world, total_steps=parts.data.total_steps, run_info=run_info, start_step=step) as metrics,
+        Metrics(config, world, total_steps=data.total_steps, run_info=run_info, start_step=step) as metrics,
         make_profiler(config.train, world, start_step=step) as profiler,
         StopSignal(world) as stop,
     ):
-        report = Reporter(config, parts, world, metrics)
-        report.load_state_dict(state.get("totals", {}) if state else {})
-        for batch in with_reference(report.clock.waiting(parts.data.train()), "train"):
+        logger = StepLogger(run, metrics)
+        logger.load_state_dict(state.get("totals", {}) if state else {})
+        for batch in prepare(logger.clock.waiting(data.train()), "train"):
             step = batch.step
-            set_lr(optimizer, learning_rate(step - 1, parts.data.total_steps, config.train))
-            trainer.step(batch, report.totals)
-            report.after_step(batch, optimizer.param_groups[0]["lr"])
+            set_lr(optimizer, learning_rate(step - 1, data.total_steps, config.train))
+            train_step.step(batch, logger.totals)
+            logger.after_step(batch, optimizer.param_groups[0]["lr"])
             profiler.step()
             housekeeping(step, config)
-            report.clock.pause()
+            logger.clock.pause()
             if config.data.eval_path and due(batch, config.train.eval_steps, config.train.eval_epochs):
-                held_out = with_reference(parts.data.evaluate(), "eval")
-                found = evaluate(parts.objective, held_out, executor, world)
+                found = evaluate(placed.objective, prepare(data.evaluate(), "eval"), executor, world)
                 metrics.log_eval({"step": step, **found})
-                samples.show(step, metrics, executor, world)
+                samples.show(step, metrics, executor)
             stopping = stop.requested()
             if stopping or due(batch, config.train.save_steps, config.train.save_epochs):
-                state = {"step": step, "epoch": batch.epoch, "data": parts.data.state_dict(), "base": base}
-                state["totals"] = report.state_dict()
-                checkpoints.save(step, parts.model, optimizer, state)
+                state = {"step": step, "epoch": batch.epoch, "data": data.state_dict(), "base": base}
+                state["totals"] = logger.state_dict()
+                checkpoints.save(step, model, optimizer, state)
             if due(batch, config.train.hf_save_steps, config.train.hf_save_epochs):
-                _export(config, parts, output / "hf" / f"global_step_{step}", world)
+                _export(run, output / "hf" / f"global_step_{step}")
             if stopping:
                 break
-            report.clock.go_on()
+            logger.clock.go_on()
         checkpoints.wait()
-        if step < parts.data.total_steps:
+        if step < data.total_steps:
             metrics.close({"status": "stopped", "message": f"asked to stop after step {step}"})
             log.info("stopped after step %d; go on with --train.load_checkpoint_path auto", step)
             return
-        samples.show(step, metrics, executor, world)
+        samples.show(step, metrics, executor)
         if config.train.save_hf_weights:
-            _export(config, parts, output / "hf" / "final", world)
-        metrics.close({"status": "finished", "data": parts.data.report})
+            _export(run, output / "hf" / "final")
+        metrics.close({"status": "finished", "data": data.report})
     log.info("report: %s", output / "report.html")
 
 
@@ -135,15 +159,7 @@ def due(batch: GlobalBatch, steps: int, epochs: int) -> bool:
     return by_step or (epochs > 0 and batch.epoch_end and (batch.epoch + 1) % epochs == 0)
 
 
-def housekeeping(step: int, config: Config) -> None:
-    """Collect garbage and empty the device's cache when it is time, which is at the same step on all ranks."""
-    if config.train.gc_steps > 0 and step % config.train.gc_steps == 0:
-        gc.collect()
-    empty_every = config.train.empty_cache_steps if torch.accelerator.is_available() else 0
-    if empty_every > 0 and step % empty_every == 0:
-        torch.accelerator.empty_cache()
-
-
-def _export(config: Config, parts: Parts, folder: Path, world: World) -> None:
-    export_trained(config, parts.model, parts.tokenizer, folder, world, whole=parts.whole)
-    log.info("wrote the %s to %s", "model" if lora_of(parts.model) is None else "adapter", folder)
+def _export(run: Run, folder: Path) -> None:
+    placed = run.placed
+    export_trained(run.config, placed.model, run.tokenizer, folder, run.world, whole=placed.full_model)
+    log.info("wrote the %s to %s", "model" if lora_of(placed.model) is None else "adapter", folder)

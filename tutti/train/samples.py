@@ -23,14 +23,12 @@ from transformers import PreTrainedTokenizerBase
 
 from tutti.config import Config
 from tutti.core.batch import IGNORE, Sample, pack
-from tutti.core.dist import World
 from tutti.data.rows import RowError, conversation_of
-from tutti.model.structure import is_classifier
 from tutti.parallel.pipeline.executor import Executor
 from tutti.parallel.sequence import sequence_ranks, split_samples, split_tokens
 from tutti.train.logging.metrics import Metrics
-from tutti.train.objective import Objective
-from tutti.train.setup import Parts
+from tutti.train.objective import Objective, logits
+from tutti.train.placement import Run
 
 log = logging.getLogger(__name__)
 
@@ -50,17 +48,18 @@ class Samples:
     ValueError: the file is not there, or a prompt cannot be used.
     """
 
-    def __init__(self, config: Config, parts: Parts) -> None:
-        self._objective, self._mesh = parts.objective, parts.mesh
+    def __init__(self, run: Run) -> None:
+        config = run.config
+        self._objective, self._mesh, self._world = run.placed.objective, run.mesh, run.world
         self._split = split_samples if config.train.enable_batch_invariant_mode else split_tokens
-        self._tokenizer = parts.tokenizer
-        self._prompts = [] if is_classifier(parts.model) else _read(config, parts)
+        self._tokenizer = run.tokenizer
+        self._prompts = [] if run.placed.structure.classifies else _read(run)
         # Rows of one length need one compiled program; without compilation, padding would only cost time.
         room = sum(len(prompt.ids) + prompt.limit for prompt in self._prompts)
         self._pad_to = room if config.train.enable_compile else None
         self._shown = -1
 
-    def show(self, step: int, metrics: Metrics, executor: Executor, world: World) -> None:
+    def show(self, step: int, metrics: Metrics, executor: Executor) -> None:
         """Answer the prompts, once a step, into the log, the report and the other places. A collective call."""
         if not self._prompts or step == self._shown:
             return
@@ -68,20 +67,20 @@ class Samples:
         ends = _end_ids(self._objective)
         self._objective.eval()
         with torch.no_grad():
-            answers = self._answers(ends, executor, world)
+            answers = self._answers(ends, executor)
         self._objective.train()
         for prompt, ids in zip(self._prompts, answers, strict=True):
             answer = str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
             log.info("step %d, sample: %s -> %s", step, " ".join(prompt.text.split()), " ".join(answer.split()))
             metrics.log_text(step, prompt.text, answer)
 
-    def _answers(self, ends: frozenset[int], executor: Executor, world: World) -> list[list[int]]:
+    def _answers(self, ends: frozenset[int], executor: Executor) -> list[list[int]]:
         """The most likely tokens after each prompt, without the one that ends the answer."""
         answers: list[list[int]] = [[] for _ in self._prompts]
         going = list(range(len(self._prompts)))
         while going:
             rows = [(number, [*self._prompts[number].ids, *answers[number]]) for number in going]
-            chosen = self._next(rows, executor, world)
+            chosen = self._next(rows, executor)
             for number in going:
                 if chosen[number] not in ends:
                     answers[number].append(chosen[number])
@@ -89,13 +88,14 @@ class Samples:
             going = [n for n in going if chosen[n] not in ends and len(answers[n]) < limits[n]]
         return answers
 
-    def _next(self, rows: Sequence[tuple[int, list[int]]], executor: Executor, world: World) -> list[int]:
+    def _next(self, rows: Sequence[tuple[int, list[int]]], executor: Executor) -> list[int]:
         """The next token of each numbered row; -1 for the numbers that are not there."""
+        world = self._world
         batch = pack([_sample(number, ids) for number, ids in rows], pad_to=self._pad_to)
         own = self._split(batch, sequence_ranks(self._mesh))
         chosen = torch.full((len(self._prompts),), -1, dtype=torch.int64, device=world.device)
-        for logits in executor.evaluate([batch], only_logits=True):
-            chosen[own.labels[own.target_index].to(world.device)] = logits.argmax(-1)
+        for values in executor.evaluate([batch], compute=logits):
+            chosen[own.labels[own.target_index].to(world.device)] = values.argmax(-1)
         if world.size > 1:
             # Where ranks share the tokens of a row, one of them holds its last, and only the last stage of a pipeline
             # has logits; and all must choose the same.
@@ -111,19 +111,19 @@ def _sample(number: int, ids: list[int]) -> Sample:
 
 
 def _end_ids(objective: Objective) -> frozenset[int]:
-    """The tokens that end an answer, which `tutti.train.setup` has put into the model's generation config."""
+    """The tokens that end an answer, which `tutti.train.placement` has put into the model's generation config."""
     ends = objective.model.generation_config.eos_token_id
     return frozenset([ends] if isinstance(ends, int) else ends or ())
 
 
-def _read(config: Config, parts: Parts) -> list[Prompt]:
+def _read(run: Run) -> list[Prompt]:
     """All prompts as token ids. ValueError: which one cannot be used, and why."""
-    chat = config.data.data_type != "plaintext"
-    context = getattr(parts.model.config.get_text_config(), "max_position_embeddings", None)
+    config, chat = run.config, run.config.data.task.holds_chats
+    context = getattr(run.placed.structure.config, "max_position_embeddings", None)
     prompts = []
     for place, row in _rows(config):
         try:
-            text, ids = _encode(row, parts.tokenizer, chat=chat)
+            text, ids = _encode(row, run.tokenizer, chat=chat)
         except RowError as error:
             raise ValueError(f"{place}: {error}") from None
         limit = config.train.sample_tokens if context is None else min(config.train.sample_tokens, context - len(ids))

@@ -25,7 +25,8 @@ from tutti.core.dist import World
 from tutti.parallel.grads import clip_gradients
 from tutti.parallel.mesh import Mesh
 from tutti.parallel.pipeline.executor import Executor
-from tutti.train.objective import Objective, Output, source_sums
+from tutti.train.objective import Objective
+from tutti.train.tasks import Sums
 
 
 class TrainStep:
@@ -53,12 +54,10 @@ class TrainStep:
     def step(self, batch: GlobalBatch, totals: Totals) -> None:
         """Train on `batch` and add what happened to `totals`. A collective call."""
 
-        def loss_of(micro: Batch, out: Output) -> Tensor:
-            loss = out.loss / batch.num_targets
-            if out.router_loss is not None:
-                loss = loss + out.router_loss / batch.num_tokens
-            totals.add(micro, out)
-            return loss
+        def loss_of(micro: Batch, sums: Sums) -> Tensor:
+            add_sums(totals.sums, sums)
+            losses = [sums[name] / count for name, count in batch.counts.items() if name in sums]
+            return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
         self._executor.train(batch.micro_batches, loss_of)
         flops = sum(self._flops.batch(micro.lengths(), micro.num_values()) for micro in batch.micro_batches)
@@ -90,16 +89,12 @@ def _update(optimizer: Optimizer, finite: Tensor) -> None:
 class Totals:
     """Sums since the last line of metrics. The tensors are this rank's, on the device; the counts are global.
 
-    loss: over targets. router_loss: times tokens. source_loss: by source. rewards [3]: over pairs, the chosen answers'
-    rewards, the rejected ones', and how many pairs are in the right order. grad_norm: the last step's. flops: of the
-    model, this rank's share. skipped: steps whose gradient was not finite; consecutive_skips: how many of the last
-    ones in a row, over the whole run.
+    sums: of the objective, by name, each a vector. grad_norm: the last step's. flops: of the model, this rank's share.
+    skipped: steps whose gradient was not finite; consecutive_skips: how many of the last ones in a row, over the whole
+    run.
     """
 
-    loss: Tensor
-    router_loss: Tensor
-    source_loss: Tensor
-    rewards: Tensor
+    sums: dict[str, Tensor]
     grad_norm: Tensor
     skipped: Tensor
     consecutive_skips: Tensor
@@ -114,32 +109,17 @@ class Totals:
     source_tokens: Counter[str] = field(default_factory=Counter)
 
     @classmethod
-    def zero(cls, num_sources: int, device: torch.device) -> Totals:
-        def scalar(dtype: torch.dtype) -> Tensor:
-            return torch.zeros((), dtype=dtype, device=device)
-
-        fp64 = torch.float64 if device.type != "npu" else torch.float32
+    def zero(cls, sizes: Mapping[str, int], device: torch.device) -> Totals:
+        """Totals of nothing. sizes: how many values each sum has, by name."""
         return cls(
-            loss=scalar(fp64),
-            router_loss=scalar(fp64),
-            source_loss=torch.zeros(num_sources, dtype=torch.float32, device=device),
-            rewards=torch.zeros(3, dtype=torch.float32, device=device),
-            grad_norm=scalar(torch.float32),
-            skipped=scalar(torch.int64),
-            consecutive_skips=scalar(torch.int64),
+            sums=zero_sums(sizes, device),
+            grad_norm=torch.zeros((), device=device),
+            skipped=torch.zeros((), dtype=torch.int64, device=device),
+            consecutive_skips=torch.zeros((), dtype=torch.int64, device=device),
         )
 
-    def add(self, micro: Batch, out: Output) -> None:
-        """Add what came out for a micro batch, which is on the device."""
-        self.loss += out.loss.detach()
-        if out.router_loss is not None:
-            self.router_loss += out.router_loss.detach()
-        if out.rewards is not None and out.num_correct is not None:
-            self.rewards += torch.cat([out.rewards, out.num_correct[None]])
-        if len(self.source_loss) > 1:
-            self.source_loss += source_sums(micro, out.losses, len(self.source_loss))
-
     def count(self, batch: GlobalBatch) -> None:
+        """Add what is known of a step beforehand."""
         self.num_steps += 1
         self.num_targets += batch.num_targets
         self.trained_tokens += batch.trained_tokens
@@ -154,10 +134,10 @@ class Totals:
 
         Sums are kept by rank: added up in another order they would differ in their last bits after a resume.
         """
-        sums = [self.loss, self.router_loss, self.loss.new_tensor(self.flops), *self.rewards, *self.source_loss]
         counts = {name: getattr(self, name) for name in _COUNTS}
+        local = {name: vector.tolist() for name, vector in self.sums.items()} | {"flops": [self.flops]}
         return {
-            "sums": world.gather(torch.stack([value.double() for value in sums]).tolist()),
+            "sums": world.gather(local),
             "counts": {name: dict(value) if isinstance(value, Counter) else value for name, value in counts.items()},
             "skipped": int(self.skipped),
             "consecutive_skips": int(self.consecutive_skips),
@@ -165,15 +145,15 @@ class Totals:
 
     def load_state_dict(self, state: Mapping[str, Any], world: World) -> None:
         """Go on from `state`; the first rank takes the sums of all where there were other ranks."""
-        sums = torch.tensor(state["sums"], dtype=torch.float64)
-        if len(sums) != world.size:
-            sums = torch.cat([sums.sum(0, keepdim=True), sums.new_zeros(world.size - 1, sums.shape[1])])
-        loss, router_loss, flops, *rest = sums[world.rank]
-        self.loss += loss
-        self.router_loss += router_loss
-        self.flops += float(flops)
-        self.rewards += torch.stack(rest[:3]).to(self.rewards)
-        self.source_loss += torch.stack(rest[3:]).to(self.source_loss)
+        by_rank = state["sums"]
+        if len(by_rank) == world.size:
+            by_rank = [by_rank[world.rank]]
+        elif world.rank:
+            by_rank = []
+        for sums in by_rank:
+            self.flops += sums["flops"][0]
+            for name, vector in self.sums.items():
+                vector += vector.new_tensor(sums[name])
         self.skipped += state["skipped"]
         self.consecutive_skips += state["consecutive_skips"]
         for name, value in state["counts"].items():
@@ -182,20 +162,13 @@ class Totals:
             else:
                 setattr(self, name, value)
 
-    def reduce(self, world: World) -> Means:
-        """What the totals come to over all ranks, on the host; waits for the device. A collective call."""
-        local = self.loss.new_tensor([self.flops])
-        vectors = [vector.to(self.loss.dtype) for vector in (self.rewards, self.source_loss)]
-        sums = torch.cat([self.loss[None], self.router_loss[None], local, *vectors])
-        if world.size > 1:
-            dist.all_reduce(sums)
-        loss, router_loss, flops, *rest = sums.tolist()
-        return Means(
-            loss=loss / self.num_targets,
-            router_loss=router_loss / self.num_tokens,
-            flops=flops,
-            source_loss=rest[3:],
-            rewards=rest[:3],
+    def reduce(self, world: World) -> Reduced:
+        """The totals over all ranks, on the host; waits for the device. A collective call."""
+        local = {**self.sums, "flops": self.sums["loss"].new_tensor([self.flops])}
+        sums = reduce_sums(local, world)
+        return Reduced(
+            flops=sums.pop("flops"),
+            sums=sums,
             grad_norm=self.grad_norm.item(),
             skipped=int(self.skipped),
             consecutive_skips=int(self.consecutive_skips),
@@ -215,15 +188,33 @@ _COUNTS = (
 """The fields of `Totals` that are the same on every rank."""
 
 
-class Means(NamedTuple):
-    """Totals over all ranks: means over targets or tokens, sums of flops, source_loss and rewards, the last step's
-    grad_norm."""
+class Reduced(NamedTuple):
+    """Totals over all ranks. sums: numbers, or lists of them where a sum has several values."""
 
-    loss: float
-    router_loss: float
+    sums: dict[str, Any]
     flops: float
-    source_loss: list[float]
-    rewards: list[float]
     grad_norm: float
     skipped: int
     consecutive_skips: int
+
+
+def zero_sums(sizes: Mapping[str, int], device: torch.device) -> dict[str, Tensor]:
+    """Vectors to add sums to, in fp64 where the device has it."""
+    dtype = torch.float64 if device.type != "npu" else torch.float32
+    return {name: torch.zeros(size, dtype=dtype, device=device) for name, size in sizes.items()}
+
+
+def add_sums(total: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> None:
+    """Add a micro batch's sums to `total`, in place."""
+    for name, value in sums.items():
+        total[name].add_(value.detach())
+
+
+def reduce_sums(local: Mapping[str, Tensor], world: World) -> dict[str, Any]:
+    """Each rank's vectors added up over all ranks, on the host: numbers, or lists of them. A collective call."""
+    flat = torch.cat(list(local.values()))
+    if world.size > 1:
+        dist.all_reduce(flat)
+    values = flat.split([len(vector) for vector in local.values()])
+    found = {name: value.tolist() for name, value in zip(local, values, strict=True)}
+    return {name: value[0] if len(value) == 1 else value for name, value in found.items()}

@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tutti.core.structure import ModelStructure, StageTrace
 from tutti.parallel.mesh import Mesh
 
 MEMORY_WEIGHT = 0.25
@@ -255,43 +256,38 @@ class Pipeline:
         return self.stages[-1].is_last
 
 
-class Seams(NamedTuple):
-    """Where a model can be cut. decoder: the module that holds the rest. blocks: the name of the list of blocks.
-    front, tail: names of what runs before and after them. gives_tuple: a block's hidden states are the first of a
-    tuple. head: the name, in the model, of its head. beside: likewise of what runs before the decoder."""
-
-    decoder: nn.Module
-    blocks: str
-    front: tuple[str, ...]
-    tail: tuple[str, ...]
-    gives_tuple: bool
-    head: str
-    beside: tuple[str, ...] = ()
-
-
-def cut(model: nn.Module, seams: Seams, borders: Sequence[range], rank: int, num_ranks: int) -> tuple[Stage, ...]:
+def cut(
+    model: nn.Module,
+    structure: ModelStructure,
+    trace: StageTrace,
+    borders: Sequence[range],
+    rank: int,
+    num_ranks: int,
+) -> tuple[Stage, ...]:
     """Leave `model` with what the stages of `rank` need, in place, and return these stages.
 
-    borders: the blocks of each of all stages, stage s being on rank s % num_ranks.
+    structure, trace: of the whole model. borders: the blocks of each of all stages, stage s being on rank
+    s % num_ranks.
     """
-    decoder = seams.decoder
+    decoder, head = structure.text_model, structure.head
+    names = {module: name for name, module in model.named_modules()}
     numbers = range(rank, len(borders), num_ranks)
     held = [number for stage in numbers for number in borders[stage]]
-    blocks: Any = decoder.get_submodule(seams.blocks)
-    holder = StageBlocks(list(blocks), held, gives_tuple=seams.gives_tuple)
-    decoder.set_submodule(seams.blocks, holder)
+    blocks: Any = decoder.get_submodule(trace.blocks)
+    holder = StageBlocks(list(blocks), held, gives_tuple=trace.gives_tuple)
+    decoder.set_submodule(trace.blocks, holder)
     has_last = numbers[-1] == len(borders) - 1
-    needed = {id(p) for p in model.get_submodule(seams.head).parameters()} if has_last else set()
-    for name in seams.front if numbers[0] > 0 else ():
+    needed = {id(p) for p in head.parameters()} if has_last else set()
+    for name in trace.front if numbers[0] > 0 else ():
         # What is tied to the head keeps its name, under which checkpoints hold it.
         if not any(id(p) in needed for p in decoder.get_submodule(name).parameters()):
             decoder.set_submodule(name, Absent())
-    for name in seams.beside if numbers[0] > 0 else ():
-        model.set_submodule(name, Absent())
+    for tower in structure.towers if numbers[0] > 0 else ():
+        model.set_submodule(names[tower], Absent())
     if not has_last:
-        for name in seams.tail:
+        for name in trace.tail:
             decoder.set_submodule(name, Absent())
-        model.set_submodule(seams.head, Absent())
+        model.set_submodule(names[head], Absent())
     return tuple(Stage(index, borders[index], index == 0, index == len(borders) - 1, holder) for index in numbers)
 
 
@@ -304,10 +300,3 @@ def tied_ranks(mesh: Mesh) -> dist.ProcessGroup | None:
     made = dist.new_group([ranks[0], ranks[-1]], use_local_synchronization=True)
     assert isinstance(made, dist.ProcessGroup)
     return made
-
-
-def own_modules(model: nn.Module, whole: Iterable[tuple[str, nn.Module]]) -> list[nn.Module]:
-    """Of the named modules of the whole model, this rank's own."""
-    present = dict(model.named_modules())
-    found = (present.get(name) for name, _ in whole)
-    return [module for module in found if module is not None and not isinstance(module, Absent)]

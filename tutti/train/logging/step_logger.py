@@ -9,16 +9,12 @@ from typing import Any
 
 import torch
 
-from tutti.config import Config
 from tutti.core.batch import GlobalBatch
 from tutti.core.device import memory_gib, peak_flops
-from tutti.core.dist import World
 from tutti.model.experts import ExpertLoad
-from tutti.model.structure import experts
 from tutti.train.logging.metrics import Metrics
-from tutti.train.setup import Parts
-from tutti.train.step import Means, Totals
-from tutti.train.tasks.preference import reward_metrics
+from tutti.train.placement import Run
+from tutti.train.step import Reduced, Totals
 
 log = logging.getLogger(__name__)
 
@@ -74,40 +70,40 @@ class Clock:
         return result
 
 
-class Reporter:
+class StepLogger:
     """Holds the totals of the steps since the last line of metrics, and writes the line when it is due."""
 
-    def __init__(self, config: Config, parts: Parts, world: World, metrics: Metrics) -> None:
-        self._config, self._parts, self._ranks, self._metrics = config, parts, world, metrics
+    def __init__(self, run: Run, metrics: Metrics) -> None:
+        self._run, self._config, self._world, self._metrics = run, run.config, run.world, metrics
         self._peak: float | None = None
-        self._expert_load = ExpertLoad(experts(parts.model), parts.mesh, world.device)
+        self._expert_load = ExpertLoad(run.placed.structure.experts, run.mesh, run.world.device)
         self.clock = Clock()
         self.totals = self._fresh()
 
     def _fresh(self) -> Totals:
-        return Totals.zero(len(self._parts.data.sources), self._ranks.device)
+        return Totals.zero(self._run.placed.objective.sizes, self._world.device)
 
     def state_dict(self) -> dict[str, Any]:
         """The totals since the last line of metrics, as plain data, the same on every rank. A collective call."""
-        return {"clock": self._ranks.broadcast(self.clock.state()), **self.totals.state_dict(self._ranks)}
+        return {"clock": self._world.broadcast(self.clock.state()), **self.totals.state_dict(self._world)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the totals of `state`; nothing where a checkpoint has none."""
         if state:
             self.clock.go_back(*state["clock"])
-            self.totals.load_state_dict(state, self._ranks)
+            self.totals.load_state_dict(state, self._world)
 
     def after_step(self, batch: GlobalBatch, lr: float) -> None:
         """Write the line that is due after `batch`, if one is. ValueError where training has broken down."""
         if batch.step % self._config.train.log_steps and not batch.epoch_end:
             return
-        totals, means = self.totals, self.totals.reduce(self._ranks)
+        totals, reduced = self.totals, self.totals.reduce(self._world)
         seconds, waited = self.clock.lap()
         record: dict[str, Any] = {
             "step": batch.step,
             "epoch": batch.epoch,
-            "loss": means.loss,
-            "grad_norm": means.grad_norm,
+            "loss": reduced.sums["loss"] / totals.num_targets,
+            "grad_norm": reduced.grad_norm,
             "lr": lr,
             "tokens": totals.num_tokens,
             "trained_tokens": totals.trained_tokens,
@@ -115,22 +111,21 @@ class Reporter:
             "step_seconds": seconds / totals.num_steps,
             "data_seconds": waited / totals.num_steps,
             "tokens_per_second": totals.num_tokens / seconds,
-            "mfu": self._mfu(means.flops, seconds),
-            "memory_gib": memory_gib(self._ranks.device),
+            "mfu": self._mfu(reduced.flops, seconds),
+            "memory_gib": memory_gib(self._world.device),
             "packing": totals.num_tokens / totals.num_slots,
         }
-        record |= self._by_source(means) | self._expert_load.take()
-        if self._parts.objective.preference is not None:
-            record |= reward_metrics(means.rewards, totals.num_targets)
-        if means.router_loss:
-            record["router_loss"] = means.router_loss
-        if means.skipped:
-            record["skipped_steps"] = means.skipped
-            log.warning("step %d: %d skipped, the gradient was not finite", batch.step, means.skipped)
+        record |= self._by_source(reduced) | self._expert_load.take()
+        record |= self._run.placed.objective.task.metrics(reduced.sums, totals.num_targets)
+        if router_loss := reduced.sums.get("router_loss"):
+            record["router_loss"] = router_loss / totals.num_tokens
+        if reduced.skipped:
+            record["skipped_steps"] = reduced.skipped
+            log.warning("step %d: %d skipped, the gradient was not finite", batch.step, reduced.skipped)
         self._metrics.log_step(record)
-        if means.consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
+        if reduced.consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
             raise ValueError(
-                f"the gradient was not finite for the last {means.consecutive_skips} steps and nothing was learned "
+                f"the gradient was not finite for the last {reduced.consecutive_skips} steps and nothing was learned "
                 "from them: lower train.lr, raise train.lr_warmup_ratio, or look at the data of these steps"
             )
         self.totals = self._fresh()
@@ -139,18 +134,25 @@ class Reporter:
     def _mfu(self, flops: float, seconds: float) -> float | None:
         """The model's own operations as a share of what all ranks' devices can do in that time."""
         if self._peak is None:
-            self._peak = peak_flops(self._ranks.device, getattr(torch, self._config.train.compute_dtype)) or 0.0
+            self._peak = peak_flops(self._world.device, getattr(torch, self._config.train.compute_dtype)) or 0.0
             self.clock.lap()
-        return flops / seconds / (self._peak * self._ranks.size) if self._peak else None
+        return flops / seconds / (self._peak * self._world.size) if self._peak else None
 
-    def _by_source(self, means: Means) -> dict[str, float]:
+    def _by_source(self, reduced: Reduced) -> dict[str, float]:
         """Loss and tokens of each of several sources, or of the one that the user gave a name."""
-        names, tokens, targets = self._parts.data.sources, self.totals.source_tokens, self.totals.source_targets
+        names, tokens, targets = self._run.data.sources, self.totals.source_tokens, self.totals.source_targets
         if len(names) == 1:
             label = self._config.data.source_name
-            return {f"source_tokens/{label}": tokens[names[0]], f"source_loss/{label}": means.loss} if label else {}
+            return (
+                {
+                    f"source_tokens/{label}": tokens[names[0]],
+                    f"source_loss/{label}": reduced.sums["loss"] / self.totals.num_targets,
+                }
+                if label
+                else {}
+            )
         record: dict[str, float] = {f"source_tokens/{name}": tokens[name] for name in names}
-        for name, total in zip(names, means.source_loss, strict=True):
+        for name, total in zip(names, reduced.sums["source_loss"], strict=True):
             if targets[name]:
                 record[f"source_loss/{name}"] = total / targets[name]
         return record

@@ -1,1 +1,77 @@
-"""Tasks: objectives with their rows, losses and metrics."""
+"""Tasks: what a run optimizes. Each module here is one objective: its loss, what it counts and the figures it reports.
+
+A step sums what a task's `loss` returns over micro batches and ranks, by name, and divides by counts that are known
+beforehand; nothing else of the program knows what the names mean. `data.data_type` picks the task from the table in
+`tutti.config.tasks`, which also says how its rows are read and what head the model gets.
+
+To add a task: write a module with `make_task(config)`, give it a row in the table, and test it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import Tensor
+
+from tutti.config import Config
+from tutti.core.batch import GlobalBatch
+from tutti.train.head import Head
+
+if TYPE_CHECKING:
+    from tutti.parallel.pipeline.executor import Executor
+    from tutti.train.placement import Run
+
+Sums = dict[str, Tensor]
+"""What a micro batch adds up to, by name: a rank's share of each sum. `loss` is the one to differentiate; the others
+are detached, scalars or vectors of the sizes in `Task.sums`."""
+
+Split = Literal["train", "eval"]
+
+Prepare = Callable[[Iterable[GlobalBatch], Split], Iterator[GlobalBatch]]
+"""The same global batches with what the task's loss needs beside the tokens."""
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """An objective.
+
+    sums: the names and sizes of what `loss` returns beside `loss` and the sums by source. num_sources: of the data;
+    with several, losses are summed by source as well.
+    """
+
+    sums: ClassVar[Mapping[str, int]] = {}
+    num_sources: int = 1
+
+    @abstractmethod
+    def loss(self, hidden: Tensor, head: Head) -> Sums:
+        """The sums of the micro batch `head.batch`, from its hidden states at the N targets [N, H]."""
+
+    def metrics(self, sums: Mapping[str, Any], num_targets: int) -> dict[str, float]:
+        """Further figures of a line of metrics, from sums over all ranks (numbers, or lists of them)."""
+        return {}
+
+    def prepare(self, run: Run, executor: Executor) -> Prepare:
+        """How global batches get what the loss needs beside the tokens. Called once the model of `run` has its weights,
+        and before a checkpoint is loaded. A collective call."""
+        return lambda batches, split: iter(batches)
+
+    def by_source(self, losses: Tensor, sources: Tensor) -> Sums:
+        """Detached losses [n] summed by their data sources [n]; nothing where all are of one source."""
+        if self.num_sources == 1:
+            return {}
+        return {"source_loss": losses.new_zeros(self.num_sources).index_add_(0, sources, losses)}
+
+    def sizes(self) -> dict[str, int]:
+        """The number of values under each name that `loss` returns."""
+        by_source = {"source_loss": self.num_sources} if self.num_sources > 1 else {}
+        return {"loss": 1, **self.sums, **by_source}
+
+
+def make_task(config: Config, num_sources: int = 1) -> Task:
+    """The task that data.data_type names."""
+    task: Task = import_module(config.data.task.module).make_task(config)
+    return replace(task, num_sources=num_sources)

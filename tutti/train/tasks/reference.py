@@ -21,43 +21,34 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tutti.config import Config
 from tutti.core.batch import Batch, GlobalBatch
 from tutti.core.dist import World
 from tutti.model.lora import adapters_off
+from tutti.model.structure import read_structure
 from tutti.parallel.fsdp import fsdp_modules
 from tutti.parallel.pipeline.executor import Executor
 from tutti.train.objective import Objective
-from tutti.train.setup import Parts, second_model
-from tutti.train.stages import make_executor
+from tutti.train.placement import Run, load_parameters, make_executor, place_model, tokenizer_and_model
+from tutti.train.tasks import Prepare, Split
+from tutti.train.tasks.dpo import REFERENCE, answer_log_probs
 
 log = logging.getLogger(__name__)
 
 FILE = "reference.safetensors"
 
-Part = Literal["train", "eval"]
 
-WithReference = Callable[[Iterable[GlobalBatch], Part], Iterator[GlobalBatch]]
-"""The same global batches with the reference model's log-probabilities in them."""
-
-
-def make_reference(config: Config, parts: Parts, executor: Executor, world: World) -> WithReference:
-    """How batches get their reference. Call it when `parts` has its weights, and before a checkpoint is loaded.
-
-    executor: runs the model of `parts`. Where data is not pairs, batches stay as they are. A collective call.
-    """
-    if parts.objective.preference is None:
-        return lambda batches, part: iter(batches)
-    if config.train.dpo_reference == "precompute":
-        return Precomputed(_tables(config, parts, executor, world))
-    return _on_the_fly(config, parts, executor, world)
+def make_reference(run: Run, executor: Executor) -> Prepare:
+    """How batches get the reference model's log-probabilities. Call it when the model has its weights, and before a
+    checkpoint is loaded. executor: runs the model of `run`. A collective call."""
+    if run.config.train.dpo_reference == "precompute":
+        return Precomputed(_tables(run, executor))
+    return _on_the_fly(run, executor)
 
 
 @dataclass(frozen=True)
@@ -66,22 +57,22 @@ class Precomputed:
 
     tables: dict[str, Tensor]
 
-    def __call__(self, batches: Iterable[GlobalBatch], part: Part) -> Iterator[GlobalBatch]:
+    def __call__(self, batches: Iterable[GlobalBatch], split: Split) -> Iterator[GlobalBatch]:
         for batch in batches:
-            known = [self.tables[part][list(names)] for names in batch.names]
+            known = [self.tables[split][list(names)] for names in batch.names]
             yield _with_reference(batch, known)
 
 
 @dataclass(frozen=True)
 class Scorer:
     """Computes answers' log-probabilities by `objective`, which `executor` runs and which is the reference model, if
-    need be within `apart`."""
+    need be within the context that `isolated` makes."""
 
     objective: Objective
     executor: Executor
-    apart: Callable[[], AbstractContextManager[None]] = nullcontext
+    isolated: Callable[[], AbstractContextManager[None]] = nullcontext
 
-    def __call__(self, batches: Iterable[GlobalBatch], part: Part) -> Iterator[GlobalBatch]:
+    def __call__(self, batches: Iterable[GlobalBatch], split: Split) -> Iterator[GlobalBatch]:
         for batch in batches:
             yield _with_reference(batch, self.score(batch))
 
@@ -90,10 +81,10 @@ class Scorer:
         end. A collective call."""
         training = self.objective.training
         self.objective.eval()
-        with torch.no_grad(), self.apart():
-            found = [out.log_probs for out in self.executor.evaluate(batch.micro_batches)]
+        with torch.no_grad(), self.isolated():
+            found = list(self.executor.evaluate(batch.micro_batches, compute=answer_log_probs))
         self.objective.train(training)
-        return [torch.empty(0, 2) if one is None else one.cpu() for one in found]
+        return [one.cpu() for one in found]
 
 
 def _with_reference(batch: GlobalBatch, known: list[Tensor]) -> GlobalBatch:
@@ -101,43 +92,45 @@ def _with_reference(batch: GlobalBatch, known: list[Tensor]) -> GlobalBatch:
         return batch
 
     def complete(micro: Batch, reference: Tensor) -> Batch:
-        if micro.pairs is None:  # padding alone
-            return micro
         if micro.input_ids.is_pinned():
             reference = reference.pin_memory()
-        return replace(micro, pairs=replace(micro.pairs, reference=reference))
+        return replace(micro, payload={**micro.payload, REFERENCE: reference})
 
     return replace(batch, micro_batches=tuple(map(complete, batch.micro_batches, known)))
 
 
-def _on_the_fly(config: Config, parts: Parts, executor: Executor, world: World) -> Scorer:
+def _on_the_fly(run: Run, executor: Executor) -> Scorer:
     """A scorer by the model itself without its adapters, if that is what it began as, else by a second model."""
-    train = config.train
-    if train.architecture == "lora" and config.model.adapter_path is None and not train.lora_full_modules:
-        return Scorer(parts.objective, executor, lambda: adapters_off(parts.model))
+    train, placed, world = run.config.train, run.placed, run.world
+    if train.architecture == "lora" and run.config.model.adapter_path is None and not train.lora_full_modules:
+        return Scorer(placed.objective, executor, lambda: adapters_off(placed.model))
     low = train.enable_mixed_precision and train.compute_dtype == "float32"
     train = replace(train, enable_mixed_precision=low, enable_gradient_checkpointing=False)
-    config = replace(config, train=train)
-    second = second_model(config, parts, world)
+    config = replace(run.config, train=train)
+    _, model = world.run_on_all_ranks(lambda: tokenizer_and_model(config, world.device))
+    structure = read_structure(model, config.model.basic_modules)
+    second = place_model(config, model, structure, placed.objective.task, run.layout, run.mesh)
+    load_parameters(config, second, run.mesh, world)
     second.objective.eval().requires_grad_(False)
     log.info("reference model: a second copy, in %s", train.compute_dtype)
-    return Scorer(second.objective, make_executor(train, second.objective, parts.mesh, second.pipeline, world.device))
+    return Scorer(second.objective, make_executor(train, second, run.mesh, world.device))
 
 
-def _tables(config: Config, parts: Parts, executor: Executor, world: World) -> dict[str, Tensor]:
+def _tables(run: Run, executor: Executor) -> dict[str, Tensor]:
     """The log-probabilities of all pairs, from the run's own file where it goes on, else computed. Collective."""
+    config, world = run.config, run.world
     path = Path(config.train.output_dir or "") / FILE
-    key = _key(config, parts)
+    key = _key(run)
     goes_on = config.train.load_checkpoint_path is not None
     tables = world.broadcast(_read(path, key) if goes_on and world.is_main else None)
     if tables is not None:
         log.info("reference log-probabilities: taken from %s", path)
         return tables
-    score = Scorer(parts.objective, executor).score
-    tables = {"train": _table(parts.data.scan(), score, world)}
+    score = Scorer(run.placed.objective, executor).score
+    tables = {"train": _table(run.data.scan(), score, world)}
     if config.data.eval_path:
-        tables["eval"] = _table(parts.data.evaluate(), score, world)
-    for module in fsdp_modules(parts.objective):
+        tables["eval"] = _table(run.data.evaluate(), score, world)
+    for module in fsdp_modules(run.placed.objective):
         module.reshard()  # what is gathered now must not outlive the loading of a checkpoint
     log.info("reference log-probabilities: computed for %s pairs", f"{sum(map(len, tables.values())):,}")
     if world.is_main:
@@ -163,9 +156,9 @@ def _table(batches: Iterable[GlobalBatch], score: Callable[[GlobalBatch], list[T
     return table
 
 
-def _key(config: Config, parts: Parts) -> str:
-    """Stands for the data and the model at the start of the run."""
-    what = (parts.data.digest, config.model, config.train.compute_dtype, config.train.seed)
+def _key(run: Run) -> str:
+    """A digest of the data and of the model at the start of the run."""
+    what = (run.data.digest, run.config.model, run.config.train.compute_dtype, run.config.train.seed)
     return hashlib.sha256(repr(what).encode()).hexdigest()
 
 

@@ -14,15 +14,15 @@ from tests.train.test_objective import assert_same_gradients
 from tutti.attention.interface import resolve_attention
 from tutti.core.batch import IGNORE, Sample, pack
 from tutti.train.objective import Objective
-from tutti.train.tasks.preference import Preference
+from tutti.train.tasks.dpo import REFERENCE, DirectPreference, answer_log_probs
 
 LENGTHS = ((9, 14), (21, 8), (5, 5))
-SIGMOID = Preference(0.1, 0.0, "sigmoid")
+SIGMOID = DirectPreference(beta=0.1)
 KINDS = {
     "sigmoid": SIGMOID,
-    "strong": Preference(2.0, 0.0, "sigmoid"),
-    "smoothed": Preference(0.3, 0.2, "sigmoid"),
-    "ipo": Preference(0.5, 0.0, "ipo"),
+    "strong": DirectPreference(beta=2.0),
+    "smoothed": DirectPreference(beta=0.3, label_smoothing=0.2),
+    "ipo": DirectPreference(beta=0.5, variant="ipo"),
 }
 
 
@@ -75,9 +75,9 @@ def formula(preference, model, reference, samples):
             policy, count = log_prob(model, ids, trained)
             with torch.no_grad():
                 base, _ = log_prob(reference, ids, trained)
-            ratios.append((policy - base) / (count if preference.loss == "ipo" else 1))
+            ratios.append((policy - base) / (count if preference.variant == "ipo" else 1))
         margin = ratios[0] - ratios[1]
-        if preference.loss == "ipo":
+        if preference.variant == "ipo":
             losses.append((margin - 1 / (2 * preference.beta)) ** 2)
         else:
             z, smoothing = preference.beta * margin, preference.label_smoothing
@@ -89,11 +89,11 @@ def formula(preference, model, reference, samples):
 def reference_log_probs(model, samples):
     """[P, 2], by the packed objective itself."""
     with torch.no_grad():
-        return Objective(packed_twin(model), preference=SIGMOID)(pack(samples)).log_probs
+        return Objective(packed_twin(model), SIGMOID)(pack(samples), compute=answer_log_probs)
 
 
 def with_reference(batch, reference):
-    return replace(batch, pairs=replace(batch.pairs, reference=reference))
+    return replace(batch, payload={REFERENCE: reference})
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt2"])
@@ -110,14 +110,15 @@ def test_loss_and_gradients_equal_the_formula(preference):
     packed = packed_twin(plain)
     samples = make_pairs(plain.config.vocab_size)
     batch = with_reference(pack(samples, pad_to=80), reference_log_probs(reference, samples))
-    out = Objective(packed, preference=preference)(batch)
-    out.loss.backward()
+    out = Objective(packed, replace(preference, num_sources=2))(batch)
+    out["loss"].backward()
     want, rewards = formula(preference, plain, reference, samples)
     want.sum().backward()
-    torch.testing.assert_close(out.losses, want.detach(), rtol=1e-4, atol=1e-5)
-    assert out.loss.item() == pytest.approx(want.sum().item(), rel=1e-4)
-    torch.testing.assert_close(out.rewards, rewards.sum(0), rtol=1e-3, atol=1e-5)
-    assert out.num_correct == (rewards[:, 0] > rewards[:, 1]).sum()
+    by_source = torch.zeros(2).index_add(0, torch.tensor([sample.source for sample in samples]), want.detach())
+    torch.testing.assert_close(out["source_loss"], by_source, rtol=1e-4, atol=1e-5)
+    assert out["loss"].item() == pytest.approx(want.sum().item(), rel=1e-4)
+    torch.testing.assert_close(out["rewards"], rewards.sum(0), rtol=1e-3, atol=1e-5)
+    assert out["correct"] == (rewards[:, 0] > rewards[:, 1]).sum()
     assert_same_gradients(packed, plain)
 
 
@@ -129,24 +130,24 @@ def test_chunks_of_the_head_change_nothing(monkeypatch):
     losses = []
     for model, rows in zip(models, (3, 1000), strict=True):
         monkeypatch.setattr("tutti.train.loss.CHUNK_BYTES", rows * plain.config.vocab_size * 4)
-        out = Objective(model, preference=SIGMOID)(batch)
-        out.loss.backward()
-        losses.append(out.loss.item())
+        out = Objective(model, SIGMOID)(batch)
+        out["loss"].backward()
+        losses.append(out["loss"].item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert_same_gradients(*models)
 
 
 def test_without_a_reference_nothing_is_preferred():
     plain = build()
-    out = Objective(packed_twin(plain), preference=SIGMOID)(pack(make_pairs(plain.config.vocab_size)))
-    torch.testing.assert_close(out.losses, torch.full((3,), float(np.log(2))))
-    assert out.rewards.tolist() == [0, 0]
+    out = Objective(packed_twin(plain), SIGMOID)(pack(make_pairs(plain.config.vocab_size)))
+    assert out["loss"].item() == pytest.approx(3 * np.log(2))
+    assert out["rewards"].tolist() == [0, 0]
 
 
 def test_padding_alone_has_a_zero_loss():
-    out = Objective(packed_twin(build()), preference=SIGMOID)(pack([], pad_to=8))
-    out.loss.backward()
-    assert out.loss == 0 and out.rewards is None
+    out = Objective(packed_twin(build()), SIGMOID)(pack([], pad_to=8))
+    out["loss"].backward()
+    assert out["loss"] == 0 and out["rewards"].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
@@ -162,9 +163,9 @@ def test_loss_and_gradients_equal_trl_s(kind, tmp_path):
     packed = packed_twin(plain)
     samples = make_pairs(plain.config.vocab_size)
     batch = with_reference(pack(samples), reference_log_probs(reference, samples))
-    preference = Preference(0.4, 0.0, kind)
-    out = Objective(packed, preference=preference)(batch)
-    out.loss.backward()
+    preference = DirectPreference(beta=0.4, variant=kind)
+    out = Objective(packed, preference)(batch)
+    out["loss"].backward()
 
     arguments = trl.DPOConfig(
         output_dir=str(tmp_path), beta=0.4, loss_type=[kind], report_to=[], use_cpu=True, bf16=False,
@@ -185,7 +186,7 @@ def test_loss_and_gradients_equal_trl_s(kind, tmp_path):
         )
     loss = trainer.compute_loss(plain, DataCollatorForPreference(pad_token_id=0)(examples))
     loss.backward()
-    assert out.loss.item() / len(samples) == pytest.approx(loss.item(), rel=1e-4)
+    assert out["loss"].item() / len(samples) == pytest.approx(loss.item(), rel=1e-4)
     for parameter in packed.parameters():
         parameter.grad /= len(samples)
     assert_same_gradients(packed, plain)

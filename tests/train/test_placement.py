@@ -1,4 +1,4 @@
-"""What a run reads off a model before it is divided."""
+"""The sizes that a run reads off a model before it divides it."""
 
 import pytest
 import torch
@@ -9,7 +9,8 @@ from tutti.attention.interface import resolve_attention
 from tutti.config import Config, ConfigError, TrainConfig
 from tutti.config.fits import ModelFacts, Piece
 from tutti.config.layout import fit
-from tutti.train.setup import check_fits, read_facts
+from tutti.model.structure import read_structure
+from tutti.train.placement import inspect_model, read_facts
 
 
 def on_meta(family, **overrides):
@@ -26,7 +27,7 @@ def test_facts_are_what_the_axes_divide():
     sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
     layout = fit(config_of(**sizes), 4)
     attention = "layers.0.self_attn"
-    assert read_facts(on_meta("qwen3", num_hidden_layers=3), layout) == ModelFacts(
+    assert read_facts(read_structure(on_meta("qwen3", num_hidden_layers=3)), layout) == ModelFacts(
         blocks=3,
         heads=(4,),
         experts=(),
@@ -37,7 +38,7 @@ def test_facts_are_what_the_axes_divide():
         ),
         vocabulary=256,
     )
-    sparse = read_facts(on_meta("deepseek_v3", num_attention_heads=8), layout)
+    sparse = read_facts(read_structure(on_meta("deepseek_v3", num_attention_heads=8)), layout)
     assert (sparse.heads, sparse.experts) == ((8,), (4,))
 
 
@@ -51,7 +52,7 @@ def test_facts_are_what_the_axes_divide():
     ],
 )
 def test_sizes_are_checked_against_the_model(train, problem):
-    config = config_of(**train)
+    config, model = config_of(**train), on_meta("qwen3")
     with pytest.raises(ConfigError, match=problem):
-        check_fits(config, fit(config, 8), on_meta("qwen3"))
-    check_fits(config_of(), fit(config_of(), 8), on_meta("qwen3"))
+        inspect_model(config, fit(config, 8), model)
+    inspect_model(config_of(), fit(config_of(), 8), model)

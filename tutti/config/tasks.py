@@ -1,0 +1,59 @@
+"""The table of tasks: what `data.data_type` may be, and what the parts of the program need to know of each.
+
+A task is a kind of row together with what is learned from it. Its loss and metrics are in the module that its row
+names; how rows are read and what kind of head the model gets follows from the other columns. To add a task, write its
+module (`tutti.train.tasks`) and its row here.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """One task.
+
+    module: where `make_task(config)` is. doc: a row of its data, for the reference of arguments. columns: default of
+    data.text_keys. rows: the shape of its rows, and so the encoder. head: what the model ends in: logits of tokens,
+    logits of model.num_labels classes, or one number; the last two are computed at the last token of a sequence.
+    """
+
+    module: str
+    doc: str
+    columns: str
+    rows: Literal["documents", "conversations", "labels", "pairs"]
+    head: Literal["tokens", "classes", "scalar"] = "tokens"
+
+    @property
+    def holds_chats(self) -> bool:
+        """Whether rows are rendered by a chat template."""
+        return self.rows in ("conversations", "pairs")
+
+
+TASKS: dict[str, TaskRow] = {
+    "plaintext": TaskRow(
+        module="tutti.train.tasks.language",
+        doc="text trained on whole",
+        columns="content_split",
+        rows="documents",
+    ),
+    "conversation": TaskRow(
+        module="tutti.train.tasks.language",
+        doc="a chat trained on its assistant turns",
+        columns="messages",
+        rows="conversations",
+    ),
+    "classification": TaskRow(
+        module="tutti.train.tasks.classification",
+        doc="a text with a class label",
+        columns="text",
+        rows="labels",
+        head="classes",
+    ),
+    "dpo": TaskRow(
+        module="tutti.train.tasks.dpo",
+        doc="a prompt with a chosen and a rejected answer",
+        columns="prompt",
+        rows="pairs",
+    ),
+}

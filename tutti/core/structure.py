@@ -1,0 +1,85 @@
+"""The parts of a Hugging Face model that training works with, by name.
+
+`tutti.model.structure.read_structure` reads them off a model once, when it lies whole on the meta device; the record is
+then passed on, so that everything that divides, wraps, shards or counts means the same modules. The modules stay the
+same objects whatever is done to the model later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class LogitTransform(NamedTuple):
+    """What a model does between its head and its loss: logits = softcap * tanh(scale * head(x) / softcap).
+
+    softcap 0: no soft-capping.
+    """
+
+    scale: float = 1.0
+    softcap: float = 0.0
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        logits = logits * self.scale if self.scale != 1.0 else logits
+        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
+
+
+@dataclass(frozen=True)
+class ModelStructure:
+    """The parts of one model.
+
+    name: of its class. config: of its language model. decoder: the inner model, from tokens to hidden states.
+    text_model: the language model within it, which is all of it unless the model takes images, video or audio.
+    blocks: the language model's repeated units with their names, in the order they run. basic: further units that FSDP
+    gathers separately, inner ones first. head: the linear layer from hidden states to logits; classifies: these are of
+    classes rather than tokens; transform: what is done to them. towers: encoders of images, video and audio and their
+    projectors; tower_blocks: the repeated units of these. experts: the stacks of experts, in the order they run.
+    """
+
+    name: str
+    config: Any
+    decoder: nn.Module
+    text_model: nn.Module
+    blocks: tuple[tuple[str, nn.Module], ...]
+    basic: tuple[nn.Module, ...]
+    head: nn.Linear
+    classifies: bool
+    transform: LogitTransform
+    towers: tuple[nn.Module, ...]
+    tower_blocks: tuple[nn.Module, ...]
+    experts: tuple[nn.Module, ...]
+
+    def within(self, model: nn.Module) -> ModelStructure:
+        """The structure of what is left in `model` once other ranks have taken over stages of it. Its decoder and head
+        are named also where they are not here."""
+        present = set(model.modules())
+
+        def left(modules: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
+            return tuple(module for module in modules if module in present)
+
+        return replace(
+            self,
+            blocks=tuple((name, block) for name, block in self.blocks if block in present),
+            basic=left(self.basic),
+            towers=left(self.towers),
+            tower_blocks=left(self.tower_blocks),
+            experts=left(self.experts),
+        )
+
+
+@dataclass(frozen=True)
+class StageTrace:
+    """Where a language model can be cut between its blocks (`tutti.model.stage_trace` finds out).
+
+    blocks: the name of its list of blocks. front, tail: of its modules with parameters that run before and after them.
+    gives_tuple: a block's hidden states are the first of a tuple.
+    """
+
+    blocks: str
+    front: tuple[str, ...]
+    tail: tuple[str, ...]
+    gives_tuple: bool

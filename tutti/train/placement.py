@@ -1,0 +1,298 @@
+"""A model on the mesh: built without storage, cut into stages, parallelized, and given its weights.
+
+`run.py` calls these in order; `tutti check` and the reference model of preference training call them again for other
+ranks and other models. Nothing here knows a task or the data.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tutti.attention.interface import check_packable
+from tutti.checkpoint.adapter import load_adapter, plan_adapters
+from tutti.checkpoint.hf_load import load_weights
+from tutti.config import Config, TrainConfig
+from tutti.config.fits import ModelFacts, Piece
+from tutti.config.layout import Layout, fit
+from tutti.config.yamlfile import to_yaml
+from tutti.core.batch import Batch
+from tutti.core.dist import World
+from tutti.core.structure import ModelStructure
+from tutti.data.loader import Data, build_data
+from tutti.data.template import end_of_turn, make_template
+from tutti.model.build import build_model, build_tokenizer
+from tutti.model.initial import init_weights
+from tutti.model.lora import adapters, add_adapters, init_adapters
+from tutti.model.multimodal import check_multimodal, make_placing
+from tutti.model.quantized import hold_quantized
+from tutti.model.stage_trace import trace_stages
+from tutti.model.stages import cut_into_stages
+from tutti.model.structure import num_params, read_structure, towers
+from tutti.parallel.apply import parallelize
+from tutti.parallel.batch_invariant import equal_counts
+from tutti.parallel.fsdp import GradientSync, offloads, postpones
+from tutti.parallel.mesh import Mesh
+from tutti.parallel.pipeline.executor import Executor, PipelineExecutor, SequentialExecutor
+from tutti.parallel.pipeline.stage import Pipeline
+from tutti.parallel.sequence import sequence_ranks, split_samples, split_tokens
+from tutti.parallel.tensor import tensor_ranks
+from tutti.parallel.tp_plan import TensorPlan, read_plan
+from tutti.train.objective import Objective
+from tutti.train.tasks import Task
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlacedModel:
+    """This rank's part of a model.
+
+    objective: the root that is parallelized; its model is the Hugging Face model. structure: of what is on this rank.
+    pipeline: where this rank has a part of the model's depth. full_model: what the model was before it was cut, without
+    storage, None where it was not. plan: what of it is split into tensors.
+    """
+
+    objective: Objective
+    structure: ModelStructure
+    pipeline: Pipeline | None = None
+    full_model: PreTrainedModel | None = None
+    plan: TensorPlan | None = None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.objective.model
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether this rank has all of the model's depth."""
+        return self.full_model is None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run consists of once it is set up."""
+
+    config: Config
+    world: World
+    layout: Layout
+    mesh: Mesh
+    tokenizer: PreTrainedTokenizerBase
+    data: Data
+    placed: PlacedModel
+
+    def describe(self) -> dict[str, Any]:
+        """What the report shows beside the curves."""
+        model = self.placed.full_model or self.placed.model
+        sizes = num_params(model)
+        packages = ("tutti", "torch", "transformers")
+        return {
+            "model": f"{self.placed.structure.name} ({model.config.model_type})",
+            "parameters": sizes.total,
+            "trainable_parameters": sum(item.numel() for item in model.parameters() if item.requires_grad),
+            "device": _device_name(self.world.device),
+            "layout": {"ranks": self.world.size, "mesh": str(self.mesh), "accumulation": self.layout.accumulation},
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "data": self.data.report,
+            "steps_reason": self.data.steps_reason,
+        }
+
+    def documents(self) -> dict[str, str]:
+        """The configurations of the run and of its model, by file name, for its checkpoints."""
+        model = self.placed.full_model or self.placed.model
+        return {"config.yaml": to_yaml(self.config), "config.json": model.config.to_json_string()}
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint's manifest says of the run that wrote it."""
+        return {"layout": asdict(self.layout), "config": hashlib.sha256(to_yaml(self.config).encode()).hexdigest()}
+
+
+def tokenizer_and_model(config: Config, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """The tokenizer, with the chat template that data.chat_template names, and the model on the meta device, adapted
+    with train.architecture lora."""
+    tokenizer = build_tokenizer(config)
+    named = config.data.chat_template != "default"
+    if config.data.task.holds_chats and (named or not tokenizer.chat_template):
+        # What is exported must render chats as they were rendered in training.
+        tokenizer.chat_template = make_template(config.data.chat_template, tokenizer).source
+    model = build_model(config, tokenizer=tokenizer, device=device)
+    if model.can_generate():
+        _end_as_trained(model, tokenizer, config)
+    _leave_towers(model)
+    lora = plan_adapters(config, model)
+    if lora is not None:
+        add_adapters(model, lora, getattr(torch, config.train.compute_dtype))
+        if config.train.lora_base_dtype != "compute":
+            hold_quantized([(module, each.weight) for module, each in adapters(model)], config.train.lora_base_dtype)
+    return tokenizer, model
+
+
+def _leave_towers(model: PreTrainedModel) -> None:
+    """Freeze what encodes images: the data has none, and weight decay would wear away what is never used."""
+    left = [tower for tower in towers(model) if any(item.requires_grad for item in tower.parameters())]
+    for tower in left:
+        tower.requires_grad_(False)
+    if left:
+        names = ", ".join(type(tower).__name__ for tower in left)
+        log.info("%s: stays as it is, since the data has no images", names)
+
+
+def _end_as_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
+    """Have generation stop at what ends the trained texts, beside what the model's generation config ends at already.
+
+    A base model's config knows the end of a text, but not the marker by which a chat template ends a turn: a server
+    that goes by the exported generation config would let the model speak for the user next.
+    """
+    trained = tokenizer.eos_token_id
+    if config.data.task.holds_chats:
+        trained = end_of_turn(make_template(config.data.chat_template, tokenizer), tokenizer) or trained
+    known = model.generation_config.eos_token_id
+    ends = [known] if isinstance(known, int) else list(known or ())
+    if isinstance(trained, int) and trained not in ends:
+        ends.append(trained)
+    model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+
+
+def open_data(
+    config: Config, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, world: World, dp_rank: int, dp_size: int
+) -> Data:
+    """The run's data, encoded for `model`. dp_rank, dp_size: this rank's place among those with other data. A
+    collective call. ValueError, on all ranks: data that cannot be used."""
+    names = [name for _, name in sorted((model.config.id2label or {}).items())]
+    numbered = all(name == f"LABEL_{number}" for number, name in enumerate(names))
+    return build_data(
+        config,
+        tokenizer,
+        world=world,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        vocab_size=model.config.get_text_config().vocab_size,
+        num_labels=model.config.num_labels,
+        label_names=() if numbered else tuple(names),
+    )
+
+
+def inspect_model(config: Config, layout: Layout, model: PreTrainedModel) -> ModelStructure:
+    """The structure of `model`, which lies on the meta device.
+
+    ValueError: it cannot be trained packed, or `layout` does not divide it evenly.
+    """
+    check_packable(model)
+    structure = read_structure(model, config.model.basic_modules)
+    check_multimodal(structure, layout, config.train)
+    fit(config, layout.world, read_facts(structure, layout))
+    return structure
+
+
+def read_facts(structure: ModelStructure, layout: Layout) -> ModelFacts:
+    """The sizes in a model that the axes of `layout` divide; ValueError where one of them cannot divide it at all."""
+    num_blocks, plan = 0, read_plan(structure) if layout.tensor > 1 else None
+    if layout.pipeline > 1:
+        num_blocks = len(list(structure.text_model.get_submodule(trace_stages(structure).blocks).children()))
+    pieces: dict[tuple, Piece] = {}  # the first of each kind
+    for linear in plan.linears if plan else ():
+        pieces.setdefault(linear.piece[1:], linear.piece)
+    return ModelFacts(
+        blocks=num_blocks,
+        heads=(structure.config.num_attention_heads,),
+        experts=tuple({int(module.num_experts) for module in structure.experts}),  # type: ignore[arg-type]
+        pieces=tuple(pieces.values()),
+        vocabulary=plan.embedding.weight.shape[0] if plan else 0,
+    )
+
+
+def place_model(
+    config: Config, model: PreTrainedModel, structure: ModelStructure, task: Task, layout: Layout, mesh: Mesh
+) -> PlacedModel:
+    """Put `model`, whole and without storage, under `task`, and leave this rank's part of its depth. A collective call.
+
+    ValueError: it cannot be split along an axis of `layout`.
+    """
+    by_sample = config.train.enable_batch_invariant_mode
+    objective = Objective(model, task, tensor_ranks(mesh), structure=structure, by_sample=by_sample)
+    plan = read_plan(structure) if layout.tensor > 1 else None
+    if layout.pipeline == 1:
+        return PlacedModel(objective, structure, plan=plan)
+    full_model, per_rank = copy.deepcopy(model), config.train.pipeline_stages_per_rank
+    pipeline = cut_into_stages(
+        objective, model, structure, layout, mesh, per_rank, has_router_loss=objective.has_router_loss
+    )
+    return PlacedModel(objective, structure.within(model), pipeline, full_model, plan)
+
+
+def load_parameters(config: Config, placed: PlacedModel, mesh: Mesh, world: World) -> None:
+    """Parallelize the model and give it its weights, from model.model_path or drawn from train.seed.
+
+    train.init_device meta: first parallelize, then fill each rank's slices; else build whole on that device first.
+    A collective call.
+    """
+    model, train = placed.model, config.train
+    on_meta = train.init_device == "meta"
+    if on_meta:
+        parallelize(placed.objective, placed.structure, mesh, train, placed.plan)
+    device = torch.device("cpu") if train.init_device == "cpu" or offloads(train) else world.device
+    if config.model.model_path is None:
+        init_weights(model, train.seed, device)
+    else:
+        load_weights(
+            model,
+            Path(config.model.model_path),
+            world=world,
+            device=device,
+            broadcast=train.broadcast_model_weights_from_rank0,
+            index_path=config.model.safetensor_idx_path,
+            seed=train.seed,
+            whole=placed.full_model,
+        )
+    if config.model.adapter_path is not None and train.architecture == "lora":
+        path = Path(config.model.adapter_path)
+        world.run_on_all_ranks(lambda: load_adapter(model, path, placed.full_model))
+    else:
+        init_adapters(model, train.seed)
+    if on_meta:
+        # What is not sharded lies where the model computes, also where its parameters are offloaded.
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(world.device)
+    else:
+        nn.Module.to(model, world.device)
+        parallelize(placed.objective, placed.structure, mesh, train, placed.plan)
+    placed.objective.train()
+
+
+def make_executor(train: TrainConfig, placed: PlacedModel, mesh: Mesh, device: torch.device) -> Executor:
+    """The executor of a step's micro batches on the parallelized model. A collective call."""
+    sync = GradientSync(placed.objective, mesh, train)
+    sharing, place = sequence_ranks(mesh), make_placing(placed.structure)
+
+    def prepare(micro: Batch) -> Batch:
+        return split_tokens(place(micro), sharing).to(device)
+
+    def prepare_samples(micro: Batch) -> Batch:
+        # Of ranks with other samples; those that share them have as many anyway.
+        others = (mesh.group("replicate"), mesh.group("shard"))
+        return split_samples(equal_counts(place(micro), others, device), sharing).to(device)
+
+    if train.enable_batch_invariant_mode:
+        prepare = prepare_samples
+    if placed.pipeline is None:
+        return SequentialExecutor(placed.objective, sync, prepare)
+    dtype = getattr(torch, train.compute_dtype)
+    return PipelineExecutor(placed.objective, placed.pipeline, sync, prepare, dtype, split=postpones(train))
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"

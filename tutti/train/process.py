@@ -1,0 +1,48 @@
+"""What a run does to its process before anything is built, and between steps."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from tutti.config import Config
+from tutti.config.effect import warnings_on_cpu
+from tutti.core.device import keep_freed_memory, limit_threads, pick_device
+from tutti.core.log import setup_logging
+
+log = logging.getLogger(__name__)
+
+
+def prepare_process(config: Config) -> torch.device:
+    """Set up logging, threads, memory, seeds and determinism of this process; the device it computes on."""
+    rank, local_world = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    setup_logging(rank)
+    disable_progress_bar()
+    limit_threads(local_world)
+    keep_freed_memory()
+    if config.train.enable_full_determinism:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    if config.train.gc_steps > 0:
+        gc.disable()
+    # Dropout differs from rank to rank; nothing else draws from these generators.
+    torch.manual_seed(config.train.seed + rank)
+    device = pick_device(config.train.init_device)
+    if device.type == "cpu" and rank == 0:
+        for warning in warnings_on_cpu(config):
+            log.warning("%s", warning)
+    return device
+
+
+def housekeeping(step: int, config: Config) -> None:
+    """Collect garbage and empty the device's cache when it is time, which is at the same step on all ranks."""
+    if config.train.gc_steps > 0 and step % config.train.gc_steps == 0:
+        gc.collect()
+    empty_every = config.train.empty_cache_steps if torch.accelerator.is_available() else 0
+    if empty_every > 0 and step % empty_every == 0:
+        torch.accelerator.empty_cache()

@@ -1,0 +1,21 @@
+"""Language modelling: the cross-entropy of every trained token, given the tokens before it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tutti.config import Config
+from tutti.train.head import Head
+from tutti.train.tasks import Sums, Task
+
+
+class LanguageModelling(Task):
+    """Sums over trained tokens."""
+
+    def loss(self, hidden: Tensor, head: Head) -> Sums:
+        loss, losses = head.cross_entropy(hidden)
+        return {"loss": loss, **self.by_source(losses, head.batch.segment_sources[head.batch.target_segment])}
+
+
+def make_task(config: Config) -> LanguageModelling:
+    return LanguageModelling()
