@@ -240,11 +240,6 @@ def build_data(
         encoder = ReadyMade(encoder, config.data.max_seq_len, vocab_size, pairs=pairs)
     pad_id = _pad_id(tokenizer, vocab_size)
     streams = config.data.datasets_type == "iterable" or not all(source.mapping for source in sources)
-    if pairs and streams and config.train.dpo_reference == "precompute":
-        raise ValueError(
-            "train.dpo_reference: precompute goes over the training data beforehand, and streamed data "
-            "(data.datasets_type) is read as it is trained on: set on_the_fly"
-        )
     explicit = "data.train_size" if config.train.dyn_bsz else "data.train_sample"
     recipe = make_batching_plan(config, dp_size=dp_size, by_formula=streams or explicit in config.explicit)
     names = [source.name for source in sources]

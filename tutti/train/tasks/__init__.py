@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tutti.config import Config
 from tutti.core.batch import GlobalBatch
+from tutti.data.loader import Data
 from tutti.train.head import Head
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ class Task(ABC):
     def metrics(self, sums: Mapping[str, Any], num_targets: int) -> dict[str, float]:
         """Further figures of a line of metrics, from sums over all ranks (numbers, or lists of them)."""
         return {}
+
+    def check(self, config: Config, data: Data) -> None:
+        """ValueError for data that this task cannot be trained on as it is configured."""
 
     def prepare(self, run: Run, executor: Executor) -> Prepare:
         """How global batches get what the loss needs beside the tokens. Called once the model of `run` has its weights,

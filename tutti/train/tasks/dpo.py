@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from tutti.config import Config
+from tutti.data.loader import Data
 from tutti.train.head import Head
 from tutti.train.tasks import Prepare, Sums, Task
 
@@ -88,6 +89,13 @@ class DirectPreference(Task):
             "rewards/margin": chosen - rejected,
             "rewards/accuracy": sums["correct"] / num_targets,
         }
+
+    def check(self, config: Config, data: Data) -> None:
+        if data.digest is None and config.train.dpo_reference == "precompute":
+            raise ValueError(
+                "train.dpo_reference: precompute goes over the training data beforehand, and streamed data "
+                "(data.datasets_type) is read as it is trained on: set on_the_fly"
+            )
 
     def prepare(self, run: Run, executor: Executor) -> Prepare:
         from tutti.train.tasks.reference import make_reference  # which builds models, and so imports the objective
