@@ -56,4 +56,11 @@ TASKS: dict[str, TaskRow] = {
         columns="prompt",
         rows="pairs",
     ),
+    "reward": TaskRow(
+        module="tutti.train.tasks.reward",
+        doc="a prompt with a chosen and a rejected answer, which are scored",
+        columns="prompt",
+        rows="pairs",
+        head="scalar",
+    ),
 }
