@@ -57,6 +57,7 @@ class Task(ABC):
 
     def check(self, config: Config, data: Data) -> None:
         """ValueError for data that this task cannot be trained on as it is configured."""
+        return
 
     def prepare(self, run: Run, executor: Executor) -> Prepare:
         """How global batches get what the loss needs beside the tokens. Called once the model of `run` has its weights,
