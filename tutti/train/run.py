@@ -26,6 +26,7 @@ from tutti.train.logging.metrics import Metrics
 from tutti.train.logging.step_logger import StepLogger
 from tutti.train.lr_schedule import learning_rate
 from tutti.train.optim import build_optimizer, decay_groups, set_lr
+from tutti.train.output import begin_run, claim_output
 from tutti.train.placement import (
     Run,
     inspect_model,
@@ -35,7 +36,6 @@ from tutti.train.placement import (
     place_model,
     tokenizer_and_model,
 )
-from tutti.train.output import begin_run, claim_output
 from tutti.train.process import housekeeping, prepare_process
 from tutti.train.profile import make_profiler
 from tutti.train.samples import Samples
