@@ -10,17 +10,18 @@ from pathlib import Path
 import pytest
 
 from tests.config.test_reference import reference
-from tutti.config.available import NOT_YET
+from tutti.config.rules import NOT_YET
 
 TESTS = Path(__file__).parent
 
+OFFLOAD = "parallel/test_activation_offload.py"
 SWITCHES = "train/test_switches.py"
 RUN = "train/test_run.py"
 LOADER = "data/test_loader.py"
 ENCODE = "data/test_encode.py"
 BUILD = "model/test_build.py"
 INFER = "infer/test_run.py"
-METRICS = "train/test_metrics.py"
+METRICS = "train/logging/test_metrics.py"
 PROFILE = "train/test_profile.py"
 SHARED = f"{SWITCHES}::test_ranks_share_the_model_as_asked"
 REFUSED = "config/test_load.py::test_wrong_values"
@@ -51,10 +52,10 @@ SHOWN_BY = {
     "data.text_keys": f"{ENCODE}::test_text_keys",
     "data.chat_template": f"{SWITCHES}::test_chats_are_rendered_by_the_template_asked_for",
     "data.max_seq_len": f"{ENCODE}::test_a_long_conversation_keeps_its_last_tokens",
-    "data.num_workers": "data/test_fetch.py::test_each_worker_prepares_as_many_batches_ahead_as_asked",
-    "data.prefetch_factor": "data/test_fetch.py::test_each_worker_prepares_as_many_batches_ahead_as_asked",
+    "data.num_workers": "data/test_prefetch.py::test_each_worker_prepares_as_many_batches_ahead_as_asked",
+    "data.prefetch_factor": "data/test_prefetch.py::test_each_worker_prepares_as_many_batches_ahead_as_asked",
     "data.drop_last": f"{LOADER}::test_drop_last",
-    "data.pin_memory": "data/test_fetch.py::test_batches_go_to_page_locked_memory_where_there_is_an_accelerator",
+    "data.pin_memory": "data/test_prefetch.py::test_batches_go_to_page_locked_memory_where_there_is_an_accelerator",
     "data.silent_exception": f"{LOADER}::test_bad_rows_stop_the_run_or_are_counted",
     "train.output_dir": f"{RUN}::test_output_folder_of_another_run_is_refused",
     "train.architecture": "train/test_lora_run.py::test_adapter_folder_and_merged_folder_are_the_trained_model",
@@ -83,12 +84,12 @@ SHOWN_BY = {
     "train.enable_reentrant": f"{SWITCHES}::test_blocks_are_recomputed_in_the_way_asked_for",
     "train.enable_full_shard": SHARED,
     "train.enable_fsdp_offload": "parallel/test_memory.py::test_modes_train_as_one_process_does",
-    "train.enable_activation_offload": "parallel/test_offload.py::test_offloaded_activations_on_layouts",
-    "train.activation_gpu_limit": "parallel/test_offload.py::test_offloaded_activations_are_bit_equal_and_counted",
+    "train.enable_activation_offload": f"{OFFLOAD}::test_offloaded_activations_on_layouts",
+    "train.activation_gpu_limit": f"{OFFLOAD}::test_offloaded_activations_are_bit_equal_and_counted",
     "train.init_device": f"{SWITCHES}::test_the_model_is_built_where_init_device_says",
     "train.broadcast_model_weights_from_rank0": f"{SWITCHES}::test_rank_0_alone_reads_weights_unless_told_otherwise",
     "train.enable_full_determinism": f"{SWITCHES}::test_only_deterministic_kernels_when_asked",
-    "train.enable_batch_invariant_mode": "parallel/test_invariant.py::test_a_sample_is_the_same_in_any_batch",
+    "train.enable_batch_invariant_mode": "parallel/test_batch_invariant.py::test_a_sample_is_the_same_in_any_batch",
     "train.empty_cache_steps": f"{SWITCHES}::test_garbage_and_cached_memory_go_at_their_steps",
     "train.gc_steps": f"{SWITCHES}::test_garbage_and_cached_memory_go_at_their_steps",
     "train.data_parallel_mode": SHARED,

@@ -404,7 +404,7 @@ def _configure(command: _Command, world: int) -> Config:
 
 def _warn(config: Config) -> None:
     """Say which settings have no effect."""
-    from tutti.config.effect import warnings
+    from tutti.config.rules import warnings
 
     if _speaks():
         for warning in warnings(config):

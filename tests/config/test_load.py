@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tutti.config import ARGUMENTS, Config, ConfigError, get
-from tutti.config.available import NOT_YET
 from tutti.config.load import from_dict, load, to_yaml
+from tutti.config.rules import NOT_YET
 
 NEEDED = ["--data.train_path", "rows.jsonl", "--train.output_dir=runs/x", "model.model_path=qwen"]
 
@@ -101,7 +101,7 @@ def test_a_negative_number_is_a_value() -> None:
 
 
 def test_mappings_by_longer_names_and_inline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tutti.config.available.NOT_YET", {})
+    monkeypatch.setattr("tutti.config.rules.NOT_YET", {})
     path = write(tmp_path, "model: {encoders: {image: {config_path: siglip, scale: 1}}}")
     config = load([path, "model.encoders.image.scale=5e-1", "--model.encoders.audio.model_path", "whisper"], None)
     assert config.model.encoders == {
@@ -293,7 +293,7 @@ def test_what_is_not_available_yet_is_refused(override: str, part: str) -> None:
 
 def test_pairs_that_do_not_work_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = ("train.enable_compile", "train.expert_parallel_size")
-    monkeypatch.setattr("tutti.config.available.NOT_TOGETHER", (pair,))
+    monkeypatch.setattr("tutti.config.rules.NOT_TOGETHER", (pair,))
     (problem,) = problems("train.enable_compile=true", "train.expert_parallel_size=2")
     assert problem.startswith("train.enable_compile: not available yet together with train.expert_parallel_size; ")
     (problem,) = problems("train.enable_compile=true", "train.enable_batch_invariant_mode=true")
@@ -346,9 +346,9 @@ def _values(name: str) -> st.SearchStrategy:
 def test_what_is_written_reads_back_equal(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Any configuration, with any of its arguments set, survives to_yaml and load with its explicit names."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tutti.config.available.NOT_YET", {})
-        patch.setattr("tutti.config.available.NOT_TOGETHER", ())
-        patch.setattr("tutti.config.load._contradictions", lambda config: [])
+        patch.setattr("tutti.config.rules.NOT_YET", {})
+        patch.setattr("tutti.config.rules.NOT_TOGETHER", ())
+        patch.setattr("tutti.config.load.contradictions", lambda config: [])
         tree: dict[str, dict] = {}
         for name in data.draw(st.sets(st.sampled_from(sorted(ARGUMENTS)), max_size=8)):
             if not name.startswith("train.profile_"):

@@ -11,12 +11,14 @@ import pytest
 
 from tutti.config import ARGUMENTS, Config, DataConfig, InferConfig, ModelConfig, TrainConfig
 from tutti.config.docs import as_lines, as_markdown, select
+from tutti.config.tasks import TASKS
 
 REFERENCE = Path(__file__).with_name("reference.md")
 ROOT = Path(__file__).parents[2]
 
 
-ADDED_VALUES = {"data.data_type": ("dpo",)}
+REFERENCE_TASKS = ("plaintext", "conversation", "classification")
+ADDED_VALUES = {"data.data_type": tuple(name for name in TASKS if name not in REFERENCE_TASKS)}
 """What an argument of the contract can be beside."""
 
 

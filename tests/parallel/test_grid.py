@@ -18,8 +18,8 @@ from tests.parallel.grid import KINDS, LAYOUTS, NUM_STEPS, Layout, config_of, wr
 from tests.parallel.layouts import assert_same, try_all
 from tests.train.runs import records
 from tutti.config import Config, TrainConfig, get
-from tutti.config.available import NOT_TOGETHER
 from tutti.config.layout import fit
+from tutti.config.rules import NOT_TOGETHER
 from tutti.parallel.mesh import AXES
 
 ALL_AXES = (*AXES, "expert")

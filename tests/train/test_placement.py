@@ -7,8 +7,7 @@ from transformers import AutoModelForCausalLM
 from tests.model.zoo import tiny
 from tutti.attention.interface import resolve_attention
 from tutti.config import Config, ConfigError, TrainConfig
-from tutti.config.fits import ModelFacts, Piece
-from tutti.config.layout import fit
+from tutti.config.layout import ModelFacts, Piece, fit
 from tutti.model.structure import read_structure
 from tutti.train.placement import inspect_model, read_facts
 

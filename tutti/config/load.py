@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from tutti.config import ARGUMENTS, GROUPS, Config, ConfigError, away_from_default, get, resolve
-from tutti.config.available import unavailable
 from tutti.config.coerce import coerce, nearest
+from tutti.config.rules import contradictions, unavailable
 from tutti.config.yamlfile import parse_value, read_file, to_yaml
 
 __all__ = ["ConfigError", "from_dict", "load", "to_yaml"]
@@ -171,7 +171,7 @@ def _build(draft: _Draft, verb: str | None) -> Config:
     config = replace(config, explicit=explicit)
     problems += unavailable(config)
     problems += _missing(config, verb, refused=problems)
-    problems += _contradictions(config)
+    problems += contradictions(config)
     if problems:
         raise ConfigError(problems)
     return config
@@ -187,43 +187,6 @@ def _missing(config: Config, verb: str | None, refused: list[str]) -> list[str]:
     ]
     if verb in ("train", "check") and config.model.config_path is None and "model.model_path" not in named:
         problems.append("model.model_path: required, or model.config_path to start from random weights")
-    return problems
-
-
-def _contradictions(config: Config) -> list[str]:
-    """What is wrong with values that are each right by themselves."""
-    train = config.train
-    problems = []
-    if train.ulysses_parallel_size * train.context_parallel_size > 1 and config.model.attn_implementation == "eager":
-        problems.append(
-            "model.attn_implementation: eager attention sees the tokens of one rank alone, and with "
-            "train.ulysses_parallel_size or train.context_parallel_size they are split over ranks; choose sdpa"
-        )
-    if train.enable_batch_invariant_mode and train.enable_compile:
-        problems.append(
-            "train.enable_batch_invariant_mode: cannot go together with train.enable_compile, since which compiled "
-            "kernel a sample runs through depends on the lengths of those before it; set one of them to false"
-        )
-    if train.async_enabled and train.enable_compile:
-        problems.append(
-            "train.async_enabled: an exchange that is under way cannot cross compiled code; leave it false, or set "
-            "train.enable_compile to false"
-        )
-    if train.lora_base_dtype != "compute" and train.architecture != "lora":
-        problems.append(
-            f"train.lora_base_dtype: {train.lora_base_dtype} weights cannot be trained, only adapters beside them; set "
-            "train.architecture to lora, or leave it at compute"
-        )
-    elif train.lora_base_dtype != "compute" and config.model.model_path is None:
-        problems.append(
-            f"train.lora_base_dtype: {train.lora_base_dtype} is what weights are quantized to as they are read, and "
-            "random ones are not read; set model.model_path, or leave it at compute"
-        )
-    if train.enable_profiling and train.profile_end_step <= max(1, train.profile_start_step):
-        problems.append(
-            f"train.profile_end_step: must be above 1, which is the first step, and above train.profile_start_step "
-            f"({train.profile_start_step}), got {train.profile_end_step}"
-        )
     return problems
 
 

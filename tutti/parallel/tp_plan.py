@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PreTrainedConfig
 
-from tutti.config.fits import Piece
+from tutti.config.layout import Piece
 from tutti.core.structure import ModelStructure
 
 COLWISE, GATHERED = "colwise", ("colwise_gather_output", "colwise_rep")

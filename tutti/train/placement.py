@@ -23,8 +23,7 @@ from tutti.attention.interface import check_packable
 from tutti.checkpoint.adapter import load_adapter, plan_adapters
 from tutti.checkpoint.hf_load import load_weights
 from tutti.config import Config, TrainConfig
-from tutti.config.fits import ModelFacts, Piece
-from tutti.config.layout import Layout, fit
+from tutti.config.layout import Layout, ModelFacts, Piece, fit
 from tutti.config.yamlfile import to_yaml
 from tutti.core.batch import Batch
 from tutti.core.dist import World

@@ -10,7 +10,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from tutti.config import Config
-from tutti.config.effect import warnings_on_cpu
+from tutti.config.rules import warnings_on_cpu
 from tutti.core.device import keep_freed_memory, limit_threads, pick_device
 from tutti.core.log import setup_logging
 

@@ -1,4 +1,4 @@
-"""Sizes against ranks, batch and model: an oracle deals everything out, and every size that a problem names fits."""
+"""Sizes against ranks, batch and model: an oracle deals everything out, and the sizes that are named mend problems."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tutti.config.fits import ModelFacts, Piece, Sizes, misfits
+from tutti.config.layout import ModelFacts, Piece, Sizes, misfits
 
 NUM_RANDOM = 5000
 AXES = ("tensor_parallel_size", "pipeline_parallel_size", "ulysses_parallel_size", "context_parallel_size")
@@ -138,14 +138,14 @@ def random_sizes(draw: random.Random) -> Sizes:
     return replace(sizes, **{name: value for name, value in wrong.items() if draw.random() < 0.06})
 
 
-PROBLEM = re.compile(r"train\.(\w+): [^;]+; (?:(leave it at 1)|(.+) would(?:, with another (.+))?)")
+PROBLEM = re.compile(r"train\.(\w+): ([^;]+); (?:(leave it at 1)|(.+) would)")
 
 
-def remedies(problem: str) -> tuple[str, list[dict[str, Any]], set[str]]:
-    """The argument that a problem is about, the changes it names, and what is to be changed with them."""
+def remedies(problem: str) -> tuple[str, str, list[dict[str, Any]]]:
+    """The argument that a problem is about, what is wrong with it, and the changes that are named."""
     found = PROBLEM.fullmatch(problem)
     assert found, problem
-    argument, leave, labels, beside = found.groups()
+    argument, wrong, leave, labels = found.groups()
     changes: list[dict[str, Any]] = []
     for label in ["1"] if leave else re.split(r", | or ", labels):
         if "=" in label:
@@ -156,26 +156,9 @@ def remedies(problem: str) -> tuple[str, list[dict[str, Any]], set[str]]:
             changes.append({"data_parallel_replicate_size": replicate, "data_parallel_shard_size": shard})
         elif label.endswith(" ranks"):
             changes.append({"world": int(label.removesuffix(" ranks"))})
-        elif label.startswith("leaving"):
-            at_1 = {"data_parallel_replicate_size": 1, "data_parallel_shard_size": 1}
-            changes.append({argument: None} if "unset" in label else at_1)
         else:
             changes.append({argument: int(label)})
-    return argument, changes, set(re.findall(r"train\.(\w+)", beside or ""))
-
-
-def fits_with_others(sizes: Sizes, facts: ModelFacts | None, others: set[str]) -> bool:
-    """Whether the oracle finds values of the arguments `others` with which the sizes fit."""
-    options: dict[str, Sequence[dict[str, Any]]] = {
-        "global_batch_size": ({"global_batch_size": None},),
-        "data_parallel_replicate_size": ({"data_parallel_replicate_size": 1, "data_parallel_shard_size": 1},),
-        "data_parallel_shard_size": ({"data_parallel_shard_size": 1},),
-        "pipeline_stages_per_rank": ({"pipeline_stages_per_rank": 1, "pipeline_schedule": "1f1b"},),
-    }
-    for name in others - options.keys():
-        options[name] = [{name: size} for size in range(1, sizes.world + 1) if sizes.world % size == 0]
-    chosen = itertools.product(*(options[name] for name in sorted(others)))
-    return any(fits(replace(sizes, **dict(itertools.chain(*map(dict.items, changes)))), facts) for changes in chosen)
+    return argument, wrong, changes
 
 
 def every_size(problem: str, argument: str, sizes: Sizes) -> list[dict[str, Any]]:
@@ -188,7 +171,7 @@ def every_size(problem: str, argument: str, sizes: Sizes) -> list[dict[str, Any]
     return []
 
 
-def test_random_sizes_are_told_apart_and_what_is_named_would_do() -> None:
+def test_random_sizes_are_told_apart_and_what_is_named_mends_them() -> None:
     draw, counts = random.Random(0), Counter[str]()
     for _ in range(NUM_RANDOM):
         sizes = random_sizes(draw)
@@ -196,18 +179,19 @@ def test_random_sizes_are_told_apart_and_what_is_named_would_do() -> None:
         problems = misfits(sizes, facts)
         assert (not problems) == fits(sizes, facts), (sizes, facts, problems)
         counts["fits" if not problems else "one problem" if len(problems) == 1 else "several"] += 1
-        blamed = {remedies(problem)[0] for problem in problems}
         for problem in problems:
-            argument, changes, beside = remedies(problem)
+            argument, wrong, changes = remedies(problem)
             counts[argument] += 1
-            others = (blamed - {argument}) | beside
             for change in changes:
-                still = others | ({argument} & blamed if "world" in change else set())
-                assert fits_with_others(replace(sizes, **change), facts, still), (problem, change, sizes, facts)
-            if len(problems) == 1 and not beside:
-                for change in every_size(problem, argument, sizes):
-                    if "leaving" not in problem and fits(replace(sizes, **change), facts):
-                        assert change in changes or "ranks would" in problem, (problem, change, sizes, facts)
+                left = misfits(replace(sizes, **change), facts)
+                assert not any(wrong in line for line in left), (problem, change, sizes, facts)
+            if len(problems) > 1:
+                continue
+            named = [fits(replace(sizes, **change), facts) for change in changes]
+            assert all(named) or not any(named), (problem, sizes, facts)
+            for change in every_size(problem, argument, sizes):
+                if fits(replace(sizes, **change), facts):
+                    assert change in changes, (problem, change, sizes, facts)
     assert counts["fits"] > 0.3 * NUM_RANDOM and counts["one problem"] > 0.15 * NUM_RANDOM, counts
     assert counts["several"] > 0.1 * NUM_RANDOM, counts
     fields = set(Sizes.__dataclass_fields__) - {"world", "data_parallel_mode", "pipeline_schedule", "micro_batch_size"}
@@ -218,7 +202,7 @@ def test_the_batch_sizes_that_are_named_are_the_nearest() -> None:
     for wanted, micro, data in itertools.product(range(1, 14), (1, 2, 3), (1, 2, 3)):
         sizes = Sizes(world=data, micro_batch_size=micro, global_batch_size=wanted)
         for problem in misfits(sizes):
-            named = [change["global_batch_size"] for change in remedies(problem)[1]]
+            named = [change["global_batch_size"] for change in remedies(problem)[2]]
             good = [size for size in range(1, 40) if fits(replace(sizes, global_batch_size=size), None)]
             below = [size for size in good if size < wanted][-1:]
             assert named == below + [size for size in good if size > wanted][:1]
@@ -272,8 +256,7 @@ LLAMA = ModelFacts(
             LLAMA,
             {"world": 4, "tensor_parallel_size": 4, "global_batch_size": 1},
             [
-                "tensor_parallel_size: 4 does not divide the 6 heads of layers.0.self_attn.k_proj; 1 or 2 would, with "
-                "another train.global_batch_size",
+                "tensor_parallel_size: 4 does not divide the 6 heads of layers.0.self_attn.k_proj; 1 or 2 would",
             ],
         ),
     ],

@@ -1,14 +1,84 @@
-"""Settings that change nothing in the combination they were made in: nothing is accepted and silently ignored.
+"""Rules between arguments: values that contradict each other, that have no effect, and that are not there yet.
 
-A rule names arguments, says when they have no effect, and why. Only what the user set to something else than the
-default is worth a warning.
+Each of the three says what it refuses or warns of in one line that begins with the argument. Only what the user set to
+something else than the default is worth a warning, and nothing is accepted and silently ignored.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tutti.config import ARGUMENTS, Config, away_from_default
+from tutti.config import ARGUMENTS, Config, away_from_default, get
 from tutti.config.tasks import TASKS
+
+NOT_YET: dict[str, str] = {
+    "model.encoders": "omni models",
+    "model.decoders": "omni models",
+    "model.input_encoder": "omni models",
+    "model.output_encoder": "omni models",
+    "model.encode_target": "omni models",
+    "model.attn_implementation=native-sparse": "Native Sparse Attention",
+}
+"""Arguments (refused when away from their default) or `argument=value` (that one value is refused), and what they
+belong to. Whoever brings the machinery deletes the row."""
+
+NOT_TOGETHER: tuple[tuple[str, str], ...] = (("train.lora_base_dtype", "train.tensor_parallel_size"),)
+"""Pairs of arguments (or `argument=value`) that work, but not both at once."""
+
+
+def unavailable(config: Config) -> list[str]:
+    """One problem for each argument of a resolved configuration that this version cannot act on."""
+    problems = []
+    for row, part in NOT_YET.items():
+        name, _, refused = row.partition("=")
+        if _is_set(config, row):
+            instead = f"choose another value than {refused}" if refused else "leave it at its default"
+            problems.append(f"{name}: not available yet ({part}); {instead}")
+    for first, second in NOT_TOGETHER:
+        if _is_set(config, first) and _is_set(config, second):
+            problems.append(f"{first}: not available yet together with {second}; leave one of them at its default")
+    return problems
+
+
+def _is_set(config: Config, row: str) -> bool:
+    name, _, refused = row.partition("=")
+    return str(get(config, name)) == refused if refused else away_from_default(config, name)
+
+
+def contradictions(config: Config) -> list[str]:
+    """One problem for each set of values that are right by themselves and cannot go together."""
+    train = config.train
+    problems = []
+    if train.ulysses_parallel_size * train.context_parallel_size > 1 and config.model.attn_implementation == "eager":
+        problems.append(
+            "model.attn_implementation: eager attention sees the tokens of one rank alone, and with "
+            "train.ulysses_parallel_size or train.context_parallel_size they are split over ranks; choose sdpa"
+        )
+    if train.enable_batch_invariant_mode and train.enable_compile:
+        problems.append(
+            "train.enable_batch_invariant_mode: cannot go together with train.enable_compile, since which compiled "
+            "kernel a sample runs through depends on the lengths of those before it; set one of them to false"
+        )
+    if train.async_enabled and train.enable_compile:
+        problems.append(
+            "train.async_enabled: an exchange that is under way cannot cross compiled code; leave it false, or set "
+            "train.enable_compile to false"
+        )
+    if train.lora_base_dtype != "compute" and train.architecture != "lora":
+        problems.append(
+            f"train.lora_base_dtype: {train.lora_base_dtype} weights cannot be trained, only adapters beside them; set "
+            "train.architecture to lora, or leave it at compute"
+        )
+    elif train.lora_base_dtype != "compute" and config.model.model_path is None:
+        problems.append(
+            f"train.lora_base_dtype: {train.lora_base_dtype} is what weights are quantized to as they are read, and "
+            "random ones are not read; set model.model_path, or leave it at compute"
+        )
+    if train.enable_profiling and train.profile_end_step <= max(1, train.profile_start_step):
+        problems.append(
+            f"train.profile_end_step: must be above 1, which is the first step, and above train.profile_start_step "
+            f"({train.profile_start_step}), got {train.profile_end_step}"
+        )
+    return problems
 
 
 class _Rule(NamedTuple):

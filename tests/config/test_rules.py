@@ -3,8 +3,8 @@
 import pytest
 
 from tutti.config import ARGUMENTS
-from tutti.config.effect import _RULES, warnings, warnings_on_cpu
 from tutti.config.load import from_dict, load, to_yaml
+from tutti.config.rules import _RULES, warnings, warnings_on_cpu
 
 CASES = [
     *(
