@@ -101,6 +101,7 @@ def _run(job: Job, rank: int, folder: Path) -> Report:
     from tutti.check.comm_volume import count_traffic
     from tutti.config.layout import resolve_sizes
     from tutti.config.load import from_dict
+    from tutti.core.compute_dtype import settle_compute_dtype
     from tutti.core.dist import init_world, shutdown_world
     from tutti.train.optim import build_optimizer, set_lr
     from tutti.train.placement import load_parameters, make_executor
@@ -119,6 +120,7 @@ def _run(job: Job, rank: int, folder: Path) -> Report:
     config = resolve_sizes(from_dict(tree), job.world)
     ranks = init_world(prepare_process(config))
     try:
+        config = settle_compute_dtype(config, ranks)
         run = assemble(config, ranks)
         placed, objective = run.placed, run.placed.objective
         load_parameters(config, placed, run.mesh, ranks)

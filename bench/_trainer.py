@@ -1,8 +1,8 @@
 """transformers' Trainer on the bench's samples, as a process of its own: `python -m bench._trainer FOLDER MODE`.
 
-FOLDER holds what bench.speed put there: config.json and workload.json. It trains in fp32 weights with bf16 autocast,
-padded to the longest of a batch. MODE `grouped` runs the samples in the length-grouped micro batches they come in,
-`padded` in a random order. Prints a line of JSON: trained tokens and seconds of the timed steps.
+FOLDER holds what bench.speed put there: config.json and workload.json. It trains fp32 weights, with autocast if bf16 is
+what it is to compute in, padded to the longest of a batch. MODE `grouped` runs the samples in the length-grouped micro
+batches they come in, `padded` in a random order. Prints a line of JSON: trained tokens and seconds of the timed steps.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main(folder: Path, mode: str) -> None:
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"),
         use_cpu=not torch.accelerator.is_available(),
-        bf16=True,
+        bf16=plan["compute_dtype"] == "bfloat16",
         per_device_train_batch_size=plan["batch_size"],
         gradient_accumulation_steps=plan["accumulation"],
         train_sampling_strategy="sequential",

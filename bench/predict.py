@@ -138,6 +138,7 @@ def _config(folder: str, changes: dict[str, Any], world: int) -> Config:
     train = {
         "output_dir": folder,
         "data_parallel_mode": "fsdp2",
+        "compute_dtype": "bfloat16",
         "enable_gradient_checkpointing": True,
         "init_device": "meta",
     }

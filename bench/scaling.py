@@ -184,6 +184,7 @@ def _arguments(folder: Path, length: int, global_batch_size: int, micro_batch_si
         "data.shuffle": False,
         "train.output_dir": str(folder / "run"),
         "train.data_parallel_mode": "fsdp2",
+        "train.compute_dtype": "bfloat16",
         "train.micro_batch_size": micro_batch_size,
         "train.global_batch_size": global_batch_size,
         "train.lr": 1e-4,

@@ -1,11 +1,12 @@
 """Trained tokens a second: transformers' Trainer, padded and length-grouped, against Tutti. `make bench`.
 
 Each contender trains the same 60M-parameter model on the same ragged samples (bench.workload says which) in a process
-of its own with the same two threads: fp32 weights, bf16 compute, AdamW, no gradient checkpointing, the same number of
-micro batches a step and as near as possible the same tokens in them. Warm-up steps are not timed. Rounds are
-interleaved (Trainer, Tutti, Trainer, Tutti ...), so that a machine that slows down does so for all, and each round
-measures the machine's own bf16 matrix rate. Reported are medians over the rounds: trained tokens a second, the ratio
-to each Trainer within a round, and the share of the matrix rate that the model's operations reach.
+of its own with the same two threads: fp32 weights, computed with in the faster of bf16 and fp32, AdamW, no gradient
+checkpointing, the same number of micro batches a step and as near as possible the same tokens in them. Warm-up steps
+are not timed. Rounds are interleaved (Trainer, Tutti, Trainer, Tutti ...), so that a machine that slows down does so
+for all, and each round measures the machine's own rate of matrix products in that dtype. Reported are medians over the
+rounds: trained tokens a second, the ratio to each Trainer within a round, and the share of the matrix rate that the
+model's operations reach.
 """
 
 from __future__ import annotations
@@ -54,41 +55,48 @@ def main() -> None:
     os.environ.update(OMP_NUM_THREADS=str(options.threads), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     results: dict[str, list[Result]] = {name: [] for name in contenders}
     rates = []
+    dtype = workload.faster_dtype()
     for number in range(rounds):
         work = workload.make_workload(
             steps * ACCUMULATION, BATCH_SIZE, WARMUP_STEPS * BATCH_SIZE * ACCUMULATION, seed=number
         )
         for name in contenders:
-            rates.append(_matrix_rate())
-            speed = _run(name, work)
+            rates.append(_matrix_rate(dtype))
+            speed = _run(name, work, dtype)
             operations = workload.flops_per_token(work.measured) * work.tokens / (work.tokens - len(work.measured))
             results[name].append(Result(speed, speed * operations / rates[-1]))
             print(f"round {number + 1}/{rounds}  {name:24} {speed:8.1f} tokens/s", file=sys.stderr, flush=True)
     print(_table(results))
     low, middle, high = (rate / 1e9 for rate in (min(rates), statistics.median(rates), max(rates)))
-    print(f"\nbf16 matrix rate: median {middle:.0f} GFLOP/s, from {low:.0f} to {high:.0f} over the run")
+    print(f"\n{dtype} matrix rate: median {middle:.0f} GFLOP/s, from {low:.0f} to {high:.0f} over the run")
     print(f"{rounds} rounds of {steps} timed steps, {options.threads} threads")
 
 
-def _run(name: str, work: Workload) -> float:
-    """Trained tokens a second of one contender on `work`."""
+def _run(name: str, work: Workload, dtype: str) -> float:
+    """Trained tokens a second of one contender on `work`, computing in `dtype`."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         workload.write_model(folder)
         if name.startswith("Trainer"):
-            return _run_trainer(folder, work, "grouped" if "grouped" in name else "padded")
-        return _run_tutti(folder, work, compile="compiled" in name)
+            return _run_trainer(folder, work, dtype, "grouped" if "grouped" in name else "padded")
+        return _run_tutti(folder, work, dtype, compile="compiled" in name)
 
 
-def _run_trainer(folder: Path, work: Workload, mode: str) -> float:
-    plan = {"warmup": work.warmup, "measured": work.measured, "batch_size": BATCH_SIZE, "accumulation": ACCUMULATION}
+def _run_trainer(folder: Path, work: Workload, dtype: str, mode: str) -> float:
+    plan = {
+        "warmup": work.warmup,
+        "measured": work.measured,
+        "batch_size": BATCH_SIZE,
+        "accumulation": ACCUMULATION,
+        "compute_dtype": dtype,
+    }
     (folder / "workload.json").write_text(json.dumps(plan))
     lines = _process("-m", "bench._trainer", str(folder), mode).splitlines()
     result = json.loads(lines[-1])
     return result["trained_tokens"] / result["seconds"]
 
 
-def _run_tutti(folder: Path, work: Workload, *, compile: bool) -> float:
+def _run_tutti(folder: Path, work: Workload, dtype: str, *, compile: bool) -> float:
     workload.write_text(folder / "rows.jsonl", work.warmup + work.measured)
     arguments = {
         "model.config_path": folder,
@@ -102,6 +110,7 @@ def _run_tutti(folder: Path, work: Workload, *, compile: bool) -> float:
         "train.dyn_bsz": True,
         "train.micro_batch_size": MICRO_BATCH_SLOTS // workload.MAX_LENGTH,
         "train.global_batch_size": ACCUMULATION * MICRO_BATCH_SLOTS // workload.MAX_LENGTH,
+        "train.compute_dtype": dtype,
         "train.lr": 1e-4,
         "train.lr_decay_style": "linear",
         "train.enable_gradient_checkpointing": False,
@@ -116,8 +125,8 @@ def _run_tutti(folder: Path, work: Workload, *, compile: bool) -> float:
     return sum(line["trained_tokens"] for line in timed) / sum(line["step_seconds"] for line in timed)
 
 
-def _matrix_rate() -> float:
-    return float(_process("-c", "from bench.workload import matrix_rate; print(matrix_rate())"))
+def _matrix_rate(dtype: str) -> float:
+    return float(_process("-c", f"from bench.workload import matrix_rate; print(matrix_rate({dtype!r}))"))
 
 
 def _process(*arguments: str) -> str:

@@ -43,7 +43,8 @@ texts = [json.loads(line)["content_split"] for line in (folder / "rows.jsonl").r
 rows = [{"input_ids": ids} for ids in tokenizer(texts)["input_ids"]]
 arguments = TrainingArguments(
     output_dir=str(folder / "run"), per_device_train_batch_size=8, max_steps=2, logging_steps=1,
-    bf16=True, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
+    bf16=sys.argv[2] == "bfloat16", use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+    dataloader_pin_memory=False,
 )
 (folder / "run").mkdir(exist_ok=True)
 collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
@@ -58,9 +59,10 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS=str(options.threads), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     seconds: dict[str, list[float]] = {"Trainer": [], "Tutti": []}
+    dtype = workload.faster_dtype()
     for number in range(options.rounds + 1):
         for name, times in seconds.items():
-            taken = _first_loss(name)
+            taken = _first_loss(name, dtype)
             if number:
                 times.append(taken)
     middle = {name: statistics.median(times) for name, times in seconds.items()}
@@ -70,23 +72,24 @@ def main() -> None:
     print(f"\nTutti / Trainer: {middle['Tutti'] / middle['Trainer']:.2f}; {options.rounds} rounds")
 
 
-def _first_loss(name: str) -> float:
+def _first_loss(name: str, dtype: str) -> float:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         workload.write_model(folder, TINY)
         samples = [[1 + (row * 7 + token) % 500 for token in range(LENGTH)] for row in range(ROWS)]
         workload.write_text(folder / "rows.jsonl", samples)
-        command = ["-c", _TRAINER, str(folder)] if name == "Trainer" else _tutti(folder)
+        command = ["-c", _TRAINER, str(folder), dtype] if name == "Trainer" else _tutti(folder, dtype)
         return _wait_for_line(command, folder / "run" / "metrics.jsonl")
 
 
-def _tutti(folder: Path) -> list[str]:
+def _tutti(folder: Path, dtype: str) -> list[str]:
     arguments = {
         "model.config_path": folder,
         "data.train_path": folder / "rows.jsonl",
         "data.data_type": "plaintext",
         "data.max_seq_len": LENGTH,
         "data.num_workers": 0,
+        "train.compute_dtype": dtype,
         "train.micro_batch_size": 8,
         "train.max_steps": 2,
         "train.output_dir": folder / "run",

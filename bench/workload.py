@@ -114,11 +114,20 @@ def write_text(path: Path, samples: list[list[int]]) -> None:
     path.write_text("".join(json.dumps({"content_split": row}) + "\n" for row in rows))
 
 
-def matrix_rate(seconds: float = 4.0) -> float:
-    """bf16 operations a second of this machine in one process: the best product of two 4096 x 4096 matrices."""
+def faster_dtype() -> str:
+    """The one of bfloat16 and float32 that this CPU multiplies matrices faster in."""
     import torch
 
-    left, right = (torch.randn(4096, 4096).bfloat16() for _ in range(2))
+    from tutti.core.device import faster_dtype
+
+    return str(faster_dtype(torch.device("cpu"))).removeprefix("torch.")
+
+
+def matrix_rate(dtype: str, seconds: float = 4.0) -> float:
+    """Operations a second of this machine in one process: the best product of two 4096 x 4096 matrices of `dtype`."""
+    import torch
+
+    left, right = (torch.randn(4096, 4096).to(getattr(torch, dtype)) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()

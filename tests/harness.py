@@ -1,11 +1,14 @@
 """Run a test's function on several ranks: real processes, gloo, one thread each.
 
 The processes are forked from a server that has torch and transformers loaded already and has never run a parallel
-region, so that starting a rank costs milliseconds and OpenMP is safe after the fork.
+region, so that starting a rank costs milliseconds and OpenMP is safe after the fork. A process group has three threads
+and a layout some fifteen groups, so a function that trains several layouts calls `regroup` before each.
 """
 
 from __future__ import annotations
 
+import gc
+import itertools
 import multiprocessing
 import os
 import tempfile
@@ -21,6 +24,12 @@ _PRELOAD = [
     "transformers",
     "tests.preload",
 ]
+
+_generation = itertools.count()
+"""Numbers the process groups that are made one after the other."""
+
+MAX_THREADS = 120
+"""Threads that a rank may have when its function has ended: those of one layout's groups, and autograd's."""
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
@@ -48,6 +57,20 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
                 process.join()
 
 
+def regroup() -> None:
+    """Within `run_ranks`: end all process groups with their threads, and make a new one of the same ranks."""
+    from tutti.core.dist import shutdown_world
+
+    shutdown_world()
+    gc.collect()
+    _join()
+
+
+def num_threads() -> int:
+    """The threads of this process, those of C++ too."""
+    return len(os.listdir("/proc/self/task"))
+
+
 def _collect(pipes: list, timeout: float) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(pipes):
@@ -68,14 +91,24 @@ def _collect(pipes: list, timeout: float) -> list[Any]:
 
 
 def _rank(sender: Any, rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world),
+        OMP_NUM_THREADS="1",
+        STORE=folder,
+    )
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+        _join()
         result = function(*args)
+        gc.collect()
+        threads = num_threads()
+        assert threads <= MAX_THREADS, f"{threads} threads: groups that were done with have not been ended"
         if dist.is_initialized():
             dist.barrier()
         sender.send((True, result))
@@ -84,3 +117,12 @@ def _rank(sender: Any, rank: int, world: int, folder: str, function: Callable[..
     finally:
         sender.close()
         os._exit(0)
+
+
+def _join() -> None:
+    """Make the next process group of the ranks that the environment tells of."""
+    import torch.distributed as dist
+
+    place = f"file://{os.environ['STORE']}/{next(_generation)}"
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=world)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.harness import run_ranks
+from tests.harness import regroup, run_ranks
 from tests.parallel.layouts import family_config
 from tutti.check.dry_run import Prediction, Unpredictable, full_batch, predict, predict_rank
 from tutti.check.run import check
@@ -78,21 +78,22 @@ def real_steps(configs: list[Config]) -> bytes:
     from tutti.core.dist import init_world
     from tutti.train.process import prepare_process
 
-    ranks = init_world(prepare_process(configs[0]))
+    device = prepare_process(configs[0])
     logging.disable(logging.WARNING)
-    return pickle.dumps([real_step(config, ranks) for config in configs])
+    steps = []
+    for config in configs:
+        regroup()
+        steps.append(real_step(config, init_world(device)))
+    return pickle.dumps(steps)
 
 
 def real_step(config: Config, ranks: Any) -> tuple[Prediction, list[Batch]]:
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-
     from tutti.check.comm_volume import count_traffic
     from tutti.train.optim import build_optimizer
     from tutti.train.placement import load_parameters, make_executor
     from tutti.train.run import assemble
     from tutti.train.step import Totals, TrainStep
 
-    _clear_sharding_prop_cache()  # of the step before, whose mesh was another one
     run = assemble(config, ranks)
     placed, objective = run.placed, run.placed.objective
     load_parameters(config, placed, run.mesh, ranks)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tutti.core.launch import _watch
+
 ROOT = Path(__file__).parents[2]
 LAUNCHER = "import sys; from tutti.core.launch import launch; sys.exit(launch(sys.argv[2:], int(sys.argv[1])))"
 
@@ -171,3 +173,9 @@ def test_ranks_are_told_to_end_when_the_launcher_is_killed(tmp_path: Path) -> No
     process.kill()
     wait_for(tmp_path / "told")
     process.communicate()
+
+
+def test_a_signal_that_came_while_ranks_were_started_reaches_all() -> None:
+    ranks = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
+    assert _watch(ranks, [signal.SIGTERM]) in (0, 1)
+    assert [process.wait() for process in ranks] == [-signal.SIGTERM] * 2

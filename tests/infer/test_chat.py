@@ -131,26 +131,30 @@ def test_a_model_without_template_can_not_talk(model, monkeypatch, capsys):
         talk("Hello")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_in_a_terminal(model, ranks):
-    """Marks for input, answers, Ctrl-C at the mark, Ctrl-D to leave."""
+@pytest.mark.parametrize(("ranks", "at_start"), [(1, signal.SIG_IGN), (2, signal.SIG_DFL)], ids=["ignored", "ranks"])
+def test_in_a_terminal(model, ranks, at_start):
+    """Marks for input, answers, Ctrl-C at the mark (also where SIGINT is ignored at the start), Ctrl-D to leave."""
     master, slave = pty.openpty()
     arguments = [f"--infer.model_path={model}", "--infer.max_tokens=20", f"--nproc={ranks}"]
     command = [sys.executable, "-m", "tutti", "infer", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
     process = subprocess.Popen(
-        command, stdin=slave, stdout=slave, stderr=subprocess.DEVNULL, env=environment, start_new_session=True
+        command,
+        stdin=slave,
+        stdout=slave,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, at_start),
     )
     os.close(slave)
     screen = _Screen(master)
     try:
         screen.until("> ")
-        _press_ctrl_c(process)
-        screen.until("leaves)")
+        _press_ctrl_c(process, screen)
         os.write(master, b"Hello\n")
         screen.until("> ")
-        _press_ctrl_c(process)
-        screen.until("leaves)")
+        _press_ctrl_c(process, screen)
         os.write(master, b"/system Be brief\n")
         screen.until("new conversation")
         screen.until("> ")
@@ -161,9 +165,14 @@ def test_in_a_terminal(model, ranks):
         os.close(master)
 
 
-def _press_ctrl_c(process: subprocess.Popen) -> None:
-    time.sleep(0.5)  # nobody is so quick that the mark is there and reading has not begun
-    process.send_signal(signal.SIGINT)
+def _press_ctrl_c(process: subprocess.Popen, screen: _Screen) -> None:
+    """Press until it is answered: where the mark is there and reading has not begun, Ctrl-C waits for the next key."""
+    for _ in range(20):
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        if screen.shows("leaves)", 3):
+            return
+    raise AssertionError("Ctrl-C is not heard")
 
 
 class _Screen:
@@ -173,11 +182,15 @@ class _Screen:
         self._master = master
         self._unread = ""
 
-    def until(self, text: str, seconds: float = 60) -> None:
+    def until(self, text: str) -> None:
+        assert self.shows(text, 60), f"no {text!r} in {self._unread!r}"
+
+    def shows(self, text: str, seconds: float) -> bool:
+        """True once `text` has come, what is after it left unread."""
         deadline = time.monotonic() + seconds
         while text not in self._unread:
-            assert select.select([self._master], [], [], max(0, deadline - time.monotonic()))[0], (
-                f"no {text!r} in {self._unread!r}"
-            )
+            if not select.select([self._master], [], [], max(0, deadline - time.monotonic()))[0]:
+                return False
             self._unread += os.read(self._master, 4096).decode(errors="replace")
         self._unread = self._unread.partition(text)[2]
+        return True

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.infer.models import ONE, PROMPTS, open_model, write_model
+from tests.infer.models import ONE, PROMPTS, infer_config, no_checkpoint, open_model, write_model
 from tests.model.zoo import FAMILIES
 from tutti.attention.kv_cache import CACHED
+from tutti.infer import load as speaker_module
 from tutti.infer.generate import Generator, Request
 from tutti.infer.hf_generate import needs_generate
+from tutti.infer.load import open_speaker
 from tutti.infer.prompts import prompt_ids
 from tutti.infer.sampling import Sampler
 
@@ -109,9 +113,21 @@ def test_logits_equal_a_pass_without_a_cache(qwen):
         torch.testing.assert_close(torch.stack(seen[number]), logits, rtol=1e-4, atol=1e-4)
 
 
-def test_bf16_is_kept(tmp_path):
-    _, speaker = open_model(write_model(tmp_path, dtype=torch.bfloat16))
-    assert speaker.model.dtype == torch.bfloat16
+@pytest.mark.parametrize(
+    ("asked", "slow", "expected"),
+    [
+        ("auto", (), torch.bfloat16),
+        ("auto", (torch.bfloat16, torch.float16), torch.float32),
+        ("bfloat16", (torch.bfloat16,), torch.bfloat16),
+        ("float32", (), torch.float32),
+    ],
+)
+def test_bf16_is_kept_where_it_is_fast(tmp_path, monkeypatch, asked, slow, expected):
+    monkeypatch.setattr(speaker_module, "slow_dtypes", lambda ranks: frozenset(slow))
+    config = infer_config(write_model(tmp_path, dtype=torch.bfloat16))
+    config = replace(config, train=replace(config.train, compute_dtype=asked))
+    speaker = open_speaker(config, ONE, no_checkpoint)
+    assert {parameter.dtype for parameter in speaker.model.parameters()} == {expected}
 
 
 def test_stop_tokens_and_limits_end_an_answer(qwen):

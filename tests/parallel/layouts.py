@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import run_ranks
+from tests.harness import regroup, run_ranks
 from tests.model.zoo import tiny
 from tests.train.runs import records, run, tiny_config, train_quietly
 from tutti.config import Config
@@ -54,10 +54,8 @@ def try_all(configs: list[Config], world: int) -> list[str | None]:
 
 
 def _train_each(configs: list[Config]) -> None:
-    import tutti.train.run
-
-    tutti.train.run.shutdown_world = lambda: None  # type: ignore[assignment]  # the next run is in the same group
     for config in configs:
+        regroup()
         train_quietly(config)
         _mark(config).touch()
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from transformers import AutoModelForCausalLM
 
-from tests.harness import run_ranks
+from tests.harness import regroup, run_ranks
 from tests.model.zoo import EXPERTS, tiny
 from tests.parallel.layouts import assert_same, family_config, train_all
 from tests.train.runs import records
@@ -267,7 +267,6 @@ def train_and_listen(configs):
     import tutti.train.run
     from tutti.parallel import activation_offload as offload
 
-    tutti.train.run.shutdown_world = lambda: None
     said, made, kept = [], [], []
     offload.log.addFilter(lambda record: said.append(record.getMessage()) or True)
     leave, init = Offloader.leave, Offloader.__init__
@@ -276,6 +275,7 @@ def train_and_listen(configs):
     heard = []
     for config in configs:
         said.clear(), kept.clear(), made.clear()
+        regroup()
         tutti.train.run.train(config)
         logging.disable(logging.NOTSET)
         heard.append((said[0] if said else None, max(kept), made[0].kept_bytes))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.harness import run_ranks
+from tests.harness import regroup, run_ranks
 from tests.model.gallery import pack_pictures, picture, tiny
 from tests.train.runs import tiny_config
 from tutti.config.layout import fit
@@ -92,7 +92,11 @@ def train(config: Any, family: str) -> Result:
 
 
 def train_all(configs: dict[str, Any]) -> dict[str, Result]:
-    return {family: train(config, family) for family, config in configs.items()}
+    results = {}
+    for family, config in configs.items():
+        regroup()
+        results[family] = train(config, family)
+    return results
 
 
 def _whole(tensor: Any) -> torch.Tensor:
@@ -110,6 +114,7 @@ def assert_same(name: str, got: Result, want: Result) -> None:
 
 def compare_all(cases: list[tuple[str, Any, str, Result]]) -> None:
     for name, config, family, want in cases:
+        regroup()
         assert_same(name, train(config, family), want)
 
 

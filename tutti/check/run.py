@@ -17,6 +17,7 @@ from tutti.check.dry_run import Unpredictable, predict
 from tutti.config import Config
 from tutti.config.layout import Layout, fit
 from tutti.core.batch import Batch, GlobalBatch, Sample
+from tutti.core.compute_dtype import settle_compute_dtype
 from tutti.core.device import pick_device
 from tutti.core.dist import World
 from tutti.core.log import setup_logging
@@ -39,6 +40,7 @@ def check(config: Config, world: int = 1) -> None:
     setup_logging(0)
     layout = fit(config, world)
     ranks = World(rank=0, size=1, local_rank=0, device=pick_device(config.train.init_device))
+    config = settle_compute_dtype(config, ranks)
     tokenizer, model = tokenizer_and_model(config, ranks.device)
     structure = inspect_model(config, layout, model)
     data = open_data(config, tokenizer, model, ranks, dp_rank=0, dp_size=layout.data)

@@ -38,10 +38,9 @@ def export(source: str, out: str, *, merge_adapters: bool = False) -> None:
     config = load([str(output / "config.yaml")], verb=None)
     ranks = init_world(torch.device("cpu"))
     try:
-        if merge_adapters:
-            # What is merged into bf16 is rounded away, and quantized weights take no change.
-            held = replace(config.train, compute_dtype="float32", lora_base_dtype="compute")
-            config = replace(config, train=held)
+        # Only merging computes. What is merged into bf16 is rounded away, and quantized weights take no change.
+        train = replace(config.train, compute_dtype="float32" if merge_adapters else "bfloat16")
+        config = replace(config, train=replace(train, lora_base_dtype="compute") if merge_adapters else train)
         tokenizer, model = tokenizer_and_model(config, ranks.device)
         if merge_adapters and lora_of(model) is None:
             raise ValueError(f"--merge: {source} is of a model that was trained whole, there is nothing to merge")

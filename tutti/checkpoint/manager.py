@@ -49,6 +49,7 @@ from tutti.checkpoint.state import (
     rng_state,
     unstepped,
 )
+from tutti.config import Config
 from tutti.core import files
 from tutti.core.dist import World
 
@@ -184,6 +185,11 @@ class Checkpointer:
         origin = folder.name if own else str(folder.resolve())
         self._start = Start(origin, found.step, self._start.id)
         self._parent = {"path": origin, "saved": found.saved}
+        before, now = (facts.get("compute_dtype") for facts in (found.facts, self._facts))
+        if before and before != now and world.is_main:
+            log.warning(
+                "%s was computed in %s: in %s the run goes on, but not exactly as it would have", folder, before, now
+            )
         return saved["state"]
 
     def _follow(self) -> tuple[Path, Manifest] | None:
@@ -251,6 +257,24 @@ class Checkpointer:
             files.write_synced(folder / name, text)
         paths = [*map(folder.joinpath, texts), *dcp.files_of(folder, self._world.rank)]
         return {path.name: manifest.describe(path) for path in paths}
+
+
+def recorded_compute_dtype(config: Config) -> str | None:
+    """The compute dtype of the newest checkpoint at train.load_checkpoint_path, if that is there and tells."""
+    path = config.train.load_checkpoint_path
+    if path is None:
+        return None
+    folder = Path(config.train.output_dir or "") if path == "auto" else Path(path)
+    try:
+        if manifest.is_folder_name(folder.name):
+            return manifest.read(folder).facts.get("compute_dtype")
+        root = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+        found, start = manifest.by_age(root)[0], read_start(root)
+        if not found and start and start.origin:
+            return manifest.read(root / start.origin).facts.get("compute_dtype")
+        return found[0][1].facts.get("compute_dtype") if found else None
+    except (OSError, ValueError):
+        return None  # what is wrong with it is said when it is loaded
 
 
 def load_model_only(path: Path, model: nn.Module, world: World) -> None:

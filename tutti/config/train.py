@@ -67,7 +67,8 @@ class TrainConfig:
     )
     enable_mixed_precision: bool = arg(
         True,
-        "fp32 parameters and optimizer, bf16 compute, fp32 gradient reduction; false holds everything in bf16.",
+        "fp32 parameters and optimizer, compute in compute_dtype, fp32 gradient reduction; false holds everything in "
+        "bf16, and computes in it unless compute_dtype is float32.",
     )
     enable_gradient_checkpointing: bool = arg(
         True, "Keep only the inputs of each block and recompute the rest in the backward pass."
@@ -168,8 +169,11 @@ class TrainConfig:
     adam_beta2: float = arg(0.999, "Decay of the optimizer's second moment, per step.", low=0, high=1, added=True)
     adam_eps: float = arg(1e-8, "Added to the root of the second moment.", low=0, added=True)
     max_checkpoints: int = arg(0, "Newest checkpoints that are kept; 0 keeps all.", low=0, added=True)
-    compute_dtype: Literal["bfloat16", "float32"] = arg(
-        "bfloat16", "Dtype of the forward and backward pass (parameters: see enable_mixed_precision).", added=True
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = arg(
+        "auto",
+        "Dtype of the forward and backward pass (parameters: see enable_mixed_precision); auto: bfloat16 on "
+        "accelerators and on CPUs that multiply matrices faster in it, which is measured, float32 on others.",
+        added=True,
     )
     dpo_beta: float = arg(
         0.1, "data_type dpo: how closely the model is kept to the reference model.", low=1e-6, added=True

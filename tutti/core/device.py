@@ -8,8 +8,13 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 
 import torch
+
+from tutti.core.launch import num_cores
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +41,7 @@ def pick_device(init_device: str) -> torch.device:
 def limit_threads(local_world: int) -> None:
     """Share the machine's cores among its `local_world` ranks, unless OMP_NUM_THREADS says otherwise."""
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+        torch.set_num_threads(max(1, num_cores() // local_world))
 
 
 def memory_gib(device: torch.device) -> float:
@@ -71,22 +76,81 @@ _PEAK_TFLOPS = {  # dense bf16, from the vendors' data sheets
     "4090": 165.0,
 }
 
+_PROBE = 256
+"""Rows of the square matrices by which dtypes are compared: on one core, a product takes 0.2 to 11 ms."""
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Floating-point operations a second of one device in matrix products; None where it is not known.
+_LARGE = {"cpu": (512, 1024)}
+"""Rows of those by which a device's peak is measured, 8192 unless they are here: the smaller ones fit into caches."""
 
-    Known GPUs: the data sheet's figure for bf16. CPU: measured, which takes about a tenth of a second.
+
+@cache
+def product_rates(*dtypes: torch.dtype) -> dict[torch.dtype, float]:
+    """Floating-point operations a second of matrix products on one core of this CPU, by dtype; takes 5 to 50 ms.
+
+    The dtypes take turns and the best of ten products counts (of three where they are slow, since the first one sets
+    up its kernel), so that other processes don't decide between them.
+    """
+    times: dict[torch.dtype, list[float]] = {dtype: [] for dtype in dtypes}
+    with _threads(1):
+        for _ in range(10):
+            for dtype, taken in times.items():
+                if len(taken) < 3 or sum(taken) < 10e-3:
+                    taken.append(_seconds_of_product(_PROBE, dtype, torch.device("cpu")))
+    return {dtype: 2 * _PROBE**3 / min(taken) for dtype, taken in times.items()}
+
+
+def faster_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 or float32, whichever `device` multiplies matrices faster in."""
+    if device.type == "cpu":
+        rates = product_rates(torch.float32, torch.bfloat16)
+        return max(rates, key=lambda dtype: rates[dtype])
+    lacks_bf16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.float32 if lacks_bf16 else torch.bfloat16
+
+
+def peak_flops(device: torch.device) -> float:
+    """Floating-point operations a second that each rank of this machine can reach, in products of large matrices in
+    the faster dtype. Call it on one rank while the others wait.
+
+    Known GPUs: the data sheet's figure. Else measured, which takes some tenths of a second; on a CPU, on all the cores
+    that the ranks' threads can have together.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        return next((peak * 1e12 for key, peak in _PEAK_TFLOPS.items() if key in name), None)
+        known = next((peak for key, peak in _PEAK_TFLOPS.items() if key in name), None)
+        if known is not None:
+            return known * 1e12
+    dtype = faster_dtype(device)
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
+    with _threads(min(num_cores(), torch.get_num_threads() * sharing)):
+        rates = [
+            2 * size**3 / _seconds_of_product(size, dtype, device)
+            for size in _LARGE.get(device.type, (8192,))
+            for _ in range(4)
+        ]
+    return max(rates) / sharing
+
+
+def _seconds_of_product(size: int, dtype: torch.dtype, device: torch.device) -> float:
+    left, right = torch.ones(2, size, size, dtype=dtype, device=device)  # drawing at random would change the run
+    _wait_for(device)
+    start = time.perf_counter()
+    left @ right
+    _wait_for(device)
+    return time.perf_counter() - start
+
+
+def _wait_for(device: torch.device) -> None:
     if device.type != "cpu":
-        return None
-    size = 1536
-    left, right = torch.ones(2, size, size, dtype=dtype)  # drawing at random would change the run
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        left @ right
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        torch.accelerator.synchronize(device)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Compute with `count` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 
 class OtherRankError(ValueError):
@@ -115,6 +116,8 @@ def init_world(device: torch.device, *, timeout_minutes: int = 30) -> World:
 
 
 def shutdown_world() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group and end all others of this process, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        # It holds meshes of groups that have ended, which would keep their threads and pass for meshes of new groups.
+        _clear_sharding_prop_cache()

@@ -40,7 +40,7 @@ def launch(command: Sequence[str], nproc: int) -> int:
     with tempfile.TemporaryDirectory(prefix="tutti-") as folder:
         notes = [Path(folder, f"rank{rank}") for rank in range(nproc)]
         ranks: list[subprocess.Popen] = []
-        with _passing_on_signals(ranks):
+        with _noting_signals() as signals:
             port = _free_port()
             try:
                 for rank in range(nproc):
@@ -48,7 +48,7 @@ def launch(command: Sequence[str], nproc: int) -> int:
                     ranks.append(
                         subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
                     )
-                failed = _watch(ranks)
+                failed = _watch(ranks, signals)
             finally:
                 _kill(ranks)
         if failed is None:
@@ -58,7 +58,7 @@ def launch(command: Sequence[str], nproc: int) -> int:
 
 def _environment(rank: int, nproc: int, port: int) -> dict[str, str]:
     """What torchrun gives a rank, and a fair share of the cores."""
-    threads = max(1, _cores() // nproc)
+    threads = max(1, num_cores() // nproc)
     return {
         "OMP_NUM_THREADS": str(threads),
         **os.environ,
@@ -71,7 +71,8 @@ def _environment(rank: int, nproc: int, port: int) -> dict[str, str]:
     }
 
 
-def _cores() -> int:
+def num_cores() -> int:
+    """The number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -88,25 +89,32 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _passing_on_signals(ranks: list[subprocess.Popen]) -> Iterator[None]:
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        for process in ranks:
-            with suppress(ProcessLookupError):
-                process.send_signal(number)
+def _noting_signals() -> Iterator[list[int]]:
+    """The numbers of the signals that arrive: to be passed on once all ranks are there, none of which may miss one."""
+    arrived: list[int] = []
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    def note(number: int, frame: FrameType | None) -> None:
+        arrived.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield arrived
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _watch(ranks: list[subprocess.Popen]) -> int | None:
-    """Wait until all have ended, or one has failed and the others had their moment; the rank that failed first."""
+def _watch(ranks: list[subprocess.Popen], signals: list[int]) -> int | None:
+    """Pass `signals` on as they arrive, until all ranks have ended, or one has failed and the others had their moment;
+    the rank that failed first."""
     first: int | None = None
     deadline = float("inf")
     while _running(ranks) and time.monotonic() < deadline:
+        while signals:
+            number = signals.pop(0)
+            for process in ranks:
+                with suppress(ProcessLookupError):
+                    process.send_signal(number)
         if first is None and (first := _failed(ranks)) is not None:
             deadline = time.monotonic() + _GRACE_SECONDS
         time.sleep(_POLL_SECONDS)

@@ -59,6 +59,9 @@ def chat(config: Config, speaker: Speaker, generator: Generator) -> None:
     terminal = ranks.broadcast(sys.stdin.isatty())
     if terminal:
         show("Talk to the model; /help lists commands.\n")
+    if terminal and ranks.is_main:
+        # Python leaves SIGINT ignored where it was at the start, as it is for what a shell runs in the background.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     history = History()
     while True:
         line = ranks.broadcast(_read_turn(terminal) if ranks.is_main else None)

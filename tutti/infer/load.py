@@ -25,6 +25,7 @@ from tutti.checkpoint.adapter import base_path, is_adapter_folder, load_adapter,
 from tutti.checkpoint.hf_load import load_weights
 from tutti.config import Config, ModelConfig, TrainConfig
 from tutti.config.load import load
+from tutti.core.compute_dtype import compute_dtype, slow_dtypes
 from tutti.core.dist import World
 from tutti.data.template import ChatTemplate, end_of_turn, make_template
 from tutti.infer.hf_generate import needs_generate
@@ -73,7 +74,8 @@ def open_speaker(config: Config, world: World, load_checkpoint: LoadCheckpoint) 
     """
     with _speaking_of_infer():
         source = world.run_on_all_ranks(lambda: _find(config))
-    tokenizer, model = world.run_on_all_ranks(lambda: _build(source, world.device))
+    slow = slow_dtypes(world)
+    tokenizer, model = world.run_on_all_ranks(lambda: _build(config, source, world.device, slow))
     _shard(model, world)
     with _speaking_of_infer():
         if source.checkpoint is None:
@@ -131,12 +133,22 @@ def _adapted(folder: Path, config: Config, tokenizer: str | None) -> _Source:
     return _Source(Config(model=model, train=TrainConfig(architecture="lora")))
 
 
-def _build(source: _Source, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """The tokenizer and the model without storage, on the attention that generation runs on."""
+def _build(
+    asked: Config, source: _Source, device: torch.device, slow: frozenset[torch.dtype]
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """The tokenizer and the model without storage, on the attention that generation runs on.
+
+    asked: says in train.compute_dtype what it computes in; auto: in what it is held in, fp32 where that is `slow`.
+    """
     with _speaking_of_infer():
         config = replace(source.config, model=replace(source.config.model, attn_implementation="sdpa"))
         tokenizer = build_tokenizer(config)
         dtype = _dtype(source, load_model_config(config))
+        if asked.train.compute_dtype != "auto":
+            dtype = compute_dtype(asked.train)
+        elif dtype in slow:
+            log.info("computing in float32: products in %s, which the weights are held in, are slower here", dtype)
+            dtype = torch.float32
         model = build_model(config, tokenizer=tokenizer, device=device, dtype=dtype)
         lora = plan_adapters(config, model)
         if lora is not None:
@@ -148,15 +160,14 @@ def _build(source: _Source, device: torch.device) -> tuple[PreTrainedTokenizerBa
     return tokenizer, model
 
 
-def _dtype(source: _Source, model_config: PreTrainedConfig) -> torch.dtype | None:
-    """What parameters are held in: as in the files, those of the base of adapters; None: as in the run's
-    checkpoints."""
+def _dtype(source: _Source, model_config: PreTrainedConfig) -> torch.dtype:
+    """What parameters are held in: in the files, those of the base of adapters, or in the run's checkpoints."""
     if source.checkpoint is None and any(
         name.endswith("ForSequenceClassification") for name in model_config.architectures or ()
     ):
         raise ValueError("infer.model_path: the model is a classifier, which generates no text")
     if source.checkpoint is not None and source.config.train.architecture != "lora":
-        return None
+        return torch.float32 if source.config.train.enable_mixed_precision else torch.bfloat16
     return model_config.dtype if isinstance(model_config.dtype, torch.dtype) else torch.float32
 
 

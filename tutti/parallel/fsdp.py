@@ -35,6 +35,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import Shard
 
 from tutti.config import TrainConfig
+from tutti.core.compute_dtype import compute_dtype
 from tutti.parallel.expert import divided_experts, shard_dim, undivided_parts
 from tutti.parallel.mesh import Mesh
 from tutti.parallel.tensor import add_up_whole
@@ -48,8 +49,9 @@ def shard(root: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, train: Train
     Parameters are gathered in train.compute_dtype; gradients are reduced in fp32 with train.enable_mixed_precision.
     """
     reduce_dtype = torch.float32 if train.enable_mixed_precision else None
-    compute_dtype = getattr(torch, train.compute_dtype)
-    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(
+        param_dtype=compute_dtype(train), reduce_dtype=reduce_dtype, cast_forward_inputs=False
+    )
     unit = partial(fully_shard, mp_policy=precision, offload_policy=_offload_policy(train, mesh))
     frees = reshards(train)
     reshard = frees and mesh.num_shards > 1

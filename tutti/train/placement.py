@@ -26,6 +26,7 @@ from tutti.config import Config, TrainConfig
 from tutti.config.layout import Layout, ModelFacts, Piece, fit
 from tutti.config.yamlfile import to_yaml
 from tutti.core.batch import Batch
+from tutti.core.compute_dtype import compute_dtype
 from tutti.core.dist import World
 from tutti.core.structure import ModelStructure
 from tutti.data.loader import Data, build_data
@@ -106,14 +107,15 @@ class Run:
             "steps_reason": self.data.steps_reason,
         }
 
-    def documents(self) -> dict[str, str]:
-        """The configurations of the run and of its model, by file name, for its checkpoints."""
+    def documents(self, asked: Config) -> dict[str, str]:
+        """The configurations of the run, as it was asked for, and of its model, by file name, for its checkpoints."""
         model = self.placed.full_model or self.placed.model
-        return {"config.yaml": to_yaml(self.config), "config.json": model.config.to_json_string()}
+        return {"config.yaml": to_yaml(asked), "config.json": model.config.to_json_string()}
 
-    def facts(self) -> dict[str, Any]:
-        """What a checkpoint's manifest says of the run that wrote it."""
-        return {"layout": asdict(self.layout), "config": hashlib.sha256(to_yaml(self.config).encode()).hexdigest()}
+    def facts(self, asked: Config) -> dict[str, Any]:
+        """What a checkpoint's manifest says of the run that wrote it: also how it came out what was left to it."""
+        digest = hashlib.sha256(to_yaml(asked).encode()).hexdigest()
+        return {"layout": asdict(self.layout), "config": digest, "compute_dtype": self.config.train.compute_dtype}
 
 
 def tokenizer_and_model(config: Config, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
@@ -130,7 +132,7 @@ def tokenizer_and_model(config: Config, device: torch.device) -> tuple[PreTraine
     _leave_towers(model)
     lora = plan_adapters(config, model)
     if lora is not None:
-        add_adapters(model, lora, getattr(torch, config.train.compute_dtype))
+        add_adapters(model, lora, compute_dtype(config.train))
         if config.train.lora_base_dtype != "compute":
             hold_quantized([(module, each.weight) for module, each in adapters(model)], config.train.lora_base_dtype)
     return tokenizer, model
@@ -287,7 +289,7 @@ def make_executor(train: TrainConfig, placed: PlacedModel, mesh: Mesh, device: t
         prepare = prepare_samples
     if placed.pipeline is None:
         return SequentialExecutor(placed.objective, sync, prepare)
-    dtype = getattr(torch, train.compute_dtype)
+    dtype = compute_dtype(train)
     return PipelineExecutor(placed.objective, placed.pipeline, sync, prepare, dtype, split=postpones(train))
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from tutti.checkpoint.adapter import base_of, require_base
 from tutti.checkpoint.export import export_trained
-from tutti.checkpoint.manager import Checkpointer
+from tutti.checkpoint.manager import Checkpointer, recorded_compute_dtype
 from tutti.config import Config
 from tutti.config.layout import fit
 from tutti.core.batch import GlobalBatch
+from tutti.core.compute_dtype import settle_compute_dtype
 from tutti.core.dist import World, init_world, shutdown_world
 from tutti.model.lora import lora_of, require_gradients
 from tutti.parallel.mesh import build_mesh
@@ -56,7 +57,8 @@ def train(config: Config) -> None:
     output = Path(config.train.output_dir or "")
     try:
         with claim_output(output, world, fresh=config.train.load_checkpoint_path is None):
-            _run(config, world)
+            before = world.run_on_all_ranks(lambda: recorded_compute_dtype(config) if world.is_main else None)
+            _run(settle_compute_dtype(config, world, before=before), world, asked=config)
     finally:
         shutdown_world()
 
@@ -80,7 +82,8 @@ def assemble(config: Config, world: World) -> Run:
     return Run(config, world, layout, mesh, tokenizer, data, placed)
 
 
-def _run(config: Config, world: World) -> None:
+def _run(config: Config, world: World, *, asked: Config) -> None:
+    """Train as `config` says; `asked` is what it was settled from, and what is written down to be passed back in."""
     output = Path(config.train.output_dir or "")
     run = assemble(config, world)
     data, placed, model = run.data, run.placed, run.placed.model
@@ -94,8 +97,8 @@ def _run(config: Config, world: World) -> None:
         world,
         save_async=config.train.save_async,
         max_checkpoints=config.train.max_checkpoints,
-        facts=run.facts(),
-        documents=run.documents(),
+        facts=run.facts(asked),
+        documents=run.documents(asked),
     )
     state = checkpoints.resume(config.train.load_checkpoint_path, model, optimizer)
     step = state["step"] if state else 0
@@ -112,7 +115,7 @@ def _run(config: Config, world: World) -> None:
         inspect_gradients=partial(require_gradients, model, world),
     )
     # From here on the output folder is this run's: all that it was given is good.
-    run_info = run.describe() | {"branch": begin_run(config, output, checkpoints, world)}
+    run_info = run.describe() | {"branch": begin_run(asked, output, checkpoints, world)}
     with (
         checkpoints,
         Metrics(config, world, total_steps=data.total_steps, run_info=run_info, start_step=step) as metrics,

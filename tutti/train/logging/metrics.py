@@ -8,10 +8,11 @@ A training record has `step, epoch, loss, grad_norm, lr, tokens, trained_tokens,
 tokens_per_second, mfu, memory_gib, packing`, with several sources `source_loss/<name>` and `source_tokens/<name>`, and
 with experts `expert_load_max`, `expert_load_min` (as multiples of an even share) and maybe `router_loss`.
 Where a record stands for several steps (train.log_steps), tokens, trained_tokens, samples and source_tokens are sums
-over them and the rest are means, or the last value. mfu is None where the device's peak is unknown. An evaluation
-record has `step, eval_loss, eval_tokens`, and `eval_accuracy` for classification. Of pairs of answers the losses are
-means over pairs, eval_accuracy is the share whose chosen answer wins, and a training record has `rewards/chosen`,
-`rewards/rejected`, `rewards/margin` and `rewards/accuracy`. Either may hold more.
+over them and the rest are means, or the last value. mfu is the share that the model's operations are of what products
+of large matrices reach on this device in the faster of bf16 and fp32. An evaluation record has `step, eval_loss,
+eval_tokens`, and `eval_accuracy` for classification. Of pairs of answers the losses are means over pairs, eval_accuracy
+is the share whose chosen answer wins, and a training record has `rewards/chosen`, `rewards/rejected`, `rewards/margin`
+and `rewards/accuracy`. Either may hold more.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
-
 from tutti.core.batch import GlobalBatch
 from tutti.core.device import memory_gib, peak_flops
 from tutti.model.experts import ExpertLoad
@@ -75,7 +73,8 @@ class StepLogger:
 
     def __init__(self, run: Run, metrics: Metrics) -> None:
         self._run, self._config, self._world, self._metrics = run, run.config, run.world, metrics
-        self._peak: float | None = None
+        measured = peak_flops(run.world.device) if run.world.is_main else 0.0
+        self._peak = run.world.size * run.world.broadcast(measured)
         self._expert_load = ExpertLoad(run.placed.structure.experts, run.mesh, run.world.device)
         self.clock = Clock()
         self.totals = self._fresh()
@@ -131,12 +130,18 @@ class StepLogger:
         self.totals = self._fresh()
         self.totals.consecutive_skips = totals.consecutive_skips
 
-    def _mfu(self, flops: float, seconds: float) -> float | None:
+    def _mfu(self, flops: float, seconds: float) -> float:
         """The model's own operations as a share of what all ranks' devices can do in that time."""
-        if self._peak is None:
-            self._peak = peak_flops(self._world.device, getattr(torch, self._config.train.compute_dtype)) or 0.0
-            self.clock.lap()
-        return flops / seconds / (self._peak * self._world.size) if self._peak else None
+        rate = flops / seconds
+        if rate > self._peak:
+            log.warning(
+                "training reached %.4g GFLOP/s, more than the %.4g that matrix products reached before it, when the "
+                "machine must have been busy: mfu is against the former from now on",
+                rate / 1e9,
+                self._peak / 1e9,
+            )
+            self._peak = rate
+        return rate / self._peak
 
     def _by_source(self, reduced: Reduced) -> dict[str, float]:
         """Loss and tokens of each of several sources, or of the one that the user gave a name."""
