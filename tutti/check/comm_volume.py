@@ -1,4 +1,4 @@
-"""What a rank puts on the wire: bytes and messages of everything that runs, by the axis of the mesh they travel along.
+"""Counting communication: bytes and messages that a rank sends, by the axis of the mesh they travel along.
 
 Volume is what decides whether a layout scales, and it is easy to send too much of without a wrong number to show for
 it. So it is counted from below: every collective, whoever calls it (our own code, `fully_shard`, DTensor), ends in one
@@ -51,7 +51,7 @@ class Sent(NamedTuple):
 
 
 class Traffic:
-    """What this rank has sent so far.
+    """The bytes and messages that this rank has sent so far.
 
     by_kind: for an axis (fsdp, replicate, expert, expert_shard, tensor, ulysses, context, pipeline, other) and a kind
     (all-gather, reduce-scatter, all-reduce, all-to-all, send, broadcast, reduce, gather, scatter, barrier).

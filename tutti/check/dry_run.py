@@ -1,4 +1,4 @@
-"""What a step takes of each rank, memory and bytes on the wire, for any number of ranks and without having them.
+"""Predicting a step's memory and bytes on the wire, for any number of ranks and without having them.
 
 Nothing of it is a formula. In one process, which torch's `fake` backend lets be any rank of any number, the model is
 cut, divided and stepped by the very functions that a run calls, as a rehearsal: tensors have shapes and no values (see
@@ -87,7 +87,7 @@ class Unpredictable(ValueError):
 
 
 def predict(config: Config, model: PreTrainedModel, world: int) -> Prediction:
-    """What training `model`, which is whole and on the meta device, takes of the fullest of `world` ranks.
+    """Predict what training `model`, which is whole and on the meta device, takes of the fullest of `world` ranks.
 
     There must be no process group. ConfigError, ValueError: sizes that do not fit. Unpredictable: why.
     """
@@ -99,7 +99,7 @@ def predict(config: Config, model: PreTrainedModel, world: int) -> Prediction:
 def predict_rank(
     config: Config, model: PreTrainedModel, world: int, rank: int, batches: Sequence[Batch] = ()
 ) -> Prediction:
-    """The same of one rank. batches: its micro batches of a step, where they are not to be full ones."""
+    """Predict what it takes of one rank. batches: its micro batches of a step, where they are not to be full ones."""
     layout = fit(config, world)
     train = replace(config.train, enable_compile=False)
     config = replace(config, train=train)
@@ -187,7 +187,8 @@ class _Sizes:
         self._memory.restart()
 
     def prediction(self, rank: int, sent: dict[str, Sent]) -> Prediction:
-        """What was seen, once the step is over. In it the optimizer's state came with the update; it then stays."""
+        """The sizes that were seen, once the step is over. In it the optimizer's state came with the update; it then
+        stays."""
         parameters = _num_bytes(map(local, self._parameters))
         states = (value for state in self._optimizer.state.values() for value in state.values())
         optimizer = _num_bytes(local(value) for value in states if isinstance(value, Tensor))

@@ -131,7 +131,7 @@ def _plan_table(config: Config, layout: Layout, model: PreTrainedModel, structur
 
 
 def _show_prediction(out: Console, config: Config, layout: Layout, model: PreTrainedModel) -> None:
-    """What a step takes of a rank: memory, and traffic along each axis."""
+    """Print what a step takes of a rank: memory, and traffic along each axis."""
     sizes, memory = num_params(model), _table("Memory per rank")
     active = f" ({sizes.active:,} active)" if sizes.active != sizes.total else ""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -167,5 +167,5 @@ def _show_prediction(out: Console, config: Config, layout: Layout, model: PreTra
 
 
 def _size(num_bytes: int) -> str:
-    """In GiB, or MiB where that would be nought."""
+    """The number of bytes in GiB, or MiB where that would be nought."""
     return f"{num_bytes / 2**30:9.3f} GiB" if num_bytes >= 2**27 else f"{num_bytes / 2**20:9.3f} MiB"

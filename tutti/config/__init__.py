@@ -41,7 +41,7 @@ class Config:
 
 
 class ConfigError(ValueError):
-    """What is wrong with a configuration: every problem, one line each, that begins with the dotted argument."""
+    """Raised for a configuration, with every problem on a line of its own that begins with the dotted argument."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
@@ -69,7 +69,7 @@ def get(config: Config, name: str) -> Any:
 
 
 def resolve(config: Config) -> Config:
-    """The same configuration with the defaults filled in that follow other arguments."""
+    """The configuration with the defaults filled in that follow other arguments."""
     for name, derive in _DERIVED.items():
         if get(config, name) is None:
             group, leaf = name.split(".")
@@ -78,7 +78,7 @@ def resolve(config: Config) -> Config:
 
 
 def away_from_default(config: Config, name: str) -> bool:
-    """Whether the argument has another value than the default it would resolve to."""
+    """True if the argument has another value than the default it would resolve to."""
     value = get(config, name)
     if name in _DERIVED:
         return value is not None and value != _DERIVED[name](config)

@@ -1,4 +1,4 @@
-"""How an argument is declared, and what is known about it: the one source for reading, checking and documenting it.
+"""Arguments: how one is declared, and the record from which it is read, checked and documented.
 
 The four groups (`model`, `data`, `train`, `infer`) are frozen dataclasses whose fields are declared with `arg`: a
 default, one line of documentation with the unit, and the range. `arguments_of` turns such a class into `Argument`

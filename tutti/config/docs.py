@@ -110,7 +110,7 @@ def _type(argument: Argument) -> str:
 
 
 def _doc(argument: Argument) -> str:
-    """What it is, with the closed set of values that the column of types leaves out."""
+    """The argument's documentation, with the closed set of values that the column of types leaves out."""
     return f"{argument.doc} One of: {', '.join(argument.values)}." if argument.values else argument.doc
 
 

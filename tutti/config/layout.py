@@ -37,7 +37,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What of a model the axes divide, in numbers. What belongs to an axis of size 1 may be left out.
+    """The sizes in a model that the axes divide. What belongs to an axis of size 1 may be left out.
 
     blocks: its depth (pipeline). heads: the numbers of query heads that its attention layers have (ulysses).
     experts: the numbers of experts that its layers of experts have (expert). pieces: what is divided of its blocks, and
@@ -151,7 +151,7 @@ def fit(config: Config, world: int, facts: ModelFacts | None = None) -> Layout:
 
 
 def resolve_sizes(config: Config, world: int) -> Config:
-    """The same configuration with train.global_batch_size filled in for `world` ranks.  Raises what `fit` raises."""
+    """The configuration with train.global_batch_size filled in for `world` ranks. Raises what `fit` raises."""
     return replace(config, train=replace(config.train, global_batch_size=fit(config, world).global_batch_size))
 
 
@@ -164,7 +164,7 @@ class _Complaint(NamedTuple):
 
 
 def _complaints(sizes: Sizes, facts: ModelFacts | None) -> Iterator[_Complaint]:
-    """What is wrong with `sizes`; nothing, if they fit."""
+    """Yield the rules that `sizes` break; none, if they fit."""
     if sizes.data is None:
         yield from _about_ranks(sizes)
     else:

@@ -19,7 +19,7 @@ __all__ = ["ConfigError", "from_dict", "load", "to_yaml"]
 
 
 class _Entry(NamedTuple):
-    """What was written for one argument; text: on the command line; where: in which line of which file."""
+    """A value as written for one argument; text: on the command line; where: in which line of which file."""
 
     value: Any
     text: bool = False
@@ -87,7 +87,7 @@ def _split(argv: list[str], problems: list[str]) -> tuple[list[str], list[tuple[
 
 
 def _is_value(name: str, token: str) -> bool:
-    """Whether `token`, which follows `--name`, is its value; a switch can stand alone."""
+    """True if `token`, which follows `--name`, is its value; a switch can stand alone."""
     if token.startswith("--"):
         return False
     if name in ARGUMENTS and ARGUMENTS[name].kind is not bool:

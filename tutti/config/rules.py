@@ -284,7 +284,7 @@ def warnings(config: Config) -> list[str]:
 
 
 def warnings_on_cpu(config: Config) -> list[str]:
-    """The same for those that have no effect where the run is on a CPU."""
+    """One line for each argument that was set and has no effect where the run is on a CPU."""
     return _apply(_ON_CPU, config)
 
 

@@ -26,7 +26,7 @@ class TaskRow:
 
     @property
     def holds_chats(self) -> bool:
-        """Whether rows are rendered by a chat template."""
+        """True if rows are rendered by a chat template."""
         return self.rows in ("conversations", "pairs")
 
 

@@ -1,4 +1,4 @@
-"""What data hands to training: samples, packed micro batches and global batches.
+"""Samples, packed micro batches and global batches: the records that data hands to training.
 
 A *sample* is one training sequence with its targets already shifted: `labels[t]` is the token that position `t`
 must predict, or `IGNORE`. A *batch* (micro batch) is several samples laid end to end without padding, together with
@@ -69,7 +69,7 @@ class SequenceRanks(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many ranks have different tokens."""
+        """The number of ranks that have different tokens."""
         return self.context_size * self.ulysses_size
 
 
@@ -91,7 +91,7 @@ class FullTokens:
 
 @dataclass(frozen=True, slots=True)
 class GlobalSequence:
-    """What attention, which looks beyond a rank's own tokens, needs to know of the batch that they are a part of.
+    """The batch that a rank's tokens are a part of, for attention, which looks beyond them.
 
     length: its tokens before it was padded to a multiple of the ranks. cu_seqlens: int32, the borders of its samples
     and of that padding. borders: the same, always on the host. max_seqlen: length of the longest segment. row: its
@@ -109,12 +109,12 @@ class GlobalSequence:
 
     @property
     def parts(self) -> tuple[GlobalSequence, ...]:
-        """What was split, one after the other: its samples, or all of it at once."""
+        """The sequences that were split, one after the other: its samples, or all of it at once."""
         return self.samples or (self,)
 
     @property
     def share(self) -> int:
-        """How many of its tokens, padding included, each rank holds."""
+        """The number of its tokens, padding included, that each rank holds."""
         return int(self.borders[-1]) // self.ranks.size
 
     def map(self, change: Callable[[Tensor], Tensor]) -> GlobalSequence:
@@ -167,15 +167,15 @@ class Batch:
         return [length for length, source in zip(lengths, self.segment_sources.tolist(), strict=True) if source >= 0]
 
     def num_values(self) -> int:
-        """Of how many values (pixels times channels) the batch's images, video and audio are made."""
+        """The number of values (pixels times channels) in the batch's images, video and audio."""
         return sum(value.numel() for value in self.extras.values() if value.is_floating_point())
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`; copies from pinned memory do not block."""
+        """A copy of the batch on `device`; copies from pinned memory do not block."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory (the hook that torch's DataLoader calls)."""
+        """A copy of the batch in page-locked memory (the hook that torch's DataLoader calls)."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -230,7 +230,7 @@ def pack(samples: Sequence[Sample], *, pad_to: int | None = None, pad_id: int = 
 
 @dataclass(frozen=True, slots=True)
 class GlobalBatch:
-    """What this data-parallel rank runs in one optimizer step, and the totals over all ranks.
+    """The micro batches of this data-parallel rank in one optimizer step, and the totals over all ranks.
 
     micro_batches: this rank's, as many as every other rank's (a rank short of data gets batches of padding).
     num_targets: what the summed loss is divided by, over all ranks and micro batches: trained tokens, or pairs.
@@ -258,5 +258,5 @@ class GlobalBatch:
 
     @property
     def counts(self) -> dict[str, int]:
-        """What each loss of the step, by its name among the objective's sums, is divided by."""
+        """The number that each loss of the step, by its name among the objective's sums, is divided by."""
         return {"loss": self.num_targets, "router_loss": self.num_tokens}

@@ -57,7 +57,7 @@ def launch(command: Sequence[str], nproc: int) -> int:
 
 
 def _environment(rank: int, nproc: int, port: int) -> dict[str, str]:
-    """What torchrun gives a rank, and a fair share of the cores."""
+    """The environment that torchrun gives a rank, and a fair share of the cores."""
     threads = max(1, num_cores() // nproc)
     return {
         "OMP_NUM_THREADS": str(threads),
@@ -83,7 +83,7 @@ def _free_port() -> int:
 
 
 def _end_with_parent() -> None:
-    """In the new process: be told to end (and save) should the launcher be killed."""
+    """Have the kernel tell this new process to end (and save) should the launcher be killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class LogitTransform(NamedTuple):
-    """What a model does between its head and its loss: logits = softcap * tanh(scale * head(x) / softcap).
+    """The step between a model's head and its loss: logits = softcap * tanh(scale * head(x) / softcap).
 
     softcap 0: no soft-capping.
     """
@@ -73,7 +73,7 @@ class ModelStructure:
 
 @dataclass(frozen=True)
 class StageTrace:
-    """Where a language model can be cut between its blocks (`tutti.model.stage_trace` finds out).
+    """The cuts of a language model between its blocks (`tutti.model.stage_trace` finds them).
 
     blocks: the name of its list of blocks. front, tail: of its modules with parameters that run before and after them.
     gives_tuple: a block's hidden states are the first of a tuple.

@@ -30,7 +30,7 @@ FRAMEWORKS: tuple[Framework, ...] = (veomni.FRAMEWORK, llamafactory.FRAMEWORK, a
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one key. kind: mapped, changed or none. ours: settings by dotted name. note: what to know.
+    """The outcome for one key. kind: mapped, changed or none. ours: settings by dotted name. note: what to know.
 
     given: whether the file has it, or it is a default of theirs that is not ours.
     """
@@ -140,7 +140,7 @@ def _without(row: Row, refused: Mapping[str, str]) -> Row:
 
 
 def _problems(settings: Mapping[str, Any]) -> dict[str, str]:
-    """What is wrong with our settings, by the dotted name at fault."""
+    """The problems with our settings, by the dotted name at fault."""
     tree: dict[str, dict[str, Any]] = {}
     for name, value in settings.items():
         group, _, leaf = name.partition(".")

@@ -379,7 +379,7 @@ _RULES: dict[str, Rule] = {
 
 
 def _defaults(source: Source) -> Mapping[str, Any]:
-    """Of Axolotl's defaults those that are not ours."""
+    """Axolotl's defaults that are not ours."""
     defaults: dict[str, Any] = {
         "sequence_len": 512,
         "sample_packing": False,

@@ -298,7 +298,7 @@ _RULES: dict[str, Rule] = {
 
 
 def _defaults(source: Source) -> Mapping[str, Any]:
-    """Of the trainer's defaults those that are not ours."""
+    """The trainer's defaults that are not ours."""
     defaults: dict[str, Any] = {
         "stage": "sft",
         "finetuning_type": "lora",

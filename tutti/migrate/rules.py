@@ -1,4 +1,4 @@
-"""What the tables of `tutti.migrate` are made of: rules, which take the value of one of their keys to our settings.
+"""Rules, of which the tables of `tutti.migrate` are made: they take the value of one of their keys to our settings.
 
 A rule is a function of the value and of the file around it (`Source`). Most are made by a handful of builders, so that
 a table reads as a list: `same` (their key under our name), `choice` (by a list of values), `changed` (ours means
@@ -20,7 +20,7 @@ MAPPED, CHANGED, NONE = "mapped", "changed", "none"
 
 @dataclass(frozen=True)
 class Result:
-    """What a value becomes. kind: mapped, changed or none. ours: settings by dotted name."""
+    """The setting that a value becomes. kind: mapped, changed or none. ours: settings by dotted name."""
 
     kind: str
     ours: Mapping[str, Any] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Framework:
 
 
 def same(name: str, convert: Callable[[Any], Any] = lambda value: value) -> Rule:
-    """The same setting under our name."""
+    """A rule for a setting that is the same under our name."""
     return lambda value, source: Result(MAPPED, {name: convert(value)})
 
 
@@ -127,7 +127,7 @@ _LOCAL = re.compile(r"^[./~]|^[^/]+$|^[^/]+/[^/]+/")
 
 
 def looks_remote(path: str) -> bool:
-    """Whether a path has the form of a name on the Hugging Face hub, owner/name."""
+    """True if a path has the form of a name on the Hugging Face hub, owner/name."""
     return not _LOCAL.match(path) and not re.search(r"\.(jsonl?|parquet|csv|txt|arrow|ya?ml)$", path)
 
 
@@ -280,7 +280,7 @@ def bf16(value: Any, source: Source) -> Result:
 
 
 def report_to(value: Any, source: Source) -> Result:
-    """Where transformers logs to."""
+    """A rule for the trackers that transformers logs to."""
     places = [str(place).lower() for place in (value if isinstance(value, list) else [value])]
     others = [place for place in places if place not in ("wandb", "none", "all")]
     ours = {"train.use_wandb": "wandb" in places}

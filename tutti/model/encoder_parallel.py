@@ -98,7 +98,7 @@ class _Images(NamedTuple):
 
 
 def _images(values: Tensor, sizes: Tensor | None) -> _Images | None:
-    """What is given as the patches of all images, [N, C, height, width] or [1, N, C, height, width]; None if it is
+    """The patches of all images, [N, C, height, width] or [1, N, C, height, width]; None if it is
     something else."""
     if sizes is not None and values.ndim == 2:
         return _Images(values, 0, sizes.prod(-1).tolist(), sizes)

@@ -65,7 +65,7 @@ def fused_experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) 
 
 
 def eager_experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """The same by the layer's own loop over experts."""
+    """Run the experts by the layer's own loop over them; arguments as for `fused_experts`."""
     if _exchange(module) is not None:
         return _by_expert(module, hidden, chosen, weights, _one_by_one)
     _count(module, chosen.flatten().bincount(minlength=module.num_experts))
@@ -175,7 +175,7 @@ def _own_loop(module: Any) -> Callable[..., Tensor]:
 
 
 class _Groups:
-    """How the S sorted rows divide among the experts of `module`."""
+    """Groups of the S sorted rows, one for each expert of `module`."""
 
     def __init__(self, module: Any, experts: Tensor, counts: Tensor) -> None:
         self._module = module
@@ -203,7 +203,7 @@ class _Groups:
 
 
 def _has_kernel(weight: Tensor) -> bool:
-    """Whether `grouped_mm` takes this weight [E, in, out]."""
+    """True if `grouped_mm` takes this weight [E, in, out]."""
     aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
     plain = not on_accelerator(weight) and not torch.compiler.is_compiling()
     return aligned and (weight.dtype == torch.bfloat16 or plain)

@@ -81,7 +81,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def own_block(target: Tensor) -> tuple[slice, ...] | None:
-    """Where this rank's part lies in the whole of `target`; None if it is not one block.
+    """The slices of `target`'s full shape that this rank holds; None if it holds more than one block.
 
     FSDP splits what other axes have split before, which a strided placement on its own, leftmost axis stands for: the
     part is a block if the strides are exactly those splits.
@@ -125,7 +125,7 @@ def fill_by_rules(model: PreTrainedModel, names: set[str], seed: int) -> None:
 
 
 def _twin(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model without storage, undivided and untied."""
+    """A copy of the model without storage, undivided and untied."""
     with torch.device("meta"), no_tie_weights():
         return model_class(model)._from_config(copy.deepcopy(model.config), dtype=torch.float32)
 
@@ -162,7 +162,7 @@ class _Unit:
 
 
 def _store(module: nn.Module, leaf: str) -> dict[str, Any]:
-    """Where the module keeps this parameter or buffer."""
+    """The dictionary of the module that holds this parameter or buffer."""
     return module._parameters if leaf in module._parameters else module._buffers
 
 

@@ -56,7 +56,7 @@ LISTED = 20
 
 @dataclass(frozen=True)
 class Lora:
-    """What is adapted, and how.
+    """Settings of adapters: which layers, of what rank and scale.
 
     targets: patterns of layer names (of parameter names, for experts); () is every linear layer and every stack of
     experts in the blocks. modules_to_save: patterns of modules that are trained whole. ranks, alphas: of adapters, by
@@ -91,13 +91,13 @@ class Factors(NamedTuple):
 
     @staticmethod
     def names(weight: str) -> tuple[str, str, str]:
-        """What they are called beside the weight of this name."""
+        """The names of the factors beside the weight of this name."""
         return tuple(f"{weight}{ADAPTER_MARK}{part}" for part in ("A", "B", "offset"))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """How one weight is adapted; the parameters are the layer's.
+    """The adapter of one weight; its parameters are the layer's.
 
     name: of the layer, or of the stack of experts. weight: the parameter's name within its module. transposed: it is
     held as [(E,) in, out].
@@ -118,11 +118,11 @@ class Adapter:
         return [part for part in self.factors(module)[1:] if part is not None]
 
     def by_input(self, module: Any) -> list[Tensor]:
-        """Those that have a column for each input."""
+        """The factors that have a column for each input."""
         return [self.factors(module).A]
 
     def product(self, module: Any, inputs: Tensor, share: LinearShard = WHOLE) -> Tensor:
-        """What a linear layer gives for `inputs` [.., in], without its bias: [.., out]."""
+        """The output of the adapted linear layer for `inputs` [.., in], without its bias: [.., out]."""
         A, *rest = self.factors(module)
         B, offset = (None if part is None else share.rows(part) for part in rest)
         assert B is not None
@@ -137,8 +137,8 @@ class Adapter:
     def grouped(
         self, module: Any, rows: Tensor, out: Tensor, experts: Tensor, product: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
-        """The same for a stack of experts, from what its weights give, `out` [S, out], for `rows` [S, in] sorted by
-        `experts` [S].
+        """The output of an adapted stack of experts, from its frozen output `out` [S, out], for `rows` [S, in] sorted
+        by `experts` [S].
 
         product: multiplies each row [in] by its expert's matrix of a stack [E, in, out].
         """
@@ -232,7 +232,7 @@ def _adapted(module: Any, inputs: Tensor) -> Tensor:
 
 
 def _frozen_product(module: Any, inputs: Tensor, share: LinearShard = WHOLE) -> Tensor:
-    """What a linear layer's weight gives for `inputs` [.., in], without bias or adapter: [.., out]."""
+    """The product of a linear layer's weight with `inputs` [.., in], without bias or adapter: [.., out]."""
     rows_are_inputs = isinstance(module, Conv1D)
     if packing_of(module, "weight") is not None:
         assert share == WHOLE, "the rows of a quantized weight are not split"
@@ -252,7 +252,7 @@ def adapters(model: nn.Module) -> list[tuple[nn.Module, Adapter]]:
 
 
 def lora_of(model: nn.Module) -> Lora | None:
-    """What is adapted in `model`; None for a model that trains as a whole."""
+    """The settings of the adapters in `model`; None for a model that trains as a whole."""
     return model.__dict__.get("lora")
 
 
@@ -334,7 +334,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def _shapes(weight: Sequence[int], rank: int, *, dora: bool) -> list[tuple[int, ...]]:
-    """Of A, B and, with DoRA, the offset."""
+    """The shapes of A, B and, with DoRA, the offset."""
     *stack, rows, columns = weight
     shapes = [(*stack, rank, columns), (*stack, rows, rank)]
     return [*shapes, (*stack, rows)] if dora else shapes
@@ -367,7 +367,7 @@ def _candidates(model: PreTrainedModel) -> dict[str, tuple[nn.Module, str]]:
 
 
 def _targets(model: PreTrainedModel, lora: Lora, full: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, str]]:
-    """What `lora` adapts: each with the module and the name of its weight in there."""
+    """The layers that `lora` adapts, each with the module and the name of its weight in there."""
     whole = {id(part) for module in full.values() for part in module.modules()}
     candidates = {name: item for name, item in _candidates(model).items() if id(item[0]) not in whole}
     if not lora.targets:
@@ -405,7 +405,7 @@ def _full_modules(model: PreTrainedModel, lora: Lora) -> dict[str, nn.Module]:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether `name`, or its end after some dot, is of `pattern` (with * and ?)."""
+    """True if `name`, or its end after some dot, matches `pattern` (with * and ?)."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 

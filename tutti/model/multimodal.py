@@ -1,4 +1,4 @@
-"""Where a multimodal model hands a row of embedded tokens to its language model, and what packing does there.
+"""The multimodal forward: a packed row is embedded with its images and handed to the language model.
 
 A Hugging Face model that takes images (or video, or audio) is a language model with *towers* beside it (an encoder, a
 projector), in an outer decoder that embeds the tokens, encodes the images, puts their features in the place of
@@ -194,7 +194,7 @@ class MultimodalForward:
 
 
 def _row(batch: Batch) -> Batch | FullTokens:
-    """What has the tokens and positions of all that the outer decoder sees."""
+    """The tokens and positions that the outer decoder sees."""
     return batch if batch.sequence is None or batch.sequence.row is None else batch.sequence.row
 
 
@@ -228,7 +228,7 @@ def _at_borders(mask: Any, cu_seqlens: Tensor) -> Any:
 
 
 def _own(handed: Mapping[str, Any], held: Tensor) -> dict[str, Any]:
-    """What is handed over for the tokens at the places `held` [t] alone."""
+    """The arguments handed to the language model, cut to the tokens at the places `held` [t]."""
     own = dict(handed)
     for key, dim in _ALONG.items():
         if key in own:
@@ -254,7 +254,8 @@ class _Anchor(torch.autograd.Function):
 
 
 def make_placing(structure: ModelStructure) -> Callable[[Batch], Batch]:
-    """What gives a batch on the host the positions of its images' tokens, where the model's have several rows."""
+    """A function that gives a batch on the host the positions of its media's tokens, where the model rotates by
+    several."""
     index: Any = getattr(structure.decoder, "get_rope_index", None)
     if index is None:
         return lambda batch: batch

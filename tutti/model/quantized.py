@@ -36,7 +36,8 @@ BLOCK = 64
 
 @dataclass(frozen=True)
 class Packing:
-    """How the bytes of a weight with rows of `columns` numbers are read. kind: int8 or nf4; dtype: what of."""
+    """The layout of a packed weight with rows of `columns` numbers. kind: int8 or nf4; dtype: of the unpacked
+    weight."""
 
     kind: str
     columns: int
@@ -95,7 +96,7 @@ def hold_quantized(weights: Iterable[tuple[nn.Module, str]], kind: str) -> None:
 
 
 def packing_of(module: Any, name: str) -> Packing | None:
-    """How `module` (or what stands for it) packs its parameter of this name; None for one that is as it was."""
+    """The packing of the module's parameter of this name; None for one that is not packed."""
     return getattr(module, "packed", {}).get(name)
 
 

@@ -1,4 +1,4 @@
-"""Where a decoder can be cut between its blocks, so that its stages run on different ranks.
+"""Tracing where a decoder can be cut between its blocks, so that its stages run on different ranks.
 
 A Hugging Face decoder is a list of blocks, with some modules that run before them (the embedding, rotary positions) and
 some after (the final norm). Whether a class is built like that, and which module runs when, is tried out rather than
@@ -32,7 +32,7 @@ _HOOKED = "_output_capturing_hooks_installed"
 
 
 def trace_stages(structure: ModelStructure) -> StageTrace:
-    """How a model that lies on the meta device can be cut between its blocks. ValueError where it cannot."""
+    """The cuts between the blocks of a model that lies on the meta device. ValueError where it cannot be cut."""
     name, inner = structure.name, structure.text_model
     found = [block for _, block in structure.blocks]
     lists = [key for key, child in inner.named_children() if isinstance(child, nn.ModuleList) and list(child) == found]
@@ -57,7 +57,7 @@ def trace_stages(structure: ModelStructure) -> StageTrace:
 
 @dataclass
 class _Trace:
-    """What happened in one run with stand-ins."""
+    """A record of one run with stand-ins."""
 
     gives_tuple: bool
     called: list[int] = field(default_factory=list)
@@ -69,7 +69,7 @@ class _Trace:
     num_blocks: int = 0
 
     def mistake(self, inner: nn.Module, path: str, output: Any) -> str | None:
-        """What keeps the decoder from being cut."""
+        """The reason why the decoder cannot be cut; None if it can."""
         if self.called != list(range(self.num_blocks)):
             return f"its blocks run in the order {self.called}"
         if any(got is not gave for got, gave in zip(self.given[1:], self.made[:-1], strict=True)):

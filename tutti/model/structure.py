@@ -126,7 +126,7 @@ def text_model(model: PreTrainedModel) -> nn.Module:
 
 
 def towers(model: PreTrainedModel) -> list[nn.Module]:
-    """What a decoder has beside its language model: encoders of images, video and audio, and their projectors."""
+    """The encoders of images, video and audio that a decoder has beside its language model, and their projectors."""
     return list(_beside(decoder(model), text_model(model)))
 
 
@@ -151,12 +151,13 @@ def head(model: PreTrainedModel) -> nn.Linear:
 
 
 def is_classifier(model: PreTrainedModel) -> bool:
-    """Whether the model gives logits of classes rather than of tokens."""
+    """True if the model gives logits of classes rather than of tokens."""
     return any(hasattr(model, name) for name in HEAD_NAMES)
 
 
 def logit_transform(model: PreTrainedModel) -> LogitTransform:
-    """How the model's logits come from its head's output; ValueError where that is more than scale and softcap."""
+    """The transform from the head's output to the model's logits; ValueError where that is more than scale and
+    softcap."""
     head(model)
     if is_classifier(model):
         return LogitTransform()
@@ -295,7 +296,7 @@ def experts(model: nn.Module) -> list[nn.Module]:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether the module is a stack of experts behind transformers' ExpertsInterface."""
+    """True if the module is a stack of experts behind transformers' ExpertsInterface."""
     return "_is_expert_parallel" in module.__dict__
 
 

@@ -100,7 +100,7 @@ def _rows_a_chunk(weight: Tensor) -> int:
 
 
 class _Head(NamedTuple):
-    """What turns hidden states into logits."""
+    """The output head: it turns hidden states into logits."""
 
     weight: Tensor
     bias: Tensor | None
@@ -253,7 +253,7 @@ def _shard_loss_and_gradient(
     shard: VocabularyShard,
     weights: Tensor | None = None,
 ) -> None:
-    """The same where `logits` are a rank's columns of them."""
+    """Write losses and gradients as `_loss_and_gradient` does, where `logits` are a rank's columns of them."""
     group = process_group(shard.group)
     columns = targets - shard.start
     held = (columns >= 0) & (columns < logits.shape[1])

@@ -1,4 +1,4 @@
-"""What a run optimizes: the model and its task's loss as one module, from a packed batch to sums.
+"""The objective: a model and its task's loss as one module, from a packed batch to sums.
 
 `Objective` is the root that is parallelized. It runs the model's decoder for hidden states, takes those at the batch's
 targets, and hands them to the task with the output head (`tutti.train.head`), which is fused with the loss, so that
@@ -120,7 +120,7 @@ class Objective(nn.Module):
         return tuple(logits[: len(logits) - batch.fillers] for logits in rows)
 
     def _of_all_ranks(self, rows: Tensor, batch: Batch) -> Tensor:
-        """What tensor ranks have for their own tokens [t, ...] of `batch` -> [T, ...]."""
+        """Gather rows that tensor ranks have for their own tokens [t, ...] of `batch` -> [T, ...]."""
         if self._tensor is None:
             return rows
         gathered, size = gather_tensor(rows, self._tensor, 0), self._tensor.size

@@ -75,13 +75,13 @@ class PlacedModel:
 
     @property
     def is_complete(self) -> bool:
-        """Whether this rank has all of the model's depth."""
+        """True if this rank has all of the model's depth."""
         return self.full_model is None
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run consists of once it is set up."""
+    """The parts of a run once it is set up."""
 
     config: Config
     world: World
@@ -92,7 +92,7 @@ class Run:
     placed: PlacedModel
 
     def describe(self) -> dict[str, Any]:
-        """What the report shows beside the curves."""
+        """The facts of a run that the report shows beside the curves."""
         model = self.placed.full_model or self.placed.model
         sizes = num_params(model)
         packages = ("tutti", "torch", "transformers")

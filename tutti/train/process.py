@@ -1,4 +1,4 @@
-"""What a run does to its process before anything is built, and between steps."""
+"""Setting up a run's process before anything is built, and housekeeping between steps."""
 
 from __future__ import annotations
 

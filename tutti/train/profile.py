@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Profiler(Protocol):
-    """What the loop needs: a context manager whose `step` is called after every training step."""
+    """A context manager whose `step` is called after every training step."""
 
     def __enter__(self) -> Profiler: ...
     def __exit__(self, *_: object) -> None: ...

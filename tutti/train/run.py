@@ -159,7 +159,7 @@ def _run(config: Config, world: World, *, asked: Config) -> None:
 
 
 def due(batch: GlobalBatch, steps: int, epochs: int) -> bool:
-    """Whether something that happens every `steps` steps or `epochs` epochs (0: never) happens after `batch`."""
+    """True if something that happens every `steps` steps or `epochs` epochs (0: never) happens after `batch`."""
     by_step = steps > 0 and batch.step % steps == 0
     return by_step or (epochs > 0 and batch.epoch_end and (batch.epoch + 1) % epochs == 0)
 

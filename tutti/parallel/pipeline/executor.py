@@ -1,4 +1,4 @@
-"""How a step's micro batches run: one after the other on this rank, or through the stages of a pipeline.
+"""Executors: they run a step's micro batches, one after the other on this rank or through a pipeline's stages.
 
 What runs is made once, when the run is set up; training and evaluation call it without knowing which it is. In a
 pipeline every rank is given the same micro batches (so each knows the shapes of what it receives), and only the rank
@@ -172,7 +172,7 @@ class PipelineExecutor:
 
 
 class _Run(NamedTuple):
-    """What a backward pass needs: what the stage was given, and what it made of it (or the loss)."""
+    """A forward pass that its backward pass has yet to follow: the stage's input, and its output (or the loss)."""
 
     received: Passed | None
     made: list[Tensor]
@@ -229,7 +229,7 @@ class P2PTransport:
             yield waiting
 
     def take(self, action: Action) -> Passed | None:
-        """What another rank sent for `action`; None if it needs nothing."""
+        """The tensors that another rank sent for `action`; None if it needs none."""
         if action not in self._arriving:
             return None
         passed, works = self._arriving.pop(action)

@@ -1,4 +1,4 @@
-"""In which order each pipeline rank runs its stages on the micro batches of a step.
+"""Schedules: the order in which each pipeline rank runs its stages on the micro batches of a step.
 
 The model's depth is cut into P * V stages for P ranks, stage s on rank s % P. A step takes each of M micro batches
 through all stages and back:

@@ -47,7 +47,7 @@ class Cost(NamedTuple):
 
 
 def split_blocks(blocks: Sequence[Cost], front: Cost, tail: Cost, num_stages: int) -> list[range]:
-    """Which consecutive `blocks` make each stage; what comes before them is on the first, what comes after on the last.
+    """The consecutive `blocks` of each stage; what comes before them is on the first, what comes after on the last.
 
     The costliest stage costs as little as possible, and among such splits the squares of all costs sum to the least.
     Every stage has a block.
@@ -97,8 +97,8 @@ def _search(
 
 
 class Passed(NamedTuple):
-    """What a stage hands to the next. hidden: [1, t, H]. routed: fp32 [n, t, E], the routers' logits of all layers so
-    far, where a loss is made of them; else None."""
+    """The tensors that a stage hands to the next. hidden: [1, t, H]. routed: fp32 [n, t, E], the routers' logits of all
+    layers so far, where a loss is made of them; else None."""
 
     hidden: Tensor
     routed: Tensor | None
@@ -122,7 +122,8 @@ class Stage:
     holder: StageBlocks
 
     def run(self, decoder: Callable[..., Any], kwargs: Mapping[str, Any], received: Passed | None) -> States:
-        """What `decoder`, called with `kwargs`, makes of this stage; `received` from the stage before, if there is."""
+        """Run `decoder`, called with `kwargs`, through this stage's blocks; `received` from the stage before, if there
+        is."""
         kwargs = dict(kwargs)
         if received is not None:
             # Only its shape and dtype matter: the blocks are given the received states themselves.
@@ -138,13 +139,13 @@ class Stage:
 
 
 def hand_on(states: States) -> Passed:
-    """What the next stage is given."""
+    """The tensors that the next stage is given."""
     hidden, logits = states.last_hidden_state, [each.float() for each in states.router_logits]
     return Passed(hidden, torch.stack(by_layer(logits, hidden.shape[1])) if logits else None)
 
 
 def by_layer(router_logits: Sequence[Tensor], num_tokens: int) -> tuple[Tensor, ...]:
-    """Of each layer its router's logits for all tokens [t, E], where it may have run on one sample after the other."""
+    """The logits of each layer's router for all tokens [t, E], where it may have run on one sample after the other."""
     if all(len(logits) == num_tokens for logits in router_logits):
         return tuple(router_logits)
     return torch.cat(list(router_logits)).split(num_tokens)
@@ -203,7 +204,7 @@ class StageBlocks(nn.ModuleList):
 
 
 class _StandIn:
-    """In the place of a block that another stage runs."""
+    """A stand-in for a block that another stage runs."""
 
     def __init__(self, action: Callable[[Tensor], Tensor], gives_tuple: bool, attributes: dict[str, Any]) -> None:
         self.__dict__.update(attributes)
@@ -215,12 +216,12 @@ class _StandIn:
 
 
 def plain_attributes(block: nn.Module) -> dict[str, Any]:
-    """What a decoder's loop may read off a block, beside calling it."""
+    """The attributes that a decoder's loop may read off a block, beside calling it."""
     return {key: value for key, value in block.__dict__.items() if not key.startswith("_") and key != "training"}
 
 
 class Absent(nn.Module):
-    """In the place of a module that another stage has; what it gives is not used, but for its shape."""
+    """A stand-in for a module that another stage has; its output is not used, but for its shape."""
 
     def forward(self, first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return first if first.is_floating_point() else first.new_zeros((*first.shape, 1), dtype=torch.float32)
@@ -252,7 +253,7 @@ class Pipeline:
 
     @property
     def is_last(self) -> bool:
-        """Whether this rank has the last stage."""
+        """True if this rank has the last stage."""
         return self.stages[-1].is_last
 
 

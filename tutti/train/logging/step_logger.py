@@ -36,7 +36,7 @@ class Clock:
         self._running_since = time.perf_counter()
 
     def waiting(self, batches: Iterable[GlobalBatch]) -> Iterator[GlobalBatch]:
-        """The same batches, with the time it takes to get each one counted."""
+        """Yield the batches, with the time it takes to get each one counted."""
         iterator = iter(batches)
         while True:
             start = time.perf_counter()

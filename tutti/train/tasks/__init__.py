@@ -60,8 +60,8 @@ class Task(ABC):
         return
 
     def prepare(self, run: Run, executor: Executor) -> Prepare:
-        """How global batches get what the loss needs beside the tokens. Called once the model of `run` has its weights,
-        and before a checkpoint is loaded. A collective call."""
+        """A function that gives global batches what the loss needs beside the tokens. Called once the model of `run`
+        has its weights, and before a checkpoint is loaded. A collective call."""
         return lambda batches, split: iter(batches)
 
     def by_source(self, losses: Tensor, sources: Tensor) -> Sums:

@@ -44,8 +44,8 @@ FILE = "reference.safetensors"
 
 
 def make_reference(run: Run, executor: Executor) -> Prepare:
-    """How batches get the reference model's log-probabilities. Call it when the model has its weights, and before a
-    checkpoint is loaded. executor: runs the model of `run`. A collective call."""
+    """A function that gives batches the reference model's log-probabilities. Call it when the model has its weights,
+    and before a checkpoint is loaded. executor: runs the model of `run`. A collective call."""
     if run.config.train.dpo_reference == "precompute":
         return Precomputed(_tables(run, executor))
     return _on_the_fly(run, executor)
