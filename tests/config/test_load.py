@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tutti.config import ARGUMENTS, Config, ConfigError, get
+from tutti.config.coerce import coerce
+from tutti.config.layout import resolve_sizes
 from tutti.config.load import from_dict, load, to_yaml
 from tutti.config.rules import NOT_YET
 
@@ -379,6 +381,36 @@ def test_a_file_written_back_and_edited_counts_the_edit_as_explicit(tmp_path: Pa
     config = load([write(tmp_path, text)])
     assert config.train.seed == 43
     assert "train.seed" in config.explicit
+
+
+def test_sizes_that_the_number_of_ranks_gave_follow_it_again(tmp_path: Path) -> None:
+    path = write(tmp_path, to_yaml(resolve_sizes(load([*NEEDED, "train.micro_batch_size=2"]), 4)))
+    assert "global_batch_size: 8" in Path(path).read_text()
+    back = load([path])
+    assert back.train.global_batch_size is None and back.train.micro_batch_size == 2
+    assert resolve_sizes(back, 3).train.global_batch_size == 6
+    edited = write(tmp_path, Path(path).read_text().replace("  global_batch_size: 8", "  global_batch_size: 12", 1))
+    assert load([edited]).train.global_batch_size == 12
+    asked = write(tmp_path, to_yaml(resolve_sizes(load([*NEEDED, "train.global_batch_size=4"]), 4)))
+    assert load([asked]).train.global_batch_size == 4
+
+
+def test_every_path_takes_homes_and_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("RUNS", "/runs")
+    paths = {name for name, argument in ARGUMENTS.items() if argument.path}
+    assert paths >= {name for name in ARGUMENTS if name.endswith(("_path", "_dir"))}
+    for name in paths - {"model.encoders", "model.decoders"}:
+        for text, path in [("~/x.y", "/home/me/x.y"), ("${RUNS}/$RUNS.x", "/runs//runs.x"), ("./a~b", "./a~b")]:
+            assert get(load([f"{name}={text}"], None), name) == path
+        with pytest.raises(ConfigError, match=f"{name}: the environment variable NOT_SET in ./.NOT_SET is not set"):
+            load([f"{name}=./$NOT_SET"], None)
+    assert get(load(["data.train_path=~/a, $RUNS/b,c"], None), "data.train_path") == "/home/me/a, /runs/b,c"
+    towers = coerce(ARGUMENTS["model.encoders"], {"image": {"model_path": "~/x", "note": "~/x"}})
+    assert towers == {"image": {"model_path": "/home/me/x", "note": "~/x"}}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "$NOT_SET").touch()
+    assert load(["data.train_path=$NOT_SET"], None).data.train_path == "$NOT_SET"
 
 
 def test_get_and_direct_construction() -> None:

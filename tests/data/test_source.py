@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from tutti.config import Config, DataConfig
-from tutti.data import formats as files
+from tutti.data import formats
 from tutti.data.source import BadRow, Row, open_sources
 
 VALUES = [{"text": f'row {i}, "quoted" é' + ("\nsecond line" if i % 3 == 0 else ""), "label": i} for i in range(40)]
@@ -123,7 +123,7 @@ def test_bad_rows_are_returned_with_file_line_and_reason(tmp_path: Path) -> None
 def test_json_arrays_are_read_alike_whatever_the_window(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int
 ) -> None:
-    monkeypatch.setattr(files, "_BLOCK", window)
+    monkeypatch.setattr(formats, "_BLOCK", window)
     values = [{"text": 'é🙂 "[{,]}"\\', "label": [i, {"a": [i]}], "more": "日本" * i} for i in range(9)]
     path = tmp_path / "a.json"
     path.write_text("\n" + json.dumps(values, ensure_ascii=False, indent=2), encoding="utf-8")
@@ -234,10 +234,28 @@ def test_multi_source_yaml(tmp_path: Path) -> None:
         ("sources: [a.jsonl]\nnam: [x]", "unknown nam; known are sources, names, weights, schedule"),
         ("sources: [a.jsonl, a.jsonl]", "`names` must be 2 different names"),
         ("sources: [a.jsonl]\nweights: [-1]", "weights must be 1 numbers >= 0"),
-        ("sources: [a.jsonl]\nschedule: [{step: 5, weights: [1]}]", "must start at 0 and increase"),
+        (
+            "sources: [a.jsonl]\nschedule: [{step: 5, weights: [1]}]",
+            "must be whole, start at 0 and increase; 5 does not",
+        ),
         ("sources: [a.jsonl]\nweights: [1]\nschedule: [{weights: [1]}]", "not both"),
         ("sources: [gone.jsonl]", "gone.jsonl does not exist"),
         ("sources: [", "not valid YAML"),
+        ("- a.jsonl", "mix.yaml:1: expects `sources`: a list of paths, not a single value"),
+        ("sources: a.jsonl", "`sources` must be a list of texts, not 'a.jsonl'"),
+        ("sources: [{path: a.jsonl}]", "`sources` must be a list of texts"),
+        ("sources: [a.jsonl]\nsources: [b.jsonl]", "mix.yaml:2: sources is given twice"),
+        ("sources: [a.jsonl]\nnames: a", "`names` must be a list of texts, not 'a'"),
+        ("sources: [a.jsonl]\nschedule: [0]", r"`schedule` must be a list such as .*, not \[0\]"),
+        ("sources: [a.jsonl]\nschedule: {weights: [1]}", "`schedule` must be a list such as"),
+        ("sources: [a.jsonl]\nschedule: []", "`schedule` must be a list such as"),
+        ("sources: [a.jsonl]\nschedule: [{steps: 0, weights: [1]}]", "unknown steps in `schedule`; known: step, "),
+        ("sources: [a.jsonl]\nschedule: [{step: a, weights: [1]}]", "must be whole, start at 0 and increase; 'a' does"),
+        ("sources: [a.jsonl]\nschedule: [{weights: [1]}, {step: 0, weights: [1]}]", "start at 0 and increase; 0 does"),
+        ("sources: [a.jsonl]\nweights: [.inf]", "weights must be 1 numbers >= 0"),
+        ("sources: [a.jsonl]\nweights: [true]", "weights must be 1 numbers >= 0"),
+        ("sources: [a.jsonl]\nweights: 1", "weights must be 1 numbers >= 0"),
+        ("sources: [$NOT_SET/a.jsonl]", "the environment variable NOT_SET in .* is not set"),
     ],
 )
 def test_what_is_wrong_with_a_yaml(tmp_path: Path, text: str, message: str) -> None:
@@ -245,6 +263,93 @@ def test_what_is_wrong_with_a_yaml(tmp_path: Path, text: str, message: str) -> N
     (tmp_path / "mix.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         open_sources(config(tmp_path / "mix.yaml"))
+
+
+def test_a_yaml_is_read_as_configurations_are(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", VALUES[:3])
+    write(tmp_path / "b.jsonl", VALUES[3:5])
+    (tmp_path / "mix.yaml").write_text("sources: [a.jsonl, b.jsonl]\nnames: [1, 2]\nweights: [5e-1, 1e-1]\n")
+    assert [(one.name, one.weight) for one in open_sources(config(tmp_path / "mix.yaml"))] == [("1", 0.5), ("2", 0.1)]
+    assert [one.name for one in open_sources(config(tmp_path / "mix.yaml", source_name="2"))] == ["2"]
+
+
+def test_globs_lists_and_homes_in_a_yaml_are_relative_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "set[1]"
+    (folder / "deep").mkdir(parents=True)
+    for number, name in enumerate(["a.jsonl", "b.jsonl", "deep/c.jsonl", "d, e.jsonl"]):
+        write(folder / name, VALUES[number : number + 1])
+    write(tmp_path / "home.jsonl", VALUES[7:8])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLACE", str(folder))
+    paths = ["[ab].jsonl", "a.jsonl, deep", "**/*.jsonl", "d, e.jsonl", "~/home.jsonl", "$PLACE/b.jsonl"]
+    (folder / "mix.yaml").write_text(json.dumps({"sources": paths, "names": list("uvwxyz")}))
+    labels = [[row.value["label"] for row in one.stream()] for one in open_sources(config(folder / "mix.yaml"))]
+    assert labels == [[0, 1], [0, 2], [0, 1, 3, 2], [3], [7], [1]]
+    monkeypatch.chdir(tmp_path)
+    (folder / "mix.yaml").write_text("sources: ['home.jsonl']")
+    assert [one.name for one in open_sources(config(folder / "mix.yaml"))] == ["home"]
+    (folder / "mix.yaml").write_text("sources: ['deep/x.jsonl']")
+    with pytest.raises(ValueError, match=r"deep/x.jsonl does not exist; .*deep has c.jsonl"):
+        open_sources(config(folder / "mix.yaml"))
+
+
+def test_a_source_name_labels_data_and_picks_from_a_yaml_trained_on(tmp_path: Path) -> None:
+    for number, name in enumerate("abc"):
+        write(tmp_path / f"{name}.jsonl", VALUES[number : number + 1])
+    (tmp_path / "ab.yaml").write_text("sources: [a.jsonl, b.jsonl]")
+    (tmp_path / "bc.yaml").write_text("sources: [b.jsonl, c.jsonl]")
+
+    def names(train: str, evaluation: str, name: str) -> list[str]:
+        settings = config(tmp_path / train, source_name=name)
+        return [one.name for one in open_sources(settings, str(tmp_path / evaluation))]
+
+    assert names("a.jsonl", "bc.yaml", "mine") == ["b", "c"]
+    assert names("a.jsonl", "b.jsonl", "mine") == ["mine"]
+    assert names("ab.yaml", "bc.yaml", "b") == ["b"]
+    assert names("ab.yaml", "bc.yaml", "a") == ["b", "c"]
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"_data_files": [3]}', '{"_data_files": "x", "splits": 1}', "{", "1"])
+def test_files_named_as_those_of_save_to_disk(tmp_path: Path, text: str) -> None:
+    write(tmp_path / "a.jsonl", VALUES[:2])
+    (tmp_path / "state.json").write_text(text)
+    (tmp_path / "dataset_dict.json").write_text(text)
+    assert [row.value for row in open_one(tmp_path).stream()] == VALUES[:2]
+
+
+def test_what_a_folder_passes_over_and_what_is_named_twice_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path / "a.jsonl", VALUES[:2])
+    (tmp_path / "b.jsonl.bz2").write_bytes(b"x")
+    with caplog.at_level("INFO", "tutti"):
+        assert len(open_one(tmp_path)) == 2
+        assert "no data files in" in caplog.text and "b.jsonl.bz2" in caplog.text
+        assert len(open_one(f"{path},{tmp_path}/*.jsonl")) == 4
+        assert "so that its rows come twice" in caplog.text
+
+
+@pytest.mark.parametrize("line", ['{"data": [{"text": "x"}]}', '{"data": [1], "text": "a"}'])
+def test_lines_with_a_column_called_data_are_rows(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(f"{line}\n{line}\n")
+    assert [row.value for row in open_one(path).stream()] == [json.loads(line)] * 2
+    compressed = tmp_path / "a.json.gz"
+    compressed.write_bytes(gzip.compress(path.read_bytes()))
+    assert [row.value for row in open_one(compressed).stream()] == [json.loads(line)] * 2
+
+
+def test_streaming_several_files_from_the_middle_unpacks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, values in [("a.jsonl.gz", VALUES[:9]), ("b.parquet", VALUES[9:20]), ("c.csv", VALUES[20:])]:
+        write(tmp_path / name, values)
+    monkeypatch.setenv("TUTTI_CACHE", "/dev/null/none")
+    source = open_one(tmp_path)
+    rows = list(source.stream())
+    for start in (0, 5, 9, 15, 20, 33, 40, 50):
+        assert list(source.stream(start)) == rows[start:]
+    assert not any("_index" in vars(file) for file in source.files)
 
 
 def test_own_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,8 +161,9 @@ def test_classifiers_are_not_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "reason"),
     [
-        ("none.jsonl", None, "none.jsonl cannot be read: No such file"),
-        ("a.jsonl", "What?", r"a.jsonl:1: is not a JSON object"),
+        ("none.jsonl", None, "none.jsonl can't be read: .*No such file"),
+        ("a.jsonl", "What?", r"a.jsonl:1: not valid JSON: .*; a row is such as"),
+        ("a.txt", "\udcff", r"a.txt:1: not UTF-8 text"),
         ("a.jsonl", '{"question": "What?"}', r"a.jsonl:1: has no column messages"),
         ("a.jsonl", '{"messages": [{"role": "assistant", "content": "x"}]}', r"a.jsonl:1: .* no message to answer"),
         ("a.txt", "word " * 100, r"a.txt:1: the prompt has \d+ tokens"),
@@ -172,12 +173,23 @@ def test_prompts_that_cannot_be_used_stop_the_run_first(
     tmp_path: Path, name: str, text: str | None, reason: str
 ) -> None:
     if text is not None:
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, errors="surrogateescape")
     model = write_model_config(tmp_path / "short", max_position_embeddings=64)
     config = tiny_config(tmp_path, **{"model.config_path": model, "train.sample_prompts_path": str(tmp_path / name)})
     with pytest.raises(AssertionError, match=reason):
         run(config)
     assert not (Path(config.train.output_dir or "") / "metrics.jsonl").exists()
+
+
+def test_only_newlines_end_a_prompt(tmp_path: Path) -> None:
+    from tutti.train.samples import _rows
+
+    (tmp_path / "a.txt").write_text("\ufeffone\u2028two\x0cthree\r\n\nfour", encoding="utf-8", newline="")
+    (tmp_path / "a.jsonl").write_text('\n{"prompt": "one\u2028two"}\n', encoding="utf-8")
+    for name, expected in [("a.txt", [(1, "one\u2028two\x0cthree"), (3, "four")]), ("a.jsonl", [(2, "one\u2028two")])]:
+        config = tiny_config(tmp_path, **{"train.sample_prompts_path": str(tmp_path / name)})
+        found = [(int(place.rpartition(":")[2]), row["prompt"]) for place, row in _rows(config)]
+        assert found == expected
 
 
 def test_nothing_is_drawn(tmp_path: Path) -> None:

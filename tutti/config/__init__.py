@@ -13,6 +13,7 @@ from tutti.config.train import TrainConfig
 
 __all__ = [
     "ARGUMENTS",
+    "FOLLOW_WORLD",
     "GROUPS",
     "Config",
     "ConfigError",
@@ -60,7 +61,10 @@ _DERIVED: dict[str, Callable[[Config], Any]] = {
     "data.text_keys": lambda config: config.data.task.columns,
     "infer.tokenizer_path": lambda config: config.model.model_path or config.infer.model_path,
 }
-"""Defaults that follow other arguments. (train.global_batch_size follows the world size: `layout.fit`.)"""
+"""Defaults that follow other arguments."""
+
+FOLLOW_WORLD = ("train.global_batch_size",)
+"""Defaults that follow the number of ranks: `layout.resolve_sizes` fills them in."""
 
 
 def get(config: Config, name: str) -> Any:

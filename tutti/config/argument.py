@@ -28,7 +28,8 @@ class Argument:
     examples: values that the reference lists though there are others.
     optional: whether it may be None. default: the class's. shown: the documented default, where that is not a value (it
     is required, or follows another argument) or depends on another one. low, high: inclusive bounds. required: the
-    verbs that cannot run without it. added: not one of the 107 of the reference.
+    verbs that cannot run without it. path: it names a file or folder, in which `~` and environment variables are
+    replaced (in a mapping, of the entries `..._path`). added: not one of the 107 of the reference.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Argument:
     high: float | None
     open_set: Open | None
     required: tuple[str, ...]
+    path: bool
     added: bool
 
     @property
@@ -66,7 +68,7 @@ class Argument:
 def arg(default: Any, doc: str, **facts: Any) -> Any:
     """Declare a field: `lr: float = arg(5e-5, "Peak learning rate.", low=0)`.
 
-    `facts` are fields of `Argument`: low, high, shown, values, examples, open_set, required, added.
+    `facts` are fields of `Argument`: low, high, shown, values, examples, open_set, required, path, added.
     """
     metadata = {"doc": doc, **facts}
     if isinstance(default, dict):
@@ -103,5 +105,6 @@ def _describe(group: str, field: dataclasses.Field) -> Argument:
         high=facts.get("high"),
         open_set=facts.get("open_set"),
         required=facts.get("required", ()),
+        path=facts.get("path", False),
         added=facts.get("added", False),
     )

@@ -7,6 +7,8 @@ for arguments that may be None, and an empty list or mapping.
 
 import difflib
 import math
+import os
+import re
 from typing import Any
 
 from tutti.config.argument import Argument
@@ -35,6 +37,8 @@ def coerce(argument: Argument, value: Any, *, text: bool = False) -> Any:
             raise ValueError(f"expects {_WANTED[argument.kind]}, got null")
     typed = _from_text(argument, value) if text else value
     typed = _of_type(argument, typed)
+    if argument.path:
+        typed = _expand_paths(typed)
     _check_set(argument, typed)
     _check_range(argument, typed)
     return typed
@@ -44,6 +48,26 @@ def nearest(word: str, names: list[str] | tuple[str, ...]) -> str | None:
     """The one of `names` that `word` was probably meant to be."""
     matches = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return matches[0] if matches else None
+
+
+def expand_path(path: str) -> str:
+    """A path, or a comma list of paths, with `~` and environment variables replaced.
+
+    Raises ValueError: a variable is not set, and no file has that very name.
+    """
+    if os.path.exists(path):
+        return path
+    for name in re.findall(r"\$(\w+)|\$\{(\w+)\}", path):
+        if "".join(name) not in os.environ:
+            raise ValueError(f"the environment variable {''.join(name)} in {path} is not set")
+    parts = os.path.expandvars(path).split(",")
+    return ",".join(part[: len(part) - len(part.lstrip())] + os.path.expanduser(part.lstrip()) for part in parts)
+
+
+def _expand_paths(value: Any, name: str = "_path") -> Any:
+    if isinstance(value, dict):
+        return {key: _expand_paths(item, str(key)) for key, item in value.items()}
+    return expand_path(value) if isinstance(value, str) and name.endswith("_path") else value
 
 
 def _from_text(argument: Argument, text: str) -> Any:

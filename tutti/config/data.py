@@ -22,9 +22,10 @@ class DataConfig:
         "(jsonl, json, parquet, arrow, csv, txt).",
         shown="Required",
         required=("train", "check"),
+        path=True,
     )
     eval_path: str | None = arg(
-        None, "Evaluation data, in the same forms; used every train.eval_steps or train.eval_epochs."
+        None, "Evaluation data, in the same forms; used every train.eval_steps or train.eval_epochs.", path=True
     )
     train_size: int = arg(
         10_000_000,
@@ -71,6 +72,7 @@ class DataConfig:
         "default",
         "default (the tokenizer's own, else `Role: content<eos>`), chatml, llama2, or the path of a Jinja file.",
         open_set=Open(("default", "chatml", "llama2"), "the path of a Jinja file", "/\\."),
+        path=True,
     )
     max_seq_len: int = arg(2048, "Longest sample L, in tokens; longer ones are cut as their data_type says.", low=2)
     num_workers: int = arg(4, "Processes per rank that read and tokenise; 0 does it in the training process.", low=0)

@@ -14,11 +14,13 @@ class InferConfig:
         "Model to generate with: a Hugging Face or adapter folder, a training checkpoint, or a run's output_dir.",
         shown="Required",
         required=("infer",),
+        path=True,
     )
     tokenizer_path: str | None = arg(
         None,
         "Folder of the tokenizer; without a model.model_path, the one that belongs to infer.model_path.",
         shown="model.model_path",
+        path=True,
     )
     seed: int = arg(42, "Seed of the sampling: the same seed gives the same text.", low=0)
     do_sample: bool = arg(True, "Sample the next token; false takes the most likely one (greedy).")
@@ -30,6 +32,7 @@ class InferConfig:
         "How conversations are rendered: default (as the model was trained, or by its tokenizer's template), none "
         "(prompts are texts to go on with), plain, chatml, llama2, or the path of a Jinja file.",
         added=True,
+        path=True,
     )
     batch_tokens: int = arg(
         32768, "Most tokens that the sequences generated together may take, prompts and answers.", low=1, added=True

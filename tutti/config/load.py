@@ -10,7 +10,7 @@ import os
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from tutti.config import ARGUMENTS, GROUPS, Config, ConfigError, away_from_default, get, resolve
+from tutti.config import ARGUMENTS, FOLLOW_WORLD, GROUPS, Config, ConfigError, away_from_default, get, resolve
 from tutti.config.coerce import coerce, nearest
 from tutti.config.rules import contradictions, unavailable
 from tutti.config.yamlfile import parse_value, read_file, to_yaml
@@ -27,11 +27,13 @@ class _Entry(NamedTuple):
 
 
 class _Draft(NamedTuple):
-    """A configuration being read: entries by dotted name, problems so far, and a file's own list of explicit names."""
+    """A configuration being read: entries by dotted name, problems so far, and of a file that a run wrote the list of
+    explicit names and the defaults that the number of ranks gave."""
 
     entries: dict[str, _Entry]
     problems: list[str]
     explicit: list[frozenset[str]]
+    derived: dict[str, Any]
 
 
 def load(argv: list[str], verb: str | None = "train") -> Config:
@@ -39,7 +41,7 @@ def load(argv: list[str], verb: str | None = "train") -> Config:
 
     `verb`: what it is for, which says what is required (None: nothing is).  Raises ConfigError with every problem.
     """
-    draft = _Draft({}, [], [])
+    draft = _Draft({}, [], [], {})
     files, overrides = _split(argv, draft.problems)
     for path in files:
         tree, lines = read_file(path)
@@ -56,7 +58,7 @@ def from_dict(tree: dict[str, Any]) -> Config:
 
     Raises ConfigError with every problem, by the rules of a YAML file.
     """
-    draft = _Draft({}, [], [])
+    draft = _Draft({}, [], [], {})
     _add_tree(draft, tree, {})
     return _build(draft, None)
 
@@ -101,6 +103,8 @@ def _add_tree(draft: _Draft, tree: dict[str, Any], where: dict[str, str]) -> Non
         place = where.get(str(group), "")
         if group == "explicit" and isinstance(values, list):
             draft.explicit.append(frozenset(map(str, values)))
+        elif group == "derived" and isinstance(values, dict):
+            draft.derived.update(values)
         elif group not in GROUPS:
             draft.problems.append(_unknown(str(group)) + place)
         elif values is None:
@@ -115,12 +119,15 @@ def _add_tree(draft: _Draft, tree: dict[str, Any], where: dict[str, str]) -> Non
                     draft.entries[name] = _Entry(value, where=place)
                 else:
                     draft.problems.append(_unknown(name) + place)
+    for name, value in draft.derived.items():
+        if name in FOLLOW_WORLD and name in draft.entries and draft.entries[name].value == value:
+            del draft.entries[name]
 
 
 def _drop_defaults(draft: _Draft) -> None:
     """Forget entries of a written-back file that only repeat defaults, so that those follow later overrides."""
     try:
-        config = _build(_Draft(draft.entries, list(draft.problems), draft.explicit), None)
+        config = _build(draft._replace(problems=list(draft.problems)), None)
     except ConfigError:
         return
     for name in [name for name in draft.entries if name not in config.explicit]:

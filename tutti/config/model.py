@@ -15,26 +15,34 @@ class ModelConfig:
         None,
         "Hugging Face config: a folder or its config.json. Alone, without model_path, it means random initialisation.",
         shown="model.model_path",
+        path=True,
     )
     model_path: str | None = arg(
         None,
         "Hugging Face folder whose weights training starts from; none initialises them at random from config_path.",
+        path=True,
     )
     tokenizer_path: str | None = arg(
         None,
         "Folder of the tokenizer; without a model_path it follows model.config_path.",
         shown="model.model_path",
+        path=True,
     )
     safetensor_idx_path: str | None = arg(
         None,
         "Index of the weight files (tensor to file), for reading and for the layout of exports; "
         "none takes model.safetensors.index.json beside the weights, if it is there.",
+        path=True,
     )
     encoders: Mapping[str, Any] = arg(
-        {}, "Towers that read media, by modality: {image, video, audio: {config_path, model_path, overrides ...}}."
+        {},
+        "Towers that read media, by modality: {image, video, audio: {config_path, model_path, overrides ...}}.",
+        path=True,
     )
     decoders: Mapping[str, Any] = arg(
-        {}, "Heads that make media, by modality: {image: {config_path, model_path, overrides ...}}, VQ or diffusion."
+        {},
+        "Heads that make media, by modality: {image: {config_path, model_path, overrides ...}}, VQ or diffusion.",
+        path=True,
     )
     input_encoder: Literal["encoder", "decoder"] = arg(
         "encoder", "What embeds images the user gives: the vision tower's features, or the decoder's codes."
@@ -63,6 +71,7 @@ class ModelConfig:
         "LoRA adapter to go on with, of Tutti or peft, with train.architecture lora; "
         "what it adapts, rank and alpha are its own.",
         added=True,
+        path=True,
     )
     num_labels: int | None = arg(
         None,

@@ -15,6 +15,7 @@ class TrainConfig:
         "Folder that the run writes: config.yaml, metrics.jsonl, report.html, checkpoints/, hf/.",
         shown="Required",
         required=("train",),
+        path=True,
     )
     architecture: Literal["full", "lora"] = arg("full", "Train all weights, or low-rank adapters on frozen ones.")
     dyn_bsz: bool = arg(
@@ -123,7 +124,9 @@ class TrainConfig:
     ckpt_manager: Literal["dcp"] = arg("dcp", "Checkpoint format: torch.distributed.checkpoint.")
     save_async: bool = arg(False, "Write checkpoints in the background while training goes on.")
     load_checkpoint_path: str | None = arg(
-        None, "Checkpoint folder to resume from, exactly; auto takes the newest whole one in output_dir, if any."
+        None,
+        "Checkpoint folder to resume from, exactly; auto takes the newest whole one in output_dir, if any.",
+        path=True,
     )
     save_steps: int = arg(0, "Steps between two checkpoints; 0 never.", low=0)
     save_epochs: int = arg(1, "Epochs between two checkpoints; 0 never.", low=0)
@@ -143,7 +146,7 @@ class TrainConfig:
     enable_profiling: bool = arg(False, "Run torch's profiler and write Chrome traces.")
     profile_start_step: int = arg(1, "First step that is profiled; a run's first step is 1.", low=0)
     profile_end_step: int = arg(2, "Step before which profiling ends.", low=1)
-    profile_trace_dir: str = arg("./trace", "Folder of the traces.")
+    profile_trace_dir: str = arg("./trace", "Folder of the traces.", path=True)
     profile_record_shapes: bool = arg(True, "Record the shapes of the operators' inputs.")
     profile_profile_memory: bool = arg(True, "Record allocations.")
     profile_with_stack: bool = arg(True, "Record the source lines of the operators.")
@@ -220,5 +223,6 @@ class TrainConfig:
         None,
         "File of more of these prompts: jsonl rows with a `prompt` or `messages`, or txt with one a line.",
         added=True,
+        path=True,
     )
     sample_tokens: int = arg(48, "Most tokens of each of these answers.", low=1, added=True)

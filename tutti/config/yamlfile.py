@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from tutti.config import GROUPS, Config, ConfigError
+from tutti.config import FOLLOW_WORLD, GROUPS, Config, ConfigError, get
 
 _FLOAT = re.compile(r"[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+$|[-+]?(?:\d[\d_]*)?\.\d[\d_]*(?:[eE][-+]?\d+)?$")
 _MERGE = "tag:yaml.org,2002:merge"
@@ -36,9 +36,10 @@ for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
-def read_file(path: str) -> tuple[dict, dict[str, int]]:
+def read_file(path: str, expects: str = "groups such as `train:`") -> tuple[dict, dict[str, int]]:
     """The mapping in the YAML file, and the line of every key by dotted path.
 
+    expects: what it should hold, for messages.
     Raises ConfigError: the file is not there, is not YAML, is not a mapping, or gives a key twice.
     """
     try:
@@ -53,9 +54,7 @@ def read_file(path: str) -> tuple[dict, dict[str, int]]:
         if node is None:
             return {}, {}
         if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(
-                [f"{path}:{node.start_mark.line + 1}: expects groups such as `train:`, not a single value"]
-            )
+            raise ConfigError([f"{path}:{node.start_mark.line + 1}: expects {expects}, not a single value"])
         lines: dict[str, int] = {}
         twice: list[str] = []
         _walk(node, "", lines, twice)
@@ -84,12 +83,15 @@ def to_yaml(config: Config) -> str:
     """The whole configuration as YAML, defaults included; reading it gives an equal configuration.
 
     `explicit` at its end lists what the user set, so that the rest is known to be defaults when it is read back.
+    `derived` holds defaults that the run's number of ranks gave: read back unchanged, they follow that number again.
     """
     tree: dict[str, Any] = {}
     for group, cls in GROUPS.items():
         values = ((field.name, getattr(getattr(config, group), field.name)) for field in fields(cls))
         tree[group] = {name: list(value) if isinstance(value, tuple) else value for name, value in values}
     tree["explicit"] = sorted(config.explicit)
+    sizes = {name: get(config, name) for name in FOLLOW_WORLD if name not in config.explicit}
+    tree["derived"] = {name: size for name, size in sizes.items() if size is not None}
     head = "# The whole configuration of a run, to be passed to `tutti train` again. `explicit` lists what was set.\n"
     return head + yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=4096)
 

@@ -1,19 +1,22 @@
 """Files of rows: one small reader per format, all with the same three operations.
 
-A file answers `len()`, `read(ids)` for random access and `stream(start)` in order. Text formats (jsonl, json, csv)
-share one idea: the file is mapped into memory, an index of byte spans says where each row lies, and a row is parsed
-when it is asked for. The index of a jsonl file is one numpy pass over its newlines; streaming never builds it.
-Columnar formats (parquet, arrow) are read through pyarrow, which is imported only for them: importing it, or
-`datasets`, costs more than everything else here together.
+A file answers `len()`, `read(ids)` for random access and `stream(start)` in order, and both give the same rows. The
+text formats here (jsonl, json, csv) share one idea: the file is cut into pieces of bytes, one a row, and a piece is
+parsed when its row is asked for. `stream` cuts as it reads; `read` maps the file into memory and keeps an index of
+where the pieces lie. Columnar formats are in tables.py.
 
 What can't be addressed at random (gzip, zstandard, parquet) is unpacked once into a cache folder for `read`, so that a
 batch of random rows costs the same in every format; `stream` reads the original.
+
+Every row of a file comes out, as a `Row` or as a `BadRow` with the reason; what makes the rest of a file unreadable (a
+damaged archive, an array that never ends) is a ValueError that names the file.
 
 Objects hold nothing but the path until they are used, drop what they opened when pickled, and share it when forked.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import fcntl
 import gzip
@@ -23,18 +26,21 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 _BLOCK = 1 << 22
-_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)
-_GAP, _GAP_BYTES = re.compile(r"[\s,]*"), re.compile(rb"[\s,]*")
-_QUOTED_OR_NEWLINE = re.compile(rb'"[^"]*"?|\n')
+_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.DOTALL)
+_GAP, _GAP_BYTES, _BLANK = re.compile(r"[\s,]*"), re.compile(rb"[\s,]*"), re.compile(rb"\s*")
+_COLON = re.compile(rb"\s*:\s*")
+_BLANK_BYTES = (9, 11, 12, 13, 32)
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 
 
@@ -59,6 +65,10 @@ class BadRow:
         return f"{self.file}:{self.line}: {self.reason}"
 
 
+Rows = Generator[Row | BadRow, None, int]
+"""Rows in order. The generator's value at its end is how many rows it passed over to begin where it was told."""
+
+
 class DataFile:
     """One file of rows. Subclasses say how many there are, and how to read some of them or all of them in order."""
 
@@ -72,15 +82,15 @@ class DataFile:
         raise NotImplementedError
 
     def read(self, ids: Sequence[int]) -> list[Row | BadRow]:
-        """Rows by their position in the file, in the order asked for."""
+        """Read rows by their position in the file, in the order asked for."""
         raise NotImplementedError
 
-    def stream(self, start: int = 0) -> Iterator[Row | BadRow]:
-        """All rows from position `start` on, in order, holding only a few of them at a time."""
+    def stream(self, start: int = 0) -> Rows:
+        """Read all rows from position `start` on, in order, holding only a few of them at a time."""
         raise NotImplementedError
 
     def row(self, value: Any, line: int) -> Row | BadRow:
-        """`value` as a row, or what is wrong with it."""
+        """Take `value` for a row, or say what is wrong with it."""
         if isinstance(value, dict):
             return Row(value, self.path, line)
         return BadRow(self.path, line, f"a row must be an object with named columns, not {type(value).__name__}")
@@ -91,24 +101,38 @@ def _opened(cls: type) -> frozenset[str]:
     return frozenset(name for base in cls.__mro__ for name, v in vars(base).items() if isinstance(v, cached_property))
 
 
-class _SpanFile(DataFile):
-    """Text whose rows are byte spans. Subclasses find the spans and parse one."""
+class _Piece(NamedTuple):
+    """The bytes of one row, where they begin in the (unpacked) file, and the line that is."""
+
+    begin: int
+    text: bytes
+    line: int
+
+
+class _TextFile(DataFile):
+    """Text whose rows are pieces of bytes. Subclasses cut the text into pieces and parse one."""
 
     @cached_property
     def _bytes(self) -> mmap.mmap | bytes:
-        path = self.path
-        if Path(path).suffix in _COMPRESSED:
-            path = _unpacked(path, lambda target: _copy(_blocks(self.path), target))
+        path = self._plain_path
         with open(path, "rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(path) else b""
+
+    @property
+    def _plain_path(self) -> str:
+        if Path(self.path).suffix not in _COMPRESSED:
+            return self.path
+        return unpacked(self.path, lambda target: _copy(read_blocks(self.path), target))
 
     @cached_property
     def _index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Begin, end and line number of every row, int64 [rows] each."""
-        spans = np.fromiter(self._spans(), dtype=np.dtype((np.int64, 3)))
-        return spans[:, 0].copy(), spans[:, 1].copy(), spans[:, 2].copy()
+        pieces = self._pieces(_text_blocks(self._plain_path, name=self.path))
+        spans = ((piece.begin, piece.begin + len(piece.text), piece.line) for piece in pieces)
+        table = np.fromiter(spans, dtype=np.dtype((np.int64, 3)))
+        return table[:, 0].copy(), table[:, 1].copy(), table[:, 2].copy()
 
-    def _spans(self) -> Iterator[tuple[int, int, int]]:
+    def _pieces(self, blocks: Iterator[bytes]) -> Iterator[_Piece]:
         raise NotImplementedError
 
     def _parse(self, text: bytes, line: int) -> Row | BadRow:
@@ -122,22 +146,25 @@ class _SpanFile(DataFile):
         spans = zip(*(column[list(ids)].tolist() for column in self._index), strict=True)
         return [self._parse(data[begin:end], line) for begin, end, line in spans]
 
-    def stream(self, start: int = 0) -> Iterator[Row | BadRow]:
-        data = self._bytes
-        for position, (begin, end, line) in enumerate(self._spans()):
-            if position >= start:
-                yield self._parse(data[begin:end], line)
+    def stream(self, start: int = 0) -> Rows:
+        passed = 0
+        for _, text, line in self._pieces(_text_blocks(self.path)):
+            if passed < start:
+                passed += 1
+            else:
+                yield self._parse(text, line)
+        return passed
 
     def _parse_json(self, text: bytes, line: int) -> Row | BadRow:
         try:
             return self.row(json.loads(text.decode("utf-8-sig")), line)
         except json.JSONDecodeError as error:
             return BadRow(self.path, line, f"not valid JSON: {error.msg} at column {error.colno}")
-        except (UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # no UTF-8, a number of too many digits, too deep
             return BadRow(self.path, line, f"not valid JSON: {error}")
 
 
-class JsonLines(_SpanFile):
+class JsonLines(_TextFile):
     """A JSON object a line; blank lines are passed over."""
 
     def _parse(self, text: bytes, line: int) -> Row | BadRow:
@@ -146,6 +173,7 @@ class JsonLines(_SpanFile):
     @cached_property
     def _index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         data = self._bytes
+        _refuse_utf16(data[:4], self.path)
         newlines = [
             np.flatnonzero(np.frombuffer(data[at : at + _BLOCK], np.uint8) == 10) + at
             for at in range(0, len(data), _BLOCK)
@@ -153,110 +181,207 @@ class JsonLines(_SpanFile):
         end = np.concatenate([*newlines, [len(data)]]).astype(np.int64)
         begin = np.concatenate([[0], end[:-1] + 1])
         keep = end > begin
-        for i in np.flatnonzero(keep & (end - begin < 64)):
+        first = np.frombuffer(data, np.uint8)[begin[keep]]
+        for i in np.flatnonzero(keep)[np.isin(first, _BLANK_BYTES)]:
             keep[i] = bool(data[begin[i] : end[i]].strip())
         return begin[keep], end[keep], np.flatnonzero(keep) + 1
 
-    def stream(self, start: int = 0) -> Iterator[Row | BadRow]:
-        position, line = 0, 0
-        for text in _lines(_blocks(self.path)):
-            line += 1
-            if not text.strip():
-                continue
-            if position >= start:
-                yield self._parse(text, line)
-            position += 1
+    def _pieces(self, blocks: Iterator[bytes]) -> Iterator[_Piece]:
+        begin = 0
+        for line, text in enumerate(_lines(blocks), 1):
+            if text.strip():
+                yield _Piece(begin, text, line)
+            begin += len(text) + 1
 
 
-class JsonArray(_SpanFile):
-    """A JSON array of objects, or an object that holds one under "data"."""
+class JsonArray(_TextFile):
+    """A JSON array of objects, or an object that holds one under "data".
+
+    The text is decoded a window at a time by the JSON decoder, which is fast and finds where each row ends. A row that
+    is larger than a window, or malformed, is delimited by counting brackets.
+    """
 
     def _parse(self, text: bytes, line: int) -> Row | BadRow:
         return self._parse_json(text, line)
 
-    def _spans(self) -> Iterator[tuple[int, int, int]]:
-        data = self._bytes
-        opening = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[").match(data)
-        at = opening.end() if opening else self._find_data()
-        line = data[:at].count(b"\n") + 1
+    def _pieces(self, blocks: Iterator[bytes]) -> Iterator[_Piece]:
+        window = _Window(blocks)
+        depth = self._open_array(window)
+        size = _BLOCK
         while True:
-            window, done = data[at : at + _BLOCK].decode("utf-8", "surrogateescape"), 0
-            for begin, end in _whole_values(window):
-                line += window.count("\n", done, begin)
-                first = at + _num_bytes(window[done:begin])
-                at = first + _num_bytes(window[begin:end])
-                yield first, at, line
-                line += window.count("\n", begin, end)
+            text, done = window.ahead(size).decode("utf-8", "surrogateescape"), 0
+            for begin, end in _whole_values(text):
+                window.skip(_num_bytes(text[done:begin]))
+                yield window.take(_num_bytes(text[begin:end]))
                 done = end
-            # What follows is the end, or a row that the window cuts off, or one that is malformed.
-            first = _GAP_BYTES.match(data, at).end()  # type: ignore[union-attr]
-            if data[first : first + 1] == b"]":
-                return
-            line += data[at:first].count(b"\n")
-            at = self._end_by_brackets(first, line)
-            yield first, at, line
-            line += data[first:at].count(b"\n")
+            if done:
+                size = min(4 * size, _BLOCK)
+                continue
+            window.skip_blanks(_GAP_BYTES)
+            if window.ahead(1) == b"]":
+                break
+            yield window.take(self._end_by_brackets(window))
+            size = max(1, _BLOCK >> 8)
+        window.skip(1)
+        while depth and (token := window.token()):
+            depth += _deeper(token)
+            window.skip(window.cursor)
+        window.skip_blanks(_BLANK)
+        if window.ahead(1):
+            raise ValueError(f"{self.path}:{window.line}: not valid JSON: something follows the array of rows")
 
-    def _end_by_brackets(self, begin: int, line: int) -> int:
-        """Where the row that begins there ends, without understanding it."""
-        depth = 0
-        for token in _TOKEN.finditer(self._bytes, begin):
-            kind = token[0][:1]
-            if not depth and kind in b",]":
-                return token.start()
-            depth += (kind in b"[{") - (kind in b"]}")
-        raise ValueError(
-            f"{self.path}:{line}: not valid JSON: the array of rows, or a row that begins here, never ends"
-        )
-
-    def _find_data(self) -> int:
-        """Where the array under the top-level key "data" begins."""
-        depth = 0
-        for token in _TOKEN.finditer(self._bytes):
-            kind = token[0][:1]
-            depth += (kind in b"[{") - (kind in b"]}")
-            if depth == 1 and token[0] == b'"data"':
-                opening = re.compile(rb"\s*:\s*\[").match(self._bytes, token.end())
-                if opening:
-                    return opening.end()
+    def _open_array(self, window: _Window) -> int:
+        """Move to the first row; 0 where the array is all of the file, 1 where an object holds it under "data"."""
+        if window.ahead(3) == codecs.BOM_UTF8:
+            window.skip(3)
+        window.skip_blanks(_BLANK)
+        if window.ahead(1) == b"[":
+            window.skip(1)
+            return 0
+        depth, is_key = 0, False
+        while token := window.token():
+            opens = is_key and token == b"[" and _COLON.fullmatch(window.between)
+            window.skip(window.cursor)
+            if opens:
+                return 1
+            depth += _deeper(token)
+            is_key = depth == 1 and token == b'"data"'
         raise ValueError(f'{self.path} must hold an array of rows, {{"data": [rows]}}, or one row a line')
 
+    def _end_by_brackets(self, window: _Window) -> int:
+        """The number of bytes of the next row, found without understanding it."""
+        depth = 0
+        while token := window.token():
+            if not depth and token in (b",", b"]"):
+                return window.cursor - 1
+            depth += _deeper(token)
+        raise ValueError(
+            f"{self.path}:{window.line}: not valid JSON: the array of rows, or a row that begins here, never ends"
+        )
 
-class Csv(_SpanFile):
-    """Comma or tab separated values with a header; every value is text, and quoted values may hold line breaks."""
+
+class _Window:
+    """The part of a text that is being looked at. It grows at its end by reading and is cut off at its beginning.
+
+    line: of the next byte. cursor: how far ahead tokens have been looked at. between: the bytes between the last two.
+    """
+
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self.line, self.cursor, self.between = 1, 0, b""
+        self._blocks, self._held, self._first, self._next = blocks, b"", 0, 0
+
+    def _grow(self) -> bool:
+        """Read at least as many bytes as are held, so that a long row is copied few times; False at the end."""
+        self._held, self._first, self._next = self._held[self._next :], self._first + self._next, 0
+        parts, wanted = [self._held], max(1, len(self._held))
+        while wanted > 0 and (block := next(self._blocks, b"")):
+            parts.append(block)
+            wanted -= len(block)
+        self._held = b"".join(parts)
+        return len(parts) > 1
+
+    def ahead(self, size: int) -> bytes:
+        """The next `size` bytes; fewer at the end of the text."""
+        while len(self._held) - self._next < size and self._grow():
+            pass
+        return self._held[self._next : self._next + size]
+
+    def skip(self, count: int) -> None:
+        self.line += self._held.count(b"\n", self._next, self._next + count)
+        self._next, self.cursor = self._next + count, 0
+
+    def take(self, count: int) -> _Piece:
+        """The next `count` bytes as a row."""
+        text = self._held[self._next : self._next + count]
+        piece = _Piece(self._first + self._next, text, self.line)
+        self.skip(count)
+        return piece
+
+    def skip_blanks(self, pattern: re.Pattern[bytes]) -> None:
+        while True:
+            self.skip(pattern.match(self._held, self._next).end() - self._next)  # type: ignore[union-attr]
+            if self._next < len(self._held) or not self._grow():
+                return
+
+    def token(self) -> bytes:
+        """The next string, bracket or comma after the cursor; empty where there is none that is whole."""
+        while True:
+            begin = self._next + self.cursor
+            found = _TOKEN.search(self._held, begin)
+            if found and found[0] != b'"':
+                self.between, self.cursor = self._held[begin : found.start()], found.end() - self._next
+                return found[0]
+            if not self._grow():
+                return b""
+
+
+def _deeper(token: bytes) -> int:
+    return (token in (b"[", b"{")) - (token in (b"]", b"}"))
+
+
+class Csv(_TextFile):
+    """Comma or tab separated values with a header, as Python's csv module reads them; every value is text.
+
+    A value that begins with a quotation mark may hold line breaks. One that goes on over several lines must end where
+    its cell ends: otherwise a mark is missing or left over, and the rows between would vanish in one cell.
+    """
 
     @cached_property
     def _header(self) -> list[str]:
-        begin, end, _ = next(self._records(), (0, 0, 1))
-        return self._fields(self._bytes[begin:end].decode("utf-8-sig"))
+        first = next(self._records(_text_blocks(self.path)), None)
+        if first is None:
+            return []
+        try:
+            names = self._fields(first.text.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.path}:{first.line}: the header is not UTF-8 text: {error}") from None
+        refuse_duplicates(self.path, names)
+        return names
 
-    def _fields(self, text: str) -> list[str]:
-        delimiter = "\t" if ".tsv" in Path(self.path).suffixes else ","
-        return next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
+    def _reader(self, lines: Iterable[str], *, strict: bool = False) -> Iterator[list[str]]:
+        csv.field_size_limit(sys.maxsize)
+        delimiter = "\t" if ".tsv" in suffixes(self.path) else ","
+        return csv.reader(lines, delimiter=delimiter, strict=strict)
 
-    def _records(self) -> Iterator[tuple[int, int, int]]:
-        data, begin, line, next_line = self._bytes, 0, 1, 1
-        for token in _QUOTED_OR_NEWLINE.finditer(data):
-            if token[0] != b"\n":
-                next_line += token[0].count(b"\n")
-                continue
-            if data[begin : token.start()].strip():
-                yield begin, token.start(), line
-            next_line += 1
-            begin, line = token.end(), next_line
-        if data[begin:].strip():
-            yield begin, len(data), line
+    def _fields(self, text: str, *, strict: bool = False) -> list[str]:
+        return next(self._reader(io.StringIO(text, newline=""), strict=strict), [])
 
-    def _spans(self) -> Iterator[tuple[int, int, int]]:
-        records = self._records()
+    def _records(self, blocks: Iterator[bytes]) -> Iterator[_Piece]:
+        """The records, the header first. Each is all the lines that the csv module asks for to make it."""
+        held: list[bytes] = []
+        begin, line = 0, 1
+
+        def lines() -> Iterator[str]:
+            # What delimits values is ASCII, so any decoding that keeps it finds the same records.
+            for text in _universal_lines(blocks):
+                held.append(text)
+                first = begin == 0 and len(held) == 1
+                yield (text.removeprefix(codecs.BOM_UTF8) if first else text).decode("latin-1")
+
+        for fields in self._reader(lines()):
+            text = b"".join(held)
+            if fields:
+                yield _Piece(begin, text, line)
+            begin, line = begin + len(text), line + len(held)
+            held.clear()
+
+    def _pieces(self, blocks: Iterator[bytes]) -> Iterator[_Piece]:
+        records = self._records(blocks)
         next(records, None)
         return records
 
     def _parse(self, text: bytes, line: int) -> Row | BadRow:
         try:
-            fields = self._fields(text.decode("utf-8").rstrip("\r"))
+            decoded = text.decode("utf-8")
+            fields = self._fields(decoded)
         except (UnicodeDecodeError, csv.Error) as error:
             return BadRow(self.path, line, f"not valid CSV: {error}")
+        if (last := line + len(text.splitlines()) - 1) > line:
+            try:
+                self._fields(decoded, strict=True)
+            except csv.Error as error:
+                reason = f"a quotation mark is missing, or one too many, up to line {last}: {error}"
+                return BadRow(self.path, line, reason)
         if len(fields) != len(self._header):
             return BadRow(self.path, line, f"has {len(fields)} fields where the header names {len(self._header)}")
         return Row(dict(zip(self._header, fields, strict=True)), self.path, line)
@@ -273,99 +398,23 @@ class Text(DataFile):
         return 1
 
     def read(self, ids: Sequence[int]) -> list[Row | BadRow]:
+        return [self._document() for _ in ids]
+
+    def _document(self) -> Row | BadRow:
         try:
-            return [Row({self.column: b"".join(_blocks(self.path)).decode("utf-8-sig")}, self.path, 1) for _ in ids]
+            return Row({self.column: b"".join(read_blocks(self.path)).decode("utf-8-sig")}, self.path, 1)
         except UnicodeDecodeError as error:
-            return [BadRow(self.path, 1, f"not UTF-8 text: {error}") for _ in ids]
+            return BadRow(self.path, 1, f"not UTF-8 text: {error}")
 
-    def stream(self, start: int = 0) -> Iterator[Row | BadRow]:
-        return iter(self.read(range(start, 1)))
-
-
-class Arrow(DataFile):
-    """An Arrow IPC file or stream, such as `datasets.save_to_disk` writes; mapped into memory, never copied whole."""
-
-    @cached_property
-    def _batches(self) -> list[Any]:
-        return list(_arrow_batches(self.path))
-
-    @cached_property
-    def _ends(self) -> np.ndarray:
-        return np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def read(self, ids: Sequence[int]) -> list[Row | BadRow]:
-        wanted = np.asarray(ids, np.int64)
-        owner = np.searchsorted(self._ends, wanted, side="right")
-        rows: list[Any] = [None] * len(wanted)
-        for number in np.unique(owner):
-            batch = self._batches[number]
-            places = np.flatnonzero(owner == number)
-            local = wanted[places] - (self._ends[number] - batch.num_rows)
-            for place, value in zip(places, batch.take(local).to_pylist(), strict=True):
-                rows[place] = self.row(value, int(wanted[place]) + 1)
-        return rows
-
-    def stream(self, start: int = 0) -> Iterator[Row | BadRow]:
-        return self._rows_of(_arrow_batches(self.path), start)
-
-    def _rows_of(self, batches: Iterable[Any], start: int) -> Iterator[Row | BadRow]:
-        position = 0
-        for batch in batches:
-            for at in range(max(0, start - position), batch.num_rows, 1024):
-                for row, value in enumerate(batch.slice(at, 1024).to_pylist(), position + at + 1):
-                    yield self.row(value, row)
-            position += batch.num_rows
+    def stream(self, start: int = 0) -> Rows:
+        if not start:
+            yield self._document()
+        return min(start, 1)
 
 
-class Parquet(Arrow):
-    """A parquet file: streamed row group by row group; random access goes through an unpacked Arrow copy."""
-
-    @cached_property
-    def _batches(self) -> list[Any]:
-        return list(_arrow_batches(_unpacked(self.path, self._unpack)))
-
-    def _unpack(self, target: str) -> None:
-        import pyarrow
-
-        file = self._open()
-        with pyarrow.OSFile(target, "wb") as sink, pyarrow.ipc.new_file(sink, file.schema_arrow) as writer:
-            for batch in file.iter_batches(batch_size=4096):
-                writer.write_batch(batch)
-
-    def _open(self) -> Any:
-        import pyarrow.parquet
-
-        try:
-            return pyarrow.parquet.ParquetFile(self.path)
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{self.path} is not a readable parquet file: {error}") from None
-
-    def __len__(self) -> int:
-        return int(self._open().metadata.num_rows)
-
-    def stream(self, start: int = 0) -> Iterator[Row | BadRow]:
-        return self._rows_of(self._open().iter_batches(batch_size=1024), start)
-
-
-def _arrow_batches(path: str) -> Iterator[Any]:
-    import pyarrow
-    import pyarrow.ipc
-
-    source = pyarrow.memory_map(path)
-    try:
-        reader = pyarrow.ipc.open_file(source)
-    except pyarrow.ArrowInvalid:
-        source.seek(0)
-        try:
-            yield from pyarrow.ipc.open_stream(source)
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{path} is not a readable Arrow file: {error}") from None
-        return
-    for number in range(reader.num_record_batches):
-        yield reader.get_batch(number)
+def refuse_duplicates(path: str, names: Sequence[str]) -> None:
+    if twice := [name for number, name in enumerate(names) if name and name in names[:number]]:
+        raise ValueError(f"{path} has two columns named {twice[0]}: rename one of them")
 
 
 def _whole_values(text: str) -> Iterator[tuple[int, int]]:
@@ -375,7 +424,7 @@ def _whole_values(text: str) -> Iterator[tuple[int, int]]:
         begin = _GAP.match(text, end).end()  # type: ignore[union-attr]
         try:
             _, end = decode(text, begin)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             return
         if end == len(text):
             return
@@ -386,25 +435,52 @@ def _num_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogateescape"))
 
 
-def _blocks(path: str) -> Iterator[bytes]:
-    """The file's contents, decompressed, a few MiB at a time."""
-    compression = _COMPRESSED.get(Path(path).suffix)
-    try:
-        if compression == "zstd":
-            import pyarrow
+def suffixes(path: str) -> list[str]:
+    """The extensions of a path, in lower case."""
+    return [suffix.lower() for suffix in Path(path).suffixes]
 
-            with pyarrow.input_stream(path, compression=compression) as stream:
-                while block := stream.read(_BLOCK):
-                    yield block
-            return
-        with gzip.open(path, "rb") if compression else open(path, "rb") as file:
-            while block := file.read(_BLOCK):
+
+def open_binary(path: str) -> BinaryIO:
+    """Open a data file to be read from its beginning: the one place where that is done."""
+    return open(path, "rb")
+
+
+def read_blocks(path: str) -> Iterator[bytes]:
+    """The contents of a file, decompressed, a few MiB at a time. ValueError, with its name: it can't be read."""
+    compression = _COMPRESSED.get((suffixes(path) or [""])[-1])
+    try:
+        with open_binary(path) as file:
+            source: Any = file
+            if compression == "gzip":
+                source = gzip.GzipFile(fileobj=file)
+            elif compression == "zstd":
+                import pyarrow
+
+                source = pyarrow.CompressedInputStream(pyarrow.PythonFile(file), "zstd")
+            while block := source.read(_BLOCK):
                 yield block
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{path} can't be decompressed: {error}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        what = "decompressed" if compression else "read"
+        raise ValueError(f"{path} can't be {what}: {error}") from None
+
+
+def _text_blocks(path: str, name: str = "") -> Iterator[bytes]:
+    """As `read_blocks`, of a text; `name` is what errors call it, if not by its path."""
+    first = True
+    for block in read_blocks(path):
+        if first:
+            _refuse_utf16(block, name or path)
+        first = False
+        yield block
+
+
+def _refuse_utf16(start: bytes, path: str) -> None:
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{path} is UTF-16 or UTF-32 text: convert it to UTF-8 (iconv -t UTF-8 -f UTF-16)")
 
 
 def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of a text, without the newlines between them."""
     rest = b""
     for block in blocks:
         *whole, rest = (rest + block).split(b"\n")
@@ -412,12 +488,22 @@ def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
     yield rest
 
 
+def _universal_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of a text, each with the \\n, \\r or \\r\\n that ends it."""
+    rest = b""
+    for block in blocks:
+        *whole, rest = (rest + block).splitlines(keepends=True)
+        yield from whole
+    if rest:
+        yield rest
+
+
 def _copy(blocks: Iterable[bytes], target: str) -> None:
     with open(target, "wb") as file:
         file.writelines(blocks)
 
 
-def _unpacked(path: str, write: Callable[[str], None]) -> str:
+def unpacked(path: str, write: Callable[[str], None]) -> str:
     """The path of an unpacked copy of `path`, made by `write(target)` unless one is there already.
 
     Copies lie in `$TUTTI_CACHE` (default `~/.cache/tutti`) under a name made from path, size and time of change. Of

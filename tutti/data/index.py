@@ -25,7 +25,7 @@ import os
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,8 +57,8 @@ class Chunk:
     """Consecutive rows of one source, encoded: n samples of T tokens in all.
 
     row, piece, length, targets, split: int64 [n]; targets counts the trained tokens, split is as in Sample.
-    tokens: int32 [2, T], ids above labels, or None where only the numbers are wanted. bad: the rows left out. rows: how
-    many there were. crc: of the tokens.
+    tokens: int32 [2, T], ids above labels, or None where only the numbers are wanted. bad: the rows left out.
+    bad_numbers: their row numbers. rows: how many there were. first: the number of the first. crc: of the tokens.
     """
 
     source: int
@@ -69,7 +69,9 @@ class Chunk:
     split: np.ndarray
     tokens: np.ndarray | None
     bad: tuple[Any, ...]
+    bad_numbers: tuple[int, ...]
     rows: int
+    first: int
     crc: int
 
     def samples(self) -> Iterator[Sample]:
@@ -85,12 +87,13 @@ class Chunk:
 def encode_chunk(encoder: Any, source: int, numbers: Sequence[int], rows: Sequence[Any]) -> Chunk:
     """Encode `rows` of `source`, whose row numbers are `numbers`."""
     found = []
-    bad = []
+    bad, bad_numbers = [], []
     for number, encoded in zip(numbers, encoder(rows, source), strict=True):
         if isinstance(encoded, list):
             found += [(number, piece, sample) for piece, sample in enumerate(encoded)]
         else:
             bad.append(encoded)
+            bad_numbers.append(number)
     tokens = np.empty((2, sum(len(sample) for _, _, sample in found)), np.int32)
     if found:
         np.concatenate([sample.input_ids for _, _, sample in found], out=tokens[0], casting="same_kind")
@@ -105,7 +108,9 @@ def encode_chunk(encoder: Any, source: int, numbers: Sequence[int], rows: Sequen
         split=np.array([sample.split for _, _, sample in found], np.int64),
         tokens=tokens,
         bad=tuple(bad),
+        bad_numbers=tuple(bad_numbers),
         rows=len(numbers),
+        first=numbers[0] if numbers else 0,
         crc=zlib.crc32(tokens.data),
     )
 
@@ -186,10 +191,14 @@ def build_index(
     argument: the dotted argument that names the data, for messages. ValueError on all ranks: a bad row (unless
     `silent`), or no sample at all.
     """
+    lengths = world.run_on_all_ranks(lambda: [len(source) for source in sources])
+    for rank, others in enumerate(world.gather(lengths)):
+        if others != lengths:
+            raise ValueError(f"{argument} has other rows on rank {rank} than on others: {others}, not {lengths}")
     spans = [
-        (number, start, min(start + CHUNK, len(source)))
-        for number, source in enumerate(sources)
-        for start in range(0, len(source), CHUNK)
+        (number, start, min(start + CHUNK, length))
+        for number, length in enumerate(lengths)
+        for start in range(0, length, CHUNK)
     ]
     if not spans:
         raise ValueError(f"{argument} is empty: it has no rows")
@@ -203,8 +212,7 @@ def build_index(
         raise bad_row_error(bad[0], len(bad) - 1)
     dropped = dict(Counter(row.reason for row in bad))
     if not any(len(chunk.row) for chunk in chunks):
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.items())
-        raise ValueError(f"{argument} has no usable row: all {len(bad)} were left out ({reasons})")
+        raise ValueError(f"{argument} has no usable row{left_out(len(bad), dropped)}")
     return _join(chunks, dropped)
 
 
@@ -212,6 +220,12 @@ def bad_row_error(row: Any, more: int = 0) -> ValueError:
     """The error that a bad row is, with the way out."""
     others = f" ({more} more bad rows follow)" if more else ""
     return ValueError(f"{row.file}, line {row.line}: {row.reason}{others}; data.silent_exception: true skips bad rows")
+
+
+def left_out(rows: int, dropped: Mapping[str, int]) -> str:
+    """The end of a message about `rows` rows that are all bad: how many, for each reason."""
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.items())
+    return f": all {rows} were left out ({reasons})" if reasons else ""
 
 
 def _join(chunks: list[Chunk], dropped: dict[str, int]) -> Index:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -26,14 +26,14 @@ from tutti.config import Config
 from tutti.core.batch import Batch, GlobalBatch
 from tutti.core.dist import World
 from tutti.data.encode import make_encoder
-from tutti.data.index import Index, MapSource, build_index
+from tutti.data.index import CHUNK, Index, MapSource, build_index, encode_chunk
 from tutti.data.mix import Weights
-from tutti.data.plan import BatchingPlan, Planner, SampleSource, StepPlan, describe_steps, make_batching_plan, one_pass
+from tutti.data.plan import BatchingPlan, Planner, StepPlan, describe_steps, make_batching_plan, one_pass
 from tutti.data.preference import make_pair_encoder
 from tutti.data.prefetch import Fetch, PackedSamples, fetch_indexed, fetch_streamed, loader_options
 from tutti.data.ready import ReadyMade
 from tutti.data.source import Source, open_sources
-from tutti.data.stream import BadRows, ChunkPrefetcher, StreamSource, data_changed
+from tutti.data.stream import ChunkPrefetcher, StreamSource, data_changed, row_counts
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +58,11 @@ class DataSummary:
 class DataSplit:
     """Data for training or evaluation: the plan, how its micro batches are fetched, its report, and how to end it.
 
-    report: from the samples, tokens, trained tokens and slots given out so far. digest, scan: of indexed data, what
-    stands for it, and a planner of one pass over it in order.
+    sources: their names, by which a batch's counts are told. report: from the samples, tokens, trained tokens and slots
+    given out so far. digest, scan: of indexed data, what stands for it, and a planner of one pass over it in order.
     """
 
+    sources: tuple[str, ...]
     planner: Planner
     fetch: Fetch
     report: Callable[[np.ndarray], DataSummary]
@@ -72,16 +73,16 @@ class DataSplit:
 
 @dataclass(frozen=True)
 class DataRank:
-    """Which micro batches are this rank's, what the sources are called, and whether a sample is a pair of answers."""
+    """Which micro batches are this rank's, whether a sample is a pair of answers, and whether this rank logs."""
 
     dp_rank: int
     dp_size: int
-    sources: tuple[str, ...]
-    pairs: bool = False
+    pairs: bool
+    is_main: bool
 
 
-def global_batches(planner: Planner, fetch: Fetch, share: DataRank) -> Iterator[tuple[StepPlan, GlobalBatch]]:
-    """Follow `planner` from its position on; `fetch` may run ahead, the plans wait for its batches."""
+def global_batches(planner: Planner, split: DataSplit, share: DataRank) -> Iterator[tuple[StepPlan, GlobalBatch]]:
+    """Follow `planner`, which plans batches of `split`; fetching may run ahead, the plans wait for its batches."""
     planned: deque[StepPlan] = deque()
     micro_batches = planner.recipe.micro_batches
 
@@ -91,20 +92,21 @@ def global_batches(planner: Planner, fetch: Fetch, share: DataRank) -> Iterator[
             for k in range(share.dp_rank, micro_batches, share.dp_size):
                 yield [item for _, item in plan.micro_batches[k]] if k < len(plan.micro_batches) else []
 
-    batches = fetch(mine())
+    batches = split.fetch(mine())
     while batch := tuple(islice(batches, micro_batches // share.dp_size)):
         plan = planned.popleft()
-        yield plan, _with_totals(plan, batch, planner.supply, share)
+        yield plan, _with_totals(plan, batch, split, share)
 
 
-def _with_totals(plan: StepPlan, batch: tuple[Batch, ...], supply: SampleSource, share: DataRank) -> GlobalBatch:
+def _with_totals(plan: StepPlan, batch: tuple[Batch, ...], split: DataSplit, share: DataRank) -> GlobalBatch:
+    supply = split.planner.supply
     drawn = [one for micro_batch in plan.micro_batches for one in micro_batch]
     tokens, sources = supply.facts([item for _, item in drawn])
     targets = np.ones_like(tokens) if share.pairs else tokens
 
     def by_source(counts: np.ndarray) -> dict[str, int]:
-        sums = np.bincount(sources, weights=counts, minlength=len(share.sources))
-        return {name: int(count) for name, count in zip(share.sources, sums, strict=True)}
+        sums = np.bincount(sources, weights=counts, minlength=len(split.sources))
+        return {name: int(count) for name, count in zip(split.sources, sums, strict=True)}
 
     source_tokens = by_source(tokens)
     mine = [plan.micro_batches[k : k + 1] for k in range(share.dp_rank, share.dp_size * len(batch), share.dp_size)]
@@ -128,15 +130,15 @@ class Data:
     """Training and evaluation data of a run, made by `build_data`.
 
     total_steps: optimizer steps of the whole run, those before the position included. steps_reason: the log line that
-    says why. Both follow `load_state_dict`. sources: names. digest: stands for all training and evaluation data, None
-    where that is streamed. state_dict() is the position after the last global batch
-    that train() gave: plain data, the same on every rank.
+    says why. Both follow `load_state_dict`. sources, evaluation_sources: names. digest: stands for all training and
+    evaluation data, None where that is streamed. state_dict() is the position after the last global batch that train()
+    gave: plain data, the same on every rank.
     """
 
     def __init__(
         self, train: DataSplit, evaluation: DataSplit | None, share: DataRank, settings: dict[str, Any]
     ) -> None:
-        self.sources = share.sources
+        self.sources, self.evaluation_sources = train.sources, evaluation.sources if evaluation else ()
         self.digest = train.digest and f"{train.digest} {evaluation.digest if evaluation else None}"
         self._train, self._evaluation, self._share, self._settings = train, evaluation, share, settings
         self._given = np.zeros(4, np.int64)
@@ -166,12 +168,18 @@ class Data:
             self._train.planner.load_position(self._position)
         self._ahead = True
         try:
-            for plan, batch in global_batches(self._train.planner, self._train.fetch, self._share):
+            for plan, batch in global_batches(self._train.planner, self._train, self._share):
                 self._position = plan.position
                 self._given += (batch.num_samples, batch.num_tokens, batch.trained_tokens, batch.num_slots)
                 yield batch
         finally:
             self._train.close()
+
+    def close(self) -> None:
+        """End the training data. Log how many rows of streams were left out; those of an index are logged before."""
+        self._train.close()
+        if self._train.digest is None and self._share.is_main:
+            log_left_out("data.train_path", self.report.rows, self.report.dropped)
 
     def evaluate(self) -> Iterator[GlobalBatch]:
         """Global batches of one pass over data.eval_path, in order, each sample once over all ranks."""
@@ -179,7 +187,7 @@ class Data:
             raise ValueError("there is nothing to evaluate on: set data.eval_path")
         planner = self._evaluation.planner
         planner.load_position(self._evaluation_start)
-        for _, batch in global_batches(planner, self._evaluation.fetch, self._share):
+        for _, batch in global_batches(planner, self._evaluation, self._share):
             yield batch
 
     def scan(self) -> Iterator[GlobalBatch]:
@@ -188,12 +196,16 @@ class Data:
         assert self._train.scan is not None, "streams cannot be gone over beforehand"
         planner = self._train.scan()
         planner.count()
-        for _, batch in global_batches(planner, self._train.fetch, self._share):
+        for _, batch in global_batches(planner, self._train, self._share):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what it holds for (data, seed, order)."""
-        return {"settings": _plain(self._settings), "position": _plain(self._position)}
+        return {
+            "settings": _plain(self._settings),
+            "position": _plain(self._position),
+            "given": self._given.tolist(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`; ValueError if it was made with other data, another seed or another order."""
@@ -205,6 +217,7 @@ class Data:
                 raise data_changed()
             raise ValueError(f"{name} is {now} but was {before} when the checkpoint was made: set it back to go on")
         self._train.planner.load_position(state["position"])
+        self._given = np.array(state["given"], np.int64)
         self._ahead = False
         self._plan_ahead()
 
@@ -233,13 +246,14 @@ def build_data(
             if pairs
             else make_encoder(config, tokenizer, vocab_size=vocab_size, num_labels=num_labels, label_names=label_names),
             open_sources(config),
-            open_sources(config, config.data.eval_path) if config.data.eval_path else None,
+            _held_out(config),
         )
     )
     if ":" in config.data.datasets_type:
         encoder = ReadyMade(encoder, config.data.max_seq_len, vocab_size, pairs=pairs)
     pad_id = _pad_id(tokenizer, vocab_size)
     streams = config.data.datasets_type == "iterable" or not all(source.mapping for source in sources)
+    _require_same_rows(config, sources, encoder, world)
     explicit = "data.train_size" if config.train.dyn_bsz else "data.train_sample"
     recipe = make_batching_plan(config, dp_size=dp_size, by_formula=streams or explicit in config.explicit)
     names = [source.name for source in sources]
@@ -260,13 +274,39 @@ def build_data(
         part = _indexed_part(config, PackedSamples(index, sources, encoder, recipe.pad_to, pad_id), supply, recipe)
     evaluation = None
     if held_out is not None:
-        held_out = [source if source.mapping else Loaded(source) for source in held_out]
         index = _index(config, held_out, encoder, world, "data.eval_path")
         supply = MapSource(index, None, [source.name for source in held_out], config.train.seed, shuffle=False)
         samples = PackedSamples(index, held_out, encoder, recipe.pad_to, pad_id)
         evaluation = _indexed_part(config, samples, supply, one_pass(recipe))
-    share = DataRank(dp_rank, dp_size, tuple(names), pairs)
-    return Data(part, evaluation, share, settings)
+    return Data(part, evaluation, DataRank(dp_rank, dp_size, pairs, world.is_main), settings)
+
+
+def _require_same_rows(config: Config, sources: Sequence[Source], encoder: Any, world: World) -> None:
+    """ValueError, on all ranks: a dataset of the user's own begins with other rows on some ranks, as one does that
+    shares itself out."""
+    own = [source for source in sources if source.own]
+    if world.size == 1 or not own:
+        return
+
+    def begin() -> list[tuple[int, int]]:
+        heads = (list(islice(source.stream(), CHUNK)) for source in own)
+        chunks = (encode_chunk(encoder, 0, range(len(rows)), rows) for rows in heads)
+        return [(chunk.rows, chunk.crc) for chunk in chunks]
+
+    first = world.run_on_all_ranks(begin)
+    if any(others != first for others in world.gather(first)):
+        raise ValueError(
+            f"data.datasets_type: {config.data.datasets_type} gives other rows on other ranks: give all rows on all of "
+            "them, which get their share later"
+        )
+
+
+def _held_out(config: Config) -> list[Source | Loaded] | None:
+    """The sources of data.eval_path, if it is set."""
+    if not config.data.eval_path:
+        return None
+    sources = open_sources(config, config.data.eval_path)
+    return [source if source.mapping else Loaded(source) for source in sources]
 
 
 class Loaded:
@@ -306,9 +346,15 @@ def _index(config: Config, sources: Sequence[Any], encoder: Any, world: World, a
         *(f"{count:,}" for count in (index.rows, len(index), index.length.sum(), index.targets.sum())),
         "; kept in memory, no workers needed" if index.tokens is not None and data.num_workers else "",
     )
-    for reason, count in index.dropped.items():
-        log.warning("%s: left out %s rows: %s", argument, f"{count:,}", reason)
+    if world.is_main:
+        log_left_out(argument, index.rows, index.dropped)
     return index
+
+
+def log_left_out(argument: str, rows: int, dropped: Mapping[str, int]) -> None:
+    """Log how many of `rows` rows were left out, by reason."""
+    for reason, count in dropped.items():
+        log.warning("%s: left out %s of %s rows: %s", argument, f"{count:,}", f"{rows:,}", reason)
 
 
 def _indexed_part(config: Config, samples: PackedSamples, supply: MapSource, recipe: BatchingPlan) -> DataSplit:
@@ -332,22 +378,25 @@ def _indexed_part(config: Config, samples: PackedSamples, supply: MapSource, rec
         return Planner(MapSource(index, None, supply.names, supply.seed, shuffle=False), one_pass(recipe))
 
     fetch = fetch_indexed(samples, loader_options(config, num_workers))
-    return DataSplit(planner, fetch, report, digest=index.digest, scan=scan)
+    return DataSplit(tuple(supply.names), planner, fetch, report, digest=index.digest, scan=scan)
 
 
 def _streamed_part(
     config: Config, sources: Sequence[Source], encoder: Any, recipe: BatchingPlan, pad_id: int
 ) -> DataSplit:
-    bad = BadRows(config.data.silent_exception)
     feed = ChunkPrefetcher(sources, encoder, loader_options(config, config.data.num_workers) | {"pin_memory": False})
     capacity = config.data.shuffle_buffer_size if config.data.shuffle else 1
-    supply = StreamSource(feed, _weights(sources), seed=config.train.seed, capacity=capacity, bad=bad)
+    silent = config.data.silent_exception
+    supply = StreamSource(feed, _weights(sources), seed=config.train.seed, capacity=capacity, silent=silent)
+    planner = Planner(supply, recipe)
 
     def report(given: np.ndarray) -> DataSummary:
         samples, tokens, targets, _ = given.tolist()
-        return DataSummary(bad.rows, samples, tokens, targets, bad.counts(), _efficiency(given))
+        rows, dropped = row_counts(planner.mix)
+        return DataSummary(rows, samples, tokens, targets, dropped, _efficiency(given))
 
-    return DataSplit(Planner(supply, recipe), fetch_streamed(config, recipe.pad_to, pad_id), report, feed.close)
+    names = tuple(source.name for source in sources)
+    return DataSplit(names, planner, fetch_streamed(config, recipe.pad_to, pad_id), report, feed.close)
 
 
 def _efficiency(given: np.ndarray) -> float | None:

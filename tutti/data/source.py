@@ -8,21 +8,26 @@ come back as `BadRow`; what is wrong with the set-up (no such file, nothing in i
 
 from __future__ import annotations
 
+import codecs
 import glob
-import importlib
 import json
 import logging
+import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tutti.config import Config
-from tutti.data.formats import Arrow, BadRow, Csv, DataFile, JsonArray, JsonLines, Parquet, Row, Text
+from tutti.config.coerce import expand_path
+from tutti.config.yamlfile import read_file
+from tutti.data.formats import BadRow, Csv, DataFile, JsonArray, JsonLines, Row, Text, read_blocks, suffixes
+from tutti.data.own import OwnDataset
+from tutti.data.tables import Arrow, Parquet
 
 __all__ = ["BadRow", "Row", "Source", "open_sources", "text_columns"]
 
@@ -46,14 +51,16 @@ class Source:
 
     name: what its loss and token counts are logged under. mapping: whether it has a length and random access.
     weight: its share of the samples at step 0, relative to the other sources'; `weight_at(step)` for later steps.
-    weighted: whether the user gave weights; without, every sample is due once a pass, whatever its source.
+    weighted: whether the user gave weights; without, every sample is due once a pass, whatever its source. own: whether
+    it is the user's own dataset.
     """
 
     def __init__(self, name: str, files: Sequence[DataFile], schedule: Sequence[tuple[int, float, bool]] = ()) -> None:
         self.name = name
         self.files = tuple(files)
         self.schedule = tuple(schedule)
-        self.mapping = all(not isinstance(file, _Custom) or file.mapping for file in files)
+        self.own = any(isinstance(file, OwnDataset) for file in files)
+        self.mapping = all(not isinstance(file, OwnDataset) or file.mapping for file in files)
 
     @property
     def weighted(self) -> bool:
@@ -99,53 +106,9 @@ class Source:
         return rows
 
     def stream(self, start: int = 0) -> Iterator[Row | BadRow]:
-        """All rows from position `start` on, in order, holding only a few of them at a time."""
+        """Read all rows from position `start` on, in order, holding only a few of them at a time."""
         for file in self.files:
-            if start and len(self.files) > 1 and start >= len(file):
-                start -= len(file)
-                continue
-            yield from file.stream(start)
-            start = 0
-
-
-class _Custom(DataFile):
-    """The user's own dataset: anything with a length and items, or anything that can be iterated.
-
-    Its items are rows like those of files, or samples that need no encoding: `ready.ReadyMade` tells them apart.
-    """
-
-    def __init__(self, name: str, path: str) -> None:
-        super().__init__(path or name)
-        self.name = name
-        self.mapping = hasattr(self._dataset, "__getitem__") and hasattr(self._dataset, "__len__")
-
-    @cached_property
-    def _dataset(self) -> Any:
-        module, _, function = self.name.partition(":")
-        if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
-        try:
-            factory = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(
-                f"data.datasets_type {self.name} can't be loaded ({error}): give mapping, iterable, or package.module:"
-                "function, a function of the path that returns a dataset of rows"
-            ) from None
-        return factory(self.path)
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def row(self, value: Any, line: int) -> Row | BadRow:
-        return Row(value, self.path, line) if hasattr(value, "input_ids") else super().row(value, line)
-
-    def read(self, ids: Sequence[int]) -> list[Row | BadRow]:
-        return [self.row(self._dataset[i], i + 1) for i in ids]
-
-    def stream(self, start: int = 0) -> Iterator[Row | BadRow]:
-        for number, value in enumerate(self._dataset, 1):
-            if number > start:
-                yield self.row(value, number)
+            start -= yield from file.stream(start)
 
 
 def text_columns(config: Config) -> tuple[str, ...]:
@@ -155,65 +118,106 @@ def text_columns(config: Config) -> tuple[str, ...]:
 
 
 def open_sources(config: Config, path: str | None = None) -> list[Source]:
-    """The sources that `path` (default: data.train_path) names; ValueError says what is missing and what would work."""
+    """The sources that `path` (default: data.train_path) names; ValueError says what is missing and what would work.
+
+    data.source_name picks one of the sources of a YAML that is trained on, and is the name of any other training data.
+    """
     key = "data.train_path" if path is None else "data.eval_path"
     path = config.data.train_path if path is None else path
     if not path:
         raise ValueError(f"{key} is not set: give a file, a folder, a comma list of those, or a multi-source YAML")
-    name = config.data.source_name
     if ":" in config.data.datasets_type:
-        return [Source(name or Path(path).stem, [_Custom(config.data.datasets_type, path)])]
-    if Path(path).suffix in (".yaml", ".yml"):
+        name = config.data.source_name or Path(path).stem
+        return [Source(name, [OwnDataset(config.data.datasets_type, path)])]
+    if _is_yaml(path):
         return _from_yaml(config, key, Path(path))
-    return [_source(config, key, name or _stem(path.split(",")[0]), path)]
+    return [_source(config, key, config.data.source_name or _stem(path.split(",")[0]), path)]
 
 
-def _source(config: Config, key: str, name: str, path: str, schedule: Sequence[tuple[int, float, bool]] = ()) -> Source:
-    files = [_open_file(config, file) for file in _files(key, path)]
-    source = Source(name, files, schedule)
+def _is_yaml(path: str | None) -> bool:
+    return path is not None and path.endswith((".yaml", ".yml"))
+
+
+def _source(
+    config: Config,
+    key: str,
+    name: str,
+    path: str,
+    schedule: Sequence[tuple[int, float, bool]] = (),
+    folder: str = "",
+) -> Source:
+    found = _files(key, path, folder)
+    for file in sorted({file for file in found if found.count(file) > 1}):
+        log.warning("%s: %s names %s twice, so that its rows come twice", key, path, file)
+    source = Source(name, [_open_file(config, file) for file in found], schedule)
     if next(source.stream(), None) is None:
         raise ValueError(f"{key}: {path} holds no rows")
     return source
 
 
-def _files(key: str, path: str) -> list[str]:
-    """The data files that `path` stands for, in order."""
+def _files(key: str, path: str, folder: str) -> list[str]:
+    """The data files that `path` stands for, in order; parts of it are relative to `folder` where they exist there."""
     found: list[str] = []
-    for part in [path] if os.path.exists(path) else [part.strip() for part in path.split(",") if part.strip()]:
-        if os.path.isdir(part):
-            found += _folder(key, part)
-        elif os.path.exists(part):
-            if not os.path.getsize(part):
-                raise ValueError(f"{key}: {part} is empty")
-            found.append(part)
-        else:
-            matches = sorted(glob.glob(part, recursive=True))
-            if not matches:
-                raise ValueError(f"{key}: {part} does not exist{_nearest(part)}")
-            found += [match for match in matches if os.path.isfile(match)]
+    whole = _matches(path, folder)
+    for part in [path] if whole else [part.strip() for part in path.split(",") if part.strip()]:
+        matches = _matches(part, folder)
+        if not matches:
+            raise ValueError(f"{key}: {part} does not exist{_nearest(part, folder)}")
+        for match in [match for match in matches if os.path.isfile(match)] or matches:
+            if os.path.isdir(match):
+                found += _folder(key, match)
+            elif os.path.getsize(match):
+                found.append(match)
+            elif len(matches) > 1:
+                log.warning("%s is empty and passed over", match)
+            else:
+                raise ValueError(f"{key}: {match} is empty")
     return found
 
 
+def _matches(path: str, folder: str) -> list[str]:
+    """The file or folder of that name, or those that match it as a glob: within `folder`, else as it is."""
+    for root in dict.fromkeys((folder, "")):
+        if os.path.exists(os.path.join(root, path)):
+            return [os.path.join(root, path)]
+        if found := sorted(glob.glob(os.path.join(glob.escape(root), path), recursive=True)):
+            return found
+    return []
+
+
 def _folder(key: str, folder: str) -> list[str]:
-    if os.path.exists(os.path.join(folder, "dataset_dict.json")):
-        splits = json.loads(Path(folder, "dataset_dict.json").read_text())["splits"]
-        choices = " or ".join(os.path.join(folder, split) for split in splits)
+    splits = _field(Path(folder, "dataset_dict.json"), "splits")
+    if splits:
+        choices = " or ".join(os.path.join(folder, str(split)) for split in splits)
         raise ValueError(f"{key}: {folder} holds several splits; give {choices}")
-    state = Path(folder, "state.json")
-    if state.exists():
-        return [os.path.join(folder, file["filename"]) for file in json.loads(state.read_text())["_data_files"]]
-    files = []
+    saved = _field(Path(folder, "state.json"), "_data_files")
+    if saved and all(isinstance(file, dict) and isinstance(file.get("filename"), str) for file in saved):
+        return [os.path.join(folder, file["filename"]) for file in saved]
+    files, others = [], []
     for path in sorted(Path(folder).rglob("*")):
-        hidden = any(part[0] in "._" for part in path.relative_to(folder).parts)
-        if hidden or path.name in _NOT_DATA or not path.is_file() or not _format(path):
+        if any(part[0] in "._" for part in path.relative_to(folder).parts) or not path.is_file():
             continue
-        if path.stat().st_size:
+        if path.name in _NOT_DATA or not _format(path):
+            others.append(path.name)
+        elif path.stat().st_size:
             files.append(str(path))
         else:
             log.warning("%s is empty and passed over", path)
     if not files:
         raise ValueError(f"{key}: folder {folder} holds no data file ({_known()})")
+    if others:
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        log.info("%s: no data files in %s: %s%s", key, folder, ", ".join(others[:5]), more)
     return files
+
+
+def _field(path: Path, name: str) -> list[Any]:
+    """A list in a JSON file that `datasets.save_to_disk` writes; empty where it is no such file."""
+    try:
+        found = json.loads(path.read_bytes())[name]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return found if isinstance(found, list) else []
 
 
 def _open_file(config: Config, path: str) -> DataFile:
@@ -229,10 +233,10 @@ def _open_file(config: Config, path: str) -> DataFile:
 
 def _format(path: Path) -> str:
     """The extension that says how `path` is read, without compression; empty if it is none of ours."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in (".gz", ".zst"):
-        return suffixes[-2] if len(suffixes) > 1 and suffixes[-2] in _COMPRESSIBLE else ""
-    return suffixes[-1] if suffixes and (suffixes[-1] in _FORMATS or suffixes[-1] == ".txt") else ""
+    *before, kind = suffixes(str(path)) or [""]
+    if kind in (".gz", ".zst"):
+        return before[-1] if before and before[-1] in _COMPRESSIBLE else ""
+    return kind if kind in _FORMATS or kind == ".txt" else ""
 
 
 def _known() -> str:
@@ -240,19 +244,20 @@ def _known() -> str:
 
 
 def _has_row_per_line(path: str) -> bool:
-    """Whether a .json file holds an object a line, as many do."""
-    with open(path, "rb") as file:
-        if file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-            return False
-    first = next(JsonLines(path).stream(), None)
-    return isinstance(first, Row) and not isinstance(first.value.get("data"), list)
+    """Whether a .json file, which may be compressed, holds an object a line, as many do."""
+    start = next(read_blocks(path), b"").removeprefix(codecs.BOM_UTF8).lstrip()
+    if start.startswith(b"["):
+        return False
+    first, second = [*islice(JsonLines(path).stream(), 2), None, None][:2]
+    holds_rows = isinstance(first, Row) and isinstance(first.value.get("data"), list)
+    return isinstance(first, Row) and not (holds_rows and second is None)
 
 
-def _nearest(path: str) -> str:
-    """What is there instead of a path that is not."""
-    parent = Path(path).parent
+def _nearest(path: str, folder: str) -> str:
+    """What there is instead of a path that is not."""
     if any(letter in path for letter in "*?["):
         return ": nothing matches"
+    parent = Path(folder, path).parent
     if not parent.is_dir():
         return f" (neither does the folder {parent})"
     names = sorted(entry.name for entry in parent.iterdir() if entry.is_dir() or _format(entry))[:8]
@@ -266,38 +271,37 @@ def _stem(path: str) -> str:
 
 def _from_yaml(config: Config, key: str, path: Path) -> list[Source]:
     """The sources of a YAML with `sources`, and optionally `names` and `weights` or `schedule`."""
-    import yaml
-
     if not path.exists():
-        raise ValueError(f"{key}: {path} does not exist{_nearest(str(path))}")
-    try:
-        spec = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
-    paths = spec.get("sources") if isinstance(spec, dict) else None
-    if not paths or not isinstance(paths, list):
+        raise ValueError(f"{key}: {path} does not exist{_nearest(str(path), '')}")
+    spec, _ = read_file(str(path), expects="`sources`: a list of paths")
+    paths = _texts(path, "sources", spec.get("sources"))
+    if not paths:
         raise ValueError(f"{path} must have `sources`: a list of paths")
-    if unknown := sorted(set(spec) - {"sources", "names", "weights", "schedule"}):
+    if unknown := sorted(map(str, set(spec) - {"sources", "names", "weights", "schedule"})):
         raise ValueError(f"{path}: unknown {', '.join(unknown)}; known are sources, names, weights, schedule")
-    names = spec.get("names") or [_stem(str(source)) for source in paths]
+    names = _texts(path, "names", spec.get("names")) or [_stem(source) for source in paths]
     if len(names) != len(paths) or len(set(names)) != len(names):
         raise ValueError(f"{path}: `names` must be {len(paths)} different names, one a source, not {names}")
     schedules = _schedules(path, spec, len(paths))
     chosen = config.data.source_name
+    if key == "data.eval_path" and (chosen not in names or not _is_yaml(config.data.train_path)):
+        chosen = None
     if chosen and chosen not in names:
         raise ValueError(f"data.source_name {chosen} is none of the sources in {path}: {', '.join(names)}")
-    beside = [_beside(path, str(source)) for source in paths]
     return [
-        _source(config, key, str(name), source, schedule)
-        for name, source, schedule in zip(names, beside, schedules, strict=True)
+        _source(config, key, name, expand_path(source), schedule, str(path.parent))
+        for name, source, schedule in zip(names, paths, schedules, strict=True)
         if chosen in (None, name)
     ]
 
 
-def _beside(yaml_path: Path, source: str) -> str:
-    """A source's path: relative to the YAML's folder where that exists, else to the working directory."""
-    near = os.path.join(yaml_path.parent, source)
-    return near if os.path.exists(near) else source
+def _texts(path: Path, name: str, values: Any) -> list[str]:
+    """A list of texts in a YAML; numbers are taken for texts."""
+    if values is None:
+        return []
+    if not isinstance(values, list) or not all(isinstance(value, str | int | float) for value in values):
+        raise ValueError(f"{path}: `{name}` must be a list of texts, not {values!r}")
+    return [str(value) for value in values]
 
 
 def _schedules(path: Path, spec: dict[str, Any], count: int) -> list[list[tuple[int, float, bool]]]:
@@ -306,18 +310,25 @@ def _schedules(path: Path, spec: dict[str, Any], count: int) -> list[list[tuple[
         raise ValueError(f"{path}: give `weights` or `schedule`, not both")
     if "weights" not in spec and "schedule" not in spec:
         return [[] for _ in range(count)]
-    entries = spec.get("schedule") or [{"weights": spec.get("weights")}]
-    steps = [entry.get("step", 0) for entry in entries]
-    if steps[0] != 0 or steps != sorted(set(steps)):
-        raise ValueError(f"{path}: the steps of `schedule` must start at 0 and increase, not {steps}")
+    entries = spec.get("schedule", [{"weights": spec.get("weights")}])
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{path}: `schedule` must be a list such as [{{step: 0, weights: [...]}}], not {entries!r}")
     schedules: list[list[tuple[int, float, bool]]] = [[] for _ in range(count)]
-    for step, entry in zip(steps, entries, strict=True):
-        weights, kind = entry.get("weights"), entry.get("schedule_type", "const")
+    last = -1
+    for entry in entries:
+        if unknown := sorted(map(str, set(entry) - {"step", "weights", "schedule_type"})):
+            raise ValueError(f"{path}: unknown {', '.join(unknown)} in `schedule`; known: step, weights, schedule_type")
+        step, weights, kind = entry.get("step", 0), entry.get("weights"), entry.get("schedule_type", "const")
+        if type(step) is not int or step <= last or (last < 0 and step):
+            raise ValueError(
+                f"{path}: the steps of `schedule` must be whole, start at 0 and increase; {step!r} does not"
+            )
         if kind not in ("const", "linear"):
             raise ValueError(f"{path}: schedule_type is const or linear, not {kind}")
-        numbers = isinstance(weights, list) and all(isinstance(w, int | float) and w >= 0 for w in weights)
+        numbers = isinstance(weights, list) and all(type(w) in (int, float) and 0 <= w < math.inf for w in weights)
         if not numbers or len(weights) != count or not sum(weights):
             raise ValueError(f"{path}: weights must be {count} numbers >= 0, not all 0, one a source, not {weights}")
         for schedule, weight in zip(schedules, weights, strict=True):
             schedule.append((step, float(weight), kind == "linear"))
+        last = step
     return schedules

@@ -2,8 +2,10 @@
 
 Every source is read row by row in chunks. Workers encode the chunks ahead: each reads the whole stream but encodes
 only the chunks it is asked for, which come back in the order of asking, so the samples and their order do not depend
-on the number of workers. A shuffle buffer of `data.shuffle_buffer_size` samples stands between a stream and the mix: a
-random one is drawn and the next of the stream takes its place; at the end of the stream the buffer runs empty.
+on the number of workers. (Datasets of the user's own often give a worker just a part. They are read in this process,
+and their rows go along with the request.) A shuffle buffer of `data.shuffle_buffer_size` samples stands between a
+stream and the mix: a random one is drawn and the next of the stream takes its place; at the end of the stream the
+buffer runs empty.
 
 Every rank streams everything, because packing is planned from the lengths of all samples. The position holds no
 tokens: it names the samples in the buffers by row and piece, and going on reads these rows again, from the oldest.
@@ -12,6 +14,7 @@ A checksum over their tokens tells whether the data is still the same.
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -22,10 +25,12 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from tutti.core.batch import Sample
-from tutti.data.index import CHUNK, Chunk, bad_row_error, encode_chunk
+from tutti.data.index import CHUNK, Chunk, bad_row_error, encode_chunk, left_out
 from tutti.data.mix import Mix, Weights, random_words
 from tutti.data.pack import SampleRef
 from tutti.data.worker import quiet_fork
+
+log = logging.getLogger(__name__)
 
 _BLOCK = 4096
 
@@ -53,47 +58,74 @@ def streamed(chunk: Chunk) -> Iterator[StreamSample]:
         )
 
 
-class BadRows:
-    """Counts rows as they come, and those left out by reason, each once; or the first of these is an error."""
+class RowCounts:
+    """Counts the rows of one source and, by reason, those left out: each once, however often they are read.
+
+    silent: whether rows are left out at all; else the first of these is an error.
+    """
 
     def __init__(self, silent: bool) -> None:
         self.silent, self.rows = silent, 0
-        self._seen: dict[tuple[str, int], str] = {}
+        self.dropped: Counter[str] = Counter()
 
     def add(self, chunk: Chunk) -> None:
-        self.rows += chunk.rows
         if chunk.bad and not self.silent:
             raise bad_row_error(chunk.bad[0])
-        for row in chunk.bad:
-            self._seen[row.file, row.line] = row.reason
+        for number, row in zip(chunk.bad_numbers, chunk.bad, strict=True):
+            if number >= self.rows:
+                self.dropped[row.reason] += 1
+                count = str(self.dropped[row.reason])
+                if count.strip("0") == "1":
+                    log.info("left out %s rows so far, the last %s:%d: %s", count, row.file, row.line, row.reason)
+        self.rows = max(self.rows, chunk.first + chunk.rows)
 
-    def counts(self) -> dict[str, int]:
-        return dict(Counter(self._seen.values()))
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "dropped": dict(self.dropped)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows, self.dropped = state["rows"], Counter(state["dropped"])
 
 
 class Request(NamedTuple):
-    """The rows [start, start + CHUNK) of a source, for the `run`-th time that it is read."""
+    """The rows [start, start + CHUNK) of a source, for the `run`-th time that it is read; `rows`: if read already."""
 
     source: int
     run: int
     start: int
+    rows: list[Any] | None = None
 
 
-class ChunkReader(Dataset):
-    """What a worker does with a request. It keeps a reader per source open and moves it forward."""
+class RowReader:
+    """Reads the rows of requests. It keeps a stream of each source open and moves it forward."""
 
-    def __init__(self, sources: Sequence[Any], encoder: Any) -> None:
-        self.sources, self.encoder = sources, encoder
+    def __init__(self, sources: Sequence[Any]) -> None:
+        self.sources = sources
         self._open: dict[int, tuple[int, int, Iterator[Any]]] = {}
 
-    def __getitems__(self, request: Request) -> tuple[Request, Chunk]:
+    def read(self, request: Request) -> list[Any]:
         run, at, rows = self._open.get(request.source, (-1, 0, iter(())))
         if run != request.run or at > request.start:
             at, rows = request.start, self.sources[request.source].stream(request.start)
         found = list(islice(rows, request.start - at, request.start - at + CHUNK))
         self._open[request.source] = (request.run, request.start + CHUNK, rows)
-        numbers = range(request.start, request.start + len(found))
-        return request, encode_chunk(self.encoder, request.source, numbers, found)
+        return found
+
+
+class ChunkReader(Dataset):
+    """Reads and encodes the rows of a request: a worker's work. ValueErrors come back as their message."""
+
+    def __init__(self, sources: Sequence[Any], encoder: Any) -> None:
+        self.sources, self.encoder = sources, encoder
+        self._reader = RowReader(sources)
+
+    def __getitems__(self, request: Request) -> tuple[Request, Chunk | str]:
+        try:
+            rows = self._reader.read(request) if request.rows is None else request.rows
+            numbers = range(request.start, request.start + len(rows))
+            chunk = encode_chunk(self.encoder, request.source, numbers, rows)
+        except ValueError as error:
+            return request._replace(rows=None), str(error)
+        return request._replace(rows=None), chunk
 
 
 class ReadQueue:
@@ -130,7 +162,8 @@ class ChunkPrefetcher:
         self._options = loader_options
         self._agenda = ReadQueue(self.count)
         self._ready: list[deque[Chunk]] = [deque() for _ in range(self.count)]
-        self._results: Iterator[tuple[Request, Chunk]] | None = None
+        self._own = RowReader(sources)
+        self._results: Iterator[tuple[Request, Chunk | str]] | None = None
 
     def seek(self, source: int, start: int) -> None:
         """Read `source` from row `start` on."""
@@ -141,17 +174,24 @@ class ChunkPrefetcher:
         """The next chunk of `source`; one with fewer than CHUNK rows is the last, after which it begins again."""
         if self._results is None:
             with quiet_fork():
-                self._results = iter(DataLoader(self.reader, batch_sampler=self._agenda, **self._options))
+                self._results = iter(DataLoader(self.reader, batch_sampler=self._requests(), **self._options))
         self._agenda.wanted = source
         while not self._ready[source]:
             request, chunk = next(self._results)
             ready = self._ready[request.source]
             if request.run == self._agenda.upcoming[request.source].run:
+                if isinstance(chunk, str):
+                    raise ValueError(chunk)
                 ready.append(chunk)
                 if chunk.rows < CHUNK:
                     self._agenda.begin(request.source, 0, asked=len(ready))
         self._agenda.asked[source] -= 1
         return self._ready[source].popleft()
+
+    def _requests(self) -> Iterator[Any]:
+        for request in self._agenda:
+            own = self.reader.sources[request.source].own
+            yield request._replace(rows=self._own.read(request)) if own else request
 
     def close(self) -> None:
         """End the workers. What they had prepared is lost: `seek` before going on."""
@@ -159,10 +199,16 @@ class ChunkPrefetcher:
 
 
 class ShuffleBuffer:
-    """One source of a stream, through a shuffle buffer of `capacity` samples."""
+    """One source of a stream, through a shuffle buffer of `capacity` samples.
 
-    def __init__(self, feed: ChunkPrefetcher, source: int, *, seed: int, capacity: int, bad: BadRows) -> None:
-        self.feed, self.source, self.seed, self.capacity, self.bad = feed, source, seed, capacity, bad
+    needed: whether it is an error that the source has no usable row.
+    """
+
+    def __init__(
+        self, feed: ChunkPrefetcher, source: int, *, seed: int, capacity: int, silent: bool, needed: bool
+    ) -> None:
+        self.feed, self.source, self.seed, self.capacity, self.needed = feed, source, seed, capacity, needed
+        self.counts = RowCounts(silent)
         self._pass, self._draws = -1, 0
         self._row, self._piece, self._ended = 0, 0, True
         self._buffer: list[StreamSample] = []
@@ -175,6 +221,8 @@ class ShuffleBuffer:
         while len(buffer) < self.capacity and (one := self._read()) is not None:
             self._put(len(buffer), one)
         if not buffer:
+            if self.needed and not self._draws:
+                raise self._no_row()
             return None
         place = self._word() % len(buffer)
         drawn, last = buffer[place], buffer.pop()
@@ -206,9 +254,16 @@ class ShuffleBuffer:
                 return None
             chunk = self.feed.next(self.source)
             self._ended = chunk.rows < CHUNK
-            self.bad.add(chunk)
+            self.counts.add(chunk)
             position = self._row, self._piece
             self._incoming = (one for one in streamed(chunk) if (one.row, one.piece) >= position)
+
+    def _no_row(self) -> ValueError:
+        which = " has"
+        if self.feed.count > 1:
+            which = f": source {self.feed.reader.sources[self.source].name} has a weight but"
+        reasons = left_out(self.counts.rows, self.counts.dropped)
+        return ValueError(f"data.train_path{which} no usable row{reasons}")
 
     def restart(self) -> None:
         if not self._ended:
@@ -224,17 +279,25 @@ class ShuffleBuffer:
             "row": self._row,
             "piece": self._piece,
             "buffer": self._names[: len(self._buffer)].copy(),
+            "counts": self.counts.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._pass, self._draws = state["pass"], state["draws"]
         self._row, self._piece, self._ended = state["row"], state["piece"], self._pass < 0
         self._buffer, self._words, self._incoming = [], [], iter(())
+        self.counts.load_state_dict(state["counts"])
         self.feed.seek(self.source, self._row)
         names = np.asarray(state["buffer"], np.int64).reshape(-1, 3).tolist()
         self._names = np.zeros((max(self.capacity, len(names)), 3), np.int64)
         for one in find_rows(self.feed.reader, self.source, names):
             self._put(len(self._buffer), one)
+
+
+def row_counts(mix: Mix) -> tuple[int, dict[str, int]]:
+    """The rows that the streams of `mix` have read, and how many of them were left out, by reason."""
+    counts = [stream.counts for stream in mix.streams if isinstance(stream, ShuffleBuffer)]
+    return sum(one.rows for one in counts), dict(sum((one.dropped for one in counts), Counter()))
 
 
 def find_rows(reader: ChunkReader, source: int, names: Sequence[Sequence[int]]) -> list[StreamSample]:
@@ -268,15 +331,14 @@ class StreamSource:
     size: int | None = None
 
     def __init__(
-        self, feed: ChunkPrefetcher, weights: Weights | None, *, seed: int, capacity: int, bad: BadRows
+        self, feed: ChunkPrefetcher, weights: Weights | None, *, seed: int, capacity: int, silent: bool
     ) -> None:
-        self.feed, self.weights, self.seed, self.capacity, self.bad = feed, weights, seed, capacity, bad
+        self.feed, self.weights, self.seed, self.capacity, self.silent = feed, weights, seed, capacity, silent
 
     def mix(self) -> Mix:
-        streams = [
-            ShuffleBuffer(self.feed, source, seed=self.seed, capacity=self.capacity, bad=self.bad)
-            for source in range(self.feed.count)
-        ]
+        needed = self.weights is not None or self.feed.count == 1
+        options: dict[str, Any] = {"seed": self.seed, "capacity": self.capacity, "silent": self.silent}
+        streams = [ShuffleBuffer(self.feed, source, needed=needed, **options) for source in range(self.feed.count)]
         return Mix(streams, self.weights)
 
     def facts(self, items: Sequence[StreamSample]) -> tuple[np.ndarray, np.ndarray]:

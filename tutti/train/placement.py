@@ -103,7 +103,7 @@ class Run:
             "device": _device_name(self.world.device),
             "layout": {"ranks": self.world.size, "mesh": str(self.mesh), "accumulation": self.layout.accumulation},
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-            "data": self.data.report,
+            "data": lambda: self.data.report,
             "steps_reason": self.data.steps_reason,
         }
 

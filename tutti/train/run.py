@@ -147,6 +147,7 @@ def _run(config: Config, world: World, *, asked: Config) -> None:
                 break
             logger.clock.go_on()
         checkpoints.wait()
+        data.close()
         if step < data.total_steps:
             metrics.close({"status": "stopped", "message": f"asked to stop after step {step}"})
             log.info("stopped after step %d; go on with --train.load_checkpoint_path auto", step)
@@ -154,7 +155,7 @@ def _run(config: Config, world: World, *, asked: Config) -> None:
         samples.show(step, metrics, executor)
         if config.train.save_hf_weights:
             _export(run, output / "hf" / "final")
-        metrics.close({"status": "finished", "data": data.report})
+        metrics.close({"status": "finished"})
     log.info("report: %s", output / "report.html")
 
 

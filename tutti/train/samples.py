@@ -9,7 +9,6 @@ uses is touched, so that a run trains the same, bit for bit, with prompts and wi
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tutti.config import Config
 from tutti.core.batch import IGNORE, Sample, pack
+from tutti.data.formats import BadRow, JsonLines, Row
 from tutti.data.rows import RowError, conversation_of
 from tutti.parallel.pipeline.executor import Executor
 from tutti.parallel.sequence import sequence_ranks, split_samples, split_tokens
@@ -141,28 +141,26 @@ def _rows(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"train.sample_prompts {text!r}", {"prompt": text}
     if config.train.sample_prompts_path is None:
         return
-    path = Path(config.train.sample_prompts_path)
+    path = config.train.sample_prompts_path
     name = "train.sample_prompts_path"
+    file = (PromptLines if Path(path).suffix == ".txt" else JsonLines)(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name}: {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        place = f"{name} {path}:{number}"
-        if path.suffix == ".txt":
-            yield place, {"prompt": line}
-            continue
+        for row in file.stream():
+            if isinstance(row, BadRow):
+                raise ValueError(f'{row}; a row is such as {{"prompt": "..."}}, and a .txt file has a prompt a line')
+            yield f"{name} {path}:{row.line}", row.value
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+class PromptLines(JsonLines):
+    """A text file with a prompt a line, as rows."""
+
+    def _parse(self, text: bytes, line: int) -> Row | BadRow:
         try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise ValueError(
-                f'{place}: is not a JSON object such as {{"prompt": "..."}}; a .txt file has a prompt a line'
-            )
-        yield place, row
+            return Row({"prompt": text.decode("utf-8-sig").rstrip("\r")}, self.path, line)
+        except UnicodeDecodeError as error:
+            return BadRow(self.path, line, f"not UTF-8 text: {error}")
 
 
 def _encode(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> tuple[str, list[int]]:

@@ -99,7 +99,7 @@ def make_run(folder: Path, status: str = "finished") -> None:
         "parameters": 12_345_678,
         "layout": {"data parallel": "2 ranks, fsdp2"},
         "versions": {"torch": "2.14.1"},
-        "data": DataSummary(500, 470, 90_000, 72_000, {"not a JSON object": 20, "no trained token": 10}, 0.96),
+        "data": lambda: DataSummary(500, 470, 90_000, 72_000, {"not a JSON object": 20, "no trained token": 10}, 0.96),
     }
     dist = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
     metrics = Metrics(config, dist, total_steps=STEPS, run_info=info)
@@ -328,6 +328,17 @@ def test_is_written_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     assert shown() == ("stopped", 3)
     assert data_of((tmp_path / "report.html").read_text())["run"]["summary"] == {"hours": 2}
     assert not list(tmp_path.glob("*.draft")) + list(tmp_path.glob(".*.draft"))
+
+
+def test_the_data_is_what_has_been_read_when_the_run_stops(tmp_path: Path) -> None:
+    read = [0]
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    config = Config(train=TrainConfig(output_dir=str(tmp_path)))
+    metrics = Metrics(config, world, total_steps=STEPS, run_info={"data": lambda: {"rows": read[0]}})
+    assert data_of((tmp_path / "report.html").read_text())["run"]["data"] == {"rows": 0}
+    read[0] = 7
+    metrics.close({"status": "stopped"})
+    assert data_of((tmp_path / "report.html").read_text())["run"]["data"] == {"rows": 7}
 
 
 def test_a_full_disk_does_not_stop_the_run(

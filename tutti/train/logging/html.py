@@ -55,7 +55,8 @@ class Report:
         self._folder, self._history = folder, history
         self._began, self._seconds_before = time.time(), before.get("seconds", 0.0)
         self._written = 0.0
-        info = {key: _plain(value) for key, value in run_info.items()}
+        self._data = run_info.get("data", lambda: None)
+        info = {key: _plain(value) for key, value in run_info.items() if key != "data"}
         branches = [*before.get("branches", []), *filter(None, [info.pop("branch", None)])]
         texts = [text for text in before.get("texts", []) if text["step"] <= start_step]
         self._run: dict[str, Any] = {
@@ -82,19 +83,18 @@ class Report:
         self.step(record)
 
     def close(self, summary: Mapping[str, Any]) -> None:
-        figures = {key: _plain(value) for key, value in summary.items() if key not in ("status", "message", "data")}
+        figures = {key: _plain(value) for key, value in summary.items() if key not in ("status", "message")}
         self._run |= {
             "status": summary.get("status", "finished"),
             "message": summary.get("message"),
             "summary": figures,
-            "data": _plain(summary.get("data", self._run.get("data"))),
         }
         self._write()
 
     def _write(self) -> None:
         """Replace both files. A full disk must not stop a run for the sake of its report."""
         now = time.time()
-        self._run |= {"updated": now, "seconds": self._seconds_before + now - self._began}
+        self._run |= {"data": _plain(self._data()), "updated": now, "seconds": self._seconds_before + now - self._began}
         try:
             replace_file(self._folder / RUN, json.dumps(self._run, ensure_ascii=False, indent=1), durable=False)
             replace_file(self._folder / REPORT, render(self._run, self._history), durable=False)

@@ -51,8 +51,8 @@ class Metrics:
     total_steps: of the whole run. start_step: the step that training goes on from; metrics.jsonl holds the steps up to
     it (see `tutti.train.output.begin_branch`). run_info: what the report shows beside the curves, all of
     it optional: `name`, `model` (one line), `parameters` (int), `trainable_parameters` (int), `device`, `layout` and
-    `versions` (dicts of name to value), `data` (the data report: a dict or dataclass), `steps_reason`, `branch` (a
-    branch that was left at the start: `tutti.train.output.Branch`).
+    `versions` (dicts of name to value), `data` (gives the data report as it is by now: a dict or dataclass),
+    `steps_reason`, `branch` (a branch that was left at the start: `tutti.train.output.Branch`).
     Leaving the `with` block by an exception closes with the status `failed` and its message.
     """
 
@@ -96,8 +96,8 @@ class Metrics:
     def close(self, summary: Record) -> None:
         """Finish every sink, once; later calls do nothing.
 
-        summary: `status` (finished, stopped or failed), `message` (why it stopped or failed), `data` (the data report
-        as it is at the end, where reading streamed data has changed it), and any further figures to show.
+        summary: `status` (finished, stopped or failed), `message` (why it stopped or failed), and any further figures
+        to show.
         """
         if self._closed:
             return

@@ -1,0 +1,15 @@
+"""How many examples a property is tried on: few in CI, as many as the environment variable TUTTI_EXAMPLES says else."""
+
+import os
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+
+
+def examples(count: int) -> Any:
+    """Settings of a hypothesis test that takes `count` examples unless TUTTI_EXAMPLES says otherwise."""
+    return settings(
+        max_examples=int(os.environ.get("TUTTI_EXAMPLES", count)),
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
