@@ -396,18 +396,18 @@ def test_sizes_that_the_number_of_ranks_gave_follow_it_again(tmp_path: Path) -> 
 
 
 def test_every_path_takes_homes_and_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/me")
     monkeypatch.setenv("RUNS", "/runs")
     paths = {name for name, argument in ARGUMENTS.items() if argument.path}
     assert paths >= {name for name in ARGUMENTS if name.endswith(("_path", "_dir"))}
     for name in paths - {"model.encoders", "model.decoders"}:
-        for text, path in [("~/x.y", "/home/me/x.y"), ("${RUNS}/$RUNS.x", "/runs//runs.x"), ("./a~b", "./a~b")]:
+        for text, path in [("~/x.y", "/me/x.y"), ("${RUNS}/$RUNS.x", "/runs//runs.x"), ("./a~b", "./a~b")]:
             assert get(load([f"{name}={text}"], None), name) == path
         with pytest.raises(ConfigError, match=f"{name}: the environment variable NOT_SET in ./.NOT_SET is not set"):
             load([f"{name}=./$NOT_SET"], None)
-    assert get(load(["data.train_path=~/a, $RUNS/b,c"], None), "data.train_path") == "/home/me/a, /runs/b,c"
+    assert get(load(["data.train_path=~/a, $RUNS/b,c"], None), "data.train_path") == "/me/a, /runs/b,c"
     towers = coerce(ARGUMENTS["model.encoders"], {"image": {"model_path": "~/x", "note": "~/x"}})
-    assert towers == {"image": {"model_path": "/home/me/x", "note": "~/x"}}
+    assert towers == {"image": {"model_path": "/me/x", "note": "~/x"}}
     monkeypatch.chdir(tmp_path)
     (tmp_path / "$NOT_SET").touch()
     assert load(["data.train_path=$NOT_SET"], None).data.train_path == "$NOT_SET"
