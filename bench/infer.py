@@ -21,7 +21,7 @@ from bench import workload
 from tutti.attention.kv_cache import register
 from tutti.core.device import keep_freed_memory
 from tutti.core.dist import World
-from tutti.infer.generate import Generator, Request
+from tutti.infer.generate import CachedLogits, Generator, Request
 from tutti.infer.sampling import Sampler
 
 BATCH = 16
@@ -97,7 +97,8 @@ def _transformers(model: PreTrainedModel, prompts: list[list[int]], limits: list
 def _tutti(model: PreTrainedModel, prompts: list[list[int]], limits: list[int]) -> list[list[int]]:
     model.set_attn_implementation(register())
     one = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-    generator = Generator(model, _NeverStop(True, 1.0, 1.0, 0), frozenset({STOP}), one, batch_tokens=1 << 20)
+    logits = CachedLogits(model, one.device)
+    generator = Generator(logits, _NeverStop(True, 1.0, 1.0, 0), frozenset({STOP}), one, batch_tokens=1 << 20)
     made: list[list[int]] = [[] for _ in prompts]
     requests = [Request(i, prompt, limit) for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))]
     for token in generator.stream(requests):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -118,7 +119,12 @@ def test_train_alone_says_what_is_needed(capsys: pytest.CaptureFixture[str]) -> 
         ),
         (["export", "a"], "export: takes CHECKPOINT_OR_OUTPUT_DIR OUT_FOLDER, got a"),
         (["args", "nothing"], "nothing: no argument begins so"),
-        (["args", "--yaml"], "args: unexpected --yaml; it takes [PREFIX] [--json | --markdown]"),
+        (["args", "--yaml"], "args: unexpected --yaml; it takes [PREFIX] [--json | --markdown | --schema]"),
+        (["args", "lr", "seed"], "args: unexpected seed; it takes [PREFIX] [--json | --markdown | --schema]"),
+        (["export", "a", "b", "--merges"], "export: takes CHECKPOINT_OR_OUTPUT_DIR OUT_FOLDER, got a b --merges"),
+        (["init"], "init: takes the name of a new folder, got none"),
+        (["migrate", "-o", "x.yaml"], "migrate: takes FILE.yaml [-o OUT.yaml], got -o=x.yaml"),
+        (["train", *NEEDED, "-x"], "-x: unknown option; an argument is written --a.b VALUE or a.b=VALUE"),
         (["train", "--nproc", "0"], "--nproc: expects a number of ranks, 1 or more, got '0'"),
         (["train", "--nproc"], "--nproc: expects a number of ranks, 1 or more, got ''"),
         (["args", "--nproc=2"], "--nproc: only train, check, infer and migrate take it, args does not"),
@@ -140,8 +146,46 @@ def test_sizes_are_checked_against_the_world_before_anything_starts(
     assert main([*argv, "--nproc", "2"]) == 2
     assert "2 or 4 would" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
     assert main(argv) == 2
     assert "4 would" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["train", *NEEDED], ["infer", "infer.model_path=x", "--prompt", "Hi"]])
+def test_half_of_a_launchers_environment_is_refused(
+    argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert main(argv) == 2
+    assert capsys.readouterr().err == (
+        "tutti: error: WORLD_SIZE: is 4, but RANK is not set; start ranks by torchrun or --nproc, or unset WORLD_SIZE\n"
+    )
+    monkeypatch.setenv("WORLD_SIZE", "four")
+    assert main(argv) == 2
+    assert "WORLD_SIZE: the environment has 'four' for it" in capsys.readouterr().err
+
+
+def test_what_follows_an_option_that_takes_a_value_is_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    module = ModuleType("tutti.infer.run")
+    module.Job = lambda *parts: parts  # type: ignore[attr-defined]
+    module.infer = lambda config, job: seen.append((config.infer.chat_template, job))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tutti.infer.run", module)
+    texts = ["-h", "--help", "--nproc=3", "--debug", "-5 degrees", "--prompt", "a=b", "", "--infer.seed 3"]
+    argv = [word for text in texts for word in ("--prompt", text)]
+    assert main(["infer", "infer.model_path=x", "--infer.chat_template", "-h/x", *argv, "--prompt=-h"]) == 0
+    assert seen == [("-h/x", ((*texts, "-h"), None, None))]
+
+
+def test_overrides_pass_through_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Config] = []
+    replace_run(monkeypatch, seen.append)
+    words = ["--debug", "--train.lr", "-1e-5", "--train.dyn_bsz", "--train.wandb_name", "-h"]
+    asked = "Hello, who are you?"
+    assert main(["--debug", "train", *NEEDED, *words[3:], "--train.sample_prompts", asked, "--nproc", "1"]) == 0
+    train = seen[0].train
+    assert (train.dyn_bsz, train.wandb_name, train.sample_prompts) == (True, "-h", (asked,))
+    assert main(["train", *NEEDED, *words]) == 2, "a rate below 0 reaches the check of its range"
 
 
 def test_train_gets_the_resolved_configuration(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,8 @@
 """The command `tutti`: verbs, each of which imports what it needs when it runs, and one way to report errors.
 
+A command line is a verb, its options, and what is left: for most verbs a configuration (`FILE.yaml`, `--train.lr 1e-5`,
+`train.lr=1e-5`), which `tutti.config.load` reads. argparse takes the options and leaves the rest in its order.
+
 Help, the reference of arguments and configuration errors answer at once, because nothing here imports torch: the
 configuration is read, and its sizes are checked against the number of ranks, before the training code is loaded.
 
@@ -8,41 +11,21 @@ Exit status: 0 done; 1 the run failed; 2 the command or the configuration is wro
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-from tutti.config import Config, ConfigError
+from tutti.config import ARGUMENTS, Config, ConfigError
 from tutti.core.launch import ERROR_FILE, launch
 
-_HELP = """\
-Tutti trains any model of the Hugging Face ecosystem on any number of processes, from one YAML.
-
-usage: tutti VERB ...
-
-  train   [FILE.yaml] [--a.b VALUE | a.b=VALUE ...] [--nproc N]    train a model
-  check   [FILE.yaml] [--a.b VALUE | a.b=VALUE ...] [--nproc N]    look at its data, batches, sizes and memory first
-  export  CHECKPOINT_OR_OUTPUT_DIR OUT_FOLDER [--merge]            make a Hugging Face folder of a checkpoint
-  init    FOLDER                                                   write a small project that runs, to start from
-  migrate FILE.yaml [-o OUT.yaml] [--nproc N]                      turn a YAML of another framework into ours
-  args    [PREFIX] [--json | --markdown]                           list the arguments of a configuration
-  infer   [FILE.yaml] [--infer.b VALUE ...] [--prompt TEXT | --input FILE --output FILE] [--nproc N]
-                                                                   talk to a model, or let it answer prompts
-
-  --debug    with any verb: show the traceback of an error
-  --help     with a verb: more about it
-  --version
-
-examples:
-  tutti train run.yaml
-  tutti train run.yaml --train.lr 1e-5 --train.dyn_bsz --nproc 2
-  torchrun --nproc-per-node 8 -m tutti train run.yaml
-"""
-
-_CONFIGURED = """\
+_CONFIGURED = """
 The configuration is one YAML file, then overrides, of which the later wins; both are optional:
 
   --train.lr 1e-5      --train.lr=1e-5      train.lr=1e-5
@@ -52,115 +35,42 @@ The configuration is one YAML file, then overrides, of which the later wins; bot
 
 `tutti args` lists all arguments, `tutti args train.lr` those that begin so."""
 
-_TRAIN_HELP = f"""\
-usage: tutti train [FILE.yaml] [--a.b VALUE | a.b=VALUE ...] [--nproc N]
+_ABOUT = "Tutti trains any model of the Hugging Face ecosystem on any number of processes, from one YAML."
 
-Train a model, and write metrics, a report, checkpoints and a Hugging Face folder to train.output_dir.
-
-{_CONFIGURED}
-
-  --nproc N    start N ranks on this machine; for several machines use torchrun ... -m tutti train
+_EPILOG = """\
+  tutti VERB --help    more about a verb
+  tutti --version
 
 examples:
   tutti train run.yaml
-  tutti train --model.model_path Qwen3-0.6B --data.train_path chat.jsonl --train.output_dir runs/first
-  tutti train runs/first/config.yaml --train.load_checkpoint_path auto
+  tutti train run.yaml --train.lr 1e-5 --train.dyn_bsz --nproc 2
+  torchrun --nproc-per-node 8 -m tutti train run.yaml
 """
 
-_CHECK_HELP = f"""\
-usage: tutti check [FILE.yaml] [--a.b VALUE | a.b=VALUE ...] [--nproc N]
+_SETTINGS = "[FILE.yaml] [--a.b VALUE | a.b=VALUE ...]"
 
-Read the configuration and the data as a run would, and show the first batch with its loss mask, rows kept and dropped,
-steps and tokens, the parallel plan, and the memory and traffic that a step takes of each rank. Nothing is trained.
-
-{_CONFIGURED}
-
-  --nproc N    look at a run of N ranks; none of them is started
-
-examples:
-  tutti check run.yaml
-  tutti check run.yaml --nproc 64
-"""
-
-_EXPORT_HELP = """\
-usage: tutti export CHECKPOINT_OR_OUTPUT_DIR OUT_FOLDER [--merge]
-
-Make a complete Hugging Face folder (config, weights, tokenizer) of a training checkpoint: a folder
-.../checkpoints/global_step_N, or a run's output_dir, whose newest whole checkpoint is taken. Of a run that trained
-adapters (train.architecture lora) it makes an adapter folder, which peft reads as well.
-
-  --merge    add the adapters to the base model instead, and write it complete
-
-examples:
-  tutti export runs/first runs/first/hf/final
-  tutti export runs/lora runs/lora/hf/merged --merge
-"""
-
-_INFER_HELP = """\
-usage: tutti infer [FILE.yaml] --infer.model_path PATH [--a.b VALUE | a.b=VALUE ...] [--nproc N]
-                   [--prompt TEXT ... | --input FILE.jsonl --output FILE.jsonl]
-
-Generate text with a model: a Hugging Face folder, an adapter folder (on the base that it names, or model.model_path),
-a training checkpoint (.../checkpoints/global_step_N), or a run's output_dir.
-
-  --prompt TEXT    answer this and end; may be given several times
-  --input FILE     answer its rows ({"prompt": ...} or {"messages": [...]}) into the file given by --output; when
-                   interrupted, the same command goes on
-  (neither)        talk: answers come as they are made, /help lists the commands; or pipe in a message a line
-
-  --nproc N        divide a model that is too large for one device among N ranks
-
-`tutti args infer` lists the arguments: sampling, length, seed.
-
-examples:
-  tutti infer --infer.model_path runs/first --prompt "What is the capital of Sweden?"
-  tutti infer --infer.model_path runs/first --infer.do_sample false --input ask.jsonl --output answers.jsonl
-  tutti infer --infer.model_path runs/first
-"""
-
-_INIT_HELP = """\
-usage: tutti init FOLDER
-
-Write a small project to start from: a commented config.yaml, conversations to train on, and a tiny model's config. It
-runs as it is, on a CPU, in about a minute.
-
-example:
-  tutti init songs && cd songs && tutti train config.yaml
-"""
-
-_MIGRATE_HELP = """\
-usage: tutti migrate FILE.yaml [-o OUT.yaml] [--nproc N]
-
-Turn a training YAML of VeOmni, LLaMA-Factory or Axolotl into ours, and list every key of it: what it is mapped to, what
-changed its meaning and how, and what has no counterpart.
-
-  -o OUT.yaml    the new file to write; without, the YAML goes to standard output and the list to standard error
-  --nproc N      the number of ranks (GPUs) that the file was made for (default: 1): a global batch counts all of them
-
-example:
-  tutti migrate llama3_lora_sft.yaml -o run.yaml --nproc 8
-"""
-
-_ARGS_HELP = """\
-usage: tutti args [PREFIX] [--json | --markdown]
-
-List the arguments: name, type, default, and what it is. PREFIX is the beginning of a dotted name (train.lr) or of a
-name within its group (lr).
-
-examples:
-  tutti args train.save
-  tutti args --json
-"""
+_VALUED = ("--prompt", "--input", "--output", "--nproc", "-o")
+"""Options that take the next word as their value, whatever it is."""
 
 
 class _Command(NamedTuple):
-    """A command line, taken apart: the verb, its arguments, and the options that are not arguments of a run."""
+    """A command line, taken apart: its words (but for --nproc), those that are no options of the verb, and these."""
 
-    verb: str
-    argv: list[str]
+    words: list[str]
+    rest: list[str]
+    options: argparse.Namespace
     nproc: int | None
-    debug: bool
-    help: bool
+
+
+class _Verb(NamedTuple):
+    """What a verb does, and its help. usage: what follows it. options: name to argparse's settings of it."""
+
+    run: Callable[[_Command], int]
+    usage: str
+    brief: str
+    text: str
+    options: dict[str, dict[str, Any]]
+    examples: Sequence[str]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -181,43 +91,81 @@ def main(argv: list[str] | None = None) -> int:
 
 def _dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in ("--help", "-h", "help"):
-        print(_HELP, end="")
+        _parser().print_help()
         return 0 if argv else 2
     if argv[0] == "--version":
         from importlib.metadata import version
 
         print(version("tutti"))
         return 0
-    command = _parse(argv)
-    if command.verb not in _VERBS:
+    words = _with_values_bound(argv)
+    name = next((word for word in words if not word.startswith("-")), "")
+    if name not in _VERBS:
         from tutti.config.coerce import nearest
 
-        guess = nearest(command.verb, list(_VERBS))
+        guess = nearest(name, list(_VERBS))
         hint = f"did you mean {guess}?" if guess else "see tutti --help"
-        raise ConfigError([f"there is no command {command.verb!r}; {hint}"])
-    run, text = _VERBS[command.verb]
-    if command.help:
-        print(text, end="")
+        raise ConfigError([f"there is no command {name!r}; {hint}"])
+    words.remove(name)
+    options, rest = _parser().parse_known_args([name, *words])
+    if options.help:
+        options.parser.print_help()
         return 0
-    if command.nproc is not None and command.verb not in ("train", "check", "infer", "migrate"):
-        raise ConfigError([f"--nproc: only train, check, infer and migrate take it, {command.verb} does not"])
-    return run(command)
+    nproc = None if options.nproc is None else _number(options.nproc)
+    if nproc is not None and "--nproc" not in _VERBS[name].options:
+        raise ConfigError([f"--nproc: only train, check, infer and migrate take it, {name} does not"])
+    kept = [word for word in words if not word.startswith("--nproc=")]
+    return _VERBS[name].run(_Command([name, *kept], rest, options, nproc))
 
 
-def _parse(argv: list[str]) -> _Command:
-    debug, help, nproc = False, False, None
-    rest: list[str] = []
-    tokens = iter(argv)
-    for token in tokens:
-        if token == "--debug":
-            debug = True
-        elif token in ("--help", "-h"):
-            help = True
-        elif token == "--nproc" or token.startswith("--nproc="):
-            nproc = _number(token.partition("=")[2] or next(tokens, ""))
-        else:
-            rest.append(token)
-    return _Command(rest[0] if rest else "", rest[1:], nproc, debug, help)
+def _with_values_bound(argv: list[str]) -> list[str]:
+    """The words of `argv`, with "=" between an option and its value where the value could be taken for an option."""
+    bound, left = [], deque(argv)
+    while left:
+        word = left.popleft()
+        argument = ARGUMENTS.get(word.removeprefix("--"))
+        if word in _VALUED:
+            if not left and word != "--nproc":
+                raise ConfigError([f"{word}: needs a value"])
+            word += "=" + (left.popleft() if left else "")
+        elif argument is not None and argument.kind is not bool and left and re.match("-[^-]", left[0]):
+            word += "=" + left.popleft()
+        bound.append(word)
+    return bound
+
+
+def _parser() -> _Parser:
+    """The parser of all verbs; what it does not know is left to them."""
+    listed = "\n".join(f"  {name:<8} {verb.brief}" for name, verb in _VERBS.items())
+    parser = _Parser(prog="tutti", usage="tutti VERB ...", description=_ABOUT, epilog=f"{listed}\n\n{_EPILOG}")
+    verbs = parser.add_subparsers(help=argparse.SUPPRESS)
+    for name, verb in _VERBS.items():
+        examples = "".join(f"\n  tutti {name} {example}" for example in verb.examples)
+        own = verbs.add_parser(
+            name,
+            usage=f"tutti {name} {verb.usage}",
+            description=verb.text,
+            epilog=f"example{'s' * (len(verb.examples) > 1)}:{examples}",
+        )
+        for option, settings in verb.options.items():
+            own.add_argument(option, **settings)
+        if "--nproc" not in verb.options:
+            own.add_argument("--nproc", help=argparse.SUPPRESS)
+        own.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        own.add_argument("--help", "-h", action="store_true", help="show this")
+        own.set_defaults(parser=own)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's, whose help keeps its lines, and whose errors are ours."""
+
+    def __init__(self, **settings: Any) -> None:
+        layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=20, width=120)
+        super().__init__(**settings, formatter_class=layout, add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError([message])
 
 
 def _number(value: str) -> int:
@@ -239,7 +187,7 @@ def _train(command: _Command) -> int:
 
 
 def _check(command: _Command) -> int:
-    world = command.nproc or _world()
+    world = command.nproc or _environment_number("WORLD_SIZE")
     config = _configure(command, world)
 
     from tutti.check.run import check
@@ -249,31 +197,31 @@ def _check(command: _Command) -> int:
 
 
 def _export(command: _Command) -> int:
-    paths = [token for token in command.argv if token != "--merge"]
-    if len(paths) != 2:
-        raise ConfigError([f"export: takes CHECKPOINT_OR_OUTPUT_DIR OUT_FOLDER, got {' '.join(paths) or 'neither'}"])
+    if len(command.rest) != 2:
+        given = " ".join(command.rest) or "neither"
+        raise ConfigError([f"export: takes CHECKPOINT_OR_OUTPUT_DIR OUT_FOLDER, got {given}"])
 
     from tutti.checkpoint.export import export
 
-    export(*paths, merge_adapters="--merge" in command.argv)
+    export(*command.rest, merge_adapters=command.options.merge)
     return 0
 
 
 def _args(command: _Command) -> int:
     from tutti.config import docs
 
-    options = [token for token in command.argv if token.startswith("--")]
-    prefixes = [token for token in command.argv if not token.startswith("--")]
-    unknown = [option for option in options if option not in ("--json", "--markdown")] + prefixes[1:]
+    options, prefixes = command.options, [word for word in command.rest if not word.startswith("--")]
+    unknown = [word for word in command.rest if word.startswith("--")] + prefixes[1:]
     if unknown:
-        raise ConfigError([f"args: unexpected {token}; it takes [PREFIX] [--json | --markdown]" for token in unknown])
-    if "--markdown" in options:
-        print(docs.as_markdown(), end="")
+        takes = "it takes [PREFIX] [--json | --markdown | --schema]"
+        raise ConfigError([f"args: unexpected {word}; {takes}" for word in unknown])
+    if options.markdown or options.schema:
+        print(docs.as_markdown() if options.markdown else docs.as_schema(), end="")
         return 0
     arguments = docs.select(*prefixes or [""])
     if not arguments:
         raise ConfigError([f"{prefixes[0]}: no argument begins so"])
-    if "--json" in options:
+    if options.json:
         print(docs.as_json(arguments))
     elif sys.stdout.isatty():
         docs.print_table(arguments)
@@ -286,15 +234,14 @@ def _infer(command: _Command) -> int:
     from tutti.config.load import load
 
     _refuse_nproc_in_rank(command)
-    rest, options = _take_options(command.argv, ("--prompt", "--input", "--output"))
-    given = {name: values for name, values in options.items() if values}
-    problems = [f"{name}: can be given once" for name in ("--input", "--output") if len(options[name]) > 1]
-    if ("--input" in given) != ("--output" in given):
+    options = command.options
+    problems = [f"--{name}: can be given once" for name in ("input", "output") if len(getattr(options, name)) > 1]
+    if bool(options.input) != bool(options.output):
         problems.append("--input and --output belong together: the rows to answer, and where the answers go")
-    if "--prompt" in given and "--input" in given:
+    if options.prompt and options.input:
         problems.append("--prompt: either prompts or --input, not both")
     try:
-        config = load(rest, "infer")
+        config = load(command.rest, "infer")
     except ConfigError as error:
         raise ConfigError(problems + error.problems) from None
     if problems:
@@ -302,39 +249,22 @@ def _infer(command: _Command) -> int:
     _warn(config)
     if command.nproc is not None and command.nproc > 1:
         return _launch(command)
+    _world()
 
-    from tutti.checkpoint.export import load_trained
     from tutti.infer.run import Job, infer
 
-    source, out = (options[name][0] if options[name] else None for name in ("--input", "--output"))
-    infer(config, Job(tuple(options["--prompt"]), source, out), load_trained)
+    job = Job(tuple(options.prompt), *(files[0] if files else None for files in (options.input, options.output)))
+    infer(config, job)
     return 0
 
 
-def _take_options(argv: list[str], names: tuple[str, ...]) -> tuple[list[str], dict[str, list[str]]]:
-    """The command line without the options of these names, and the values of each."""
-    rest: list[str] = []
-    values: dict[str, list[str]] = {name: [] for name in names}
-    tokens = iter(argv)
-    for token in tokens:
-        name, equals, value = token.partition("=")
-        if name not in values:
-            rest.append(token)
-            continue
-        following = value if equals else next(tokens, None)
-        if following is None:
-            raise ConfigError([f"{name}: needs a value"])
-        values[name].append(following)
-    return rest, values
-
-
 def _init(command: _Command) -> int:
-    if len(command.argv) != 1 or command.argv[0].startswith("-"):
-        raise ConfigError([f"init: takes the name of a new folder, got {' '.join(command.argv) or 'none'}"])
+    if len(command.rest) != 1 or command.rest[0].startswith("-"):
+        raise ConfigError([f"init: takes the name of a new folder, got {' '.join(command.rest) or 'none'}"])
 
     from tutti.project import make_project
 
-    (folder,) = command.argv
+    (folder,) = command.rest
     for file in make_project(Path(folder)):
         print(f"  {folder.rstrip('/')}/{file}")
     print(f"\nnext: cd {folder} && tutti train config.yaml")
@@ -342,14 +272,15 @@ def _init(command: _Command) -> int:
 
 
 def _migrate(command: _Command) -> int:
-    argv, options = _take_options(command.argv, ("-o",))
-    if len(argv) != 1 or argv[0].startswith("-") or len(options["-o"]) > 1:
-        raise ConfigError([f"migrate: takes FILE.yaml [-o OUT.yaml], got {' '.join(command.argv) or 'neither'}"])
+    out = command.options.o
+    if len(command.rest) != 1 or command.rest[0].startswith("-") or len(out) > 1:
+        given = " ".join(command.words[1:]) or "neither"
+        raise ConfigError([f"migrate: takes FILE.yaml [-o OUT.yaml], got {given}"])
 
     from tutti.migrate import migrate
     from tutti.migrate.show import account, as_yaml
 
-    (path,), out = argv, options["-o"]
+    (path,) = command.rest
     if out and Path(out[0]).exists():
         raise ConfigError([f"-o: {out[0]} exists already; give the name of a new file"])
     migration = migrate(path, command.nproc or 1)
@@ -364,14 +295,131 @@ def _migrate(command: _Command) -> int:
     return 0
 
 
-_VERBS: dict[str, tuple[Callable[[_Command], int], str]] = {
-    "train": (_train, _TRAIN_HELP),
-    "check": (_check, _CHECK_HELP),
-    "export": (_export, _EXPORT_HELP),
-    "init": (_init, _INIT_HELP),
-    "migrate": (_migrate, _MIGRATE_HELP),
-    "args": (_args, _ARGS_HELP),
-    "infer": (_infer, _INFER_HELP),
+def _nproc(text: str) -> dict[str, dict[str, Any]]:
+    return {"--nproc": {"metavar": "N", "help": text}}
+
+
+_VERBS = {
+    "train": _Verb(
+        run=_train,
+        usage=f"{_SETTINGS} [--nproc N]",
+        brief="train a model",
+        text="Train a model, and write metrics, a report, checkpoints and a Hugging Face folder to train.output_dir.\n"
+        + _CONFIGURED,
+        options=_nproc("start N ranks on this machine; for several machines use torchrun ... -m tutti train"),
+        examples=(
+            "run.yaml",
+            "--model.model_path Qwen3-0.6B --data.train_path chat.jsonl --train.output_dir runs/first",
+            "runs/first/config.yaml --train.load_checkpoint_path auto",
+        ),
+    ),
+    "check": _Verb(
+        run=_check,
+        usage=f"{_SETTINGS} [--nproc N]",
+        brief="look at a run's data, batches, sizes and memory first",
+        text="""\
+Read the configuration and the data as a run would, and show the first batch with its loss mask, rows kept and dropped,
+steps and tokens, the parallel plan, and the memory and traffic that a step takes of each rank. Nothing is trained.
+"""
+        + _CONFIGURED,
+        options=_nproc("look at a run of N ranks; none of them is started"),
+        examples=("run.yaml", "run.yaml --nproc 64"),
+    ),
+    "export": _Verb(
+        run=_export,
+        usage="CHECKPOINT_OR_OUTPUT_DIR OUT_FOLDER [--merge]",
+        brief="make a Hugging Face folder of a checkpoint",
+        text="""\
+Make a complete Hugging Face folder (config, weights, tokenizer) of a training checkpoint: a folder
+.../checkpoints/global_step_N, or a run's output_dir, whose newest whole checkpoint is taken. Of a run that trained
+adapters (train.architecture lora) it makes an adapter folder, which peft reads as well.""",
+        options={
+            "--merge": {
+                "action": "store_true",
+                "help": "add the adapters to the base model instead, and write it complete",
+            }
+        },
+        examples=("runs/first runs/first/hf/final", "runs/lora runs/lora/hf/merged --merge"),
+    ),
+    "init": _Verb(
+        run=_init,
+        usage="FOLDER",
+        brief="write a small project that runs, to start from",
+        text="""\
+Write a small project to start from: a commented config.yaml, conversations to train on, and a tiny model's config. It
+runs as it is, on a CPU, in about a minute.""",
+        options={},
+        examples=("songs && cd songs && tutti train config.yaml",),
+    ),
+    "migrate": _Verb(
+        run=_migrate,
+        usage="FILE.yaml [-o OUT.yaml] [--nproc N]",
+        brief="turn a YAML of another framework into ours",
+        text="""\
+Turn a training YAML of VeOmni, LLaMA-Factory or Axolotl into ours, and list every key of it: what it is mapped to, what
+changed its meaning and how, and what has no counterpart.""",
+        options={
+            "-o": {
+                "metavar": "OUT.yaml",
+                "action": "append",
+                "default": [],
+                "help": "the new file; without it the YAML goes to standard output and the list to standard error",
+            },
+            **_nproc(
+                "the number of ranks (GPUs) that the file was made for (default: 1): a global batch counts all of them"
+            ),
+        },
+        examples=("llama3_lora_sft.yaml -o run.yaml --nproc 8",),
+    ),
+    "args": _Verb(
+        run=_args,
+        usage="[PREFIX] [--json | --markdown | --schema]",
+        brief="list the arguments of a configuration",
+        text="""\
+List the arguments: name, type, default, and what it is. PREFIX is the beginning of a dotted name (train.lr) or of a
+name within its group (lr).""",
+        options={
+            "--json": {"action": "store_true", "help": "as a list of JSON objects"},
+            "--markdown": {"action": "store_true", "help": "as the page docs/arguments.md"},
+            "--schema": {"action": "store_true", "help": "as a JSON Schema, by which an editor completes a YAML"},
+        },
+        examples=("train.save", "--schema > tutti.schema.json"),
+    ),
+    "infer": _Verb(
+        run=_infer,
+        usage="""\
+[FILE.yaml] --infer.model_path PATH [--a.b VALUE | a.b=VALUE ...] [--nproc N]
+                   [--prompt TEXT ... | --input FILE.jsonl --output FILE.jsonl]""",
+        brief="talk to a model, or let it answer prompts",
+        text="""\
+Generate text with a model: a Hugging Face folder, an adapter folder (on the base that it names, or model.model_path),
+a training checkpoint (.../checkpoints/global_step_N), or a run's output_dir. Without --prompt and --input one talks to
+it: answers come as they are made, /help lists the commands; or pipe in a message a line.
+
+`tutti args infer` lists the arguments: sampling, length, seed.""",
+        options={
+            "--prompt": {
+                "metavar": "TEXT",
+                "action": "append",
+                "default": [],
+                "help": "answer this and end; may be given several times",
+            },
+            "--input": {
+                "metavar": "FILE",
+                "action": "append",
+                "default": [],
+                "help": 'answer its rows ({"prompt": ...} or {"messages": [...]}) into the file given by --output; '
+                "when interrupted, the same command goes on",
+            },
+            "--output": {"metavar": "FILE", "action": "append", "default": [], "help": "the new file of answers"},
+            **_nproc("divide a model that is too large for one device among N ranks"),
+        },
+        examples=(
+            '--infer.model_path runs/first --prompt "What is the capital of Sweden?"',
+            "--infer.model_path runs/first --infer.do_sample false --input ask.jsonl --output answers.jsonl",
+            "--infer.model_path runs/first",
+        ),
+    ),
 }
 
 
@@ -383,13 +431,24 @@ def _refuse_nproc_in_rank(command: _Command) -> None:
 def _launch(command: _Command) -> int:
     """Run the command as its number of ranks on this machine; the exit status."""
     assert command.nproc is not None
-    debug = ["--debug"] if command.debug else []
-    return launch([sys.executable, "-m", "tutti", command.verb, *command.argv, *debug], command.nproc)
+    return launch([sys.executable, "-m", "tutti", *command.words], command.nproc)
 
 
 def _world() -> int:
     """The number of ranks that torchrun (or the launcher) started, else 1."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    size = _environment_number("WORLD_SIZE")
+    if size > 1 and "RANK" not in os.environ:
+        raise ConfigError(
+            [f"WORLD_SIZE: is {size}, but RANK is not set; start ranks by torchrun or --nproc, or unset WORLD_SIZE"]
+        )
+    return size
+
+
+def _environment_number(name: str) -> int:
+    value = os.environ.get(name, "1")
+    if not value.isdecimal() or int(value) < 1:
+        raise ConfigError([f"{name}: the environment has {value!r} for it, which is no number of ranks"])
+    return int(value)
 
 
 def _configure(command: _Command, world: int) -> Config:
@@ -397,7 +456,7 @@ def _configure(command: _Command, world: int) -> Config:
     from tutti.config.layout import resolve_sizes
     from tutti.config.load import load
 
-    config = resolve_sizes(load(command.argv, command.verb), world)
+    config = resolve_sizes(load(command.rest, command.words[0]), world)
     _warn(config)
     return config
 

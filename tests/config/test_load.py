@@ -83,6 +83,16 @@ def test_lists(text: str) -> None:
     assert load([f"--train.no_decay_params={text}"], None).train.no_decay_params == ("a", "b")
 
 
+def test_a_prompt_is_one_text_and_a_list_of_them_is_written_as_one() -> None:
+    def prompts(text: str) -> tuple[str, ...]:
+        return load(["--train.sample_prompts", text], None).train.sample_prompts
+
+    assert prompts("Hello, who are you?") == ("Hello, who are you?",)
+    assert prompts('["Hello, who are you?", "And you?"]') == ("Hello, who are you?", "And you?")
+    assert prompts("[INST] Hello, you [/INST]") == ("[INST] Hello, you [/INST]",)
+    assert prompts("none") == ()
+
+
 def test_lists_from_yaml_are_tuples_and_can_be_empty(tmp_path: Path) -> None:
     path = write(tmp_path, "train:\n  no_decay_modules:\n    - A\n    - B\nmodel: {basic_modules: []}")
     config = load([path], None)

@@ -47,10 +47,6 @@ def infer_config(path: str, **infer: Any) -> Config:
     return from_dict({"infer": {"model_path": path, **infer}})
 
 
-def no_checkpoint(*args: Any) -> None:
-    raise AssertionError("no training checkpoint was to be read")
-
-
 def open_model(path: str, **infer: Any) -> tuple[Config, Speaker]:
     config = infer_config(path, **infer)
-    return config, open_speaker(config, ONE, no_checkpoint)
+    return config, open_speaker(config, ONE)

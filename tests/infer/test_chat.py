@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
+import torch
 
 from tests.infer.models import ONE, open_model, write_model
 from tutti.infer.chat import chat
@@ -34,7 +36,7 @@ class Talk:
 
         def watched(generator, requests):
             self.requests += requests
-            self.asked += [self._speaker.tokenizer.decode(request.ids) for request in requests]
+            self.asked += [self._speaker.form.tokenizer.decode(request.ids) for request in requests]
             for made, token in enumerate(stream(generator, requests), start=1):
                 if made == press_after:
                     os.kill(os.getpid(), signal.SIGINT)
@@ -44,7 +46,7 @@ class Talk:
         self._monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         self._capsys.readouterr()
         sampler = Sampler.of(self._config.infer)
-        chat(self._config, self._speaker, Generator(self._speaker.model, sampler, self._speaker.stop_ids, ONE, 10_000))
+        chat(self._config, self._speaker, Generator(self._speaker.logits, sampler, self._speaker.stop_ids, ONE, 10_000))
         self._monkeypatch.setattr(Generator, "stream", stream)
         return self._capsys.readouterr().out
 
@@ -72,6 +74,19 @@ def test_the_history_is_given_with_each_turn(talk):
     first, second = talk.asked
     assert first == user("Hello") + PROMPT
     assert second == f"{user('Hello')}{PROMPT}{answers[0]}<|im_end|>\n{user('And now?')}{PROMPT}"
+
+
+@pytest.mark.parametrize("template", ["plain", "llama2"])
+def test_an_answer_is_fed_back_as_it_was_made(model, monkeypatch, capsys, template):
+    """Blanks that the template writes around an answer are made by the model too, but written once."""
+    talk = Talk(model, monkeypatch, capsys, chat_template=template)
+    tokenizer = talk._speaker.form.tokenizer
+    words = iter([*tokenizer(" A cat ").input_ids, *tokenizer("abcdefghijkl" * 3).input_ids])
+    monkeypatch.setattr(Sampler, "pick", lambda self, logits, generators: torch.tensor([next(words)]))
+    shown = talk("Hello", "And now?").splitlines()
+    assert shown[0].startswith("A cat")
+    first, second = talk.asked
+    assert second.startswith(f"{first} {shown[0]}")
 
 
 def test_commands(talk):
@@ -103,6 +118,7 @@ def test_the_oldest_turns_go_when_the_context_is_full(talk):
     assert "0 word" not in talk.asked[3] and "3 word" in talk.asked[3]
     assert "(not sent: the prompt has" in shown, "a message that can't fit"
     assert len(talk.asked) == 5 and "short" in talk.asked[4], "and the talk goes on"
+    assert "3 word" in talk.asked[4], "with all that was said before"
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(talk, monkeypatch):
@@ -123,10 +139,8 @@ def test_turns_of_a_talk_are_sampled_anew_and_the_talk_again_alike(model, monkey
 
 
 def test_a_model_without_template_can_not_talk(model, monkeypatch, capsys):
-    from dataclasses import replace
-
     talk = Talk(model, monkeypatch, capsys)
-    talk._speaker = replace(talk._speaker, template=None)
+    talk._speaker = replace(talk._speaker, form=replace(talk._speaker.form, template=None))
     with pytest.raises(ValueError, match=r"infer\.chat_template: the model has no chat template"):
         talk("Hello")
 

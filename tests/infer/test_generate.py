@@ -8,14 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.infer.models import ONE, PROMPTS, infer_config, no_checkpoint, open_model, write_model
+from tests.infer.models import ONE, PROMPTS, infer_config, open_model, write_model
 from tests.model.zoo import FAMILIES
 from tutti.attention.kv_cache import CACHED
 from tutti.infer import load as speaker_module
 from tutti.infer.generate import Generator, Request
 from tutti.infer.hf_generate import needs_generate
 from tutti.infer.load import open_speaker
-from tutti.infer.prompts import prompt_ids
+from tutti.infer.prompts import prompt_request
 from tutti.infer.sampling import Sampler
 
 NEW = 24
@@ -25,10 +25,14 @@ PLAIN = (
 )  # fmt: skip
 
 
+def ids_of(speaker, prompt):
+    return prompt_request(speaker.form, prompt, 0, 1).ids
+
+
 def answers(config, speaker, prompts, *, batch_tokens=10_000, limit=NEW):
-    generator = Generator(speaker.model, Sampler.of(config.infer), speaker.stop_ids, ONE, batch_tokens)
+    generator = Generator(speaker.logits, Sampler.of(config.infer), speaker.stop_ids, ONE, batch_tokens)
     made = {number: [] for number in range(len(prompts))}
-    requests = [Request(number, prompt_ids(speaker, prompt), limit) for number, prompt in enumerate(prompts)]
+    requests = [Request(number, ids_of(speaker, prompt), limit) for number, prompt in enumerate(prompts)]
     for token in generator.stream(requests):
         made[token.number].append(token.id)
     return list(made.values())
@@ -38,7 +42,7 @@ def by_transformers(path, speaker, prompts, limit=NEW):
     model = AutoModelForCausalLM.from_pretrained(path)
     made = []
     for prompt in prompts:
-        ids = torch.tensor([prompt_ids(speaker, prompt)])
+        ids = torch.tensor([ids_of(speaker, prompt)])
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=limit,
             eos_token_id=sorted(speaker.stop_ids), pad_token_id=0,
@@ -68,9 +72,9 @@ def qwen(tmp_path_factory):
 def test_a_batch_gives_what_single_runs_give(qwen, infer):
     config, speaker = open_model(qwen, **infer)
     together = answers(config, speaker, PROMPTS)
-    generator = Generator(speaker.model, Sampler.of(config.infer), speaker.stop_ids, ONE, 10_000)
+    generator = Generator(speaker.logits, Sampler.of(config.infer), speaker.stop_ids, ONE, 10_000)
     for number, prompt in enumerate(PROMPTS):
-        alone = [token.id for token in generator.stream([Request(number, prompt_ids(speaker, prompt), NEW)])]
+        alone = [token.id for token in generator.stream([Request(number, ids_of(speaker, prompt), NEW)])]
         assert alone == together[number], prompt
 
 
@@ -91,6 +95,28 @@ def test_the_budget_only_says_how_many_run_at_once(qwen, batch_tokens):
     assert got == answers(config, speaker, PROMPTS)
 
 
+def test_the_cache_stays_within_the_budget(qwen):
+    """Also after a long sequence has left others behind, and while sequences grow."""
+    config, speaker = open_model(qwen)
+    held = []
+
+    def watch(module, args, kwargs):
+        cache = kwargs["kv_cache"]
+        held.append((len(cache.lengths), cache.places))
+        for layer in cache._layers.values():
+            assert all(part.shape[0] * part.shape[2] <= cache.places for part in layer)
+
+    hook = speaker.model.register_forward_pre_hook(watch, with_kwargs=True)
+    generator = Generator(speaker.logits, Sampler.of(config.infer), frozenset(), ONE, 300)
+    sizes = [(100, 100), (3, 100), (3, 20), (5, 30), (90, 5), *[(2, 20), (4, 40)] * 6, (200, 50), (1, 1), (1, 70)]
+    requests = [Request(number, [7] * length, limit) for number, (length, limit) in enumerate(sizes)]
+    ended = [token.number for token in generator.stream(requests) if token.end]
+    hook.remove()
+    assert sorted(ended) == list(range(len(sizes)))
+    assert all(places <= 300 for rows, places in held if rows > 1) and max(rows for rows, _ in held) > 3
+    assert max(places for rows, places in held if rows == 1) <= 250
+
+
 def test_logits_equal_a_pass_without_a_cache(qwen):
     _, speaker = open_model(qwen, do_sample=False)
     reference = AutoModelForCausalLM.from_pretrained(qwen)
@@ -102,8 +128,8 @@ def test_logits_equal_a_pass_without_a_cache(qwen):
                 seen[number].append(row)
             return super().pick(logits, generators)
 
-    generator = Generator(speaker.model, Watching(True, 1.0, 1.0, 0), frozenset(), ONE, 10_000)
-    ids = [prompt_ids(speaker, prompt) for prompt in PROMPTS]
+    generator = Generator(speaker.logits, Watching(True, 1.0, 1.0, 0), frozenset(), ONE, 10_000)
+    ids = [ids_of(speaker, prompt) for prompt in PROMPTS]
     made = {number: [] for number in range(len(PROMPTS))}
     for token in generator.stream([Request(number, prompt, 8) for number, prompt in enumerate(ids)]):
         made[token.number].append(token.id)
@@ -126,7 +152,7 @@ def test_bf16_is_kept_where_it_is_fast(tmp_path, monkeypatch, asked, slow, expec
     monkeypatch.setattr(speaker_module, "slow_dtypes", lambda ranks: frozenset(slow))
     config = infer_config(write_model(tmp_path, dtype=torch.bfloat16))
     config = replace(config, train=replace(config.train, compute_dtype=asked))
-    speaker = open_speaker(config, ONE, no_checkpoint)
+    speaker = open_speaker(config, ONE)
     assert {parameter.dtype for parameter in speaker.model.parameters()} == {expected}
 
 
@@ -134,11 +160,11 @@ def test_stop_tokens_and_limits_end_an_answer(qwen):
     config, speaker = open_model(qwen, do_sample=False)
     (whole,) = answers(config, speaker, PROMPTS[1:2])
     stop = next(token for place, token in enumerate(whole) if token not in whole[:place] and place > 3)
-    generator = Generator(speaker.model, Sampler.of(config.infer), frozenset({stop}), ONE, 1000)
-    tokens = list(generator.stream([Request(0, prompt_ids(speaker, PROMPTS[1]), NEW)]))
+    generator = Generator(speaker.logits, Sampler.of(config.infer), frozenset({stop}), ONE, 1000)
+    tokens = list(generator.stream([Request(0, ids_of(speaker, PROMPTS[1]), NEW)]))
     assert [token.id for token in tokens] == whole[: whole.index(stop) + 1]
     assert [token.end for token in tokens] == [None] * (len(tokens) - 1) + ["stop"]
-    short = list(generator.stream([Request(0, prompt_ids(speaker, PROMPTS[1]), 2)]))
+    short = list(generator.stream([Request(0, ids_of(speaker, PROMPTS[1]), 2)]))
     assert [token.end for token in short] == [None, "length"]
 
 
@@ -171,6 +197,6 @@ def test_interruption_ends_the_stream(tmp_path, penalty):
         (tmp_path / "generation_config.json").write_text('{"repetition_penalty": 1.3, "eos_token_id": 2}')
     config, speaker = open_model(path)
     rounds = iter([False, False, True])
-    generator = Generator(speaker.model, Sampler.of(config.infer), frozenset(), ONE, 1000, lambda: next(rounds))
-    tokens = list(generator.stream([Request(0, prompt_ids(speaker, "Hello"), NEW)]))
+    generator = Generator(speaker.logits, Sampler.of(config.infer), frozenset(), ONE, 1000, lambda: next(rounds))
+    tokens = list(generator.stream([Request(0, ids_of(speaker, "Hello"), NEW)]))
     assert [token.end for token in tokens] == [None, None]

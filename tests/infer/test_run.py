@@ -11,9 +11,10 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.harness import run_ranks
-from tests.infer.models import PROMPTS, infer_config, no_checkpoint, write_model
+from tests.infer.models import PROMPTS, infer_config, write_model
 from tests.train.runs import QUICKSTART, tiny_config
 from tutti.cli import main
+from tutti.infer.generate import Generator
 from tutti.infer.run import Job, infer
 
 
@@ -134,6 +135,48 @@ def test_an_adapter_speaks_as_its_merged_model_does(adapted, model, say, tmp_pat
     assert main(["infer", *asked, "--infer.max_tokens=2"]) == 0, "an adapter on a base that is named"
 
 
+def test_a_checkpoint_of_a_chat_run_is_asked_as_its_export_is(tmp_path, say):
+    """By a tokenizer without a template of its own, whose chats are written plainly."""
+    shutil.copytree(QUICKSTART, tmp_path / "tokenizer")
+    config = json.loads((tmp_path / "tokenizer" / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config))
+    changes = {"train.max_steps": 2, "train.save_steps": 2, "train.save_hf_weights": True, "train.lr": 0.05}
+    run = tiny_config(tmp_path, **changes, **{"model.tokenizer_path": str(tmp_path / "tokenizer")})
+    run_ranks(1, _train, run)
+    final = say(f"{run.train.output_dir}/hf/final", do_sample=False)
+    assert final != say(f"{run.train.output_dir}/hf/final", do_sample=False, chat_template="none")
+    assert say(f"{run.train.output_dir}/checkpoints/global_step_2", do_sample=False) == final
+
+
+def test_answers_of_two_checkpoints_are_not_mixed(tmp_path, trained, monkeypatch):
+    """A newer checkpoint has come since the run that answers was interrupted."""
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "hf")
+    newest = tmp_path / "run" / "checkpoints" / "global_step_2"
+    newest.rename(tmp_path / "global_step_2")
+    source, output = tmp_path / "in.jsonl", str(tmp_path / "out.jsonl")
+    source.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    stream = Generator.stream
+
+    def breaking(self, requests):
+        for token in stream(self, requests):
+            yield token
+            if token.end:
+                raise KeyboardInterrupt
+
+    config = infer_config(str(tmp_path / "run"), max_tokens=4)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Generator, "stream", breaking)
+        infer(config, Job((), str(source), output))
+    (tmp_path / "global_step_2").rename(newest)
+    with pytest.raises(ValueError, match="is what a run with another model left"):
+        infer(config, Job((), str(source), output))
+    shutil.rmtree(newest)
+    infer(config, Job((), str(source), output))
+    assert len(Path(output).read_text().splitlines()) == len(PROMPTS)
+
+
 def test_an_output_folder_without_export_gives_its_newest_whole_checkpoint(trained, say, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(trained, copy)
@@ -197,10 +240,8 @@ def test_a_classifier_is_refused(capsys, tmp_path, model):
 def _infer_on_rank(path, source, output, settings):
     import logging
 
-    from tutti.checkpoint.export import load_trained
-
     logging.disable(logging.INFO)
-    infer(infer_config(path, **settings), Job((), source, output), load_trained)
+    infer(infer_config(path, **settings), Job((), source, output))
     return torch.get_num_threads()
 
 
@@ -219,8 +260,3 @@ def test_ranks_that_share_a_model_give_the_same_text(tmp_path, model, trained, k
         run_ranks(world, _infer_on_rank, path, str(source), str(output), {"max_tokens": 8, "batch_tokens": 400})
         outputs.append([json.loads(line)["response"] for line in output.read_text().splitlines()])
     assert outputs[0] == outputs[1]
-
-
-def test_a_checkpoint_is_not_read_where_there_is_none(model):
-    with pytest.raises(ValueError, match=r"--prompt 1"):
-        infer(infer_config(model), Job(("word " * 300,)), no_checkpoint)

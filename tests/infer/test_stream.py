@@ -5,19 +5,23 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from tests.train.runs import QUICKSTART
-from tutti.infer.stream import TextStream, answer_text
+from tutti.data.rows import Conversation
+from tutti.data.template import TEMPLATES, make_template
+from tutti.infer.stream import Edges, TextStream, answer_text, edges_of
 
 TOKENIZER = AutoTokenizer.from_pretrained(QUICKSTART)
+BLANKS = st.text(" \n", max_size=2)
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.text(max_size=40))
-def test_pieces_add_up(text):
-    ids = TOKENIZER(text, add_special_tokens=False).input_ids
-    stream = TextStream(TOKENIZER)
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=40), BLANKS, BLANKS, BLANKS, BLANKS)
+def test_pieces_add_up(text, first, last, before, after):
+    ids, edges = TOKENIZER(first + text + last, add_special_tokens=False).input_ids, Edges(before, after)
+    stream = TextStream(TOKENIZER, edges)
     pieces = [stream.add(token) for token in ids]
     assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
-    assert "".join(pieces) + stream.end() == answer_text(TOKENIZER, ids)
+    assert "".join(pieces) + stream.end() == answer_text(TOKENIZER, ids, edges)
+    assert answer_text(TOKENIZER, ids) == first + text + last
 
 
 def test_what_is_held_back_is_given_at_the_end():
@@ -25,3 +29,21 @@ def test_what_is_held_back_is_given_at_the_end():
     stream = TextStream(TOKENIZER)
     shown = "".join(map(stream.add, ids))
     assert shown == "a" and stream.end().startswith("\ufffd")
+
+
+def test_blanks_of_templates():
+    found = {name: edges_of(make_template(name, TOKENIZER)) for name in TEMPLATES}
+    assert found == {"plain": (" ", ""), "chatml": ("", ""), "llama2": (" ", " ")}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from([*TEMPLATES, "default"]), st.text(min_size=1, max_size=20))
+def test_what_is_trained_is_what_is_generated_and_fed_back(name, answer):
+    template = make_template(name, TOKENIZER)
+    turn = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}]
+    text, spans = template(Conversation(turn, (False, True)))
+    made = TOKENIZER(text[slice(*spans[-1])], add_special_tokens=False).input_ids
+    response = answer_text(TOKENIZER, made[:-1], edges_of(template))
+    assert response == (answer.strip() if name == "llama2" else answer)
+    fed_back = [turn[0], {"role": "assistant", "content": response}]
+    assert template.render(fed_back, Conversation(fed_back, (False, True))) == text

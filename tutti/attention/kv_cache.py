@@ -1,8 +1,7 @@
 """Keys and values of the sequences that are being generated, and the attention that reads them.
 
-The sequences are of different lengths, and nothing is padded on the left: every one starts at place 0 of its row in the
-cache. A model runs in two kinds of pass, both as the packed row [1, T] that training uses
-(`tutti.attention.interface`):
+The sequences have different lengths, and nothing is padded on the left: each starts at place 0 of its row in the cache.
+A model runs in two kinds of pass, both on a packed row [1, T] as in training (`tutti.attention.interface`):
 
 - *prefill*: the prompts of new sequences, end to end, attend within themselves; their keys and values are copied to
   new rows.
@@ -10,10 +9,11 @@ cache. A model runs in two kinds of pass, both as the packed row [1, T] that tra
   batched product over all rows up to the longest, with what lies beyond a row's length hidden.
 
 So a sequence's logits do not depend on its neighbours, except through the rounding of the matrix products. Rows of
-finished sequences are dropped, and new sequences may join between any two passes.
+finished sequences are dropped, and new sequences may join between any two passes. A row never has more places than the
+largest sequence in the cache may come to take, so that a budget of rows times places holds.
 
-The cache is handed to the attention through the keyword arguments that transformers passes on from a model's forward
-to its attention function; the model itself runs without one of its own.
+The cache reaches the attention as a keyword argument, which transformers passes from a model's forward to its attention
+function; the model itself runs without a cache of its own.
 
 Shapes: B rows, C places a row, H query heads, K key/value heads, G = H / K, D head dimension, E value dimension.
 """
@@ -38,17 +38,18 @@ _GROWTH = 64
 
 
 def register() -> str:
-    """Make the attention known to transformers; its name."""
+    """Make the attention known to transformers, and return its name."""
     AttentionInterface.register(CACHED, _cached_forward)
     AttentionMaskInterface.register(CACHED, no_mask)
     return CACHED
 
 
-class Cache:
+class KVCache:
     """Keys and values of B sequences, of `lengths` tokens each."""
 
     def __init__(self, device: torch.device) -> None:
         self.lengths: list[int] = []
+        self._sizes: list[int] = []
         self._device = device
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._capacity = 0
@@ -56,13 +57,20 @@ class Cache:
         self._places = torch.empty(0, dtype=torch.int64, device=device)
         self._hidden: dict[tuple[int, int], Tensor] = {}
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """Make room for new sequences; what the model's forward is given to run their `prompts`.
+    @property
+    def places(self) -> int:
+        """Places that there is room for, rows times the longest that one of them may get."""
+        return len(self.lengths) * self._capacity
 
-        Its logits are those that follow each prompt: [1, number of prompts, V].
+    def prefill(self, prompts: Sequence[Sequence[int]], sizes: Sequence[int]) -> dict[str, Any]:
+        """Make room for new sequences; the arguments of the model's forward that run their `prompts`.
+
+        sizes: how long each may get, prompt and answer; the cache never takes more places a row. Its logits are those
+        that follow each prompt: [1, number of prompts, V].
         """
         self._new = [len(prompt) for prompt in prompts]
         self.lengths += self._new
+        self._sizes += sizes
         self._reserve(len(self.lengths), max(self.lengths) + 1)
         borders = torch.tensor([0, *self._new]).cumsum(0)
         return {
@@ -75,8 +83,8 @@ class Cache:
             "kv_cache": self,
         }
 
-    def decode(self, tokens: Tensor) -> dict[str, Any]:
-        """What the model's forward is given to run one more token of every sequence: `tokens` [B].
+    def decode(self, tokens: Sequence[int]) -> dict[str, Any]:
+        """Make room for one more token of every sequence; the arguments of the model's forward that run `tokens` [B].
 
         Its logits are [1, B, V].
         """
@@ -86,7 +94,7 @@ class Cache:
         self._hidden = {}
         self.lengths = [length + 1 for length in self.lengths]
         return {
-            "input_ids": tokens.to(self._device)[None],
+            "input_ids": torch.tensor(tokens, device=self._device)[None],
             "position_ids": self._places[None],
             "use_cache": False,
             "kv_cache": self,
@@ -96,17 +104,18 @@ class Cache:
         """Drop all sequences but those in `rows` (ascending)."""
         index = torch.tensor(rows, dtype=torch.int64, device=self._device)
         self.lengths = [self.lengths[row] for row in rows]
+        self._sizes = [self._sizes[row] for row in rows]
+        self._capacity = min(self._capacity, max(self._sizes, default=0))
         if not rows:
-            self._layers, self._capacity = {}, 0
-            return
+            self._layers = {}
         self._layers = {
-            layer: (keys.index_select(0, index), values.index_select(0, index))
-            for layer, (keys, values) in self._layers.items()
+            layer: tuple(part[:, :, : self._capacity].index_select(0, index) for part in parts)  # type: ignore[misc]
+            for layer, parts in self._layers.items()
         }
 
     @property
     def prefilling(self) -> bool:
-        """Whether the pass under way is over new prompts."""
+        """True while new prompts are run."""
         return bool(self._new)
 
     def store(self, layer: int, key: Tensor, value: Tensor) -> None:
@@ -159,7 +168,7 @@ class Cache:
     def _reserve(self, num_rows: int, num_places: int) -> None:
         """Room for that many rows and places. Unused places are zeros: garbage times a weight of 0 could be NaN."""
         if num_places > self._capacity:
-            self._capacity = max(num_places + _GROWTH, self._capacity * 5 // 4)
+            self._capacity = min(max(num_places + _GROWTH, self._capacity * 5 // 4), max(self._sizes))
         for layer, parts in self._layers.items():
             self._layers[layer] = tuple(  # type: ignore[assignment]  # two of them
                 _grown(part, num_rows, self._capacity) for part in parts
@@ -185,7 +194,7 @@ def _cached_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, E]."""
-    cache: Cache = kwargs.pop("kv_cache")
+    cache: KVCache = kwargs.pop("kv_cache")
     layer: int = module.layer_idx  # type: ignore[assignment]
     if cache.prefilling:
         cache.store(layer, key[0], value[0])

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tutti.checkpoint.hf_files import Checkpoint
+from tutti.checkpoint.hf_files import Checkpoint, weights_digest
 from tutti.checkpoint.hf_save import first_holders, gather_from, prepare_folder, put_in_place
 from tutti.config import Config
 from tutti.core.dist import World
@@ -62,7 +62,6 @@ _NOT_UNDERSTOOD = (
     "use_bdlora",
     "use_qalora",
 )
-_SAMPLED_BYTES = 2**20
 
 
 def is_adapter_folder(folder: Path) -> bool:
@@ -231,14 +230,7 @@ def _fingerprint(config: Config) -> dict[str, str]:
         file = path if path.is_file() else path / "config.json"
         digest.update(f"{config.train.seed} {json.dumps(json.loads(file.read_text()), sort_keys=True)}".encode())
         return {"path": name, "digest": digest.hexdigest()}
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{size} ".encode())
-        with file.open("rb") as stream:
-            for start in (0, size // 2, max(0, size - _SAMPLED_BYTES)):
-                stream.seek(start)
-                digest.update(stream.read(_SAMPLED_BYTES))
+    digest.update(weights_digest(path).encode())
     return {"path": name, "digest": digest.hexdigest()}
 
 

@@ -11,14 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tutti.checkpoint.adapter import export_adapter
 from tutti.checkpoint.hf_files import find_index
-from tutti.checkpoint.hf_load import load_weights
 from tutti.checkpoint.hf_save import export_hf
-from tutti.checkpoint.manager import load_model_only
+from tutti.checkpoint.trained import config_path, load_trained
 from tutti.config import Config
 from tutti.config.load import load
 from tutti.core.dist import World, init_world, shutdown_world
 from tutti.core.log import setup_logging
-from tutti.model.initial import init_weights, materialize
 from tutti.model.lora import lora_of, merge
 from tutti.train.placement import tokenizer_and_model
 
@@ -34,8 +32,7 @@ def export(source: str, out: str, *, merge_adapters: bool = False) -> None:
     setup_logging(0)
     if Path(out).exists():
         raise ValueError(f"{out} exists already: give the name of a new folder")
-    output = _output_folder(Path(source))
-    config = load([str(output / "config.yaml")], verb=None)
+    config = load([str(config_path(Path(source)))], verb=None)
     ranks = init_world(torch.device("cpu"))
     try:
         # Only merging computes. What is merged into bf16 is rounded away, and quantized weights take no change.
@@ -51,20 +48,6 @@ def export(source: str, out: str, *, merge_adapters: bool = False) -> None:
     finally:
         shutdown_world()
     log.info("wrote the model to %s", out)
-
-
-def load_trained(config: Config, source: Path, model: PreTrainedModel, world: World) -> None:
-    """Give `model`, which has no storage, what the run of `config` had trained at checkpoint `source`. Collective.
-
-    A checkpoint of adapters holds no more than these: the base model is read from where the run read it.
-    """
-    if lora_of(model) is None:
-        materialize(model, world.device)
-    elif config.model.model_path is None:
-        init_weights(model, config.train.seed, world.device)
-    else:
-        load_weights(model, config.model.model_path, world=world, broadcast=False, seed=config.train.seed)
-    load_model_only(source, model, world)
 
 
 def export_trained(
@@ -86,11 +69,3 @@ def export_trained(
         return
     index = find_index(config.model.model_path, config.model.safetensor_idx_path)
     export_hf(model, folder, tokenizer, world=world, index_path=index, whole=whole)
-
-
-def _output_folder(source: Path) -> Path:
-    """The run's output folder that `source` is or lies in: where its config.yaml is."""
-    for folder in (source, *source.absolute().parents[:2]):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise ValueError(f"{source} is neither an output folder of a run (with its config.yaml) nor a checkpoint in one")

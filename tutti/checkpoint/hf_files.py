@@ -7,6 +7,7 @@ but tensors allowed. Everything that can be wrong with the files is found on ope
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _BIN_SINGLE = "pytorch_model.bin"
 _BIN_INDEX = "pytorch_model.bin.index.json"
+_SAMPLES, _SAMPLED_BYTES = 512, 8192
 
 
 def find_index(weights: str | Path | None, index_path: str | Path | None = None) -> Path | None:
@@ -39,6 +41,23 @@ def read_index(path: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise ValueError(f"model.safetensor_idx_path: {path} is not an index of weight files: {error}") from error
     return weight_map
+
+
+def weights_digest(path: str | Path) -> str:
+    """The SHA-256 of the sizes of the weight files at `path` (a folder or one file) and of samples of their bytes.
+
+    It tells a model from what any training makes of it, without reading all of it.
+    """
+    path, digest = Path(path), hashlib.sha256()
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{size} ".encode())
+        with file.open("rb") as stream:
+            for number in range(_SAMPLES):
+                stream.seek(size * number // _SAMPLES)
+                digest.update(stream.read(_SAMPLED_BYTES))
+    return digest.hexdigest()
 
 
 class Checkpoint:

@@ -277,13 +277,16 @@ def recorded_compute_dtype(config: Config) -> str | None:
         return None  # what is wrong with it is said when it is loaded
 
 
-def load_model_only(path: Path, model: nn.Module, world: World) -> None:
-    """Fill `model`, which must have its storage, from a checkpoint or an output folder's newest. Collective.
+def load_model_only(path: Path, model: nn.Module, world: World) -> Path:
+    """Fill `model`, which must have its storage, from a checkpoint or an output folder's newest, and return its folder.
+
+    Collective.
 
     ValueError: as `Checkpointer.resume`.
     """
     folder, _ = _find(path, world)
     _read(folder, model_tensors(model), set(model_entries(model)), world, prefixes=("model.",))
+    return folder
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ class Argument:
     optional: whether it may be None. default: the class's. shown: the documented default, where that is not a value (it
     is required, or follows another argument) or depends on another one. low, high: inclusive bounds. required: the
     verbs that cannot run without it. path: it names a file or folder, in which `~` and environment variables are
-    replaced (in a mapping, of the entries `..._path`). added: not one of the 107 of the reference.
+    replaced (in a mapping, of the entries `..._path`). added: not one of the 107 of the reference. prose: a
+    list of texts, in which a comma on the command line divides nothing.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Argument:
     required: tuple[str, ...]
     path: bool
     added: bool
+    prose: bool
 
     @property
     def type(self) -> str:
@@ -68,7 +70,8 @@ class Argument:
 def arg(default: Any, doc: str, **facts: Any) -> Any:
     """Declare a field: `lr: float = arg(5e-5, "Peak learning rate.", low=0)`.
 
-    `facts` are fields of `Argument`: low, high, shown, values, examples, open_set, required, path, added.
+    `facts` are fields of `Argument`: low, high, shown, values, examples, open_set, required, path, added,
+    prose.
     """
     metadata = {"doc": doc, **facts}
     if isinstance(default, dict):
@@ -107,4 +110,5 @@ def _describe(group: str, field: dataclasses.Field) -> Argument:
         required=facts.get("required", ()),
         path=facts.get("path", False),
         added=facts.get("added", False),
+        prose=facts.get("prose", False),
     )

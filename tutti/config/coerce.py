@@ -78,7 +78,7 @@ def _from_text(argument: Argument, text: str) -> Any:
     if kind is bool:
         return _WORDS.get(text.lower(), text)
     if kind is tuple and not text.lstrip().startswith("["):
-        return [part.strip() for part in text.split(",") if part.strip()]
+        return [text] if argument.prose else [part.strip() for part in text.split(",") if part.strip()]
     if kind in (int, float):
         for number in (int, float):
             try:
@@ -89,7 +89,7 @@ def _from_text(argument: Argument, text: str) -> Any:
     try:
         return parse_value(text)
     except ValueError:
-        return text
+        return [text] if argument.prose else text
 
 
 def _of_type(argument: Argument, value: Any) -> Any:

@@ -1,4 +1,5 @@
-"""The reference of all arguments, made from their declarations: for a terminal, for a pipe, as JSON and as Markdown.
+"""The reference of all arguments, made from their declarations: for a terminal, for a pipe, as JSON, as Markdown, and
+as a JSON Schema for editors.
 
 The 107 arguments of the contract come first, in its order; keys that were added to it follow.
 """
@@ -20,8 +21,10 @@ Set an argument in the YAML file, under its group, or on the command line, where
 
     tutti train run.yaml --train.lr 1e-5 data.max_seq_len=4096 --train.dyn_bsz
 
-On the command line a switch alone means true, a list is written `a,b` or `[a, b]`, a mapping as YAML or JSON or by a
-longer name (`model.encoders.image.model_path=...`), and no value is `none`. `tutti args train.lr` looks arguments up.
+On the command line a switch alone means true, a list is written `a,b` or `[a, b]` (of prompts: one as it is, or
+`["a", "b"]`), a mapping as YAML or JSON or by a longer name (`model.encoders.image.model_path=...`), and no value is
+`none`. `tutti args train.lr` looks arguments up, and `tutti args --schema` prints a JSON Schema, by which an editor
+completes a YAML and marks its mistakes, once the file's first line names it: `# yaml-language-server: $schema=PATH`.
 
 A run writes its whole configuration, defaults included, to `config.yaml` in its output folder, and `tutti train` takes
 that file again. The list `explicit` at its end names what was set; all else is a default, and follows if what it
@@ -59,6 +62,51 @@ def as_json(arguments: Iterable[Argument]) -> str:
         for argument in arguments
     ]
     return json.dumps(rows, indent=2)
+
+
+def as_schema() -> str:
+    """A JSON Schema of a configuration file, by which editors complete keys, show what they are, and mark mistakes."""
+    groups = {
+        group: {
+            "type": ["object", "null"],
+            "additionalProperties": False,
+            "properties": {item.leaf: _schema(item) for item in ARGUMENTS.values() if item.group == group},
+        }
+        for group in GROUPS
+    }
+    explicit = {"type": "array", "items": {"type": "string"}, "description": "What was set, in a run's config.yaml."}
+    schema = {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "Tutti",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {**groups, "explicit": explicit},
+    }
+    return json.dumps(schema, indent=1) + "\n"
+
+
+_JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object", tuple: "array"}
+
+
+def _schema(argument: Argument) -> dict[str, Any]:
+    """The schema of one argument's value in a YAML file; `none` and null are no value, where there may be none."""
+    value: dict[str, Any] = {"type": _JSON_TYPES[argument.kind]}
+    if argument.values:
+        value = {"enum": list(argument.values)}
+    if argument.kind is tuple:
+        value["items"] = {"type": "string"}
+    if argument.low is not None:
+        value["minimum"] = argument.low
+    if argument.high is not None:
+        value["maximum"] = argument.high
+    names = argument.examples or (argument.open_set.names if argument.open_set else ())
+    facts: dict[str, Any] = {"description": argument.doc}
+    if argument.default is not None and argument.shown == argument.default:
+        facts["default"] = argument.default
+    if names:
+        facts["examples"] = list(names)
+    may_lack = argument.optional or argument.kind in (tuple, dict)
+    return facts | ({"anyOf": [value, {"enum": [None, "none"]}]} if may_lack else value)
 
 
 def as_lines(arguments: Iterable[Argument]) -> str:

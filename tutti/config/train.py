@@ -217,7 +217,10 @@ class TrainConfig:
         (), "Modules to train whole beside the adapters: names or ends of names (embed_tokens, lm_head).", added=True
     )
     sample_prompts: tuple[str, ...] = arg(
-        (), "Prompts that the model answers at each evaluation and at the end, in the log and the report.", added=True
+        (),
+        "Prompts that the model answers at each evaluation and at the end, in the log and the report.",
+        added=True,
+        prose=True,
     )
     sample_prompts_path: str | None = arg(
         None,

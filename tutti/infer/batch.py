@@ -1,10 +1,11 @@
 """Answers to the rows of a JSONL file, into another one: `--input FILE.jsonl --output FILE.jsonl`.
 
 Rows are answered longest first and as they fit together, so they are finished in another order than they stand in.
-Each answer is kept at once in a journal beside the output (`OUTPUT.partial`), whose first line says what the answers
-are to: the input's digest, the model and the settings. A run that was interrupted takes the journal's answers and does
-the rest; the seed of a row's sampling is its place in the file, so the outcome is the same. When all are there the
-output is written in the input's order, under a temporary name that is then changed, and the journal is removed.
+Each answer is kept at once in a journal beside the output (`OUTPUT.partial`), to which lines are only ever appended.
+Its first line says what the answers are to: digests of the input, of the prompts' tokens and of the weights, and the
+settings. A run that was interrupted takes the journal's answers and does the rest; the seed of a row's sampling is its
+place in the file, so the outcome is the same. When all are there the output is written in the input's order, under a
+temporary name that is then changed, and the journal is removed.
 """
 
 from __future__ import annotations
@@ -12,26 +13,35 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from rich import progress
+from rich.console import Console
 
 from tutti.config import Config
+from tutti.core.files import replacing
 from tutti.data.rows import RowError
-from tutti.infer.generate import Generator, Request
+from tutti.infer.generate import Generator, Request, Token, whole_answers
 from tutti.infer.load import Speaker
-from tutti.infer.prompts import request, row_ids
-from tutti.infer.stream import answer_text
+from tutti.infer.prompts import row_request
 
 log = logging.getLogger(__name__)
 
 RESPONSE = "response"
 """The column that the answer is put in."""
+
+_PARTS = {
+    "input": "input",
+    "weights": "model",
+    "infer": "setting of infer.*",
+    "prompts": "chat template or tokenizer",
+}
+"""The parts of a journal's header, and how a message names them."""
 
 _LISTED = 5
 _LOG_SECONDS = 15.0
@@ -67,34 +77,36 @@ def answer_rows(config: Config, speaker: Speaker, generator: Generator, rows: Ro
 
     ValueError, on all ranks: rows that can't be asked, with their places; an output that belongs to something else.
     """
-    ranks = generator.dist
-    if ranks.run_on_all_ranks(lambda: _is_done(output, rows)):
-        log.info("%s has the answers to all %d rows already; delete it to have them anew", output, len(rows))
-        return
-    requests = ranks.run_on_all_ranks(lambda: _requests(config, speaker, rows, source))
+    world = generator.world
     journal = output.with_name(output.name + ".partial")
-    header = {"input": _digest(rows), "infer": asdict(config.infer)}
-    answers: dict[int, str] = ranks.run_on_all_ranks(lambda: _read_journal(journal, header))
+    if world.run_on_all_ranks(lambda: _is_done(output, rows)):
+        log.info("%s has the answers to all %d rows already; delete it to have them anew", output, len(rows))
+        if world.is_main:
+            journal.unlink(missing_ok=True)  # the run before ended between its last two acts
+        return
+    requests = world.run_on_all_ranks(lambda: _requests(config, speaker, rows, source))
+    header = _header(config, speaker, rows, requests)
+    answers: dict[int, str] = world.run_on_all_ranks(lambda: _read_journal(journal, header))
     if answers:
         log.info("going on from %s: %d of %d rows are answered", journal, len(answers), len(rows))
     left = sorted((item for item in requests if item.number not in answers), key=lambda item: -len(item.ids))
-    tokens: dict[int, list[int]] = {}
-    ranks.barrier()
-    with _writing(journal, header, active=ranks.is_main) as write, _Progress(len(left), active=ranks.is_main) as bar:
+    world.barrier()
+    with _writing(journal, header, active=world.is_main) as write, _Progress(len(left), active=world.is_main) as bar:
         try:
-            for token in generator.stream(left):
-                made = tokens.setdefault(token.number, [])
-                if token.end != "stop":
-                    made.append(token.id)
-                bar.token()
-                if token.end:
-                    answers[token.number] = answer_text(speaker.tokenizer, tokens.pop(token.number))
-                    write({"line": token.number, RESPONSE: answers[token.number]})
-                    bar.row()
+            for number, text in whole_answers(bar.watch(generator.stream(left)), left, speaker.form.tokenizer):
+                answers[number] = text
+                write({"line": number, RESPONSE: text})
         except KeyboardInterrupt:
             log.info("stopped with %d of %d rows answered; the same command goes on", len(answers), len(rows))
             raise
-    ranks.run_on_all_ranks(lambda: _finish(output, rows, answers, journal) if ranks.is_main else None)
+
+    def finish() -> None:
+        if world.is_main:
+            with replacing(output) as file:
+                file.writelines(_line({**row, RESPONSE: answers[number]}) for number, row in rows.items())
+            journal.unlink()
+
+    world.run_on_all_ranks(finish)
     log.info("wrote %d answers to %s", len(rows), output)
 
 
@@ -102,7 +114,7 @@ def _requests(config: Config, speaker: Speaker, rows: Rows, source: Path) -> lis
     requests, problems = [], []
     for number, row in rows.items():
         try:
-            requests.append(request(speaker, row_ids(speaker, row), number, config.infer.max_tokens))
+            requests.append(row_request(speaker.form, row, number, config.infer.max_tokens))
         except RowError as error:
             problems.append(f"{source}:{number}: {error}")
     if problems:
@@ -119,116 +131,130 @@ def _is_done(output: Path, rows: Rows) -> bool:
         return False
     try:
         there = [json.loads(line) for line in output.read_bytes().splitlines() if line.strip()]
-        asked = [{key: value for key, value in row.items() if key != RESPONSE} for row in there]
-        same = asked == [{key: value for key, value in row.items() if key != RESPONSE} for row in rows.values()]
-        same = same and all(RESPONSE in row for row in there)
-    except (ValueError, AttributeError, OSError):
+        asked = [[_line({**row, RESPONSE: ""}) for row in part] for part in (there, rows.values())]
+        same = asked[0] == asked[1] and all(isinstance(row.get(RESPONSE), str) for row in there)
+    except (ValueError, TypeError, AttributeError, OSError):
         same = False
     if not same:
         raise ValueError(f"--output: {output} exists and is not the answers to this input; choose another name")
     return True
 
 
-def _digest(rows: Rows) -> str:
-    return hashlib.sha256(json.dumps(list(rows.items()), sort_keys=True).encode()).hexdigest()
+def _header(config: Config, speaker: Speaker, rows: Rows, requests: Sequence[Request]) -> dict[str, Any]:
+    """The journal's first line: everything that an answer depends on. `infer.batch_tokens` and paths are left out."""
+    settings = asdict(config.infer)
+    for name in ("batch_tokens", "model_path", "tokenizer_path"):
+        del settings[name]
+    return {
+        "input": _digest(list(rows.items())),
+        "weights": speaker.weights,
+        "infer": settings | {"stop_ids": sorted(speaker.stop_ids)},
+        "prompts": _digest([[item.number, list(item.ids), item.limit] for item in requests]),
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _read_journal(journal: Path, header: Mapping[str, Any]) -> dict[int, str]:
-    """The answers that an interrupted run left. A line that it did not finish writing counts for nothing."""
-    if not journal.exists():
-        return {}
-    entries = []
-    for line in journal.read_bytes().splitlines():
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break
-    if entries and entries[0] != json.loads(json.dumps(header)):
+    """The answers that an interrupted run left. ValueError: they are to other prompts, or of another model."""
+    lines = _whole_lines(journal) or [_line(header).encode()]
+    try:
+        first, *answers = map(json.loads, lines)
+        differing = [reason for part, reason in _PARTS.items() if first.get(part) != header[part]]
+    except (ValueError, AttributeError):
+        raise ValueError(f"--output: {journal} is damaged; delete it, or choose another output") from None
+    if differing:
         raise ValueError(
-            f"--output: {journal} is what a run with another input or other infer.* settings left; delete it, or "
-            "choose another output"
+            f"--output: {journal} is what a run with another {differing[0]} left; delete it, or choose another output"
         )
-    return {entry["line"]: entry[RESPONSE] for entry in entries[1:]}
+    return {answer["line"]: answer[RESPONSE] for answer in answers}
+
+
+def _whole_lines(journal: Path) -> list[bytes]:
+    """The lines of `journal` that were written to their end, as far as it exists."""
+    return journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    """`entry` as a line of JSON; half a surrogate pair, which UTF-8 has no bytes for, is written as its escape."""
+    return json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n"
 
 
 @contextmanager
-def _writing(journal: Path, header: Mapping[str, Any], *, active: bool) -> Iterator[Any]:
-    """A function that adds an entry to the journal; each is on its way to the disk when it returns."""
+def _writing(
+    journal: Path, header: Mapping[str, Any], *, active: bool
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A function that appends an entry to the journal, and hands it to the system before it returns."""
     if not active:
         yield lambda entry: None
         return
-    whole = [line for line in journal.read_bytes().splitlines() if _is_json(line)] if journal.exists() else []
-    with journal.open("wb") as file:
+    with journal.open("ab") as file:
 
         def write(entry: Mapping[str, Any]) -> None:
-            file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+            file.write(_line(entry).encode())
             file.flush()
 
-        file.writelines(line + b"\n" for line in whole)
+        whole = _whole_lines(journal)
+        file.truncate(sum(len(line) + 1 for line in whole))
         if not whole:
             write(header)
         yield write
 
 
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-        return True
-    except ValueError:
-        return False
-
-
-def _finish(output: Path, rows: Rows, answers: Mapping[int, str], journal: Path) -> None:
-    partial = output.with_name(f".{output.name}.tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        for number, row in rows.items():
-            file.write(json.dumps({**row, RESPONSE: answers[number]}, ensure_ascii=False) + "\n")
-    os.replace(partial, output)
-    journal.unlink()
-
-
 class _Progress:
-    """A line of how far the rows are: rewritten in a terminal, else a log line now and then."""
+    """Shows how far the rows are: a bar on a terminal, else a log line now and then."""
 
-    def __init__(self, rows: int, *, active: bool, stream: TextIO | None = None) -> None:
-        self._rows = rows
-        self._stream = stream or sys.stderr
-        self._live = active and self._stream.isatty()
-        self._every = 0.2 if self._live else _LOG_SECONDS
+    def __init__(self, rows: int, *, active: bool, console: Console | None = None) -> None:
+        console = console or Console(stderr=True)
         self._active = active
-        self._done = self._tokens = 0
-        self._begin = self._shown = time.monotonic()
+        self._live = active and console.is_terminal
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.completed} of {task.total} rows"),
+            progress.BarColumn(),
+            progress.TextColumn("{task.fields[speed]}"),
+            progress.TextColumn("about"),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("left"),
+            console=console,
+            disable=not self._live,
+        )
+        self._task = self._bar.add_task("", total=rows, speed="")
+        self._rows, self._done, self._tokens = rows, 0, 0
+        self._begun = self._shown = time.monotonic()
 
     def __enter__(self) -> _Progress:
+        self._bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._live:
-            self._show()
-            self._stream.write("\n")
-        elif self._active and not any(error):
-            log.info("%s", self._line())
+        self._update()
+        self._bar.stop()
+        if self._active and not self._live and not any(error):
+            self._log()
 
-    def token(self) -> None:
-        self._tokens += 1
-        if self._active and time.monotonic() - self._shown > self._every:
-            self._show()
+    def watch(self, tokens: Iterable[Token]) -> Iterator[Token]:
+        """The tokens, counted as they pass."""
+        for token in tokens:
+            self._tokens += 1
+            self._done += token.end is not None
+            if time.monotonic() - self._shown > (0.2 if self._live else _LOG_SECONDS):
+                self._shown = time.monotonic()
+                self._update()
+                if self._active and not self._live:
+                    self._log()
+            yield token
 
-    def row(self) -> None:
-        self._done += 1
+    def _update(self) -> None:
+        self._bar.update(self._task, completed=self._done, speed=f"{self._speed():.0f} tokens/s")
 
-    def _show(self) -> None:
-        self._shown = time.monotonic()
-        if self._live:
-            self._stream.write(f"\r\x1b[K{self._line()}")
-            self._stream.flush()
-        else:
-            log.info("%s", self._line())
+    def _speed(self) -> float:
+        return self._tokens / max(1e-9, time.monotonic() - self._begun)
 
-    def _line(self) -> str:
-        seconds = max(1e-9, time.monotonic() - self._begin)
-        line = f"{self._done} of {self._rows} rows, {self._tokens / seconds:.0f} tokens/s"
+    def _log(self) -> None:
+        line = f"{self._done} of {self._rows} rows, {self._speed():.0f} tokens/s"
         if 0 < self._done < self._rows:
-            left = seconds / self._done * (self._rows - self._done)
+            left = (time.monotonic() - self._begun) / self._done * (self._rows - self._done)
             line += f", about {left / 60:.0f} min left" if left >= 90 else f", about {left:.0f} s left"
-        return line
+        log.info("%s", line)

@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
@@ -19,7 +19,7 @@ from tutti.config import Config
 from tutti.data.rows import Conversation, RowError
 from tutti.infer.generate import Generator, Request
 from tutti.infer.load import Speaker
-from tutti.infer.prompts import conversation_ids, request
+from tutti.infer.prompts import chat_request, chat_tokens
 from tutti.infer.stream import TextStream, answer_text
 
 _HELP = """\
@@ -50,21 +50,21 @@ class History:
 
 def chat(config: Config, speaker: Speaker, generator: Generator) -> None:
     """Talk until /exit or the end of the input. Collective. ValueError: the model has no chat template."""
-    ranks = generator.dist
-    if speaker.template is None:
+    world = generator.world
+    if speaker.form.template is None:
         raise ValueError("infer.chat_template: the model has no chat template to talk by; name one (chatml, say)")
-    show: Callable[[str], None] = _show if ranks.is_main else lambda text: None
-    if not ranks.is_main:
+    show: Callable[[str], None] = _show if world.is_main else lambda text: None
+    if not world.is_main:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 says what Ctrl-C means
-    terminal = ranks.broadcast(sys.stdin.isatty())
+    terminal = world.broadcast(sys.stdin.isatty())
     if terminal:
         show("Talk to the model; /help lists commands.\n")
-    if terminal and ranks.is_main:
+    if terminal and world.is_main:
         # Python leaves SIGINT ignored where it was at the start, as it is for what a shell runs in the background.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     history = History()
     while True:
-        line = ranks.broadcast(_read_turn(terminal) if ranks.is_main else None)
+        line = world.broadcast(_read_turn(terminal) if world.is_main else None)
         if line is None:
             return
         if line.startswith("/") and not line.startswith("//"):
@@ -135,39 +135,44 @@ def _answer(
     show: Callable[[str], None],
 ) -> None:
     """Answer `message`, as far as Ctrl-C lets it, and keep both in the history."""
-    history.messages.append({"role": "user", "content": message})
+    messages = [*history.messages, {"role": "user", "content": message}]
     try:
-        asked = _fitting(config, speaker, history, show)
+        asked, dropped = _fitting(config, speaker, replace(history, messages=messages))
     except RowError as error:
-        history.messages.pop()
         show(f"(not sent: {error})\n")
         return
-    stream = TextStream(speaker.tokenizer)
+    if dropped:
+        left_out = f"its oldest {_turns(dropped)} left out"
+        show(f"(the conversation outgrew the context of {speaker.form.context} tokens: {left_out})\n")
+    history.messages = messages[2 * dropped :]
+    stream = TextStream(speaker.form.tokenizer, asked.edges)
     ids: list[int] = []
-    with _interruptible(generator) if generator.dist.is_main else nullcontext():
+    with _interruptible(generator) if generator.world.is_main else nullcontext():
         for token in generator.stream([asked]):
             if token.end != "stop":
                 ids.append(token.id)
                 show(stream.add(token.id))
     show(stream.end() + "\n")
-    history.messages.append({"role": "assistant", "content": answer_text(speaker.tokenizer, ids)})
+    answer = answer_text(speaker.form.tokenizer, ids, asked.edges)
+    history.messages.append({"role": "assistant", "content": answer})
     history.answered += 1
 
 
-def _fitting(config: Config, speaker: Speaker, history: History, show: Callable[[str], None]) -> Request:
-    """The request of the history, less the oldest turns that the context has no room for."""
-    dropped = 0
-    while True:
-        ids = conversation_ids(speaker, history.conversation())
-        context = speaker.context
-        room = 1 if context is None else min(config.infer.max_tokens, _LEAST_ROOM, max(1, context // 4))
-        if context is None or len(ids) + room <= context or len(history.messages) <= 1:
-            break
-        del history.messages[:2]
-        dropped += 1
-    if dropped:
-        show(f"(the conversation outgrew the context of {context} tokens: its oldest {_turns(dropped)} left out)\n")
-    return request(speaker, ids, history.answered, config.infer.max_tokens)
+def _fitting(config: Config, speaker: Speaker, history: History) -> tuple[Request, int]:
+    """The request of the history, less the oldest turns that the context has no room for; and how many these are.
+
+    RowError: its last message alone leaves no room for an answer.
+    """
+    form, most = speaker.form, config.infer.max_tokens
+    turns = (len(history.messages) - 1) // 2
+    for dropped in range(turns + 1):
+        conversation = replace(history, messages=history.messages[2 * dropped :]).conversation()
+        if form.context is not None and dropped < turns:
+            room = min(most, _LEAST_ROOM, max(1, form.context // 4))
+            if len(chat_tokens(form, conversation)) + room > form.context:
+                continue
+        break
+    return chat_request(form, conversation, history.answered, most), dropped
 
 
 def _turns(count: int) -> str:

@@ -1,12 +1,17 @@
 """Generation: token ids of prompts in, tokens of answers out, as they come.
 
 `Generator.stream` keeps as many sequences going as its token budget allows. In each round either waiting prompts join
-(one packed pass over all of them gives each its first token) or every sequence under way gets one more token. Sequences
-that are finished leave at once and make room for the next, so that no work is done on padding or on finished rows; see
-`tutti.attention.kv_cache`. Models with more than plain attention (states, dynamic rotary frequencies, penalties in
-their generation config) are left to transformers' own `generate`; see `tutti.infer.hf_generate`.
+or every sequence under way gets one more token. Sequences that are finished leave at once and make room for the next,
+so that no work is done on padding or on finished rows.
 
-With several ranks every rank holds a part of the model and runs the same sequences; rank 0 chooses the tokens.
+What logits come next is computed in one of three ways, behind `NextLogits`:
+
+- `CachedLogits`: prompts are run as one packed row, and then a token a sequence against a cache of keys and values
+  (`tutti.attention.kv_cache`). The model lies on one device, or its parameters are sharded.
+- `tutti.infer.hf_generate`: transformers' own loop, for models with more than plain attention.
+- `tutti.train.samples`: all tokens so far are run anew, by a model that is split over ranks in any way.
+
+With several ranks all of them run the same sequences; rank 0 chooses the tokens.
 """
 
 from __future__ import annotations
@@ -14,25 +19,32 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.distributed as torch_dist
+import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase
 
-from tutti.attention.kv_cache import Cache
+from tutti.attention.kv_cache import KVCache
 from tutti.core.dist import World
-from tutti.infer.hf_generate import generate_equal, needs_generate
 from tutti.infer.sampling import Sampler
+from tutti.infer.stream import NO_EDGES, Edges, answer_text
 
 
 class Request(NamedTuple):
-    """A prompt to go on from. number: names the sequence and seeds its sampling. limit: most tokens of the answer."""
+    """A prompt to continue. number: names the sequence and seeds its sampling. limit: most tokens of the answer. edges:
+    the blanks around the answer that are no part of it."""
 
     number: int
     ids: Sequence[int]
     limit: int
+    edges: Edges = NO_EDGES
+
+    @property
+    def size(self) -> int:
+        """The tokens of prompt and answer when the answer is as long as it may get."""
+        return len(self.ids) + self.limit
 
 
 class Token(NamedTuple):
@@ -41,6 +53,48 @@ class Token(NamedTuple):
     number: int
     id: int
     end: str | None
+
+
+class NextLogits(Protocol):
+    """Computes the logits that follow each of the sequences under way, which are kept in the order they started in.
+
+    joins: sequences may start while others are under way, and together with such of other lengths. All methods are
+    collective.
+    """
+
+    joins: bool
+
+    def start(self, requests: Sequence[Request]) -> Tensor:
+        """Start sequences; the logits [n, V] that follow their n prompts."""
+        ...
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Add a token to each of the B sequences; the logits [B, V] that follow."""
+        ...
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget all sequences but those in `rows` (ascending)."""
+        ...
+
+
+class CachedLogits:
+    """Next logits of a model whose attention is `tutti.attention.kv_cache`'s. forward: the model, or what calls it."""
+
+    joins = True
+
+    def __init__(self, forward: Callable[..., Any], device: torch.device) -> None:
+        self._forward = forward
+        self._cache = KVCache(device)
+
+    def start(self, requests: Sequence[Request]) -> Tensor:
+        inputs = self._cache.prefill([item.ids for item in requests], [item.size for item in requests])
+        return self._forward(**inputs).logits[0]
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        return self._forward(**self._cache.decode(tokens)).logits[0]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self._cache.keep(rows)
 
 
 @dataclass
@@ -53,11 +107,6 @@ class _Row:
     made: int = 0
     end: str | None = None
 
-    @property
-    def size(self) -> int:
-        """Places that the sequence takes in the cache when it is as long as it may get."""
-        return len(self.request.ids) + self.request.limit
-
     def add(self, token: int, stop_ids: frozenset[int]) -> Token:
         self.last, self.made = token, self.made + 1
         self.end = "stop" if token in stop_ids else "length" if self.made == self.request.limit else None
@@ -66,96 +115,87 @@ class _Row:
 
 @dataclass
 class Generator:
-    """Generates with `model`, which has its weights and is in evaluation mode.
+    """Generates with the model behind `logits`.
 
-    stop_ids: tokens that end an answer. batch_tokens: rows times places that are in the cache at once.
-    interrupted: asked once a round; true (on rank 0) ends the streams.
+    stop_ids: tokens that end an answer. batch_tokens: most sequences under way times the size of the largest of them,
+    unless it is one alone. interrupted: asked once a round; true (on rank 0) ends the streams.
     """
 
-    model: PreTrainedModel
+    logits: NextLogits
     sampler: Sampler
     stop_ids: frozenset[int]
-    dist: World
+    world: World
     batch_tokens: int
     interrupted: Callable[[], bool] = field(default=lambda: False)
 
     @torch.no_grad()
     def stream(self, requests: Iterable[Request]) -> Iterator[Token]:
-        """The tokens of all answers as they are chosen; the next prompt to start is the next of `requests`.
+        """The tokens of all answers as they are chosen; prompts start in the order of `requests`.
 
         Each answer ends with a token whose `end` is set. Collective.
         """
-        if needs_generate(self.model):
-            yield from self._stream_equal(requests)
-            return
         waiting = deque(requests)
         rows: list[_Row] = []
-        cache = Cache(self.dist.device)
-        while waiting or rows:
-            joining = self._admit(waiting, rows)
-            if joining:
-                inputs = cache.prefill([row.request.ids for row in joining])
-            else:
-                inputs = cache.decode(torch.tensor([row.last for row in rows]))
-            active = joining or rows
-            rows = rows + joining
-            tokens = self._choose(self.model(**inputs).logits[0], active)
-            if tokens is None:
-                return
-            for row, token in zip(active, tokens, strict=True):
-                yield row.add(token, self.stop_ids)
-            kept = [place for place, row in enumerate(rows) if not row.end]
-            if len(kept) < len(rows):
-                cache.keep(kept)
-                rows = [rows[place] for place in kept]
+        try:
+            while waiting or rows:
+                joining = self._admit(waiting, rows)
+                if joining:
+                    logits = self.logits.start([row.request for row in joining])
+                else:
+                    logits = self.logits.step([row.last for row in rows])
+                active = joining or rows
+                rows = rows + joining
+                tokens = self._choose(logits, active)
+                if tokens is None:
+                    return
+                for row, token in zip(active, tokens, strict=True):
+                    yield row.add(token, self.stop_ids)
+                kept = [place for place, row in enumerate(rows) if not row.end]
+                if len(kept) < len(rows):
+                    self.logits.keep(kept)
+                    rows = [rows[place] for place in kept]
+        finally:
+            self.logits.keep([])
 
     def _admit(self, waiting: deque[Request], rows: Sequence[_Row]) -> list[_Row]:
         """Take from `waiting` what the budget has room for beside `rows`; at least one if there are none."""
-        longest = max((row.size for row in rows), default=0)
+        if rows and not self.logits.joins:
+            return []
+        largest = max((row.request.size for row in rows), default=0)
         joining: list[_Row] = []
+        passed_over: list[Request] = []
         while waiting:
-            row = _Row(waiting[0], self.sampler.generator(waiting[0].number))
-            longest = max(longest, row.size)
+            request = waiting[0]
+            if joining and not self.logits.joins and len(request.ids) != len(joining[0].request.ids):
+                passed_over.append(waiting.popleft())
+                continue
+            largest = max(largest, request.size)
             count = len(rows) + len(joining) + 1
-            if count > 1 and count * longest > self.batch_tokens:
+            if count > 1 and count * largest > self.batch_tokens:
                 break
-            waiting.popleft()
-            joining.append(row)
+            joining.append(_Row(waiting.popleft(), self.sampler.generator(request.number)))
+        waiting.extendleft(reversed(passed_over))
         return joining
 
     def _choose(self, logits: Tensor, rows: Sequence[_Row]) -> list[int] | None:
         """Rank 0's choice for each of `rows` from logits [B, V]; None if it was interrupted."""
         tokens = self.sampler.pick(logits, [row.random for row in rows])
-        if self.dist.size > 1:
+        if self.world.size > 1:
             shared = torch.cat([tokens, tokens.new_tensor([self.interrupted()])])
-            torch_dist.broadcast(shared, src=0)
+            dist.broadcast(shared, src=0)
             *chosen, interrupted = shared.tolist()
             return None if interrupted else chosen
         return None if self.interrupted() else tokens.tolist()
 
-    def _stream_equal(self, requests: Iterable[Request]) -> Iterator[Token]:
-        """By transformers' generate, for prompts of one length at a time, so that nothing needs padding."""
-        groups: dict[int, list[_Row]] = {}
-        for request in requests:
-            row = _Row(request, self.sampler.generator(request.number))
-            groups.setdefault(len(request.ids), []).append(row)
-        for group in groups.values():
-            size = max(1, self.batch_tokens // max(row.size for row in group))
-            for first in range(0, len(group), size):
-                rows = group[first : first + size]
-                yield from self._stream_batch(rows)
-                if any(not row.end for row in rows):
-                    return
 
-    def _stream_batch(self, rows: Sequence[_Row]) -> Iterator[Token]:
-        steps = generate_equal(
-            self.model,
-            [row.request.ids for row in rows],
-            lambda logits: self._choose(logits, rows),
-            limit=max(row.request.limit for row in rows),
-            stop_ids=self.stop_ids,
-        )
-        for tokens in steps:
-            for row, token in zip(rows, tokens, strict=True):
-                if not row.end:
-                    yield row.add(token, self.stop_ids)
+def whole_answers(
+    tokens: Iterable[Token], requests: Iterable[Request], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[int, str]]:
+    """Number and text of each answer, once the last of its `tokens` is there."""
+    edges = {request.number: request.edges for request in requests}
+    made: dict[int, list[int]] = {number: [] for number in edges}
+    for token in tokens:
+        if token.end != "stop":
+            made[token.number].append(token.id)
+        if token.end:
+            yield token.number, answer_text(tokenizer, made.pop(token.number), edges[token.number])

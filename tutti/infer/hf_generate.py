@@ -1,10 +1,10 @@
-"""Generation by transformers' own `generate`, for models that the packed loop of `tutti.infer.generate` is not for.
+"""Next logits by transformers' own `generate`, for models that a cache of keys and values is not enough for.
 
-These are models that carry more than keys and values from token to token (recurrent states, chunked attention), whose
-positions depend on how long the longest sequence of a batch is, or whose generation config changes their logits
-(repetition penalties, forbidden tokens). They run in batches of prompts of one length, which need no padding: padding
-leaks into recurrent states. `generate` keeps its loop to itself, so it runs in a thread, and a logits processor, the
-last one, makes our choice of tokens the only possible one and hands it out.
+These models carry more than keys and values from token to token (recurrent states, chunked attention), have positions
+that depend on the longest sequence of a batch, or a generation config that changes their logits (repetition penalties,
+forbidden tokens). They run in batches of prompts of one length, which need no padding: padding leaks into recurrent
+states. `generate` keeps its loop to itself, so it runs in a thread, which stops at each token to give its logits away
+and to be told the choice.
 """
 
 from __future__ import annotations
@@ -13,12 +13,21 @@ import copy
 import inspect
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from tutti.infer.generate import Request
 
 _SHAPING = (
     "repetition_penalty",
@@ -35,14 +44,14 @@ _SHAPING = (
     "guidance_scale",
     "remove_invalid_values",
 )
-"""Settings of a generation config that change logits also where tokens are not sampled."""
+"""Settings of a generation config that change logits even where tokens are not sampled."""
 
 _COUPLED_ROPE = ("dynamic", "longrope")
 _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def needs_generate(model: PreTrainedModel) -> bool:
-    """Whether `model` is to be run by transformers' generate."""
+    """True if `model` is to be run by transformers' generate."""
     config = model.config.get_text_config()
     generation = model.generation_config
     shaping = any(getattr(generation, name, None) not in (None, False, 0, 1) for name in _SHAPING)
@@ -64,71 +73,105 @@ def needs_generate(model: PreTrainedModel) -> bool:
     return shaping or not plain or not kinds.isdisjoint(_COUPLED_ROPE)
 
 
-Choose = Callable[[Tensor], "list[int] | None"]
+class GeneratedLogits:
+    """Next logits of a model that transformers' `generate` runs. stop_ids: tokens of which the first pads its rows."""
+
+    joins = False
+
+    def __init__(self, model: PreTrainedModel, stop_ids: frozenset[int]) -> None:
+        self._model = model
+        self._config = copy.deepcopy(model.generation_config)
+        self._config.update(do_sample=False, num_beams=1, max_length=None, return_dict_in_generate=False)
+        self._config.update(temperature=None, top_p=None, top_k=None, eos_token_id=sorted(stop_ids) or None)
+        self._config.pad_token_id = min(stop_ids, default=0)
+        self._loop: _Loop | None = None
+        self._rows: list[int] = []
+
+    def start(self, requests: Sequence[Request]) -> Tensor:
+        assert self._loop is None, "no sequence can join those under way"
+        config = copy.deepcopy(self._config)
+        config.max_new_tokens = max(item.limit for item in requests)
+        self._loop = _Loop(self._model, [item.ids for item in requests], config)
+        self._rows = list(range(len(requests)))
+        return self._loop.logits()
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        assert self._loop is not None, "no sequence is under way"
+        chosen = [self._config.pad_token_id] * self._loop.num_rows
+        for row, token in zip(self._rows, tokens, strict=True):
+            chosen[row] = token
+        return self._loop.logits(chosen)[self._rows]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self._rows = [self._rows[row] for row in rows]
+        if not rows and self._loop is not None:
+            loop, self._loop = self._loop, None
+            loop.stop()
 
 
-def generate_equal(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], choose: Choose, *, limit: int, stop_ids: frozenset[int]
-) -> Iterator[list[int]]:
-    """The tokens of each step after `prompts`, which are of one length, as `choose` picks them from logits [B, V].
+class _Loop:
+    """transformers' loop over prompts of one length, in a thread that waits for the choice of each token.
 
-    Ends when every answer has a stop token or `limit` tokens, or when `choose` gives None.
+    The last logits processor of the loop hands the logits out, and makes the chosen token of a row the only possible
+    one. No choice is the end.
     """
-    steps: queue.Queue[list[int] | BaseException | None] = queue.Queue()
-    link = _Link(choose, steps)
-    config = copy.deepcopy(model.generation_config)
-    config.update(do_sample=False, num_beams=1, max_length=None, max_new_tokens=limit, return_dict_in_generate=False)
-    config.update(temperature=None, top_p=None, top_k=None, eos_token_id=sorted(stop_ids) or None)
-    config.pad_token_id = min(stop_ids, default=0)
-    generate: Any = model.generate
-    ids = torch.tensor([list(prompt) for prompt in prompts], device=model.device)
 
-    def run() -> None:
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> None:
+        self.num_rows = len(prompts)
+        self._made: queue.Queue[Tensor | BaseException] = queue.Queue()
+        self._chosen: queue.Queue[Sequence[int] | None] = queue.Queue()
+        self._stopped = False
+        ids = torch.tensor([list(prompt) for prompt in prompts], device=model.device)
+        self._thread = threading.Thread(target=self._run, args=(model, ids, config), name="generate", daemon=True)
+        self._thread.start()
+
+    def logits(self, chosen: Sequence[int] | None = None) -> Tensor:
+        """The logits [n, V] that follow the prompts, or one more `chosen` token of every row."""
+        if chosen is not None:
+            self._chosen.put(chosen)
+        made = self._made.get()
+        if isinstance(made, BaseException):
+            raise made
+        return made
+
+    def stop(self) -> None:
+        self._chosen.put(None)
+        self._thread.join()
+
+    def _run(self, model: Any, ids: Tensor, config: GenerationConfig) -> None:
         try:
-            generate(
+            model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=config,
-                logits_processor=LogitsProcessorList([link]),
-                stopping_criteria=StoppingCriteriaList([_Stop(link)]),
+                logits_processor=LogitsProcessorList([_Processor(self._exchange)]),
+                stopping_criteria=StoppingCriteriaList([_Stop(lambda: self._stopped)]),
             )
-            steps.put(None)
         except BaseException as error:
-            steps.put(error)
+            self._made.put(error)
 
-    thread = threading.Thread(target=run, name="generate", daemon=True)
-    thread.start()
-    try:
-        while (tokens := steps.get()) is not None:
-            if isinstance(tokens, BaseException):
-                raise tokens
-            yield tokens
-    finally:
-        link.stopped = True
-        thread.join()
-
-
-class _Link(LogitsProcessor):
-    """Puts our choice into generate's logits and into `steps`."""
-
-    def __init__(self, choose: Choose, steps: queue.Queue[Any]) -> None:
-        self._choose = choose
-        self._steps = steps
-        self.stopped = False
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        chosen = None if self.stopped else self._choose(scores)
+    def _exchange(self, scores: Tensor) -> Tensor:
+        """Hand out the logits, and wait for the tokens to put in their place."""
+        self._made.put(scores)
+        chosen = self._chosen.get()
         if chosen is None:
-            self.stopped = True
+            self._stopped = True
             return scores
-        self._steps.put(chosen)
         only = torch.full_like(scores, -torch.inf)
         return only.scatter_(1, torch.tensor(chosen, device=scores.device)[:, None], 0.0)
 
 
+class _Processor(LogitsProcessor):
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._change = change
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self._change(scores)
+
+
 class _Stop(StoppingCriteria):
-    def __init__(self, link: _Link) -> None:
-        self._link = link
+    def __init__(self, stopped: Callable[[], bool]) -> None:
+        self._stopped = stopped
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return torch.full((input_ids.shape[0],), self._link.stopped, dtype=torch.bool, device=input_ids.device)
+        return torch.full((input_ids.shape[0],), self._stopped(), dtype=torch.bool, device=input_ids.device)

@@ -10,7 +10,7 @@ With several ranks each of them reads and holds its slices only (FSDP2); a block
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,53 +21,54 @@ from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tutti.attention.kv_cache import register
+from tutti.checkpoint import manifest
 from tutti.checkpoint.adapter import base_path, is_adapter_folder, load_adapter, plan_adapters
+from tutti.checkpoint.hf_files import weights_digest
 from tutti.checkpoint.hf_load import load_weights
+from tutti.checkpoint.trained import config_path, load_trained
 from tutti.config import Config, ModelConfig, TrainConfig
 from tutti.config.load import load
 from tutti.core.compute_dtype import compute_dtype, slow_dtypes
 from tutti.core.dist import World
+from tutti.core.files import sha256
 from tutti.data.template import ChatTemplate, end_of_turn, make_template
-from tutti.infer.hf_generate import needs_generate
+from tutti.infer.generate import CachedLogits, NextLogits
+from tutti.infer.hf_generate import GeneratedLogits, needs_generate
+from tutti.infer.prompts import PromptFormat
 from tutti.model.build import build_model, build_tokenizer, load_model_config
 from tutti.model.lora import add_adapters
 from tutti.model.structure import blocks, num_params
 
 log = logging.getLogger(__name__)
 
-LoadCheckpoint = Callable[[Config, Path, PreTrainedModel, World], None]
-"""Gives a model without storage what the run of a configuration had trained at a checkpoint, or at an output folder's
-newest one. Training knows how, and inference does not know training: whoever calls both hands it over."""
-
 
 @dataclass(frozen=True)
 class Speaker:
     """A model with what it takes to talk to it.
 
-    template: how conversations are rendered, if that is known. is_chat: whether a bare prompt is a user's message,
-    rather than a text to go on with. context: most tokens of prompt and answer together; None: no limit known.
-    stop_ids: tokens that end an answer.
+    logits: how it is run. stop_ids: tokens that end an answer. weights: a digest that tells them, and what they are held in, from
+    others.
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    template: ChatTemplate | None
-    is_chat: bool
-    context: int | None
+    logits: NextLogits
+    form: PromptFormat
     stop_ids: frozenset[int]
+    weights: str
 
 
 @dataclass(frozen=True)
 class _Source:
     """config: describes the model and its tokenizer. checkpoint: what to load it from, if not config.model.model_path.
-    template: data.chat_template, as it was in training."""
+    template: data.chat_template, as it was in training. of_chats: whether that training was on conversations."""
 
     config: Config
     checkpoint: Path | None = None
     template: str = "default"
+    of_chats: bool = False
 
 
-def open_speaker(config: Config, world: World, load_checkpoint: LoadCheckpoint) -> Speaker:
+def open_speaker(config: Config, world: World) -> Speaker:
     """Load the model that `config.infer` names. Collective.
 
     ValueError, on all ranks: it is not there, damaged, or not a model that generates text.
@@ -78,23 +79,20 @@ def open_speaker(config: Config, world: World, load_checkpoint: LoadCheckpoint) 
     tokenizer, model = world.run_on_all_ranks(lambda: _build(config, source, world.device, slow))
     _shard(model, world)
     with _speaking_of_infer():
-        if source.checkpoint is None:
-            load_weights(model, source.config.model.model_path or "", world=world, broadcast=False)
-            if source.config.model.adapter_path is not None:
-                world.run_on_all_ranks(lambda: load_adapter(model, Path(source.config.model.adapter_path or "")))
-        else:
-            load_checkpoint(source.config, source.checkpoint, model, world)
+        weights = _fill(model, source, world)
     model.eval()
     template = world.run_on_all_ranks(lambda: _template(config, source, tokenizer))
     is_chat = _is_chat(config, source, tokenizer)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     log.info("%s: %s, %s", config.infer.model_path, _described(model), world.device)
+    stop_ids = _stop_ids(model, tokenizer, template if is_chat else None)
+    by_cache = not needs_generate(model)
     return Speaker(
         model=model,
-        tokenizer=tokenizer,
-        template=template,
-        is_chat=is_chat,
-        context=getattr(model.config.get_text_config(), "max_position_embeddings", None),
-        stop_ids=_stop_ids(model, tokenizer, template if is_chat else None),
+        logits=CachedLogits(model, world.device) if by_cache else GeneratedLogits(model, stop_ids),
+        form=PromptFormat(tokenizer, template, is_chat, context),
+        stop_ids=stop_ids,
+        weights=f"{weights} {model.dtype}",
     )
 
 
@@ -104,23 +102,26 @@ def _find(config: Config) -> _Source:
     tokenizer = None if given == config.infer.model_path else given
     if not path.exists():
         raise ValueError(f"infer.model_path: {path} is not there; models are read from local paths, download it first")
-    output = next((part for part in (path, *path.absolute().parents[:2]) if (part / "config.yaml").is_file()), None)
-    for folder in (path, path / "hf" / "final") if output == path else (path,):
-        if is_adapter_folder(folder):
-            return _adapted(folder, config, tokenizer)
-        if (folder / "config.json").is_file():
-            return _Source(Config(model=ModelConfig(model_path=str(folder), tokenizer_path=tokenizer)))
-    if output is None:
+    if not manifest.is_folder_name(path.name):
+        for folder in (path, path / "hf" / "final"):
+            if is_adapter_folder(folder):
+                return _adapted(folder, config, tokenizer)
+            if (folder / "config.json").is_file():
+                return _Source(Config(model=ModelConfig(model_path=str(folder), tokenizer_path=tokenizer)))
+    try:
+        described = config_path(path)
+    except ValueError:
         raise ValueError(
             f"infer.model_path: {path} is neither a Hugging Face folder (with its config.json) nor an adapter nor an "
             "output folder of a run (with its config.yaml) nor a checkpoint in one"
-        )
-    run = load([str(output / "config.yaml")], verb=None)
+        ) from None
+    run = load([str(described)], verb=None)
     if run.data.task.head != "tokens":
         raise ValueError(f"infer.model_path: {path} is of a classifier, which generates no text")
     if tokenizer is not None:
         run = replace(run, model=replace(run.model, tokenizer_path=tokenizer))
-    return _Source(run, path, run.data.chat_template if run.data.task.holds_chats else "default")
+    of_chats = run.data.task.holds_chats
+    return _Source(run, path, run.data.chat_template if of_chats else "default", of_chats)
 
 
 def _adapted(folder: Path, config: Config, tokenizer: str | None) -> _Source:
@@ -181,6 +182,24 @@ def _shard(model: PreTrainedModel, world: World) -> None:
     fully_shard(model, mesh=mesh)
 
 
+def _fill(model: PreTrainedModel, source: _Source, world: World) -> str:
+    """Load the weights of `source` into `model`, and return their digest. Collective."""
+    settings = source.config.model
+    parts = [Path(path) for path in (settings.model_path, settings.adapter_path) if path is not None]
+    digests = world.broadcast(
+        world.run_on_all_ranks(lambda: [weights_digest(part) for part in parts] if world.is_main else [])
+    )
+    if source.checkpoint is not None:
+        folder = load_trained(source.config, source.checkpoint, model, world)
+        whole = source.config.train.architecture != "lora"
+        held = world.run_on_all_ranks(lambda: sha256(folder / manifest.NAME))
+        return held if whole else " ".join([*digests, held])
+    load_weights(model, settings.model_path or "", world=world, broadcast=False)
+    if settings.adapter_path is not None:
+        world.run_on_all_ranks(lambda: load_adapter(model, Path(settings.adapter_path or "")))
+    return " ".join(digests)
+
+
 def _template(config: Config, source: _Source, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
     wanted = config.infer.chat_template
     name = source.template if wanted in ("default", "none") else wanted
@@ -195,7 +214,7 @@ def _template(config: Config, source: _Source, tokenizer: PreTrainedTokenizerBas
 def _is_chat(config: Config, source: _Source, tokenizer: PreTrainedTokenizerBase) -> bool:
     if config.infer.chat_template != "default":
         return config.infer.chat_template != "none"
-    return source.template != "default" or bool(tokenizer.chat_template)
+    return source.of_chats or bool(tokenizer.chat_template)
 
 
 def _stop_ids(

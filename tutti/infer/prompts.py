@@ -1,60 +1,119 @@
-"""Rows and messages as token ids to go on from.
+"""Requests made of prompts, rows and conversations, as a model's format of prompts has them.
 
 A conversation is rendered with the model's chat template up to where the assistant is to speak; a text is tokenized as
 it is. What a row asks for is found by its columns: `prompt` (a text, or a list of messages), a conversation in any of
-the shapes that training takes, or `content_split` or `text`, which are gone on with. A conversation that ends with an
+the shapes that training takes, or `content_split` or `text`, which are continued. A conversation that ends with an
 assistant's message is asked again: that message is left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from tutti.data.rows import Conversation, RowError, conversation_of
+from tutti.data.template import ChatTemplate
 from tutti.infer.generate import Request
-from tutti.infer.load import Speaker
+from tutti.infer.stream import NO_EDGES, Edges, edges_of
 
 _TEXTS = ("content_split", "text")
 
 
-def request(speaker: Speaker, ids: Sequence[int], number: int, max_tokens: int) -> Request:
-    """The request to go on from `ids` for at most `max_tokens`, or as far as the model's context reaches.
+@dataclass(frozen=True)
+class PromptFormat:
+    """How prompts are written for a model.
 
-    RowError: it leaves no room for an answer.
+    template: how conversations are rendered, if that is known. is_chat: whether a bare prompt is a user's message,
+    rather than a text to continue. context: most tokens of prompt and answer together; None: no limit known.
     """
-    if not ids:
-        raise RowError("the prompt is empty")
-    room = max_tokens if speaker.context is None else speaker.context - len(ids)
-    if room < 1:
-        raise RowError(
-            f"the prompt has {len(ids)} tokens, which leaves no room for an answer in the model's context of "
-            f"{speaker.context}; shorten it"
-        )
-    return Request(number, ids, min(room, max_tokens))
+
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate | None
+    is_chat: bool
+    context: int | None
+
+    @cached_property
+    def edges(self) -> Edges:
+        """The blanks around an answer in a conversation."""
+        return NO_EDGES if self.template is None else edges_of(self.template)
 
 
-def row_ids(speaker: Speaker, row: dict[str, Any]) -> list[int]:
-    """The token ids that the row's answer follows. RowError: what is wrong with it."""
+def prompt_request(form: PromptFormat, prompt: str, number: int, max_tokens: int) -> Request:
+    """A request for the answer to a bare prompt. RowError: it can't be asked."""
+    if not form.is_chat:
+        return _request(form, _tokens(form, prompt, special=True), number, max_tokens)
+    return chat_request(form, Conversation([{"role": "user", "content": prompt}], (False,)), number, max_tokens)
+
+
+def chat_request(form: PromptFormat, conversation: Conversation, number: int, max_tokens: int) -> Request:
+    """A request for the next message of a conversation. RowError: it can't be asked."""
+    return _request(form, chat_tokens(form, conversation), number, max_tokens, form.edges)
+
+
+def row_request(form: PromptFormat, row: dict[str, Any], number: int, max_tokens: int) -> Request:
+    """A request for the answer to a row. RowError: what is wrong with the row."""
     prompt = row.get("prompt")
     if isinstance(prompt, str):
-        return prompt_ids(speaker, prompt)
-    if isinstance(prompt, list):
-        row = {**row, "messages": prompt}
-    elif prompt is not None:
-        raise RowError(f"prompt must be a text or a list of messages, not {type(prompt).__name__}")
-    elif not any(row.get(name) for name in ("messages", "conversations", "instruction")):
+        return prompt_request(form, prompt, number, max_tokens)
+    if prompt is None and not any(row.get(name) for name in ("messages", "conversations", "instruction")):
         text = next((row[name] for name in _TEXTS if isinstance(row.get(name), str)), None)
         if text is None:
             raise RowError(f"has neither prompt nor messages; its columns are {', '.join(row) or 'none'}")
-        return speaker.tokenizer(text).input_ids
+        return _request(form, _tokens(form, text, special=True), number, max_tokens)
+    return chat_request(form, conversation_to_answer(row), number, max_tokens)
+
+
+def conversation_to_answer(row: dict[str, Any]) -> Conversation:
+    """The conversation of a row, without the assistant's messages at its end. RowError: the row has none."""
+    prompt = row.get("prompt")
+    if isinstance(prompt, str):
+        row = {**row, "messages": [{"role": "user", "content": prompt}]}
+    elif isinstance(prompt, list):
+        row = {**row, "messages": prompt}
+    elif prompt is not None:
+        raise RowError(f"prompt must be a text or a list of messages, not {type(prompt).__name__}")
+    elif "instruction" in row and row.get("output") is None:
+        row = {**row, "output": ""}
     _refuse_media(row)
     conversation = conversation_of(row, ("messages",))
     while conversation.messages and conversation.messages[-1]["role"] == "assistant":
         conversation.messages.pop()
     if not conversation.messages:
         raise RowError("the conversation has no message to answer")
-    return conversation_ids(speaker, conversation)
+    return conversation
+
+
+def chat_tokens(form: PromptFormat, conversation: Conversation) -> list[int]:
+    """The tokens of a conversation up to where the assistant is to speak. RowError: the template can't render it."""
+    if form.template is None:
+        raise RowError("the model has no chat template; name one by infer.chat_template (chatml, say)")
+    text = form.template.render(conversation.messages, conversation, prompt=True)
+    return _tokens(form, text, special=False)
+
+
+def _tokens(form: PromptFormat, text: str, *, special: bool) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(f"the prompt has half a surrogate pair, {text[error.start]!r}, which is no character") from None
+    return form.tokenizer(text, add_special_tokens=special).input_ids
+
+
+def _request(form: PromptFormat, ids: Sequence[int], number: int, max_tokens: int, edges: Edges = NO_EDGES) -> Request:
+    """A request for at most `max_tokens`, or as many as the model's context has room for. RowError: it has none."""
+    if not ids:
+        raise RowError("the prompt is empty")
+    room = max_tokens if form.context is None else form.context - len(ids)
+    if room < 1:
+        raise RowError(
+            f"the prompt has {len(ids)} tokens, which leaves no room for an answer in the model's context of "
+            f"{form.context}; shorten it"
+        )
+    return Request(number, ids, min(room, max_tokens), edges)
 
 
 def _refuse_media(row: dict[str, Any]) -> None:
@@ -66,18 +125,3 @@ def _refuse_media(row: dict[str, Any]) -> None:
             kind = part.get("type", "text") if isinstance(part, dict) else "text"
             if "text" not in str(kind):
                 raise RowError(f"message {number} has a part of type {kind}; a model can be given only text so far")
-
-
-def prompt_ids(speaker: Speaker, prompt: str) -> list[int]:
-    """A bare prompt: a user's message, or for a model without a chat template a text to go on with."""
-    if not speaker.is_chat:
-        return speaker.tokenizer(prompt).input_ids
-    return conversation_ids(speaker, Conversation([{"role": "user", "content": prompt}], (False,)))
-
-
-def conversation_ids(speaker: Speaker, conversation: Conversation) -> list[int]:
-    """The conversation as the model is to answer it. RowError: the template can't render it."""
-    if speaker.template is None:
-        raise RowError("the model has no chat template; name one by infer.chat_template (chatml, say)")
-    text = speaker.template.render(conversation.messages, conversation, prompt=True)
-    return speaker.tokenizer(text, add_special_tokens=False).input_ids

@@ -21,8 +21,8 @@ from tutti.data.rows import RowError
 from tutti.infer.batch import answer_rows, read_rows
 from tutti.infer.chat import chat
 from tutti.infer.generate import Generator, Request
-from tutti.infer.load import LoadCheckpoint, Speaker, open_speaker
-from tutti.infer.prompts import prompt_ids, request
+from tutti.infer.load import Speaker, open_speaker
+from tutti.infer.prompts import prompt_request
 from tutti.infer.sampling import Sampler
 from tutti.infer.stream import TextStream
 
@@ -38,7 +38,7 @@ class Job:
     output: str | None = None
 
 
-def infer(config: Config, job: Job, load_checkpoint: LoadCheckpoint) -> None:
+def infer(config: Config, job: Job) -> None:
     """Do `job` with the model of `config.infer`, on this rank; every rank of the job calls it.
 
     ValueError and OSError: what the user can mend, the same on every rank.
@@ -47,12 +47,12 @@ def infer(config: Config, job: Job, load_checkpoint: LoadCheckpoint) -> None:
     setup_logging(rank)
     limit_threads(local_world)
     keep_freed_memory()
-    ranks = init_world(pick_device("cpu"))
+    world = init_world(pick_device("cpu"))
     try:
-        rows = ranks.run_on_all_ranks(lambda: read_rows(Path(job.input)) if job.input else {})
-        speaker = open_speaker(config, ranks, load_checkpoint)
+        rows = world.run_on_all_ranks(lambda: read_rows(Path(job.input)) if job.input else {})
+        speaker = open_speaker(config, world)
         sampler = Sampler.of(config.infer)
-        generator = Generator(speaker.model, sampler, speaker.stop_ids, ranks, config.infer.batch_tokens)
+        generator = Generator(speaker.logits, sampler, speaker.stop_ids, world, config.infer.batch_tokens)
         if job.input and job.output:
             answer_rows(config, speaker, generator, rows, Path(job.input), Path(job.output))
         elif job.prompts:
@@ -68,14 +68,14 @@ def _answer_prompts(config: Config, speaker: Speaker, generator: Generator, prom
     requests: list[Request] = []
     for number, prompt in enumerate(prompts):
         try:
-            requests.append(request(speaker, prompt_ids(speaker, prompt), number, config.infer.max_tokens))
+            requests.append(prompt_request(speaker.form, prompt, number, config.infer.max_tokens))
         except RowError as error:
             raise ValueError(f"--prompt {number + 1}: {error}") from None
-    streams = [TextStream(speaker.tokenizer) for _ in prompts]
+    streams = [TextStream(speaker.form.tokenizer, item.edges) for item in requests]
     waiting: list[list[str]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
     current = 0
-    show = _show if generator.dist.is_main else _hide
+    show = _show if generator.world.is_main else _hide
     show(_heading(prompts, 0))
     for token in generator.stream(requests):
         stream = streams[token.number]

@@ -2,7 +2,39 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from transformers import PreTrainedTokenizerBase
+
+from tutti.data.rows import Conversation, RowError
+from tutti.data.template import ChatTemplate
+
+
+class Edges(NamedTuple):
+    """Blanks that a chat template writes before and after the content of an answer. A model that was trained with the
+    template makes them, and the template writes them again around what it is given, so they are no part of the text."""
+
+    before: str = ""
+    after: str = ""
+
+    def strip(self, text: str) -> str:
+        return text.removeprefix(self.before).removesuffix(self.after)
+
+
+NO_EDGES = Edges()
+
+
+def edges_of(template: ChatTemplate) -> Edges:
+    """The blanks around an answer by `template`; none where it can't tell what an assistant is trained to say."""
+    turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+    try:
+        text, spans = template(Conversation(turn, (False, True)))
+    except RowError:
+        return NO_EDGES
+    found = re.match(r"(\s*)x(\s*)", text[slice(*spans[-1])]) if spans else None
+    return Edges(*found.groups()) if found else NO_EDGES
 
 
 class TextStream:
@@ -10,14 +42,17 @@ class TextStream:
 
     A token may hold part of a character only, and some tokenizers write a token differently after another, so that
     tokens can't be decoded one by one. Each piece is what the last few tokens give more than they gave before; it is
-    held back while it ends in an incomplete character.
+    held back while it ends in an incomplete character, or may be the blanks at an edge.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, edges: Edges = NO_EDGES) -> None:
         self._tokenizer = tokenizer
+        self._edges = edges
         self._ids: list[int] = []
         self._start = 0
         self._shown = 0
+        self._begun = False
+        self._held = ""
 
     def add(self, token: int) -> str:
         """One more token; the text that is now complete."""
@@ -25,11 +60,26 @@ class TextStream:
         text = self._decoded(self._start, len(self._ids))
         if text.endswith("\ufffd"):
             return ""
-        return self._advance(text)
+        return self._within_edges(self._advance(text))
 
     def end(self) -> str:
-        """What is left when no token follows."""
-        return self._advance(self._decoded(self._start, len(self._ids)))
+        """The text that is left when no token follows."""
+        rest = self._held + self._advance(self._decoded(self._start, len(self._ids)))
+        if not self._begun:
+            rest = rest.removeprefix(self._edges.before)
+        return rest.removesuffix(self._edges.after)
+
+    def _within_edges(self, piece: str) -> str:
+        """The part of `piece`, after what is held back, that is certain to be of the answer."""
+        text, (before, after) = self._held + piece, self._edges
+        if not self._begun:
+            if len(text) < len(before) and before.startswith(text):
+                self._held = text
+                return ""
+            text, self._begun = text.removeprefix(before), bool(text)
+        keep = next(size for size in range(min(len(after), len(text)), -1, -1) if text.endswith(after[:size]))
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
 
     def _advance(self, text: str) -> str:
         before = self._decoded(self._start, self._shown)
@@ -40,6 +90,6 @@ class TextStream:
         return answer_text(self._tokenizer, self._ids[start:stop])
 
 
-def answer_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text of an answer, without special tokens."""
-    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], edges: Edges = NO_EDGES) -> str:
+    """The text of an answer, without special tokens and the blanks at its edges."""
+    return edges.strip(str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)))

@@ -1,7 +1,8 @@
 """`tutti init`: a folder with everything that a first run needs, small enough to train on a laptop in a minute.
 
 The files are packaged with Tutti: a commented config.yaml, conversations (written for it), a model config with a
-tokenizer of 512 tokens, and a README with the next commands. They are copied as they are.
+tokenizer of 512 tokens, and a README with the next commands. They are copied as they are. The schema of a
+configuration, which config.yaml names for editors, is made of the arguments that exist.
 """
 
 from __future__ import annotations
@@ -10,12 +11,18 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
+from tutti.config.docs import as_schema
+
+SCHEMA = "tutti.schema.json"
+
 
 def make_project(folder: Path) -> list[str]:
     """Write the project to the new folder; the files it has now.  ValueError: there is something in the folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already: give the name of a new folder")
-    return sorted(_copy(resources.files("tutti.project") / "files", folder, folder))
+    files = _copy(resources.files("tutti.project") / "files", folder, folder)
+    (folder / SCHEMA).write_text(as_schema(), encoding="utf-8")
+    return sorted([*files, SCHEMA])
 
 
 def _copy(source: Traversable, target: Path, root: Path) -> list[str]:
