@@ -46,8 +46,8 @@ log = logging.getLogger(__name__)
 class Speaker:
     """A model with what it takes to talk to it.
 
-    logits: how it is run. stop_ids: tokens that end an answer. weights: a digest that tells them, and what they are held in, from
-    others.
+    logits: how it is run. stop_ids: tokens that end an answer. weights: a digest that tells them, and what
+    they are held in, from others.
     """
 
     model: PreTrainedModel
