@@ -149,6 +149,21 @@ def test_evaluation_is_the_token_mean_on_any_layout(tmp_path):
     assert lines[1]["eval_loss"] == pytest.approx(lines[0]["eval_loss"], rel=1e-5)
 
 
+def test_evaluation_has_a_loss_for_each_of_its_sources_however_many_are_trained_on(tmp_path):
+    rows = Path(tiny_config(tmp_path).data.train_path).with_name("chat_eval.jsonl").read_text().splitlines()
+    for name, part in [("a", rows[:4]), ("b", rows[:4]), ("c", rows[4:7])]:
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(part))
+    (tmp_path / "eval.yaml").write_text("sources: [a.jsonl, b.jsonl, c.jsonl]")
+    found = {}
+    for path in ("eval.yaml", "a.jsonl", "c.jsonl"):
+        changes = {"data.eval_path": str(tmp_path / path), "train.eval_steps": 1, "train.max_steps": 1}
+        _, found[path] = run(tiny_config(tmp_path / path.replace(".", "_"), **changes))
+    losses = {name: found["eval.yaml"].pop(f"eval_source_loss/{name}") for name in "abc"}
+    assert losses["a"] == pytest.approx(losses["b"], rel=1e-6) == pytest.approx(found["a.jsonl"]["eval_loss"], rel=1e-6)
+    assert losses["c"] == pytest.approx(found["c.jsonl"]["eval_loss"], rel=1e-6) != losses["a"]
+    assert not [name for line in found.values() for name in line if "source" in name]
+
+
 def test_classification_learns_and_reports_accuracy(tmp_path):
     rows = [{"text": f"{'good' if i % 2 else 'bad'} thing number {i % 7}", "label": i % 2} for i in range(64)]
     path = tmp_path / "rows.jsonl"

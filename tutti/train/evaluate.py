@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,26 +12,32 @@ from tutti.core.batch import GlobalBatch
 from tutti.core.dist import World
 from tutti.parallel.pipeline.executor import Executor
 from tutti.train.objective import Objective
-from tutti.train.step import add_sums, reduce_sums, zero_sums
+from tutti.train.step import add_sums, losses_by_source, reduce_sums, zero_sums
 
 
 def evaluate(objective: Objective, batches: Iterable[GlobalBatch], executor: Executor, world: World) -> dict[str, Any]:
     """`eval_loss` (mean over targets), `eval_tokens` and, where the task counts what is correct, `eval_accuracy`.
 
-    Leaves the model in training mode. A collective call.
+    If the evaluation data has several sources, the loss of each as well: `eval_source_loss/<name>`. Leaves the model in
+    training mode. A collective call.
     """
     total = zero_sums(objective.sizes, world.device)
-    num_targets = trained_tokens = 0
+    targets: Counter[str] = Counter()
+    trained_tokens = 0
     objective.eval()
     with torch.no_grad():
         for batch in batches:
-            num_targets += batch.num_targets
+            targets.update(batch.source_targets)
             trained_tokens += batch.trained_tokens
             for sums in executor.evaluate(batch.micro_batches):
                 add_sums(total, sums)
     objective.train()
     reduced = reduce_sums(total, world)
+    num_targets = targets.total()
     result: dict[str, Any] = {"eval_loss": reduced["loss"] / num_targets, "eval_tokens": trained_tokens}
     if "correct" in reduced:
         result["eval_accuracy"] = reduced["correct"] / num_targets
+    if len(targets) > 1:
+        losses = losses_by_source(reduced["source_loss"], targets)
+        result |= {f"eval_source_loss/{name}": loss for name, loss in losses.items()}
     return result

@@ -76,7 +76,7 @@ def assemble(config: Config, world: World) -> Run:
     mesh = build_mesh(layout, world, ddp=ddp, ep_outside=config.train.ep_outside)
     data = open_data(config, tokenizer, model, world, mesh.dp_rank, mesh.dp_size)
     log.info("%s", data.steps_reason)
-    task = make_task(config, len(data.sources))
+    task = make_task(config, max(len(data.sources), len(data.evaluation_sources)))
     task.check(config, data)
     placed = place_model(config, model, structure, task, layout, mesh)
     return Run(config, world, layout, mesh, tokenizer, data, placed)

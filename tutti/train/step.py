@@ -11,7 +11,7 @@ A step whose gradient is not finite changes nothing (neither parameters nor opti
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -196,6 +196,12 @@ class Reduced(NamedTuple):
     grad_norm: float
     skipped: int
     consecutive_skips: int
+
+
+def losses_by_source(sums: Sequence[float], targets: Mapping[str, int]) -> dict[str, float]:
+    """The mean loss of each source that has targets, from the losses' `sums` in the order of `targets`, which are by
+    name. There may be more sums: of training and evaluation, one may have fewer sources."""
+    return {name: total / count for (name, count), total in zip(targets.items(), sums, strict=False) if count}
 
 
 def zero_sums(sizes: Mapping[str, int], device: torch.device) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from tutti.train.logging.metrics import Metrics
 
 STEPS, EVALS, NAN_STEP = 120, 6, 50
 CHARTS = {"loss", "lr", "grad_norm", "throughput", "packing", "memory", "step_seconds", "source_loss", "source_tokens"}
-CHARTS |= {"rewards", "reward_accuracy"}
+CHARTS |= {"rewards", "reward_accuracy", "eval_source_loss"}
 HOSTILE = '</script><script>document.title="taken"</script> {{DATA}} & "quotes"'
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [
@@ -86,7 +86,10 @@ def training_record(step: int) -> dict[str, Any]:
 
 
 def eval_record(step: int) -> dict[str, Any]:
-    return {"step": step, "eval_loss": 2 + abs(step - 80) / 100, "eval_tokens": 5000}
+    by_source = {
+        f"eval_source_loss/{name}": 2 + place / step for place, name in enumerate(["poems", "news", "letters"])
+    }
+    return {"step": step, "eval_loss": 2 + abs(step - 80) / 100, "eval_tokens": 5000, **by_source}
 
 
 def make_run(folder: Path, status: str = "finished") -> None:

@@ -10,9 +10,9 @@ with experts `expert_load_max`, `expert_load_min` (as multiples of an even share
 Where a record stands for several steps (train.log_steps), tokens, trained_tokens, samples and source_tokens are sums
 over them and the rest are means, or the last value. mfu is the share that the model's operations are of what products
 of large matrices reach on this device in the faster of bf16 and fp32. An evaluation record has `step, eval_loss,
-eval_tokens`, and `eval_accuracy` for classification. Of pairs of answers the losses are means over pairs, eval_accuracy
-is the share whose chosen answer wins, and a training record has `rewards/chosen`, `rewards/rejected`, `rewards/margin`
-and `rewards/accuracy`. Either may hold more.
+eval_tokens`, with several sources `eval_source_loss/<name>`, and `eval_accuracy` for classification. Of pairs of
+answers the losses are means over pairs, eval_accuracy is the share whose chosen answer wins, and a training record has
+`rewards/chosen`, `rewards/rejected`, `rewards/margin` and `rewards/accuracy`. Either may hold more.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from tutti.core.device import memory_gib, peak_flops
 from tutti.model.experts import ExpertLoad
 from tutti.train.logging.metrics import Metrics
 from tutti.train.placement import Run
-from tutti.train.step import Reduced, Totals
+from tutti.train.step import Reduced, Totals, losses_by_source
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +157,5 @@ class StepLogger:
                 else {}
             )
         record: dict[str, float] = {f"source_tokens/{name}": tokens[name] for name in names}
-        for name, total in zip(names, reduced.sums["source_loss"], strict=True):
-            if targets[name]:
-                record[f"source_loss/{name}"] = total / targets[name]
-        return record
+        losses = losses_by_source(reduced.sums["source_loss"], {name: targets[name] for name in names})
+        return record | {f"source_loss/{name}": loss for name, loss in losses.items()}

@@ -307,6 +307,31 @@ function charts() {
       ? [make("h2", {}, "Optimization and hardware"), make("div", { class: "grid" }, small)]
       : []),
     ...(sources.length > 1 ? sourceCharts() : []),
+    ...evaluationSourceChart(),
+  ];
+}
+
+function evaluationSourceChart() {
+  const prefix = "eval_source_loss/";
+  const names = Object.keys(evals.columns).filter((name) => name.startsWith(prefix));
+  if (names.length < 2) return [];
+  const series = names.slice(0, 12).map((name, i) => ({
+    ...curve(evals, name, name.slice(prefix.length), `var(--c${i})`),
+    kind: "dots",
+  }));
+  return [
+    make("h2", {}, "Evaluation sources"),
+    new Chart({
+      id: "eval_source_loss",
+      title: "Evaluation loss by source",
+      unit: lossUnit,
+      series,
+      axis: power,
+      exact,
+      height: 280,
+      log: true,
+      width: 1,
+    }).node,
   ];
 }
 
