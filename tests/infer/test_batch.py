@@ -191,8 +191,8 @@ def test_the_output_of_something_else_is_refused(tmp_path, model, there):
 
 
 BAD = [
-    (["nonsense\n"], r"in\.jsonl:1: is not JSON"),
-    ([ROWS[0], "\n", "[1]\n"], r"in\.jsonl:3: must be a JSON object, not list"),
+    (["nonsense\n"], r"in\.jsonl:1: not valid JSON"),
+    ([ROWS[0], "\n", "[1]\n"], r"in\.jsonl:3: a row must be an object with named columns, not list"),
     ([], r"--input: .*in\.jsonl has no rows"),
     ([ROWS[0], {"question": "x"}], r"in\.jsonl:2: has neither prompt nor messages; its columns are question"),
     ([{"prompt": 3}], r"in\.jsonl:1: prompt must be a text or a list of messages, not int"),

@@ -59,12 +59,12 @@ def test_the_answers_are_those_of_the_exported_model(sampled: Config) -> None:
         chat = [{"role": "user", "content": text["prompt"]}]
         inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         ids = model.generate(**inputs, do_sample=False, max_new_tokens=6)[0, inputs["input_ids"].shape[1] :]
-        assert text["text"] == tokenizer.decode(ids, skip_special_tokens=True).strip()
+        assert text["text"] == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 LAYOUTS = {
     "ddp": {"train.data_parallel_mode": "ddp"},
-    "zero3": {"train.data_parallel_mode": "fsdp2"},
+    "zero3": {"train.data_parallel_mode": "fsdp2", "train.enable_gradient_checkpointing": True},
     "zero2": {"train.data_parallel_mode": "fsdp2", "train.enable_full_shard": False},
     "tensor": {"train.data_parallel_mode": "fsdp2", "train.tensor_parallel_size": 2},
     "ulysses": {"train.data_parallel_mode": "fsdp2", "train.ulysses_parallel_size": 2},
@@ -76,8 +76,41 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_every_layout_gives_the_same_answers(tmp_path: Path, sampled: Config, layout: dict[str, Any]) -> None:
     config = sampling_config(tmp_path, world=2, **layout, **{"train.max_steps": 5})
-    run(config, 2)
+    ways = run_ranks(2, train_and_tell, config)
     assert texts(config) == texts(sampled)
+    by_cache = layout in (LAYOUTS["ddp"], LAYOUTS["zero3"], LAYOUTS["zero2"])
+    assert ways == [["CachedLogits" if by_cache else "RecomputedLogits"]] * 2
+
+
+def train_and_tell(config: Config) -> list[str]:
+    """The ways in which logits were computed for samples."""
+    from tests.train.runs import train_quietly
+    from tutti.train import samples
+
+    found = set()
+
+    class Watched(samples.Generator):
+        def stream(self, requests: Any) -> Any:
+            found.add(type(self.logits).__name__)
+            return super().stream(requests)
+
+    samples.Generator = Watched  # type: ignore[misc]
+    train_quietly(config)
+    return sorted(found)
+
+
+def test_divided_experts_answer_as_whole_ones_do(tmp_path: Path) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "model_type": "qwen3_moe"}
+    experts |= {"architectures": ["Qwen3MoeForCausalLM"], "output_router_logits": True}
+    model = write_model_config(tmp_path / "moe", **experts)
+    layout = {"train.data_parallel_mode": "fsdp2", "train.expert_parallel_size": 2}
+    configs = [
+        sampling_config(tmp_path / str(world), world=world, **changes, **{"model.config_path": model})
+        for world, changes in ((1, {}), (2, layout))
+    ]
+    for world, config in enumerate(configs, start=1):
+        assert run_ranks(world, train_and_tell, config) == [["CachedLogits"]] * world
+    assert texts(configs[0]) == texts(configs[1]) != []
 
 
 @pytest.mark.parametrize("layout", ["zero3", "zero2"])
@@ -164,7 +197,7 @@ def test_classifiers_are_not_asked(tmp_path: Path) -> None:
         ("none.jsonl", None, "none.jsonl can't be read: .*No such file"),
         ("a.jsonl", "What?", r"a.jsonl:1: not valid JSON: .*; a row is such as"),
         ("a.txt", "\udcff", r"a.txt:1: not UTF-8 text"),
-        ("a.jsonl", '{"question": "What?"}', r"a.jsonl:1: has no column messages"),
+        ("a.jsonl", '{"question": "What?"}', r"a.jsonl:1: has neither prompt nor messages; its columns are question"),
         ("a.jsonl", '{"messages": [{"role": "assistant", "content": "x"}]}', r"a.jsonl:1: .* no message to answer"),
         ("a.txt", "word " * 100, r"a.txt:1: the prompt has \d+ tokens"),
     ],

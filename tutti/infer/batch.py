@@ -25,6 +25,7 @@ from rich.console import Console
 
 from tutti.config import Config
 from tutti.core.files import replacing
+from tutti.data.formats import BadRow, JsonLines
 from tutti.data.rows import RowError
 from tutti.infer.generate import Generator, Request, Token, whole_answers
 from tutti.infer.load import Speaker
@@ -56,17 +57,10 @@ def read_rows(path: Path) -> Rows:
     if not path.is_file():
         raise ValueError(f"--input: there is no file {path}")
     rows: Rows = {}
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: is not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: must be a JSON object, not {type(row).__name__}")
-            rows[number] = row
+    for row in JsonLines(str(path)).stream():
+        if isinstance(row, BadRow):
+            raise ValueError(str(row))
+        rows[row.line] = row.value
     if not rows:
         raise ValueError(f"--input: {path} has no rows")
     return rows

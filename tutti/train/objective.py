@@ -105,6 +105,10 @@ class Objective(nn.Module):
             sums["router_loss"] = router_loss * (batch.num_tokens * head.share)
         return sums
 
+    def run_model(self, **inputs: Any) -> Any:
+        """The output of the model's own forward pass, for generation with a cache of keys and values."""
+        return self.model(**inputs)
+
     def _head(self, batch: Batch) -> Head:
         pieces = None
         if self._by_sample:  # waits for the device

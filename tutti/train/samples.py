@@ -1,29 +1,40 @@
-"""What the model says as it trains: prompts that it completes at each evaluation and when training ends.
+"""Samples: prompts that the model answers at each evaluation and when training ends.
 
-The model that trains is the one that speaks, as it is laid out over the ranks. All of them run the same prompts,
-packed into one row, through the objective; the most likely next token of each is appended, and the longer row is run
-again, until every answer has ended or is long enough. There is no cache of keys and values: for a few short answers the
-repetition costs less than a second way to run every layout would. Nothing is drawn at random and nothing that training
-uses is touched, so that a run trains the same, bit for bit, with prompts and without.
+The model answers as it is, laid out over the ranks and in training, by the generation of `tutti infer`: requests, stop
+rule, text and loop are the same. Where every rank has the model's whole depth and all tokens of a row (a single
+process, DDP, FSDP) it generates with a cache of keys and values. Any other layout (tensor, pipeline, context or Ulysses
+axes, compiled blocks, samples one by one) runs all rows anew for each token, through the executor that training uses:
+for a few short answers the repetition costs less than a cache for every layout would.
+
+All ranks run the same prompts. Answers are greedy: nothing is drawn at random, and nothing that training uses is
+touched, so that a run trains the same, bit for bit, with prompts and without.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
 
+from tutti.attention.interface import PACKED
+from tutti.attention.kv_cache import register
 from tutti.config import Config
 from tutti.core.batch import IGNORE, Sample, pack
 from tutti.data.formats import BadRow, JsonLines, Row
-from tutti.data.rows import RowError, conversation_of
+from tutti.data.rows import RowError
+from tutti.data.template import make_template
+from tutti.infer.generate import CachedLogits, Generator, NextLogits, Request, whole_answers
+from tutti.infer.hf_generate import needs_generate
+from tutti.infer.prompts import PromptFormat, conversation_to_answer, row_request
+from tutti.infer.sampling import Sampler
 from tutti.parallel.pipeline.executor import Executor
 from tutti.parallel.sequence import sequence_ranks, split_samples, split_tokens
 from tutti.train.logging.metrics import Metrics
@@ -32,14 +43,15 @@ from tutti.train.placement import Run
 
 log = logging.getLogger(__name__)
 
+_GREEDY = Sampler(greedy=True, temperature=1.0, top_p=1.0, seed=0)
+_CACHEABLE = (PACKED, "flash_attention_2", "flash_attention_3")
 
-@dataclass(frozen=True)
-class Prompt:
-    """text: as it is shown. ids: what the answer follows. limit: most tokens of the answer."""
+
+class _Prompt(NamedTuple):
+    """text: the prompt as it is shown."""
 
     text: str
-    ids: tuple[int, ...]
-    limit: int
+    request: Request
 
 
 class Samples:
@@ -49,13 +61,13 @@ class Samples:
     """
 
     def __init__(self, run: Run) -> None:
-        config = run.config
-        self._objective, self._mesh, self._world = run.placed.objective, run.mesh, run.world
-        self._split = split_samples if config.train.enable_batch_invariant_mode else split_tokens
-        self._tokenizer = run.tokenizer
+        self._run, config = run, run.config
         self._prompts = [] if run.placed.structure.classifies else _read(run)
+        self._by_cache = _fits_cache(run)
+        self._budget = config.train.micro_batch_size * config.data.max_seq_len
+        sizes = [prompt.request.size for prompt in self._prompts]
         # Rows of one length need one compiled program; without compilation, padding would only cost time.
-        room = sum(len(prompt.ids) + prompt.limit for prompt in self._prompts)
+        room = min(sum(sizes), max([self._budget, *sizes]))
         self._pad_to = room if config.train.enable_compile else None
         self._shown = -1
 
@@ -64,47 +76,85 @@ class Samples:
         if not self._prompts or step == self._shown:
             return
         self._shown = step
-        ends = _end_ids(self._objective)
-        self._objective.eval()
-        with torch.no_grad():
-            answers = self._answers(ends, executor)
-        self._objective.train()
-        for prompt, ids in zip(self._prompts, answers, strict=True):
-            answer = str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
-            log.info("step %d, sample: %s -> %s", step, " ".join(prompt.text.split()), " ".join(answer.split()))
-            metrics.log_text(step, prompt.text, answer)
+        objective, requests = self._run.placed.objective, [prompt.request for prompt in self._prompts]
+        objective.eval()
+        with self._next_logits(executor) as source:
+            generator = Generator(source, _GREEDY, _end_ids(objective), self._run.world, self._budget)
+            texts = dict(whole_answers(generator.stream(requests), requests, self._run.tokenizer))
+        objective.train()
+        for prompt in self._prompts:
+            text = texts[prompt.request.number]
+            log.info("step %d, sample: %s -> %s", step, " ".join(prompt.text.split()), " ".join(text.split()))
+            metrics.log_text(step, prompt.text, text)
 
-    def _answers(self, ends: frozenset[int], executor: Executor) -> list[list[int]]:
-        """The most likely tokens after each prompt, without the one that ends the answer."""
-        answers: list[list[int]] = [[] for _ in self._prompts]
-        going = list(range(len(self._prompts)))
-        while going:
-            rows = [(number, [*self._prompts[number].ids, *answers[number]]) for number in going]
-            chosen = self._next(rows, executor)
-            for number in going:
-                if chosen[number] not in ends:
-                    answers[number].append(chosen[number])
-            limits = [prompt.limit for prompt in self._prompts]
-            going = [n for n in going if chosen[n] not in ends and len(answers[n]) < limits[n]]
-        return answers
-
-    def _next(self, rows: Sequence[tuple[int, list[int]]], executor: Executor) -> list[int]:
-        """The next token of each numbered row; -1 for the numbers that are not there."""
-        world = self._world
-        batch = pack([_sample(number, ids) for number, ids in rows], pad_to=self._pad_to)
-        own = self._split(batch, sequence_ranks(self._mesh))
-        chosen = torch.full((len(self._prompts),), -1, dtype=torch.int64, device=world.device)
-        for values in executor.evaluate([batch], compute=logits):
-            chosen[own.labels[own.target_index].to(world.device)] = values.argmax(-1)
-        if world.size > 1:
-            # Where ranks share the tokens of a row, one of them holds its last, and only the last stage of a pipeline
-            # has logits; and all must choose the same.
-            dist.all_reduce(chosen, dist.ReduceOp.MAX)
-        return chosen.tolist()
+    @contextmanager
+    def _next_logits(self, executor: Executor) -> Iterator[NextLogits]:
+        objective, world = self._run.placed.objective, self._run.world
+        if not self._by_cache:
+            yield RecomputedLogits(self._run, executor, pad_to=self._pad_to)
+            return
+        register_fsdp_forward_method(objective, "run_model")
+        attention = objective.model.config._attn_implementation
+        objective.model.set_attn_implementation(register())
+        try:
+            yield CachedLogits(objective.run_model, world.device)
+        finally:
+            objective.model.set_attn_implementation(attention)
 
 
-def _sample(number: int, ids: list[int]) -> Sample:
-    """A row whose one target is its last position, labelled with the row's number."""
+def _fits_cache(run: Run) -> bool:
+    """True if the model can generate with a cache of keys and values, as it is laid out."""
+    model, train = run.placed.model, run.config.train
+    if any(run.mesh.size(axis) > 1 for axis in ("tensor", "pipeline", "context", "ulysses")):
+        return False
+    if train.enable_compile or train.enable_batch_invariant_mode:
+        return False
+    return model.config._attn_implementation in _CACHEABLE and not needs_generate(model)
+
+
+class RecomputedLogits:
+    """Next logits of a model in any layout, from all tokens so far.
+
+    pad_to: the length of every row that is run.
+    """
+
+    joins = True
+
+    def __init__(self, run: Run, executor: Executor, *, pad_to: int | None = None) -> None:
+        self._executor, self._world, self._pad_to = executor, run.world, pad_to
+        self._split = split_samples if run.config.train.enable_batch_invariant_mode else split_tokens
+        self._sharing = sequence_ranks(run.mesh)
+        self._vocabulary = run.placed.structure.head.out_features
+        self._sequences: list[list[int]] = []
+
+    def start(self, requests: Sequence[Request]) -> Tensor:
+        started = [list(item.ids) for item in requests]
+        self._sequences += started
+        return self._run(started)
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        for ids, token in zip(self._sequences, tokens, strict=True):
+            ids.append(token)
+        return self._run(self._sequences)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self._sequences = [self._sequences[row] for row in rows]
+
+    def _run(self, sequences: Sequence[list[int]]) -> Tensor:
+        batch = pack([_last_labelled(number, ids) for number, ids in enumerate(sequences)], pad_to=self._pad_to)
+        own = self._split(batch, self._sharing)
+        found = torch.full((len(sequences), self._vocabulary), -torch.inf, device=self._world.device)
+        for values in self._executor.evaluate([batch], compute=logits):
+            found[own.labels[own.target_index].to(found.device)] = values.float()
+        if self._world.size > 1:
+            # Where ranks share the tokens of a row, one of them holds its last; and only the last stage of a pipeline
+            # has logits.
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        return found
+
+
+def _last_labelled(number: int, ids: list[int]) -> Sample:
+    """A sample whose one target is its last position, labelled with `number`."""
     labels = np.full(len(ids), IGNORE, np.int32)
     labels[-1] = number
     return Sample(np.asarray(ids, np.int32), labels)
@@ -116,27 +166,27 @@ def _end_ids(objective: Objective) -> frozenset[int]:
     return frozenset([ends] if isinstance(ends, int) else ends or ())
 
 
-def _read(run: Run) -> list[Prompt]:
-    """All prompts as token ids. ValueError: which one cannot be used, and why."""
-    config, chat = run.config, run.config.data.task.holds_chats
+def _read(run: Run) -> list[_Prompt]:
+    """All prompts with their requests. ValueError: which one cannot be used, and why."""
+    config, tokenizer = run.config, run.tokenizer
+    chat = config.data.task.holds_chats
     context = getattr(run.placed.structure.config, "max_position_embeddings", None)
+    form: PromptFormat | None = None
     prompts = []
-    for place, row in _rows(config):
+    for number, (place, row) in enumerate(_rows(config)):
+        form = form or PromptFormat(tokenizer, make_template("default", tokenizer) if chat else None, chat, context)
         try:
-            text, ids = _encode(row, run.tokenizer, chat=chat)
+            if not chat and not isinstance(row.get("prompt"), str):
+                raise RowError('has no text under "prompt"; a model that is trained on texts continues one')
+            request = row_request(form, row, number, config.train.sample_tokens)
+            prompts.append(_Prompt(_shown(row), request))
         except RowError as error:
             raise ValueError(f"{place}: {error}") from None
-        limit = config.train.sample_tokens if context is None else min(config.train.sample_tokens, context - len(ids))
-        if not ids or limit < 1:
-            raise ValueError(
-                f"{place}: the prompt has {len(ids)} tokens, and an answer to it would need room in {context}"
-            )
-        prompts.append(Prompt(text, tuple(ids), limit))
     return prompts
 
 
 def _rows(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What is to be answered, as rows with `prompt` or a conversation, each with the name of its place."""
+    """The rows to answer, each with the name of its place."""
     for text in config.train.sample_prompts:
         yield f"train.sample_prompts {text!r}", {"prompt": text}
     if config.train.sample_prompts_path is None:
@@ -163,29 +213,11 @@ class PromptLines(JsonLines):
             return BadRow(self.path, line, f"not UTF-8 text: {error}")
 
 
-def _encode(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> tuple[str, list[int]]:
-    """The prompt as it is shown, and its token ids: a user's message or a conversation to answer, or a text to go on
-    with."""
-    prompt = row.get("prompt")
-    if not chat:
-        if not isinstance(prompt, str):
-            raise RowError('has no text under "prompt"; a model that is trained on texts goes on with one')
-        return prompt, tokenizer(prompt).input_ids
-    if prompt is not None:
-        row = {**row, "messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
-    conversation = conversation_of(row, ("messages",))
-    messages = conversation.messages
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    if not messages:
-        raise RowError("the conversation has no message to answer")
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tools=conversation.tools, tokenize=False, add_generation_prompt=True, **conversation.kwargs
-        )
-    except Exception as error:  # a template may fail in any way on messages it was not made for
-        raise RowError(f"the chat template can't render it: {error}") from None
-    shown = (
-        messages[0]["content"] if len(messages) == 1 else "\n".join(f"{m['role']}: {m['content']}" for m in messages)
-    )
-    return str(shown), tokenizer(str(text), add_special_tokens=False).input_ids
+def _shown(row: dict[str, Any]) -> str:
+    """The prompt of a row as the log and the report show it."""
+    if isinstance(row.get("prompt"), str):
+        return row["prompt"]
+    messages = conversation_to_answer(row).messages
+    if len(messages) == 1:
+        return str(messages[0]["content"])
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
