@@ -63,7 +63,7 @@ class Samples:
     def __init__(self, run: Run) -> None:
         self._run, config = run, run.config
         self._prompts = [] if run.placed.structure.classifies else _read(run)
-        self._by_cache = _fits_cache(run)
+        self._by_cache = bool(self._prompts) and _fits_cache(run)
         self._budget = config.train.micro_batch_size * config.data.max_seq_len
         sizes = [prompt.request.size for prompt in self._prompts]
         # Rows of one length need one compiled program; without compilation, padding would only cost time.
