@@ -59,10 +59,17 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
 
 def regroup() -> None:
     """Within `run_ranks`: end all process groups with their threads, and make a new one of the same ranks."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
     from tutti.core.dist import shutdown_world
 
+    if dist.is_initialized():
+        dist.barrier()  # another rank may still be about to connect
     shutdown_world()
     gc.collect()
+    for mesh in [item for item in gc.get_objects() if type(item) is DeviceMesh]:
+        getattr(mesh, "_pg_registry", {}).clear()  # caches of DTensor hold meshes, and these their groups
     _join()
 
 

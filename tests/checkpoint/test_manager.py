@@ -33,7 +33,6 @@ from tests.harness import run_ranks
 from tutti.checkpoint import dcp, manager, manifest
 from tutti.checkpoint.manager import Checkpointer, load_model_only, recorded_compute_dtype
 from tutti.checkpoint.state import create_optimizer_state, model_tensors
-from tutti.config.load import from_dict
 from tutti.core.dist import init_world
 from tutti.train.optim import AnyPrecisionAdamW
 
@@ -75,18 +74,15 @@ def test_a_checkpoint_describes_itself(tmp_path, one_rank):
 
 def test_another_compute_dtype_than_before_is_told(tmp_path, one_rank, warnings):
     saved(tmp_path, one_rank, 1, facts={"compute_dtype": "bfloat16"})
-    config = from_dict({"train": {"output_dir": str(tmp_path), "load_checkpoint_path": "auto"}})
     for path in ("auto", str(tmp_path), str(tmp_path / "checkpoints/global_step_1")):
-        named = replace(config, train=replace(config.train, load_checkpoint_path=path))
-        assert recorded_compute_dtype(named) == "bfloat16"
+        assert recorded_compute_dtype(path, tmp_path) == "bfloat16"
     for dtype in ("bfloat16", "float32"):
         warnings.clear()
         checkpointer(tmp_path, one_rank, facts={"compute_dtype": dtype}).resume("auto", *build("plain"))
         told = [record.getMessage() for record in warnings.records if "computed in bfloat16" in record.getMessage()]
         assert len(told) == (dtype == "float32")
-    empty = replace(config, train=replace(config.train, output_dir=str(tmp_path / "none")))
-    assert recorded_compute_dtype(empty) is None
-    assert recorded_compute_dtype(from_dict({})) is None
+    assert recorded_compute_dtype("auto", tmp_path / "none") is None
+    assert recorded_compute_dtype(None, tmp_path) is None
 
 
 def test_tied_once_and_buffers(tmp_path, one_rank):

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tutti.checkpoint.adapter import export_adapter
 from tutti.checkpoint.hf_files import find_index
 from tutti.checkpoint.hf_save import export_hf
+from tutti.checkpoint.manager import recorded_compute_dtype
 from tutti.checkpoint.trained import config_path, load_trained
 from tutti.config import Config
 from tutti.config.load import load
@@ -35,9 +36,12 @@ def export(source: str, out: str, *, merge_adapters: bool = False) -> None:
     config = load([str(config_path(Path(source)))], verb=None)
     ranks = init_world(torch.device("cpu"))
     try:
-        # Only merging computes. What is merged into bf16 is rounded away, and quantized weights take no change.
-        train = replace(config.train, compute_dtype="float32" if merge_adapters else "bfloat16")
-        config = replace(config, train=replace(train, lora_base_dtype="compute") if merge_adapters else train)
+        # The magnitudes of DoRA are stored as changes from those of base weights in the run's own dtype.
+        held = replace(config.train, compute_dtype=recorded_compute_dtype(source, Path(source)) or "float32")
+        if merge_adapters:
+            # What is merged into bf16 is rounded away, and quantized weights take no change.
+            held = replace(config.train, compute_dtype="float32", lora_base_dtype="compute")
+        config = replace(config, train=held)
         tokenizer, model = tokenizer_and_model(config, ranks.device)
         if merge_adapters and lora_of(model) is None:
             raise ValueError(f"--merge: {source} is of a model that was trained whole, there is nothing to merge")

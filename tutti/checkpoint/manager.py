@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,6 @@ from tutti.checkpoint.state import (
     rng_state,
     unstepped,
 )
-from tutti.config import Config
 from tutti.core import files
 from tutti.core.dist import World
 
@@ -259,12 +258,14 @@ class Checkpointer:
         return {path.name: manifest.describe(path) for path in paths}
 
 
-def recorded_compute_dtype(config: Config) -> str | None:
-    """The compute dtype of the newest checkpoint at train.load_checkpoint_path, if that is there and tells."""
-    path = config.train.load_checkpoint_path
+def recorded_compute_dtype(path: str | None, output: Path) -> Literal["bfloat16", "float32"] | None:
+    """The compute dtype of the checkpoint that `path`, as in `Checkpointer.resume`, means, if it is there and tells.
+
+    output: the run's output folder, whose newest checkpoint `auto` means.
+    """
     if path is None:
         return None
-    folder = Path(config.train.output_dir or "") if path == "auto" else Path(path)
+    folder = output if path == "auto" else Path(path)
     try:
         if manifest.is_folder_name(folder.name):
             return manifest.read(folder).facts.get("compute_dtype")

@@ -57,7 +57,7 @@ def train(config: Config) -> None:
     output = Path(config.train.output_dir or "")
     try:
         with claim_output(output, world, fresh=config.train.load_checkpoint_path is None):
-            before = world.run_on_all_ranks(lambda: recorded_compute_dtype(config) if world.is_main else None)
+            before = recorded_compute_dtype(config.train.load_checkpoint_path, output)
             _run(settle_compute_dtype(config, world, before=before), world, asked=config)
     finally:
         shutdown_world()
