@@ -193,6 +193,10 @@ def test_a_name_like_no_other() -> None:
             "did you mean chatml?",
         ),
         (
+            {"data": {"chat_date": "31.1.2026"}},
+            "data.chat_date: '31.1.2026' is no date; write it as 2026-01-31",
+        ),
+        (
             {"train": {"enable_profiling": True, "profile_start_step": 5}},
             "train.profile_end_step: must be above 1, which is the first step, and above train.profile_start_step (5), "
             "got 2",

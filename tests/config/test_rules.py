@@ -23,6 +23,7 @@ CASES = [
     (["train.bsz_warmup_init_mbtoken=5", "train.dyn_bsz=on"], "train.bsz_warmup_init_mbtoken", "bsz_warmup_ratio is 0"),
     (["data.prefetch_factor=5", "data.num_workers=0"], "data.prefetch_factor", "data.num_workers is 0"),
     (["data.chat_template=chatml", "data.data_type=plaintext"], "data.chat_template", "data.data_type"),
+    (["data.chat_date=2026-01-31", "data.data_type=plaintext"], "data.chat_date", "data.data_type"),
     (["train.dpo_beta=0.2"], "train.dpo_beta", "data.data_type"),
     (["train.dpo_loss=ipo"], "train.dpo_loss", "data.data_type"),
     (["train.dpo_label_smoothing=0.1"], "train.dpo_label_smoothing", "data.data_type"),
@@ -31,6 +32,11 @@ CASES = [
         ["data.data_type=dpo", "train.dpo_loss=ipo", "train.dpo_label_smoothing=0.1"],
         "train.dpo_label_smoothing",
         "train.dpo_loss",
+    ),
+    (
+        ["data.data_type=dpo", "train.architecture=lora", "train.lora_dropout=0.5"],
+        "train.lora_dropout",
+        "data.data_type is dpo",
     ),
     (["data.shuffle_buffer_size=5"], "data.shuffle_buffer_size", "mapping"),
     (

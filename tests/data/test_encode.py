@@ -15,7 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from tutti.config import Config, DataConfig
 from tutti.core.batch import IGNORE, Sample
 from tutti.data.encode import Encoder, describe, make_encoder
+from tutti.data.rows import class_of
 from tutti.data.source import BadRow, Row
+from tutti.model.tokenizer import TEMPLATES
 
 QUICKSTART = Path(__file__).parents[2] / "data" / "quickstart"
 CHAT = [{"role": "user", "content": "Hi there!"}, {"role": "assistant", "content": "Hello, how are you?"}]
@@ -23,11 +25,15 @@ TRAINED = "Hello, how are you?<|im_end|>"
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_file=str(QUICKSTART / "tokenizer.json"), eos_token="<|endoftext|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(QUICKSTART / "tokenizer.json"),
+        eos_token="<|endoftext|>",
+        chat_template=TEMPLATES["chatml"],
+    )
 
 
 def encoder(data_type: str = "conversation", num_labels: int | None = None, **data: Any) -> Encoder:
-    settings: dict[str, Any] = {"data_type": data_type, "chat_template": "chatml", **data}
+    settings: dict[str, Any] = {"data_type": data_type, **data}
     return make_encoder(Config(data=DataConfig(**settings)), tokenizer(), vocab_size=2048, num_labels=num_labels)
 
 
@@ -78,6 +84,107 @@ def test_conversation_shapes_give_the_same_sample(shape: str) -> None:
         (TRAINED, True),
         ("\n", False),
     ]
+
+
+ASKED = {"role": "user", "content": "2 + 3?"}
+RESULT = {"role": "tool", "content": "5"}
+ANSWERED = {"role": "assistant", "content": "It is five."}
+ARGUMENTS = {"a": 2, "b": 3}
+ADD = {"name": "add", "arguments": ARGUMENTS}
+
+
+def called(**message: Any) -> dict[str, Any]:
+    return {"messages": [ASKED, {"role": "assistant", **message}, RESULT, ANSWERED]}
+
+
+def as_text(call: dict[str, Any]) -> dict[str, Any]:
+    return {**call, "arguments": json.dumps(call["arguments"])}
+
+
+def spoken(role: str, value: str) -> dict[str, Any]:
+    turns = [("human", "2 + 3?"), (role, value), ("observation", "5"), ("gpt", "It is five.")]
+    return {"conversations": [{"from": who, "value": what} for who, what in turns]}
+
+
+CALLS = {
+    "an object": called(content=None, tool_calls=[{"type": "function", "function": ADD}]),
+    "text": called(content="", tool_calls=[{"id": "c1", "type": "function", "function": as_text(ADD)}]),
+    "all calls as text": called(tool_calls=json.dumps([{"type": "function", "function": as_text(ADD)}])),
+    "each call as text": called(tool_calls=[json.dumps({"type": "function", "function": ADD})]),
+    "the older form": called(content=None, function_call=as_text(ADD)),
+    "a role": spoken("function_call", json.dumps(ADD)),
+    "a role, arguments as text": spoken("tool_call", json.dumps(as_text(ADD))),
+    "a role, a list": spoken("function_call", json.dumps([ADD])),
+    "a role in messages": {"messages": [ASKED, {"role": "tool_call", "content": ADD}, RESULT, ANSWERED]},
+    "another role for the result": {
+        "messages": [ASKED, {"role": "assistant", "function_call": ADD}, {**RESULT, "role": "tool_response"}, ANSWERED]
+    },
+}
+
+
+@pytest.mark.parametrize("shape", CALLS)
+def test_tool_calls_in_every_spelling_give_the_same_sample(shape: str) -> None:
+    """The call is trained on as an object, its result is not."""
+    tok = tokenizer()
+    tok.chat_template = (Path(__file__).parent / "templates" / "qwen3.jinja").read_text()
+    made = make_encoder(Config(), tok, vocab_size=2048)
+    before = json.dumps(CALLS[shape])
+    ((sample,),) = encode(made, CALLS[shape])
+    assert json.dumps(CALLS[shape]) == before, "rows are left as they are"
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call><|im_end|>'
+    assert trained_text(sample) == f"{call}<think>\n\n</think>\n\nIt is five.<|im_end|>"
+    assert not made.notes
+
+
+WEIGHTS = {
+    "weight": ({"weight": 0}, {"weight": 1}),
+    "train": ({"train": False}, {"train": True}),
+    "loss": ({"loss": False}, {}),
+    "loss_mask": ({"loss_mask": 0}, {"loss_mask": 1}),
+    "several": ({"loss_mask": 0, "weight": 0.0, "train": None}, {"loss_mask": 1, "weight": 1}),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_messages_that_are_not_to_be_trained_on(kind: str) -> None:
+    wrong, right = WEIGHTS[kind]
+    weight = {"weight": 1} if kind == "weight" else {}
+    chat = [
+        {"role": "user", "content": "2 + 2?", **weight},
+        {"role": "assistant", "content": "Five.", **wrong},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": "Four, sorry.", **right},
+    ]
+    made = encoder()
+    ((sample,),) = encode(made, {"messages": chat})
+    assert trained_text(sample) == "Four, sorry.<|im_end|>" and not made.notes
+
+
+def test_tokens_do_not_depend_on_the_rows_before() -> None:
+    """Templates that change some contents, which the first rows may not have: as on one rank, so on several."""
+    tok = tokenizer()
+    tok.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'tool' %}{{ m.content | tojson }}{% else %}"
+        "{{ m.content | e if loop.last else m.content[:9] | lower }}{% endif %}<|im_end|>\n{% endfor %}"
+    )
+    said = ["plain", "It's <b>", 'a "quote"', "é", "Upper", "longer than nine characters"]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {"role": "tool", "content": said[number // 2 % 6 if number > 12 else 0]},
+                {"role": "assistant", "content": said[number % 5 if number > 20 else 0]},
+            ]
+        }
+        for number in range(128)
+    ]
+    whole = encode(make_encoder(Config(), tok, vocab_size=2048), *rows)
+    for ranks in (2, 3):
+        for rank in range(ranks):
+            part = encode(make_encoder(Config(), tok, vocab_size=2048), *rows[rank::ranks])
+            for (one,), (other,) in zip(part, whole[rank::ranks], strict=True):
+                assert one.input_ids.tolist() == other.input_ids.tolist()
+                assert one.labels.tolist() == other.labels.tolist()
 
 
 def test_alpaca_with_everything() -> None:
@@ -196,12 +303,20 @@ def test_classification_trains_on_the_class_at_the_last_token() -> None:
     assert labels == [1, 0]
 
 
+def test_labels_as_tables_write_them() -> None:
+    for label, number in ((3, 3), (1.0, 1), ("2", 2), ("2.0", 2), (True, 1), (False, 0), ("True", 1), ("false", 0)):
+        assert class_of({"label": label}, 4) == number, label
+    for label, number in (("true", 0), (True, 0), ("False", 1), ("1", 1)):
+        assert class_of({"label": label}, 2, ("True", "False")) == number, label
+
+
 def chat(*messages: Any, **row: Any) -> dict[str, Any]:
     return {"messages": list(messages), **row}
 
 
 ANSWER = {"role": "assistant", "content": "a"}
-NOT_TRAINED = "no trained token: no assistant message, or loss_mask is 0 everywhere"
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+NOT_TRAINED = "no trained token: no assistant message, or none that is to be trained on"
 BAD = [
     (
         "conversation",
@@ -245,10 +360,31 @@ BAD = [
     ("classification", {"text": "x"}, "has no column label; its columns are text"),
     ("classification", {"text": "x", "label": 4}, "label 4 is outside 0 to 3"),
     ("classification", {"text": "x", "label": -1}, "label -1 is outside 0 to 3"),
-    ("classification", {"text": "x", "label": True}, "label must be a whole number, not bool True"),
     ("classification", {"text": "x", "label": 1.5}, "label must be a whole number, not float 1.5"),
-    ("classification", {"text": "x", "label": "good"}, "label 'good' must be a whole number"),
-]
+    ("classification", {"text": "x", "label": "good"}, "label must be a whole number, not str 'good'"),
+    ("classification", {"text": "x", "label": [1]}, "label must be a whole number, not list [1]"),
+    ("classification", {"text": "x", "label": "nan"}, "label must be a whole number, not str 'nan'"),
+    ("conversation", chat({**ANSWER, "weight": 0.5}), "message 0: weight must be 0 or 1, not 0.5"),
+    ("conversation", chat({**ANSWER, "train": True, "loss": 0}), "message 0: train and loss contradict each other"),
+    ("conversation", chat({"role": "function_call", "content": "add 2 3"}), "message 0: function_call is text that "
+     "is not valid JSON: Expecting value"),
+    ("conversation", chat({"from": "function_call", "value": "[]"}), "message 0 calls no tool"),
+    ("conversation", chat({**ANSWER, "tool_calls": 5}), "message 0: tool_calls must be a list, not int"),
+    ("conversation", chat({**ANSWER, "tool_calls": [5]}), "message 0: tool_calls must be a dict, not int"),
+    ("conversation", chat({**ANSWER, "tool_calls": [{"id": "c"}]}), "message 0: tool_calls must have a name, and the "
+     "arguments it is called with"),
+    ("conversation", chat({**ANSWER, "tool_calls": [{"name": "add", "arguments": "2, 3"}]}), "message 0: tool_calls: "
+     "arguments of add is text that is not valid JSON: Extra data"),
+    ("conversation", chat({**ANSWER, "tool_calls": [{"name": "add", "arguments": "[2]"}]}), "message 0: tool_calls: "
+     "arguments of add must be a dict, not list"),
+    ("conversation", chat(ANSWER, tools=["x"]), "tools[0] is text that is not valid JSON: Expecting value"),
+    ("conversation", chat(ANSWER, system=["x"]), "system must be text, not list"),
+    ("conversation", chat({"role": "system", "content": "a"}, ANSWER, system="b"), "the column system says another "
+     "thing than the conversation's first message, of that role"),
+    ("conversation", {"instruction": "x", "input": {"a": 1}, "output": "y"}, "input must be text, not dict"),
+    ("conversation", chat({**ANSWER, "tool_calls": [CALL]}), "message 0 calls tools, and the chat template does not "
+     "write tool calls: name one that does (data.chat_template)"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("data_type", "value", "reason"), BAD)
@@ -321,9 +457,7 @@ def test_a_tokenizer_without_offsets() -> None:
     from transformers import ByT5Tokenizer
 
     tok = ByT5Tokenizer()
-    tok.chat_template = (
-        tokenizer().chat_template or "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}"
-    )
+    tok.chat_template = "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}"
     ((sample,),) = encode(make_encoder(Config(), tok, vocab_size=len(tok)), {"messages": CHAT})
     assert [text for text, trained in describe(sample, tok) if trained] == ["Hello, how are you?</s>"]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 import random
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from tutti.data.rows import RowError, conversation_of
-from tutti.data.template import TEMPLATES, ChatTemplate, make_template
+from tutti.data.template import ChatTemplate, is_dated, read_template
+from tutti.model.tokenizer import TEMPLATES, set_chat_template
 
 QUICKSTART = Path(__file__).parents[2] / "data" / "quickstart" / "tokenizer.json"
 FOLDER = Path(__file__).parent / "templates"
@@ -53,8 +55,9 @@ def tokenizer_for(name: str) -> PreTrainedTokenizerFast:
 
 def template_for(name: str) -> ChatTemplate:
     path = FOLDER / f"{name}.jinja"
-    choice = "default" if name == "plain" else name if name in TEMPLATES else str(path)
-    return make_template(choice, tokenizer_for(name))
+    tokenizer = tokenizer_for(name)
+    set_chat_template(tokenizer, "default" if name == "plain" else name if name in TEMPLATES else str(path))
+    return read_template(tokenizer)
 
 
 def bracketed(text: str, spans: list[tuple[int, int]]) -> str:
@@ -174,8 +177,7 @@ def test_no_guessing(name: str, messages: list, reason: str) -> None:
 
 def test_a_template_without_a_generation_prompt() -> None:
     source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>\n{% endfor %}"
-    template = ChatTemplate(source, source, {}, ("<end>",))
-    spans = template(conversation_of({"messages": [user("q"), assistant("a")]}, ("messages",)))
+    spans = template_of(source)(conversation(user("q"), assistant("a")))
     assert bracketed(*spans) == "<user>q<end>\n<assistant>[[a<end>]]\n"
 
 
@@ -240,9 +242,10 @@ def test_text_is_upstreams_and_the_quick_way_is_exact(name: str) -> None:
         assert text == upstream
         assert template(conversation) == (text, spans)
         assert len(spans) == pairs
-        quick += template._are_plain([message["content"] for message in messages])
+        shape = template._shape(conversation)
+        quick += shape is not None and shape.write([message["content"] for message in messages])[0] == text
     assert quick > 5, "the quick way was never taken"
-    assert None not in template._plans.values()
+    assert None not in template._shapes.values()
 
 
 @pytest.mark.parametrize("name", ["plain", "chatml", "llama2", "llama3", "qwen2", "gemma", "phi3", "harmony"])
@@ -256,38 +259,123 @@ def test_what_precedes_a_trained_span_is_the_prompt_at_inference(name: str) -> N
         assert text[:begin] == prompt
 
 
-def test_a_template_with_whims_is_found_out() -> None:
-    """What no probing finds, a rule on length, is caught by comparing the first rows of a shape."""
+def test_a_template_with_whims_is_followed_row_by_row() -> None:
+    """A rule on length, which no trial with other contents would find."""
     source = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content if m.content | length < 9 else 'long' }}<e>{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     template = ChatTemplate(source, source, {}, ("<e>",))
-    for content in ("short", "much longer than that", "short"):
+    for content in ["short"] * 9 + ["much longer than that", "short"]:
         conversation = conversation_of({"messages": [user(content), assistant("b")]}, ("messages",))
         written = content if len(content) < 9 else "long"
         assert bracketed(*template(conversation)) == f"<user>{written}<e><assistant>[[b<e>]]"
-    assert list(template._plans.values()) == [None]
-
-
-def test_choice_of_template(tmp_path: Path) -> None:
-    tokenizer = tokenizer_for("plain")
-    assert make_template("default", tokenizer).source == TEMPLATES["plain"]
-    tokenizer.chat_template = "{{ messages[0].content }}"
-    assert make_template("default", tokenizer).source == tokenizer.chat_template
-    assert make_template("chatml", tokenizer).source == TEMPLATES["chatml"]
-    with pytest.raises(
-        ValueError, match=r"data.chat_template nope is neither default, plain, chatml, llama2, nor the path"
-    ):
-        make_template("nope", tokenizer)
-    (tmp_path / "bad.jinja").write_text("{% for %}")
-    with pytest.raises(ValueError, match=r"not a valid Jinja template: .*\(line 1\)"):
-        make_template(str(tmp_path / "bad.jinja"), tokenizer)
-    bare = PreTrainedTokenizerFast(tokenizer_file=str(QUICKSTART))
-    with pytest.raises(ValueError, match="ends a turn with the tokenizer's eos_token, and it has none"):
-        make_template("default", bare)
 
 
 def test_pickled_templates_work() -> None:
     template = pickle.loads(pickle.dumps(template_for("qwen3")))
     assert bracketed(*template(conversation_of({"messages": CHAT}, ("messages",)))) == GOLDEN["qwen3"]
+
+
+ADD = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+PARTS_ONLY = (
+    "{% for m in messages %}<{{ m.role }}>{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}"
+    "{% endif %}{% endfor %}<end>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def template_of(source: str) -> ChatTemplate:
+    return ChatTemplate(source, source, {}, ("<end>",))
+
+
+def conversation(*messages: dict[str, Any], **row: Any) -> Any:
+    return conversation_of({"messages": list(messages), **row}, ("messages",))
+
+
+def test_a_template_that_takes_parts_only_is_given_parts() -> None:
+    text, spans = template_of(PARTS_ONLY)(conversation(user("q"), assistant("a")))
+    assert bracketed(text, spans) == "<user>q<end><assistant>[[a<end>]]"
+    text_too = "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    both = PARTS_ONLY.replace("{% for part in m.content %}", text_too)
+    both = both.replace("{% endfor %}<end>", "{% endfor %}{% endif %}<end>")
+    chat = [user("q"), assistant("a")]
+    assert template_of(both).render(chat, conversation(*chat)) == text
+
+
+EACH = "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+WRITES_CALLS = {
+    "by name": (
+        EACH + "{% for call in m.tool_calls or [] %}[{{ call.function.name }} "
+        "{{ call.function.arguments | tojson }}]{% endfor %}<end>{% endfor %}"
+    ),
+    "by items": (
+        EACH + "{% for call in m.tool_calls or [] %}[{{ call.function.name }}"
+        "{% for k, v in call.function.arguments | items %} {{ k }}={{ v }}{% endfor %}]{% endfor %}<end>{% endfor %}"
+    ),
+    "known tools only": (
+        EACH + "{% for call in m.tool_calls or [] %}"
+        "{% if call.function.name != 'add' %}{{ raise_exception('unknown tool') }}{% endif %}+{% endfor %}<end>"
+        "{% endfor %}"
+    ),
+}
+DROPS_CALLS = {
+    "all": EACH + "<end>{% endfor %}",
+    "beside content": (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content or m.tool_calls[0].function.name }}<end>{% endfor %}"
+    ),
+    "all but the first": (
+        EACH + "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% endif %}<end>{% endfor %}"
+    ),
+    "their names": (EACH + "{% if m.tool_calls %}[calls]{% endif %}<end>{% endfor %}"),
+}
+
+
+@pytest.mark.parametrize("name", WRITES_CALLS)
+def test_templates_that_write_tool_calls(name: str) -> None:
+    text, spans = template_of(WRITES_CALLS[name])(conversation(user("2?"), assistant("", tool_calls=[ADD])))
+    call = {"by name": '[add {"a": 2}]', "by items": "[add a=2]", "known tools only": "+"}[name]
+    assert bracketed(text, spans) == f"<user>2?<end><assistant>[[{call}<end>]]"
+
+
+@pytest.mark.parametrize("name", DROPS_CALLS)
+def test_templates_that_do_not_write_tool_calls(name: str) -> None:
+    other = {"type": "function", "function": {"name": "other", "arguments": {}}}
+    chat = conversation(user("2?"), assistant("x", tool_calls=[ADD, other]), assistant("four"))
+    with pytest.raises(RowError, match="message 1 calls tools, and the chat template does not write tool calls"):
+        template_of(DROPS_CALLS[name])(chat)
+
+
+def test_what_a_template_leaves_out_is_counted() -> None:
+    template = template_for("chatml")
+    for _ in range(3):
+        template(conversation(user("q"), assistant("a", reasoning_content="hm", mood="good", name="Bo")))
+    template(conversation(user("q"), assistant("a"), tools=[{"name": "add"}]))
+    template(conversation(user("q", weight=1), assistant("a", train=True)))
+    assert template.notes == {
+        "the chat template does not write the assistant's reasoning": 3,
+        "messages have a key 'mood' that means nothing here, nor to the chat template": 3,
+        "the chat template does not write which tools there are": 1,
+    }
+    template = template_for("deepseek")
+    template(conversation(user("q"), {"role": "tool", "content": "4"}, assistant("a")))
+    template(conversation(user("q"), {"role": "tool", "content": "4", "name": "add"}, assistant("a")))
+    assert template.notes == {"the chat template leaves out messages of role tool": 2}
+    template = template_for("qwen3")
+    chat = [user("q"), assistant("a", reasoning_content="hm"), user("q"), assistant("a", reasoning_content="hm")]
+    template(conversation(*chat, tools=[ADD]))
+    assert not template.notes
+
+
+def test_the_date_is_the_one_it_is_given() -> None:
+    source = (
+        "{{ strftime_now('%d %b %Y %H:%M') }}|{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+    )
+    tokenizer = tokenizer_for("plain")
+    tokenizer.chat_template = source
+    assert is_dated(tokenizer) and not is_dated(tokenizer_for("plain"))
+    first, second = read_template(tokenizer, "2026-01-31"), read_template(tokenizer, "2026-02-01")
+    chat = conversation(user("q"), assistant("a"))
+    for template, day in ((first, "31 Jan"), (second, "01 Feb"), (first, "31 Jan")):
+        assert template(chat)[0].startswith(f"{day} 2026 00:00|<user>q")
+    assert pickle.loads(pickle.dumps(first))(chat) == first(chat)
+    assert read_template(tokenizer)(chat)[0].startswith(datetime.now().strftime("%d %b %Y"))

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from tests.harness import run_ranks
 from tests.infer.models import ONE, infer_config
 from tests.train.runs import QUICKSTART
-from tutti.data.template import make_template
+from tutti.data.template import read_template
 from tutti.infer.batch import answer_rows, read_rows
 from tutti.infer.generate import Token
 from tutti.infer.load import Speaker
@@ -36,7 +36,7 @@ def answer_slowly(folder: Path, most: int, seconds: float) -> None:
     That happens after `most` tokens or `seconds`, whichever comes first.
     """
     tokenizer = AutoTokenizer.from_pretrained(QUICKSTART)
-    form = PromptFormat(tokenizer, make_template("default", tokenizer), True, None)
+    form = PromptFormat(tokenizer, read_template(tokenizer), True, None)
     speaker = Speaker(model=None, logits=None, form=form, stop_ids=frozenset(), weights="")  # type: ignore[arg-type]
 
     def stream(requests):

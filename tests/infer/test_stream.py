@@ -6,8 +6,9 @@ from transformers import AutoTokenizer
 
 from tests.train.runs import QUICKSTART
 from tutti.data.rows import Conversation
-from tutti.data.template import TEMPLATES, make_template
+from tutti.data.template import ChatTemplate, read_template
 from tutti.infer.stream import Edges, TextStream, answer_text, edges_of
+from tutti.model.tokenizer import TEMPLATES, set_chat_template
 
 TOKENIZER = AutoTokenizer.from_pretrained(QUICKSTART)
 BLANKS = st.text(" \n", max_size=2)
@@ -31,15 +32,24 @@ def test_what_is_held_back_is_given_at_the_end():
     assert shown == "a" and stream.end().startswith("\ufffd")
 
 
+def template_named(name) -> ChatTemplate:
+    tokenizer = AutoTokenizer.from_pretrained(QUICKSTART)
+    set_chat_template(tokenizer, name)
+    return read_template(tokenizer)
+
+
+NAMED = {name: template_named(name) for name in (*TEMPLATES, "default")}
+
+
 def test_blanks_of_templates():
-    found = {name: edges_of(make_template(name, TOKENIZER)) for name in TEMPLATES}
+    found = {name: edges_of(NAMED[name]) for name in TEMPLATES}
     assert found == {"plain": (" ", ""), "chatml": ("", ""), "llama2": (" ", " ")}
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.sampled_from([*TEMPLATES, "default"]), st.text(min_size=1, max_size=20))
+@given(st.sampled_from(list(NAMED)), st.text(min_size=1, max_size=20))
 def test_what_is_trained_is_what_is_generated_and_fed_back(name, answer):
-    template = make_template(name, TOKENIZER)
+    template = NAMED[name]
     turn = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}]
     text, spans = template(Conversation(turn, (False, True)))
     made = TOKENIZER(text[slice(*spans[-1])], add_special_tokens=False).input_ids

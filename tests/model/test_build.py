@@ -16,8 +16,9 @@ from tests.model.zoo import FAMILIES, tiny
 from tutti.attention.interface import PACKED
 from tutti.config import Config
 from tutti.config.load import from_dict
-from tutti.model.build import build_model, build_tokenizer, load_model_config
+from tutti.model.build import build_model, load_model_config, turn_off_dropout
 from tutti.model.experts import EAGER, FUSED
+from tutti.model.tokenizer import build_tokenizer
 
 QUICKSTART = Path(__file__).parents[2] / "data" / "quickstart"
 CPU = torch.device("cpu")
@@ -177,3 +178,20 @@ def test_generation_settings_come_along(folder: Path) -> None:
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"generation_config\.json"):
         build_model(_config({"model_path": str(folder)}), device=CPU)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_dropped_once_dropout_is_off(family):
+    """With all that the family's config lets it drop: a model in training says what it says in evaluation."""
+    config = tiny(family)
+    for name in config.to_dict():
+        if any(part in name for part in ("drop", "jitter")):
+            setattr(config, name, 0.3)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    ids = torch.arange(3, 40)[None]
+    want = model.eval()(input_ids=ids, use_cache=False).logits
+    random = not torch.equal(model.train()(input_ids=ids, use_cache=False).logits, want)
+    assert random or family not in ("gpt2", "qwen3", "gpt_neox", "phi3", "mixtral")
+    turn_off_dropout(model)
+    assert torch.equal(model.train()(input_ids=ids, use_cache=False).logits, want)

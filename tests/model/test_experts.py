@@ -6,12 +6,14 @@ from functools import partial
 from importlib import import_module
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.model.zoo import EXPERTS, tiny
+from tutti.core.batch import IGNORE, Batch, Sample, pack
 from tutti.model.experts import EAGER, FUSED, ExpertLoad, fused_experts, resolve_experts
 from tutti.model.structure import experts, is_experts
 
@@ -120,22 +122,39 @@ def test_names() -> None:
     assert resolve_experts("fused") == resolve_experts(None) == FUSED
 
 
+class Root(torch.nn.Module):
+    """Calls each of `layers` with a choice of experts for every token of a batch."""
+
+    def __init__(self, layers: list) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(layers)
+
+    def forward(self, batch: Batch, choices: list) -> None:
+        for layer, chosen in zip(self.layers, choices, strict=True):
+            layer(torch.randn(len(chosen), 32), chosen, torch.rand(len(chosen), 2))
+
+
+def mesh_of_one() -> MagicMock:
+    return MagicMock(size=lambda axis: 1, rank=lambda axis: 0)
+
+
 @pytest.mark.parametrize("implementation", [FUSED, EAGER])
 def test_load_is_counted_in_training_and_told_as_multiples_of_an_even_share(implementation: str) -> None:
+    """Without padding, which would all go to expert 3, and once, however often a layer is run for its gradients."""
     resolve_experts(None)
     model = AutoModelForCausalLM.from_config(tiny("mixtral"), experts_implementation=implementation)
-    layers = experts(model)
-    mesh = MagicMock(size=lambda axis: 1)
-    load = ExpertLoad(layers, mesh, torch.device("cpu"))
-    even, skewed = torch.tensor([[0, 1], [2, 3]]), torch.tensor([[0, 1], [0, 2]])
-    for layer, chosen in zip(layers, (even, skewed), strict=True):
-        layer.train()(torch.randn(2, 32), chosen, torch.rand(2, 2))
-        layer.eval()(torch.randn(2, 32), torch.tensor([[3, 1], [3, 1]]), torch.rand(2, 2))
+    root = Root(experts(model))
+    load = ExpertLoad(root, experts(model), mesh_of_one(), torch.device("cpu"))
+    batch = pack([Sample(np.array([5, 6]), np.array([6, IGNORE]))], pad_to=4)
+    padding = torch.tensor([[3, 1], [3, 1]])
+    even, skewed = (torch.cat([torch.tensor(real), padding]) for real in ([[0, 1], [2, 3]], [[0, 1], [0, 2]]))
+    root.train()(batch, [even, skewed])
+    root.eval()(batch, [padding.repeat(2, 1)] * 2)
+    root.train().layers[0](torch.randn(4, 32), skewed, torch.rand(4, 2))
     assert load.take() == {"expert_load_max": 2.0, "expert_load_min": 0.0}
-    layers[0].train()(torch.randn(2, 32), even, torch.rand(2, 2))
-    layers[1].train()(torch.randn(2, 32), even, torch.rand(2, 2))
+    root(batch, [even, even])
     assert load.take() == {"expert_load_max": 1.0, "expert_load_min": 1.0}
 
 
 def test_a_model_without_experts_has_no_load() -> None:
-    assert ExpertLoad([], MagicMock(size=lambda axis: 1), torch.device("cpu")).take() == {}
+    assert ExpertLoad(Root([]), [], mesh_of_one(), torch.device("cpu")).take() == {}

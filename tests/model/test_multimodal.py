@@ -20,10 +20,11 @@ from tutti.checkpoint.hf_save import export_hf
 from tutti.config import ConfigError
 from tutti.config.layout import fit
 from tutti.core.batch import IGNORE
-from tutti.model.build import build_model, build_tokenizer, language_factory
+from tutti.model.build import build_model, language_factory
 from tutti.model.initial import init_weights
 from tutti.model.multimodal import check_first, check_multimodal, make_placing
 from tutti.model.structure import basic_modules, blocks, count_flops, read_structure, text_model, tower_blocks, towers
+from tutti.model.tokenizer import build_tokenizer
 from tutti.train.objective import Objective
 
 

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.harness import run_ranks
-from tests.train.runs import QUICKSTART, records, run, tiny_config
+from tests.train.runs import QUICKSTART, records, run, tiny_config, write_model_config
 from tests.train.test_run import STEP_KEYS, assert_same_training, train_until
 from tutti.train.tasks.reference import FILE
 
@@ -55,6 +55,18 @@ def test_metrics_begin_at_an_even_chance(reference):
     assert reference[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
     assert reference[0]["rewards/margin"] == pytest.approx(0, abs=1e-3)
     assert reference[0]["trained_tokens"] > reference[0]["samples"]
+
+
+@pytest.mark.parametrize("reference", ["precompute", "on_the_fly"])
+def test_a_model_with_dropout_begins_at_an_even_chance_too(tmp_path, rows, reference):
+    model = {"attention_dropout": 0.3} if reference == "precompute" else {"model_type": "gpt2", "resid_pdrop": 0.3}
+    changes = {
+        "model.config_path": write_model_config(tmp_path / "model", **model), "train.dpo_reference": reference,
+        "model.attn_implementation": "eager", "train.max_steps": 1,
+    }  # fmt: skip
+    (line,) = run(config_of(tmp_path, rows, **changes))
+    assert line["loss"] == pytest.approx(0.6931472, abs=1e-5)
+    assert line["rewards/chosen"] == pytest.approx(0, abs=1e-5)
 
 
 LAYOUTS = {

@@ -109,15 +109,26 @@ def test_losses_are_summed_by_source():
     assert LanguageModelling().by_source(losses, batch.segment_sources[batch.target_segment]) == {}
 
 
-def test_router_loss_is_the_family_s_own_times_tokens():
+@pytest.mark.parametrize("pad_to", [None, 200])
+def test_router_loss_is_the_family_s_own_times_tokens_that_are_not_padding(pad_to):
     config = tiny("qwen3_moe")
     config.output_router_logits, config.router_aux_loss_coef = True, 0.01
     plain, packed = build_pair(AutoModelForCausalLM, config)
     sample = make_samples(config.vocab_size)[1]
-    out = Objective(packed)(pack([sample]))
+    out = Objective(packed)(pack([sample], pad_to=pad_to))
     ids = torch.from_numpy(sample.input_ids).long()[None]
     want = 0.01 * plain(input_ids=ids, output_router_logits=True, use_cache=False).aux_loss * len(sample)
     assert out["router_loss"].item() == pytest.approx(want.item(), rel=1e-5)
     out["router_loss"].backward()
     want.backward()
     assert_same_gradients(packed, plain)
+
+
+def test_padding_alone_has_a_router_loss_of_nothing():
+    config = tiny("qwen3_moe")
+    config.output_router_logits, config.router_aux_loss_coef = True, 0.01
+    _, packed = build_pair(AutoModelForCausalLM, config)
+    out = Objective(packed)(pack([], pad_to=16))
+    (out["loss"] + out["router_loss"]).backward()
+    assert out["router_loss"].item() == 0
+    assert not any(item.grad is not None and item.grad.any() for item in packed.parameters())

@@ -81,12 +81,14 @@ def plan_adapters(config: Config, model: PreTrainedModel) -> Lora | None:
     train = config.train
     if train.architecture != "lora":
         return None
+    # Preference training drops nothing, as its reference model does not.
+    dropout = 0.0 if config.data.data_type == "dpo" else train.lora_dropout
     if config.model.adapter_path is not None:
-        return read_lora(Path(config.model.adapter_path), model, dropout=train.lora_dropout)
+        return read_lora(Path(config.model.adapter_path), model, dropout=dropout)
     return Lora(
         rank=train.lora_rank,
         alpha=train.lora_alpha,
-        dropout=train.lora_dropout,
+        dropout=dropout,
         rslora=train.lora_rslora,
         dora=train.lora_dora,
         targets=train.lora_targets,

@@ -290,6 +290,23 @@ def load_model_only(path: Path, model: nn.Module, world: World) -> Path:
     return folder
 
 
+def saved_state(path: str | None, output: Path) -> dict[str, Any]:
+    """The `state` of the checkpoint that `Checkpointer.resume` would find at `path`, read before its tensors can be.
+
+    output: the run's output folder. {} where there is none, or none that can be read: `resume` says so.
+    """
+    if path is None:
+        return {}
+    folder = output / "checkpoints" if path == "auto" else Path(path)
+    try:
+        if not manifest.is_folder_name(folder.name):
+            root = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+            folder, _ = manifest.by_age(root)[0][0]
+        return json.loads((folder / STATE).read_text())["state"]
+    except (OSError, ValueError, IndexError, KeyError):
+        return {}
+
+
 @dataclass(frozen=True)
 class _Snapshot:
     """What one save writes. tensors: the live ones; copies: of their parts on this rank; state and rng: JSON."""

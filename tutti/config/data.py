@@ -74,6 +74,12 @@ class DataConfig:
         open_set=Open(("default", "chatml", "llama2"), "the path of a Jinja file", "/\\."),
         path=True,
     )
+    chat_date: str | None = arg(
+        None,
+        "Date (YYYY-MM-DD) that a chat template gets when it asks for today's; by default the day the run began, which "
+        "its checkpoints keep.",
+        added=True,
+    )
     max_seq_len: int = arg(2048, "Longest sample L, in tokens; longer ones are cut as their data_type says.", low=2)
     num_workers: int = arg(4, "Processes per rank that read and tokenise; 0 does it in the training process.", low=0)
     prefetch_factor: int = arg(2, "Batches of rows that each worker prepares ahead.", low=1)

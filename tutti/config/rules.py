@@ -5,6 +5,7 @@ something else than the default is worth a warning, and nothing is accepted and 
 """
 
 from collections.abc import Callable
+from datetime import date
 from typing import NamedTuple
 
 from tutti.config import ARGUMENTS, Config, away_from_default, get
@@ -78,6 +79,10 @@ def contradictions(config: Config) -> list[str]:
             f"train.profile_end_step: must be above 1, which is the first step, and above train.profile_start_step "
             f"({train.profile_start_step}), got {train.profile_end_step}"
         )
+    try:
+        date.fromisoformat(config.data.chat_date or "2000-01-01")
+    except ValueError:
+        problems.append(f"data.chat_date: {config.data.chat_date!r} is no date; write it as 2026-01-31")
     return problems
 
 
@@ -136,7 +141,7 @@ _RULES = (
     ),
     _Rule(("data.prefetch_factor",), lambda config: config.data.num_workers == 0, "data.num_workers is 0"),
     _Rule(
-        ("data.chat_template",),
+        ("data.chat_template", "data.chat_date"),
         lambda config: not config.data.task.holds_chats,
         "data.data_type is neither " + " nor ".join(name for name, row in TASKS.items() if row.holds_chats),
     ),
@@ -160,6 +165,11 @@ _RULES = (
         ("train.dpo_label_smoothing",),
         lambda config: config.data.data_type == "dpo" and config.train.dpo_loss == "ipo",
         "train.dpo_loss is ipo, which knows no wrong labels",
+    ),
+    _Rule(
+        ("train.lora_dropout",),
+        lambda config: config.data.data_type == "dpo" and config.train.architecture == "lora",
+        "data.data_type is dpo, which compares the model with one that drops nothing",
     ),
     _Rule(
         ("model.num_labels",),

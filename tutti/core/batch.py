@@ -93,13 +93,15 @@ class FullTokens:
 class GlobalSequence:
     """The batch that a rank's tokens are a part of, for attention, which looks beyond them.
 
-    length: its tokens before it was padded to a multiple of the ranks. cu_seqlens: int32, the borders of its samples
+    length: its tokens before it was padded to a multiple of the ranks. num_tokens: those of them that are not padding,
+    which come first. cu_seqlens: int32, the borders of its samples
     and of that padding. borders: the same, always on the host. max_seqlen: length of the longest segment. row: its
     tokens, where it has inputs beside them (`Batch.extras`). samples: where the ranks split each sample apart, every
     sample as a batch of its own.
     """
 
     length: int
+    num_tokens: int
     cu_seqlens: Tensor
     borders: Tensor
     max_seqlen: int
@@ -143,7 +145,6 @@ class Batch:
     are then the pieces of samples that lie on this rank, and a piece's positions go on from where it was cut.
     payload: tensors about the batch as a whole that its task laid beside it, by name; they are moved with it, and
     are the same for all ranks that share it.
-    fillers: how many samples at the end, of one token of padding, only keep this rank in step with others.
     """
 
     input_ids: Tensor
@@ -159,7 +160,6 @@ class Batch:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     sequence: GlobalSequence | None = None
     payload: Mapping[str, Tensor] = field(default_factory=dict)
-    fillers: int = 0
 
     def lengths(self) -> list[int]:
         """The segments' lengths, padding left out; for a whole batch on the host."""

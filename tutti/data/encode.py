@@ -14,6 +14,7 @@ Labels are shifted here, once: `labels[t]` is the target of position t. A row th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,7 +26,7 @@ from tutti.config import Config
 from tutti.core.batch import IGNORE, Sample
 from tutti.data.rows import RowError, class_of, conversation_of, text_of
 from tutti.data.source import BadRow, Row, text_columns
-from tutti.data.template import ChatTemplate, make_template
+from tutti.data.template import ChatTemplate, read_template
 from tutti.data.tokenize import BatchTokenizer, Tokens
 
 
@@ -41,6 +42,11 @@ class Encoder:
     num_labels: int | None
     label_names: tuple[str, ...]
     template: ChatTemplate | None
+
+    @property
+    def notes(self) -> Counter[str]:
+        """What rows so far had that does not get to the model: how many conversations, by what it is."""
+        return Counter() if self.template is None else self.template.notes
 
     def __call__(self, rows: Sequence[Row | BadRow], source: int = 0) -> list[list[Sample] | BadRow]:
         """Per row its samples (several for a long plaintext row), or why there are none. `source`: its index.
@@ -141,7 +147,7 @@ def _chat(ids: np.ndarray, labels: np.ndarray, spans: list[tuple[int, int]], max
     if trained:
         return Sample(ids[start:], labels[start:], source)
     if not spans:
-        raise RowError("no trained token: no assistant message, or loss_mask is 0 everywhere")
+        raise RowError("no trained token: no assistant message, or none that is to be trained on")
     if start:
         raise RowError(f"no trained token among the last {max_seq_len} (data.max_seq_len) of {len(ids)}")
     raise RowError("no trained token: what would be trained on is empty")
@@ -155,9 +161,10 @@ def make_encoder(
     num_labels: int | None = None,
     label_names: Sequence[str] = (),
 ) -> Encoder:
-    """The encoder for data.data_type. `vocab_size`: rows of the model's embedding.
+    """The encoder for data.data_type. `tokenizer`: with its chat template set, for conversations. `vocab_size`: rows of
+    the model's embedding.
 
-    `num_labels`, `label_names`: the classes, for classification. ValueError if tokenizer, template and model can't fit.
+    `num_labels`, `label_names`: the classes, for classification. ValueError if tokenizer and model can't fit.
     """
     data, kind = config.data, config.data.task.rows
     if len(tokenizer) > vocab_size:
@@ -174,7 +181,7 @@ def make_encoder(
         vocab_size=vocab_size,
         num_labels=num_labels,
         label_names=tuple(label_names),
-        template=make_template(data.chat_template, tokenizer) if kind == "conversations" else None,
+        template=read_template(tokenizer, data.chat_date) if kind == "conversations" else None,
     )
 
 

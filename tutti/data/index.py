@@ -59,6 +59,7 @@ class Chunk:
     row, piece, length, targets, split: int64 [n]; targets counts the trained tokens, split is as in Sample.
     tokens: int32 [2, T], ids above labels, or None where only the numbers are wanted. bad: the rows left out.
     bad_numbers: their row numbers. rows: how many there were. first: the number of the first. crc: of the tokens.
+    notes: how many conversations had something that does not get to the model, by what it is.
     """
 
     source: int
@@ -73,6 +74,7 @@ class Chunk:
     rows: int
     first: int
     crc: int
+    notes: Counter[str]
 
     def samples(self) -> Iterator[Sample]:
         """The samples, each with memory of its own."""
@@ -85,9 +87,12 @@ class Chunk:
 
 
 def encode_chunk(encoder: Any, source: int, numbers: Sequence[int], rows: Sequence[Any]) -> Chunk:
-    """Encode `rows` of `source`, whose row numbers are `numbers`."""
+    """Encode `rows` of `source`, whose row numbers are `numbers`. `encoder` may keep `notes`, which are taken."""
     found = []
     bad, bad_numbers = [], []
+    empty: Counter[str] = Counter()
+    notes = getattr(encoder, "notes", empty)
+    notes.clear()
     for number, encoded in zip(numbers, encoder(rows, source), strict=True):
         if isinstance(encoded, list):
             found += [(number, piece, sample) for piece, sample in enumerate(encoded)]
@@ -112,6 +117,7 @@ def encode_chunk(encoder: Any, source: int, numbers: Sequence[int], rows: Sequen
         rows=len(numbers),
         first=numbers[0] if numbers else 0,
         crc=zlib.crc32(tokens.data),
+        notes=Counter(notes),
     )
 
 
@@ -124,7 +130,8 @@ def _sums(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Index:
-    """Every sample of the data, by source and row: n samples; `tokens` as in Chunk, or None when there are too many."""
+    """Every sample of the data, by source and row: n samples; `tokens` and `notes` as in Chunk, but no tokens when
+    there are too many."""
 
     source: np.ndarray
     row: np.ndarray
@@ -135,6 +142,7 @@ class Index:
     tokens: np.ndarray | None
     rows: int
     dropped: dict[str, int]
+    notes: Counter[str]
     digest: str
 
     def __len__(self) -> int:
@@ -247,6 +255,7 @@ def _join(chunks: list[Chunk], dropped: dict[str, int]) -> Index:
         tokens=np.concatenate(kept, axis=1) if kept else None,
         rows=sum(chunk.rows for chunk in chunks),
         dropped=dropped,
+        notes=sum((chunk.notes for chunk in chunks), Counter()),
         digest=digest.hexdigest()[:32],
     )
 

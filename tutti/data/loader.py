@@ -34,6 +34,7 @@ from tutti.data.prefetch import Fetch, PackedSamples, fetch_indexed, fetch_strea
 from tutti.data.ready import ReadyMade
 from tutti.data.source import Source, open_sources
 from tutti.data.stream import ChunkPrefetcher, StreamSource, data_changed, row_counts
+from tutti.data.template import is_dated
 
 log = logging.getLogger(__name__)
 
@@ -131,14 +132,16 @@ class Data:
 
     total_steps: optimizer steps of the whole run, those before the position included. steps_reason: the log line that
     says why. Both follow `load_state_dict`. sources, evaluation_sources: names. digest: stands for all training and
-    evaluation data, None where that is streamed. state_dict() is the position after the last global batch that train()
-    gave: plain data, the same on every rank.
+    evaluation data, None where that is streamed. chat_date: the date that chats have, None where their template writes
+    none. state_dict() is the position after the last global batch that train() gave: plain data, the same on every
+    rank.
     """
 
     def __init__(
         self, train: DataSplit, evaluation: DataSplit | None, share: DataRank, settings: dict[str, Any]
     ) -> None:
         self.sources, self.evaluation_sources = train.sources, evaluation.sources if evaluation else ()
+        self.chat_date: str | None = settings["data.chat_date"]
         self.digest = train.digest and f"{train.digest} {evaluation.digest if evaluation else None}"
         self._train, self._evaluation, self._share, self._settings = train, evaluation, share, settings
         self._given = np.zeros(4, np.int64)
@@ -262,6 +265,7 @@ def build_data(
         "data.max_seq_len": config.data.max_seq_len,
         "data.shuffle": config.data.shuffle,
         "data.datasets_type iterable": streams,
+        "data.chat_date": config.data.chat_date if config.data.task.holds_chats and is_dated(tokenizer) else None,
         "the list of sources in data.train_path": names,
         "whether sources in data.train_path have weights": _weights(sources) is not None,
     }
@@ -348,6 +352,8 @@ def _index(config: Config, sources: Sequence[Any], encoder: Any, world: World, a
     )
     if world.is_main:
         log_left_out(argument, index.rows, index.dropped)
+        for note, count in index.notes.items():
+            log.warning("%s: %s conversations: %s", argument, f"{count:,}", note)
     return index
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -49,6 +50,11 @@ class PairEncoder:
     columns: tuple[str, ...]
     max_seq_len: int
     last: bool = False
+
+    @property
+    def notes(self) -> Counter[str]:
+        """As the encoder of conversations has them."""
+        return self.chats.notes
 
     def __call__(self, rows: Sequence[Row | BadRow], source: int = 0) -> list[list[Sample] | BadRow]:
         """Per row its pair, or why there is none, as the encoder of conversations does. `source`: its index."""
@@ -101,7 +107,7 @@ class PairEncoder:
 
 
 def make_pair_encoder(config: Config, tokenizer: Any, *, vocab_size: int) -> PairEncoder:
-    """The encoder of tasks whose rows are pairs. ValueError if tokenizer, template and model can't fit."""
+    """The encoder of tasks whose rows are pairs; arguments and errors as of `make_encoder`."""
     chats = replace(config, data=replace(config.data, data_type="conversation", text_keys="messages"))
     encoder = replace(make_encoder(chats, tokenizer, vocab_size=vocab_size), max_seq_len=sys.maxsize)
     return PairEncoder(encoder, text_columns(config), config.data.max_seq_len, last=config.data.task.head == "scalar")

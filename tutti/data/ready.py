@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,11 @@ class ReadyMade:
     max_seq_len: int
     vocab_size: int
     pairs: bool = False
+
+    @property
+    def notes(self) -> Counter[str]:
+        """As `encoder` has them."""
+        return self.encoder.notes
 
     def __call__(self, rows: Sequence[Any], source: int = 0) -> list[list[Sample] | BadRow]:
         """As the encoder's: per row its samples, or what is wrong with it."""

@@ -2,7 +2,8 @@
 
 A conversation becomes a list of messages as chat templates take them, with a flag for each that says whether it is
 trained on. Its shape is found row by row, so that a file may mix them: OpenAI messages (`role`, `content`), ShareGPT
-(`from`, `value`), Alpaca (`instruction`, `input`, `output`). Whatever is wrong is a `RowError` that says exactly what.
+(`from`, `value`), Alpaca (`instruction`, `input`, `output`). A tool call has many spellings too; templates get all of
+them in one (`_calls`), with arguments as an object. Whatever is wrong is a `RowError` that says exactly what.
 """
 
 from __future__ import annotations
@@ -20,10 +21,19 @@ _ALIASES = {
     "bot": "assistant",
     "function": "tool",
     "observation": "tool",
+    "tool_response": "tool",
     "ipython": "tool",
+    "function_call": "assistant",
+    "tool_call": "assistant",
 } | {role: role for role in ROLES}
+_CALLERS = ("function_call", "tool_call")
+"""Names of the assistant where it says nothing but calls tools."""
+
 CONVERSATIONS = ("messages", "conversations")
-_TAKEN = {"role", "content", "from", "value", "loss_mask"}
+_FLAGS = ("loss_mask", "weight", "train", "loss")
+"""Keys of a message that say whether it is trained on, 1 or 0, true or false."""
+
+_TAKEN = {"role", "content", "from", "value", "function_call", "tool_calls", *_FLAGS}
 
 
 class RowError(Exception):
@@ -55,23 +65,35 @@ def text_of(value: dict[str, Any], columns: Sequence[str]) -> str:
 
 
 def class_of(value: dict[str, Any], num_labels: int | None, label_names: Sequence[str] = ()) -> int:
-    """The class of a classification row: a whole number in [0, num_labels), or one of `label_names`."""
+    """The class of a classification row: a whole number in [0, num_labels), or one of `label_names`.
+
+    A number may be written as a float or as text, and false and true are 0 and 1, as tables have them.
+    """
     label = value.get("label")
     if label is None:
         raise RowError(f"has no column label; its columns are {listed(value)}")
-    if isinstance(label, str):
-        if label in label_names:
-            return label_names.index(label)
-        try:
-            label = int(label)
-        except ValueError:
-            known = f"one of {', '.join(label_names)}" if label_names else "a whole number"
-            raise RowError(f"label {label!r} must be {known}") from None
-    if isinstance(label, bool) or not isinstance(label, int):
-        raise RowError(f"label must be a whole number, not {kind_of(label)} {label!r}")
-    if label < 0 or (num_labels is not None and label >= num_labels):
-        raise RowError(f"label {label} is outside 0 to {num_labels - 1 if num_labels else '...'}")
-    return label
+    names = list(label_names)
+    if str(label).lower() in ("true", "false") and label not in names:
+        names, label = [name.lower() for name in names], str(label).lower()
+    number = names.index(label) if label in names else _whole(label)
+    if number is None:
+        known = f"one of {', '.join(label_names)}" if label_names else "a whole number"
+        raise RowError(f"label must be {known}, not {kind_of(label)} {label!r}")
+    if number < 0 or (num_labels is not None and number >= num_labels):
+        raise RowError(f"label {number} is outside 0 to {num_labels - 1 if num_labels else '...'}")
+    return number
+
+
+def _whole(value: Any) -> int | None:
+    """The whole number that `value` is or says; None if it is no such."""
+    if isinstance(value, str):
+        text = value.strip().lower()
+        value = {"false": 0, "true": 1}.get(text, text)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return int(number) if number.is_integer() else None
 
 
 def conversation_of(value: dict[str, Any], columns: Sequence[str]) -> Conversation:
@@ -84,16 +106,19 @@ def conversation_of(value: dict[str, Any], columns: Sequence[str]) -> Conversati
     messages, trained, plain = [], [], True
     for number, turn in enumerate(turns):
         message, train = message_of(number, turn)
-        plain = plain and len(message) == 2
+        plain = plain and len(message) == 2 and "content" in message
         messages.append(message)
         trained.append(train)
-    system = value.get("system")
-    if system and isinstance(system, str) and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-        trained.insert(0, False)
+    if system := _system(value):
+        if messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
+            trained.insert(0, False)
+        elif messages[0]["content"] != system:
+            raise RowError("the column system says another thing than the conversation's first message, of that role")
     conversation = Conversation(messages, tuple(trained), plain)
     if value.get("tools"):
-        conversation.tools = as_json(value["tools"], list, "tools")
+        tools = as_json(value["tools"], list, "tools")
+        conversation.tools = [as_json(tool, dict, f"tools[{number}]") for number, tool in enumerate(tools)]
         conversation.plain = False
     if value.get("chat_template_kwargs"):
         kwargs = as_json(value["chat_template_kwargs"], dict, "chat_template_kwargs")
@@ -116,11 +141,19 @@ def _turns(value: dict[str, Any], columns: Sequence[str]) -> Any:
     )
 
 
+def _system(value: dict[str, Any]) -> str:
+    """The system message beside the conversation; "" if there is none."""
+    system = value.get("system")
+    if system is not None and not isinstance(system, str):
+        raise RowError(f"system must be text, not {kind_of(system)}")
+    return system or ""
+
+
 def _alpaca(value: dict[str, Any]) -> list[dict[str, Any]]:
     if value.get("output") is None:
         raise RowError(f"has an instruction but no output; its columns are {listed(value)}")
     turns = []
-    for pair in value.get("history") or ():
+    for pair in as_json(value.get("history") or [], list, "history"):
         if not isinstance(pair, list) or len(pair) != 2:
             raise RowError("history must be a list of [question, answer] pairs")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
@@ -131,7 +164,9 @@ def _alpaca(value: dict[str, Any]) -> list[dict[str, Any]]:
 def question_of(value: dict[str, Any]) -> Any:
     """The question of a row with an `instruction` and maybe an `input` that follows it."""
     question, extra = value["instruction"], value.get("input")
-    if extra and isinstance(extra, str) and isinstance(question, str):
+    if extra is not None and not isinstance(extra, str):
+        raise RowError(f"input must be text, not {kind_of(extra)}")
+    if extra and isinstance(question, str):
         question = f"{question}\n{extra}" if question else extra
     return question
 
@@ -168,20 +203,71 @@ def _message(number: int, turn: Any) -> tuple[dict[str, Any], bool]:
     if content is None:
         content = turn.get("value")
     message: dict[str, Any] = {"role": role, "content": content}
-    train = role == "assistant"
+    calls = _calls(number, turn, content if name in _CALLERS else None)
+    if calls:
+        message["tool_calls"] = calls
     if len(turn) > 2:
-        mask = turn.get("loss_mask")
-        if mask is not None:
-            if mask not in (0, 1):
-                raise RowError(f"message {number}: loss_mask must be 0 or 1, not {mask!r}")
-            train = bool(mask)
         message |= {key: extra for key, extra in turn.items() if extra is not None and key not in _TAKEN}
-    if not isinstance(content, str):
-        if content is None and message.get("tool_calls"):
-            del message["content"]
-        else:
-            message["content"] = _joined(number, content)
-    return message, train
+    if calls and (content is None or name in _CALLERS):
+        del message["content"]
+    elif not isinstance(content, str):
+        message["content"] = _joined(number, content)
+    return message, _is_trained(number, turn, role)
+
+
+def _is_trained(number: int, turn: dict[str, Any], role: str) -> bool:
+    """Whether a message is trained on: as its flag says, else if it is the assistant's.
+
+    A weight is told apart from the other flags: it takes assistant messages out, and puts none of others in.
+    """
+    flags = {key: turn[key] for key in _FLAGS if turn.get(key) is not None}
+    for key, flag in flags.items():
+        if flag not in (0, 1):
+            raise RowError(f"message {number}: {key} must be 0 or 1, not {flag!r}")
+    if len(set(map(bool, flags.values()))) > 1:
+        raise RowError(f"message {number}: {' and '.join(flags)} contradict each other")
+    if flags.keys() == {"weight"}:
+        return role == "assistant" and bool(flags["weight"])
+    return all(flags.values()) if flags else role == "assistant"
+
+
+def _calls(number: int, turn: dict[str, Any], said: Any) -> list[dict[str, Any]]:
+    """The tool calls of a message as templates take them, `{"type": "function", "function": {"name", "arguments"}}` or
+    `{"name", "arguments"}` as the row has them, arguments as an object.
+
+    They stand in `tool_calls`, in OpenAI's older `function_call`, or are what the assistant has `said`; each may be
+    JSON text.
+    """
+    where = f"message {number}: tool_calls"
+    calls = turn.get("tool_calls")
+    wrapped = calls is None
+    if calls is None:
+        where = f"message {number}: function_call"
+        calls = said if turn.get("function_call") is None else turn["function_call"]
+    if isinstance(calls, str):
+        calls = as_json(calls, (list, dict), where)
+    calls = [calls] if isinstance(calls, dict) else calls
+    if not calls:
+        if said is not None:
+            raise RowError(f"message {number} calls no tool")
+        return []
+    if not isinstance(calls, list):
+        raise RowError(f"{where} must be a list, not {kind_of(calls)}")
+    return [_call(as_json(call, dict, where), where, wrapped) for call in calls]
+
+
+def _call(call: dict[str, Any], where: str, wrapped: bool) -> dict[str, Any]:
+    """A tool call with its arguments as an object; `wrapped`: in the form that has a type."""
+    function = as_json(call.get("function") or call, dict, where)
+    if not isinstance(function.get("name"), str):
+        raise RowError(f"{where} must have a name, and the arguments it is called with")
+    arguments = function.get("arguments")
+    if arguments is None or arguments == "":
+        arguments = {}
+    function = {**function, "arguments": as_json(arguments, dict, f"{where}: arguments of {function['name']}")}
+    if call.get("function"):
+        return {**call, "function": function}
+    return {"type": "function", "function": function} if wrapped else function
 
 
 def _joined(number: int, content: Any) -> str:
@@ -213,15 +299,18 @@ def _name(value: dict[str, Any], columns: Sequence[str]) -> str:
     return next((column for column in columns if value.get(column) is not None), columns[0])
 
 
-def as_json(value: Any, kind: type, column: str) -> Any:
+def as_json(value: Any, kind: type | tuple[type, ...], column: str) -> Any:
     """`value`, or what it says as JSON where a table could only hold it as text."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise RowError(f"{column} is text that is not valid JSON: {error.msg}") from None
-    if not isinstance(value, kind):
-        raise RowError(f"{column} must be a {kind.__name__}, not {kind_of(value)}")
+        except (json.JSONDecodeError, RecursionError) as error:
+            reason = getattr(error, "msg", "too deeply nested")
+            raise RowError(f"{column} is text that is not valid JSON: {reason}") from None
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds):
+        wanted = " or ".join(f"a {each.__name__}" for each in kinds)
+        raise RowError(f"{column} must be {wanted}, not {kind_of(value)}")
     return value
 
 

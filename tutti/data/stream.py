@@ -61,14 +61,19 @@ def streamed(chunk: Chunk) -> Iterator[StreamSample]:
 class RowCounts:
     """Counts the rows of one source and, by reason, those left out: each once, however often they are read.
 
-    silent: whether rows are left out at all; else the first of these is an error.
+    silent: whether rows are left out at all; else the first of these is an error. What else of rows does not get to the
+    model (`Chunk.notes`) is logged when it is first seen.
     """
 
     def __init__(self, silent: bool) -> None:
         self.silent, self.rows = silent, 0
         self.dropped: Counter[str] = Counter()
+        self._noted: set[str] = set()
 
     def add(self, chunk: Chunk) -> None:
+        for note in chunk.notes.keys() - self._noted:
+            self._noted.add(note)
+            log.warning("data.train_path: from row %d on: %s", chunk.first, note)
         if chunk.bad and not self.silent:
             raise bad_row_error(chunk.bad[0])
         for number, row in zip(chunk.bad_numbers, chunk.bad, strict=True):

@@ -22,58 +22,41 @@ of content:
 
 Anything that fails to agree is an error for that row; nothing is guessed.
 
-That is exact but takes several renderings a row. Nearly all templates put plain contents between constant strings, and
-for them one rendering a *shape* (the sequence of roles and flags) is enough: the strings between the marks are kept and
-contents are joined in. A content is plain if it has nothing in it that could make the template act differently: no
-string constant of the template that looks like markup, nor any other constant that was seen to matter when the template
-was tried with it, nor, where that was seen to matter, blanks at its edges. Rows with other contents take the exact way,
-and so do the first rows of each shape, whose results must be equal.
+That takes several renderings a row. Nearly all templates put the contents of nearly all rows between strings that
+depend on the roles alone: for each *shape* (the sequence of roles and flags) these strings, and where the spans lie
+among them, are kept from a rendering of marks. A row whose text is exactly its contents between the strings of its
+shape has its spans there; any other row takes the way above. Every row is rendered as it is at least once, and nothing
+that is kept comes from another row's contents, so that what a row becomes depends on that row alone.
+
+A template may silently leave out a part of a conversation that it was not written for. Tool calls that it does not
+write make a row a bad one, since an empty answer would be trained on in their place. Of anything else that it leaves
+out (`ChatTemplate.notes`) a count is kept, for one warning.
 """
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, cast
+
+from jinja2 import nodes
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from tutti.data.rows import Conversation, RowError
 
-log = logging.getLogger(__name__)
-
 Span = tuple[int, int]
-
-TEMPLATES = {
-    "plain": (
-        "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}{{ eos_token }}\n"
-        "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
-    ),
-    "chatml": (
-        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    ),
-    "llama2": (
-        "{% set system = '' %}{% if messages[0]['role'] == 'system' %}"
-        "{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}{% set messages = messages[1:] %}"
-        "{% endif %}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-        "{{ raise_exception('roles must alternate user, assistant after an optional system message') }}{% endif %}"
-        "{% if message['role'] == 'user' %}"
-        "{{ bos_token + '[INST] ' + (system if loop.first else '') + message['content'].strip() + ' [/INST]' }}"
-        "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}"
-        "{% else %}{{ raise_exception('only system, user and assistant messages are supported') }}"
-        "{% endif %}{% endfor %}"
-    ),
-}
-"""Templates by name. `plain` is used where the tokenizer has none of its own."""
 
 _MARK = re.compile("\ue000([0-9]+)\ue001")
 _PROBE = "\ue002"
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_TRIALS = 4
 _INEXACT = "so that its loss mask can't be exact"
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_KNOWN = {"role", "content", "name", "tool_calls", "tool_call_id", *_REASONING}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,18 +69,18 @@ class _Turn:
     close: str
 
 
-@dataclass(slots=True)
-class _Plan:
-    """How to write down a shape: contents of messages `order` between `literals`, one more of these.
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """How conversations of a shape are written: contents of messages `order` between `literals`, one more of these.
 
-    spans: (place in `order`, or -1 for the start of the text, and an offset) of begin and of end.
-    trials: how many more rows are to be compared with the exact way.
+    spans: (place in `order`, or -1 for the start of the text, and an offset) of begin and of end. left_out: roles of
+    messages that are not written.
     """
 
     literals: list[str]
     order: list[int]
     spans: list[tuple[int, int, int, int]]
-    trials: int = _TRIALS
+    left_out: list[str]
 
     def write(self, contents: Sequence[str]) -> tuple[str, list[Span]]:
         parts: list[str] = []
@@ -119,44 +102,38 @@ class ChatTemplate:
 
     source: the Jinja text. tool_source: the one for conversations with tools, where the tokenizer has another.
     variables: the special tokens by name. ends: texts of the tokenizer's added tokens, any of which may end a turn.
+    now: the time that the template is told when it asks for today's date. notes: how many conversations had something
+    that the template left out, by what that was.
     """
 
     source: str
     tool_source: str
     variables: dict[str, str]
     ends: tuple[str, ...]
-    _plans: dict[Any, _Plan | None] = field(default_factory=dict, repr=False)
+    now: datetime = field(default_factory=datetime.now)
+    notes: Counter[str] = field(default_factory=Counter)
+    _shapes: dict[Any, _Shape | None] = field(default_factory=dict, repr=False)
     _turns: dict[Any, _Turn] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self._end = re.compile("|".join(re.escape(end) for end in sorted(self.ends, key=len, reverse=True)) or "(?!)")
         self._tagged = bool(_GENERATION.search(self.source))
-        odd, self._blanks_matter = self._learn_odd()
-        self._odd = re.compile("|".join(map(re.escape, odd)))
+        self._names = _names(self.source) | _names(self.tool_source)
+        self._takes_parts = False
+        self._takes_parts = self._writes_parts_only()
 
     def __call__(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The text and its trained spans, ascending. RowError if the template refuses or spans can't be exact."""
+        text, tagged = self._render(conversation.messages, conversation, False)
         if not conversation.plain:
-            return self._exact(conversation)
-        messages = conversation.messages
-        shape = (*[message["role"] for message in messages], *conversation.trained)
-        contents = [message["content"] for message in messages]
-        if not self._are_plain(contents):
-            return self._exact(conversation)
-        if shape not in self._plans:
-            self._plans[shape] = self._plan(conversation)
-        plan = self._plans[shape]
-        if plan is None:
-            return self._exact(conversation)
-        result = plan.write(contents)
-        if plan.trials:
-            plan.trials -= 1
-            self._plans[shape] = None
-            exact = self._exact(conversation)
-            if exact != result:
-                return exact
-            self._plans[shape] = plan
-        return result
+            self._look_for_omissions(conversation, text)
+        elif (shape := self._shape(conversation)) is not None:
+            if shape.left_out:
+                self.notes[f"the chat template leaves out messages of role {', '.join(shape.left_out)}"] += 1
+            written, spans = shape.write([message["content"] for message in conversation.messages])
+            if written == text and not self._tagged:
+                return text, spans
+        return text, self._spans(conversation, text, tagged)
 
     def render(self, messages: list[dict[str, Any]], conversation: Conversation, *, prompt: bool = False) -> str:
         """What `apply_chat_template` gives for `messages`, with the conversation's tools and settings."""
@@ -165,15 +142,17 @@ class ChatTemplate:
     def _render(
         self, messages: list[dict[str, Any]], conversation: Conversation, prompt: bool
     ) -> tuple[str, list[Span]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
+        source = self.tool_source if conversation.tools else self.source
+        if self._takes_parts:
+            messages = [_as_parts(message) for message in messages]
+        _compile_jinja_template(source).globals["strftime_now"] = self.now.strftime
         try:
             texts, spans = cast(
                 tuple[list[str], list[list[Span]]],
                 render_jinja_template(
                     conversations=[messages],
                     tools=conversation.tools,
-                    chat_template=self.tool_source if conversation.tools else self.source,
+                    chat_template=source,
                     add_generation_prompt=prompt,
                     return_assistant_tokens_mask=self._tagged,
                     **{**self.variables, **conversation.kwargs},
@@ -183,15 +162,79 @@ class ChatTemplate:
             raise RowError(f"the chat template can't render it: {error}") from None
         return texts[0], spans[0] if self._tagged else []
 
+    def _writes_parts_only(self) -> bool:
+        """Whether the template takes content as a list of parts and not as a text."""
+        chat = [_marked(number, {"role": role}) for number, role in enumerate(("user", "assistant"))]
+        written = []
+        for messages in (chat, [_as_parts(message) for message in chat]):
+            try:
+                written.append({0, 1} <= set(_split(self.render(messages, _BARE))[1]))
+            except RowError:
+                written.append(False)
+        return written == [False, True]
+
+    def _look_for_omissions(self, conversation: Conversation, text: str) -> None:
+        """Note what the template leaves out of a conversation whose text is `text`. RowError: it is tool calls."""
+        messages = conversation.messages
+        if any("tool_calls" in message for message in messages):
+            self._require_calls(conversation, text)
+        found = {key for message in messages for key in message}
+        if found & set(_REASONING) and not self._names & set(_REASONING):
+            self.notes["the chat template does not write the assistant's reasoning"] += 1
+        for key in sorted(found - _KNOWN - self._names):
+            self.notes[f"messages have a key {key!r} that means nothing here, nor to the chat template"] += 1
+        if conversation.tools and "tools" not in self._names:
+            self.notes["the chat template does not write which tools there are"] += 1
+        marked = [{**m, "content": _mark(n)} if m.get("content") else m for n, m in enumerate(messages)]
+        with contextlib.suppress(RowError):
+            written = _split(self.render(marked, conversation))[1]
+            roles = sorted({m["role"] for n, m in enumerate(messages) if m.get("content") and n not in written})
+            if roles:
+                self.notes[f"the chat template leaves out messages of role {', '.join(roles)}"] += 1
+
+    def _require_calls(self, conversation: Conversation, text: str) -> None:
+        """RowError unless the name of every tool call is written, seen by a mark in its place."""
+        messages: list[dict[str, Any]] = []
+        callers: list[int] = []
+        for number, message in enumerate(conversation.messages):
+            calls = []
+            for call in message.get("tool_calls", ()):
+                inner = {**call.get("function", call), "name": _mark(len(callers))}
+                calls.append({**call, "function": inner} if "function" in call else inner)
+                callers.append(number)
+            messages.append({**message, "tool_calls": calls} if calls else message)
+        try:
+            written = set(_split(self.render(messages, conversation))[1])
+            silent = [number for call, number in enumerate(callers) if call not in written]
+        except RowError:  # some know certain tools by their names
+            silent = [number for number in callers if not self._shows_calls(conversation, number, text)]
+        if silent:
+            raise RowError(
+                f"message {silent[0]} calls tools, and the chat template does not write tool calls: name one that does "
+                "(data.chat_template)"
+            )
+
+    def _shows_calls(self, conversation: Conversation, number: int, text: str) -> bool:
+        """Whether the text would be another without the tool calls of message `number`."""
+        messages = list(conversation.messages)
+        messages[number] = {key: value for key, value in messages[number].items() if key != "tool_calls"}
+        try:
+            return self.render(messages, conversation) != text
+        except RowError:
+            return True
+
     def _exact(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """Text and spans by rendering, for any conversation."""
-        messages, trained = conversation.messages, conversation.trained
-        text, tagged = self._render(messages, conversation, False)
+        text, tagged = self._render(conversation.messages, conversation, False)
+        return text, self._spans(conversation, text, tagged)
+
+    def _spans(self, conversation: Conversation, text: str, tagged: list[Span]) -> list[Span]:
+        """The trained spans of a conversation's text, of which the template has tagged some, by rendering it."""
         if self._tagged:
-            return text, self._tagged_spans(conversation, tagged)
+            return self._tagged_spans(conversation, tagged)
         ends: dict[int, int] = {}
         spans = []
-        for number in [number for number, train in enumerate(trained) if train]:
+        for number in [number for number, train in enumerate(conversation.trained) if train]:
             turn = self._turn(conversation, number)
             begin = self._begin(conversation, number, turn, text, ends)
             end = self._content_end(conversation, number, text, ends)
@@ -200,7 +243,7 @@ class ChatTemplate:
             spans.append((begin, end + len(turn.close)))
         if any(begin > end for begin, end in spans) or any(a[1] > b[0] for a, b in pairwise(spans)):
             raise RowError(f"the chat template changes the order of messages, {_INEXACT}")
-        return text, spans
+        return spans
 
     def _begin(self, conversation: Conversation, number: int, turn: _Turn, text: str, ends: dict[int, int]) -> int:
         """Where the span of a message begins: after its header, or else after the whole prompt, if `text` has that."""
@@ -312,121 +355,68 @@ class ChatTemplate:
                 return after[: here.end()]
         raise RowError(f"the chat template ends message {number} in another way when others follow, {_INEXACT}")
 
-    def _plan(self, conversation: Conversation) -> _Plan:
-        """The shape of a conversation as strings and places."""
-        marked = Conversation([_marked(n, m) for n, m in enumerate(conversation.messages)], conversation.trained)
-        text, spans = self._exact(marked)
-        literals, order = _split(text)
+    def _shape(self, conversation: Conversation) -> _Shape | None:
+        """How conversations with the roles and flags of this one are written; None if the template won't say."""
         roles = [message["role"] for message in conversation.messages]
-        if missing := sorted({role for number, role in enumerate(roles) if number not in order}):
-            log.warning(
-                "the chat template leaves out %s from conversations of %s", ", ".join(missing), ", ".join(roles)
-            )
+        key = (*roles, *conversation.trained)
+        if key not in self._shapes:
+            try:
+                self._shapes[key] = self._read_shape(roles, conversation.trained)
+            except RowError:
+                self._shapes[key] = None
+        return self._shapes[key]
+
+    def _read_shape(self, roles: Sequence[str], trained: tuple[bool, ...]) -> _Shape:
+        messages = [_marked(number, {"role": role}) for number, role in enumerate(roles)]
+        text, spans = self._exact(Conversation(messages, trained))
+        literals, order = _split(text)
         ends = [mark.end() for mark in _MARK.finditer(text)]
-        places = []
-        for begin, end in spans:
-            first = max((place for place, at in enumerate(ends) if at <= begin), default=-1)
-            last = max((place for place, at in enumerate(ends) if at <= end), default=-1)
-            places.append(
-                (first, begin - (ends[first] if first >= 0 else 0), last, end - (ends[last] if last >= 0 else 0))
-            )
-        return _Plan(literals, order, places)
 
-    def _are_plain(self, contents: list[str]) -> bool:
-        if self._blanks_matter and any([not text or text[0].isspace() or text[-1].isspace() for text in contents]):
-            return False
-        return self._odd.search("\0".join(contents)) is None
+        def place(at: int) -> tuple[int, int]:
+            mark = max((number for number, end in enumerate(ends) if end <= at), default=-1)
+            return mark, at - (ends[mark] if mark >= 0 else 0)
 
-    def _learn_odd(self) -> tuple[set[str], bool]:
-        """Strings that may make the template treat a content as other than text, and whether blanks at its edges do."""
-        constants = _constants(self.source) | {"\n", "\n\n", "\ue000", "\ue001", _PROBE}
-        odd = {
-            text for text in constants if "\ue000" <= text <= _PROBE or (len(text) > 1 and set(text) & set("<>[]{}|"))
-        }
-        sample = self._sample()
-        if sample is None:
-            return {""}, True
-        literals, order = _split(self.render([_marked(n, m) for n, m in enumerate(sample)], _BARE))
-        plan = _Plan(literals, order, [])
-
-        def matters(content: str) -> bool:
-            contents = [content] * len(sample)
-            messages = [{"role": message["role"], "content": content} for message in sample]
-            try:
-                return self.render(messages, _BARE) != plan.write(contents)[0]
-            except RowError:
-                return True
-
-        for text in constants - odd:
-            tries = [f"x{text}x"] if text.strip() != text else [f"x{text}x", f"{text}x", f"x{text}", text]
-            if any(map(matters, tries)):
-                odd.add(text)
-        blanks = any(map(matters, ("", " x", "x ", "\nx", "x\n")))
-        return odd, blanks
-
-    def _sample(self) -> list[dict[str, Any]] | None:
-        """A conversation with as many roles as the template knows, to try contents in."""
-        pair = ["user", "assistant"]
-        for roles in (["system", *pair, "tool", "assistant", *pair], ["system", *pair, *pair], [*pair, *pair], pair):
-            messages = [_marked(number, {"role": role}) for number, role in enumerate(roles)]
-            try:
-                self.render(messages, _BARE)
-            except RowError:
-                continue
-            return messages
-        return None
+        left_out = sorted({role for number, role in enumerate(roles) if number not in order})
+        return _Shape(literals, order, [(*place(begin), *place(end)) for begin, end in spans], left_out)
 
 
 _BARE = Conversation([], ())
 
 
-def make_template(name: str, tokenizer: Any) -> ChatTemplate:
-    """The template that data.chat_template names, for `tokenizer`.
+def read_template(tokenizer: Any, date: str | None = None) -> ChatTemplate:
+    """The chat template of `tokenizer`, which must have one.
 
-    `default`: the tokenizer's own, else `plain`; a name in TEMPLATES; or the path of a Jinja file. ValueError for
-    another name, a template that is not valid Jinja, or one whose end of turn the tokenizer can't write.
+    date: what it is told when it asks for today's, YYYY-MM-DD; by default the present time.
     """
-    source = tool_source = TEMPLATES.get(name, "")
-    own = tokenizer.chat_template
-    if name == "default" and own:
-        try:
-            source, tool_source = tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[])
-        except ValueError as error:
-            raise ValueError(f"data.chat_template default: {error}") from None
-    elif name == "default":
-        source = tool_source = TEMPLATES["plain"]
-    elif not source:
-        if not Path(name).is_file():
-            raise ValueError(
-                f"data.chat_template {name} is neither default, {', '.join(TEMPLATES)}, nor the path of a Jinja file"
-            )
-        source = tool_source = Path(name).read_text()
-    variables = {key: token for key, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    if source in (TEMPLATES["plain"], TEMPLATES["llama2"]) and "eos_token" not in variables:
-        raise ValueError(f"data.chat_template {name} ends a turn with the tokenizer's eos_token, and it has none")
-    if source == TEMPLATES["llama2"]:
-        variables.setdefault("bos_token", "")
     added = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
-    if source == TEMPLATES["chatml"] and "<|im_end|>" not in added:
-        log.warning("the tokenizer has no token <|im_end|>, so that data.chat_template chatml spells it in several")
-    return ChatTemplate(source, tool_source, variables, tuple(sorted(token for token in added if token.strip())))
+    return ChatTemplate(
+        source=tokenizer.get_chat_template(),
+        tool_source=tokenizer.get_chat_template(tools=[]),
+        variables=dict(tokenizer.special_tokens_map),
+        ends=tuple(sorted(token for token in added if token.strip())),
+        now=datetime.fromisoformat(date) if date else datetime.now(),
+    )
 
 
-def end_of_turn(template: ChatTemplate, tokenizer: Any) -> int | None:
-    """The token by which `template` ends an assistant's turn; None if it is not one of the tokenizer's added tokens."""
-    turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
-    try:
-        text, spans = template(Conversation(turn, (False, True)))
-    except RowError:
-        return None
-    last = tokenizer.encode(text[slice(*spans[-1])], add_special_tokens=False)[-1:] if spans else []
-    return next((token for token in last if token in tokenizer.added_tokens_decoder), None)
+def is_dated(tokenizer: Any) -> bool:
+    """Whether texts by the chat template of `tokenizer` depend on the date."""
+    return "strftime_now" in str(getattr(tokenizer, "chat_template", None))
+
+
+def _mark(number: int) -> str:
+    return f"\ue000{number}\ue001"
 
 
 def _marked(number: int, message: dict[str, Any]) -> dict[str, Any]:
     """The message with a mark in place of all it says; role, name and call id stay."""
     kept: dict[str, Any] = {key: message[key] for key in ("role", "name", "tool_call_id") if key in message}
-    return {**kept, "content": f"\ue000{number}\ue001"}
+    return {**kept, "content": _mark(number)}
+
+
+def _as_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its text as a list of parts."""
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def _split(text: str) -> tuple[list[str], list[int]]:
@@ -435,13 +425,9 @@ def _split(text: str) -> tuple[list[str], list[int]]:
     return pieces[0::2], [int(number) for number in pieces[1::2]]
 
 
-def _constants(source: str) -> set[str]:
-    """The strings that expressions of a template are made of; ValueError if it is not valid Jinja."""
-    import jinja2
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    try:
-        tree = _compile_jinja_template(source).environment.parse(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"data.chat_template is not a valid Jinja template: {error} (line {error.lineno})") from None
-    return {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str) and node.value}
+def _names(source: str) -> set[str]:
+    """The names of variables, attributes and keys that a template may read, from its syntax tree."""
+    tree = _compile_jinja_template(source).environment.parse(source)
+    names = {node.name for node in tree.find_all(nodes.Name)}
+    names |= {node.attr for node in tree.find_all(nodes.Getattr)}
+    return names | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}

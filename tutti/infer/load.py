@@ -31,13 +31,14 @@ from tutti.config.load import load
 from tutti.core.compute_dtype import compute_dtype, slow_dtypes
 from tutti.core.dist import World
 from tutti.core.files import sha256
-from tutti.data.template import ChatTemplate, end_of_turn, make_template
+from tutti.data.template import ChatTemplate, read_template
 from tutti.infer.generate import CachedLogits, NextLogits
 from tutti.infer.hf_generate import GeneratedLogits, needs_generate
 from tutti.infer.prompts import PromptFormat
-from tutti.model.build import build_model, build_tokenizer, load_model_config
+from tutti.model.build import build_model, load_model_config
 from tutti.model.lora import add_adapters
 from tutti.model.structure import blocks, num_params
+from tutti.model.tokenizer import build_tokenizer, end_ids, set_chat_template
 
 log = logging.getLogger(__name__)
 
@@ -81,11 +82,11 @@ def open_speaker(config: Config, world: World) -> Speaker:
     with _speaking_of_infer():
         weights = _fill(model, source, world)
     model.eval()
-    template = world.run_on_all_ranks(lambda: _template(config, source, tokenizer))
     is_chat = _is_chat(config, source, tokenizer)
+    template = world.run_on_all_ranks(lambda: _template(config, source, tokenizer))
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     log.info("%s: %s, %s", config.infer.model_path, _described(model), world.device)
-    stop_ids = _stop_ids(model, tokenizer, template if is_chat else None)
+    stop_ids = frozenset(end_ids(tokenizer, model.generation_config))
     by_cache = not needs_generate(model)
     return Speaker(
         model=model,
@@ -201,33 +202,19 @@ def _fill(model: PreTrainedModel, source: _Source, world: World) -> str:
 
 
 def _template(config: Config, source: _Source, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
+    """The chat template, which the tokenizer is given too; None where nothing says how a turn ends."""
     wanted = config.infer.chat_template
     name = source.template if wanted in ("default", "none") else wanted
     if name == "default" and not tokenizer.chat_template and tokenizer.eos_token is None:
         return None
-    try:
-        return make_template(name, tokenizer)
-    except ValueError as error:
-        raise ValueError(str(error).replace("data.chat_template", "infer.chat_template")) from error
+    set_chat_template(tokenizer, name, "infer.chat_template")
+    return read_template(tokenizer)
 
 
 def _is_chat(config: Config, source: _Source, tokenizer: PreTrainedTokenizerBase) -> bool:
     if config.infer.chat_template != "default":
         return config.infer.chat_template != "none"
     return source.of_chats or bool(tokenizer.chat_template)
-
-
-def _stop_ids(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None
-) -> frozenset[int]:
-    """What the generation config, or else the tokenizer, calls the end of a text; and what ends a template's turn."""
-    ends = model.generation_config.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
-    stops = {ends} if isinstance(ends, int) else set(ends or ())
-    turn = end_of_turn(template, tokenizer) if template is not None else None
-    if turn is not None:
-        stops.add(turn)
-    return frozenset(stops)
 
 
 def _described(model: PreTrainedModel) -> str:

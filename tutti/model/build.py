@@ -1,4 +1,4 @@
-"""From paths to a tokenizer, a model configuration and a model without storage.
+"""From paths to a model configuration and a model without storage.
 
 Models are Hugging Face's own classes, chosen by the config's `model_type` and built on the meta device: the modules
 are there, their parameters are only shapes. Sharding comes next, weights last (`tutti.checkpoint.hf_load`), so that no
@@ -12,21 +12,21 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
 from tutti.attention.interface import attention_by_part, resolve_attention
@@ -35,36 +35,9 @@ from tutti.config import Config
 from tutti.core.device import pick_device
 from tutti.model.experts import resolve_experts
 from tutti.model.structure import experts
+from tutti.model.tokenizer import first_line, local_path
 
 log = logging.getLogger(__name__)
-
-_SPECIAL_TOKENS = {
-    "eos_token": ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>", "<|eot_id|>"),
-    "bos_token": ("<|begin_of_text|>", "<|startoftext|>", "<s>", "<bos>", "[BOS]"),
-    "pad_token": ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>"),
-    "unk_token": ("<unk>", "[UNK]", "<|unk|>"),
-}
-"""What special tokens are usually called, best first: how a bare tokenizer.json gets its roles."""
-
-
-def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The tokenizer at model.tokenizer_path: a Hugging Face folder, or a tokenizer.json on its own.
-
-    A bare tokenizer.json does not say which of its tokens end a text; they are found by their usual names, and logged.
-    """
-    name = config.model.tokenizer_path or config.model.model_path or config.model.config_path
-    if name is None:
-        raise ValueError("model.tokenizer_path: required, no model.model_path or model.config_path to take it from")
-    path = _local(name, "model.tokenizer_path")
-    if path.is_file() and path.name == "config.json":
-        path = path.parent
-    bare = path if path.is_file() else path / "tokenizer.json"
-    try:
-        if bare.is_file() and not bare.with_name("tokenizer_config.json").is_file():
-            return _bare_tokenizer(bare)
-        return AutoTokenizer.from_pretrained(path if path.is_dir() else path.parent, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"model.tokenizer_path: no tokenizer could be read from {path}: {_line(error)}") from error
 
 
 def load_model_config(config: Config) -> PreTrainedConfig:
@@ -73,14 +46,14 @@ def load_model_config(config: Config) -> PreTrainedConfig:
     argument = "model.model_path" if name == config.model.model_path else "model.config_path"
     if name is None:
         raise ValueError("model.model_path: required, or model.config_path to start from random weights")
-    path = _local(name, argument)
+    path = local_path(name, argument)
     file = path if path.is_file() else path / "config.json"
     if not file.is_file():
         raise ValueError(f"{argument}: there is no config.json in {path}")
     try:
         model_config = AutoConfig.from_pretrained(file, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{argument}: {file} is not a configuration that can be used: {_line(error)}") from error
+        raise ValueError(f"{argument}: {file} is not a configuration that can be used: {first_line(error)}") from error
     if getattr(model_config, "quantization_config", None):
         method = dict(_as_dict(model_config.quantization_config)).get("quant_method", "quantized")
         raise ValueError(
@@ -143,6 +116,20 @@ def build_model(
     return model.train()
 
 
+def turn_off_dropout(model: nn.Module) -> None:
+    """Set to 0, in place, every probability by which a module of `model` drops values, attention or layers in training,
+    and the noise of its routers. The model's config keeps them, for exports. Logs a line where there are any."""
+    found = set()
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            kind = type(module).__name__ if name == "p" else name
+            if isinstance(value, float) and value and re.search("drop|jitter", kind.lower()):
+                setattr(module, name, 0.0)
+                found.add(kind)
+    if found:
+        log.info("nothing is dropped in training, as by the reference model: %s set to 0", ", ".join(sorted(found)))
+
+
 def language_factory(model_config: PreTrainedConfig) -> Any:
     """transformers' factory of the language model that a config is of: of text alone, or of images and more as well.
 
@@ -153,33 +140,6 @@ def language_factory(model_config: PreTrainedConfig) -> Any:
     named = set(model_config.architectures or ())
     by_name = [factory for factory in fitting if factory._model_mapping[type(model_config)].__name__ in named]
     return (*by_name, *fitting, AutoModelForCausalLM)[0]
-
-
-def _local(name: str, argument: str) -> Path:
-    path = Path(name).expanduser()
-    if not path.exists():
-        hint = f" (hf download {name} --local-dir FOLDER)" if name.count("/") == 1 and name[0] not in "./~" else ""
-        raise ValueError(f"{argument}: {name} is not there; models are read from local paths, download first{hint}")
-    return path
-
-
-def _bare_tokenizer(file: Path) -> PreTrainedTokenizerBase:
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
-    vocabulary = tokenizer.get_vocab()
-    roles = {
-        role: next((token for token in names if token in vocabulary), None) for role, names in _SPECIAL_TOKENS.items()
-    }
-    if roles["eos_token"] is None:
-        raise ValueError(
-            f"none of its tokens is a known end of text ({', '.join(_SPECIAL_TOKENS['eos_token'])}); "
-            "put a tokenizer_config.json that names eos_token beside it"
-        )
-    roles["pad_token"] = roles["pad_token"] or roles["eos_token"]
-    found: dict[str, Any] = {role: token for role, token in roles.items() if token is not None}
-    tokenizer.add_special_tokens(found)
-    described = ", ".join(f"{role} {token}" for role, token in found.items())
-    log.info("%s has no tokenizer_config.json: using %s", file, described)
-    return tokenizer
 
 
 def _check_vocabulary(model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -214,13 +174,8 @@ def _read_generation_config(model: PreTrainedModel, folder: Path) -> None:
         try:
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, json.JSONDecodeError) as error:
-            raise ValueError(f"model.model_path: generation_config.json in {folder}: {_line(error)}") from error
+            raise ValueError(f"model.model_path: generation_config.json in {folder}: {first_line(error)}") from error
 
 
 def _as_dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else value.to_dict()
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error's text: what follows in those of transformers is advice for other situations."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -17,7 +17,8 @@ splits it, halves or interleaved), `has_bias`, `is_transposed` ([E, in, out] ins
 
 Where the experts are divided among ranks (an `exchange` is on the layer, see `tutti.parallel.expert`), the sorted
 tokens travel before step 2 and come back after it, and either kind of product runs on the local experts. How many
-tokens chose each expert is counted on the way, where a layer has been given an `expert_load` to count in.
+tokens chose each expert is counted on the way, where a layer has been given an `expert_load` to count in
+(`ExpertLoad`).
 
 Shapes: N tokens, H hidden size, E experts, k experts a token, S = N * k pairs.
 """
@@ -26,21 +27,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import grouped_mm
 from transformers.integrations.moe import ExpertsInterface
 
+from tutti.core.batch import Batch
 from tutti.core.rehearsal import on_accelerator
 from tutti.model.lora import adapter_for
 from tutti.model.quantized import product
 from tutti.parallel.expert import inverse
 from tutti.parallel.mesh import AXES, Mesh
+from tutti.parallel.sequence import held_tokens
 
 FUSED, EAGER = "tutti_fused", "tutti_eager"
 """The names under which grouped experts, and the models' own loop, are registered with transformers."""
@@ -68,7 +72,7 @@ def eager_experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) 
     """Run the experts by the layer's own loop over them; arguments as for `fused_experts`."""
     if _exchange(module) is not None:
         return _by_expert(module, hidden, chosen, weights, _one_by_one)
-    _count(module, chosen.flatten().bincount(minlength=module.num_experts))
+    _count(module, chosen)
     return _own_loop(module)(module, hidden, chosen, weights)
 
 
@@ -80,7 +84,7 @@ def _by_expert(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, pro
     num_tokens, num_chosen = chosen.shape
     experts, order = chosen.flatten().sort(stable=True)
     counts = torch.bincount(experts, minlength=module.num_experts)
-    _count(module, counts)
+    _count(module, chosen)
     rows = hidden[order // num_chosen]
     exchange = _exchange(module)
     if exchange is None:
@@ -95,24 +99,65 @@ def _exchange(module: Any) -> Any:
     return getattr(module, "exchange", None)
 
 
-def _count(module: Any, counts: Tensor) -> None:
+@dataclass
+class _LayerLoad:
+    """counts: int64 [E], how many tokens chose each expert of a layer. real: of the batch under way, for each part that
+    goes through the layer by itself, which of its tokens are not padding, bool [N]; () where nothing is to be counted.
+    part: the one that comes next."""
+
+    counts: Tensor
+    real: Sequence[Tensor] = ()
+    part: int = 0
+
+
+def _count(module: Any, chosen: Tensor) -> None:
     load = getattr(module, "expert_load", None)
-    if load is not None and module.training:
-        load.add_(counts)
+    if load is None or not load.real:
+        return
+    real = load.real[load.part]
+    load.part = (load.part + 1) % len(load.real)
+    size = module.num_experts
+    load.counts.add_(torch.where(real[:, None], chosen, size).flatten().bincount(minlength=size + 1)[:size])
 
 
 class ExpertLoad:
-    """Counts for each layer how many tokens chose each expert, from training batches, padding included.
+    """Counts for each layer how many tokens chose each expert, in the training batches that `root` is called with.
 
-    Layers that are run again for their gradients count again, all alike: the counts are good for shares alone.
+    Padding is not counted, and a layer that is run again for its gradients does not count again.
+    by_sample: samples go through the layers one by one.
     """
 
-    def __init__(self, layers: Sequence[Any], mesh: Mesh, device: torch.device) -> None:
-        self._mesh = mesh
+    def __init__(
+        self, root: nn.Module, layers: Sequence[Any], mesh: Mesh, device: torch.device, *, by_sample: bool = False
+    ) -> None:
+        self._mesh, self._by_sample = mesh, by_sample
         self._sizes = [layer.num_experts for layer in layers]
         self._counts = torch.zeros(sum(self._sizes), dtype=torch.int64, device=device)
-        for layer, counts in zip(layers, self._counts.split(self._sizes), strict=True):
-            layer.expert_load = counts
+        self._loads = [_LayerLoad(counts) for counts in self._counts.split(self._sizes)]
+        for layer, load in zip(layers, self._loads, strict=True):
+            layer.expert_load = load
+        if self._sizes:
+            root.register_forward_pre_hook(self._begin)
+            root.register_forward_hook(self._end)
+
+    def _begin(self, root: nn.Module, args: tuple[Any, ...]) -> None:
+        real = self._parts(args[0]) if root.training else ()
+        for load in self._loads:
+            load.real, load.part = real, 0
+
+    def _end(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for load in self._loads:
+            load.real = ()
+
+    def _parts(self, batch: Batch) -> list[Tensor]:
+        """Which tokens of `batch` are not padding, which comes last: of each part those that this rank's layers see."""
+        if batch.sequence is not None:
+            parts = [held_tokens(int(part.borders[-1]), part.ranks) < part.num_tokens for part in batch.sequence.parts]
+        else:
+            lengths = batch.cu_seqlens.diff().tolist() if self._by_sample else [len(batch.input_ids)]
+            parts = list((torch.arange(sum(lengths)) < batch.num_tokens).split(lengths))
+        rank, size = self._mesh.rank("tensor"), self._mesh.size("tensor")
+        return [part.chunk(size)[rank].to(self._counts.device, non_blocking=True) for part in parts]
 
     def take(self) -> dict[str, float]:
         """`expert_load_max` and `expert_load_min` since the last call: what the busiest and the least busy expert of

@@ -109,7 +109,9 @@ def split_tokens(batch: Batch, ranks: SequenceRanks | None) -> Batch:
         num_sequences=padded.num_sequences,
         num_tokens=int((padded.segment_sources[sample] >= 0).sum()),
         extras=padded.extras,
-        sequence=GlobalSequence(length, padded.cu_seqlens, padded.cu_seqlens, padded.max_seqlen, ranks, row),
+        sequence=GlobalSequence(
+            length, batch.num_tokens, padded.cu_seqlens, padded.cu_seqlens, padded.max_seqlen, ranks, row
+        ),
         payload=padded.payload,
     )
 
@@ -137,6 +139,7 @@ def split_samples(batch: Batch, ranks: SequenceRanks | None) -> Batch:
         num_tokens=sum(share.num_tokens for share in shares),
         sequence=GlobalSequence(
             length=len(batch.input_ids),
+            num_tokens=batch.num_tokens,
             cu_seqlens=borders,
             borders=borders,
             max_seqlen=max(sample.max_seqlen for sample in samples),
@@ -144,7 +147,6 @@ def split_samples(batch: Batch, ranks: SequenceRanks | None) -> Batch:
             samples=samples,
         ),
         payload=batch.payload,
-        fillers=batch.fillers,
     )
 
 
@@ -176,7 +178,7 @@ def add_fillers(batch: Batch, count: int) -> Batch:
     """`batch` with `count` more samples of one token of padding each; a batch on the host."""
     for _ in range(count):
         batch = _pad(batch, 1)
-    return replace(batch, fillers=count)
+    return batch
 
 
 def _pad(batch: Batch, padding: int) -> Batch:

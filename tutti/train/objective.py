@@ -118,10 +118,12 @@ class Objective(nn.Module):
         return Head(structure.head, structure.transform, batch, self._tensor, self._shard, pieces)
 
     def _routed(self, states: Any, batch: Batch) -> tuple[Tensor, ...]:
-        """The routers' logits of each layer for all of the batch's tokens [T, E]."""
+        """The routers' logits of each layer for all of the batch's tokens that are not padding [T, E]."""
         layers = by_layer(states.router_logits, states.last_hidden_state.shape[1])
         rows = (gather_tokens(self._of_all_ranks(logits, batch), batch.sequence) for logits in layers)
-        return tuple(logits[: len(logits) - batch.fillers] for logits in rows)
+        # Padding comes last. Of a batch of nothing else one token stays, for a loss that is defined and counts 0 times.
+        count = max(1, (batch.sequence or batch).num_tokens)
+        return tuple(logits[:count] for logits in rows)
 
     def _of_all_ranks(self, rows: Tensor, batch: Batch) -> Tensor:
         """Gather rows that tensor ranks have for their own tokens [t, ...] of `batch` -> [T, ...]."""
@@ -142,7 +144,7 @@ def logits(hidden: Tensor, head: Head) -> Tensor:
 def _router_loss(model: PreTrainedModel) -> Callable[[Any], Tensor] | None:
     """The model family's own load-balancing loss, where its config asks for one (output_router_logits).
 
-    The family's function looks at one micro batch: all its tokens, padding included, over all layers. What is trained
+    The family's function looks at one micro batch: all its tokens but padding, over all layers. What is trained
     on, and reported, is the mean over the micro batches of a global batch, weighted by their tokens. So it depends on
     how samples were packed into micro batches, and on nothing else: not on which ranks run them, nor on how many share
     one (the ranks' router logits are gathered), nor on where the experts lie.

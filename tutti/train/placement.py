@@ -10,7 +10,8 @@ import copy
 import hashlib
 import logging
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tutti.attention.interface import check_packable
 from tutti.checkpoint.adapter import load_adapter, plan_adapters
 from tutti.checkpoint.hf_load import load_weights
+from tutti.checkpoint.manager import saved_state
 from tutti.config import Config, TrainConfig
 from tutti.config.layout import Layout, ModelFacts, Piece, fit
 from tutti.config.yamlfile import to_yaml
@@ -30,8 +32,7 @@ from tutti.core.compute_dtype import compute_dtype
 from tutti.core.dist import World
 from tutti.core.structure import ModelStructure
 from tutti.data.loader import Data, build_data
-from tutti.data.template import end_of_turn, make_template
-from tutti.model.build import build_model, build_tokenizer
+from tutti.model.build import build_model, turn_off_dropout
 from tutti.model.initial import init_weights
 from tutti.model.lora import adapters, add_adapters, init_adapters
 from tutti.model.multimodal import check_multimodal, make_placing
@@ -39,6 +40,7 @@ from tutti.model.quantized import hold_quantized
 from tutti.model.stage_trace import trace_stages
 from tutti.model.stages import cut_into_stages
 from tutti.model.structure import num_params, read_structure, towers
+from tutti.model.tokenizer import build_tokenizer, end_ids, set_chat_template
 from tutti.parallel.apply import parallelize
 from tutti.parallel.batch_invariant import equal_counts
 from tutti.parallel.fsdp import GradientSync, offloads, postpones
@@ -122,13 +124,12 @@ def tokenizer_and_model(config: Config, device: torch.device) -> tuple[PreTraine
     """The tokenizer, with the chat template that data.chat_template names, and the model on the meta device, adapted
     with train.architecture lora."""
     tokenizer = build_tokenizer(config)
-    named = config.data.chat_template != "default"
-    if config.data.task.holds_chats and (named or not tokenizer.chat_template):
-        # What is exported must render chats as they were rendered in training.
-        tokenizer.chat_template = make_template(config.data.chat_template, tokenizer).source
+    if config.data.task.holds_chats:
+        set_chat_template(tokenizer, config.data.chat_template)
     model = build_model(config, tokenizer=tokenizer, device=device)
     if model.can_generate():
-        _end_as_trained(model, tokenizer, config)
+        ends = end_ids(tokenizer, model.generation_config)
+        model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
     _leave_towers(model)
     lora = plan_adapters(config, model)
     if lora is not None:
@@ -148,22 +149,6 @@ def _leave_towers(model: PreTrainedModel) -> None:
         log.info("%s: stays as it is, since the data has no images", names)
 
 
-def _end_as_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
-    """Have generation stop at what ends the trained texts, beside what the model's generation config ends at already.
-
-    A base model's config knows the end of a text, but not the marker by which a chat template ends a turn: a server
-    that goes by the exported generation config would let the model speak for the user next.
-    """
-    trained = tokenizer.eos_token_id
-    if config.data.task.holds_chats:
-        trained = end_of_turn(make_template(config.data.chat_template, tokenizer), tokenizer) or trained
-    known = model.generation_config.eos_token_id
-    ends = [known] if isinstance(known, int) else list(known or ())
-    if isinstance(trained, int) and trained not in ends:
-        ends.append(trained)
-    model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
-
-
 def open_data(
     config: Config, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, world: World, dp_rank: int, dp_size: int
 ) -> Data:
@@ -172,7 +157,7 @@ def open_data(
     names = [name for _, name in sorted((model.config.id2label or {}).items())]
     numbered = all(name == f"LABEL_{number}" for number, name in enumerate(names))
     return build_data(
-        config,
+        _dated(config, world),
         tokenizer,
         world=world,
         dp_rank=dp_rank,
@@ -181,6 +166,20 @@ def open_data(
         num_labels=model.config.num_labels,
         label_names=() if numbered else tuple(names),
     )
+
+
+def _dated(config: Config, world: World) -> Config:
+    """`config` with data.chat_date as it was when the run began: as given, as in the checkpoint that the run goes on
+    from, or today's. A collective call."""
+    if config.data.chat_date is not None or not config.data.task.holds_chats:
+        return config
+
+    def find() -> str:
+        state = saved_state(config.train.load_checkpoint_path, Path(config.train.output_dir or ""))
+        return state.get("data", {}).get("settings", {}).get("data.chat_date") or date.today().isoformat()
+
+    found = world.broadcast(find() if world.is_main else None)
+    return replace(config, data=replace(config.data, chat_date=found))
 
 
 def inspect_model(config: Config, layout: Layout, model: PreTrainedModel) -> ModelStructure:
@@ -219,6 +218,8 @@ def place_model(
 
     ValueError: it cannot be split along an axis of `layout`.
     """
+    if not task.may_drop:
+        turn_off_dropout(model)
     by_sample = config.train.enable_batch_invariant_mode
     objective = Objective(model, task, tensor_ranks(mesh), structure=structure, by_sample=by_sample)
     plan = read_plan(structure) if layout.tensor > 1 else None

@@ -30,15 +30,16 @@ from tutti.config import Config
 from tutti.core.batch import IGNORE, Sample, pack
 from tutti.data.formats import BadRow, JsonLines, Row
 from tutti.data.rows import RowError
-from tutti.data.template import make_template
+from tutti.data.template import read_template
 from tutti.infer.generate import CachedLogits, Generator, NextLogits, Request, whole_answers
 from tutti.infer.hf_generate import needs_generate
 from tutti.infer.prompts import PromptFormat, conversation_to_answer, row_request
 from tutti.infer.sampling import Sampler
+from tutti.model.tokenizer import end_ids
 from tutti.parallel.pipeline.executor import Executor
 from tutti.parallel.sequence import sequence_ranks, split_samples, split_tokens
 from tutti.train.logging.metrics import Metrics
-from tutti.train.objective import Objective, logits
+from tutti.train.objective import logits
 from tutti.train.placement import Run
 
 log = logging.getLogger(__name__)
@@ -77,9 +78,10 @@ class Samples:
             return
         self._shown = step
         objective, requests = self._run.placed.objective, [prompt.request for prompt in self._prompts]
+        ends = frozenset(end_ids(self._run.tokenizer, objective.model.generation_config))
         objective.eval()
         with self._next_logits(executor) as source:
-            generator = Generator(source, _GREEDY, _end_ids(objective), self._run.world, self._budget)
+            generator = Generator(source, _GREEDY, ends, self._run.world, self._budget)
             texts = dict(whole_answers(generator.stream(requests), requests, self._run.tokenizer))
         objective.train()
         for prompt in self._prompts:
@@ -160,12 +162,6 @@ def _last_labelled(number: int, ids: list[int]) -> Sample:
     return Sample(np.asarray(ids, np.int32), labels)
 
 
-def _end_ids(objective: Objective) -> frozenset[int]:
-    """The tokens that end an answer, which `tutti.train.placement` has put into the model's generation config."""
-    ends = objective.model.generation_config.eos_token_id
-    return frozenset([ends] if isinstance(ends, int) else ends or ())
-
-
 def _read(run: Run) -> list[_Prompt]:
     """All prompts with their requests. ValueError: which one cannot be used, and why."""
     config, tokenizer = run.config, run.tokenizer
@@ -174,7 +170,9 @@ def _read(run: Run) -> list[_Prompt]:
     form: PromptFormat | None = None
     prompts = []
     for number, (place, row) in enumerate(_rows(config)):
-        form = form or PromptFormat(tokenizer, make_template("default", tokenizer) if chat else None, chat, context)
+        form = form or PromptFormat(
+            tokenizer, read_template(tokenizer, run.data.chat_date) if chat else None, chat, context
+        )
         try:
             if not chat and not isinstance(row.get("prompt"), str):
                 raise RowError('has no text under "prompt"; a model that is trained on texts continues one')
@@ -218,6 +216,7 @@ def _shown(row: dict[str, Any]) -> str:
     if isinstance(row.get("prompt"), str):
         return row["prompt"]
     messages = conversation_to_answer(row).messages
-    if len(messages) == 1:
-        return str(messages[0]["content"])
-    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    said = [str(message.get("content", "")) for message in messages]
+    if len(said) == 1:
+        return said[0]
+    return "\n".join(f"{message['role']}: {text}" for message, text in zip(messages, said, strict=True))

@@ -75,7 +75,13 @@ class StepLogger:
         self._run, self._config, self._world, self._metrics = run, run.config, run.world, metrics
         measured = peak_flops(run.world.device) if run.world.is_main else 0.0
         self._peak = run.world.size * run.world.broadcast(measured)
-        self._expert_load = ExpertLoad(run.placed.structure.experts, run.mesh, run.world.device)
+        self._expert_load = ExpertLoad(
+            run.placed.objective,
+            run.placed.structure.experts,
+            run.mesh,
+            run.world.device,
+            by_sample=run.config.train.enable_batch_invariant_mode,
+        )
         self.clock = Clock()
         self.totals = self._fresh()
 

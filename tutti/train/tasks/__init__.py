@@ -40,11 +40,12 @@ Prepare = Callable[[Iterable[GlobalBatch], Split], Iterator[GlobalBatch]]
 class Task(ABC):
     """An objective.
 
-    sums: the names and sizes of what `loss` returns beside `loss` and the sums by source. num_sources: of the data;
-    with several, losses are summed by source as well.
+    sums: the names and sizes of what `loss` returns beside `loss` and the sums by source. may_drop: whether the model
+    trains with the dropout of its config. num_sources: of the data; with several, losses are summed by source as well.
     """
 
     sums: ClassVar[Mapping[str, int]] = {}
+    may_drop: ClassVar[bool] = True
     num_sources: int = 1
 
     @abstractmethod

@@ -10,7 +10,9 @@ sigmoid(difference of rewards) says. `log p(y)` is the sum over the answer's tra
 
 The sums over tokens come from losses of single targets that are computed in chunks (`tutti.train.loss`), and autograd
 finds each target's weight through the formula below. Where ranks share a batch, each has some of an answer's tokens and
-knows the rest's sum. The reference model's log-probabilities come with the batch (`tutti.train.tasks.reference`).
+knows the rest's sum. The reference model's log-probabilities come with the batch (`tutti.train.tasks.reference`). They
+are made without dropout, so the model trains without it too: noise in its log-probabilities alone would count as
+reward before anything is learnt.
 
 Shapes: P pairs, N targets.
 """
@@ -47,6 +49,7 @@ class DirectPreference(Task):
     """
 
     sums: ClassVar = {"rewards": 2, "correct": 1}
+    may_drop: ClassVar = False
     beta: float = 0.1
     label_smoothing: float = 0.0
     variant: Literal["sigmoid", "ipo"] = "sigmoid"
