@@ -143,10 +143,11 @@ def _tutti(path: str, threads: int) -> dict[str, Any]:
     sources = open_sources(config)
     index = build_index(sources, encoder, dist, num_workers=threads, silent=False, argument="data.train_path")
     samples = PackedSamples(index, sources, encoder, None, 0)
-    packer, batches = BestFit(config.data.dyn_bsz_buffer_size), []
+    packer, batches = BestFit(config.data.dyn_bsz_buffer_size, BUDGET, config.train.seed), []
     drawn = iter(list(zip(index.length.tolist(), range(len(index)), strict=True)))
-    while taken := packer.take(lambda: next(drawn, None), BUDGET):
+    while (taken := packer.take(lambda: next(drawn, None), BUDGET, len(batches))) is not None:
         batches.append(samples.__getitems__([number for _, number in taken]))
+    batches.append(samples.__getitems__([number for _, number in packer.open]))
     return _counted(time.perf_counter() - start, batches)
 
 

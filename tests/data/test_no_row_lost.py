@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.data.test_loader import build, configure, fake_encoder, ids, record
+from tests.data.fakes import build, configure, fake_encoder, ids, record
 from tests.properties import examples
 from tutti.data import index
 

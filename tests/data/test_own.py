@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torch.utils.data import IterableDataset, get_worker_info
 
-from tests.data.test_loader import ALONE, build, configure, encode, fake_encoder, ids, record
+from tests.data.fakes import ALONE, build, configure, encode, fake_encoder, ids, record
 from tutti.data import index, loader
 from tutti.data.formats import BadRow, Row
 from tutti.data.own import OwnDataset

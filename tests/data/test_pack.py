@@ -1,60 +1,20 @@
 """Packers: nothing lost, nothing over budget, nobody starves, and the samples held back are the whole state."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutti.data.pack import BestFit, Fixed, budget_at
+from tutti.data.pack import RESERVE, BestFit, Fixed, budget_at, deal_samples, deal_tokens
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=120)
 
 
 def source(lengths):
-    stream = iter([(length, number) for number, length in enumerate(lengths)])
-    return lambda: next(stream, None)
-
-
-def packed(packer, draw, budget):
-    while batch := packer.take(draw, budget):
-        yield batch
-
-
-@given(LENGTHS, st.integers(1, 30), st.integers(5, 100))
-@settings(max_examples=60, deadline=None)
-def test_best_fit_packs_every_sample_once_within_the_budget(lengths, capacity, budget):
-    batches = list(packed(BestFit(capacity), source(lengths), budget))
-    assert sorted(number for batch in batches for _, number in batch) == list(range(len(lengths)))
-    for batch in batches:
-        total = sum(length for length, _ in batch)
-        assert total <= budget or len(batch) == 1
-
-
-@given(LENGTHS, st.integers(1, 30), st.integers(5, 100))
-@settings(max_examples=60, deadline=None)
-def test_no_sample_waits_longer_than_the_buffer_is_long(lengths, capacity, budget):
-    packer, draw, waited = BestFit(capacity), source(lengths), {}
-    while batch := packer.take(draw, budget):
-        held = [number for _, number in packer.held()]
-        assert len(held) <= capacity
-        assert held == sorted(held), "samples held back are listed oldest first"
-        waited = {number: waited.get(number, 0) + 1 for number in held}
-        assert max(waited.values(), default=0) <= capacity
-        assert batch[0][1] < min(held, default=len(lengths)), "the oldest goes first"
-
-
-@given(LENGTHS, st.integers(1, 20), st.integers(0, 30))
-@settings(max_examples=60, deadline=None)
-def test_best_fit_goes_on_from_the_samples_it_held(lengths, capacity, stop):
-    draw = source(lengths)
-    packer = BestFit(capacity)
-    list(itertools.islice(packed(packer, draw, 50), stop))
-    other = BestFit(capacity)
-    other.hold(packer.held())
-    rest = list(iter(draw, None))
-    assert list(packed(packer, source_of(rest), 50)) == list(packed(other, source_of(rest), 50))
+    return source_of((length, number) for number, length in enumerate(lengths))
 
 
 def source_of(drawn):
@@ -62,22 +22,108 @@ def source_of(drawn):
     return lambda: next(stream, None)
 
 
-def test_best_fit_takes_the_oldest_then_the_largest_that_fits():
-    packer = BestFit(10)
-    assert packer.take(source([5, 9, 3, 9, 2, 6]), 16) == [(5, 0), (9, 1), (2, 4)]
-    assert packer.held() == [(3, 2), (9, 3), (6, 5)]
+def packed(packer, draw, budget):
+    """The micro batches of a pass; last the one that it leaves open."""
+    for step in itertools.count():
+        if (batch := packer.take(draw, budget, step)) is None:
+            break
+        yield batch
+    if packer.open:
+        yield packer.open
 
 
-def test_best_fit_fills_ragged_batches():
-    lengths = np.clip(np.random.default_rng(0).lognormal(4.5, 0.8, 20_000), 8, 1024).astype(int).tolist()
-    batches = list(packed(BestFit(200), source(lengths), 2048))
-    assert sum(lengths) / (2048 * len(batches)) > 0.99
-    in_order = sum(lengths) / (2048 * len(list(packed(BestFit(1), source(lengths), 2048))))
-    assert in_order < 0.97, "the buffer is what fills them"
+@given(LENGTHS, st.integers(1, 30), st.integers(5, 100), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_best_fit_packs_every_sample_once_within_the_budget(lengths, capacity, budget, growing):
+    packer = BestFit(capacity, budget + growing, seed=3)
+    batches = list(packed(packer, source(lengths), budget))
+    assert sorted(number for batch in batches for _, number in batch) == list(range(len(lengths)))
+    for batch in batches:
+        total = sum(length for length, _ in batch)
+        assert total <= budget or len(batch) == 1
+
+
+@given(LENGTHS, st.integers(1, 60), st.integers(5, 100))
+@settings(max_examples=60, deadline=None)
+def test_samples_wait_for_no_more_than_two_windows(lengths, capacity, budget):
+    packer, draw, waited = BestFit(capacity, budget, seed=3), source(lengths), {}
+    while packer.take(draw, budget, 0) is not None:
+        loose = [number for _, number in packer.held()[0][sum(packer.held()[1]) :]]
+        assert len(loose) <= capacity
+        assert loose == sorted(loose), "loose samples are listed oldest first"
+        if not packer.ready:
+            waited = {number: waited.get(number, 0) + 1 for number in loose}
+            assert max(waited.values(), default=0) <= max(1, min(capacity, RESERVE))
+
+
+@given(LENGTHS, st.integers(1, 60), st.integers(0, 30))
+@settings(max_examples=60, deadline=None)
+def test_best_fit_goes_on_from_the_samples_it_held(lengths, capacity, stop):
+    draw = source(lengths)
+    packer = BestFit(capacity, 50, seed=3)
+    list(itertools.islice(packed(packer, draw, 50), stop))
+    other = BestFit(capacity, 50, seed=3)
+    other.hold(*json.loads(json.dumps(packer.held())))
+    rest = list(iter(draw, None))
+    going_on, gone_on = (list(packed(one, source_of(rest), 50)) for one in (packer, other))
+    assert [[tuple(drawn) for drawn in batch] for batch in gone_on] == going_on
+
+
+def test_best_fit_takes_the_oldest_in_order_then_the_largest_that_fits():
+    packer = BestFit(10, 20, seed=None)
+    batches = list(packed(packer, source([5, 9, 4, 7, 6, 2, 5]), 20))
+    assert batches[0] == [(5, 0), (9, 1), (6, 4)], "5 and 9, then 4 goes back for 6"
+    assert sorted(batches[1]) == [(2, 5), (4, 2), (5, 6), (7, 3)]
+
+
+def test_micro_batches_of_a_window_come_in_random_order_but_the_oldest_first():
+    def order(seed, step=0):
+        packer = BestFit(40, 10, seed)
+        return [packer.take(draw, 10, step)[0][1] for draw in [source([10] * 40)] for _ in range(40)]
+
+    assert order(None) == sorted(order(3)) == list(range(40))
+    assert order(3)[0] == 0 and order(3) != sorted(order(3))
+    assert order(3) != order(4) and order(3) != order(3, step=1)
+
+
+def test_the_next_pass_completes_what_a_pass_left_open():
+    for packer in (BestFit(10, 20, seed=3), Fixed(3)):
+        draw = source([9, 8, 9, 9])
+        first = packer.take(draw, 20, 0)
+        while packer.take(draw, 20, 0) is not None:
+            pass
+        left = list(packer.open)
+        assert first and left
+        again = packer.take(source([7, 2, 7, 7]), 20, 1)
+        assert again[: len(left)] == left and len(again) > len(left)
+
+
+@pytest.mark.parametrize(
+    "median, sigma, longest, budget",
+    [
+        (4.5, 0.8, 1024, 2048),
+        (4.5, 0.8, 1024, 1024),
+        (5.5, 1.2, 2048, 2048),
+        (6.5, 0.5, 2048, 2048),
+        (7, 1, 2048, 2048),
+    ],
+)
+@pytest.mark.parametrize("capacity", [50, 200, 5000])
+def test_best_fit_fills_ragged_batches(median, sigma, longest, budget, capacity):
+    lengths = np.clip(np.random.default_rng(0).lognormal(median, sigma, 5_000), 8, longest).astype(int).tolist()
+    batches = list(packed(BestFit(capacity, budget, seed=3), source(lengths), budget))
+    assert sum(lengths) / (budget * len(batches)) > 0.97
+    in_order = sum(lengths) / (budget * len(list(packed(BestFit(1, budget, seed=3), source(lengths), budget))))
+    assert in_order < 0.95, "the buffer is what fills them"
+
+
+def test_best_fit_makes_micro_batches_one_at_a_time_while_the_budget_grows():
+    packer, draw = BestFit(100, 64, seed=3), source([8] * 200)
+    assert [len(packer.take(draw, budget, 0)) for budget in (16, 24, 32, 64)] == [2, 3, 4, 8]
 
 
 def test_best_fit_empties_a_buffer_larger_than_its_capacity():
-    packer = BestFit(2)
+    packer = BestFit(2, 8, seed=3)
     packer.hold([(4, number) for number in range(6)])
     assert [number for batch in packed(packer, source([4, 4]), 8) for _, number in batch] == [0, 1, 2, 3, 4, 5, 0, 1]
 
@@ -87,6 +133,26 @@ def test_fixed_keeps_the_order_and_begins_with_what_it_holds():
     packer.hold([(7, "a"), (7, "b"), (7, "c")])
     batches = list(packed(packer, source([1, 2]), 0))
     assert [[item for _, item in batch] for batch in batches] == [["a", "b"], ["c", 0], [1]]
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=60), st.integers(1, 4), st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_dealing_gives_every_micro_batch_as_much(lengths, steps, micro_batches):
+    drawn = [(length, number) for number, length in enumerate(lengths)]
+    dealt = deal_tokens(drawn, steps, micro_batches, budget=1000)
+    assert sorted(one for batch in dealt for one in batch) == sorted(drawn)
+    tokens = np.array([sum(length for length, _ in batch) for batch in dealt]).reshape(steps, micro_batches)
+    assert tokens.max() - tokens.min() <= max(lengths)
+    assert np.ptp(tokens.sum(1)) <= max(lengths)
+    dealt = deal_samples(drawn, steps, micro_batches)
+    assert [one for batch in dealt for one in batch] == drawn
+    counts = np.array([len(batch) for batch in dealt]).reshape(steps, micro_batches)
+    assert np.ptp(counts) <= 1 and np.ptp(counts.sum(1)) <= 1
+
+
+def test_dealing_keeps_within_the_budget():
+    assert deal_tokens([(6, "a"), (5, "b"), (4, "c")], 1, 2, budget=9) == [[(6, "a")], [(5, "b"), (4, "c")]]
+    assert deal_tokens([(6, "a"), (5, "b"), (4, "c")], 1, 2, budget=8) == []
 
 
 @pytest.mark.parametrize("step, expected", [(0, 200), (5, 600), (9, 920), (10, 1000), (11, 1000)])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.data.test_loader import L, build, configure, fake_encoder, ids, sample
+from tests.data.fakes import L, build, configure, fake_encoder, ids, sample
 from tutti.core.batch import IGNORE, Sample
 
 __all__ = ["fake_encoder"]  # a fixture that every test here uses

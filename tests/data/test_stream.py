@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests.data.test_loader import STREAMED, build, configure, fake_encoder, make_rows, sources_yaml, write
+from tests.data.fakes import STREAMED, build, configure, fake_encoder, make_rows, sources_yaml, write
 
 __all__ = ["fake_encoder"]  # a fixture that every test here uses
 

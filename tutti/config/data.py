@@ -29,12 +29,14 @@ class DataConfig:
     )
     train_size: int = arg(
         10_000_000,
-        "Tokens of an epoch with train.dyn_bsz, from which its steps follow: for iterable data, or when set.",
+        "Tokens of an epoch with train.dyn_bsz, from which its steps follow: for iterable data, or when set. "
+        "Data that is longer goes on in the next epoch; shorter data begins again.",
         low=1,
     )
     train_sample: int = arg(
         10_000,
-        "Samples of an epoch without train.dyn_bsz, from which its steps follow: for iterable data, or when set.",
+        "Samples of an epoch without train.dyn_bsz, from which its steps follow: for iterable data, or when set. "
+        "Data that is longer goes on in the next epoch; shorter data begins again.",
         low=1,
     )
     data_type: str = arg(
@@ -59,7 +61,9 @@ class DataConfig:
         None, "Label of the data in logs and metrics; in a YAML of several sources, the one to train on."
     )
     dyn_bsz_buffer_size: int = arg(
-        200, "Samples held back to fill each micro batch close to its B tokens, with train.dyn_bsz.", low=1
+        200,
+        "Samples held back to fill each micro batch close to its B tokens, with train.dyn_bsz; their order is random.",
+        low=1,
     )
     text_keys: str | None = arg(
         None,
@@ -83,7 +87,10 @@ class DataConfig:
     max_seq_len: int = arg(2048, "Longest sample L, in tokens; longer ones are cut as their data_type says.", low=2)
     num_workers: int = arg(4, "Processes per rank that read and tokenise; 0 does it in the training process.", low=0)
     prefetch_factor: int = arg(2, "Batches of rows that each worker prepares ahead.", low=1)
-    drop_last: bool = arg(True, "Leave out what does not fill a last global batch, rather than train on it as well.")
+    drop_last: bool = arg(
+        True,
+        "Leave out what does not fill a last global batch at the run's end, rather than deal it over the last steps.",
+    )
     pin_memory: bool = arg(True, "Put batches into page-locked memory, so that copies to the accelerator overlap.")
     silent_exception: bool = arg(
         False,

@@ -34,8 +34,7 @@ import numpy as np
 
 from tutti.core.batch import IGNORE, Sample
 from tutti.core.dist import World
-from tutti.data.mix import Mix, Permuted, Weights
-from tutti.data.pack import SampleRef
+from tutti.data.mix import Mix, Permuted, SampleRef, Weights
 from tutti.data.worker import be_a_worker, quiet_fork
 
 log = logging.getLogger(__name__)

@@ -85,7 +85,7 @@ class DataRank:
 def global_batches(planner: Planner, split: DataSplit, share: DataRank) -> Iterator[tuple[StepPlan, GlobalBatch]]:
     """Follow `planner`, which plans batches of `split`; fetching may run ahead, the plans wait for its batches."""
     planned: deque[StepPlan] = deque()
-    micro_batches = planner.recipe.micro_batches
+    micro_batches = planner.batching.micro_batches
 
     def mine() -> Iterator[list[Any]]:
         for plan in planner.steps():
@@ -100,7 +100,7 @@ def global_batches(planner: Planner, split: DataSplit, share: DataRank) -> Itera
 
 
 def _with_totals(plan: StepPlan, batch: tuple[Batch, ...], split: DataSplit, share: DataRank) -> GlobalBatch:
-    supply = split.planner.supply
+    supply = split.planner.source
     drawn = [one for micro_batch in plan.micro_batches for one in micro_batch]
     tokens, sources = supply.facts([item for _, item in drawn])
     targets = np.ones_like(tokens) if share.pairs else tokens

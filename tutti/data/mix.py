@@ -20,7 +20,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tutti.data.pack import Draw, SampleRef
+SampleRef = tuple[int, Any]
+"""A sample's length in tokens and whatever names it: an index, or the sample itself."""
+
+Draw = Callable[[], SampleRef | None]
+"""Gives the next sample of a pass; None at its end."""
 
 Weights = Callable[[int], Sequence[float]]
 """The sources' weights at an optimizer step, from 0."""
@@ -41,6 +45,9 @@ def permutation(count: int, *key: int) -> np.ndarray:
 class Stream(Protocol):
     """The samples of one source, pass after pass."""
 
+    number: int
+    """Of the pass, from 0; -1 before the first."""
+
     def draw(self) -> SampleRef | None:
         """The next sample of this pass; None at its end."""
 
@@ -60,7 +67,7 @@ class Permuted:
         self._begin(-1, len(ids))
 
     def _begin(self, number: int, at: int) -> None:
-        self._pass, self._start, self._next = number, at, 0
+        self.number, self._start, self._next = number, at, 0
         self._block: list[SampleRef] = []
         self._order: np.ndarray | None = None
 
@@ -74,7 +81,7 @@ class Permuted:
     def _fill(self) -> bool:
         self._start, self._next = self._start + self._next, 0
         if self._order is None and self.shuffle and self._start < len(self.ids):
-            self._order = permutation(len(self.ids), *self.key, self._pass)
+            self._order = permutation(len(self.ids), *self.key, self.number)
         places: Any = slice(self._start, self._start + _BLOCK)
         if self._order is not None:
             places = self._order[places]
@@ -82,10 +89,10 @@ class Permuted:
         return bool(self._block)
 
     def restart(self) -> None:
-        self._begin(self._pass + 1, 0)
+        self._begin(self.number + 1, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"pass": self._pass, "at": self._start + self._next}
+        return {"pass": self.number, "at": self._start + self._next}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._begin(state["pass"], state["at"])
@@ -156,6 +163,10 @@ class Mix:
         self._running = list(range(len(self.streams)))
         for stream in self.streams:
             stream.restart()
+
+    def passes(self) -> list[int]:
+        """The number of the pass that each stream is in."""
+        return [stream.number for stream in self.streams]
 
     def state_dict(self) -> dict[str, Any]:
         return {

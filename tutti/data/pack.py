@@ -1,115 +1,245 @@
 """Packing: which samples make up a micro batch.
 
 With `train.dyn_bsz` a micro batch holds at most `budget` tokens. Laying samples end to end in the order they come
-would leave the room at the end empty whenever the next one is too long, so a buffer of samples is held back and each
-micro batch is filled from it:
+leaves the room at the end empty whenever the next one is too long. `BestFit` holds samples back to fill that room, and
+keeps the order fair: at any place of an epoch a step's samples are a random draw from the data, long and short alike.
 
-1. keep the buffer full (until the data ends),
-2. begin with the oldest sample, so that none waits for ever,
-3. add the largest sample that still fits, the oldest among equals, until none fits.
+1. Draw a window of `capacity` samples.
+2. Begin a micro batch with the oldest sample and add the next ones, in order, as long as they fit. Give the last of
+   them back, for a better one: add the largest sample that fits, the oldest among equals, until none does.
+3. Repeat until RESERVE samples are left loose: with fewer to choose from, room stays empty. At the end of the data,
+   repeat until none is left.
+4. Give the micro batches out in random order, but first the one that was begun with the oldest sample.
 
-A sample longer than the budget (while the budget is still growing) goes alone; none is dropped or split. The buffer is
-one sorted list of integers (length in the high bits, age in the low ones), so that a sample costs two binary searches.
+Choosing by size alone in step 2 would fill micro batches as well, but sort the data: long samples are used up first,
+the short ones remain. For the same reason the reserve is small (what is chosen by size is missing in it), and the order
+in step 4 is random (the first micro batches of a window had more to choose from than the last).
 
-Both packers see only lengths: they are the same on every rank, and their whole state is the samples they hold, in the
-order these came. `draw()` gives the next `(length, item)`, or None at the end of the data.
+While the budget grows, micro batches are made one at a time. A sample longer than the budget goes alone; none is
+dropped or split.
+
+Packers see only lengths: they are the same on every rank, and their whole state is the samples they hold.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
+import heapq
+from abc import ABC, abstractmethod
+from bisect import bisect_right, insort
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from itertools import pairwise
 
-SampleRef = tuple[int, Any]
-"""A sample's length in tokens and whatever names it: an index, or the sample itself."""
+from tutti.data.mix import Draw, SampleRef, permutation
 
-Draw = Callable[[], SampleRef | None]
+RESERVE = 32
+"""Samples that stay loose, so that the end of each micro batch finds one that fits."""
+
+_WINDOW_WHILE_GROWING = 64
 
 _AGE_BITS = 44
 _AGE_MASK = (1 << _AGE_BITS) - 1
 
 
-class Packer(Protocol):
-    """Makes micro batches; `held()` and `hold()` are its state."""
+class Packer(ABC):
+    """Makes micro batches of the samples it draws.
 
-    def take(self, draw: Draw, budget: int) -> list[SampleRef]:
-        """The next micro batch; empty at the end of the data."""
+    ready: micro batches made ahead. open: one that the end of a pass left unfinished; the next pass completes it.
+    Further samples are loose.
+    """
 
-    def held(self) -> list[SampleRef]:
-        """The samples held back, oldest first."""
+    def __init__(self) -> None:
+        self.ready: deque[list[SampleRef]] = deque()
+        self.open: list[SampleRef] = []
 
-    def hold(self, drawn: Sequence[SampleRef]) -> None:
-        """Hold exactly these, oldest first."""
+    def take(self, draw: Draw, budget: int, step: int) -> list[SampleRef] | None:
+        """The next micro batch; None where the pass that `draw` reads gives no other. `step` keys the random order."""
+        if not self.ready:
+            self.ready.extend(self._pack(draw, budget, step))
+        return self.ready.popleft() if self.ready else None
+
+    def held(self) -> tuple[list[SampleRef], list[int]]:
+        """All samples held, and the sizes of the micro batches that they begin with: those ready, and the open one."""
+        batches = [*self.ready, self.open]
+        return [drawn for batch in batches for drawn in batch] + self._loose_samples(), [len(one) for one in batches]
+
+    def hold(self, samples: Sequence[SampleRef], sizes: Sequence[int] = ()) -> None:
+        """Hold exactly these, as `held` gave them; without `sizes` all are loose, oldest first."""
+        end, batches = 0, []
+        for size in sizes:
+            batches.append(list(samples[end : end + size]))
+            end += size
+        self.open = batches.pop() if batches else []
+        self.ready = deque(batches)
+        self._hold_loose(samples[end:])
+
+    @abstractmethod
+    def _pack(self, draw: Draw, budget: int, step: int) -> list[list[SampleRef]]:
+        """Some micro batches; none at the end of the pass, when what fills none is in `open`."""
+
+    @abstractmethod
+    def _loose_samples(self) -> list[SampleRef]: ...
+
+    @abstractmethod
+    def _hold_loose(self, samples: Sequence[SampleRef]) -> None: ...
 
 
-class BestFit:
-    """Micro batches of at most `budget` tokens, chosen among `capacity` samples held back."""
+class BestFit(Packer):
+    """Micro batches of at most `budget` tokens, made of windows of `capacity` samples.
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = max(1, capacity)
+    budget: in the end; smaller ones are growing. seed: of the micro batches' order; None keeps the order of their
+    oldest samples.
+    """
+
+    def __init__(self, capacity: int, budget: int, seed: int | None) -> None:
+        super().__init__()
+        self.capacity, self.budget, self.seed = max(1, capacity), budget, seed
+        self.reserve = min(self.capacity, RESERVE)
+        # Samples by the number with which each came, ascending. Keys: one for each, sorted, and some of samples gone.
+        self._loose: dict[int, SampleRef] = {}
         self._keys: list[int] = []
-        self._items: dict[int, SampleRef] = {}
-        self._count = 0
+        self._count = self._oldest = 0
+        self._ended = False
 
-    def take(self, draw: Draw, budget: int) -> list[SampleRef]:
-        keys, items, capacity = self._keys, self._items, self.capacity
-        while len(keys) < capacity and (drawn := draw()) is not None:
-            self._add(drawn)
-        if not keys:
-            return []
-        oldest = next(iter(items))
-        first = items.pop(oldest)
-        del keys[bisect_left(keys, first[0] << _AGE_BITS | (_AGE_MASK - oldest))]
-        batch, room = [first], budget - first[0]
+    def _pack(self, draw: Draw, budget: int, step: int) -> list[list[SampleRef]]:
+        self._ended, growing = False, budget < self.budget
+        if len(self._keys) > 2 * len(self._loose) + 64:
+            self._keys = sorted(_key(length, age) for age, (length, _) in self._loose.items())
+        self._draw(draw, min(self.capacity, _WINDOW_WHILE_GROWING) if growing else self.capacity)
+        batches: list[list[SampleRef]] = []
+        more = True
+        while self._loose and more:
+            batch = self._fill(draw, budget)
+            more = not growing and (self._ended or len(self._loose) > self.reserve)
+            if not self._loose and sum([length for length, _ in batch]) < budget:
+                self.open = batch
+            else:
+                batches.append(batch)
+        if self.seed is not None and len(batches) > 2:
+            order = permutation(len(batches) - 1, self.seed, step, 0, 0, 1)
+            batches[1:] = [batches[1 + place] for place in order.tolist()]
+        return batches
+
+    def _fill(self, draw: Draw, budget: int) -> list[SampleRef]:
+        """One micro batch: the open one completed, or a new one."""
+        loose = self._loose
+        batch, self.open = self.open or [loose.pop(self._oldest_from(0))], []
+        room = budget - sum([length for length, _ in batch])
+        last, age = None, self._oldest
+        self._draw(draw, self.reserve)
+        while (age := self._oldest_from(age)) < self._count and loose[age][0] <= room:
+            if last is not None:
+                batch.append(loose.pop(last))
+            last, room, age = age, room - loose[age][0], age + 1
+            self._draw(draw, self.reserve)
+        room += 0 if last is None else loose[last][0]
         while room > 0:
-            if len(keys) < capacity and (drawn := draw()) is not None:
-                self._add(drawn)
-            at = bisect_right(keys, room << _AGE_BITS | _AGE_MASK) - 1
-            if at < 0:
+            self._draw(draw, self.reserve)
+            if (found := self._take_largest(room)) is None:
                 break
-            drawn = items.pop(_AGE_MASK - (keys.pop(at) & _AGE_MASK))
-            batch.append(drawn)
-            room -= drawn[0]
+            batch.append(found)
+            room -= found[0]
         return batch
 
-    def held(self) -> list[SampleRef]:
-        return list(self._items.values())
-
-    def hold(self, drawn: Sequence[SampleRef]) -> None:
-        self._keys, self._items, self._count = [], {}, 0
-        for one in drawn:
-            self._add(one)
+    def _draw(self, draw: Draw, count: int) -> None:
+        """Draw until `count` samples are loose, or the pass ends."""
+        while len(self._loose) < count and not self._ended:
+            if (drawn := draw()) is None:
+                self._ended = True
+            else:
+                self._add(drawn)
 
     def _add(self, drawn: SampleRef) -> None:
-        # Age counts down in the low bits: of equal lengths the oldest has the largest key, which is found first.
-        insort(self._keys, drawn[0] << _AGE_BITS | (_AGE_MASK - self._count))
-        self._items[self._count] = drawn
+        insort(self._keys, _key(drawn[0], self._count))
+        self._loose[self._count] = drawn
         self._count += 1
 
+    def _oldest_from(self, age: int) -> int:
+        """The age of the first loose sample that is not older than `age`; `_count` if there is none."""
+        begin = age = max(age, self._oldest)
+        while age < self._count and age not in self._loose:
+            age += 1
+        if begin == self._oldest:
+            self._oldest = age
+        return age
 
-class Fixed:
+    def _take_largest(self, room: int) -> SampleRef | None:
+        """The largest sample of at most `room` tokens, the oldest among equals. Keys of samples gone are met here."""
+        at = bisect_right(self._keys, _key(room, 0)) - 1
+        while at >= 0:
+            age = _AGE_MASK - (self._keys.pop(at) & _AGE_MASK)
+            if age in self._loose:
+                return self._loose.pop(age)
+            at -= 1
+        return None
+
+    def _loose_samples(self) -> list[SampleRef]:
+        return list(self._loose.values())
+
+    def _hold_loose(self, samples: Sequence[SampleRef]) -> None:
+        self._loose, self._keys, self._count, self._oldest = {}, [], 0, 0
+        for drawn in samples:
+            self._add(drawn)
+
+
+def _key(length: int, age: int) -> int:
+    """Sorts by length, and among equals the oldest last, where a search for the largest finds it first."""
+    return length << _AGE_BITS | (_AGE_MASK - age)
+
+
+class Fixed(Packer):
     """Micro batches of `size` samples in the order they come, whatever their length."""
 
     def __init__(self, size: int) -> None:
+        super().__init__()
         self.size = size
-        self._held: deque[SampleRef] = deque()
+        self._loose: deque[SampleRef] = deque()
 
-    def take(self, draw: Draw, budget: int) -> list[SampleRef]:
-        batch: list[SampleRef] = []
+    def _pack(self, draw: Draw, budget: int, step: int) -> list[list[SampleRef]]:
+        batch = self.open
         while len(batch) < self.size:
-            drawn = self._held.popleft() if self._held else draw()
+            drawn = self._loose.popleft() if self._loose else draw()
             if drawn is None:
-                break
+                return []
             batch.append(drawn)
-        return batch
+        self.open = []
+        return [batch]
 
-    def held(self) -> list[SampleRef]:
-        return list(self._held)
+    def _loose_samples(self) -> list[SampleRef]:
+        return list(self._loose)
 
-    def hold(self, drawn: Sequence[SampleRef]) -> None:
-        self._held = deque(drawn)
+    def _hold_loose(self, samples: Sequence[SampleRef]) -> None:
+        self._loose = deque(samples)
+
+
+def deal_tokens(samples: Sequence[SampleRef], steps: int, micro_batches: int, budget: int) -> list[list[SampleRef]]:
+    """All of `samples` as `steps` times `micro_batches` micro batches of about as many tokens each.
+
+    Each has at most `budget` tokens, or a single sample. Empty where this finds no way: largest first, each sample to
+    the micro batch with the fewest tokens (R. L. Graham, Bounds on multiprocessing timing anomalies, 1969).
+    """
+    batches: list[list[SampleRef]] = [[] for _ in range(steps * micro_batches)]
+    fewest = [(0, place) for place in range(len(batches))]
+    for drawn in sorted(samples, key=lambda drawn: -drawn[0]):
+        tokens, place = fewest[0]
+        if tokens and tokens + drawn[0] > budget:
+            return []
+        heapq.heapreplace(fewest, (tokens + drawn[0], place))
+        batches[place].append(drawn)
+    batches = [batches[place] for _, place in sorted(fewest)]
+    # Of the first `steps` of them step i takes the i-th, of the next ones the i-th from behind, and so on in turns.
+    turns = [batches[start : start + steps] for start in range(0, len(batches), steps)]
+    return [turn[-1 - step if number % 2 else step] for step in range(steps) for number, turn in enumerate(turns)]
+
+
+def deal_samples(samples: Sequence[SampleRef], steps: int, micro_batches: int) -> list[list[SampleRef]]:
+    """All of `samples`, in order, as `steps` times `micro_batches` micro batches, all of one size or one less."""
+    return [batch for step in _cut(samples, steps) for batch in _cut(step, micro_batches)]
+
+
+def _cut(samples: Sequence[SampleRef], count: int) -> list[list[SampleRef]]:
+    borders = [-(-len(samples) * place // count) for place in range(count + 1)]
+    return [list(samples[begin:end]) for begin, end in pairwise(borders)]
 
 
 def budget_at(step: int, *, budget: int, initial: int, warmup_steps: int) -> int:

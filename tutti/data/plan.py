@@ -1,15 +1,18 @@
 """Planning: from an order of samples to optimizer steps, their number, and the position to resume from.
 
-Everything here is global: each rank plans the same micro batches for all ranks, from lengths alone, and runs its share.
+Everything here is global: each rank plans the same micro batches for all ranks, from lengths alone, and runs its own.
 Micro batch k of a step belongs to data-parallel rank k % dp as its accumulation index k // dp, so that any number of
 ranks trains on the same samples at the same step, and totals over all ranks are known without communication.
 
 A step takes M = train.global_batch_size / train.micro_batch_size micro batches. How long an epoch is:
 
-- by the data: one pass, each sample once. At its end the packer runs empty; the micro batches that do not fill a last
-  step are dropped or trained on (data.drop_last). The number of steps comes from planning every epoch once, in advance.
-- by a formula (data.train_size or data.train_sample): so many steps. Data that ends earlier starts over, reshuffled,
-  and longer data is cut.
+- by the data: one pass, each sample once. Samples that fill no step at its end are part of the next epoch's first step.
+  The number of steps comes from planning every epoch once, in advance.
+- by a formula (data.train_size or data.train_sample): so many steps. Data that ends earlier starts over, reshuffled;
+  data that is longer goes on in the next epoch where it was.
+
+Only the run by the data ends with a rest. It is left out (data.drop_last) or trained on: as a step of its own if that
+has at least half of what others have, else dealt over the last steps, so that each of them has.
 
 The budget of a micro batch may grow over the first W steps, W = int(bsz_warmup_ratio * total steps). How many steps an
 epoch by the data has depends on W, and W on that number: W starts from the steps without a warm-up and is put in again
@@ -22,16 +25,29 @@ size starts from the very same position, so that what is left of the epoch is tr
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from itertools import islice
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from tutti.config import Config
-from tutti.data.mix import Mix
-from tutti.data.pack import BestFit, Fixed, Packer, SampleRef, budget_at
+from tutti.data.mix import Mix, SampleRef
+from tutti.data.pack import BestFit, Fixed, Packer, budget_at, deal_samples, deal_tokens
+
+log = logging.getLogger(__name__)
+
+MicroBatches = list[list[SampleRef]]
+
+_REST_STEPS = 8
+"""Steps over which the rest of a run may be dealt."""
+
+_LEAST = 0.5
+"""Of what a full step has, so much has the smallest."""
 
 
 class SampleSource(Protocol):
@@ -39,6 +55,10 @@ class SampleSource(Protocol):
 
     size: int | None
     """Samples in a pass; None when unknown."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of the data sources, each a stream of the mix where that has several."""
 
     def mix(self) -> Mix:
         """The mix before its first pass."""
@@ -55,7 +75,12 @@ class SampleSource(Protocol):
 
 @dataclass(frozen=True)
 class BatchingPlan:
-    """How samples become steps. micro_batches: M, over all ranks. budget: B tokens. epoch_steps: if by formula."""
+    """How samples become steps.
+
+    micro_batches: M, over all ranks. budget: B tokens. seed: of the order in which micro batches packed together come;
+    None keeps the order of the samples. even_end: the rest of a run is dealt over its last steps. epoch_steps: if by
+    formula.
+    """
 
     micro_batches: int
     micro_batch_size: int
@@ -63,7 +88,9 @@ class BatchingPlan:
     dynamic: bool
     pad: bool
     buffer_size: int
+    seed: int | None
     drop_last: bool
+    even_end: bool
     warmup_ratio: float
     warmup_from: int
     epochs: int
@@ -79,7 +106,7 @@ class BatchingPlan:
         return self.micro_batches * self.micro_batch_size
 
     def packer(self) -> Packer:
-        return BestFit(self.buffer_size) if self.dynamic else Fixed(self.micro_batch_size)
+        return BestFit(self.buffer_size, self.budget, self.seed) if self.dynamic else Fixed(self.micro_batch_size)
 
     def slots(self, budget: int, batch: Sequence[SampleRef]) -> int:
         """Room of a micro batch that was planned with `budget`; one without samples is a single token."""
@@ -90,12 +117,35 @@ class BatchingPlan:
         tokens = sum([length for length, _ in batch])
         return max(budget, tokens) if self.dynamic and batch else max(1, tokens)
 
+    def fullness(self, budget: int, batches: MicroBatches) -> float:
+        """Part of a full step's tokens (without dyn_bsz: samples) that a step of these micro batches has."""
+        if self.dynamic:
+            return _tokens(batches) / (self.micro_batches * budget)
+        return sum(map(len, batches)) / self.global_batch_size
+
+    def room(self, budget: int, batches: MicroBatches) -> int:
+        """Slots of several micro batches."""
+        return sum([self.slots(budget, batch) for batch in batches])
+
+    def deal(self, budget: int, batches: MicroBatches, steps: int) -> MicroBatches:
+        """The samples of `batches`, which are the last of a run, as M micro batches for each of `steps` steps.
+
+        Empty if there is no way. One step of at most M micro batches always is one.
+        """
+        samples = [drawn for batch in batches for drawn in batch]
+        if not self.dynamic:
+            return deal_samples(samples, steps, self.micro_batches)
+        dealt = deal_tokens(samples, steps, self.micro_batches, budget)
+        if not dealt and steps == 1:
+            return batches + [[] for _ in range(self.micro_batches - len(batches))]
+        return dealt
+
     def capped(self, steps: int) -> int:
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
 
 def make_batching_plan(config: Config, *, dp_size: int, by_formula: bool) -> BatchingPlan:
-    """The recipe of a configuration on `dp_size` data-parallel ranks; ValueError if the batch sizes don't divide."""
+    """The plan of a configuration on `dp_size` data-parallel ranks; ValueError if the batch sizes don't divide."""
     data, train = config.data, config.train
     step = train.micro_batch_size * dp_size
     global_batch_size = train.global_batch_size or step
@@ -117,7 +167,9 @@ def make_batching_plan(config: Config, *, dp_size: int, by_formula: bool) -> Bat
         dynamic=train.dyn_bsz,
         pad=train.pad_to_length,
         buffer_size=data.dyn_bsz_buffer_size,
+        seed=train.seed if data.shuffle else None,
         drop_last=data.drop_last,
+        even_end=True,
         warmup_ratio=train.bsz_warmup_ratio if train.dyn_bsz else 0.0,
         warmup_from=train.bsz_warmup_init_mbtoken,
         epochs=train.num_train_epochs,
@@ -130,7 +182,7 @@ def make_batching_plan(config: Config, *, dp_size: int, by_formula: bool) -> Bat
 class StepPlan:
     """One step over all ranks: its micro batches in global order, `slots` of room in all, and the position after it."""
 
-    micro_batches: list[list[SampleRef]]
+    micro_batches: MicroBatches
     slots: int
     step: int
     epoch: int
@@ -142,26 +194,40 @@ class StepPlan:
 class Count:
     """What planning ahead found: steps of every epoch (those before the position: 0), and sums over these steps.
 
-    left_out: samples that filled no last step of an epoch.
+    rest_steps: over how many of the last steps what is left at the run's end is dealt. left_out: samples left out
+    there instead.
     """
 
     epoch_steps: tuple[int, ...]
+    rest_steps: int = 0
     left_out: int = 0
     tokens: int = 0
     slots: int = 0
 
 
-class Planner:
-    """Plans step after step from a position. `count()` must have set the number of steps before `steps()` runs."""
+class _Planned(NamedTuple):
+    """A step planned ahead."""
 
-    def __init__(self, supply: SampleSource, recipe: BatchingPlan) -> None:
-        self.supply, self.recipe = supply, recipe
-        self.mix, self.packer = supply.mix(), recipe.packer()
-        self.step = self.epoch = self.step_in_epoch = 0
+    epoch: int
+    batches: MicroBatches
+    slots: int
+
+
+class Planner:
+    """Plans step after step from a position. `count()` must have set the number of steps before `steps()` runs.
+
+    passes: how many passes over the data have begun. While the last samples of one fill the next epoch's first step,
+    this is one ahead of the epochs.
+    """
+
+    def __init__(self, source: SampleSource, batching: BatchingPlan) -> None:
+        self.source, self.batching = source, batching
+        self.mix, self.packer = source.mix(), batching.packer()
+        self.step = self.epoch = self.step_in_epoch = self.passes = 0
         self.warmup_steps = 0
         self._set_counted(Count(()))
-        self._formula_steps = recipe.epoch_steps
-        self._recipe = asdict(recipe)
+        self._formula_steps = batching.epoch_steps
+        self._batching = asdict(batching)
 
     def _set_counted(self, counted: Count) -> None:
         self.counted, self._counted = counted, asdict(counted)
@@ -175,64 +241,99 @@ class Planner:
     def steps(self) -> Iterator[StepPlan]:
         """From the position to the end of the last epoch."""
         ends = self.counted.epoch_steps
-        while self.epoch < self.recipe.epochs:
+        while self.epoch < self.batching.epochs:
             if self.step_in_epoch >= ends[self.epoch]:
                 self._end_epoch()
                 continue
+            passes = self.mix.passes()
+            if self.counted.rest_steps and self.total_steps - self.step == self.counted.rest_steps:
+                self._deal_rest()
             batches, slots = self._take()
+            self._say_restarts(passes)
             epoch, epoch_end = self.epoch, self.step_in_epoch == ends[self.epoch]
             if epoch_end:
                 self._end_epoch()
             yield StepPlan(batches, slots, self.step, epoch, epoch_end, self.position())
 
-    def _take(self) -> tuple[list[list[SampleRef]], int]:
-        """The next step's micro batches and their room; fewer than M, or none, at the end of the data."""
-        recipe = self.recipe
-        if self.step_in_epoch == 0:
-            self.mix.restart()
-            self.packer.hold(())
-        budget = budget_at(self.step, budget=recipe.budget, initial=recipe.warmup_from, warmup_steps=self.warmup_steps)
-        draw = self._drawer()
-        batches: list[list[SampleRef]] = []
-        slots = 0
-        while len(batches) < recipe.micro_batches and (batch := self.packer.take(draw, budget)):
-            batches.append(batch)
-            slots += recipe.slots(budget, batch)
-        slots += (recipe.micro_batches - len(batches)) * recipe.slots(budget, ())
-        self.step += 1
-        self.step_in_epoch += 1
-        return batches, slots
+    def _take(self) -> tuple[MicroBatches, int]:
+        """The next step's micro batches and their room. Fewer than M at the end of the run: they are no step."""
+        budget = self._budget_at(self.step)
+        batches = list(islice(self._micro_batches(budget), self.batching.micro_batches))
+        if len(batches) == self.batching.micro_batches:
+            self.step += 1
+            self.step_in_epoch += 1
+        return batches, self.batching.room(budget, batches)
 
-    def _drawer(self) -> Callable[[], SampleRef | None]:
+    def _budget_at(self, step: int) -> int:
+        full, initial = self.batching.budget, self.batching.warmup_from
+        return budget_at(step, budget=full, initial=initial, warmup_steps=self.warmup_steps)
+
+    def _micro_batches(self, budget: int) -> Iterator[list[SampleRef]]:
+        """Micro batches at the current step, one pass after the other; by the data until the last one ends."""
+        before = None if self.passes else 0
+        if not self.passes:
+            self._begin_pass()
         draw = self.mix.drawer(self.step)
-        if self.recipe.epoch_steps is None:
-            return draw
+        while True:
+            if (batch := self.packer.take(draw, budget, self.step)) is not None:
+                before = None
+                yield batch
+            elif self.batching.epoch_steps is None and self.passes == self.batching.epochs:
+                return
+            elif before == len(self.packer.open):
+                raise ValueError("data.train_path has no sample to train on")
+            else:
+                before = len(self.packer.open)
+                self._begin_pass()
+                draw = self.mix.drawer(self.step)
 
-        def draw_for_ever() -> SampleRef | None:
-            if (drawn := draw()) is None:
-                self.mix.restart()
-                if (drawn := draw()) is None:
-                    raise ValueError("data.train_path has no sample to train on")
-            return drawn
+    def _begin_pass(self) -> None:
+        self.mix.restart()
+        self.passes += 1
 
-        return draw_for_ever
+    def _deal_rest(self) -> None:
+        """Deal all samples that are left over the steps that are left."""
+        budget = self._budget_at(self.step)
+        batches = [*self._micro_batches(budget), self.packer.open]
+        dealt = self.batching.deal(budget, batches, self.counted.rest_steps)
+        self.packer.hold([drawn for batch in dealt for drawn in batch], [*map(len, dealt), 0])
+
+    def _say_restarts(self, before: Sequence[int]) -> None:
+        """Log which sources have begun again since they were in the passes `before`."""
+        if self.batching.epoch_steps is None and len(before) == 1:
+            return
+        names = self.source.names if len(before) > 1 else ["data.train_path"]
+        for name, old, new in zip(names, before, self.mix.passes(), strict=True):
+            if new > old >= 0 and (new < 10 or new & (new - 1) == 0):
+                log.info("step %d: %s is read through and begins again, for pass %d", self.step, name, new + 1)
 
     def _end_epoch(self) -> None:
+        """Go to the next epoch. One that train.max_steps cut short leaves nothing to it."""
+        cut = self._is_cut()
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
-        self._formula_steps = self.recipe.epoch_steps
-        self.packer.hold(())
+        self._formula_steps = self.batching.epoch_steps
+        if cut and self.epoch < self.batching.epochs:
+            self.packer.hold(())
+            self.passes = self.epoch
+            self._begin_pass()
+
+    def _is_cut(self) -> bool:
+        limit = self.batching.max_steps
+        return self.batching.epoch_steps is None and limit is not None and self.step_in_epoch >= limit
 
     def count(self) -> None:
         """Find the number of steps from the position on, and the warm-up that goes with it, unless known already."""
         if self.counted.epoch_steps:
             return
-        ratio = self.recipe.warmup_ratio
+        ratio = self.batching.warmup_ratio
         seen: set[int] = set()
         self.warmup_steps = 0
         self._set_counted(self._count())
-        if self.step == 0 and not all(self.counted.epoch_steps):
-            size, recipe = self.supply.size, self.recipe
-            needs = f"{recipe.micro_batches} full micro batches" if recipe.dynamic else f"{recipe.global_batch_size}"
+        if self.step == 0 and not any(self.counted.epoch_steps):
+            size, batching = self.source.size, self.batching
+            needs = (
+                f"{batching.micro_batches} full micro batches" if batching.dynamic else f"{batching.global_batch_size}"
+            )
             raise ValueError(
                 f"data.train_path gives {size:,} samples, less than one global batch of {needs}: lower "
                 "train.global_batch_size or train.micro_batch_size, or set data.drop_last false"
@@ -246,84 +347,138 @@ class Planner:
                 break
 
     def _count(self) -> Count:
-        recipe = self.recipe
-        if recipe.epoch_steps is not None:
-            old = self._formula_steps or recipe.epoch_steps
-            left = math.ceil(recipe.epoch_steps * max(0, old - self.step_in_epoch) / old)
-            current, later = recipe.capped(self.step_in_epoch + left), recipe.capped(recipe.epoch_steps)
-            steps = [0] * self.epoch + [current] + [later] * (recipe.epochs - self.epoch - 1)
-            return Count(tuple(steps[: recipe.epochs]))
-        ahead = Planner(self.supply, recipe)
-        ahead.load_position(self.position())
-        counts, left_out, tokens, slots = [0] * self.epoch, 0, 0, 0
-        while ahead.epoch < recipe.epochs:
-            while recipe.max_steps is None or ahead.step_in_epoch < recipe.max_steps:
-                batches, room = ahead._take()
-                if not batches or (recipe.drop_last and not self._is_full(batches)):
-                    ahead.step, ahead.step_in_epoch = ahead.step - 1, ahead.step_in_epoch - 1
-                    left_out += sum(map(len, batches))
-                    break
-                tokens += sum([length for batch in batches for length, _ in batch])
-                slots += room
-            counts.append(ahead.step_in_epoch)
-            ahead._end_epoch()
-        return Count(tuple(counts), left_out, tokens, slots)
+        batching = self.batching
+        if batching.epoch_steps is None:
+            return self._count_passes()
+        old = self._formula_steps or batching.epoch_steps
+        left = math.ceil(batching.epoch_steps * max(0, old - self.step_in_epoch) / old)
+        current, later = batching.capped(self.step_in_epoch + left), batching.capped(batching.epoch_steps)
+        steps = [0] * self.epoch + [current] + [later] * (batching.epochs - self.epoch - 1)
+        return Count(tuple(steps[: batching.epochs]))
 
-    def _is_full(self, batches: list[list[SampleRef]]) -> bool:
-        recipe = self.recipe
-        full = len(batches) == recipe.micro_batches
-        return full and (recipe.dynamic or len(batches[-1]) == recipe.micro_batch_size)
+    def _count_passes(self) -> Count:
+        batching = self.batching
+        ahead = Planner(self.source, batching)
+        ahead.load_position(self.position())
+        ahead._set_counted(Count(()))
+        steps = [0] * self.epoch + [self.step_in_epoch] + [0] * batching.epochs
+        tokens = slots = 0
+        last: deque[_Planned] = deque(maxlen=_REST_STEPS - 1)
+        while ahead.epoch < batching.epochs:
+            if ahead._is_cut():
+                ahead._end_epoch()
+                last.clear()
+                continue
+            batches, room = ahead._take()
+            if len(batches) < batching.micro_batches:
+                so_far = Count(tuple(steps[: batching.epochs]), 0, 0, tokens, slots)
+                return ahead._count_rest([*batches, ahead.packer.open], list(last), so_far)
+            if ahead.passes - 1 > ahead.epoch:
+                ahead.epoch, ahead.step_in_epoch = ahead.passes - 1, 1
+            steps[ahead.epoch] += 1
+            tokens, slots = tokens + _tokens(batches), slots + room
+            last.append(_Planned(ahead.epoch, batches, room))
+        return Count(tuple(steps[: batching.epochs]), 0, 0, tokens, slots)
+
+    def _count_rest(self, rest: MicroBatches, last: Sequence[_Planned], so_far: Count) -> Count:
+        """The count of all steps: `so_far` is that of the full ones, `last` are the last of these, `rest` is left."""
+        batching, each = self.batching, self.batching.micro_batches
+        rest = [batch for batch in rest if batch]
+        least, steps, dealt = 0.0, 0, []
+        for number in range(1, 2 + (len(last) if batching.even_end and not batching.drop_last else 0)):
+            budget = self._budget_at(self.step + 1 - number)
+            pool = [batch for planned in last[len(last) + 1 - number :] for batch in planned.batches] + rest
+            found = batching.deal(budget, pool, number)
+            smallest = min((batching.fullness(budget, step) for step in _chunks(found, each)), default=0.0)
+            if smallest > least:
+                least, steps, dealt = smallest, number, found
+            if least >= _LEAST:
+                break
+        dropped = not batching.dynamic or len(rest) < each or (least < _LEAST and self.step > 0)
+        if not steps or (batching.drop_last and dropped):
+            return replace(so_far, left_out=sum(map(len, rest)))
+        again = last[len(last) + 1 - steps :]
+        counts = list(so_far.epoch_steps)
+        for planned in again:
+            counts[planned.epoch] -= 1
+        counts[-1] += steps
+        begin, slots = self.step + 1 - steps, so_far.slots - sum(planned.slots for planned in again)
+        for number, batches in enumerate(_chunks(dealt, each)):
+            slots += batching.room(self._budget_at(begin + number), batches)
+        return Count(tuple(counts), steps, 0, so_far.tokens + _tokens(rest), slots)
 
     def position(self) -> dict[str, Any]:
-        """Plain data from which planning goes on: on the same recipe exactly, on another one with what is left."""
+        """Plain data from which planning goes on: on the same plan exactly, on another one with what is left."""
+        held, sizes = self.packer.held()
         return {
-            "recipe": self._recipe,
+            "batching": self._batching,
             "warmup_steps": self.warmup_steps,
             "counted": self._counted,
             "step": self.step,
             "epoch": self.epoch,
             "step_in_epoch": self.step_in_epoch,
+            "passes": self.passes,
             "formula_steps": self._formula_steps,
             "mix": self.mix.state_dict(),
-            "held": [self.supply.name(item) for _, item in self.packer.held()],
+            "held": [self.source.name(item) for _, item in held],
+            "held_sizes": sizes,
         }
 
     def load_position(self, position: dict[str, Any]) -> None:
         self.step, self.epoch = position["step"], position["epoch"]
-        self.step_in_epoch = position["step_in_epoch"]
+        self.step_in_epoch, self.passes = position["step_in_epoch"], position["passes"]
         self._formula_steps = position["formula_steps"]
         self.mix.load_state_dict(position["mix"])
-        self.packer.hold(self.supply.find(position["held"]))
-        same = position["recipe"] == self._recipe
+        same = position["batching"] == self._batching
+        self.packer.hold(self.source.find(position["held"]), position["held_sizes"] if same else ())
         self.warmup_steps = position["warmup_steps"] if same else 0
         self._set_counted(Count(**position["counted"]) if same else Count(()))
 
 
-def one_pass(recipe: BatchingPlan) -> BatchingPlan:
-    """The recipe for evaluation: packed in the same way, one epoch of all the data, no warm-up."""
-    return replace(recipe, drop_last=False, warmup_ratio=0.0, epochs=1, epoch_steps=None, max_steps=None)
+def _tokens(batches: MicroBatches) -> int:
+    return sum([length for batch in batches for length, _ in batch])
+
+
+def _chunks(batches: MicroBatches, size: int) -> list[MicroBatches]:
+    return [batches[start : start + size] for start in range(0, len(batches), size)]
+
+
+def one_pass(batching: BatchingPlan) -> BatchingPlan:
+    """The plan for evaluation: packed in the same way, one epoch of all the data in order, no warm-up."""
+    return replace(
+        batching,
+        seed=None,
+        drop_last=False,
+        even_end=False,
+        warmup_ratio=0.0,
+        epochs=1,
+        epoch_steps=None,
+        max_steps=None,
+    )
 
 
 def describe_steps(planner: Planner) -> str:
     """How many steps the run takes and why: one line."""
-    recipe, counted = planner.recipe, planner.counted
+    batching, counted = planner.batching, planner.counted
     steps = counted.epoch_steps[planner.epoch :] or counted.epoch_steps[-1:]
     each = f"{min(steps):,}" if min(steps) == max(steps) else f"{min(steps):,} to {max(steps):,}"
-    size = recipe.global_batch_size
+    size = batching.global_batch_size
     batch = f"{size} sample{'s' * (size > 1)}"
-    if recipe.dynamic:
-        count = recipe.micro_batches
-        batch = f"{count} micro batch{'es' * (count > 1)} of {recipe.budget:,} tokens"
-    if recipe.epoch_steps is None:
-        why = f"one pass over {planner.supply.size:,} samples, {batch} a step"
+    if batching.dynamic:
+        count = batching.micro_batches
+        batch = f"{count} micro batch{'es' * (count > 1)} of {batching.budget:,} tokens"
+    if batching.epoch_steps is None:
+        why = f"one pass over {planner.source.size:,} samples, {batch} a step"
         if counted.left_out:
-            why += f", {counted.left_out:,} in all left out that fill no last step (data.drop_last)"
-    elif recipe.dynamic:
-        why = f"ceil(data.train_size * (1 + {recipe.warmup_ratio:g} / 2) / ({size} * data.max_seq_len))"
+            why += f", {counted.left_out:,} left out at the end that fill no last step (data.drop_last)"
+        if counted.rest_steps > 1:
+            why += f", the last {counted.rest_steps} smaller"
+    elif batching.dynamic:
+        why = f"ceil(data.train_size * (1 + {batching.warmup_ratio:g} / 2) / ({size} * data.max_seq_len))"
     else:
         why = f"ceil(data.train_sample / {size})"
-    if recipe.max_steps is not None and max(steps) == recipe.max_steps:
-        why += f", no more than train.max_steps {recipe.max_steps:,}"
+    if batching.max_steps is not None and max(steps) == batching.max_steps:
+        why += f", no more than train.max_steps {batching.max_steps:,}"
     grows = f", the budget growing over the first {planner.warmup_steps:,}" if planner.warmup_steps else ""
-    epochs = "1 epoch" if recipe.epochs == 1 else f"{recipe.epochs} epochs"
+    epochs = "1 epoch" if batching.epochs == 1 else f"{batching.epochs} epochs"
     return f"{planner.total_steps:,} steps: {epochs} of {each} ({why}){grows}"

@@ -26,8 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tutti.core.batch import Sample
 from tutti.data.index import CHUNK, Chunk, bad_row_error, encode_chunk, left_out
-from tutti.data.mix import Mix, Weights, random_words
-from tutti.data.pack import SampleRef
+from tutti.data.mix import Mix, SampleRef, Weights, random_words
 from tutti.data.worker import quiet_fork
 
 log = logging.getLogger(__name__)
@@ -214,7 +213,7 @@ class ShuffleBuffer:
     ) -> None:
         self.feed, self.source, self.seed, self.capacity, self.needed = feed, source, seed, capacity, needed
         self.counts = RowCounts(silent)
-        self._pass, self._draws = -1, 0
+        self.number, self._draws = -1, 0
         self._row, self._piece, self._ended = 0, 0, True
         self._buffer: list[StreamSample] = []
         self._names = np.zeros((capacity, 3), np.int64)
@@ -245,7 +244,7 @@ class ShuffleBuffer:
     def _word(self) -> int:
         block, place = divmod(self._draws, _BLOCK)
         if place == 0 or not self._words:
-            self._words = random_words(_BLOCK, self.seed, self.source, self._pass, block).tolist()
+            self._words = random_words(_BLOCK, self.seed, self.source, self.number, block).tolist()
         self._draws += 1
         return self._words[place]
 
@@ -273,13 +272,13 @@ class ShuffleBuffer:
     def restart(self) -> None:
         if not self._ended:
             self.feed.seek(self.source, 0)
-        self._pass, self._draws = self._pass + 1, 0
+        self.number, self._draws = self.number + 1, 0
         self._row, self._piece, self._ended = 0, 0, False
         self._buffer, self._words, self._incoming = [], [], iter(())
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "pass": self._pass,
+            "pass": self.number,
             "draws": self._draws,
             "row": self._row,
             "piece": self._piece,
@@ -288,8 +287,8 @@ class ShuffleBuffer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._pass, self._draws = state["pass"], state["draws"]
-        self._row, self._piece, self._ended = state["row"], state["piece"], self._pass < 0
+        self.number, self._draws = state["pass"], state["draws"]
+        self._row, self._piece, self._ended = state["row"], state["piece"], self.number < 0
         self._buffer, self._words, self._incoming = [], [], iter(())
         self.counts.load_state_dict(state["counts"])
         self.feed.seek(self.source, self._row)
@@ -339,6 +338,7 @@ class StreamSource:
         self, feed: ChunkPrefetcher, weights: Weights | None, *, seed: int, capacity: int, silent: bool
     ) -> None:
         self.feed, self.weights, self.seed, self.capacity, self.silent = feed, weights, seed, capacity, silent
+        self.names = [source.name for source in feed.reader.sources]
 
     def mix(self) -> Mix:
         needed = self.weights is not None or self.feed.count == 1

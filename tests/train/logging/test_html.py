@@ -26,7 +26,7 @@ from tutti.train.logging.metrics import Metrics
 
 STEPS, EVALS, NAN_STEP = 120, 6, 50
 CHARTS = {"loss", "lr", "grad_norm", "throughput", "packing", "memory", "step_seconds", "source_loss", "source_tokens"}
-CHARTS |= {"rewards", "reward_accuracy", "eval_source_loss"}
+CHARTS |= {"rewards", "reward_accuracy", "eval_source_loss", "sample_length"}
 HOSTILE = '</script><script>document.title="taken"</script> {{DATA}} & "quotes"'
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [
@@ -185,7 +185,7 @@ def test_charts_draw_every_point(looked_at: tuple[Page, str]) -> None:
     assert points["loss", "Training"] == STEPS - 1
     assert points["loss", "Training, smoothed"] == STEPS - 1
     assert points["loss", "Evaluation"] == EVALS
-    assert points["lr", "Learning rate"] == STEPS
+    assert points["lr", "Learning rate"] == points["sample_length", "Sample length"] == STEPS
     assert points["rewards", "Chosen"] == points["rewards", "Rejected"] == STEPS
     assert points["source_loss", "books"] == points["source_loss", "code"] == STEPS
     # The line breaks where a loss is not a number.

@@ -181,6 +181,8 @@ const curve = (table, name, label, color = "var(--accent)") => ({
   low: table.columns[name]?.low,
   high: table.columns[name]?.high,
 });
+const ratios = (above, below) =>
+  (below ?? []).map((value, i) => (value && above?.[i] != null ? above[i] / value : null));
 const gentle = (values) => ((values?.length ?? 0) < 30 ? 0 : values.length < 100 ? 0.8 : 0.9);
 
 function charts() {
@@ -216,6 +218,19 @@ function charts() {
       exact: (v) => percent(v, 2),
       now: percent(last.packing ?? 0),
       cap: 1,
+    }),
+    single("sample_length", "Sample length", "samples", {
+      unit: "tokens per sample",
+      axis: short,
+      smoothing: gentle(train.step),
+      fromZero: true,
+      now: fixed(last.tokens / last.samples, 1),
+      series: [
+        {
+          ...curve(train, "samples", "Sample length"),
+          y: ratios(column(train, "tokens"), column(train, "samples")),
+        },
+      ],
     }),
     single("memory", "Memory", "memory_gib", {
       unit: "peak, GiB",
