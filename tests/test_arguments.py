@@ -29,7 +29,7 @@ EXPERTS_AND_REPLICAS = f"{SWITCHES}::test_replicas_and_expert_groups_are_of_the_
 BY_STEPS = f"{SWITCHES}::test_checkpoints_and_exports_come_by_steps"
 BY_EPOCHS = f"{SWITCHES}::test_checkpoints_exports_and_evaluations_come_by_epochs"
 RATE = f"{SWITCHES}::test_the_learning_rate_follows_its_arguments"
-WANDB = f"{METRICS}::test_wandb_offline_holds_the_history"
+WANDB = "train/logging/test_trackers.py::test_wandb_offline_holds_the_history"
 
 SHOWN_BY = {
     "model.config_path": f"{BUILD}::test_the_config_can_be_another_than_the_weights",

@@ -101,8 +101,8 @@ def test_train_alone_says_what_is_needed(capsys: pytest.CaptureFixture[str]) -> 
         (["xyz"], "there is no command 'xyz'; see tutti --help"),
         (
             ["infer"],
-            "infer.model_path: required; Model to generate with: a Hugging Face or adapter folder, a training "
-            "checkpoint, or a run's output_dir.",
+            "infer.model_path: required; Model to generate with: a Hugging Face or adapter folder, a name on the hub "
+            "(org/name, org/name@revision), a training checkpoint, or a run's output_dir.",
         ),
         (["infer", "--prompt"], "--prompt: needs a value"),
         (

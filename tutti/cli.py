@@ -309,7 +309,7 @@ _VERBS = {
         options=_nproc("start N ranks on this machine; for several machines use torchrun ... -m tutti train"),
         examples=(
             "run.yaml",
-            "--model.model_path Qwen3-0.6B --data.train_path chat.jsonl --train.output_dir runs/first",
+            "--model.model_path Qwen/Qwen3-0.6B --data.train_path chat.jsonl --train.output_dir runs/first",
             "runs/first/config.yaml --train.load_checkpoint_path auto",
         ),
     ),
@@ -393,8 +393,9 @@ name within its group (lr).""",
         brief="talk to a model, or let it answer prompts",
         text="""\
 Generate text with a model: a Hugging Face folder, an adapter folder (on the base that it names, or model.model_path),
-a training checkpoint (.../checkpoints/global_step_N), or a run's output_dir. Without --prompt and --input one talks to
-it: answers come as they are made, /help lists the commands; or pipe in a message a line.
+either of them by its name on the hub (org/name), a training checkpoint (.../checkpoints/global_step_N), or a run's
+output_dir. Without --prompt and --input one talks to it: answers come as they are made, /help lists the commands; or
+pipe in a message a line.
 
 `tutti args infer` lists the arguments: sampling, length, seed.""",
         options={

@@ -336,8 +336,11 @@ _TEXT = st.text("aZ0 -:#'\"é~[]{},.\n", max_size=6)
 def _values(name: str) -> st.SearchStrategy:
     argument = ARGUMENTS[name]
     low, high = argument.low or 0, argument.high
-    if argument.values:
-        values: st.SearchStrategy = st.sampled_from(argument.values)
+    values: st.SearchStrategy
+    if argument.kind is tuple:
+        values = st.lists(st.sampled_from(argument.values) if argument.values else _TEXT, max_size=3)
+    elif argument.values:
+        values = st.sampled_from(argument.values)
     elif argument.open_set:
         values = st.sampled_from([*argument.open_set.names, "some.module:factory", "./template.jinja"]).filter(
             lambda value: value in argument.open_set.names or argument.open_set.marks[0] in value  # type: ignore[union-attr]
@@ -348,8 +351,6 @@ def _values(name: str) -> st.SearchStrategy:
         values = st.integers(int(low), 10**9)
     elif argument.kind is float:
         values = st.floats(low, high if high is not None else 1e9, allow_nan=False)
-    elif argument.kind is tuple:
-        values = st.lists(_TEXT, max_size=3)
     elif argument.kind is dict:
         values = st.dictionaries(_TEXT, st.none() | st.booleans() | st.floats(-1, 1) | _TEXT)
     else:

@@ -146,6 +146,9 @@ chat_template: llama3
 datasets:
   - path: owner/alpaca
     type: alpaca
+    split: train
+    name: cleaned
+    revision: v1
     shards: 4
   - path: json
     data_files: letters.jsonl
@@ -298,9 +301,9 @@ def test_llama_factory(tmp_path: Path) -> None:
 def test_axolotl(tmp_path: Path) -> None:
     migration = migrated(tmp_path, AXOLOTL)
     config = loaded(tmp_path, migration)
-    assert config.data.train_path == "owner/alpaca,letters.jsonl"
+    assert config.data.train_path == "owner/alpaca@v1:cleaned/train,letters.jsonl"
     note = row(migration, "datasets").note
-    assert all(word in note for word in ("hf download owner/alpaca --repo-type dataset", "shards", "field_messages"))
+    assert all(word in note for word in ("shards", "field_messages"))
     assert (config.data.data_type, config.data.max_seq_len, config.train.pad_to_length) == ("conversation", 4096, True)
     assert (config.train.architecture, config.train.lora_rank, config.train.lora_base_dtype) == ("lora", 32, "nf4")
     assert config.train.lora_full_modules == ("embed_tokens", "lm_head")

@@ -14,6 +14,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tutti.check.dry_run import Unpredictable, predict
+from tutti.checkpoint.hub import with_local_paths
 from tutti.config import Config
 from tutti.config.layout import Layout, fit
 from tutti.core.batch import Batch, GlobalBatch, Sample
@@ -41,6 +42,7 @@ def check(config: Config, world: int = 1) -> None:
     layout = fit(config, world)
     ranks = World(rank=0, size=1, local_rank=0, device=pick_device(config.train.init_device))
     config = settle_compute_dtype(config, ranks)
+    config = with_local_paths(config, ranks, weights=False)
     tokenizer, model = tokenizer_and_model(config, ranks.device)
     structure = inspect_model(config, layout, model)
     data = open_data(config, tokenizer, model, ranks, dp_rank=0, dp_size=layout.data)

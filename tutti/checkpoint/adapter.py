@@ -69,11 +69,12 @@ def is_adapter_folder(folder: Path) -> bool:
 
 
 def base_path(folder: Path) -> str:
-    """Where the model lies that the adapter in `folder` was trained on. ValueError: it is not said."""
-    path = _read_config(folder).get("base_model_name_or_path")
+    """The path, or the name on the hub, of the model that the adapter in `folder` was trained on. ValueError: none."""
+    settings = _read_config(folder)
+    path, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not path:
         raise ValueError(f"{folder / CONFIG} does not name its base model (base_model_name_or_path)")
-    return path
+    return f"{path}@{revision}" if revision and not Path(path).exists() else path
 
 
 def plan_adapters(config: Config, model: PreTrainedModel) -> Lora | None:
@@ -173,12 +174,13 @@ def export_adapter(
     *,
     world: World,
     base: str | None,
+    revision: str | None = None,
     whole: PreTrainedModel | None = None,
 ) -> None:
     """Write what was trained of an adapted `model` to `folder`, with the tokenizer, in place of what was there.
 
-    base: where the base model lies. whole: the whole model, without storage, where the ranks' models are parts of it.
-    Every rank must call it.
+    base, revision: the folder of the base model, or its name on the hub and the commit. whole: the whole model, without
+    storage, where the ranks' models are parts of it. Every rank must call it.
     """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -198,7 +200,9 @@ def export_adapter(
     def write() -> None:
         if world.is_main:
             save_file(tensors, partial / WEIGHTS[0], metadata={"format": "pt"})
-            (partial / CONFIG).write_text(json.dumps(_config(whole or model, base), indent=2, sort_keys=True) + "\n")
+            (partial / CONFIG).write_text(
+                json.dumps(_config(whole or model, base, revision), indent=2, sort_keys=True) + "\n"
+            )
             tokenizer.save_pretrained(partial)
             put_in_place(partial, folder)
 
@@ -363,7 +367,7 @@ def _open(folder: Path) -> Checkpoint:
         raise ValueError(str(error).replace("model.model_path", "model.adapter_path")) from error
 
 
-def _config(model: PreTrainedModel, base: str | None) -> dict[str, Any]:
+def _config(model: PreTrainedModel, base: str | None, revision: str | None) -> dict[str, Any]:
     """adapter_config.json of an adapted model."""
     lora = lora_of(model)
     assert lora is not None
@@ -386,6 +390,7 @@ def _config(model: PreTrainedModel, base: str | None) -> dict[str, Any]:
         "peft_type": "LORA",
         "r": lora.rank,
         "rank_pattern": dict(lora.ranks),
+        "revision": revision,
         "target_modules": _shortened(layers, [name for name, _ in model.named_modules()], 1),
         "target_parameters": _shortened(stacks, parameters, 3) or None,
         "task_type": "SEQ_CLS" if is_classifier(model) else "CAUSAL_LM",

@@ -12,11 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tutti.checkpoint.adapter import export_adapter
 from tutti.checkpoint.hf_files import find_index
 from tutti.checkpoint.hf_save import export_hf
+from tutti.checkpoint.hub import with_local_paths
 from tutti.checkpoint.manager import recorded_compute_dtype
 from tutti.checkpoint.trained import config_path, load_trained
 from tutti.config import Config
 from tutti.config.load import load
 from tutti.core.dist import World, init_world, shutdown_world
+from tutti.core.hub import name_in_cache
 from tutti.core.log import setup_logging
 from tutti.model.lora import lora_of, merge
 from tutti.train.placement import tokenizer_and_model
@@ -36,6 +38,7 @@ def export(source: str, out: str, *, merge_adapters: bool = False) -> None:
     config = load([str(config_path(Path(source)))], verb=None)
     ranks = init_world(torch.device("cpu"))
     try:
+        config = with_local_paths(config, ranks, weights=config.train.architecture == "lora")
         # The magnitudes of DoRA are stored as changes from those of base weights in the run's own dtype.
         held = replace(config.train, compute_dtype=recorded_compute_dtype(source, Path(source)) or "float32")
         if merge_adapters:
@@ -68,8 +71,9 @@ def export_trained(
     whole: as in `export_hf`.
     """
     if lora_of(model) is not None:
-        base = config.model.model_path or config.model.config_path
-        export_adapter(model, folder, tokenizer, world=world, base=base and str(Path(base).absolute()), whole=whole)
+        path = config.model.model_path or config.model.config_path
+        base, revision = (path and name_in_cache(path)) or (path and str(Path(path).absolute()), None)
+        export_adapter(model, folder, tokenizer, world=world, base=base, revision=revision, whole=whole)
         return
     index = find_index(config.model.model_path, config.model.safetensor_idx_path)
     export_hf(model, folder, tokenizer, world=world, index_path=index, whole=whole)

@@ -23,6 +23,8 @@ INDEX = "model.safetensors.index.json"
 _BIN_SINGLE = "pytorch_model.bin"
 _BIN_INDEX = "pytorch_model.bin.index.json"
 _SAMPLES, _SAMPLED_BYTES = 512, 8192
+WEIGHT_FILES = (INDEX, SINGLE, _BIN_INDEX, _BIN_SINGLE)
+"""What a folder of weights is opened by: the first of these that is there."""
 
 
 def find_index(weights: str | Path | None, index_path: str | Path | None = None) -> Path | None:
@@ -94,17 +96,15 @@ class Checkpoint:
         """The files, each with the keys that an index says it holds (None: no index)."""
         if path.is_file():
             return {path: None}
-        index = find_index(path, index_path)
-        if index is None and (path / SINGLE).is_file():
-            return {path / SINGLE: None}
-        if index is None and (path / _BIN_INDEX).is_file():
-            index = path / _BIN_INDEX
-        if index is None and (path / _BIN_SINGLE).is_file():
-            return {path / _BIN_SINGLE: None}
-        if index is None:
+        first = find_index(path, index_path) or next(
+            (path / name for name in WEIGHT_FILES if (path / name).is_file()), None
+        )
+        if first is None:
             raise ValueError(f"model.model_path: no weights in {path} ({SINGLE}, or {INDEX} and its files)")
+        if first.suffix != ".json":
+            return {first: None}
         files: dict[Path, list[str] | None] = {}
-        for key, name in read_index(index).items():
+        for key, name in read_index(first).items():
             keys = files.setdefault(path / name, [])
             assert keys is not None
             keys.append(key)

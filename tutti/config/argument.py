@@ -24,7 +24,8 @@ class Open(NamedTuple):
 class Argument:
     """One argument.
 
-    kind: what its value is: str, int, float, bool, dict or tuple (of str). values: the closed set it must be of, or ().
+    kind: what its value is: str, int, float, bool, dict or tuple (of str). values: the closed set it, or each of a
+    tuple, must be of, or ().
     examples: values that the reference lists though there are others.
     optional: whether it may be None. default: the class's. shown: the documented default, where that is not a value (it
     is required, or follows another argument) or depends on another one. low, high: inclusive bounds. required: the
@@ -91,8 +92,9 @@ def _describe(group: str, field: dataclasses.Field) -> Argument:
     if get_origin(hint) in (Union, types.UnionType):
         (hint,) = (part for part in get_args(hint) if part is not types.NoneType)
         optional = True
-    values = get_args(hint) if get_origin(hint) is Literal else facts.get("values", ())
-    kind = str if values else get_origin(hint) or hint
+    kind = str if get_origin(hint) is Literal else get_origin(hint) or hint
+    one = get_args(hint)[0] if kind is tuple else hint
+    values = get_args(one) if get_origin(one) is Literal else facts.get("values", ())
     factory = field.default_factory
     default = field.default if factory is dataclasses.MISSING else factory()
     return Argument(

@@ -114,10 +114,11 @@ def _check_set(argument: Argument, value: Any) -> None:
     known, other = argument.values, ""
     if argument.open_set and not any(mark in value for mark in argument.open_set.marks):
         known, other = argument.open_set.names, f", nor {argument.open_set.other}"
-    if known and value not in known:
-        guess = nearest(value, known)
-        hint = f"; did you mean {guess}?" if guess else ""
-        raise ValueError(f"{_show(value)} is not one of {', '.join(known)}{other}{hint}")
+    for one in value if argument.kind is tuple else (value,):
+        if known and one not in known:
+            guess = nearest(one, known)
+            hint = f"; did you mean {guess}?" if guess else ""
+            raise ValueError(f"{_show(one)} is not one of {', '.join(known)}{other}{hint}")
 
 
 def _check_range(argument: Argument, value: Any) -> None:

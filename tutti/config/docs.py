@@ -75,12 +75,13 @@ def as_schema() -> str:
         for group in GROUPS
     }
     explicit = {"type": "array", "items": {"type": "string"}, "description": "What was set, in a run's config.yaml."}
+    derived = {"type": "object", "description": "What followed from the number of ranks, in a run's config.yaml."}
     schema = {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "Tutti",
         "type": "object",
         "additionalProperties": False,
-        "properties": {**groups, "explicit": explicit},
+        "properties": {**groups, "explicit": explicit, "derived": derived},
     }
     return json.dumps(schema, indent=1) + "\n"
 
@@ -91,10 +92,10 @@ _JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", 
 def _schema(argument: Argument) -> dict[str, Any]:
     """The schema of one argument's value in a YAML file; `none` and null are no value, where there may be none."""
     value: dict[str, Any] = {"type": _JSON_TYPES[argument.kind]}
-    if argument.values:
-        value = {"enum": list(argument.values)}
     if argument.kind is tuple:
-        value["items"] = {"type": "string"}
+        value["items"] = {"enum": list(argument.values)} if argument.values else {"type": "string"}
+    elif argument.values:
+        value = {"enum": list(argument.values)}
     if argument.low is not None:
         value["minimum"] = argument.low
     if argument.high is not None:

@@ -11,14 +11,15 @@ class InferConfig:
 
     model_path: str | None = arg(
         None,
-        "Model to generate with: a Hugging Face or adapter folder, a training checkpoint, or a run's output_dir.",
+        "Model to generate with: a Hugging Face or adapter folder, a name on the hub (org/name, org/name@revision), "
+        "a training checkpoint, or a run's output_dir.",
         shown="Required",
         required=("infer",),
         path=True,
     )
     tokenizer_path: str | None = arg(
         None,
-        "Folder of the tokenizer; without a model.model_path, the one that belongs to infer.model_path.",
+        "Folder of the tokenizer, or a name on the hub; without a model.model_path, the one of infer.model_path.",
         shown="model.model_path",
         path=True,
     )

@@ -13,18 +13,19 @@ class ModelConfig:
 
     config_path: str | None = arg(
         None,
-        "Hugging Face config: a folder or its config.json. Alone, without model_path, it means random initialisation.",
+        "Hugging Face config: a folder, its config.json, or a name on the hub. Alone it means random initialisation.",
         shown="model.model_path",
         path=True,
     )
     model_path: str | None = arg(
         None,
-        "Hugging Face folder whose weights training starts from; none initialises them at random from config_path.",
+        "Model to start from: a Hugging Face folder, or a name on the hub (org/name, org/name@revision); none "
+        "initialises weights at random from config_path.",
         path=True,
     )
     tokenizer_path: str | None = arg(
         None,
-        "Folder of the tokenizer; without a model_path it follows model.config_path.",
+        "Folder of the tokenizer, or a name on the hub; without a model_path it follows model.config_path.",
         shown="model.model_path",
         path=True,
     )
@@ -68,7 +69,7 @@ class ModelConfig:
     )
     adapter_path: str | None = arg(
         None,
-        "LoRA adapter to go on with, of Tutti or peft, with train.architecture lora; "
+        "LoRA adapter to go on with (a folder or a name on the hub), of Tutti or peft, with train.architecture lora; "
         "what it adapts, rank and alpha are its own.",
         added=True,
         path=True,

@@ -274,7 +274,16 @@ _RULES = (
         lambda config: config.train.pipeline_parallel_size == 1,
         "train.pipeline_parallel_size is 1",
     ),
-    _Rule(_prefixed("train.wandb_"), lambda config: not config.train.use_wandb, "train.use_wandb is off"),
+    _Rule(
+        ("train.wandb_project", "train.wandb_name"),
+        lambda config: not (config.train.use_wandb or config.train.trackers),
+        "train.use_wandb is off, and there are no train.trackers",
+    ),
+    _Rule(
+        ("train.wandb_id",),
+        lambda config: not (config.train.use_wandb or "wandb" in config.train.trackers),
+        "train.use_wandb is off",
+    ),
     _Rule(
         _prefixed("train.profile_"), lambda config: not config.train.enable_profiling, "train.enable_profiling is off"
     ),

@@ -5,6 +5,8 @@ from typing import Literal
 
 from tutti.config.argument import arg
 
+TrackerName = Literal["aim", "clearml", "comet", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -140,8 +142,10 @@ class TrainConfig:
     seed: int = arg(42, "Seed of initialisation, data order and dropout.", low=0)
     enable_compile: bool = arg(False, "Compile each repeated block with torch.compile.")
     use_wandb: bool = arg(False, "Log to Weights & Biases as well, offline where there is no network.")
-    wandb_project: str = arg("VeOmni", "Project of the Weights & Biases run.")
-    wandb_name: str | None = arg(None, "Name of the Weights & Biases run.")
+    wandb_project: str = arg("VeOmni", "Project of the run in Weights & Biases and in other trackers.")
+    wandb_name: str | None = arg(
+        None, "Name of the run in Weights & Biases and in other trackers, which take that of output_dir by default."
+    )
     wandb_id: str | None = arg(None, "Id of the Weights & Biases run to go on with.")
     enable_profiling: bool = arg(False, "Run torch's profiler and write Chrome traces.")
     profile_start_step: int = arg(1, "First step that is profiled; a run's first step is 1.", low=0)
@@ -229,3 +233,9 @@ class TrainConfig:
         path=True,
     )
     sample_tokens: int = arg(48, "Most tokens of each of these answers.", low=1, added=True)
+    trackers: tuple[TrackerName, ...] = arg(
+        (),
+        "Services that follow the run with the numbers of metrics.jsonl, through accelerate (wandb: as use_wandb); one "
+        "that fails does not stop the run.",
+        added=True,
+    )

@@ -32,7 +32,8 @@ from tutti.data.plan import BatchingPlan, Planner, StepPlan, describe_steps, mak
 from tutti.data.preference import make_pair_encoder
 from tutti.data.prefetch import Fetch, PackedSamples, fetch_indexed, fetch_streamed, loader_options
 from tutti.data.ready import ReadyMade
-from tutti.data.source import Source, open_sources
+from tutti.data.remote import fetch_data
+from tutti.data.source import Elsewhere, Source, open_sources
 from tutti.data.stream import ChunkPrefetcher, StreamSource, data_changed, row_counts
 from tutti.data.template import is_dated
 
@@ -243,13 +244,14 @@ def build_data(
     ValueError, on all ranks: data that is missing, empty or bad, or too little for one global batch.
     """
     pairs = config.data.task.rows == "pairs"
+    elsewhere = fetch_data(config, world)
     encoder, sources, held_out = world.run_on_all_ranks(
         lambda: (
             make_pair_encoder(config, tokenizer, vocab_size=vocab_size)
             if pairs
             else make_encoder(config, tokenizer, vocab_size=vocab_size, num_labels=num_labels, label_names=label_names),
-            open_sources(config),
-            _held_out(config),
+            open_sources(config, elsewhere=elsewhere),
+            _held_out(config, elsewhere),
         )
     )
     if ":" in config.data.datasets_type:
@@ -305,11 +307,11 @@ def _require_same_rows(config: Config, sources: Sequence[Source], encoder: Any, 
         )
 
 
-def _held_out(config: Config) -> list[Source | Loaded] | None:
+def _held_out(config: Config, elsewhere: Elsewhere) -> list[Source | Loaded] | None:
     """The sources of data.eval_path, if it is set."""
     if not config.data.eval_path:
         return None
-    sources = open_sources(config, config.data.eval_path)
+    sources = open_sources(config, config.data.eval_path, elsewhere=elsewhere)
     return [source if source.mapping else Loaded(source) for source in sources]
 
 

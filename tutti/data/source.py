@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from tutti.config import Config
 from tutti.config.coerce import expand_path
 from tutti.config.yamlfile import read_file
 from tutti.data.formats import BadRow, Csv, DataFile, JsonArray, JsonLines, Row, Text, read_blocks, suffixes
+from tutti.data.hub import repo_name
 from tutti.data.own import OwnDataset
 from tutti.data.tables import Arrow, Parquet
 
@@ -44,6 +45,9 @@ _FORMATS: dict[str, Callable[[str], DataFile]] = {
 }
 _COMPRESSIBLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+
+Elsewhere = Callable[[str, str], Sequence[str] | None]
+"""Given an argument and a part of its path: the local copies of what that names elsewhere; None: it names nothing."""
 
 
 class Source:
@@ -117,10 +121,13 @@ def text_columns(config: Config) -> tuple[str, ...]:
     return tuple(key.strip() for key in keys.split(",") if key.strip())
 
 
-def open_sources(config: Config, path: str | None = None) -> list[Source]:
+def open_sources(
+    config: Config, path: str | None = None, *, elsewhere: Elsewhere = lambda argument, part: None
+) -> list[Source]:
     """The sources that `path` (default: data.train_path) names; ValueError says what is missing and what would work.
 
     data.source_name picks one of the sources of a YAML that is trained on, and is the name of any other training data.
+    elsewhere: finds what is not here.
     """
     key = "data.train_path" if path is None else "data.eval_path"
     path = config.data.train_path if path is None else path
@@ -130,8 +137,8 @@ def open_sources(config: Config, path: str | None = None) -> list[Source]:
         name = config.data.source_name or Path(path).stem
         return [Source(name, [OwnDataset(config.data.datasets_type, path)])]
     if _is_yaml(path):
-        return _from_yaml(config, key, Path(path))
-    return [_source(config, key, config.data.source_name or _stem(path.split(",")[0]), path)]
+        return _from_yaml(config, key, Path(path), elsewhere)
+    return [_source(config, key, config.data.source_name or _stem(path.split(",")[0]), path, elsewhere)]
 
 
 def _is_yaml(path: str | None) -> bool:
@@ -143,10 +150,11 @@ def _source(
     key: str,
     name: str,
     path: str,
+    elsewhere: Elsewhere,
     schedule: Sequence[tuple[int, float, bool]] = (),
     folder: str = "",
 ) -> Source:
-    found = _files(key, path, folder)
+    found = _files(key, path, folder, elsewhere)
     for file in sorted({file for file in found if found.count(file) > 1}):
         log.warning("%s: %s names %s twice, so that its rows come twice", key, path, file)
     source = Source(name, [_open_file(config, file) for file in found], schedule)
@@ -155,12 +163,15 @@ def _source(
     return source
 
 
-def _files(key: str, path: str, folder: str) -> list[str]:
+def _files(key: str, path: str, folder: str, elsewhere: Elsewhere) -> list[str]:
     """The data files that `path` stands for, in order; parts of it are relative to `folder` where they exist there."""
     found: list[str] = []
     whole = _matches(path, folder)
     for part in [path] if whole else [part.strip() for part in path.split(",") if part.strip()]:
         matches = _matches(part, folder)
+        if not matches and (copies := elsewhere(key, part)) is not None:
+            found += copies
+            continue
         if not matches:
             raise ValueError(f"{key}: {part} does not exist{_nearest(part, folder)}")
         for match in [match for match in matches if os.path.isfile(match)] or matches:
@@ -231,7 +242,12 @@ def _open_file(config: Config, path: str) -> DataFile:
     return Text(path, text_columns(config)[0])
 
 
-def _format(path: Path) -> str:
+def is_data(path: PurePath) -> bool:
+    """Whether a path has the name of a file of rows."""
+    return bool(_format(path))
+
+
+def _format(path: PurePath) -> str:
     """The extension that says how `path` is read, without compression; empty if it is none of ours."""
     *before, kind = suffixes(str(path)) or [""]
     if kind in (".gz", ".zst"):
@@ -265,11 +281,12 @@ def _nearest(path: str, folder: str) -> str:
 
 
 def _stem(path: str) -> str:
-    name = Path(path.strip().rstrip("/")).name
+    path = path.strip().rstrip("/")
+    name = Path(repo_name(path) or path).name
     return name.split(".")[0] or name
 
 
-def _from_yaml(config: Config, key: str, path: Path) -> list[Source]:
+def _from_yaml(config: Config, key: str, path: Path, elsewhere: Elsewhere) -> list[Source]:
     """The sources of a YAML with `sources`, and optionally `names` and `weights` or `schedule`."""
     if not path.exists():
         raise ValueError(f"{key}: {path} does not exist{_nearest(str(path), '')}")
@@ -289,7 +306,7 @@ def _from_yaml(config: Config, key: str, path: Path) -> list[Source]:
     if chosen and chosen not in names:
         raise ValueError(f"data.source_name {chosen} is none of the sources in {path}: {', '.join(names)}")
     return [
-        _source(config, key, name, expand_path(source), schedule, str(path.parent))
+        _source(config, key, name, expand_path(source), elsewhere, schedule, str(path.parent))
         for name, source, schedule in zip(names, paths, schedules, strict=True)
         if chosen in (None, name)
     ]

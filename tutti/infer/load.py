@@ -25,6 +25,7 @@ from tutti.checkpoint import manifest
 from tutti.checkpoint.adapter import base_path, is_adapter_folder, load_adapter, plan_adapters
 from tutti.checkpoint.hf_files import weights_digest
 from tutti.checkpoint.hf_load import load_weights
+from tutti.checkpoint.hub import with_local_paths
 from tutti.checkpoint.trained import config_path, load_trained
 from tutti.config import Config, ModelConfig, TrainConfig
 from tutti.config.load import load
@@ -68,6 +69,11 @@ class _Source:
     template: str = "default"
     of_chats: bool = False
 
+    @property
+    def reads_weights(self) -> bool:
+        """Whether weights are read from config.model.model_path: a checkpoint of adapters needs those of its base."""
+        return self.checkpoint is None or self.config.train.architecture == "lora"
+
 
 def open_speaker(config: Config, world: World) -> Speaker:
     """Load the model that `config.infer` names. Collective.
@@ -75,7 +81,11 @@ def open_speaker(config: Config, world: World) -> Speaker:
     ValueError, on all ranks: it is not there, damaged, or not a model that generates text.
     """
     with _speaking_of_infer():
+        named, config = config.infer.model_path, with_local_paths(config, world)
         source = world.run_on_all_ranks(lambda: _find(config))
+        # An adapter, or a run, may name its base model.
+        described = with_local_paths(source.config, world, weights=source.reads_weights)
+        source = replace(source, config=described)
     slow = slow_dtypes(world)
     tokenizer, model = world.run_on_all_ranks(lambda: _build(config, source, world.device, slow))
     _shard(model, world)
@@ -85,7 +95,7 @@ def open_speaker(config: Config, world: World) -> Speaker:
     is_chat = _is_chat(config, source, tokenizer)
     template = world.run_on_all_ranks(lambda: _template(config, source, tokenizer))
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    log.info("%s: %s, %s", config.infer.model_path, _described(model), world.device)
+    log.info("%s: %s, %s", named, _described(model), world.device)
     stop_ids = frozenset(end_ids(tokenizer, model.generation_config))
     by_cache = not needs_generate(model)
     return Speaker(
@@ -102,7 +112,9 @@ def _find(config: Config) -> _Source:
     given = config.infer.tokenizer_path
     tokenizer = None if given == config.infer.model_path else given
     if not path.exists():
-        raise ValueError(f"infer.model_path: {path} is not there; models are read from local paths, download it first")
+        raise ValueError(
+            f"infer.model_path: {path} is not there; give a folder, or a name on the Hugging Face hub (org/name)"
+        )
     if not manifest.is_folder_name(path.name):
         for folder in (path, path / "hf" / "final"):
             if is_adapter_folder(folder):

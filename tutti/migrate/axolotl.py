@@ -37,7 +37,7 @@ from tutti.migrate.rules import (
 )
 
 _CHATS = ("chat_template", "sharegpt", "alpaca", "openai", "messages", "instruct", "gpteacher", "chat")
-_TAKEN = {"path", "type", "data_files", "ds_type", "split", "field"}
+_TAKEN = {"path", "type", "data_files", "ds_type", "split", "field", "name", "revision"}
 _FILE_KINDS = ("json", "csv", "parquet", "arrow", "text")
 
 
@@ -50,11 +50,9 @@ def _datasets(key: str) -> Rule:
         paths, notes, kinds = [], [], set()
         for entry in entries:
             files = entry.get("data_files") if entry.get("path") in _FILE_KINDS or entry.get("data_files") else None
-            files = names(files) if files else [str(entry.get("path"))]
+            files = names(files) if files else [_on_hub(entry)]
             paths += files
             kinds.add(_kind(entry.get("type"), source))
-            remote = [path for path in files if looks_remote(path)]
-            notes += [f"download it: hf download {path} --repo-type dataset --local-dir {path}" for path in remote]
             left = sorted(str(item) for item in set(entry) - _TAKEN)
             if left:
                 notes.append(f"{files[0]}: {', '.join(left)} not read; the shape of a row is detected (docs/data.md)")
@@ -64,6 +62,15 @@ def _datasets(key: str) -> Rule:
         return Result(CHANGED if notes else MAPPED, ours, "; ".join(dict.fromkeys(notes)))
 
     return rule
+
+
+def _on_hub(entry: Mapping[str, Any]) -> str:
+    """The path of a data set; of one on the hub with revision, subset and split (`org/name@revision:subset/split`)."""
+    path, split = str(entry.get("path")), entry.get("split", "train")
+    if not looks_remote(path):
+        return path
+    at = f"@{entry['revision']}" if entry.get("revision") else ""
+    return f"{path}{at}:{entry['name']}/{split}" if entry.get("name") else f"{path}{at}:{split}"
 
 
 def _kind(kind: Any, source: Source) -> str:
@@ -161,14 +168,14 @@ _DATA_ONCE = needless("rows are tokenised while the run goes on")
 _KERNELS = needless("head and loss are fused in chunks in any case, and other kernels are torch's")
 
 _RULES: dict[str, Rule] = {
-    "base_model": model_path,
+    "base_model": model_path("revision_of_model"),
     "base_model_config": same("model.config_path"),
     "tokenizer_config": same("model.tokenizer_path"),
     "model_type": needless("the model's config.json says what it is"),
     "tokenizer_type": needless("the tokenizer's files say what it is"),
     "tokenizer_use_fast": needless("tokenizers are fast in any case"),
     "tokenizer_legacy": needless("the tokenizer's files say what it is"),
-    "revision_of_model": none("nothing is downloaded; download that revision"),
+    "revision_of_model": needless("model.model_path names it, after an @"),
     "trust_remote_code": off("code in a model's folder is never run; the class must be one of transformers'"),
     "is_falcon_derived_model": needless("the model's config.json says what it is"),
     "is_llama_derived_model": needless("the model's config.json says what it is"),
@@ -260,7 +267,7 @@ _RULES: dict[str, Rule] = {
     "hub_model_id": _ON_HUB,
     "hub_strategy": _ON_HUB,
     "push_dataset_to_hub": _ON_HUB,
-    "hf_use_auth_token": needless("nothing is downloaded"),
+    "hf_use_auth_token": needless("HF_TOKEN and `hf auth login` are honoured in any case"),
     "micro_batch_size": same("train.micro_batch_size"),
     "gradient_accumulation_steps": accumulation("micro_batch_size", 1),
     "eval_batch_size": needless("evaluation packs as training does"),

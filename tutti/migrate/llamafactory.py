@@ -142,11 +142,11 @@ _ATTENTION = choice(
 )
 
 _RULES: dict[str, Rule] = {
-    "model_name_or_path": model_path,
+    "model_name_or_path": model_path("model_revision"),
     "adapter_name_or_path": same("model.adapter_path"),
     "trust_remote_code": off("code in a model's folder is never run; the class must be one of transformers'"),
-    "cache_dir": needless("nothing is downloaded"),
-    "model_revision": needless("nothing is downloaded"),
+    "cache_dir": off("the environment variable HF_HOME says where downloads are kept"),
+    "model_revision": needless("model.model_path names it, after an @"),
     "use_fast_tokenizer": needless("tokenizers are fast in any case"),
     "resize_vocab": off("the vocabulary stays as it is"),
     "new_special_tokens": off("the vocabulary stays as it is"),

@@ -131,12 +131,14 @@ def looks_remote(path: str) -> bool:
     return not _LOCAL.match(path) and not re.search(r"\.(jsonl?|parquet|csv|txt|arrow|ya?ml)$", path)
 
 
-def model_path(value: Any, source: Source) -> Result:
-    """A model: a local folder, or a name on the hub, which has to be downloaded first."""
-    if looks_remote(str(value)):
-        note = f"models are read from local folders: hf download {value} --local-dir {value}"
-        return Result(CHANGED, {"model.model_path": value}, note)
-    return Result(MAPPED, {"model.model_path": value})
+def model_path(revision: str) -> Rule:
+    """A model: a local folder, or a name on the hub, at the revision that the key `revision` has."""
+
+    def rule(value: Any, source: Source) -> Result:
+        at = source.get(revision)
+        return Result(MAPPED, {"model.model_path": f"{value}@{at}" if at and looks_remote(str(value)) else value})
+
+    return rule
 
 
 def accumulation(micro: str, default: int) -> Rule:

@@ -15,7 +15,6 @@ from tutti.migrate.rules import (
     Rule,
     Source,
     choice,
-    model_path,
     names,
     needless,
     none,
@@ -67,16 +66,6 @@ _NESTED = (
     "train.optimizer", "train.accelerator", "train.checkpoint", "train.wandb", "train.gradient_checkpointing",
     "data.dataloader", "model.ops_implementation", "model.network",
 )  # fmt: skip
-
-
-def _path(name: str) -> Rule:
-    """A model's folder; the newer versions read names on the hub as well."""
-
-    def rule(value: Any, source: Source) -> Result:
-        found = model_path(value, source)
-        return Result(found.kind, {name: value}, found.note)
-
-    return rule
 
 
 def _template(value: Any, source: Source) -> Result:
@@ -180,7 +169,7 @@ def _rules() -> dict[str, Rule]:
         rules[f"{group}.attn_implementation"] = _attention
         rules[f"{group}.moe_implementation"] = _experts
     for path in ("model_path", "config_path", "tokenizer_path"):
-        rules[f"model.{path}"] = _path(f"model.{path}")
+        rules[f"model.{path}"] = same(f"model.{path}")
     return rules | _CHANGES
 
 

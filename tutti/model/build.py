@@ -5,7 +5,7 @@ are there, their parameters are only shapes. Sharding comes next, weights last (
 rank ever holds more than its own part. Which attention and which expert kernel a model runs on is settled here, once,
 through the names under which they are registered with transformers; no model code is patched.
 
-Everything is read from local paths. Nothing is downloaded, and code that lies in a checkpoint is not run.
+Everything is read from local paths, which `tutti.checkpoint.hub` has made of names. Code in a checkpoint is not run.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def load_model_config(config: Config) -> PreTrainedConfig:
     if not file.is_file():
         raise ValueError(f"{argument}: there is no config.json in {path}")
     try:
-        model_config = AutoConfig.from_pretrained(file, local_files_only=True)
+        model_config = AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{argument}: {file} is not a configuration that can be used: {first_line(error)}") from error
     if getattr(model_config, "quantization_config", None):
@@ -108,6 +108,7 @@ def build_model(
             dtype=dtype,
             attn_implementation=attention_by_part(model_config, attention),
             experts_implementation=resolve_experts(config.model.moe_implementation),
+            trust_remote_code=False,
         )
     if config.model.moe_implementation is not None and not experts(model):
         log.warning("model.moe_implementation: has no effect: %s has no experts", type(model).__name__)

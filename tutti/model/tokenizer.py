@@ -67,7 +67,8 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     try:
         if bare.is_file() and not bare.with_name("tokenizer_config.json").is_file():
             return _bare_tokenizer(bare)
-        return AutoTokenizer.from_pretrained(path if path.is_dir() else path.parent, local_files_only=True)
+        folder = path if path.is_dir() else path.parent
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(
             f"model.tokenizer_path: no tokenizer could be read from {path}: {first_line(error)}"
@@ -148,8 +149,9 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase, after: str) -> int | None:
 def local_path(name: str, argument: str) -> Path:
     path = Path(name).expanduser()
     if not path.exists():
-        hint = f" (hf download {name} --local-dir FOLDER)" if name.count("/") == 1 and name[0] not in "./~" else ""
-        raise ValueError(f"{argument}: {name} is not there; models are read from local paths, download first{hint}")
+        raise ValueError(
+            f"{argument}: {name} is not there; give a folder, or a name on the Hugging Face hub (org/name)"
+        )
     return path
 
 

@@ -109,7 +109,12 @@ def read_plan(structure: ModelStructure) -> TensorPlan:
     names = {module: path for path, module in decoder.named_modules()}
     inner = [block for block in blocks if block in names]
     heads = (config.num_attention_heads,)
-    styles: dict[str, str] = dict(config.base_model_tp_plan or _usual_plan(inner, names, heads))
+    embedding: Any = decoder.get_input_embeddings()  # type: ignore[operator]
+    if not isinstance(embedding, nn.Embedding):
+        raise ValueError(f"{refuse}its tokens are not embedded by a table; leave it at 1")
+    # The table is split in any case; since transformers 5.24 plans name it, and some nothing else.
+    given = {path: style for path, style in (config.base_model_tp_plan or {}).items() if path != names[embedding]}
+    styles: dict[str, str] = given or _usual_plan(inner, names, heads)
     if not styles:
         raise ValueError(f"{refuse}its config has no base_model_tp_plan; leave it at 1")
     unknown = sorted(set(styles.values()) - _SPLITTING - _REPLICATED - _EXPERTS)
@@ -146,9 +151,6 @@ def read_plan(structure: ModelStructure) -> TensorPlan:
     ]
     if missed or not linears:
         raise ValueError(f"{refuse}its plan splits {', '.join(missed[:4]) or 'nothing'} outside of its blocks")
-    embedding: Any = decoder.get_input_embeddings()  # type: ignore[operator]
-    if not isinstance(embedding, nn.Embedding):
-        raise ValueError(f"{refuse}its tokens are not embedded by a table; leave it at 1")
     return TensorPlan(embedding, head, tuple(linears), tuple(regions), tuple(per_head), inner[0])
 
 

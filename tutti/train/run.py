@@ -9,11 +9,13 @@ kernel, which layout) was decided when the parts were built.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from tutti.checkpoint.adapter import base_of, require_base
 from tutti.checkpoint.export import export_trained
+from tutti.checkpoint.hub import with_local_paths
 from tutti.checkpoint.manager import Checkpointer, recorded_compute_dtype
 from tutti.config import Config
 from tutti.config.layout import fit
@@ -58,7 +60,8 @@ def train(config: Config) -> None:
     try:
         with claim_output(output, world, fresh=config.train.load_checkpoint_path is None):
             before = recorded_compute_dtype(config.train.load_checkpoint_path, output)
-            _run(settle_compute_dtype(config, world, before=before), world, asked=config)
+            settled = settle_compute_dtype(config, world, before=before)
+            _run(with_local_paths(settled, world), world, asked=config)
     finally:
         shutdown_world()
 
@@ -83,7 +86,8 @@ def assemble(config: Config, world: World) -> Run:
 
 
 def _run(config: Config, world: World, *, asked: Config) -> None:
-    """Train as `config` says; `asked` is what it was settled from, and what is written down to be passed back in."""
+    """Train as `config` says; `asked` is what it was settled from, names and all, and what is written down to
+    be passed back in."""
     output = Path(config.train.output_dir or "")
     run = assemble(config, world)
     data, placed, model = run.data, run.placed, run.placed.model
@@ -115,10 +119,11 @@ def _run(config: Config, world: World, *, asked: Config) -> None:
         inspect_gradients=partial(require_gradients, model, world),
     )
     # From here on the output folder is this run's: all that it was given is good.
+    shown = replace(config, model=asked.model)  # by name, not by where the files lie
     run_info = run.describe() | {"branch": begin_run(asked, output, checkpoints, world)}
     with (
         checkpoints,
-        Metrics(config, world, total_steps=data.total_steps, run_info=run_info, start_step=step) as metrics,
+        Metrics(shown, world, total_steps=data.total_steps, run_info=run_info, start_step=step) as metrics,
         make_profiler(config.train, world, start_step=step) as profiler,
         StopSignal(world) as stop,
     ):

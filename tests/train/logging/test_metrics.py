@@ -8,12 +8,8 @@ import logging
 import math
 import random
 import re
-import struct
 import subprocess
 import sys
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +19,6 @@ import torch
 
 from tutti.config import Config, TrainConfig
 from tutti.core.dist import World
-from tutti.train.logging import metrics as module
 from tutti.train.logging.console import Progress, duration, fit, next_milestone, si
 from tutti.train.logging.history import Buckets, cut_back, read_history
 from tutti.train.logging.metrics import Metrics
@@ -254,110 +249,6 @@ def test_formats() -> None:
     assert [duration(value) for value in (7, 201, 7384, 273_900)] == ["0:07", "3:21", "2:03:04", "3d 04:05"]
     assert [next_milestone(step) for step in (1, 2, 5, 10, 20, 50)] == [2, 5, 10, 20, 50, 100]
     assert fit([(9, "aaaa"), (1, "bbbb"), (5, "cccc")], 11) == "aaaa  cccc"
-
-
-def scan(path: Path) -> list[Any]:
-    """The records of a .wandb file: LevelDB's log format (blocks of 32 KiB) after 7 bytes of its own."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, position, part, found = path.read_bytes(), 7, b"", []
-    while position + 7 <= len(data):
-        if position % 32768 > 32768 - 7:
-            position += 32768 - position % 32768
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        part += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):
-            item = wandb_internal_pb2.Record()
-            item.ParseFromString(part)
-            found.append(item)
-            part = b""
-    return found
-
-
-def scan_whole(path: Path) -> list[Any]:
-    """The records of a .wandb file, once wandb's own process has written the last one."""
-    for _ in range(200):
-        found = scan(path)
-        if found and found[-1].WhichOneof("record_type") == "exit":
-            return found
-        time.sleep(0.05)
-    raise AssertionError(f"{path} was not finished")
-
-
-def test_wandb_offline_holds_the_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    options = {"use_wandb": True, "wandb_project": "songs", "wandb_name": "first", "wandb_id": "abc123", "lr": 3e-4}
-    for start in (0, 3):
-        # Runs of one second share their folder's name, so each gets an output folder of its own.
-        metrics = open_metrics(tmp_path / str(start), start_step=start, **options)
-        for step in range(start + 1, start + 5):
-            metrics.log_step(record(step))
-        metrics.log_eval({"step": start + 4, "eval_loss": 2.5, "eval_tokens": 5})
-        metrics.log_text(start + 4, "Hi", "Hello.")
-        metrics.log_text(start + 4, "Bye", "Goodbye.")
-        metrics.close({"status": "finished", "final_loss": 0.125})
-    files = sorted(tmp_path.glob("*/wandb/offline-run-*/run-abc123.wandb"))
-    assert files, "no run was recorded"
-    records = [item for file in files for item in scan_whole(file)]
-    rows = [
-        {(item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in found.history.item}
-        for found in records
-        if found.WhichOneof("record_type") == "history"
-    ]
-    losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    assert losses == [(step, 3 / step) for step in (1, 2, 3, 4, 4, 5, 6, 7)]
-    assert [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row] == [(4, 2.5), (7, 2.5)]
-    tables = [row for row in rows if any(name.startswith("texts") for name in row)]
-    assert [row["step"] for row in tables] == [4, 7], "one table for the texts of a step"
-    shown = [json.loads(path.read_text()) for path in tmp_path.glob("*/wandb/*/files/media/table/texts_*.json")]
-    assert [4, "Hi", "Hello."] in [line for table in shown for line in table["data"]]
-    run = next(found.run for found in records if found.WhichOneof("record_type") == "run")
-    assert (run.project, run.display_name, run.run_id) == ("songs", "first", "abc123")
-    config = {item.key: json.loads(item.value_json) for item in run.config.update}
-    assert config["train"]["lr"] == 3e-4
-    summary = {
-        item.key or "/".join(item.nested_key): json.loads(item.value_json)
-        for found in records
-        if found.WhichOneof("record_type") == "summary"
-        for item in found.summary.update
-    }
-    assert summary["final_loss"] == 0.125
-
-
-def test_missing_wandb_is_an_error_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    for dist in (MAIN, OTHER):
-        with pytest.raises(ValueError, match=r'train.use_wandb .* pip install "tutti\[wandb\]"'):
-            open_metrics(tmp_path, dist, use_wandb=True)
-
-
-def test_wandb_goes_offline_without_a_network(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    class NotFound(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_error(404)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), NotFound)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    assert module._unreachable(address) is None
-    server.shutdown()
-    server.server_close()
-    assert "cannot be reached" in (module._unreachable(address) or "")
-
-    monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setattr(module, "_unreachable", lambda url: "no network")
-    with caplog.at_level(logging.INFO, "tutti"):
-        assert module._wandb_mode() == "offline"
-    assert [item.getMessage() for item in caplog.records] == [
-        "wandb: no network, so the run is recorded offline (`wandb sync` uploads it later)"
-    ]
 
 
 def test_rich_and_wandb_are_imported_when_used() -> None:

@@ -1,7 +1,7 @@
 """What a run tells about itself: one record a step, sent to every place that shows it.
 
 The loop hands plain dicts to `Metrics`, which passes them on to its *sinks*: metrics.jsonl (the record that everything
-else can be made from), the progress line on the terminal, report.html, and Weights & Biases if asked for. A sink is
+else can be made from), the progress line on the terminal, report.html, and the services that are asked for. A sink is
 anything with the five methods of `Sink`. Rank 0 alone has sinks; on the other ranks every call does nothing.
 
 A training record has `step, epoch, loss, grad_norm, lr, tokens, trained_tokens, samples, step_seconds,
@@ -17,21 +17,17 @@ answers the losses are means over pairs, eval_accuracy is the share whose chosen
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal, Protocol
+from typing import IO, Any, Protocol
 
 from tutti.config import Config
 from tutti.core.dist import World
 from tutti.train.logging.console import Progress
 from tutti.train.logging.history import METRICS, History, encode, read_history
 from tutti.train.logging.html import Report
-
-log = logging.getLogger(__name__)
+from tutti.train.logging.trackers import open_trackers, require_trackers
 
 Record = Mapping[str, Any]
 
@@ -59,8 +55,7 @@ class Metrics:
     def __init__(
         self, config: Config, world: World, *, total_steps: int, run_info: dict[str, Any], start_step: int = 0
     ) -> None:
-        if config.train.use_wandb and importlib.util.find_spec("wandb") is None:
-            raise ValueError('train.use_wandb needs the wandb package: pip install "tutti[wandb]", or set it to false')
+        require_trackers(config)
         self._sinks: list[Sink] = []
         self._closed = False
         if not world.is_main:
@@ -72,9 +67,8 @@ class Metrics:
             _JsonLines(folder / METRICS, history),
             Progress(total_steps, start_step, history),
             Report(folder, history, config, total_steps=total_steps, run_info=run_info, start_step=start_step),
+            *open_trackers(config, folder, run_info, start_step),
         ]
-        if config.train.use_wandb:
-            self._sinks.append(_Wandb(config, folder, run_info))
 
     def log_step(self, record: Record) -> None:
         """A training record."""
@@ -143,86 +137,3 @@ class _JsonLines:
     def close(self, summary: Record) -> None:
         if self._file is not None:
             self._file.close()
-
-
-class _Wandb:
-    """A Weights & Biases run, in `folder`/wandb; offline where there is no network or no login.
-
-    Every row carries its `step`, which is the x axis of all charts. The service's own step only counts rows, so that
-    a resumed run can go back to an earlier step: its rows are appended, where rows of a lower service step are dropped.
-    """
-
-    def __init__(self, config: Config, folder: Path, run_info: dict[str, Any]) -> None:
-        import dataclasses
-
-        import wandb
-
-        values = dataclasses.asdict(config)
-        values.pop("explicit", None)
-        train = config.train
-        self._run = wandb.init(
-            project=train.wandb_project,
-            name=train.wandb_name,
-            id=train.wandb_id,
-            resume="allow" if train.wandb_id else None,
-            dir=folder,
-            config={**values, "run": {key: run_info[key] for key in ("model", "parameters") if key in run_info}},
-            mode=_wandb_mode(),
-            settings=wandb.Settings(console="off", silent=True),
-        )
-        self._run.define_metric("*", step_metric="step")
-        self._texts: list[Record] = []
-
-    def step(self, record: Record) -> None:
-        self._log_texts()
-        self._run.log({key: value for key, value in record.items() if value is not None})
-
-    evaluation = step
-
-    def text(self, record: Record) -> None:
-        self._texts.append(record)
-
-    def _log_texts(self) -> None:
-        """Log the texts that have come since the last record, as a table."""
-        import wandb
-
-        if self._texts:
-            table = wandb.Table(columns=["step", "prompt", "text"])
-            for text in self._texts:
-                table.add_data(text["step"], text["prompt"], text["text"])
-            self._run.log({"step": self._texts[-1]["step"], "texts": table})
-            self._texts = []
-
-    def close(self, summary: Record) -> None:
-        self._log_texts()
-        self._run.summary.update({key: value for key, value in summary.items() if value is not None})
-        self._run.finish(exit_code=int(summary.get("status") == "failed"))
-
-
-def _wandb_mode() -> Literal["offline"] | None:
-    """None leaves the choice to wandb; offline where its server cannot be reached or nobody is logged in."""
-    import wandb
-
-    if "WANDB_MODE" in os.environ:
-        return None
-    reason = _unreachable(wandb.setup().settings.base_url)
-    if reason is None and not wandb.login(verify=False, prompt=False):
-        reason = "nobody is logged in"
-    if reason is None:
-        return None
-    log.info("wandb: %s, so the run is recorded offline (`wandb sync` uploads it later)", reason)
-    return "offline"
-
-
-def _unreachable(url: str) -> str | None:
-    """Why `url` cannot be reached, or None where anything answers."""
-    import urllib.error
-    import urllib.request
-
-    try:
-        urllib.request.urlopen(url, timeout=5).close()
-    except urllib.error.HTTPError:
-        return None
-    except OSError as error:
-        return f"{url} cannot be reached ({getattr(error, 'reason', error)})"
-    return None

@@ -1,0 +1,90 @@
+"""Models by their names on the Hugging Face hub: `model_path: Qwen/Qwen3-0.6B` becomes the folder of its files.
+
+`with_local_paths` is called once, before anything is read, and gives a configuration in which every name is a folder,
+so that all else knows of folders alone. Only what is read is downloaded: configs, tokenizer, chat templates, and of the
+weights one format, safetensors where there is a choice. Code is left where it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tutti.checkpoint import adapter
+from tutti.checkpoint.hf_files import INDEX, WEIGHT_FILES, read_index
+from tutti.config import Config
+from tutti.core.dist import World
+from tutti.core.hub import HubFiles, Repo, repo_named
+from tutti.core.remote import fetch
+
+log = logging.getLogger(__name__)
+
+_MODEL = ("model.config_path", "model.tokenizer_path", "model.model_path", "model.adapter_path")
+_INFER = ("infer.tokenizer_path", "infer.model_path")
+_HOLD_WEIGHTS = ("model.model_path", "model.adapter_path", "infer.model_path")
+_SMALL = re.compile(r"[^/]+\.(json|jinja|model|tiktoken)|additional_chat_templates/[^/]+\.jinja|(vocab|merges)\.txt")
+
+
+def with_local_paths(config: Config, world: World, *, weights: bool = True) -> Config:
+    """`config` with the folders that its models were downloaded to in place of their names. Collective.
+
+    weights: whether they are needed, or only what describes the model. ValueError, on all ranks: a model is not there.
+    """
+    names = {argument: name for argument in (*_MODEL, *_INFER) if (name := _get(config, argument))}
+    found = fetch(lambda: _pin_all(names, weights), world)
+    for argument in (argument for argument, name in names.items() if name in found):
+        group, _, leaf = argument.partition(".")
+        folder = str(found[names[argument]].folder)
+        changed: Any = replace(getattr(config, group), **{leaf: folder})
+        config = replace(config, **{group: changed})
+    return config
+
+
+def _get(config: Config, argument: str) -> str | None:
+    group, _, leaf = argument.partition(".")
+    return getattr(getattr(config, group), leaf)
+
+
+def _pin_all(names: Mapping[str, str], weights: bool) -> dict[str, HubFiles]:
+    """The files of every name among those of the arguments that is a repository's, downloaded."""
+    found: dict[str, HubFiles] = {}
+    for name in dict.fromkeys(names.values()):
+        arguments = [argument for argument, value in names.items() if value == name]
+        held = [argument for argument in arguments if argument in _HOLD_WEIGHTS]
+        repo = repo_named("model", name, (held or arguments)[0])
+        if repo is not None:
+            found[name] = pin_model(repo, weights=weights and bool(held))
+    return found
+
+
+def pin_model(repo: Repo, *, weights: bool) -> HubFiles:
+    """The files of a model that are read, downloaded; with `weights` those that hold them as well."""
+    commit = repo.commit()
+    there = repo.files(commit)
+    # Exports reproduce the layout of the index, whether its weights are needed or not.
+    files = [file for file in there if _SMALL.fullmatch(file) and (file == INDEX or not file.endswith(".index.json"))]
+    if weights:
+        files += _weight_files(repo, commit, there)
+    found = HubFiles(repo, commit, tuple(dict.fromkeys(files)))
+    found.local(download=True)
+    log.info("%s: %s is commit %s", repo.argument, repo.name, commit)
+    return found
+
+
+def _weight_files(repo: Repo, commit: str, there: Mapping[str, Any]) -> Sequence[str]:
+    """The files of the weights, in the first format that the repository has them in."""
+    first = next((file for file in (*WEIGHT_FILES, *adapter.WEIGHTS) if file in there), None)
+    if first is None:
+        others = [file for file in there if Path(file).suffix in (".safetensors", ".bin", ".gguf", ".pth", ".pt")][:3]
+        raise ValueError(
+            f"{repo.argument}: {repo} has no weights in Hugging Face's format ({', '.join(WEIGHT_FILES)})"
+            + (f"; it has {', '.join(others)}" if others else "")
+        )
+    if not first.endswith(".index.json"):
+        return [first]
+    repo.download(commit, [first])
+    return [first, *sorted(set(read_index(repo.folder(commit) / first).values()))]

@@ -1,0 +1,151 @@
+"""Data that lies elsewhere: data sets of the Hugging Face hub by name (`tutti.data.hub`), and files behind URLs.
+
+A URL (`s3://`, `gs://`, ...) is a file, a folder or a glob that fsspec reads, with the package for its kind of storage.
+Copies lie in `$TUTTI_CACHE` (default `~/.cache/tutti`), by URL and version; they are made under another name and
+renamed when they are whole, by one process of a node while the others wait.
+
+To know which files a run reads, rank 0 opens the sources first, and brings what is elsewhere as it is asked for.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from tutti.config import Config
+from tutti.core.dist import World
+from tutti.core.hub import HubFiles
+from tutti.core.remote import NotCachedError, fetch, progress_bars
+from tutti.data.hub import IsData, is_rows, pin_path, pin_split
+from tutti.data.source import Elsewhere, is_data, open_sources
+
+log = logging.getLogger(__name__)
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://")
+_PACKAGES = {
+    **dict.fromkeys(("s3", "s3a"), "s3fs"),
+    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
+    **dict.fromkeys(("az", "abfs", "abfss", "adl"), "adlfs"),
+    **dict.fromkeys(("http", "https"), "aiohttp"),
+}
+
+
+def fetch_data(config: Config, world: World) -> Elsewhere:
+    """Bring what the data paths name that is not here; gives the local copies of a part of a path. Collective.
+
+    ValueError, on all ranks: it is not there, or another part of a path is wrong.
+    """
+
+    def pin() -> dict[tuple[str, str], HubFiles | UrlFiles]:
+        found: dict[tuple[str, str], HubFiles | UrlFiles] = {}
+
+        def bring(argument: str, part: str) -> list[str] | None:
+            files = found.get((argument, part)) or pin_data(argument, part)
+            if files is None:
+                return None
+            found[argument, part] = files
+            return files.local(download=True)
+
+        if ":" not in config.data.datasets_type:  # a data set of the user's own knows itself where its rows are
+            open_sources(config, elsewhere=bring)
+            if config.data.eval_path:
+                open_sources(config, config.data.eval_path, elsewhere=bring)
+        return found
+
+    found = fetch(pin, world)
+    return lambda *part: found[part].local(download=False) if part in found else None
+
+
+def pin_data(argument: str, part: str) -> HubFiles | UrlFiles | None:
+    """The files that a part of the data path which `argument` holds stands for; None where it names nothing elsewhere.
+
+    What is on the hub is downloaded. ValueError: it is not there, or has no such split or file.
+    """
+    if not _URL.match(part):
+        return pin_split(argument, part, is_data)
+    return pin_path(argument, part, is_data) if part.startswith("hf://") else pin_url(argument, part, is_data)
+
+
+@dataclass(frozen=True)
+class UrlFiles:
+    """Files behind URLs, each with what tells this version of it from others."""
+
+    argument: str
+    files: tuple[tuple[str, str], ...]
+
+    def local(self, *, download: bool) -> list[str]:
+        """The paths of the copies. NotCachedError: one is not there, and `download` is false."""
+        folder = Path(os.environ.get("TUTTI_CACHE") or "~/.cache/tutti").expanduser()
+        copies = []
+        for url, version in self.files:
+            copy = folder / hashlib.sha256(f"{url} {version}".encode()).hexdigest()[:32] / PurePosixPath(url).name
+            if download:
+                with _explained(self.argument, url):
+                    _copy_once(url, copy)
+            elif not copy.exists():
+                raise NotCachedError(f"{self.argument}: the copy of {url} in {folder} (TUTTI_CACHE) is gone")
+            copies.append(str(copy))
+        return copies
+
+
+def pin_url(argument: str, url: str, is_data: IsData) -> UrlFiles:
+    """The data files that a URL, of a file or a folder or with a glob, stands for. ValueError: there is none."""
+    with _explained(argument, url):
+        from fsspec.core import url_to_fs
+
+        system, path = url_to_fs(url)
+        if any(letter in path for letter in "*?["):
+            paths = [each for each in sorted(system.glob(path)) if is_rows(PurePosixPath(each).name, is_data)]
+        elif system.isdir(path):
+            inside = {each: each.removeprefix(path).lstrip("/") for each in sorted(system.find(path))}
+            paths = [each for each, name in inside.items() if is_rows(name, is_data)]
+        else:
+            paths = [path]
+        if not paths:
+            raise ValueError(f"{argument}: {url} holds no data file")
+        files = tuple((system.unstrip_protocol(each), repr(sorted(system.info(each).items()))) for each in paths)
+    return UrlFiles(argument, files)
+
+
+def _copy_once(url: str, copy: Path) -> None:
+    """Copy a file to `copy` unless it is there already; of several processes one does, and the others wait for it."""
+    from fsspec.callbacks import NoOpCallback, TqdmCallback
+    from fsspec.core import url_to_fs
+
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{copy}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if copy.exists():
+            return
+        log.info("downloading %s", url)
+        system, path = url_to_fs(url)
+        with progress_bars() as shown:
+            bar = {"desc": copy.name, "unit": "B", "unit_scale": True}
+            system.get_file(path, f"{copy}.part", callback=TqdmCallback(tqdm_kwargs=bar) if shown else NoOpCallback())
+        os.replace(f"{copy}.part", copy)
+
+
+@contextmanager
+def _explained(argument: str, url: str) -> Iterator[None]:
+    """Say in one line what is wrong with a URL; each storage has errors of its own."""
+    try:
+        yield
+    except ImportError as error:
+        protocol = url.partition("://")[0]
+        package = _PACKAGES.get(protocol)
+        advice = f"install the package {package} (pip install {package})" if package else str(error)
+        raise ValueError(f"{argument}: to read {protocol}:// {advice}") from error
+    except FileNotFoundError as error:
+        raise ValueError(f"{argument}: {url} does not exist") from error
+    except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(argument):
+            raise
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(f"{argument}: {url} cannot be read: {type(error).__name__} {line}") from error
