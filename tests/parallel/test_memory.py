@@ -40,10 +40,10 @@ def train_and_look(config):
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group as engine
 
     from tutti.parallel import fsdp
-    from tutti.train import setup
+    from tutti.train import placement
 
     seen = {"reductions": 0, "lines": []}
-    reduce, parallelize = engine.foreach_reduce, setup.parallelize
+    reduce, parallelize = engine.foreach_reduce, placement.parallelize
 
     def counted(*args, **kwargs):
         seen["reductions"] += 1
@@ -56,7 +56,7 @@ def train_and_look(config):
         seen["offloads"] = {isinstance(group.offload_policy, CPUOffloadPolicy) for group in groups}
         seen["frees"] = [group._reshard_after_forward for group in groups[1:]]
 
-    engine.foreach_reduce, setup.parallelize = counted, looked
+    engine.foreach_reduce, placement.parallelize = counted, looked
     fsdp.log.addFilter(lambda record: seen["lines"].append(record.getMessage()) or True)
     logging.getLogger("tutti").setLevel(logging.INFO)
     train_quietly_with_log(config)

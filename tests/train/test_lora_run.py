@@ -221,9 +221,9 @@ def test_unused_adapter_stops_the_run_on_all_ranks(make, train):
 
 def train_with_unused_layer(config):
     from tests.train.runs import train_quietly
-    from tutti.train import setup
+    from tutti.train import placement
 
-    original = setup.add_adapters
+    original = placement.add_adapters
 
     def add(model, lora, dtype):
         model.model.layers[0].mlp.unused_proj = torch.nn.Linear(8, 8, device="meta")
@@ -232,5 +232,5 @@ def train_with_unused_layer(config):
         model.model.layers[0].mlp.unused_proj.bias = None
         model._keys_to_ignore_on_load_missing.append("unused_proj")
 
-    setup.add_adapters = add
+    placement.add_adapters = add
     train_quietly(config)

@@ -18,7 +18,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-from tests.harness import run_ranks
+from tests.harness import regroup, run_ranks
 from tests.model import gallery
 from tests.model.zoo import tiny
 from tests.train.runs import QUICKSTART, records, run, tiny_config
@@ -34,15 +34,15 @@ def watch(config: Config) -> dict[str, Any]:
     from tutti.checkpoint.hf_files import Checkpoint
     from tutti.checkpoint.manager import Checkpointer
     from tutti.parallel import apply
-    from tutti.train import run, setup
+    from tutti.train import placement, run
     from tutti.train import step as step_module
 
     watcher = Watcher()
     watched: list[tuple[Any, str, Callable[..., None], Callable[..., None]]] = [
-        (setup, "build_mesh", ignore, watcher.made_mesh),
-        (setup, "parallelize", watcher.parallelizes, ignore),
-        (setup, "init_weights", watcher.gets_values, ignore),
-        (setup, "load_weights", watcher.gets_values, ignore),
+        (run, "build_mesh", ignore, watcher.made_mesh),
+        (placement, "parallelize", watcher.parallelizes, ignore),
+        (placement, "init_weights", watcher.gets_values, ignore),
+        (placement, "load_weights", watcher.gets_values, ignore),
         (apply, "overlap_values", watcher.overlaps, ignore),
         (Checkpoint, "read", watcher.reads, ignore),
         (step_module.TrainStep, "step", watcher.steps, ignore),
@@ -54,7 +54,6 @@ def watch(config: Config) -> dict[str, Any]:
         for owner, name, before, after in watched:
             stack.enter_context(patch.object(owner, name, around(getattr(owner, name), before, after)))
         stack.enter_context(patch.object(torch, "compile", watcher.compiles))
-        stack.enter_context(patch.object(run, "shutdown_world", ignore))
         train_quietly(config)
     return watcher.seen
 
@@ -154,7 +153,11 @@ class Watcher:
 
 
 def watch_each(configs: list[Config]) -> list[dict[str, Any]]:
-    return [watch(config) for config in configs]
+    seen = []
+    for config in configs:
+        regroup()
+        seen.append(watch(config))
+    return seen
 
 
 def alone(*configs: Config) -> list[dict[str, Any]]:
@@ -372,19 +375,19 @@ def test_collection_is_automatic_without_gc_steps_alone(by_steps, by_epochs):
 
 
 def test_garbage_and_cached_memory_go_at_their_steps(monkeypatch):
-    from tutti.train import run
+    from tutti.train import process
 
     gone: dict[str, list[int]] = {"collect": [], "empty": []}
     now = 0
-    monkeypatch.setattr(run.gc, "collect", lambda: gone["collect"].append(now))
+    monkeypatch.setattr(process.gc, "collect", lambda: gone["collect"].append(now))
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: gone["empty"].append(now))
     config = from_dict({"train": {"gc_steps": 3, "empty_cache_steps": 4}})
     never = from_dict({"train": {"gc_steps": 0, "empty_cache_steps": 0}})
     for accelerated in (False, True):
         monkeypatch.setattr(torch.accelerator, "is_available", lambda accelerated=accelerated: accelerated)
         for now in range(1 + 8 * accelerated, 9 + 8 * accelerated):
-            run.housekeeping(now, config)
-            run.housekeeping(now, never)
+            process.housekeeping(now, config)
+            process.housekeeping(now, never)
     assert gone == {"collect": [3, 6, 9, 12, 15], "empty": [12, 16]}
 
 
