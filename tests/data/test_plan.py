@@ -28,7 +28,9 @@ def map_source(lengths, *, seed=0, weights=None, shuffle=True):
     lengths = np.asarray(lengths, np.int64)
     none = np.zeros(len(lengths), np.int64)
     source = (lengths > np.median(lengths)).astype(np.int64) if weights else none
-    index = Index(source, np.arange(len(lengths)), none, lengths, lengths - 1, none, None, len(lengths), {}, "")
+    columns = {"row": np.arange(len(lengths)), "piece": none, "length": lengths, "targets": lengths - 1, "split": none}
+    facts = {"tokens": None, "rows": len(lengths), "dropped": {}, "notes": Counter(), "digest": ""}
+    index = Index(source=source, **columns, **facts)
     return MapSource(index, weights and (lambda step: weights), ["short", "long"], seed, shuffle)
 
 
