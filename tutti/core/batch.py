@@ -32,6 +32,17 @@ ALONG_TOKENS = ("position_ids", "mm_token_type_ids", "token_type_ids")
 the model rotates by (mrope)."""
 
 
+class Media(NamedTuple):
+    """An image, a video or a sound of a sample: where it is found, and its size.
+
+    kind: image, video or audio. source: a path, or the encoded bytes. size: of an image (width, height), upright.
+    """
+
+    kind: str
+    source: str | bytes
+    size: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One training sequence of n tokens.
@@ -40,12 +51,14 @@ class Sample:
     on, else IGNORE; the last entry is always IGNORE. For classification the last entry is the class, all others IGNORE.
     source: index of the data source the sample came from.
     split: where the rejected one of a pair of answers begins, each a sequence of its own; 0 for a single sequence.
+    media: what stands in the place of some of its tokens, in their order.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     source: int = 0
     split: int = 0
+    media: tuple[Media, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)

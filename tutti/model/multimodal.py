@@ -100,7 +100,10 @@ class MultimodalForward:
     """
 
     def __init__(self, structure: ModelStructure, tensor: TensorRanks | None) -> None:
-        self._decoder, self._towers, self._tensor = structure.decoder, structure.towers, tensor
+        self._decoder, self._tensor = structure.decoder, tensor
+        # Towers, and what has parameters of its own around them and the language model.
+        language = set(structure.text_model.modules())
+        self._beside = [part for part in structure.decoder.modules() if part not in language]
         self._name = structure.name
         self._batch: Batch | None = None
         self._options: dict[str, Any] = {}
@@ -173,9 +176,9 @@ class MultimodalForward:
         return args, handed
 
     def _anchored(self, row: Tensor) -> Tensor:
-        with local_parameters(part for tower in self._towers for part in tower.modules()):
-            parameters = [item for tower in self._towers for item in tower.parameters() if item.requires_grad]
-            return _Anchor.apply(row, *parameters)
+        with local_parameters(self._beside):
+            parameters = [item for part in self._beside for item in part.parameters(recurse=False)]
+            return _Anchor.apply(row, *(item for item in parameters if item.requires_grad))
 
     def _check_divisible(self, handed: Mapping[str, Any], batch: Batch) -> None:
         tensors = [key for key, value in handed.items() if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))]
@@ -262,11 +265,11 @@ def make_placing(structure: ModelStructure) -> Callable[[Batch], Batch]:
     name, taken = structure.name, set(inspect.signature(index).parameters)
 
     def place(batch: Batch) -> Batch:
-        grids = [key for key in batch.extras if key.endswith("_grid_thw")]
-        if "position_ids" in batch.extras or not grids:
+        media = [key for key in batch.extras if key.endswith("_grid_thw") or key == "feature_attention_mask"]
+        if "position_ids" in batch.extras or not media:
             return batch
-        if "mm_token_type_ids" not in batch.extras:
-            raise ValueError(f"{name} needs mm_token_type_ids beside {grids[0]}, to know which tokens are an image's")
+        if "mm_token_type_ids" in taken and "mm_token_type_ids" not in batch.extras:
+            raise ValueError(f"{name} needs mm_token_type_ids beside {media[0]}, to know which tokens are an image's")
         lengths = batch.cu_seqlens.diff().tolist()
 
         def by_sample(values: Tensor) -> Tensor:
@@ -275,9 +278,14 @@ def make_placing(structure: ModelStructure) -> Callable[[Batch], Batch]:
         inputs = {key: value for key, value in batch.extras.items() if key in taken}
         inputs |= {
             "input_ids": by_sample(batch.input_ids),
-            "mm_token_type_ids": by_sample(batch.extras["mm_token_type_ids"].flatten()),
             "attention_mask": by_sample(torch.ones_like(batch.input_ids)),
         }
+        if "mm_token_type_ids" in taken:
+            inputs["mm_token_type_ids"] = by_sample(batch.extras["mm_token_type_ids"].flatten())
+        if "audio_seqlens" in taken and "feature_attention_mask" in batch.extras:
+            inputs["audio_seqlens"] = batch.extras["feature_attention_mask"].sum(-1)
+        if "second_per_grids" in taken and "video_second_per_grid" in batch.extras:
+            inputs["second_per_grids"] = batch.extras["video_second_per_grid"]
         padded = index(**inputs)[0]
         rows = torch.cat([padded[:, number, :length] for number, length in enumerate(lengths)], dim=-1)
         positions = torch.cat([batch.position_ids[None], rows])[:, None]

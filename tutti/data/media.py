@@ -1,0 +1,158 @@
+"""Media of rows: what a row refers to, measured by its header when rows are encoded and decoded when it is trained on.
+
+A *medium* is an image, a video or a sound. Rows name it by a path (relative to the data file's folder, or else to
+data.media_root), a `file://` address, a data URL, its encoded bytes, or `{"bytes", "path"}` as datasets' Image and
+Audio columns do; a video may also be a list of frames. Nothing is fetched from the network. Paths stay below the data
+file's folder and data.media_root, so that a row cannot read other files of the machine.
+
+Measuring an image reads its header alone; its orientation tag is minded. A sample carries `Media`, never pixels.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from tutti.core.batch import Media
+from tutti.data.rows import RowError, kind_of
+
+KINDS = ("image", "video", "audio")
+
+MAX_IMAGE_PIXELS = 2**28
+"""An image of more pixels than this is taken for a mistake, or an attack: decoded it would fill a gigabyte."""
+
+_DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+(;[\w=.+-]+)*;base64,", re.ASCII)
+_ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True)
+class MediaFolder:
+    """Where the media of a data file may lie. root: data.media_root."""
+
+    folder: str
+    root: str | None = None
+
+    def path_of(self, name: str) -> str:
+        """The file that `name` refers to; RowError: there is none, or it is outside."""
+        allowed = [os.path.realpath(base) for base in (self.folder, self.root) if base]
+        for base in allowed:
+            path = os.path.realpath(os.path.join(base, name))
+            if os.path.isfile(path):
+                if any(os.path.commonpath([path, parent]) == parent for parent in allowed):
+                    return path
+                raise RowError(f"{name} lies outside {' and '.join(allowed)}: set data.media_root to a folder above it")
+        raise RowError(f"{name} is not a file below {' or '.join(allowed)} (data.media_root)")
+
+
+def reference(entry: Any, folder: MediaFolder) -> str | bytes:
+    """The path or the encoded bytes that an entry of a row stands for. RowError: it is neither."""
+    if isinstance(entry, bytes | bytearray):
+        if not entry:
+            raise RowError("a medium of no bytes")
+        return bytes(entry)
+    if isinstance(entry, dict):
+        if entry.get("bytes") is not None:
+            return reference(entry["bytes"], folder)
+        for key in ("path", "url", "image", "video", "audio"):
+            if entry.get(key) is not None:
+                return reference(entry[key], folder)
+        raise RowError(f"a medium with keys {', '.join(map(str, entry))}: it needs bytes or a path")
+    if isinstance(entry, Image.Image):
+        buffer = io.BytesIO()
+        entry.save(buffer, format="PNG")
+        return buffer.getvalue()
+    if not isinstance(entry, str) or not entry:
+        raise RowError(f"a medium must be a path, a data URL or bytes, not {kind_of(entry)}")
+    if (found := _DATA_URL.match(entry)) is not None:
+        try:
+            return base64.b64decode(entry[found.end() :], validate=True)
+        except binascii.Error as error:
+            raise RowError(f"a data URL that is not base64: {error}") from None
+    if entry.startswith("data:"):
+        raise RowError("a data URL that is not in base64")
+    if entry.startswith("file://"):
+        return folder.path_of(unquote(urlparse(entry).path))
+    if re.match(r"[a-zA-Z][\w+.-]*://", entry):
+        raise RowError(f"{entry[:60]} would have to be downloaded, which training does not do: give a local file")
+    return folder.path_of(entry)
+
+
+def measure(kind: str, entry: Any, folder: MediaFolder) -> Media:
+    """The medium of an entry, with its size. RowError: it cannot be read."""
+    source = reference(entry, folder)
+    if kind != "image":
+        raise RowError(f"has {kind}, which cannot be trained on yet")
+    with _readable(source), _opened(source) as image:
+        width, height = image.size
+        if image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8):
+            width, height = height, width
+        return Media("image", source, (width, height))
+
+
+def load_image(medium: Media) -> Image.Image:
+    """The decoded image, upright, in RGB. RowError: it cannot be decoded."""
+    with _readable(medium.source), _opened(medium.source) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    if upright.size != medium.size:
+        raise RowError(f"{_name(medium.source)} has changed during the run")
+    return upright
+
+
+def resized(size: tuple[int, int], least: int | None, most: int | None) -> tuple[int, int]:
+    """The size with at least and at most so many pixels, of the same aspect."""
+    width, height = size
+    pixels = width * height
+    bound = min(pixels, most) if most else pixels
+    bound = max(bound, least) if least else bound
+    if bound == pixels:
+        return size
+    scale = (bound / pixels) ** 0.5
+    rounding = np.floor if bound < pixels else np.ceil
+    return max(1, int(rounding(width * scale))), max(1, int(rounding(height * scale)))
+
+
+def identity(medium: Media) -> bytes:
+    """What stands for a medium in a digest of data: its path, size and time of change, or its bytes."""
+    if isinstance(medium.source, bytes):
+        return medium.source
+    found = os.stat(medium.source)
+    return f"{medium.source}\0{found.st_size}\0{found.st_mtime_ns}".encode()
+
+
+@contextmanager
+def _opened(source: str | bytes) -> Iterator[Image.Image]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                raise RowError(f"{_name(source)} has {image.width} x {image.height} pixels, too many to decode")
+            yield image
+
+
+@contextmanager
+def _readable(source: str | bytes) -> Iterator[None]:
+    """Say in one line why a file cannot be read as an image."""
+    try:
+        yield
+    except UnidentifiedImageError:
+        raise RowError(f"{_name(source)} is not an image") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise RowError(f"{_name(source)} cannot be read as an image: {reason}") from None
+
+
+def _name(source: str | bytes) -> str:
+    return f"an image of {len(source):,} bytes" if isinstance(source, bytes) else Path(source).name
