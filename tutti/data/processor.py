@@ -44,7 +44,9 @@ class MediaProcessor:
 
     def __post_init__(self) -> None:
         self.markers = {
-            kind: token for kind in _ARGUMENTS if isinstance(token := getattr(self.processor, f"{kind}_token", None), str)
+            kind: token
+            for kind in _ARGUMENTS
+            if isinstance(token := getattr(self.processor, f"{kind}_token", None), str)
         }
         self._marker = re.compile("|".join(f"(?P<{kind}>{re.escape(token)})" for kind, token in self.markers.items()))
         self._dims = self._find_dims() if "image" in self.markers else {}
@@ -73,7 +75,9 @@ class MediaProcessor:
         sizes = tuple((medium.kind, *self._size(medium)) for medium in media)
         if sizes not in self._replacements:
             blanks = [Image.new("RGB", size) for _, *size in sizes]
-            self._replacements[sizes] = [item["replacement"] for item in self._process(blanks)["text_replacement_offsets"]]
+            self._replacements[sizes] = [
+                item["replacement"] for item in self._process(blanks)["text_replacement_offsets"]
+            ]
         return self._replacements[sizes]
 
     def _size(self, medium: Media) -> tuple[int, int]:

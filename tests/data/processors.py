@@ -1,0 +1,98 @@
+"""Tiny processors of multimodal families, made here: real processor classes over the quickstart tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PreTrainedTokenizerFast
+
+TOKENIZER = Path(__file__).parents[2] / "data" / "quickstart" / "tokenizer.json"
+
+_QWEN_TOKENS = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+_QWEN = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 64, "max_pixels": 4096}
+_SQUARE = {"size": {"height": 16, "width": 16}, "crop_size": {"height": 16, "width": 16}}
+
+_CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer(image: str, *extra: str, marker: str | None = None, **named: str) -> PreTrainedTokenizerFast:
+    """The quickstart tokenizer with the family's special tokens, and a ChatML template that writes `marker` for an
+    image."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(TOKENIZER), eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": [image, *extra]})
+    for name, token in {"image_token": image, **named}.items():
+        setattr(tokenizer, name, token)
+        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+    tokenizer.chat_template = _CHATML.replace("IMAGE", marker or image)
+    return tokenizer
+
+
+def _qwen(cls: str, image: str, video: str) -> Any:
+    marker = "<|vision_start|><|image_pad|><|vision_end|>"
+    tokens = ("<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    tokenizer = make_tokenizer("<|image_pad|>", *tokens, marker=marker, video_token="<|video_pad|>",
+                               vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>")  # fmt: skip
+    images, videos = getattr(transformers, image)(**_QWEN), getattr(transformers, video)(**_QWEN)
+    return getattr(transformers, cls)(image_processor=images, tokenizer=tokenizer, video_processor=videos)
+
+
+def _llava() -> Any:
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    return transformers.LlavaProcessor(
+        images, make_tokenizer("<image>"), patch_size=4, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+
+
+def _llava_next() -> Any:
+    images = transformers.LlavaNextImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_grid_pinpoints=[[16, 32], [32, 16]]
+    )
+    return transformers.LlavaNextProcessor(
+        images, make_tokenizer("<image>"), patch_size=4, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+
+
+def _idefics3() -> Any:
+    names = ("<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
+    images = transformers.Idefics3ImageProcessor(
+        size={"longest_edge": 32}, max_image_size={"longest_edge": 16}, do_image_splitting=True
+    )
+    return transformers.Idefics3Processor(images, make_tokenizer("<image>", *names), image_seq_len=4)
+
+
+def _gemma3() -> Any:
+    tokenizer = make_tokenizer(
+        "<image_soft_token>", "<start_of_image>", "<end_of_image>", marker="<start_of_image>",
+        boi_token="<start_of_image>", eoi_token="<end_of_image>",
+    )  # fmt: skip
+    images = transformers.Gemma3ImageProcessor(size={"height": 16, "width": 16}, do_pan_and_scan=False)
+    return transformers.Gemma3Processor(images, tokenizer, image_seq_length=4)
+
+
+def _pixtral() -> Any:
+    tokenizer = make_tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+    images = transformers.PixtralImageProcessor(size={"longest_edge": 32}, patch_size={"height": 4, "width": 4})
+    return transformers.PixtralProcessor(images, tokenizer, patch_size=4, spatial_merge_size=2)
+
+
+PROCESSORS = {
+    "qwen2_vl": lambda: _qwen("Qwen2VLProcessor", "Qwen2VLImageProcessor", "Qwen2VLVideoProcessor"),
+    "qwen2_5_vl": lambda: _qwen("Qwen2_5_VLProcessor", "Qwen2VLImageProcessor", "Qwen2VLVideoProcessor"),
+    "qwen3_vl": lambda: _qwen("Qwen3VLProcessor", "Qwen2VLImageProcessor", "Qwen3VLVideoProcessor"),
+    "llava": _llava,
+    "llava_next": _llava_next,
+    "idefics3": _idefics3,
+    "gemma3": _gemma3,
+    "pixtral": _pixtral,
+}

@@ -1,0 +1,82 @@
+"""Media among messages: every shape of row gives the same parts and entries, and what does not add up is said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tutti.data.parts import place_media
+from tutti.data.rows import RowError
+
+ASKED = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+ANSWER = {"role": "assistant", "content": "A dog."}
+URL = "data:image/png;base64,AAAA"
+
+SHAPES: dict[str, tuple[Any, dict[str, Any], Any]] = {
+    "openai": ([{"type": "image_url", "image_url": {"url": URL}}, {"type": "text", "text": "What is this?"}], {}, URL),
+    "openai, bare": (
+        [{"type": "image_url", "image_url": "a.png"}, {"type": "text", "text": "What is this?"}],
+        {},
+        "a.png",
+    ),
+    "hugging face": ([{"type": "image", "path": "a.png"}, {"type": "text", "text": "What is this?"}], {}, "a.png"),
+    "base64": ([{"type": "image", "base64": "AAAA"}, {"text": "What is this?"}], {}, "data:image/x;base64,AAAA"),
+    "a part and a column": (ASKED, {"images": ["a.png"]}, "a.png"),
+    "placeholder": ("<image>What is this?", {"images": ["a.png"]}, "a.png"),
+    "one image": ("<image>What is this?", {"image": "a.png"}, "a.png"),
+    "bytes": ("<image>What is this?", {"image": {"bytes": b"x", "path": None}}, {"bytes": b"x", "path": None}),
+    "no place": ("What is this?", {"images": ["a.png"]}, "a.png"),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_gives_the_same_parts(name: str) -> None:
+    content, columns, entry = SHAPES[name]
+    messages, entries = place_media([{"role": "user", "content": content}, ANSWER], columns)
+    assert messages == [{"role": "user", "content": ASKED}, ANSWER]
+    assert entries == [("image", entry)]
+
+
+def test_texts_around_placeholders_stay_as_they_are() -> None:
+    text = "Compare <image>\nwith <image> and <video>."
+    (message,), entries = place_media([{"role": "user", "content": text}], {"images": ["a", "b"]})
+    assert message["content"] == [
+        {"type": "text", "text": "Compare "}, {"type": "image"}, {"type": "text", "text": "\nwith "}, {"type": "image"},
+        {"type": "text", "text": " and <video>."},
+    ]  # fmt: skip
+    assert entries == [("image", "a"), ("image", "b")]
+
+
+def test_kinds_and_turns_keep_their_order() -> None:
+    chat = [
+        {"role": "user", "content": "<audio>and<image>"},
+        ANSWER,
+        {"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}]},
+    ]
+    _, entries = place_media(chat, {"image": "i", "audios": ["a"]})
+    assert entries == [("audio", "a"), ("image", "i"), ("audio", "data:audio/wav;base64,AAAA")]
+
+
+def test_rows_without_media_are_left_alone() -> None:
+    chat = [{"role": "user", "content": "a literal <image> tag"}, ANSWER]
+    assert place_media(chat, {}) == (chat, [])
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, ANSWER]
+    assert place_media(parts, {}) == ([{"role": "user", "content": "ab"}, ANSWER], [])
+
+
+@pytest.mark.parametrize(
+    ("content", "columns", "reason"),
+    [
+        ("<image><image>", {"images": ["a"]}, "more places for images than the 1"),
+        ("<image>", {"images": ["a", "b"]}, "has 2 images, and places for 1"),
+        ([{"type": "image"}], {}, "more places for images than the 0"),
+        ([{"type": "video_file", "path": "x"}], {}, "part of type video_file"),
+        ([{"type": "image_url", "image_url": {"detail": "low"}}], {}, "without url, path or data"),
+        ([{"type": "text"}], {}, "text part without text"),
+        ([3], {}, "a part that is"),
+    ],
+)
+def test_what_does_not_add_up_is_said(content: Any, columns: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RowError, match=reason):
+        place_media([{"role": "user", "content": content}], columns)

@@ -1,0 +1,155 @@
+"""Media among the messages of a row: the many ways in which rows say where an image, a video or a sound belongs.
+
+- Parts: content is a list of `{"type": "text" | "image" | "video" | "audio", ...}` (Hugging Face), or OpenAI's
+  `image_url`, `video_url` and `input_audio`. A part names its medium, or takes the next entry of the row's column.
+- Placeholders: `<image>`, `<video>` and `<audio>` in texts, for the entries of the row's columns `images` or `image`
+  (LLaVA, ShareGPT4V, ms-swift, LLaMA-Factory, VeOmni). Everything else of a text stays as it is.
+- A column whose entries no text has a place for: they come before the first message of the user.
+
+Chat templates get parts without their media, `{"type": "image"}`, and write the markers that the model knows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from tutti.data.rows import RowError, kind_of
+
+KINDS = ("image", "video", "audio")
+
+_TEXT = ("text", "input_text", "output_text", None)
+_TYPES = {
+    "image": "image",
+    "input_image": "image",
+    "image_url": "image",
+    "video": "video",
+    "video_url": "video",
+    "audio": "audio",
+    "input_audio": "audio",
+    "audio_url": "audio",
+}
+_PLACEHOLDER = re.compile("<(image|video|audio)>")
+_NAMES = ("url", "path", "base64", "data", "bytes")
+
+Entry = tuple[str, Any]
+"""A medium's kind, and what the row says of it."""
+
+
+def place_media(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[Entry]]:
+    """The messages with a part for each medium in place of what named it, and the media's entries in their order.
+
+    Messages without media stay as they are. RowError: media that have no place, or places without a medium.
+    """
+    columns = {kind: _column(row, kind) for kind in KINDS}
+    said = any(isinstance(message.get("content"), list) for message in messages)
+    if not said and not any(columns.values()):
+        return messages, []
+    left = {kind: list(entries) for kind, entries in columns.items()}
+    homeless = [kind for kind, entries in columns.items() if entries and not _has_place(messages, kind)]
+    entries: list[Entry] = []
+    placed = []
+    for number, message in enumerate(messages):
+        content = message.get("content")
+        parts = _parts(content, columns) if isinstance(content, str) else _typed(number, content)
+        if message["role"] == "user" and homeless:
+            kinds = [kind for kind in homeless for _ in columns[kind]]
+            parts, homeless = [*((kind, None) for kind in kinds), *parts], []
+        if all(kind == "text" for kind, _ in parts):
+            text = "".join(value for _, value in parts)
+            placed.append({**message, "content": text} if "content" in message else message)
+            continue
+        for place, (kind, entry) in enumerate(parts):
+            if kind == "text":
+                continue
+            if entry is None:
+                if not left[kind]:
+                    raise RowError(f"has more places for {kind}s than the {len(columns[kind])} in its column {kind}s")
+                entry = left[kind].pop(0)
+            entries.append((kind, entry))
+            parts[place] = (kind, None)
+        shown = [{"type": "text", "text": value} if kind == "text" else {"type": kind} for kind, value in parts]
+        placed.append({**message, "content": shown})
+    for kind, rest in left.items():
+        if rest:
+            used = len(columns[kind]) - len(rest)
+            raise RowError(f"has {len(columns[kind])} {kind}s, and places for {used} of them")
+    return placed, entries
+
+
+def _column(row: Mapping[str, Any], kind: str) -> list[Any]:
+    """The entries of a row's column of media."""
+    for name in (f"{kind}s", kind):
+        entries = row.get(name)
+        if entries is not None:
+            return list(entries) if isinstance(entries, list | tuple) else [entries]
+    return []
+
+
+def _has_place(messages: list[dict[str, Any]], kind: str) -> bool:
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, str) and f"<{kind}>" in content:
+            return True
+        if isinstance(content, list) and any(_TYPES.get(part.get("type", "")) == kind for part in content):
+            return True
+    return False
+
+
+def _parts(text: str, columns: Mapping[str, list[Any]]) -> list[tuple[str, Any]]:
+    """A text cut at the placeholders of media that the row has; other placeholders are text."""
+    parts: list[tuple[str, Any]] = []
+    last = 0
+    for found in _PLACEHOLDER.finditer(text):
+        kind = found.group(1)
+        if not columns[kind]:
+            continue
+        if found.start() > last:
+            parts.append(("text", text[last : found.start()]))
+        parts.append((kind, None))
+        last = found.end()
+    if last < len(text) or not parts:
+        parts.append(("text", text[last:]))
+    return parts
+
+
+def _typed(number: int, content: Any) -> list[tuple[str, Any]]:
+    """The parts of a content list, as kinds with their text or what names their medium (None: nothing does)."""
+    if content is None:
+        return []
+    if not isinstance(content, list):
+        raise RowError(f"message {number}: content must be text or a list of parts, not {kind_of(content)}")
+    parts: list[tuple[str, Any]] = []
+    for part in content:
+        if not isinstance(part, dict):
+            raise RowError(f"message {number} has a part that is {kind_of(part)}")
+        kind = part.get("type")
+        if kind in _TEXT:
+            if not isinstance(part.get("text"), str):
+                raise RowError(f"message {number} has a text part without text")
+            parts.append(("text", part["text"]))
+        elif kind in _TYPES:
+            parts.append((_TYPES[kind], _entry(part, _TYPES[kind])))
+        else:
+            raise RowError(f"message {number} has a part of type {kind}; known are text, {', '.join(_TYPES)}")
+    return parts
+
+
+def _entry(part: Mapping[str, Any], kind: str) -> Any:
+    """What names the medium of a part: under its type, its kind, or a name such as url or path."""
+    for name in (part["type"], kind, *_NAMES):
+        value = part.get(name)
+        if value is None:
+            continue
+        if isinstance(value, dict) and value.get("bytes") is None:
+            inner = next((value[key] for key in _NAMES if value.get(key) is not None), None)
+            if inner is None:
+                raise RowError(f"a part of type {part['type']} without url, path or data")
+            if "data" in value and isinstance(inner, str) and not inner.startswith("data:"):
+                return f"data:{kind}/{value.get('format', 'x')};base64,{inner}"
+            return inner
+        if name == "base64" and isinstance(value, str) and not value.startswith("data:"):
+            return f"data:{kind}/x;base64,{value}"
+        return value
+    return None
