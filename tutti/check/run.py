@@ -30,7 +30,7 @@ from tutti.model.stages import describe_stages, stage_blocks
 from tutti.model.structure import is_classifier, num_params, towers
 from tutti.parallel.fsdp import offloads, reshards
 from tutti.parallel.mesh import AXES
-from tutti.train.placement import inspect_model, open_data, tokenizer_and_model
+from tutti.train.placement import inspect_model, open_data, read_inputs, tokenizer_and_model
 
 SHOWN_SAMPLES = 4
 SHOWN_CHARACTERS = 1200
@@ -45,7 +45,8 @@ def check(config: Config, world: int = 1) -> None:
     config = with_local_paths(config, ranks, weights=False)
     tokenizer, model = tokenizer_and_model(config, ranks.device)
     structure = inspect_model(config, layout, model)
-    data = open_data(config, tokenizer, model, ranks, dp_rank=0, dp_size=layout.data)
+    inputs = read_inputs(config, tokenizer, structure)
+    data = open_data(config, inputs, model, ranks, dp_rank=0, dp_size=layout.data)
     first = next(iter(data.train()), None)
     if first is None:
         raise ValueError("the data gives no global batch: see data.train_size, data.train_sample and data.drop_last")

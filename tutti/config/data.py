@@ -1,5 +1,6 @@
 """`data.*`: which data, how a row becomes tokens and labels, and how samples reach the training step."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,6 +72,25 @@ class DataConfig:
         "By data_type: " + ", ".join(f"{row.columns} ({name})" for name, row in TASKS.items()) + ".",
         shown="content_split",
         examples=("content_split", "messages"),
+    )
+    row_template: Mapping[str, str] = arg(
+        {},
+        "For tables without messages: the text of a message by role, with columns in braces and <image> for the row's "
+        'image, such as {user: "<image>What is this?", assistant: "{caption}"}.',
+        shown="{}",
+        added=True,
+    )
+    media_root: str | None = arg(
+        None,
+        "Folder below which images may lie, beside the data file's own; paths in rows are relative to either.",
+        path=True,
+        added=True,
+    )
+    image_min_pixels: int | None = arg(
+        None, "Least pixels of an image; a smaller one is enlarged, its aspect kept.", low=1, added=True
+    )
+    image_max_pixels: int | None = arg(
+        None, "Most pixels of an image; a larger one is reduced, its aspect kept.", low=1, added=True
     )
     chat_template: str = arg(
         "default",

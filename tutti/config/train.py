@@ -27,6 +27,12 @@ class TrainConfig:
     lr: float = arg(5e-5, "Peak learning rate, reached after the warmup.", low=0)
     lr_min: float = arg(1e-7, "Learning rate that linear and cosine decay end at.", low=0)
     lr_start: float = arg(0.0, "Learning rate that the warmup starts from.", low=0)
+    freeze: tuple[str, ...] = arg(
+        (),
+        "Parts of the model that stay as they are: towers (encoders of images), projectors, language_model, or names "
+        "of parameters with * and ?.",
+        added=True,
+    )
     weight_decay: float = arg(0.0, "Decoupled weight decay coefficient.", low=0)
     no_decay_modules: tuple[str, ...] = arg((), "Class names of modules whose parameters get no weight decay.")
     no_decay_params: tuple[str, ...] = arg((), "Parameters whose name contains one of these get no weight decay.")

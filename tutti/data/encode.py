@@ -14,17 +14,22 @@ Labels are shifted here, once: `labels[t]` is the target of position t. A row th
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from tutti.config import Config
-from tutti.core.batch import IGNORE, Sample
-from tutti.data.rows import RowError, class_of, conversation_of, text_of
+from tutti.core.batch import IGNORE, Media, Sample
+from tutti.data.media import MediaFolder, measure
+from tutti.data.parts import with_media
+from tutti.data.processor import MediaProcessor, shift
+from tutti.data.rows import RowError, class_of, conversation_of, fill, text_of
 from tutti.data.source import BadRow, Row, text_columns
 from tutti.data.template import ChatTemplate, read_template
 from tutti.data.tokenize import BatchTokenizer, Tokens
@@ -32,7 +37,11 @@ from tutti.data.tokenize import BatchTokenizer, Tokens
 
 @dataclass
 class Encoder:
-    """Turns rows into samples; picklable. Made by `make_encoder`."""
+    """Turns rows into samples; picklable. Made by `make_encoder`.
+
+    media: the processor of a model that takes images; media_root, row_template: data.media_root and
+    data.row_template.
+    """
 
     tokenize: BatchTokenizer
     rows: str
@@ -42,6 +51,9 @@ class Encoder:
     num_labels: int | None
     label_names: tuple[str, ...]
     template: ChatTemplate | None
+    media: MediaProcessor | None = None
+    media_root: str | None = None
+    row_template: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def notes(self) -> Counter[str]:
@@ -54,18 +66,19 @@ class Encoder:
         ValueError if the tokenizer gives ids the model has no embedding for.
         """
         results: list[Any] = list(rows)
-        numbers, texts, targets = [], [], []
+        numbers, texts, targets, media = [], [], [], []
         for number, row in enumerate(rows):
             if isinstance(row, BadRow):
                 continue
             try:
-                text, target = self._text(row.value)
+                text, target, found = self._text(row)
             except RowError as error:
                 results[number] = BadRow(row.file, row.line, str(error))
                 continue
             numbers.append(number)
             texts.append(text)
             targets.append(target)
+            media.append(found)
         tokens = self.tokenize(texts)
         self._check_ids(tokens.ids)
         labels = np.full(len(tokens.ids), IGNORE, np.int32)
@@ -74,18 +87,50 @@ class Encoder:
         for place, (number, target) in enumerate(zip(numbers, targets, strict=True)):
             begin, end = tokens.ends[place], tokens.ends[place + 1]
             try:
-                results[number] = self._samples(tokens.ids[begin:end], labels[begin:end], target, source)
+                samples = self._samples(tokens.ids[begin:end], labels[begin:end], target, source)
+                found = media[place]
+                results[number] = samples if found is None else [self._with_media(samples[0], found)]
             except RowError as error:
                 results[number] = BadRow(rows[number].file, rows[number].line, str(error))
         return results
 
-    def _text(self, value: dict[str, Any]) -> tuple[str, Any]:
-        """A row's text, and its class or its trained character spans."""
+    def extras(self, samples: Sequence[Sample], length: int) -> dict[str, Tensor]:
+        """What a model takes beside the tokens of samples that are packed into `length` places, by the name of its
+        argument; nothing where no sample has media. RowError: a medium cannot be decoded."""
+        return {} if self.media is None else self.media.values(samples, length)
+
+    def _text(self, row: Row) -> tuple[str, Any, tuple[Media, ...] | None]:
+        """A row's text, its class or its trained character spans, and its media, if it has any."""
+        value = row.value
         if self.template is not None:
-            return self.template(conversation_of(value, self.columns))
+            if self.row_template:
+                value = fill(self.row_template, value)
+            conversation, entries = with_media(conversation_of(value, self.columns), value)
+            text, spans = self.template(conversation)
+            if not entries:
+                return text, spans, None
+            if self.media is None:
+                raise RowError(f"has {' and '.join(sorted({kind for kind, _ in entries}))}, and this model takes none")
+            folder = MediaFolder(os.path.dirname(row.file), self.media_root)
+            found = tuple(measure(kind, entry, folder) for kind, entry in entries)
+            text, places = self.media.expand(text, found)
+            return text, shift(spans, places), found
         if self.rows == "labels":
-            return text_of(value, self.columns), class_of(value, self.num_labels, self.label_names)
-        return text_of(value, self.columns), None
+            return text_of(value, self.columns), class_of(value, self.num_labels, self.label_names), None
+        return text_of(value, self.columns), None, None
+
+    def _with_media(self, sample: Sample, media: tuple[Media, ...]) -> Sample:
+        """The sample with its media. RowError: it was cut, and so may lack some of their tokens."""
+        assert self.media is not None
+        sample = replace(sample, media=media)
+        needed, found = self.media.num_tokens(media), self.media.count(sample.input_ids)
+        if found < needed:
+            raise RowError(
+                f"is longer than data.max_seq_len {self.max_seq_len}, and only text can be cut, of which it has too "
+                f"little beside the {needed:,} tokens of its images: raise data.max_seq_len, or lower "
+                "data.image_max_pixels"
+            )
+        return sample
 
     def _check_ids(self, ids: np.ndarray) -> None:
         if len(ids) and (highest := int(ids.max())) >= self.vocab_size:
@@ -160,11 +205,13 @@ def make_encoder(
     vocab_size: int,
     num_labels: int | None = None,
     label_names: Sequence[str] = (),
+    processor: Any = None,
 ) -> Encoder:
     """The encoder for data.data_type. `tokenizer`: with its chat template set, for conversations. `vocab_size`: rows of
     the model's embedding.
 
-    `num_labels`, `label_names`: the classes, for classification. ValueError if tokenizer and model can't fit.
+    `num_labels`, `label_names`: the classes, for classification. `processor`: of a model that takes images.
+    ValueError if tokenizer and model can't fit.
     """
     data, kind = config.data, config.data.task.rows
     if len(tokenizer) > vocab_size:
@@ -182,6 +229,9 @@ def make_encoder(
         num_labels=num_labels,
         label_names=tuple(label_names),
         template=read_template(tokenizer, data.chat_date) if kind == "conversations" else None,
+        media=None if processor is None else MediaProcessor(processor, data.image_min_pixels, data.image_max_pixels),
+        media_root=data.media_root,
+        row_template=data.row_template,
     )
 
 

@@ -28,12 +28,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from tutti.core.batch import IGNORE, Sample
+from tutti.core.batch import IGNORE, Media, Sample
 from tutti.core.dist import World
+from tutti.data.media import identity
 from tutti.data.mix import Mix, Permuted, SampleRef, Weights
 from tutti.data.worker import be_a_worker, quiet_fork
 
@@ -56,6 +59,7 @@ class Chunk:
     """Consecutive rows of one source, encoded: n samples of T tokens in all.
 
     row, piece, length, targets, split: int64 [n]; targets counts the trained tokens, split is as in Sample.
+    media: [n] as in Sample, or empty where no sample has any.
     tokens: int32 [2, T], ids above labels, or None where only the numbers are wanted. bad: the rows left out.
     bad_numbers: their row numbers. rows: how many there were. first: the number of the first. crc: of the tokens.
     notes: how many conversations had something that does not get to the model, by what it is.
@@ -67,6 +71,7 @@ class Chunk:
     length: np.ndarray
     targets: np.ndarray
     split: np.ndarray
+    media: list[tuple[Media, ...]]
     tokens: np.ndarray | None
     bad: tuple[Any, ...]
     bad_numbers: tuple[int, ...]
@@ -79,10 +84,11 @@ class Chunk:
         """The samples, each with memory of its own."""
         assert self.tokens is not None
         end = 0
-        for length, split in zip(self.length.tolist(), self.split.tolist(), strict=True):
+        media = self.media or [()] * len(self.length)
+        for length, split, found in zip(self.length.tolist(), self.split.tolist(), media, strict=True):
             start, end = end, end + length
             ids, labels = self.tokens[:, start:end].copy()
-            yield Sample(ids, labels, self.source, split)
+            yield Sample(ids, labels, self.source, split, found)
 
 
 def encode_chunk(encoder: Any, source: int, numbers: Sequence[int], rows: Sequence[Any]) -> Chunk:
@@ -103,6 +109,7 @@ def encode_chunk(encoder: Any, source: int, numbers: Sequence[int], rows: Sequen
         np.concatenate([sample.input_ids for _, _, sample in found], out=tokens[0], casting="same_kind")
         np.concatenate([sample.labels for _, _, sample in found], out=tokens[1], casting="same_kind")
     length = np.array([len(sample) for _, _, sample in found], np.int64)
+    media = [sample.media for _, _, sample in found]
     return Chunk(
         source=source,
         row=np.array([number for number, _, _ in found], np.int64),
@@ -110,12 +117,13 @@ def encode_chunk(encoder: Any, source: int, numbers: Sequence[int], rows: Sequen
         length=length,
         targets=_sums(tokens[1] != IGNORE, length),
         split=np.array([sample.split for _, _, sample in found], np.int64),
+        media=media if any(media) else [],
         tokens=tokens,
         bad=tuple(bad),
         bad_numbers=tuple(bad_numbers),
         rows=len(numbers),
         first=numbers[0] if numbers else 0,
-        crc=zlib.crc32(tokens.data),
+        crc=reduce(lambda crc, medium: zlib.crc32(identity(medium), crc), chain(*media), zlib.crc32(tokens.data)),
         notes=Counter(notes),
     )
 
@@ -130,7 +138,10 @@ def _sums(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 @dataclass(frozen=True)
 class Index:
     """Every sample of the data, by source and row: n samples; `tokens` and `notes` as in Chunk, but no tokens when
-    there are too many."""
+    there are too many.
+
+    num_media: the number of media of each sample, whose row is read again when it is trained on.
+    """
 
     source: np.ndarray
     row: np.ndarray
@@ -138,6 +149,7 @@ class Index:
     length: np.ndarray
     targets: np.ndarray
     split: np.ndarray
+    num_media: np.ndarray
     tokens: np.ndarray | None
     rows: int
     dropped: dict[str, int]
@@ -235,6 +247,10 @@ def left_out(rows: int, dropped: Mapping[str, int]) -> str:
     return f": all {rows} were left out ({reasons})" if reasons else ""
 
 
+def _num_media(chunk: Chunk) -> np.ndarray:
+    return np.array([len(media) for media in chunk.media or [()] * len(chunk.row)], np.int64)
+
+
 def _join(chunks: list[Chunk], dropped: dict[str, int]) -> Index:
     length = np.concatenate([chunk.length for chunk in chunks])
     kept = [chunk.tokens for chunk in chunks if chunk.tokens is not None]
@@ -245,6 +261,7 @@ def _join(chunks: list[Chunk], dropped: dict[str, int]) -> Index:
         "length": length,
         "targets": np.concatenate([chunk.targets for chunk in chunks]),
         "split": np.concatenate([chunk.split for chunk in chunks]),
+        "num_media": np.concatenate([_num_media(chunk) for chunk in chunks]),
     }
     digest = hashlib.sha256(np.array([chunk.crc for chunk in chunks], np.int64).tobytes())
     for column in columns.values():

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -61,7 +61,8 @@ class DataSplit:
     """Data for training or evaluation: the plan, how its micro batches are fetched, its report, and how to end it.
 
     sources: their names, by which a batch's counts are told. report: from the samples, tokens, trained tokens and slots
-    given out so far. digest, scan: of indexed data, what stands for it, and a planner of one pass over it in order.
+    given out so far. digest, scan: of indexed data, what stands for it, and a planner of one pass over it in
+    order. has_media: None where data is streamed.
     """
 
     sources: tuple[str, ...]
@@ -71,6 +72,7 @@ class DataSplit:
     close: Callable[[], None] = lambda: None
     digest: str | None = None
     scan: Callable[[], Planner] | None = None
+    has_media: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,11 @@ class Data:
         self._position = planner.position()
 
     @property
+    def has_media(self) -> bool | None:
+        """True if training samples have images; None where they are streamed, and nobody knows."""
+        return self._train.has_media
+
+    @property
     def steps_reason(self) -> str:
         return describe_steps(self._train.planner)
 
@@ -226,6 +233,16 @@ class Data:
         self._plan_ahead()
 
 
+class Classes(NamedTuple):
+    """The classes of a classifier: how many, and their names, if they have any."""
+
+    number: int | None = None
+    names: Sequence[str] = ()
+
+
+NO_CLASSES = Classes()
+
+
 def build_data(
     config: Config,
     tokenizer: Any,
@@ -234,14 +251,14 @@ def build_data(
     dp_rank: int,
     dp_size: int,
     vocab_size: int,
-    num_labels: int | None = None,
-    label_names: Sequence[str] = (),
+    classes: Classes = NO_CLASSES,
+    processor: Any = None,
 ) -> Data:
     """Open data.train_path (and data.eval_path), see what is in them and plan the run. A collective: all ranks call it.
 
     dp_rank, dp_size: this rank's place along the data-parallel axes; ranks that share a place get the same batches.
-    vocab_size: rows of the model's embedding. num_labels, label_names: the classes, for classification.
-    ValueError, on all ranks: data that is missing, empty or bad, or too little for one global batch.
+    vocab_size: rows of the model's embedding. processor: the Hugging Face processor of a model that takes
+    images. ValueError, on all ranks: data that is missing, empty or bad, or too little for one global batch.
     """
     pairs = config.data.task.rows == "pairs"
     elsewhere = fetch_data(config, world)
@@ -249,7 +266,14 @@ def build_data(
         lambda: (
             make_pair_encoder(config, tokenizer, vocab_size=vocab_size)
             if pairs
-            else make_encoder(config, tokenizer, vocab_size=vocab_size, num_labels=num_labels, label_names=label_names),
+            else make_encoder(
+                config,
+                tokenizer,
+                vocab_size=vocab_size,
+                num_labels=classes.number,
+                label_names=classes.names,
+                processor=processor,
+            ),
             open_sources(config, elsewhere=elsewhere),
             _held_out(config, elsewhere),
         )
@@ -350,7 +374,9 @@ def _index(config: Config, sources: Sequence[Any], encoder: Any, world: World, a
         "%s: %s rows, %s samples, %s tokens, %s of them trained%s",
         argument,
         *(f"{count:,}" for count in (index.rows, len(index), index.length.sum(), index.targets.sum())),
-        "; kept in memory, no workers needed" if index.tokens is not None and data.num_workers else "",
+        "; kept in memory, no workers needed"
+        if index.tokens is not None and data.num_workers and not index.num_media.any()
+        else "",
     )
     if world.is_main:
         log_left_out(argument, index.rows, index.dropped)
@@ -365,11 +391,15 @@ def log_left_out(argument: str, rows: int, dropped: Mapping[str, int]) -> None:
         log.warning("%s: left out %s of %s rows: %s", argument, f"{count:,}", f"{rows:,}", reason)
 
 
+def _needs_workers(index: Index) -> bool:
+    return index.tokens is None or bool(index.num_media.any())
+
+
 def _indexed_part(config: Config, samples: PackedSamples, supply: MapSource, recipe: BatchingPlan) -> DataSplit:
     index = samples.index
     planner = Planner(supply, recipe)
-    # Samples in memory are packed faster here than workers could send them.
-    num_workers = config.data.num_workers if index.tokens is None else 0
+    # Samples in memory are packed faster here than workers could send them; media are decoded by workers.
+    num_workers = config.data.num_workers if _needs_workers(index) else 0
 
     def report(given: np.ndarray) -> DataSummary:
         counted = planner.counted
@@ -386,7 +416,15 @@ def _indexed_part(config: Config, samples: PackedSamples, supply: MapSource, rec
         return Planner(MapSource(index, None, supply.names, supply.seed, shuffle=False), one_pass(recipe))
 
     fetch = fetch_indexed(samples, loader_options(config, num_workers))
-    return DataSplit(tuple(supply.names), planner, fetch, report, digest=index.digest, scan=scan)
+    return DataSplit(
+        tuple(supply.names),
+        planner,
+        fetch,
+        report,
+        digest=index.digest,
+        scan=scan,
+        has_media=bool(index.num_media.any()),
+    )
 
 
 def _streamed_part(
@@ -404,7 +442,7 @@ def _streamed_part(
         return DataSummary(rows, samples, tokens, targets, dropped, _efficiency(given))
 
     names = tuple(source.name for source in sources)
-    return DataSplit(names, planner, fetch_streamed(config, recipe.pad_to, pad_id), report, feed.close)
+    return DataSplit(names, planner, fetch_streamed(config, encoder, recipe.pad_to, pad_id), report, feed.close)
 
 
 def _efficiency(given: np.ndarray) -> float | None:

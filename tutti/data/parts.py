@@ -13,28 +13,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from tutti.data.rows import RowError, kind_of
+from tutti.data.rows import MEDIA_PARTS, Conversation, RowError, kind_of
 
 KINDS = ("image", "video", "audio")
 
 _TEXT = ("text", "input_text", "output_text", None)
-_TYPES = {
-    "image": "image",
-    "input_image": "image",
-    "image_url": "image",
-    "video": "video",
-    "video_url": "video",
-    "audio": "audio",
-    "input_audio": "audio",
-    "audio_url": "audio",
-}
 _PLACEHOLDER = re.compile("<(image|video|audio)>")
 _NAMES = ("url", "path", "base64", "data", "bytes")
 
 Entry = tuple[str, Any]
 """A medium's kind, and what the row says of it."""
+
+
+def with_media(conversation: Conversation, row: Mapping[str, Any]) -> tuple[Conversation, list[Entry]]:
+    """The conversation of a row with a part for each medium, and the media's entries; see `place_media`."""
+    messages, entries = place_media(conversation.messages, row)
+    if not entries:
+        return conversation, []
+    return replace(conversation, messages=messages, plain=False), entries
 
 
 def place_media(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[Entry]]:
@@ -78,6 +77,11 @@ def place_media(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> tuple
     return placed, entries
 
 
+def media_columns(row: Mapping[str, Any]) -> list[str]:
+    """The columns of a row that hold media."""
+    return [name for kind in KINDS for name in (f"{kind}s", kind) if row.get(name) is not None]
+
+
 def _column(row: Mapping[str, Any], kind: str) -> list[Any]:
     """The entries of a row's column of media."""
     for name in (f"{kind}s", kind):
@@ -92,7 +96,7 @@ def _has_place(messages: list[dict[str, Any]], kind: str) -> bool:
         content = message.get("content")
         if isinstance(content, str) and f"<{kind}>" in content:
             return True
-        if isinstance(content, list) and any(_TYPES.get(part.get("type", "")) == kind for part in content):
+        if isinstance(content, list) and any(MEDIA_PARTS.get(part.get("type", "")) == kind for part in content):
             return True
     return False
 
@@ -129,10 +133,10 @@ def _typed(number: int, content: Any) -> list[tuple[str, Any]]:
             if not isinstance(part.get("text"), str):
                 raise RowError(f"message {number} has a text part without text")
             parts.append(("text", part["text"]))
-        elif kind in _TYPES:
-            parts.append((_TYPES[kind], _entry(part, _TYPES[kind])))
+        elif kind in MEDIA_PARTS:
+            parts.append((MEDIA_PARTS[kind], _entry(part, MEDIA_PARTS[kind])))
         else:
-            raise RowError(f"message {number} has a part of type {kind}; known are text, {', '.join(_TYPES)}")
+            raise RowError(f"message {number} has a part of type {kind}; known are text, {', '.join(MEDIA_PARTS)}")
     return parts
 
 

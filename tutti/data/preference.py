@@ -24,10 +24,12 @@ from itertools import takewhile
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from tutti.config import Config
 from tutti.core.batch import IGNORE, Sample
 from tutti.data.encode import Encoder, make_encoder
+from tutti.data.parts import media_columns
 from tutti.data.rows import CONVERSATIONS, RowError, as_json, kind_of, listed, message_of, question_of
 from tutti.data.source import BadRow, Row, text_columns
 
@@ -78,6 +80,10 @@ class PairEncoder:
                 results[number] = BadRow(rows[number].file, rows[number].line, str(error))
         return results
 
+    def extras(self, samples: Sequence[Sample], length: int) -> dict[str, Tensor]:
+        """As the encoder's of conversations."""
+        return self.chats.extras(samples, length)
+
     def _joined(self, answers: Sequence[Any]) -> Sample:
         """The pair that the encoded chosen and rejected conversation make."""
         samples: list[Sample] = []
@@ -121,6 +127,8 @@ def conversations_of(value: dict[str, Any], columns: Sequence[str]) -> tuple[dic
     for name in SIDES:
         if value.get(name) is None:
             raise RowError(f"has no column {name}; its columns are {listed(value)}")
+    if media := media_columns(value):
+        raise RowError(f"has {', '.join(media)}, and pairs of answers cannot be trained on with media yet")
     prompt = _prompt(value, columns)
     chosen, rejected = (_turns(name, _unpacked(value[name]), prompt) for name in SIDES)
     if chosen == rejected:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,24 @@ from torch.utils.data import DataLoader, Dataset
 from tutti.config import Config
 from tutti.core.batch import Batch, Sample, pack
 from tutti.data.index import Index, encode_chunk
+from tutti.data.rows import RowError
 from tutti.data.source import Source
 from tutti.data.stream import StreamSample
 from tutti.data.worker import be_a_worker, quiet_fork
 
 Fetch = Callable[[Iterator[list[Any]]], Iterator[Batch]]
 """Turns lists of items into packed micro batches, one each, in order; may run ahead."""
+
+
+def pack_samples(samples: Sequence[Sample], encoder: Any, pad_to: int | None, pad_id: int) -> Batch:
+    """A micro batch of samples, with what the model takes beside their tokens. ValueError: a medium is broken."""
+    batch = pack(samples, pad_to=pad_to, pad_id=pad_id)
+    if not any(sample.media for sample in samples):
+        return batch
+    try:
+        return replace(batch, extras=encoder.extras(samples, len(batch.input_ids)))
+    except RowError as error:
+        raise ValueError(f"a row that was good when the data was opened is no longer: {error}") from None
 
 
 class PackedSamples(Dataset):
@@ -35,8 +48,10 @@ class PackedSamples(Dataset):
         self._ends = np.cumsum(index.length)
 
     def __getitems__(self, ids: list[int]) -> Batch:
-        samples = self._read(ids) if self.index.tokens is None else self._kept(self.index.tokens, ids)
-        return pack(samples, pad_to=self.pad_to, pad_id=self.pad_id)
+        tokens = self.index.tokens
+        has_media = self.index.num_media[ids].any()
+        samples = self._read(ids) if tokens is None or has_media else self._kept(tokens, ids)
+        return pack_samples(samples, self.encoder, self.pad_to, self.pad_id)
 
     def _kept(self, tokens: np.ndarray, ids: list[int]) -> list[Sample]:
         index = self.index
@@ -97,13 +112,13 @@ def fetch_indexed(samples: PackedSamples, options: dict[str, Any]) -> Fetch:
     return fetch
 
 
-def fetch_streamed(config: Config, pad_to: int | None, pad_id: int) -> Fetch:
+def fetch_streamed(config: Config, encoder: Any, pad_to: int | None, pad_id: int) -> Fetch:
     """Micro batches of samples that are here already."""
     pins = pins_memory(config)
 
     def fetch(batches: Iterator[list[StreamSample]]) -> Iterator[Batch]:
         for items in batches:
-            batch = pack([item.sample for item in items], pad_to=pad_to, pad_id=pad_id)
+            batch = pack_samples([item.sample for item in items], encoder, pad_to, pad_id)
             yield batch.pin_memory() if pins else batch
 
     return fetch

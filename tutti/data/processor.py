@@ -50,6 +50,8 @@ class MediaProcessor:
         }
         self._marker = re.compile("|".join(f"(?P<{kind}>{re.escape(token)})" for kind, token in self.markers.items()))
         self._dims = self._find_dims() if "image" in self.markers else {}
+        names = ("image_token_id", "video_token_id", "audio_token_id")
+        self._placeholders = [token for name in names if (token := getattr(self.processor, name, None)) is not None]
 
     def expand(self, text: str, media: Sequence[Media]) -> tuple[str, list[tuple[int, int, int]]]:
         """The text with its placeholders replaced as the media need, and for each of them (begin and end in `text`, end
@@ -81,7 +83,8 @@ class MediaProcessor:
         return self._replacements[sizes]
 
     def _size(self, medium: Media) -> tuple[int, int]:
-        return resized(medium.size, self.min_pixels, self.max_pixels)
+        width, height = medium.size
+        return resized((width, height), self.min_pixels, self.max_pixels)
 
     def _process(self, images: Sequence[Image.Image]) -> dict[str, Any]:
         """What the processor makes of one sample's images: values as tensors, and how it replaced the placeholders."""
@@ -117,14 +120,25 @@ class MediaProcessor:
             dims[name] = grown[0] if grown else 0
         return dims
 
-    def values(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """What the model takes beside the tokens of packed samples: values by name, and what lies along the tokens
-        [1, T], padding left out. Nothing where no sample has media. RowError: a medium cannot be decoded."""
+    def num_tokens(self, media: Sequence[Media]) -> int:
+        """The number of tokens that stand for media: of the kinds that their replacements are made of."""
+        ids = self.processor.tokenizer("".join(self._replaced(media)), add_special_tokens=False).input_ids
+        return self.count(np.asarray(ids))
+
+    def count(self, ids: np.ndarray) -> int:
+        """The number of `ids` that are placeholders of media."""
+        return int(np.isin(ids, self._placeholders).sum())
+
+    def values(self, samples: Sequence[Sample], length: int) -> dict[str, Tensor]:
+        """What the model takes beside the tokens of samples packed into `length` places: values by name, and what lies
+        along the tokens [1, length]. Nothing where no sample has media. RowError: a medium cannot be decoded."""
         if not any(sample.media for sample in samples):
             return {}
         made = [self._load(sample.media) for sample in samples if sample.media]
         extras = {name: _join([one[name] for one in made], dim) for name, dim in self._dims.items()}
-        ids = np.concatenate([sample.input_ids for sample in samples])
+        ids = np.full(length, -1)
+        packed = np.concatenate([sample.input_ids for sample in samples])
+        ids[: len(packed)] = packed
         for name, kinds in self._along.items():
             lie = np.zeros(len(ids), np.int64)
             for token, kind in kinds.items():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from tutti.core.batch import IGNORE, Sample
 from tutti.data.source import BadRow
@@ -41,6 +42,10 @@ class ReadyMade:
         for number, result in zip(raw, self.encoder([rows[number] for number in raw], source), strict=True):
             results[number] = result
         return results
+
+    def extras(self, samples: Sequence[Sample], length: int) -> dict[str, Tensor]:
+        """As the encoder's."""
+        return self.encoder.extras(samples, length)
 
     def _wrong(self, sample: Any) -> str | None:
         """Why a sample can't be trained on."""

@@ -9,7 +9,8 @@ them in one (`_calls`), with arguments as an object. Whatever is wrong is a `Row
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,21 @@ _FLAGS = ("loss_mask", "weight", "train", "loss")
 """Keys of a message that say whether it is trained on, 1 or 0, true or false."""
 
 _TAKEN = {"role", "content", "from", "value", "function_call", "tool_calls", *_FLAGS}
+
+
+_COLUMN = re.compile(r"\{(\w+)\}")
+
+MEDIA_PARTS = {
+    "image": "image",
+    "input_image": "image",
+    "image_url": "image",
+    "video": "video",
+    "video_url": "video",
+    "audio": "audio",
+    "input_audio": "audio",
+    "audio_url": "audio",
+}
+"""The kind of medium in a part of this type."""
 
 
 class RowError(Exception):
@@ -96,6 +112,13 @@ def _whole(value: Any) -> int | None:
     return int(number) if number.is_integer() else None
 
 
+def has_media(content: Any) -> bool:
+    """True for a list of parts of which one is a medium."""
+    return isinstance(content, list) and any(
+        isinstance(part, dict) and part.get("type") in MEDIA_PARTS for part in content
+    )
+
+
 def conversation_of(value: dict[str, Any], columns: Sequence[str]) -> Conversation:
     """The conversation a row holds, whichever of the known shapes it has."""
     turns = _turns(value, columns)
@@ -125,6 +148,22 @@ def conversation_of(value: dict[str, Any], columns: Sequence[str]) -> Conversati
         conversation.kwargs = {name: setting for name, setting in kwargs.items() if setting is not None}
         conversation.plain = False
     return conversation
+
+
+def fill(template: Mapping[str, str], value: dict[str, Any]) -> dict[str, Any]:
+    """The row with messages of the texts that `template` (data.row_template) has for each role, columns filled in; a
+    row that has messages stays as it is. RowError: it lacks a column."""
+    if any(value.get(column) is not None for column in CONVERSATIONS):
+        return value
+
+    def column(found: re.Match[str]) -> str:
+        entry = value.get(found.group(1))
+        if entry is None:
+            raise RowError(f"has no column {found.group(1)} (data.row_template); its columns are {listed(value)}")
+        return str(entry)
+
+    messages = [{"role": role, "content": _COLUMN.sub(column, text)} for role, text in template.items()]
+    return {**value, "messages": messages}
 
 
 def _turns(value: dict[str, Any], columns: Sequence[str]) -> Any:
@@ -210,7 +249,7 @@ def _message(number: int, turn: Any) -> tuple[dict[str, Any], bool]:
         message |= {key: extra for key, extra in turn.items() if extra is not None and key not in _TAKEN}
     if calls and (content is None or name in _CALLERS):
         del message["content"]
-    elif not isinstance(content, str):
+    elif not isinstance(content, str) and not has_media(content):
         message["content"] = _joined(number, content)
     return message, _is_trained(number, turn, role)
 
@@ -281,7 +320,7 @@ def _joined(number: int, content: Any) -> str:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in ("text", "input_text", "output_text") and not (isinstance(part, dict) and kind is None):
             what = f"a part of type {kind}" if kind else f"a part that is {kind_of(part)}"
-            raise RowError(f"message {number} has {what}: only text parts can be trained on so far")
+            raise RowError(f"message {number} has {what}: only text can be trained on here")
         if not isinstance(part.get("text"), str):
             raise RowError(f"message {number} has a text part without text")
         texts.append(part["text"])

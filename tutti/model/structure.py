@@ -15,6 +15,8 @@ Beside it, `num_params` and `count_flops`: sizes and work, for the log and for t
 
 from __future__ import annotations
 
+import fnmatch
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -139,6 +141,30 @@ def _beside(module: nn.Module, inside: nn.Module) -> Iterator[nn.Module]:
             yield from _beside(child, inside)
         elif any(True for _ in child.parameters()):
             yield child
+
+
+def freeze_parts(model: PreTrainedModel, parts: Iterable[str]) -> None:
+    """Leave parts of `model` untrained (train.freeze): towers, projectors, language_model, or parameters whose name
+    matches a pattern with * and ?. ValueError: the model has no such part."""
+    named = dict(model.named_parameters())
+    beside = {id(item) for tower in towers(model) for item in tower.parameters()}
+    joins = {name for name, item in named.items() if id(item) in beside and _PROJECTOR.search(name)}
+    groups = {
+        "towers": {name for name, item in named.items() if id(item) in beside} - joins,
+        "projectors": joins,
+        "language_model": {name for name, item in named.items() if id(item) not in beside},
+    }
+    for part in parts:
+        found = groups.get(part) or set(fnmatch.filter(named, part))
+        if not found:
+            known = ", ".join(name for name, members in groups.items() if members)
+            raise ValueError(f"train.freeze: this model has no {part}; it has {known}, and names of parameters")
+        for name in found:
+            named[name].requires_grad_(False)
+
+
+_PROJECTOR = re.compile("projector|projection|merger|connector|aligner|multi_modal|embed_vision")
+"""How the modules are named that take a tower's features to the language model's width."""
 
 
 def head(model: PreTrainedModel) -> nn.Linear:

@@ -37,6 +37,7 @@ from tutti.train.placement import (
     make_executor,
     open_data,
     place_model,
+    read_inputs,
     tokenizer_and_model,
 )
 from tutti.train.process import housekeeping, prepare_process
@@ -77,12 +78,13 @@ def assemble(config: Config, world: World) -> Run:
     world.run_on_all_ranks(lambda: decay_groups(model, config.train))
     ddp = config.train.data_parallel_mode == "ddp"
     mesh = build_mesh(layout, world, ddp=ddp, ep_outside=config.train.ep_outside)
-    data = open_data(config, tokenizer, model, world, mesh.dp_rank, mesh.dp_size)
+    inputs = world.run_on_all_ranks(lambda: read_inputs(config, tokenizer, structure))
+    data = open_data(config, inputs, model, world, mesh.dp_rank, mesh.dp_size)
     log.info("%s", data.steps_reason)
     task = make_task(config, max(len(data.sources), len(data.evaluation_sources)))
     task.check(config, data)
     placed = place_model(config, model, structure, task, layout, mesh)
-    return Run(config, world, layout, mesh, tokenizer, data, placed)
+    return Run(config, world, layout, mesh, inputs, data, placed)
 
 
 def _run(config: Config, world: World, *, asked: Config) -> None:
@@ -172,5 +174,12 @@ def due(batch: GlobalBatch, steps: int, epochs: int) -> bool:
 
 def _export(run: Run, folder: Path) -> None:
     placed = run.placed
-    export_trained(run.config, placed.model, run.tokenizer, folder, run.world, whole=placed.full_model)
+    export_trained(
+        run.config,
+        placed.model,
+        run.inputs.processor or run.inputs.tokenizer,
+        folder,
+        run.world,
+        whole=placed.full_model,
+    )
     log.info("wrote the %s to %s", "model" if lora_of(placed.model) is None else "adapter", folder)

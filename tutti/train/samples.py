@@ -81,8 +81,13 @@ class Samples:
         ends = frozenset(end_ids(self._run.tokenizer, objective.model.generation_config))
         objective.eval()
         with self._next_logits(executor) as source:
+<<<<<<< HEAD
             generator = Generator(source, _GREEDY, ends, self._run.world, self._budget)
             texts = dict(whole_answers(generator.stream(requests), requests, self._run.tokenizer))
+=======
+            generator = Generator(source, _GREEDY, _end_ids(objective), self._run.world, self._budget)
+            texts = dict(whole_answers(generator.stream(requests), requests, self._run.inputs.tokenizer))
+>>>>>>> 3aa03fb (Train ready-made models on rows with images: measured by headers, expanded by the processor, decoded in workers)
         objective.train()
         for prompt in self._prompts:
             text = texts[prompt.request.number]
@@ -164,7 +169,7 @@ def _last_labelled(number: int, ids: list[int]) -> Sample:
 
 def _read(run: Run) -> list[_Prompt]:
     """All prompts with their requests. ValueError: which one cannot be used, and why."""
-    config, tokenizer = run.config, run.tokenizer
+    config, tokenizer = run.config, run.inputs.tokenizer
     chat = config.data.task.holds_chats
     context = getattr(run.placed.structure.config, "max_position_embeddings", None)
     form: PromptFormat | None = None

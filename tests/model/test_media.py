@@ -1,0 +1,97 @@
+"""Multimodal models from files on disk: packed samples equal the untouched class on its own processor's inputs."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForMultimodalLM
+
+from tests.data.processors import PROCESSORS
+from tests.model import gallery
+from tests.model.test_multimodal import assert_same_gradients
+from tutti.attention.interface import attention_by_part, resolve_attention
+from tutti.config.load import from_dict
+from tutti.core.batch import IGNORE, Sample, pack
+from tutti.data.encode import make_encoder
+from tutti.data.formats import Row
+from tutti.model.multimodal import make_placing
+from tutti.model.structure import read_structure
+from tutti.train.objective import Objective
+
+QUICKSTART = Path(__file__).parents[2] / "data" / "quickstart"
+CPU = torch.device("cpu")
+CONFIGS = {"pixtral": "mistral3"} | {name: name for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "gemma3")}
+CONFIGS["idefics3"] = "idefics3"
+
+
+def make_rows(counts: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Chats about so many images each, of different sizes."""
+    images = [json.loads(line) for line in (QUICKSTART / "images.jsonl").read_text().splitlines()]
+    rows = []
+    for number, count in enumerate(counts):
+        found = images[3 * number : 3 * number + count]
+        names = ", ".join(one["caption"] for one in found) or "nothing"
+        question = "<image>" * count + "What do you see?"
+        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": names}]
+        rows.append({"messages": chat, "images": [one["image"] for one in found]})
+    return rows
+
+
+def build(family: str, processor: Any) -> tuple[Any, Any]:
+    config = copy.deepcopy(gallery.tiny(CONFIGS[family], vocab_size=len(processor.tokenizer) + 8))
+    for name in ("image_token_id", "image_token_index"):
+        if hasattr(config, name):
+            setattr(config, name, processor.image_token_id)
+    for name in ("video_token_id", "vision_start_token_id", "vision_end_token_id"):
+        if hasattr(config, name):
+            token = getattr(processor.tokenizer, name, None)
+            setattr(config, name, token if token is not None else len(processor.tokenizer) + 1)
+    torch.manual_seed(0)
+    plain = AutoModelForMultimodalLM.from_config(copy.deepcopy(config), attn_implementation="eager").eval()
+    packed = AutoModelForMultimodalLM.from_config(
+        config, attn_implementation=attention_by_part(config, resolve_attention("sdpa", CPU))
+    ).eval()
+    packed.load_state_dict(plain.state_dict())
+    return plain, packed
+
+
+def own_loss(plain: Any, processor: Any, row: dict[str, Any], sample: Sample) -> torch.Tensor:
+    """The summed loss that the class gives for a row that its own processor has made inputs of."""
+    parts = [{"type": "image"}] * len(row["images"]) + [{"type": "text", "text": "What do you see?"}]
+    chat = [{**row["messages"][0], "content": parts}, row["messages"][1]]
+    text = processor.tokenizer.apply_chat_template(chat, tokenize=False)
+    images = [Image.open(QUICKSTART / name).convert("RGB") for name in row["images"]]
+    kinds = {"return_mm_token_type_ids": True, "return_tensors": "pt", "add_special_tokens": False}
+    inputs = processor(text=[text], images=images or None, **kinds)
+    assert inputs["input_ids"][0].tolist() == sample.input_ids.tolist()
+    labels = torch.full_like(inputs["input_ids"], IGNORE)
+    labels[0, 1:] = torch.from_numpy(sample.labels[:-1].copy()).long()
+    if "qwen" not in type(plain).__module__:
+        inputs.pop("mm_token_type_ids", None)
+    return plain(**inputs, labels=labels, use_cache=False).loss * (labels != IGNORE).sum()
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_packed_files_equal_the_family_s_own(family: str) -> None:
+    processor = PROCESSORS[family]()
+    plain, packed = build(family, processor)
+    config = from_dict({"data": {"train_path": "x", "data_type": "conversation", "max_seq_len": 512}})
+    encoder = make_encoder(config, processor.tokenizer, vocab_size=4096, processor=processor)
+    rows = make_rows((1, 0, 2, 1))
+    encoded: Any = encoder([Row(row, str(QUICKSTART / "rows.jsonl"), 1) for row in rows])
+    samples = [found[0] for found in encoded]
+    batch = pack(samples, pad_to=sum(map(len, samples)) + 3)
+    batch = replace(batch, extras=encoder.extras(samples, len(batch.input_ids)))
+    out = Objective(packed)(make_placing(read_structure(packed))(batch))
+    out["loss"].backward()
+    want = torch.stack([own_loss(plain, processor, row, one) for row, one in zip(rows, samples, strict=True)]).sum()
+    want.backward()
+    assert out["loss"].item() == pytest.approx(want.item(), rel=1e-5)
+    assert_same_gradients(packed, plain)
