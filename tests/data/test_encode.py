@@ -343,7 +343,7 @@ BAD = [
     (
         "conversation",
         chat({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}),
-        "message 0 has a part of type image_url: only text parts can be trained on so far",
+        "a part of type image_url without url, path or data",
     ),
     ("conversation", chat({**ANSWER, "loss_mask": 2}), "message 0: loss_mask must be 0 or 1, not 2"),
     ("conversation", chat({"role": "user", "content": "x"}), NOT_TRAINED),

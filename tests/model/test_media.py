@@ -48,7 +48,7 @@ def build(family: str, processor: Any) -> tuple[Any, Any]:
     config = copy.deepcopy(gallery.tiny(CONFIGS[family], vocab_size=len(processor.tokenizer) + 8))
     for name in ("image_token_id", "image_token_index"):
         if hasattr(config, name):
-            setattr(config, name, processor.image_token_id)
+            setattr(config, name, processor.image_token_ids[0])
     for name in ("video_token_id", "vision_start_token_id", "vision_end_token_id"):
         if hasattr(config, name):
             token = getattr(processor.tokenizer, name, None)

@@ -92,9 +92,9 @@ def reference(entry: Any, folder: MediaFolder) -> str | bytes:
 
 def measure(kind: str, entry: Any, folder: MediaFolder) -> Media:
     """The medium of an entry, with its size. RowError: it cannot be read."""
-    source = reference(entry, folder)
     if kind != "image":
         raise RowError(f"has {kind}, which cannot be trained on yet")
+    source = reference(entry, folder)
     with _readable(source), _opened(source) as image:
         width, height = image.size
         if image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8):

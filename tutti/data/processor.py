@@ -50,8 +50,8 @@ class MediaProcessor:
         }
         self._marker = re.compile("|".join(f"(?P<{kind}>{re.escape(token)})" for kind, token in self.markers.items()))
         self._dims = self._find_dims() if "image" in self.markers else {}
-        names = ("image_token_id", "video_token_id", "audio_token_id")
-        self._placeholders = [token for name in names if (token := getattr(self.processor, name, None)) is not None]
+        ids = [token for kind in _ARGUMENTS for token in getattr(self.processor, f"{kind}_token_ids", None) or ()]
+        self._placeholders = [token for token in ids if token is not None]
 
     def expand(self, text: str, media: Sequence[Media]) -> tuple[str, list[tuple[int, int, int]]]:
         """The text with its placeholders replaced as the media need, and for each of them (begin and end in `text`, end

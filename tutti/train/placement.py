@@ -31,14 +31,8 @@ from tutti.core.batch import Batch
 from tutti.core.compute_dtype import compute_dtype
 from tutti.core.dist import World
 from tutti.core.structure import ModelStructure
-<<<<<<< HEAD
-from tutti.data.loader import Data, build_data
-from tutti.model.build import build_model, turn_off_dropout
-=======
 from tutti.data.loader import Classes, Data, build_data
-from tutti.data.template import end_of_turn, make_template
-from tutti.model.build import build_model, build_tokenizer
->>>>>>> 3aa03fb (Train ready-made models on rows with images: measured by headers, expanded by the processor, decoded in workers)
+from tutti.model.build import build_model, turn_off_dropout
 from tutti.model.initial import init_weights
 from tutti.model.lora import adapters, add_adapters, init_adapters
 from tutti.model.multimodal import check_multimodal, make_placing
@@ -46,12 +40,8 @@ from tutti.model.processor import build_processor
 from tutti.model.quantized import hold_quantized
 from tutti.model.stage_trace import trace_stages
 from tutti.model.stages import cut_into_stages
-<<<<<<< HEAD
-from tutti.model.structure import num_params, read_structure, towers
-from tutti.model.tokenizer import build_tokenizer, end_ids, set_chat_template
-=======
 from tutti.model.structure import freeze_parts, num_params, read_structure, towers
->>>>>>> 3aa03fb (Train ready-made models on rows with images: measured by headers, expanded by the processor, decoded in workers)
+from tutti.model.tokenizer import build_tokenizer, end_ids, set_chat_template
 from tutti.parallel.apply import parallelize
 from tutti.parallel.batch_invariant import equal_counts
 from tutti.parallel.fsdp import GradientSync, offloads, postpones
@@ -152,14 +142,9 @@ def tokenizer_and_model(config: Config, device: torch.device) -> tuple[PreTraine
         set_chat_template(tokenizer, config.data.chat_template)
     model = build_model(config, tokenizer=tokenizer, device=device)
     if model.can_generate():
-<<<<<<< HEAD
         ends = end_ids(tokenizer, model.generation_config)
         model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
-    _leave_towers(model)
-=======
-        _end_as_trained(model, tokenizer, config)
     freeze_parts(model, config.train.freeze)
->>>>>>> 3aa03fb (Train ready-made models on rows with images: measured by headers, expanded by the processor, decoded in workers)
     lora = plan_adapters(config, model)
     if lora is not None:
         add_adapters(model, lora, compute_dtype(config.train))
@@ -178,34 +163,6 @@ def _leave_towers(model: PreTrainedModel) -> None:
         log.info("%s: stays as it is, since the data has no images", names)
 
 
-<<<<<<< HEAD
-def open_data(
-    config: Config, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, world: World, dp_rank: int, dp_size: int
-) -> Data:
-    """The run's data, encoded for `model`. dp_rank, dp_size: this rank's place among those with other data. A
-    collective call. ValueError, on all ranks: data that cannot be used."""
-    names = [name for _, name in sorted((model.config.id2label or {}).items())]
-    numbered = all(name == f"LABEL_{number}" for number, name in enumerate(names))
-    return build_data(
-        _dated(config, world),
-        tokenizer,
-=======
-def _end_as_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
-    """Have generation stop at what ends the trained texts, beside what the model's generation config ends at already.
-
-    A base model's config knows the end of a text, but not the marker by which a chat template ends a turn: a server
-    that goes by the exported generation config would let the model speak for the user next.
-    """
-    trained = tokenizer.eos_token_id
-    if config.data.task.holds_chats:
-        trained = end_of_turn(make_template(config.data.chat_template, tokenizer), tokenizer) or trained
-    known = model.generation_config.eos_token_id
-    ends = [known] if isinstance(known, int) else list(known or ())
-    if isinstance(trained, int) and trained not in ends:
-        ends.append(trained)
-    model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
-
-
 def open_data(config: Config, inputs: Inputs, model: PreTrainedModel, world: World, dp_rank: int, dp_size: int) -> Data:
     """The run's data, encoded for `model`, whose towers are frozen if the data has nothing for them. dp_rank, dp_size:
     this rank's place among those with other data. A collective call. ValueError, on all ranks: data that cannot be
@@ -213,9 +170,8 @@ def open_data(config: Config, inputs: Inputs, model: PreTrainedModel, world: Wor
     names = [name for _, name in sorted((model.config.id2label or {}).items())]
     numbered = all(name == f"LABEL_{number}" for number, name in enumerate(names))
     data = build_data(
-        config,
+        _dated(config, world),
         inputs.tokenizer,
->>>>>>> 3aa03fb (Train ready-made models on rows with images: measured by headers, expanded by the processor, decoded in workers)
         world=world,
         dp_rank=dp_rank,
         dp_size=dp_size,

@@ -81,13 +81,8 @@ class Samples:
         ends = frozenset(end_ids(self._run.tokenizer, objective.model.generation_config))
         objective.eval()
         with self._next_logits(executor) as source:
-<<<<<<< HEAD
             generator = Generator(source, _GREEDY, ends, self._run.world, self._budget)
-            texts = dict(whole_answers(generator.stream(requests), requests, self._run.tokenizer))
-=======
-            generator = Generator(source, _GREEDY, _end_ids(objective), self._run.world, self._budget)
             texts = dict(whole_answers(generator.stream(requests), requests, self._run.inputs.tokenizer))
->>>>>>> 3aa03fb (Train ready-made models on rows with images: measured by headers, expanded by the processor, decoded in workers)
         objective.train()
         for prompt in self._prompts:
             text = texts[prompt.request.number]

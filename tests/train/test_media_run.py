@@ -1,0 +1,134 @@
+"""Whole runs of a model that takes images, from a table of pictures and chats of text alone, mixed in one file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+from tests.data.processors import PROCESSORS
+from tests.harness import run_ranks
+from tests.model.test_media import build
+from tests.train.runs import QUICKSTART, run, tiny_config
+from tests.train.test_run import assert_same_training
+from tutti.core.dist import World
+from tutti.data.loader import build_data
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("vlm")
+    processor = PROCESSORS["qwen2_5_vl"]()
+    build("qwen2_5_vl", processor)[0].save_pretrained(folder)
+    processor.chat_template = processor.tokenizer.chat_template
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Pictures with captions, pairs of pictures, and chats without any."""
+    pictures = [json.loads(line) for line in (QUICKSTART / "images.jsonl").read_text().splitlines()[:24]]
+    lines: list[dict[str, Any]] = [{"image": one["image"], "caption": one["caption"]} for one in pictures]
+    for first, second in zip(pictures[::4], pictures[1::4], strict=True):
+        chat = [{"role": "user", "content": "<image> and <image>?"}, {"role": "assistant", "content": "Two pictures."}]
+        lines.append({"messages": chat, "images": [first["image"], second["image"]]})
+    lines += [json.loads(line) for line in (QUICKSTART / "chat.jsonl").read_text().splitlines()[:10]]
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return str(path)
+
+
+def config_of(folder: Path, model: str, rows: str, *, world: int = 1, **changes: Any) -> Any:
+    values = {
+        "model.model_path": model, "model.tokenizer_path": model, "data.train_path": rows, "data.max_seq_len": 256,
+        "data.media_root": str(QUICKSTART), "train.lr": 1e-3, "train.max_steps": 3,
+        "data.row_template": {"user": "<image>What is this?", "assistant": "{caption}"},
+    }  # fmt: skip
+    return tiny_config(folder, world=world, **values | changes)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, model: str, rows: str) -> list[dict[str, Any]]:
+    return run(config_of(tmp_path_factory.mktemp("reference"), model, rows))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{"data_parallel_mode": "fsdp2"}, {"ulysses_parallel_size": 2}, {"data_parallel_mode": "ddp"}],
+    ids=("fsdp2", "ulysses", "ddp"),
+)
+def test_layouts_equal_one_process(
+    tmp_path: Path, model: str, rows: str, reference: list[dict[str, Any]], layout: dict[str, Any]
+) -> None:
+    sizes = {f"train.{name}": value for name, value in layout.items()}
+    assert_same_training(run(config_of(tmp_path, model, rows, world=2, **sizes), 2), reference)
+
+
+def batches(config: Any, model: str) -> list[Any]:
+    processor = AutoProcessor.from_pretrained(model)
+    data = build_data(config, processor.tokenizer, world=ALONE, dp_rank=0, dp_size=1, vocab_size=4096,
+                      processor=processor)  # fmt: skip
+    assert data.has_media
+    return [micro for step in data.train() for micro in step.micro_batches]
+
+
+def test_workers_decode_what_this_process_would(tmp_path: Path, model: str, rows: str) -> None:
+    here, there = (
+        batches(config_of(tmp_path, model, rows, **{"data.num_workers": number}), model) for number in (0, 2)
+    )
+    assert any("pixel_values" in batch.extras for batch in here)
+    for ours, theirs in zip(here, there, strict=True):
+        assert ours.input_ids.equal(theirs.input_ids) and ours.extras.keys() == theirs.extras.keys()
+        assert all(ours.extras[name].equal(theirs.extras[name]) for name in ours.extras)
+
+
+def test_streams_have_media_too(tmp_path: Path, model: str, rows: str) -> None:
+    options = {"data.datasets_type": "iterable", "data.shuffle": False, "data.train_size": 6000}
+    lines = run(config_of(tmp_path, model, rows, **options))
+    assert all(line["loss"] > 0 for line in lines) and lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_the_export_has_the_processor_and_what_is_frozen_stays(tmp_path: Path, model: str, rows: str) -> None:
+    options = {"train.save_hf_weights": True, "train.freeze": ["towers"]}
+    run(config_of(tmp_path, model, rows, **options))
+    folder = tmp_path / "out" / "hf" / "final"
+    assert type(AutoProcessor.from_pretrained(folder)).__name__ == "Qwen2_5_VLProcessor"
+    before = AutoModelForMultimodalLM.from_pretrained(model).state_dict()
+    after = AutoModelForMultimodalLM.from_pretrained(folder).state_dict()
+    moved = {name for name in before if not before[name].equal(after[name])}
+    assert any("merger" in name for name in moved) and any("language_model" in name for name in moved)
+    assert not any("visual.blocks" in name for name in moved)
+
+
+BAD = {
+    "missing": ({"image": "images/none.webp", "caption": "x"}, "images/none.webp is not a file below"),
+    "two places": ({"messages": [{"role": "user", "content": "<image><image>"}, {"role": "assistant", "content": "x"}],
+                    "images": ["a"]}, "more places for images than the 1"),
+    "too long": ({"image": "images/1f3a0.webp", "caption": "x"}, r"only text can be cut.*data\.image_max_pixels"),
+    "no column": ({"image": "images/1f3a0.webp"}, "has no column caption"),
+    "video": ({"messages": [{"role": "user", "content": "<video>"}, {"role": "assistant", "content": "x"}],
+               "video": "a.mp4"}, "has video, which cannot be trained on yet"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_rows_are_one_line_with_file_and_line(tmp_path: Path, model: str, name: str) -> None:
+    row, reason = BAD[name]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    length = 40 if name == "too long" else 256
+    with pytest.raises(AssertionError, match=rf"rows\.jsonl, line 1: .*{reason}"):
+        run_ranks(1, checked, config_of(tmp_path, model, str(path), **{"data.max_seq_len": length}))
+
+
+def checked(config: Any) -> None:
+    from tutti.train.run import train
+
+    train(config)
