@@ -78,7 +78,7 @@ class Samples:
             return
         self._shown = step
         objective, requests = self._run.placed.objective, [prompt.request for prompt in self._prompts]
-        ends = frozenset(end_ids(self._run.tokenizer, objective.model.generation_config))
+        ends = frozenset(end_ids(self._run.inputs.tokenizer, objective.model.generation_config))
         objective.eval()
         with self._next_logits(executor) as source:
             generator = Generator(source, _GREEDY, ends, self._run.world, self._budget)
