@@ -79,9 +79,6 @@ _PEAK_TFLOPS = {  # dense bf16, from the vendors' data sheets
 _PROBE = 256
 """Rows of the square matrices by which dtypes are compared: on one core, a product takes 0.2 to 11 ms."""
 
-_LARGE = {"cpu": (512, 1024)}
-"""Rows of those by which a device's peak is measured, 8192 unless they are here: the smaller ones fit into caches."""
-
 
 @cache
 def product_rates(*dtypes: torch.dtype) -> dict[torch.dtype, float]:
@@ -121,13 +118,10 @@ def peak_flops(device: torch.device) -> float:
         if known is not None:
             return known * 1e12
     dtype = faster_dtype(device)
+    sizes = (512, 1024) if device.type == "cpu" else (8192,)
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
     with _threads(min(num_cores(), torch.get_num_threads() * sharing)):
-        rates = [
-            2 * size**3 / _seconds_of_product(size, dtype, device)
-            for size in _LARGE.get(device.type, (8192,))
-            for _ in range(4)
-        ]
+        rates = [2 * size**3 / _seconds_of_product(size, dtype, device) for size in sizes for _ in range(4)]
     return max(rates) / sharing
 
 
