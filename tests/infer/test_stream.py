@@ -2,7 +2,8 @@
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.train.runs import QUICKSTART
 from tutti.data.rows import Conversation
@@ -23,6 +24,50 @@ def test_pieces_add_up(text, first, last, before, after):
     assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
     assert "".join(pieces) + stream.end() == answer_text(TOKENIZER, ids, edges)
     assert answer_text(TOKENIZER, ids) == first + text + last
+
+
+def _pieces_words() -> PreTrainedTokenizerFast:
+    """A tokenizer that writes a token differently where a text begins, and leaves some out."""
+    words = ["[UNK]", "[CLS]", "hel", "##lo", "wor", "##ld", ",", "don", "'", "t", "."]
+    own = Tokenizer(models.WordPiece(vocab={word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    own.decoder = decoders.WordPiece()
+    return PreTrainedTokenizerFast(tokenizer_object=own, unk_token="[UNK]", cls_token="[CLS]")
+
+
+def _llama() -> PreTrainedTokenizerFast:
+    """A tokenizer that spells what it has no token for in bytes, and drops a blank where a text begins."""
+    words = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁a", "a", "▁Hello", "b", "."]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    own = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    own.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=own, unk_token="<unk>", eos_token="</s>")
+
+
+LLAMA = _llama()
+
+
+def _streamed(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    stream = TextStream(tokenizer)
+    return "".join(map(stream.add, ids)) + stream.end()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from([TOKENIZER, _pieces_words()]).flatmap(
+    lambda tokenizer: st.tuples(st.just(tokenizer), st.lists(st.integers(0, len(tokenizer) - 1), max_size=12))
+))  # fmt: skip
+def test_any_tokens_add_up(case):
+    tokenizer, ids = case
+    assert _streamed(tokenizer, ids) == answer_text(tokenizer, ids)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(["é", "🎵", "▁", "▁a", "a", "▁Hello", ".", "</s>"]), max_size=8))
+def test_characters_in_bytes_add_up(words):
+    spelled = [[f"<0x{byte:02X}>" for byte in word.encode()] if word in "é🎵" else [word] for word in words]
+    ids = LLAMA.convert_tokens_to_ids([token for tokens in spelled for token in tokens])
+    assert _streamed(LLAMA, ids) == answer_text(LLAMA, ids)
 
 
 def test_what_is_held_back_is_given_at_the_end():

@@ -41,8 +41,10 @@ class TextStream:
     """Turns the tokens of one answer into pieces of text that can be shown at once.
 
     A token may hold part of a character only, and some tokenizers write a token differently after another, so that
-    tokens can't be decoded one by one. Each piece is what the last few tokens give more than they gave before; it is
-    held back while it ends in an incomplete character, or may be the blanks at an edge.
+    tokens can't be decoded one by one. The last few tokens are decoded with each new one and without it, and the piece
+    is the difference; it is held back while it ends in an incomplete character, or may be the blanks at an edge.
+    (tokenizers' own DecodeStream stops with an error at bytes that are no character, and tokenizers that are written in
+    Python lack it.)
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, edges: Edges = NO_EDGES) -> None:
@@ -83,8 +85,11 @@ class TextStream:
 
     def _advance(self, text: str) -> str:
         before = self._decoded(self._start, self._shown)
-        self._start, self._shown = self._shown, len(self._ids)
-        return text[len(before) :]
+        piece = text[len(before) :]
+        if piece:  # else the next token would be decoded as the first of a text
+            self._start = self._shown
+        self._shown = len(self._ids)
+        return piece
 
     def _decoded(self, start: int, stop: int) -> str:
         return answer_text(self._tokenizer, self._ids[start:stop])
