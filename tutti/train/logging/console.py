@@ -11,8 +11,12 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from rich import progress
+from rich.console import Console, RenderableType
+from rich.text import Text
 
 from tutti.train.logging.history import History
 
@@ -48,7 +52,7 @@ class Progress:
         self._milestone = 1
         self._shown = -1e9
         self._record: Mapping[str, Any] = {}
-        self._block = _LiveBlock() if (sys.stderr.isatty() if live is None else live) else None
+        self._block = _LiveBlock(total_steps) if (sys.stderr.isatty() if live is None else live) else None
 
     def step(self, record: Mapping[str, Any]) -> None:
         now, step = self._clock(), record["step"]
@@ -59,7 +63,7 @@ class Progress:
         if self._block is not None:
             if now - self._shown >= REDRAW_EVERY or step == self._total:
                 self._shown = now
-                self._block.draw(step, self._total, self._clock_line(), self._figures())
+                self._block.draw(step, self._clock_line(), self._figures())
         elif done >= self._milestone or now - self._shown >= PLAIN_EVERY or step == self._total:
             self._shown = now
             while self._milestone <= done:
@@ -82,7 +86,7 @@ class Progress:
     def close(self, summary: Mapping[str, Any]) -> None:
         if self._block is not None:
             if self._record:
-                self._block.draw(self._record["step"], self._total, self._clock_line(), self._figures())
+                self._block.draw(self._record["step"], self._clock_line(), self._figures())
             self._block.close()
 
     def _clock_line(self) -> str:
@@ -135,44 +139,39 @@ class _Average:
         return self._sum / self._weight if self._weight else float("nan")
 
 
-class _LiveBlock:
-    """Two lines at the foot of the terminal. Log lines go through it while it lives, so that they scroll by above."""
+class _LiveBlock(progress.Progress):
+    """A bar and a line of figures at the foot of the terminal, above which log lines scroll by."""
 
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.live import Live
-
-        self._live = Live(console=Console(stderr=True, highlight=False), auto_refresh=False)
-        self._live.start()
+    def __init__(self, total: int) -> None:
+        console = Console(stderr=True, highlight=False)
+        self._figures = Text()
+        super().__init__(
+            progress.TextColumn(" {task.completed}/{task.total}", style="bold"),
+            progress.BarColumn(max(10, min(60, console.width - 42)), complete_style="cyan", finished_style="green"),
+            progress.TextColumn("{task.percentage:.0f}%"),
+            progress.TextColumn("{task.fields[clock]}", style="cyan"),
+            console=console,
+            auto_refresh=False,
+        )
+        self._bar = self.add_task("", total=total, clock="")
+        self.start()
+        # Handlers that exist already are to write to the stream that scrolls above the block.
         self._handlers = [
             (handler, handler.setStream(sys.stderr))
             for handler in logging.getLogger("tutti").handlers
             if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler)
         ]
 
-    def draw(self, step: int, total: int, clock: str, figures: list[tuple[int, str]]) -> None:
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield self._figures
 
-        width = min(self._live.console.width, 100)
-        done = f"{step}/{total}"
-        share = f"{step / max(total, 1):.0%}"
-        bar = max(10, width - len(done) - len(share) - len(clock) - 9)
-        head = Table.grid(padding=(0, 2, 0, 0))
-        head.add_row(
-            Text(f" {done}", style="bold"),
-            ProgressBar(total=total, completed=step, width=bar, complete_style="cyan", finished_style="green"),
-            share,
-            Text(clock, style="cyan"),
-        )
-        block = Table.grid()
-        block.add_row(head)
-        block.add_row(Text(" " + fit(figures, width - 1), style="dim"))
-        self._live.update(block, refresh=True)
+    def draw(self, step: int, clock: str, figures: list[tuple[int, str]]) -> None:
+        self._figures = Text(" " + fit(figures, min(self.console.width, 100) - 1), style="dim")
+        self.update(self._bar, completed=step, clock=clock, refresh=True)
 
     def close(self) -> None:
-        self._live.stop()
+        self.stop()
         for handler, stream in self._handlers:
             if stream is not None:
                 handler.setStream(stream)
