@@ -1,6 +1,6 @@
-"""The command `tutti`: verbs, each of which imports what it needs when it runs, and one way to report errors.
+"""The command `tutti`: verbs, which import their modules when they run, and one way to report errors.
 
-A command line is a verb, its options, and what is left: for most verbs a configuration (`FILE.yaml`, `--train.lr 1e-5`,
+A command line is a verb, its options and the rest: for most verbs a configuration (`FILE.yaml`, `--train.lr 1e-5`,
 `train.lr=1e-5`), which `tutti.config.load` reads. argparse takes the options and leaves the rest in its order.
 
 Help, the reference of arguments and configuration errors answer at once, because nothing here imports torch: the
@@ -54,7 +54,7 @@ _VALUED = ("--prompt", "--input", "--output", "--nproc", "-o")
 
 
 class _Command(NamedTuple):
-    """A command line, taken apart: its words (but for --nproc), those that are no options of the verb, and these."""
+    """A command line, taken apart. words: all but --nproc. rest: those that are no options of the verb."""
 
     words: list[str]
     rest: list[str]
@@ -63,7 +63,7 @@ class _Command(NamedTuple):
 
 
 class _Verb(NamedTuple):
-    """What a verb does, and its help. usage: what follows it. options: name to argparse's settings of it."""
+    """A verb and its help. usage: the words that follow it. options: argparse's settings of each option, by name."""
 
     run: Callable[[_Command], int]
     usage: str
@@ -119,7 +119,7 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _with_values_bound(argv: list[str]) -> list[str]:
-    """The words of `argv`, with "=" between an option and its value where the value could be taken for an option."""
+    """Put "=" between an option and its value in `argv`, wherever the value could be taken for an option."""
     bound, left = [], deque(argv)
     while left:
         word = left.popleft()
@@ -135,7 +135,7 @@ def _with_values_bound(argv: list[str]) -> list[str]:
 
 
 def _parser() -> _Parser:
-    """The parser of all verbs; what it does not know is left to them."""
+    """Make the parser of all verbs, which leaves unknown words to them."""
     listed = "\n".join(f"  {name:<8} {verb.brief}" for name, verb in _VERBS.items())
     parser = _Parser(prog="tutti", usage="tutti VERB ...", description=_ABOUT, epilog=f"{listed}\n\n{_EPILOG}")
     verbs = parser.add_subparsers(help=argparse.SUPPRESS)
@@ -472,7 +472,7 @@ def _warn(config: Config) -> None:
 
 
 def _speaks() -> bool:
-    """Whether this process tells the user what every rank finds out by itself: rank 0, or else the launcher."""
+    """True for the one process that reports what every rank finds out by itself: rank 0, or else the launcher."""
     return os.environ.get("RANK", "0") == "0" and ERROR_FILE not in os.environ
 
 

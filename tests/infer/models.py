@@ -14,7 +14,7 @@ from tests.train.runs import QUICKSTART
 from tutti.config import Config
 from tutti.config.load import from_dict
 from tutti.core.dist import World
-from tutti.infer.load import Speaker, open_speaker
+from tutti.infer.load import LoadedModel, load_model
 
 PROMPTS = (
     "Hello",
@@ -47,6 +47,6 @@ def infer_config(path: str, **infer: Any) -> Config:
     return from_dict({"infer": {"model_path": path, **infer}})
 
 
-def open_model(path: str, **infer: Any) -> tuple[Config, Speaker]:
+def open_model(path: str, **infer: Any) -> tuple[Config, LoadedModel]:
     config = infer_config(path, **infer)
-    return config, open_speaker(config, ONE)
+    return config, load_model(config, ONE)

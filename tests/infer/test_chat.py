@@ -25,7 +25,7 @@ class Talk:
     """A chat on given lines; `asked` are the prompts that the model was given."""
 
     def __init__(self, path: str, monkeypatch, capsys, **infer):
-        self._config, self._speaker = open_model(path, **{"do_sample": False, "max_tokens": 6} | infer)
+        self._config, self._loaded = open_model(path, **{"do_sample": False, "max_tokens": 6} | infer)
         self._monkeypatch, self._capsys = monkeypatch, capsys
         self.asked: list[str] = []
         self.requests = []
@@ -36,7 +36,7 @@ class Talk:
 
         def watched(generator, requests):
             self.requests += requests
-            self.asked += [self._speaker.form.tokenizer.decode(request.ids) for request in requests]
+            self.asked += [self._loaded.form.tokenizer.decode(request.ids) for request in requests]
             for made, token in enumerate(stream(generator, requests), start=1):
                 if made == press_after:
                     os.kill(os.getpid(), signal.SIGINT)
@@ -46,7 +46,7 @@ class Talk:
         self._monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         self._capsys.readouterr()
         sampler = Sampler.of(self._config.infer)
-        chat(self._config, self._speaker, Generator(self._speaker.logits, sampler, self._speaker.stop_ids, ONE, 10_000))
+        chat(self._config, self._loaded, Generator(self._loaded.logits, sampler, self._loaded.stop_ids, ONE, 10_000))
         self._monkeypatch.setattr(Generator, "stream", stream)
         return self._capsys.readouterr().out
 
@@ -80,7 +80,7 @@ def test_the_history_is_given_with_each_turn(talk):
 def test_an_answer_is_fed_back_as_it_was_made(model, monkeypatch, capsys, template):
     """Blanks that the template writes around an answer are made by the model too, but written once."""
     talk = Talk(model, monkeypatch, capsys, chat_template=template)
-    tokenizer = talk._speaker.form.tokenizer
+    tokenizer = talk._loaded.form.tokenizer
     words = iter([*tokenizer(" A cat ").input_ids, *tokenizer("abcdefghijkl" * 3).input_ids])
     monkeypatch.setattr(Sampler, "pick", lambda self, logits, generators: torch.tensor([next(words)]))
     shown = talk("Hello", "And now?").splitlines()
@@ -140,7 +140,7 @@ def test_turns_of_a_talk_are_sampled_anew_and_the_talk_again_alike(model, monkey
 
 def test_a_model_without_template_can_not_talk(model, monkeypatch, capsys):
     talk = Talk(model, monkeypatch, capsys)
-    talk._speaker = replace(talk._speaker, form=replace(talk._speaker.form, template=None))
+    talk._loaded = replace(talk._loaded, form=replace(talk._loaded.form, template=None))
     with pytest.raises(ValueError, match=r"infer\.chat_template: the model has no chat template"):
         talk("Hello")
 

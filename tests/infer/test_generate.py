@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 from tests.infer.models import ONE, PROMPTS, infer_config, open_model, write_model
 from tests.model.zoo import FAMILIES
 from tutti.attention.kv_cache import CACHED
-from tutti.infer import load as speaker_module
+from tutti.infer import load as load_module
 from tutti.infer.generate import Generator, Request
 from tutti.infer.hf_generate import needs_generate
-from tutti.infer.load import open_speaker
+from tutti.infer.load import load_model
 from tutti.infer.prompts import prompt_request
 from tutti.infer.sampling import Sampler
 
@@ -25,27 +25,27 @@ PLAIN = (
 )  # fmt: skip
 
 
-def ids_of(speaker, prompt):
-    return prompt_request(speaker.form, prompt, 0, 1).ids
+def ids_of(loaded, prompt):
+    return prompt_request(loaded.form, prompt, 0, 1).ids
 
 
-def answers(config, speaker, prompts, *, batch_tokens=10_000, limit=NEW):
-    generator = Generator(speaker.logits, Sampler.of(config.infer), speaker.stop_ids, ONE, batch_tokens)
+def answers(config, loaded, prompts, *, batch_tokens=10_000, limit=NEW):
+    generator = Generator(loaded.logits, Sampler.of(config.infer), loaded.stop_ids, ONE, batch_tokens)
     made = {number: [] for number in range(len(prompts))}
-    requests = [Request(number, ids_of(speaker, prompt), limit) for number, prompt in enumerate(prompts)]
+    requests = [Request(number, ids_of(loaded, prompt), limit) for number, prompt in enumerate(prompts)]
     for token in generator.stream(requests):
         made[token.number].append(token.id)
     return list(made.values())
 
 
-def by_transformers(path, speaker, prompts, limit=NEW):
+def by_transformers(path, loaded, prompts, limit=NEW):
     model = AutoModelForCausalLM.from_pretrained(path)
     made = []
     for prompt in prompts:
-        ids = torch.tensor([ids_of(speaker, prompt)])
+        ids = torch.tensor([ids_of(loaded, prompt)])
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=limit,
-            eos_token_id=sorted(speaker.stop_ids), pad_token_id=0,
+            eos_token_id=sorted(loaded.stop_ids), pad_token_id=0,
         )  # fmt: skip
         made.append(out[0, ids.shape[1] :].tolist())
     return made
@@ -54,10 +54,10 @@ def by_transformers(path, speaker, prompts, limit=NEW):
 @pytest.mark.parametrize("family", PLAIN)
 def test_greedy_equals_generate_in_a_batch_of_mixed_lengths(tmp_path, family):
     path = write_model(tmp_path, family)
-    config, speaker = open_model(path, do_sample=False)
-    assert speaker.model.config._attn_implementation == CACHED and not needs_generate(speaker.model)
-    got = answers(config, speaker, PROMPTS)
-    assert got == by_transformers(path, speaker, PROMPTS)
+    config, loaded = open_model(path, do_sample=False)
+    assert loaded.model.config._attn_implementation == CACHED and not needs_generate(loaded.model)
+    got = answers(config, loaded, PROMPTS)
+    assert got == by_transformers(path, loaded, PROMPTS)
     assert len({tuple(answer) for answer in got}) >= 2, "the answers are to differ, or this shows little"
 
 
@@ -70,34 +70,34 @@ def qwen(tmp_path_factory):
     "infer", [{"do_sample": False}, {"temperature": 0.8, "top_p": 0.95}], ids=["greedy", "sampled"]
 )
 def test_a_batch_gives_what_single_runs_give(qwen, infer):
-    config, speaker = open_model(qwen, **infer)
-    together = answers(config, speaker, PROMPTS)
-    generator = Generator(speaker.logits, Sampler.of(config.infer), speaker.stop_ids, ONE, 10_000)
+    config, loaded = open_model(qwen, **infer)
+    together = answers(config, loaded, PROMPTS)
+    generator = Generator(loaded.logits, Sampler.of(config.infer), loaded.stop_ids, ONE, 10_000)
     for number, prompt in enumerate(PROMPTS):
-        alone = [token.id for token in generator.stream([Request(number, ids_of(speaker, prompt), NEW)])]
+        alone = [token.id for token in generator.stream([Request(number, ids_of(loaded, prompt), NEW)])]
         assert alone == together[number], prompt
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 200, 400])
 def test_the_budget_only_says_how_many_run_at_once(qwen, batch_tokens):
     """Sequences join as others end; with a budget of 1 they run one by one."""
-    config, speaker = open_model(qwen)
+    config, loaded = open_model(qwen)
     largest = 0
 
     def watch(module, args, kwargs):
         nonlocal largest
         largest = max(largest, len(kwargs["kv_cache"].lengths))
 
-    hook = speaker.model.register_forward_pre_hook(watch, with_kwargs=True)
-    got = answers(config, speaker, PROMPTS, batch_tokens=batch_tokens)
+    hook = loaded.model.register_forward_pre_hook(watch, with_kwargs=True)
+    got = answers(config, loaded, PROMPTS, batch_tokens=batch_tokens)
     hook.remove()
     assert largest == 1 if batch_tokens == 1 else 1 < largest < len(PROMPTS)
-    assert got == answers(config, speaker, PROMPTS)
+    assert got == answers(config, loaded, PROMPTS)
 
 
 def test_the_cache_stays_within_the_budget(qwen):
     """Also after a long sequence has left others behind, and while sequences grow."""
-    config, speaker = open_model(qwen)
+    config, loaded = open_model(qwen)
     held = []
 
     def watch(module, args, kwargs):
@@ -106,8 +106,8 @@ def test_the_cache_stays_within_the_budget(qwen):
         for layer in cache._layers.values():
             assert all(part.shape[0] * part.shape[2] <= cache.places for part in layer)
 
-    hook = speaker.model.register_forward_pre_hook(watch, with_kwargs=True)
-    generator = Generator(speaker.logits, Sampler.of(config.infer), frozenset(), ONE, 300)
+    hook = loaded.model.register_forward_pre_hook(watch, with_kwargs=True)
+    generator = Generator(loaded.logits, Sampler.of(config.infer), frozenset(), ONE, 300)
     sizes = [(100, 100), (3, 100), (3, 20), (5, 30), (90, 5), *[(2, 20), (4, 40)] * 6, (200, 50), (1, 1), (1, 70)]
     requests = [Request(number, [7] * length, limit) for number, (length, limit) in enumerate(sizes)]
     ended = [token.number for token in generator.stream(requests) if token.end]
@@ -118,7 +118,7 @@ def test_the_cache_stays_within_the_budget(qwen):
 
 
 def test_logits_equal_a_pass_without_a_cache(qwen):
-    _, speaker = open_model(qwen, do_sample=False)
+    _, loaded = open_model(qwen, do_sample=False)
     reference = AutoModelForCausalLM.from_pretrained(qwen)
     seen: dict[int, list[torch.Tensor]] = {number: [] for number in range(len(PROMPTS))}
 
@@ -128,8 +128,8 @@ def test_logits_equal_a_pass_without_a_cache(qwen):
                 seen[number].append(row)
             return super().pick(logits, generators)
 
-    generator = Generator(speaker.logits, Watching(True, 1.0, 1.0, 0), frozenset(), ONE, 10_000)
-    ids = [ids_of(speaker, prompt) for prompt in PROMPTS]
+    generator = Generator(loaded.logits, Watching(True, 1.0, 1.0, 0), frozenset(), ONE, 10_000)
+    ids = [ids_of(loaded, prompt) for prompt in PROMPTS]
     made = {number: [] for number in range(len(PROMPTS))}
     for token in generator.stream([Request(number, prompt, 8) for number, prompt in enumerate(ids)]):
         made[token.number].append(token.id)
@@ -149,22 +149,22 @@ def test_logits_equal_a_pass_without_a_cache(qwen):
     ],
 )
 def test_bf16_is_kept_where_it_is_fast(tmp_path, monkeypatch, asked, slow, expected):
-    monkeypatch.setattr(speaker_module, "slow_dtypes", lambda ranks: frozenset(slow))
+    monkeypatch.setattr(load_module, "slow_dtypes", lambda ranks: frozenset(slow))
     config = infer_config(write_model(tmp_path, dtype=torch.bfloat16))
     config = replace(config, train=replace(config.train, compute_dtype=asked))
-    speaker = open_speaker(config, ONE)
-    assert {parameter.dtype for parameter in speaker.model.parameters()} == {expected}
+    loaded = load_model(config, ONE)
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {expected}
 
 
 def test_stop_tokens_and_limits_end_an_answer(qwen):
-    config, speaker = open_model(qwen, do_sample=False)
-    (whole,) = answers(config, speaker, PROMPTS[1:2])
+    config, loaded = open_model(qwen, do_sample=False)
+    (whole,) = answers(config, loaded, PROMPTS[1:2])
     stop = next(token for place, token in enumerate(whole) if token not in whole[:place] and place > 3)
-    generator = Generator(speaker.logits, Sampler.of(config.infer), frozenset({stop}), ONE, 1000)
-    tokens = list(generator.stream([Request(0, ids_of(speaker, PROMPTS[1]), NEW)]))
+    generator = Generator(loaded.logits, Sampler.of(config.infer), frozenset({stop}), ONE, 1000)
+    tokens = list(generator.stream([Request(0, ids_of(loaded, PROMPTS[1]), NEW)]))
     assert [token.id for token in tokens] == whole[: whole.index(stop) + 1]
     assert [token.end for token in tokens] == [None] * (len(tokens) - 1) + ["stop"]
-    short = list(generator.stream([Request(0, ids_of(speaker, PROMPTS[1]), 2)]))
+    short = list(generator.stream([Request(0, ids_of(loaded, PROMPTS[1]), 2)]))
     assert [token.end for token in short] == [None, "length"]
 
 
@@ -181,13 +181,13 @@ def test_other_models_run_by_transformers_generate(tmp_path, monkeypatch, kind):
     path = write_model(tmp_path, family, **overrides)
     if kind == "penalty":
         (tmp_path / "generation_config.json").write_text('{"repetition_penalty": 1.3, "eos_token_id": 2}')
-    config, speaker = open_model(path, do_sample=False)
-    assert needs_generate(speaker.model)
+    config, loaded = open_model(path, do_sample=False)
+    assert needs_generate(loaded.model)
     prompts = [*PROMPTS[:3], "Howdy"]
-    assert answers(config, speaker, prompts, limit=10) == by_transformers(path, speaker, prompts, limit=10)
+    assert answers(config, loaded, prompts, limit=10) == by_transformers(path, loaded, prompts, limit=10)
     config, _ = open_model(path)
-    sampled = answers(config, speaker, prompts, limit=10)
-    assert sampled == answers(config, speaker, prompts, limit=10) != answers(config, speaker, prompts[::-1], limit=10)
+    sampled = answers(config, loaded, prompts, limit=10)
+    assert sampled == answers(config, loaded, prompts, limit=10) != answers(config, loaded, prompts[::-1], limit=10)
 
 
 @pytest.mark.parametrize("penalty", [False, True], ids=["own loop", "transformers' generate"])
@@ -195,8 +195,8 @@ def test_interruption_ends_the_stream(tmp_path, penalty):
     path = write_model(tmp_path)
     if penalty:
         (tmp_path / "generation_config.json").write_text('{"repetition_penalty": 1.3, "eos_token_id": 2}')
-    config, speaker = open_model(path)
+    config, loaded = open_model(path)
     rounds = iter([False, False, True])
-    generator = Generator(speaker.logits, Sampler.of(config.infer), frozenset(), ONE, 1000, lambda: next(rounds))
-    tokens = list(generator.stream([Request(0, ids_of(speaker, "Hello"), NEW)]))
+    generator = Generator(loaded.logits, Sampler.of(config.infer), frozenset(), ONE, 1000, lambda: next(rounds))
+    tokens = list(generator.stream([Request(0, ids_of(loaded, "Hello"), NEW)]))
     assert [token.end for token in tokens] == [None, None]

@@ -24,7 +24,7 @@ from tests.train.runs import QUICKSTART
 from tutti.data.template import read_template
 from tutti.infer.batch import answer_rows, read_rows
 from tutti.infer.generate import Token
-from tutti.infer.load import Speaker
+from tutti.infer.load import LoadedModel
 from tutti.infer.prompts import PromptFormat
 
 ROWS, TOKENS, PAUSE = 20, 3, 0.002
@@ -37,7 +37,7 @@ def answer_slowly(folder: Path, most: int, seconds: float) -> None:
     """
     tokenizer = AutoTokenizer.from_pretrained(QUICKSTART)
     form = PromptFormat(tokenizer, read_template(tokenizer), True, None)
-    speaker = Speaker(model=None, logits=None, form=form, stop_ids=frozenset(), weights="")  # type: ignore[arg-type]
+    loaded = LoadedModel(model=None, logits=None, form=form, stop_ids=frozenset(), weights="")  # type: ignore[arg-type]
 
     def stream(requests):
         for request in requests:
@@ -53,7 +53,7 @@ def answer_slowly(folder: Path, most: int, seconds: float) -> None:
     killer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
     killer.daemon = True
     killer.start()
-    answer_rows(infer_config("x"), speaker, generator, read_rows(source), source, folder / "out.jsonl")
+    answer_rows(infer_config("x"), loaded, generator, read_rows(source), source, folder / "out.jsonl")
 
 
 def run(folder: Path, most: int = -1, seconds: float = 60) -> None:

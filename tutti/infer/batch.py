@@ -1,9 +1,8 @@
 """Answers to the rows of a JSONL file, into another one: `--input FILE.jsonl --output FILE.jsonl`.
 
 Rows are answered longest first and as they fit together, so they are finished in another order than they stand in.
-Each answer is kept at once in a journal beside the output (`OUTPUT.partial`), to which lines are only ever appended.
-Its first line says what the answers are to: digests of the input, of the prompts' tokens and of the weights, and the
-settings. A run that was interrupted takes the journal's answers and does the rest; the seed of a row's sampling is its
+Each answer is kept at once in a journal, `OUTPUT.partial`, to which lines are only ever appended. Its first line
+describes the question: digests of the input, of the prompts' tokens and of the weights, and the settings. A run that was interrupted takes the journal's answers and does the rest; the seed of a row's sampling is its
 place in the file, so the outcome is the same. When all are there the output is written in the input's order, under a
 temporary name that is then changed, and the journal is removed.
 """
@@ -28,7 +27,7 @@ from tutti.core.files import replacing
 from tutti.data.formats import BadRow, JsonLines
 from tutti.data.rows import RowError
 from tutti.infer.generate import Generator, Request, Token, whole_answers
-from tutti.infer.load import Speaker
+from tutti.infer.load import LoadedModel
 from tutti.infer.prompts import row_request
 
 log = logging.getLogger(__name__)
@@ -66,7 +65,9 @@ def read_rows(path: Path) -> Rows:
     return rows
 
 
-def answer_rows(config: Config, speaker: Speaker, generator: Generator, rows: Rows, source: Path, output: Path) -> None:
+def answer_rows(
+    config: Config, loaded: LoadedModel, generator: Generator, rows: Rows, source: Path, output: Path
+) -> None:
     """Answer `rows`, which are those of `source`, into `output`, going on from what an earlier run left. Collective.
 
     ValueError, on all ranks: rows that can't be asked, with their places; an output that belongs to something else.
@@ -78,8 +79,8 @@ def answer_rows(config: Config, speaker: Speaker, generator: Generator, rows: Ro
         if world.is_main:
             journal.unlink(missing_ok=True)  # the run before ended between its last two acts
         return
-    requests = world.run_on_all_ranks(lambda: _requests(config, speaker, rows, source))
-    header = _header(config, speaker, rows, requests)
+    requests = world.run_on_all_ranks(lambda: _requests(config, loaded, rows, source))
+    header = _header(config, loaded, rows, requests)
     answers: dict[int, str] = world.run_on_all_ranks(lambda: _read_journal(journal, header))
     if answers:
         log.info("going on from %s: %d of %d rows are answered", journal, len(answers), len(rows))
@@ -87,7 +88,7 @@ def answer_rows(config: Config, speaker: Speaker, generator: Generator, rows: Ro
     world.barrier()
     with _writing(journal, header, active=world.is_main) as write, _Progress(len(left), active=world.is_main) as bar:
         try:
-            for number, text in whole_answers(bar.watch(generator.stream(left)), left, speaker.form.tokenizer):
+            for number, text in whole_answers(bar.watch(generator.stream(left)), left, loaded.form.tokenizer):
                 answers[number] = text
                 write({"line": number, RESPONSE: text})
         except KeyboardInterrupt:
@@ -104,11 +105,11 @@ def answer_rows(config: Config, speaker: Speaker, generator: Generator, rows: Ro
     log.info("wrote %d answers to %s", len(rows), output)
 
 
-def _requests(config: Config, speaker: Speaker, rows: Rows, source: Path) -> list[Request]:
+def _requests(config: Config, loaded: LoadedModel, rows: Rows, source: Path) -> list[Request]:
     requests, problems = [], []
     for number, row in rows.items():
         try:
-            requests.append(row_request(speaker.form, row, number, config.infer.max_tokens))
+            requests.append(row_request(loaded.form, row, number, config.infer.max_tokens))
         except RowError as error:
             problems.append(f"{source}:{number}: {error}")
     if problems:
@@ -118,7 +119,7 @@ def _requests(config: Config, speaker: Speaker, rows: Rows, source: Path) -> lis
 
 
 def _is_done(output: Path, rows: Rows) -> bool:
-    """Whether `output` holds answers to just these rows. ValueError: it holds something else."""
+    """True if `output` holds answers to just these rows, False if it is not there. ValueError: it holds others."""
     if not output.exists():
         if not output.absolute().parent.is_dir():
             raise ValueError(f"--output: there is no folder {output.absolute().parent}")
@@ -134,15 +135,15 @@ def _is_done(output: Path, rows: Rows) -> bool:
     return True
 
 
-def _header(config: Config, speaker: Speaker, rows: Rows, requests: Sequence[Request]) -> dict[str, Any]:
+def _header(config: Config, loaded: LoadedModel, rows: Rows, requests: Sequence[Request]) -> dict[str, Any]:
     """The journal's first line: everything that an answer depends on. `infer.batch_tokens` and paths are left out."""
     settings = asdict(config.infer)
     for name in ("batch_tokens", "model_path", "tokenizer_path"):
         del settings[name]
     return {
         "input": _digest(list(rows.items())),
-        "weights": speaker.weights,
-        "infer": settings | {"stop_ids": sorted(speaker.stop_ids)},
+        "weights": loaded.weights,
+        "infer": settings | {"stop_ids": sorted(loaded.stop_ids)},
         "prompts": _digest([[item.number, list(item.ids), item.limit] for item in requests]),
     }
 

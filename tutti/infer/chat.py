@@ -1,8 +1,8 @@
-"""A conversation with the model, turn by turn: in a terminal, or with what is piped into it, a turn a line.
+"""A conversation with the model, turn by turn, in a terminal or with piped lines, each of which is a turn.
 
-The whole history is rendered for each answer, and the answer is shown as it comes. When the history no longer fits
-into the model's context beside an answer, its oldest turns are left out, which is said. Ctrl-C stops an answer (what
-was said of it stays in the history), not the program. With several ranks rank 0 reads and writes.
+The whole history is rendered for each answer, and the answer is shown as it comes. When the context has no room for the
+history and an answer, the oldest turns are left out, with a message. Ctrl-C stops an answer, whose beginning stays in
+the history, and not the program. With several ranks rank 0 reads and writes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from tutti.config import Config
 from tutti.data.rows import Conversation, RowError
 from tutti.infer.generate import Generator, Request
-from tutti.infer.load import Speaker
+from tutti.infer.load import LoadedModel
 from tutti.infer.prompts import chat_request, chat_tokens
 from tutti.infer.stream import TextStream, answer_text
 
@@ -48,10 +48,10 @@ class History:
         return Conversation(messages, (False,) * len(messages))
 
 
-def chat(config: Config, speaker: Speaker, generator: Generator) -> None:
+def chat(config: Config, loaded: LoadedModel, generator: Generator) -> None:
     """Talk until /exit or the end of the input. Collective. ValueError: the model has no chat template."""
     world = generator.world
-    if speaker.form.template is None:
+    if loaded.form.template is None:
         raise ValueError("infer.chat_template: the model has no chat template to talk by; name one (chatml, say)")
     show: Callable[[str], None] = _show if world.is_main else lambda text: None
     if not world.is_main:
@@ -71,11 +71,11 @@ def chat(config: Config, speaker: Speaker, generator: Generator) -> None:
             if not _command(line, history, show):
                 return
         elif line.strip():
-            _answer(config, speaker, generator, history, line.removeprefix("/") if line[:2] == "//" else line, show)
+            _answer(config, loaded, generator, history, line.removeprefix("/") if line[:2] == "//" else line, show)
 
 
 def _read_turn(terminal: bool) -> str | None:
-    """The next message or command; None at the end of the input."""
+    """Read the next message or command; None at the end of the input."""
     lines: list[str] = []
     while True:
         try:
@@ -108,7 +108,7 @@ def _read_line(mark: str, terminal: bool) -> str | None:
 
 
 def _command(line: str, history: History, show: Callable[[str], None]) -> bool:
-    """Do a line that begins with /; False if it is to leave."""
+    """Obey a line that begins with /; False for one that ends the talk."""
     name, _, text = line.partition(" ")
     if name in ("/exit", "/quit"):
         return False
@@ -128,7 +128,7 @@ def _command(line: str, history: History, show: Callable[[str], None]) -> bool:
 
 def _answer(
     config: Config,
-    speaker: Speaker,
+    loaded: LoadedModel,
     generator: Generator,
     history: History,
     message: str,
@@ -137,15 +137,15 @@ def _answer(
     """Answer `message`, as far as Ctrl-C lets it, and keep both in the history."""
     messages = [*history.messages, {"role": "user", "content": message}]
     try:
-        asked, dropped = _fitting(config, speaker, replace(history, messages=messages))
+        asked, dropped = _fitting(config, loaded, replace(history, messages=messages))
     except RowError as error:
         show(f"(not sent: {error})\n")
         return
     if dropped:
         left_out = f"its oldest {_turns(dropped)} left out"
-        show(f"(the conversation outgrew the context of {speaker.form.context} tokens: {left_out})\n")
+        show(f"(the conversation outgrew the context of {loaded.form.context} tokens: {left_out})\n")
     history.messages = messages[2 * dropped :]
-    stream = TextStream(speaker.form.tokenizer, asked.edges)
+    stream = TextStream(loaded.form.tokenizer, asked.edges)
     ids: list[int] = []
     with _interruptible(generator) if generator.world.is_main else nullcontext():
         for token in generator.stream([asked]):
@@ -153,17 +153,17 @@ def _answer(
                 ids.append(token.id)
                 show(stream.add(token.id))
     show(stream.end() + "\n")
-    answer = answer_text(speaker.form.tokenizer, ids, asked.edges)
+    answer = answer_text(loaded.form.tokenizer, ids, asked.edges)
     history.messages.append({"role": "assistant", "content": answer})
     history.answered += 1
 
 
-def _fitting(config: Config, speaker: Speaker, history: History) -> tuple[Request, int]:
-    """The request of the history, less the oldest turns that the context has no room for; and how many these are.
+def _fitting(config: Config, loaded: LoadedModel, history: History) -> tuple[Request, int]:
+    """Make a request of the history without the oldest turns, as far as the context demands; and count these.
 
     RowError: its last message alone leaves no room for an answer.
     """
-    form, most = speaker.form, config.infer.max_tokens
+    form, most = loaded.form, config.infer.max_tokens
     turns = (len(history.messages) - 1) // 2
     for dropped in range(turns + 1):
         conversation = replace(history, messages=history.messages[2 * dropped :]).conversation()
@@ -181,7 +181,7 @@ def _turns(count: int) -> str:
 
 @contextmanager
 def _interruptible(generator: Generator) -> Iterator[None]:
-    """Ctrl-C ends the stream under way, instead of the program."""
+    """Have Ctrl-C end the stream under way, instead of the program."""
     pressed = False
 
     def press(number: int, frame: FrameType | None) -> None:

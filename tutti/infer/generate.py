@@ -4,10 +4,10 @@
 or every sequence under way gets one more token. Sequences that are finished leave at once and make room for the next,
 so that no work is done on padding or on finished rows.
 
-What logits come next is computed in one of three ways, behind `NextLogits`:
+The next logits are computed in one of three ways, behind `NextLogits`:
 
-- `CachedLogits`: prompts are run as one packed row, and then a token a sequence against a cache of keys and values
-  (`tutti.attention.kv_cache`). The model lies on one device, or its parameters are sharded.
+- `CachedLogits`: prompts run as one packed row, then one token a sequence against a cache of keys and values
+  (`tutti.attention.kv_cache`), by a model whose parameters lie on one device or are sharded.
 - `tutti.infer.hf_generate`: transformers' own loop, for models with more than plain attention.
 - `tutti.train.samples`: all tokens so far are run anew, by a model that is split over ranks in any way.
 
@@ -158,7 +158,7 @@ class Generator:
             self.logits.keep([])
 
     def _admit(self, waiting: deque[Request], rows: Sequence[_Row]) -> list[_Row]:
-        """Take from `waiting` what the budget has room for beside `rows`; at least one if there are none."""
+        """Take from `waiting` as many as the budget has room for together with `rows`; one at least if there are none."""
         if rows and not self.logits.joins:
             return []
         largest = max((row.request.size for row in rows), default=0)

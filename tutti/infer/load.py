@@ -1,10 +1,11 @@
-"""From `infer.model_path` to a model that is ready to speak: weights loaded, tokenizer, chat template, limits.
+"""Load the model at `infer.model_path` for generation: weights, tokenizer, chat template, limits.
 
 The path may be a Hugging Face folder, an adapter folder, a training checkpoint (`OUTPUT_DIR/checkpoints/global_step_N`)
-or a run's `train.output_dir`, of which the final export is taken, or else the newest whole checkpoint. A checkpoint
-holds weights alone; what model they are of, and how chats are rendered, stands in the run's config.yaml.
+or a run's `train.output_dir`, of which the final export is taken, or else the newest whole checkpoint. The weights of a
+checkpoint are described by a config.yaml, its own or the run's: it says of which model they are, and how chats are
+rendered.
 
-With several ranks each of them reads and holds its slices only (FSDP2); a block is gathered when it runs.
+With several ranks each reads and holds its slices only (FSDP2); a block is gathered when it runs.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Speaker:
-    """A model with what it takes to talk to it.
+class LoadedModel:
+    """A model, ready to generate.
 
-    logits: how it is run. stop_ids: tokens that end an answer. weights: a digest that tells them, and what
-    they are held in, from others.
+    logits: computes its next logits. form: how its prompts are written. stop_ids: tokens that end an answer. weights: a
+    digest of its weights and their dtype.
     """
 
     model: PreTrainedModel
@@ -61,8 +62,11 @@ class Speaker:
 
 @dataclass(frozen=True)
 class _Source:
-    """config: describes the model and its tokenizer. checkpoint: what to load it from, if not config.model.model_path.
-    template: data.chat_template, as it was in training. of_chats: whether that training was on conversations."""
+    """The place that a model is loaded from.
+
+    config: describes the model and its tokenizer. checkpoint: holds the weights, unless config.model.model_path does.
+    template: data.chat_template, as it was in training. of_chats: that training was on conversations.
+    """
 
     config: Config
     checkpoint: Path | None = None
@@ -75,12 +79,12 @@ class _Source:
         return self.checkpoint is None or self.config.train.architecture == "lora"
 
 
-def open_speaker(config: Config, world: World) -> Speaker:
+def load_model(config: Config, world: World) -> LoadedModel:
     """Load the model that `config.infer` names. Collective.
 
     ValueError, on all ranks: it is not there, damaged, or not a model that generates text.
     """
-    with _speaking_of_infer():
+    with _named_as_infer():
         named, config = config.infer.model_path, with_local_paths(config, world)
         source = world.run_on_all_ranks(lambda: _find(config))
         # An adapter, or a run, may name its base model.
@@ -89,7 +93,7 @@ def open_speaker(config: Config, world: World) -> Speaker:
     slow = slow_dtypes(world)
     tokenizer, model = world.run_on_all_ranks(lambda: _build(config, source, world.device, slow))
     _shard(model, world)
-    with _speaking_of_infer():
+    with _named_as_infer():
         weights = _fill(model, source, world)
     model.eval()
     is_chat = _is_chat(config, source, tokenizer)
@@ -98,7 +102,7 @@ def open_speaker(config: Config, world: World) -> Speaker:
     log.info("%s: %s, %s", named, _described(model), world.device)
     stop_ids = frozenset(end_ids(tokenizer, model.generation_config))
     by_cache = not needs_generate(model)
-    return Speaker(
+    return LoadedModel(
         model=model,
         logits=CachedLogits(model, world.device) if by_cache else GeneratedLogits(model, stop_ids),
         form=PromptFormat(tokenizer, template, is_chat, context),
@@ -108,6 +112,7 @@ def open_speaker(config: Config, world: World) -> Speaker:
 
 
 def _find(config: Config) -> _Source:
+    """Find out what lies at infer.model_path. ValueError: nothing that generates text."""
     path = Path(config.infer.model_path or "").expanduser()
     given = config.infer.tokenizer_path
     tokenizer = None if given == config.infer.model_path else given
@@ -142,7 +147,7 @@ def _adapted(folder: Path, config: Config, tokenizer: str | None) -> _Source:
     base = config.model.model_path or base_path(folder)
     own = str(folder) if (folder / "tokenizer_config.json").is_file() else None
     if tokenizer == config.model.model_path and "infer.tokenizer_path" not in config.explicit:
-        tokenizer = None  # merely the default, and the tokenizer beside the adapter knows how its chats are rendered
+        tokenizer = None  # merely the default, and the adapter's own tokenizer knows how its chats are rendered
     model = ModelConfig(model_path=base, tokenizer_path=tokenizer or own, adapter_path=str(folder))
     return _Source(Config(model=model, train=TrainConfig(architecture="lora")))
 
@@ -150,11 +155,12 @@ def _adapted(folder: Path, config: Config, tokenizer: str | None) -> _Source:
 def _build(
     asked: Config, source: _Source, device: torch.device, slow: frozenset[torch.dtype]
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """The tokenizer and the model without storage, on the attention that generation runs on.
+    """Build the tokenizer, and the model without storage, with the attention that generation runs on.
 
-    asked: says in train.compute_dtype what it computes in; auto: in what it is held in, fp32 where that is `slow`.
+    asked: names in train.compute_dtype the dtype to compute in; with auto it is that of the files, or fp32 where that is
+    one of `slow`.
     """
-    with _speaking_of_infer():
+    with _named_as_infer():
         config = replace(source.config, model=replace(source.config.model, attn_implementation="sdpa"))
         tokenizer = build_tokenizer(config)
         dtype = _dtype(source, load_model_config(config))
@@ -175,7 +181,7 @@ def _build(
 
 
 def _dtype(source: _Source, model_config: PreTrainedConfig) -> torch.dtype:
-    """What parameters are held in: in the files, those of the base of adapters, or in the run's checkpoints."""
+    """The dtype of the parameters in the model's files, in those of an adapter's base, or in the run's checkpoints."""
     if source.checkpoint is None and any(
         name.endswith("ForSequenceClassification") for name in model_config.architectures or ()
     ):
@@ -235,8 +241,8 @@ def _described(model: PreTrainedModel) -> str:
 
 
 @contextmanager
-def _speaking_of_infer() -> Iterator[None]:
-    """Errors of reading a model name the arguments of `infer.*` that its paths came from."""
+def _named_as_infer() -> Iterator[None]:
+    """Have errors of reading a model name the arguments of `infer.*` that its paths came from."""
     try:
         yield
     except ValueError as error:

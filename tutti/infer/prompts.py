@@ -25,10 +25,10 @@ _TEXTS = ("content_split", "text")
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How prompts are written for a model.
+    """A model's way of writing prompts.
 
-    template: how conversations are rendered, if that is known. is_chat: whether a bare prompt is a user's message,
-    rather than a text to continue. context: most tokens of prompt and answer together; None: no limit known.
+    template: renders conversations; None where none is known. is_chat: a bare prompt is a user's message, rather than a
+    text to continue. context: most tokens of prompt and answer together; None: no limit known.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -55,7 +55,7 @@ def chat_request(form: PromptFormat, conversation: Conversation, number: int, ma
 
 
 def row_request(form: PromptFormat, row: dict[str, Any], number: int, max_tokens: int) -> Request:
-    """A request for the answer to a row. RowError: what is wrong with the row."""
+    """A request for the answer to a row. RowError: it can't be asked."""
     prompt = row.get("prompt")
     if isinstance(prompt, str):
         return prompt_request(form, prompt, number, max_tokens)
@@ -117,7 +117,7 @@ def _request(form: PromptFormat, ids: Sequence[int], number: int, max_tokens: in
 
 
 def _refuse_media(row: dict[str, Any]) -> None:
-    """Images, audio and video have no way into a model yet: RowError."""
+    """Raise RowError for images, audio and video, which have no way into a model yet."""
     turns = row.get("messages") or row.get("conversations")
     for number, turn in enumerate(turns if isinstance(turns, list) else ()):
         content = turn.get("content") if isinstance(turn, dict) else None

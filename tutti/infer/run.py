@@ -1,7 +1,6 @@
 """`tutti infer`: answers to prompts of the command line, to the rows of a file, or in a conversation.
 
-The model is opened once (`tutti.infer.load`), on every rank of the job; what is asked comes from rank 0's command
-line, files or terminal, and rank 0 alone writes.
+Every rank of the job loads its part of the model (`tutti.infer.load`). Rank 0 alone reads the terminal and writes.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from tutti.data.rows import RowError
 from tutti.infer.batch import answer_rows, read_rows
 from tutti.infer.chat import chat
 from tutti.infer.generate import Generator, Request
-from tutti.infer.load import Speaker, open_speaker
+from tutti.infer.load import LoadedModel, load_model
 from tutti.infer.prompts import prompt_request
 from tutti.infer.sampling import Sampler
 from tutti.infer.stream import TextStream
@@ -31,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """What to answer: prompts, or the rows of `input` into `output`, or with neither whoever types."""
+    """The prompts to answer, or the rows of `input`, into `output`; with neither, a conversation."""
 
     prompts: tuple[str, ...] = ()
     input: str | None = None
@@ -41,7 +40,7 @@ class Job:
 def infer(config: Config, job: Job) -> None:
     """Do `job` with the model of `config.infer`, on this rank; every rank of the job calls it.
 
-    ValueError and OSError: what the user can mend, the same on every rank.
+    ValueError and OSError, on every rank: a mistake that the user can mend.
     """
     rank, local_world = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     setup_logging(rank)
@@ -50,28 +49,28 @@ def infer(config: Config, job: Job) -> None:
     world = init_world(pick_device("cpu"))
     try:
         rows = world.run_on_all_ranks(lambda: read_rows(Path(job.input)) if job.input else {})
-        speaker = open_speaker(config, world)
+        loaded = load_model(config, world)
         sampler = Sampler.of(config.infer)
-        generator = Generator(speaker.logits, sampler, speaker.stop_ids, world, config.infer.batch_tokens)
+        generator = Generator(loaded.logits, sampler, loaded.stop_ids, world, config.infer.batch_tokens)
         if job.input and job.output:
-            answer_rows(config, speaker, generator, rows, Path(job.input), Path(job.output))
+            answer_rows(config, loaded, generator, rows, Path(job.input), Path(job.output))
         elif job.prompts:
-            _answer_prompts(config, speaker, generator, job.prompts)
+            _answer_prompts(config, loaded, generator, job.prompts)
         else:
-            chat(config, speaker, generator)
+            chat(config, loaded, generator)
     finally:
         shutdown_world()
 
 
-def _answer_prompts(config: Config, speaker: Speaker, generator: Generator, prompts: Sequence[str]) -> None:
+def _answer_prompts(config: Config, loaded: LoadedModel, generator: Generator, prompts: Sequence[str]) -> None:
     """Print the answers in the order of `prompts`, each as it comes, under its prompt if there are several."""
     requests: list[Request] = []
     for number, prompt in enumerate(prompts):
         try:
-            requests.append(prompt_request(speaker.form, prompt, number, config.infer.max_tokens))
+            requests.append(prompt_request(loaded.form, prompt, number, config.infer.max_tokens))
         except RowError as error:
             raise ValueError(f"--prompt {number + 1}: {error}") from None
-    streams = [TextStream(speaker.form.tokenizer, item.edges) for item in requests]
+    streams = [TextStream(loaded.form.tokenizer, item.edges) for item in requests]
     waiting: list[list[str]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
     current = 0

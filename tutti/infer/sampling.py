@@ -1,8 +1,8 @@
-"""Choosing the next token from logits, so that a text depends on its own seed and on nothing beside it.
+"""Choose the next token from logits, so that a text depends on its own seed and on nothing else.
 
 Every sequence has a random generator of its own, seeded by `infer.seed` and the sequence's number. One uniform number
-a token is drawn from it, and looked up in the cumulative distribution: neither the batch a sequence is in nor the order
-in which sequences are finished changes what is drawn.
+a token is drawn from it, and looked up in the cumulative distribution: neither the batch that a sequence is in nor the
+order in which sequences are finished changes the draw.
 
 Shapes: B sequences, V tokens in the vocabulary.
 """
@@ -21,7 +21,7 @@ from tutti.config import InferConfig
 
 @dataclass(frozen=True)
 class Sampler:
-    """How tokens are chosen. greedy: the most likely one, always. The rest as in `infer.*`."""
+    """A way to choose tokens. greedy: always the most likely one. The rest as in `infer.*`."""
 
     greedy: bool
     temperature: float
@@ -30,7 +30,7 @@ class Sampler:
 
     @classmethod
     def of(cls, config: InferConfig) -> Sampler:
-        """As configured; a temperature of 0 is the limit, which is greedy."""
+        """Make a sampler as configured; a temperature of 0 is the limit, which is greedy."""
         greedy = not config.do_sample or config.temperature == 0
         return cls(greedy, config.temperature, config.top_p, config.seed)
 
@@ -48,7 +48,7 @@ class Sampler:
             raise ValueError("infer.model_path: the model's logits are not finite")
         if self.top_p < 1:
             probabilities = probabilities.masked_fill(self._outside(probabilities), 0.0)
-        # In the vocabulary's order: among sorted ones, rounding would swap neighbours and so change what is drawn.
+        # In the vocabulary's order: among sorted ones, rounding would swap neighbours and so change the draw.
         sums = probabilities.cumsum(-1, dtype=torch.float64)
         draws = torch.stack([torch.rand(1, generator=item, dtype=torch.float64) for item in generators])
         places = torch.searchsorted(sums, draws.to(sums.device) * sums[:, -1:], right=True)
@@ -57,7 +57,7 @@ class Sampler:
         return places.minimum(last)[:, 0]
 
     def _outside(self, probabilities: Tensor) -> Tensor:
-        """Which tokens [B, V] the smallest set that reaches top_p leaves out; the most likely one is always in."""
+        """Mask the tokens [B, V] that the smallest set that reaches top_p leaves out; it has the most likely one."""
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         outside = ordered.cumsum(-1, dtype=torch.float64) - ordered >= self.top_p
         outside[:, 0] = False

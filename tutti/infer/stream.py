@@ -13,8 +13,11 @@ from tutti.data.template import ChatTemplate
 
 
 class Edges(NamedTuple):
-    """Blanks that a chat template writes before and after the content of an answer. A model that was trained with the
-    template makes them, and the template writes them again around what it is given, so they are no part of the text."""
+    """The blanks that a chat template writes before and after the content of an answer.
+
+    A model that was trained with the template generates them too, and the template writes them again around an answer
+    that is fed back, so they are no part of its text.
+    """
 
     before: str = ""
     after: str = ""
@@ -27,7 +30,7 @@ NO_EDGES = Edges()
 
 
 def edges_of(template: ChatTemplate) -> Edges:
-    """The blanks around an answer by `template`; none where it can't tell what an assistant is trained to say."""
+    """The blanks around an answer by `template`; none where its trained spans are not known."""
     turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
     try:
         text, spans = template(Conversation(turn, (False, True)))
@@ -72,7 +75,7 @@ class TextStream:
         return rest.removesuffix(self._edges.after)
 
     def _within_edges(self, piece: str) -> str:
-        """The part of `piece`, after what is held back, that is certain to be of the answer."""
+        """The part of the held back text and `piece` that is certain to belong to the answer."""
         text, (before, after) = self._held + piece, self._edges
         if not self._begun:
             if len(text) < len(before) and before.startswith(text):
