@@ -158,7 +158,7 @@ class Generator:
             self.logits.keep([])
 
     def _admit(self, waiting: deque[Request], rows: Sequence[_Row]) -> list[_Row]:
-        """Take from `waiting` as many as the budget has room for together with `rows`; one at least if there are none."""
+        """Take from `waiting` as many as the budget has room for beside `rows`; at least one if there are none."""
         if rows and not self.logits.joins:
             return []
         largest = max((row.request.size for row in rows), default=0)

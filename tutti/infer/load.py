@@ -157,8 +157,8 @@ def _build(
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Build the tokenizer, and the model without storage, with the attention that generation runs on.
 
-    asked: names in train.compute_dtype the dtype to compute in; with auto it is that of the files, or fp32 where that is
-    one of `slow`.
+    asked: names in train.compute_dtype the dtype to compute in; with auto it is that of the files, or fp32 where that
+    is one of `slow`.
     """
     with _named_as_infer():
         config = replace(source.config, model=replace(source.config.model, attn_implementation="sdpa"))

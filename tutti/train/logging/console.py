@@ -1,4 +1,4 @@
-"""The progress of a run on stderr: a live block on a terminal, now and then a plain line in a log file.
+"""The progress of a run on stderr: a live block on a terminal, a plain line now and then in a log file.
 
 On a terminal two lines are redrawn in place, a bar with the time left and the newest figures, and log lines scroll by
 above them. Elsewhere a line is written after 1, 2, 5, 10, 20, 50 ... steps and then at least every 30 seconds, so that
@@ -31,7 +31,7 @@ SMOOTHING = 0.95
 
 
 class Progress:
-    """Shows training records as they come; a sink of `Metrics`.
+    """A sink of `Metrics` that shows training records as they come.
 
     clock: seconds, for tests. live: redraw in place, rather than write lines; by default where stderr is a terminal.
     """
@@ -90,7 +90,7 @@ class Progress:
             self._block.close()
 
     def _clock_line(self) -> str:
-        """`ETA 3:21`, or how long it took when there is nothing left to do."""
+        """The time left as `ETA 3:21`, or the time taken when nothing is left to do."""
         now, step = self._clock(), self._record["step"]
         if step >= self._total:
             return f"took {duration(now - self._began)}"
@@ -102,7 +102,7 @@ class Progress:
         return f"ETA {duration(seconds * (self._total - step))}"
 
     def _figures(self) -> list[tuple[int, str]]:
-        """(importance, text) of each figure, in the order shown."""
+        """The importance and the text of each figure, in the order shown."""
         record, evaluated = self._record, self._history.last_eval
         loss = f"loss {number(record.get('loss'))}"
         if self._average.count > 1:
@@ -198,7 +198,7 @@ def number(value: float | None) -> str:
 
 
 def si(value: float) -> str:
-    """123, 1.2k, 12.3k, 4.5M."""
+    """A figure in few digits: 123, 1.2k, 12.3k, 4.5M."""
     for unit in ("", "k", "M", "G"):
         if abs(value) < 999.5 or unit == "G":
             break
@@ -207,7 +207,7 @@ def si(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """0:07, 3:21, 2:03:04, 3d 04:05."""
+    """A time in figures: 0:07, 3:21, 2:03:04, 3d 04:05."""
     whole = round(seconds)
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     if hours >= 48:
