@@ -2,10 +2,10 @@
 
 Rows are answered longest first and as they fit together, so they are finished in another order than they stand in.
 Each answer is kept at once in a journal, `OUTPUT.partial`, to which lines are only ever appended. Its first line
-describes the question: digests of the input, of the prompts' tokens and of the weights, and the settings. A run that was
-interrupted takes the journal's answers and does the rest; the seed of a row's sampling is its place in the file, so the
-outcome is the same. When all are there the output is written in the input's order, under a temporary name that is then
-changed, and the journal is removed.
+describes the question: digests of the input, of the prompts' tokens and of the weights, and the settings. A run that
+was interrupted takes the journal's answers and does the rest; the seed of a row's sampling is its place in the file, so
+the outcome is the same. When all are there the output is written in the input's order, under a temporary name that is
+then changed, and the journal is removed.
 """
 
 from __future__ import annotations

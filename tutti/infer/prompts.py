@@ -1,7 +1,7 @@
-"""Requests made of prompts, rows and conversations, as a model's format of prompts has them.
+"""Make requests of prompts, rows and conversations, in a model's format.
 
 A conversation is rendered with the model's chat template up to where the assistant is to speak; a text is tokenized as
-it is. What a row asks for is found by its columns: `prompt` (a text, or a list of messages), a conversation in any of
+it is. A row asks by its columns: `prompt` (a text, or a list of messages), a conversation in any of
 the shapes that training takes, or `content_split` or `text`, which are continued. A conversation that ends with an
 assistant's message is asked again: that message is left out.
 """
@@ -59,7 +59,7 @@ def row_request(form: PromptFormat, row: dict[str, Any], number: int, max_tokens
     prompt = row.get("prompt")
     if isinstance(prompt, str):
         return prompt_request(form, prompt, number, max_tokens)
-    if prompt is None and not any(row.get(name) for name in ("messages", "conversations", "instruction")):
+    if prompt is None and all(row.get(name) is None for name in ("messages", "conversations", "instruction")):
         text = next((row[name] for name in _TEXTS if isinstance(row.get(name), str)), None)
         if text is None:
             raise RowError(f"has neither prompt nor messages; its columns are {', '.join(row) or 'none'}")
