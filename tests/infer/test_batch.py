@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,26 @@ def test_a_run_goes_on_from_another_place_and_with_another_budget(tmp_path, mode
     _interrupt(monkeypatch, model, source, output)
     shutil.copytree(model, tmp_path / "moved")
     assert answer(str(tmp_path / "moved"), source, output, batch_tokens=300) == whole
+
+
+def test_a_template_that_writes_the_date_keeps_it_through_an_interruption(tmp_path, model, monkeypatch):
+    own = str(tmp_path / "model")
+    shutil.copytree(model, own)
+    config = json.loads(Path(own, "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ strftime_now('%d %B %Y') }}\n" + config["chat_template"]
+    Path(own, "tokenizer_config.json").write_text(json.dumps(config))
+
+    class Day:
+        @staticmethod
+        def today():
+            return date(2024, 1, number)
+
+    monkeypatch.setattr(batch, "date", Day)
+    source, output, number = write(tmp_path / "in.jsonl", ROWS[:4]), tmp_path / "out.jsonl", 1
+    whole = answer(own, source, tmp_path / "whole.jsonl")
+    _interrupt(monkeypatch, own, source, output)
+    number = 2
+    assert answer(own, source, output) == whole != answer(own, source, tmp_path / "later.jsonl")
 
 
 def test_columns_are_kept_as_they_are(tmp_path, model):

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from tutti.data.formats import BadRow, JsonLines
 from tutti.data.rows import RowError
 from tutti.infer.generate import Generator, Request, Token, whole_answers
 from tutti.infer.load import LoadedModel
-from tutti.infer.prompts import row_request
+from tutti.infer.prompts import PromptFormat, row_request
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +81,10 @@ def answer_rows(
         if world.is_main:
             journal.unlink(missing_ok=True)  # the run before ended between its last two acts
         return
-    requests = world.run_on_all_ranks(lambda: _requests(config, loaded, rows, source))
-    header = _header(config, loaded, rows, requests)
+    day = world.broadcast(world.run_on_all_ranks(lambda: _date(journal)))
+    form = loaded.form.dated(day)
+    requests = world.run_on_all_ranks(lambda: _requests(config, form, rows, source))
+    header = _header(config, loaded, rows, requests) | {"date": day}
     answers: dict[int, str] = world.run_on_all_ranks(lambda: _read_journal(journal, header))
     if answers:
         log.info("going on from %s: %d of %d rows are answered", journal, len(answers), len(rows))
@@ -89,7 +92,7 @@ def answer_rows(
     world.barrier()
     with _writing(journal, header, active=world.is_main) as write, _Progress(len(left), active=world.is_main) as bar:
         try:
-            for number, text in whole_answers(bar.watch(generator.stream(left)), left, loaded.form.tokenizer):
+            for number, text in whole_answers(bar.watch(generator.stream(left)), left, form.tokenizer):
                 answers[number] = text
                 write({"line": number, RESPONSE: text})
         except KeyboardInterrupt:
@@ -106,11 +109,19 @@ def answer_rows(
     log.info("wrote %d answers to %s", len(rows), output)
 
 
-def _requests(config: Config, loaded: LoadedModel, rows: Rows, source: Path) -> list[Request]:
+def _date(journal: Path) -> str:
+    """The date that chat templates are told: that of the run that began `journal`, or else today's."""
+    try:
+        return str(json.loads(_whole_lines(journal)[0])["date"])
+    except (IndexError, ValueError, KeyError, TypeError):
+        return date.today().isoformat()
+
+
+def _requests(config: Config, form: PromptFormat, rows: Rows, source: Path) -> list[Request]:
     requests, problems = [], []
     for number, row in rows.items():
         try:
-            requests.append(row_request(loaded.form, row, number, config.infer.max_tokens))
+            requests.append(row_request(form, row, number, config.infer.max_tokens))
         except RowError as error:
             problems.append(f"{source}:{number}: {error}")
     if problems:

@@ -75,7 +75,7 @@ class _Source:
 
     @property
     def reads_weights(self) -> bool:
-        """Whether weights are read from config.model.model_path: a checkpoint of adapters needs those of its base."""
+        """True if weights are read from config.model.model_path: a checkpoint of adapters needs those of its base."""
         return self.checkpoint is None or self.config.train.architecture == "lora"
 
 

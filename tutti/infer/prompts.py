@@ -9,7 +9,8 @@ assistant's message is asked again: that message is left out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -35,6 +36,12 @@ class PromptFormat:
     template: ChatTemplate | None
     is_chat: bool
     context: int | None
+
+    def dated(self, day: str) -> PromptFormat:
+        """The format with a template that is told `day`, YYYY-MM-DD, when it asks for the date."""
+        if self.template is None:
+            return self
+        return replace(self, template=replace(self.template, now=datetime.fromisoformat(day)))
 
     @cached_property
     def edges(self) -> Edges:
