@@ -100,11 +100,11 @@ def test_several_prompts_are_answered_in_order(model, say):
 
 
 def test_a_checkpoint_speaks_as_its_export_does(trained, say):
-    final = say(str(trained / "hf" / "final"), do_sample=False)
+    final = say(str(trained / "hf" / "final"))
     assert final.strip()
     for path in (trained, trained / "checkpoints" / "global_step_2"):
-        assert say(str(path), do_sample=False) == final, path
-    assert say(str(trained / "checkpoints" / "global_step_1"), do_sample=False) != final
+        assert say(str(path)) == final, path
+    assert say(str(trained / "checkpoints" / "global_step_1")) != final
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +144,9 @@ def test_a_checkpoint_of_a_chat_run_is_asked_as_its_export_is(tmp_path, say):
     changes = {"train.max_steps": 2, "train.save_steps": 2, "train.save_hf_weights": True, "train.lr": 0.05}
     run = tiny_config(tmp_path, **changes, **{"model.tokenizer_path": str(tmp_path / "tokenizer")})
     run_ranks(1, _train, run)
-    final = say(f"{run.train.output_dir}/hf/final", do_sample=False)
-    assert final != say(f"{run.train.output_dir}/hf/final", do_sample=False, chat_template="none")
-    assert say(f"{run.train.output_dir}/checkpoints/global_step_2", do_sample=False) == final
+    final = say(f"{run.train.output_dir}/hf/final")
+    assert final != say(f"{run.train.output_dir}/hf/final", chat_template="none")
+    assert say(f"{run.train.output_dir}/checkpoints/global_step_2") == final
 
 
 def test_answers_of_two_checkpoints_are_not_mixed(tmp_path, trained, monkeypatch):
@@ -181,11 +181,11 @@ def test_an_output_folder_without_export_gives_its_newest_whole_checkpoint(train
     copy = tmp_path / "run"
     shutil.copytree(trained, copy)
     shutil.rmtree(copy / "hf")
-    final = say(str(trained), do_sample=False)
-    assert say(str(copy), do_sample=False) == final
-    assert say(str(copy / "checkpoints"), do_sample=False) == final
+    final = say(str(trained))
+    assert say(str(copy)) == final
+    assert say(str(copy / "checkpoints")) == final
     next((copy / "checkpoints" / "global_step_2").glob("*.distcp")).write_bytes(b"damaged")
-    assert say(str(copy), do_sample=False) == say(str(trained / "checkpoints" / "global_step_1"), do_sample=False)
+    assert say(str(copy)) == say(str(trained / "checkpoints" / "global_step_1"))
 
 
 def test_a_base_model_without_template_goes_on_with_the_text(model, say, tmp_path):
