@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 from tests.harness import run_ranks
 from tests.model.zoo import tiny
 from tests.parallel.test_sequence import make_batch
-from tutti.attention.interface import packed_attention, packed_kwargs, resolve_attention
-from tutti.attention.tiles import AttentionSpec
+from tutti.attention.interface import packed_kwargs, resolve_attention
+from tutti.attention.packed_cpu import packed_attention
+from tutti.attention.spec import AttentionSpec
 from tutti.attention.ulysses import heads_to_tokens, overlap_values, own_heads, tokens_to_heads
 from tutti.config import ConfigError
 from tutti.config.load import from_dict

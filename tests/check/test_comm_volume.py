@@ -14,15 +14,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tests.harness import run_ranks
+from tests.harness import regroup, run_ranks
 from tutti.attention.ring import ring_attention
-from tutti.attention.tiles import AttentionSpec
-from tutti.attention.ulysses import exchange
+from tutti.attention.spec import AttentionSpec
 from tutti.check.comm_volume import Sent, count_traffic
 from tutti.config.layout import Layout
+from tutti.core.collectives import all_to_all, gather_rows, scatter_rows
 from tutti.core.dist import World
 from tutti.parallel.mesh import Mesh, build_mesh
-from tutti.parallel.tensor import gather_rows, scatter_rows
 
 
 def mesh_of(world: int, *, ddp: bool = False, **sizes: int) -> Mesh:
@@ -84,7 +83,7 @@ def own_operators(mesh: Mesh) -> dict[tuple[str, str], Sent]:
     with fake, count_traffic(mesh) as traffic:
         rows = torch.ones(4, 6, requires_grad=True)
         gathered = gather_rows(rows, tensor, mesh.size("tensor"))
-        exchange(scatter_rows(gathered, tensor, mesh.size("tensor")), ulysses).sum().backward()
+        all_to_all(scatter_rows(gathered, tensor, mesh.size("tensor")), [], [], ulysses).sum().backward()
         heads = torch.ones(2, 16 // mesh.size("context"), 8, requires_grad=True)
         ring_attention(heads, heads, heads, borders, AttentionSpec(scale=1.0), None, context).sum().backward()
     return dict(traffic.by_kind)
@@ -134,6 +133,7 @@ def calls_along_axes() -> list[dict[str, Sent]]:
     on a pipeline's wires, and over all ranks."""
     counted = []
     for sizes in LAYOUTS:
+        regroup()
         mesh = mesh_of(4, **sizes)
         meshes = (mesh.grid, mesh.fsdp, mesh.expert, mesh.expert_fsdp)
         groups = {part.get_group(dim).group_name: part.get_group(dim) for part in meshes for dim in range(part.ndim)}

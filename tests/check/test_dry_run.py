@@ -122,9 +122,9 @@ def real_step(config: Config, ranks: Any) -> tuple[Prediction, list[Batch]]:
 
 
 def num_bytes(tensors) -> int:
-    from tutti.parallel.grads import local
+    from tutti.core.tensors import local_part
 
-    parts = [local(tensor) for tensor in tensors if isinstance(tensor, Tensor)]
+    parts = [local_part(tensor) for tensor in tensors if isinstance(tensor, Tensor)]
     return sum(part.numel() * part.element_size() for part in parts)
 
 

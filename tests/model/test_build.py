@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from tests.model.zoo import FAMILIES, tiny
 from tutti.attention.interface import PACKED
 from tutti.config import Config
 from tutti.config.load import from_dict
-from tutti.model.build import build_model, load_model_config, turn_off_dropout
+from tutti.model.build import build_model, check_packable, load_model_config, turn_off_dropout
 from tutti.model.experts import EAGER, FUSED
 from tutti.model.tokenizer import build_tokenizer
 
@@ -195,3 +195,28 @@ def test_nothing_is_dropped_once_dropout_is_off(family):
     assert random or family not in ("gpt2", "qwen3", "gpt_neox", "phi3", "mixtral")
     turn_off_dropout(model)
     assert torch.equal(model.train()(input_ids=ids, use_cache=False).logits, want)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("mamba", {}),
+        ("mamba2", {}),
+        ("jamba", {}),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}),
+        ("qwen3_next", {"layer_types": ["linear_attention", "full_attention"]}),
+        ("bloom", {}),
+    ],
+)
+def test_models_that_would_leak_between_samples_are_refused(kind, changes):
+    config = AutoConfig.for_model(kind, num_hidden_layers=2, **changes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=f"{kind} has layers .* would leak"):
+        check_packable(model)
+
+
+def test_every_family_of_the_zoo_can_be_packed():
+    for family in FAMILIES:
+        with torch.device("meta"):
+            check_packable(AutoModelForCausalLM.from_config(tiny(family)))

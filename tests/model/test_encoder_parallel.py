@@ -13,9 +13,9 @@ from transformers import AutoModelForMultimodalLM
 from tests.harness import run_ranks
 from tests.model.gallery import FAMILIES, pack_pictures, picture, tiny
 from tutti.core.batch import SequenceRanks
+from tutti.core.collectives import RankGroup
 from tutti.model.encoder_parallel import Encoders, encode_apart, encoders, shares
 from tutti.model.structure import decoder, towers
-from tutti.parallel.tensor import TensorRanks
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
@@ -30,7 +30,7 @@ def test_every_image_is_of_one_rank_and_shares_are_even(lengths: list[int], size
 
 def test_ranks_are_counted_from_the_innermost_group() -> None:
     ranks = SequenceRanks(1, 2, "context", 0, 3, "ulysses", tensor_size=2)
-    found = encoders(ranks, TensorRanks(1, 2, "tensor"))
+    found = encoders(ranks, RankGroup(1, 2, "tensor"))
     assert found == Encoders(("tensor", "ulysses", "context"), 12, 1 + 2 * 0 + 6 * 1)
     assert encoders(ranks._replace(context_size=1, context_rank=0), None) == Encoders(("ulysses",), 3, 0)
 

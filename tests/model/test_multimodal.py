@@ -212,10 +212,6 @@ def test_what_cannot_be_done_is_refused_by_name(tmp_path: Path) -> None:
     staged = configured(tmp_path, "gemma3", world=2, **{"train.pipeline_parallel_size": 2})
     with pytest.raises(ConfigError, match=r"train\.pipeline_parallel_size: Gemma3For.* by a mask of its own"):
         check_multimodal(read_structure(build_model(staged, device=CPU)), fit(staged, 2), staged.train)
-    model = build_model(staged, device=CPU)
-    model.config.text_config._attn_implementation_internal = "flash_attention_2"
-    with pytest.raises(ConfigError, match=r"model\.attn_implementation: Gemma3For.* set sdpa"):
-        check_multimodal(read_structure(model), fit(staged, 2), staged.train)
     model = build_model(configured(tmp_path, "qwen3_vl"), device=CPU)
     check_first(read_structure(model), 1)
     with pytest.raises(ValueError, match="to its first 1 blocks, of which the first stage has 0"):

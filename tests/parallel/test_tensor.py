@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import profile
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from tests.harness import run_ranks
+from tests.harness import regroup, run_ranks
 from tests.model.zoo import tiny
 from tests.parallel.layouts import assert_same, family_config, train_all
 from tests.train.runs import QUICKSTART, tiny_config
@@ -143,6 +143,7 @@ def compare(name: str, config: Any, family: str, **model: Any) -> None:
 
 def compare_all(cases: list[tuple[str, Any, str, dict[str, Any]]]) -> None:
     for name, config, family, model in cases:
+        regroup()
         compare(name, config, family, **model)
 
 

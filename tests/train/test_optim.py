@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.harness import run_ranks
 from tutti.config import TrainConfig
+from tutti.core.tensors import local_part
 from tutti.train import optim
 from tutti.train.optim import AnyPrecisionAdamW, build_optimizer, set_lr
 
@@ -236,5 +237,16 @@ def partly_sharded() -> bool:
         before = [p.detach().clone() for p in model.parameters()]
         optimizer.step()
         for old, new in zip(before, model.parameters(), strict=True):
-            assert not torch.equal(optim._local(old), optim._local(new.detach()))
+            assert not torch.equal(local_part(old), local_part(new.detach()))
     return True
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_reads_nothing_back_from_the_device(dtype):
+    """On the meta device, which has no values to read; its own count of steps stays with the host."""
+    parameter = nn.Parameter(torch.empty(3, 5, dtype=dtype, device="meta"))
+    parameter.grad = torch.empty_like(parameter)
+    optimizer = AnyPrecisionAdamW([parameter], weight_decay=0.1)
+    for _ in range(2):
+        optimizer.step()
+    assert optimizer.state[parameter]["step"].tolist() == 2

@@ -1,1 +1,10 @@
-"""Attention over packed batches: the interface to transformers' models, kernels, ranks that share a batch, a cache."""
+"""Attention over packed batches. Begin with `interface`, which transformers' models call.
+
+- `interface`: registration with transformers, the arguments that carry a batch's borders, masks, choice of a kernel.
+- `spec`, `tiles`: how queries see keys, and the tiles of scores that follow.
+- `packed_cpu`: the kernel by tiles, for CPUs and for what CUDA's does not know.
+- `varlen`: CUDA's variable-length kernel, for a batch and for the blocks of a ring.
+- `ulysses`: ranks that share a batch exchange tokens for heads.
+- `ring`, `online_softmax`: ranks that share a batch pass keys and values around, and merge what they see.
+- `kv_cache`: generation.
+"""

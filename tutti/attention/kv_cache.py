@@ -1,4 +1,4 @@
-"""Keys and values of the sequences that are being generated, and the attention that reads them.
+"""The cache of keys and values of sequences that are being generated, and the attention that reads it.
 
 The sequences have different lengths, and nothing is padded on the left: each starts at place 0 of its row in the cache.
 A model runs in two kinds of pass, both on a packed row [1, T] as in training (`tutti.attention.interface`):
@@ -6,7 +6,7 @@ A model runs in two kinds of pass, both on a packed row [1, T] as in training (`
 - *prefill*: the prompts of new sequences, end to end, attend within themselves; their keys and values are copied to
   new rows.
 - *decode*: one token for each sequence. It is written behind the row's last one, and attends to its own row: one
-  batched product over all rows up to the longest, with what lies beyond a row's length hidden.
+  batched product over all rows up to the longest, with places beyond a row's length hidden.
 
 So a sequence's logits do not depend on its neighbours, except through the rounding of the matrix products. Rows of
 finished sequences are dropped, and new sequences may join between any two passes. A row never has more places than the
@@ -29,7 +29,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from tutti.attention.interface import AttentionSpec, no_mask, packed_forward, probabilities, spec_of
+from tutti.attention.interface import no_mask, packed_forward, spec_of
+from tutti.attention.packed_cpu import probabilities
+from tutti.attention.spec import AttentionSpec
 
 CACHED = "tutti_cached"
 """The name under which this attention is registered with transformers."""
@@ -77,6 +79,7 @@ class KVCache:
             "input_ids": torch.tensor([[token for prompt in prompts for token in prompt]], device=self._device),
             "position_ids": torch.cat([torch.arange(length) for length in self._new])[None].to(self._device),
             "cu_seq_lens_q": borders.to(self._device, torch.int32),
+            "borders": borders,
             "max_length_q": max(self._new),
             "logits_to_keep": (borders[1:] - 1).to(self._device),
             "use_cache": False,
@@ -166,7 +169,7 @@ class KVCache:
         return self._hidden[key]
 
     def _reserve(self, num_rows: int, num_places: int) -> None:
-        """Room for that many rows and places. Unused places are zeros: garbage times a weight of 0 could be NaN."""
+        """Make room for that many rows and places. Unused ones are zeros: garbage times a weight of 0 could be NaN."""
         if num_places > self._capacity:
             self._capacity = min(max(num_places + _GROWTH, self._capacity * 5 // 4), max(self._sizes))
         for layer, parts in self._layers.items():

@@ -1,17 +1,19 @@
-"""Attention of some queries to some keys, merged into what the same queries have seen already.
+"""Attention to keys that come in several portions: each is merged into what the queries have seen before it.
 
-Ring attention sees the keys of a batch in several portions. For each query a running output and the log of the sum of
-its exponentiated scores (`lse`) are kept, both in fp32. Attending to another block of keys with scores s and values v
-gives
+In ring attention (`tutti.attention.ring`) the keys of other ranks arrive one rank after the other. For each query a
+running output and the log of the sum of its exponentiated scores (`lse`) are kept, both in fp32. Attending to another
+block of keys with scores s and values v gives
 
     lse' = log(exp(lse) + sum exp(s)),    out' = out * exp(lse - lse') + sum exp(s - lse') * v
 
 so that after the last block `out` is exactly the softmax-weighted mean over all of them, in whatever order they came.
-The backward pass needs only the final `lse` and `out` to recompute a block's probabilities
-and its gradients, one block at a time.
+The backward pass needs only the final `lse` and `out` to recompute a block's probabilities and its gradients, one
+block at a time.
 
 A *block* is a rectangle: queries and keys that lie in one sample and in one contiguous piece of the batch each. Blocks
 name tokens by their positions in the whole batch; *spans* say which positions a tensor holds, one after the other.
+
+Both passes are custom operators, which change their sums in place and communicate nothing.
 
 Shapes: H query heads, K key/value heads (H = K * G), T queries held, N keys held, D head dimension, E of values.
 """
@@ -24,7 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tutti.attention.tiles import AttentionSpec, Biases, scores, tiles
+from tutti.attention.spec import AttentionSpec
+from tutti.attention.tiles import Biases, scores, tiles
 
 Span = tuple[int, int]
 """Positions in the whole batch: the first and the last + 1."""
@@ -52,17 +55,27 @@ class Keys(NamedTuple):
 
 
 def slice_of(span: Span, spans: Iterable[Span]) -> slice:
-    """Where in a tensor that holds `spans` the positions of `span`, which lies in one of them, are."""
+    """The slice of a tensor that holds `spans` which the positions of `span`, a part of one of them, take."""
     offset = 0
     for first, last in spans:
         if first <= span[0] < last:
             return slice(offset + span[0] - first, offset + span[1] - first)
         offset += last - first
-    raise AssertionError(f"positions {span} are not held here")
+    raise AssertionError(f"positions {span} are on another rank")
+
+
+def _placed(blocks: Iterable[Block], queries: Queries, keys: Keys) -> list[int]:
+    """Six numbers for each block, which operators can be given: its four positions, and where in the tensors its first
+    query and its first key are."""
+    numbers: list[int] = []
+    for block in blocks:
+        at = slice_of(block.queries, queries.spans).start, slice_of(block.keys, keys.spans).start
+        numbers += (*block.queries, *block.keys, *at)
+    return numbers
 
 
 class _Tile(NamedTuple):
-    """One tile's rows [K, G * rows, D], keys and values, scores in fp32, and where the rows and the keys are held."""
+    """One tile's rows [K, G * rows, D], keys and values, scores as wide as lse, and where the rows and the keys are."""
 
     rows: Tensor
     keys: Tensor
@@ -73,17 +86,20 @@ class _Tile(NamedTuple):
     keys_at: slice
 
 
-def _tiles(queries: Queries, keys: Keys, blocks: Iterable[Block], spec: AttentionSpec) -> Iterator[_Tile]:
-    heads, kv_heads = len(queries.query), len(keys.key)
-    biases = Biases(heads // kv_heads, spec, queries.query)
-    for block in blocks:
-        for tile in tiles(block.queries, block.keys, spec):
-            rows_at = slice_of((tile.start, tile.stop), queries.spans)
-            keys_at = slice_of((tile.first, tile.last), keys.spans)
-            rows = queries.query[:, rows_at].reshape(kv_heads, -1, queries.query.shape[-1])
-            seen = keys.key[:, keys_at]
+def _tiles(
+    query: Tensor, key: Tensor, value: Tensor, lse: Tensor, placed: list[int], spec: AttentionSpec
+) -> Iterator[_Tile]:
+    heads, kv_heads = len(query), len(key)
+    biases = Biases(heads // kv_heads, spec, query)
+    for number in range(0, len(placed), 6):
+        start, stop, first, last, row, column = placed[number : number + 6]
+        for tile in tiles((start, stop), (first, last), spec):
+            rows_at = slice(row + tile.start - start, row + tile.stop - start)
+            keys_at = slice(column + tile.first - first, column + tile.last - first)
+            rows = query[:, rows_at].reshape(kv_heads, -1, query.shape[-1])
+            seen = key[:, keys_at]
             made, tanh = scores(rows, seen, biases(tile), spec)
-            yield _Tile(rows, seen, keys.value[:, keys_at], made.to(queries.lse.dtype), tanh, rows_at, keys_at)
+            yield _Tile(rows, seen, value[:, keys_at], made.to(lse.dtype), tanh, rows_at, keys_at)
 
 
 def attend(queries: Queries, out: Tensor, keys: Keys, blocks: Iterable[Block], spec: AttentionSpec) -> None:
@@ -91,9 +107,17 @@ def attend(queries: Queries, out: Tensor, keys: Keys, blocks: Iterable[Block], s
 
     Every query of a block must see a key in it.
     """
-    query, lse, _ = queries
-    kv_heads = len(keys.key)
-    for tile in _tiles(queries, keys, blocks, spec):
+    placed = _placed(blocks, queries, keys)
+    if placed:
+        _attend(queries.query, keys.key, keys.value, queries.lse, out, placed, [float(item) for item in spec])
+
+
+@torch.library.custom_op("tutti::attend_blocks", mutates_args=("lse", "out"))
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, lse: Tensor, out: Tensor, placed: list[int], spec: list[float]
+) -> None:
+    kv_heads = len(key)
+    for tile in _tiles(query, key, value, lse, placed, AttentionSpec.unpack(spec)):
         before = lse[:, tile.rows_at].reshape(kv_heads, -1, 1)
         after = torch.logaddexp(before, tile.scores.logsumexp(-1, keepdim=True))
         weights = (tile.scores - after).exp_().to(query.dtype)
@@ -101,6 +125,11 @@ def attend(queries: Queries, out: Tensor, keys: Keys, blocks: Iterable[Block], s
         place = out[:, tile.rows_at]
         place.mul_((before - after).exp_().view(*place.shape[:2], 1)).add_(mixed.view(place.shape))
         lse[:, tile.rows_at] = after.view(place.shape[:2])
+
+
+@_attend.register_fake
+def _(query, key, value, lse, out, placed, spec):  # type: ignore[no-untyped-def]
+    return None
 
 
 def add_sinks(queries: Queries, out: Tensor, sinks: Tensor) -> None:
@@ -130,18 +159,41 @@ def attend_backward(
 
     queries.lse is the final one; outer: the gradient of the final output and that output itself, [H, T, E].
     """
-    kv_heads, scale = len(keys.key), spec.scale
+    placed = _placed(blocks, queries, keys)
+    if placed:
+        seen = [queries.query, keys.key, keys.value, queries.lse]
+        _attend_backward(seen, list(outer), *sums, placed, [float(item) for item in spec])
+
+
+@torch.library.custom_op("tutti::attend_blocks_backward", mutates_args=("sum_query", "sum_key", "sum_value"))
+def _attend_backward(
+    seen: list[Tensor],
+    outer: list[Tensor],
+    sum_query: Tensor,
+    sum_key: Tensor,
+    sum_value: Tensor,
+    placed: list[int],
+    spec: list[float],
+) -> None:
+    """seen: query, key, value and lse."""
+    query, key, value, lse = seen
     grad, out = outer
-    delta = (out.to(queries.lse.dtype) * grad).sum(-1)
-    for tile in _tiles(queries, keys, blocks, spec):
-        place = sums.query[:, tile.rows_at]
+    kv_heads, see = len(key), AttentionSpec.unpack(spec)
+    delta = (out.to(lse.dtype) * grad).sum(-1)
+    for tile in _tiles(query, key, value, lse, placed, see):
+        place = sum_query[:, tile.rows_at]
         grad_rows = grad[:, tile.rows_at].reshape(kv_heads, -1, grad.shape[-1])
-        weights = (tile.scores - queries.lse[:, tile.rows_at].reshape(kv_heads, -1, 1)).exp_()
-        sums.value[:, tile.keys_at] += torch.bmm(weights.to(grad.dtype).transpose(1, 2), grad_rows)
+        weights = (tile.scores - lse[:, tile.rows_at].reshape(kv_heads, -1, 1)).exp_()
+        sum_value[:, tile.keys_at] += torch.bmm(weights.to(grad.dtype).transpose(1, 2), grad_rows)
         grad_weights = torch.bmm(grad_rows, tile.values.transpose(1, 2))
         grad_scores = weights * (grad_weights - delta[:, tile.rows_at].reshape(kv_heads, -1, 1))
         if tile.tanh is not None:
             grad_scores *= 1 - tile.tanh * tile.tanh
         narrow = grad_scores.to(grad.dtype)
-        place.add_(torch.bmm(narrow, tile.keys).view(place.shape), alpha=scale)
-        sums.key[:, tile.keys_at].add_(torch.bmm(narrow.transpose(1, 2), tile.rows), alpha=scale)
+        place.add_(torch.bmm(narrow, tile.keys).view(place.shape), alpha=see.scale)
+        sum_key[:, tile.keys_at].add_(torch.bmm(narrow.transpose(1, 2), tile.rows), alpha=see.scale)
+
+
+@_attend_backward.register_fake
+def _(seen, outer, sum_query, sum_key, sum_value, placed, spec):  # type: ignore[no-untyped-def]
+    return None

@@ -1,16 +1,16 @@
 """Ring attention (arXiv 2310.01889): ranks that hold different tokens pass keys and values around.
 
-Each of the C ranks along the context axis holds the queries, keys and values of two chunks of the batch (see
-`tutti.parallel.sequence`: zig-zag, so that causal work is even). In step s = 0 .. C - 1, rank r attends to the keys of
-rank r - s; while it computes, the keys of the next step are already travelling. What it has seen so far is merged
-exactly (`tutti.attention.online_softmax`). The backward pass goes round once more: keys come again, and the gradients
-that a rank has for another's keys travel home to it while the next step computes.
+Each of the C ranks along the context axis holds the queries, keys and values of two chunks of the batch, an early and a
+late one (`chunks`), so that causal work is even. In step s = 0 .. C - 1, rank r attends to the keys of rank r - s;
+while it computes, the keys of the next step are already travelling. The results of the steps are merged exactly
+(`tutti.attention.online_softmax`). The backward pass goes round once more: keys come again, and the gradients that a
+rank has for another's keys travel home while the next step computes.
 
 Keys go from their owner straight to the rank that needs them, s places on, rather than from neighbour to neighbour. The
-volume is the same, and so only what is needed has to travel: all ranks know the borders of the samples, hence which
-keys the queries of any rank can see: those of samples that both have a part in, not later than the queries, within the
-sliding window. In a batch of samples much shorter than a chunk that is next to nothing; in one long causal sample,
-three quarters of all keys.
+volume is the same, and so only the keys that are needed have to travel. All ranks know the borders of the samples, and
+from these which keys the queries of any rank can see: keys of samples that both have a part in, not later than the
+queries, within the sliding window. In a batch of samples much shorter than a chunk that is next to nothing; in one long
+causal sample, three quarters of all keys.
 
 Each rank plans alone, from the same borders, and so both ends of a message agree on its length; where there is nothing
 to send there is no message.
@@ -21,7 +21,7 @@ Shapes: C ranks, T tokens a rank, H query heads, K key/value heads, D head dimen
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -31,14 +31,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tutti.attention import online_softmax as tiled
-from tutti.attention import varlen_blocks as flash
+from tutti.attention import varlen as flash
 from tutti.attention.online_softmax import Block, Gradients, Keys, Queries, Span, add_sinks, slice_of
-from tutti.attention.tiles import AttentionSpec
-from tutti.core.rehearsal import has_values
-from tutti.parallel.sequence import chunks, process_group
+from tutti.attention.spec import AttentionSpec
+from tutti.core.collectives import process_group
 
 _KEYS, _GRADIENTS = 0, 1
 """Tags of messages, which keep the two kinds apart between the same two ranks."""
+
+
+def chunks(rank: int, size: int, length: int) -> list[tuple[int, int]]:
+    """The (first, last + 1) tokens of a batch of `length` that context rank `rank` of `size` holds, ascending."""
+    if size == 1:
+        return [(0, length)]
+    width = length // (2 * size)
+    return [(place * width, (place + 1) * width) for place in (rank, 2 * size - 1 - rank)]
 
 
 def ring_attention(
@@ -84,16 +91,15 @@ def plan_blocks(
 
 @dataclass(frozen=True)
 class _Plan:
-    """Who sees what of whom in one batch, as rank `rank` of `size` needs to know it.
+    """The blocks and messages of one batch for rank `rank` of `size`, whose tokens are `spans`.
 
-    Of the ranks s places before (`seen`) and after (`seeing`) this one, for each step s: the blocks in which this
-    rank's queries see the one's keys, and the spans of keys that go from the one to this rank, and from this rank to
-    the other.
+    For each step s: `blocks` in which this rank's queries see the keys of the rank s places before it, the spans of
+    keys that come from there (`seen`), and those that go to the rank s places after it (`seeing`).
     """
 
     rank: int
     size: int
-    held: tuple[Span, ...]
+    spans: tuple[Span, ...]
     blocks: tuple[tuple[Block, ...], ...]
     seen: tuple[tuple[Span, ...], ...]
     seeing: tuple[tuple[Span, ...], ...]
@@ -101,32 +107,28 @@ class _Plan:
 
 @lru_cache(maxsize=16)
 def _plan(borders: tuple[int, ...], spec: AttentionSpec, rank: int, size: int) -> _Plan:
-    held = [tuple(chunks(other, size, borders[-1])) for other in range(size)]
+    spans = [tuple(chunks(other, size, borders[-1])) for other in range(size)]
     steps = [((rank - step) % size, (rank + step) % size) for step in range(size)]
-    blocks = [tuple(plan_blocks(held[rank], held[before], borders, spec)) for before, _ in steps]
-    seeing = [plan_blocks(held[after], held[rank], borders, spec) for _, after in steps]
+    blocks = [tuple(plan_blocks(spans[rank], spans[before], borders, spec)) for before, _ in steps]
+    seeing = [plan_blocks(spans[after], spans[rank], borders, spec) for _, after in steps]
     return _Plan(
         rank,
         size,
-        held[rank],
+        spans[rank],
         tuple(blocks),
-        tuple(_spans(found, held[before]) for found, (before, _) in zip(blocks, steps, strict=True)),
-        tuple(_spans(found, held[rank]) for found in seeing),
+        tuple(_needed(found, spans[before]) for found, (before, _) in zip(blocks, steps, strict=True)),
+        tuple(_needed(found, spans[rank]) for found in seeing),
     )
 
 
-def _spans(blocks: Sequence[Block], held: Sequence[Span]) -> tuple[Span, ...]:
-    """For each chunk of `held`, the keys from the first to the last that `blocks` need; chunks without any left out."""
+def _needed(blocks: Sequence[Block], owned: Sequence[Span]) -> tuple[Span, ...]:
+    """The keys of each chunk of `owned` from the first to the last that `blocks` need; chunks without any left out."""
     spans = []
-    for start, stop in held:
+    for start, stop in owned:
         keys = [block.keys for block in blocks if start <= block.keys[0] < stop]
         if keys:
             spans.append((min(first for first, _ in keys), max(last for _, last in keys)))
     return tuple(spans)
-
-
-def _num_tokens(spans: Sequence[Span]) -> int:
-    return sum(last - first for first, last in spans)
 
 
 class _Mail:
@@ -165,34 +167,34 @@ class _Ring:
         self._plan, self._group = plan, group
 
     def fetch(self, step: int, own: Keys) -> Callable[[], Keys]:
-        """Start sending what others need of `own` in `step`; call the result to get the keys needed here."""
+        """Start sending the keys of `own` that another rank needs in `step`; call the result to get this rank's."""
         if step == 0:
             return lambda: own
         plan = self._plan
-        wanted = [slice_of(span, plan.held) for span in plan.seeing[step]]
+        wanted = [slice_of(span, plan.spans) for span in plan.seeing[step]]
         key, value = (
             torch.cat([item[:, place] for place in wanted] or [item[:, :0]], 1) for item in (own.key, own.value)
         )
         spans = plan.seen[step]
         to, origin = (plan.rank + step) % plan.size, (plan.rank - step) % plan.size
-        mail = _Mail((key, value), to, _num_tokens(spans), origin, self._group, _KEYS)
+        mail = _Mail((key, value), to, sum(last - first for first, last in spans), origin, self._group, _KEYS)
         return lambda: Keys(*mail.collect(), spans)
 
     def give_back(self, step: int, sums: Gradients, total: Gradients, dtype: torch.dtype) -> Callable[[], None]:
-        """Start sending home the gradients of the keys fetched in `step`; call the result to add to `total` what the
-        others had for the keys they fetched here."""
+        """Start sending home the gradients of the keys fetched in `step`; call the result to add to `total` the ones
+        that another rank has for the keys that it fetched here."""
         if step == 0:
             return lambda: None
         plan = self._plan
         spans = plan.seeing[step]
         outgoing = (sums.key.to(dtype), sums.value.to(dtype))
         to, origin = (plan.rank - step) % plan.size, (plan.rank + step) % plan.size
-        mail = _Mail(outgoing, to, _num_tokens(spans), origin, self._group, _GRADIENTS)
+        mail = _Mail(outgoing, to, sum(last - first for first, last in spans), origin, self._group, _GRADIENTS)
 
         def add() -> None:
             for sent_home, mine in zip(mail.collect(), (total.key, total.value), strict=True):
                 for span in spans:
-                    mine[:, slice_of(span, plan.held)] += sent_home[:, slice_of(span, spans)]
+                    mine[:, slice_of(span, plan.spans)] += sent_home[:, slice_of(span, spans)]
 
         return add
 
@@ -201,8 +203,6 @@ def _start(query: Tensor, borders: Tensor, spec: list[float], group_name: str) -
     see, group = AttentionSpec.unpack(spec), process_group(group_name)
     # Blocks do not depend on scale and softcap, which differ between layers of some models.
     plan = _plan(tuple(borders.tolist()), see._replace(scale=1.0, softcap=0.0), group.rank(), group.size())
-    if not has_values(query):
-        plan = replace(plan, blocks=((),) * plan.size)  # keys travel, but there is nothing to compute
     return plan, _Ring(plan, group), see
 
 
@@ -221,9 +221,9 @@ def _forward(
     kernel = flash if flash.fits(query, value, see) else tiled
     heads, total, _ = query.shape
     wide = torch.promote_types(query.dtype, torch.float32)
-    queries = Queries(query, query.new_full((heads, total), float("-inf"), dtype=wide), plan.held)
+    queries = Queries(query, query.new_full((heads, total), float("-inf"), dtype=wide), plan.spans)
     out = query.new_zeros(heads, total, value.shape[-1], dtype=wide)
-    own = Keys(key, value, plan.held)
+    own = Keys(key, value, plan.spans)
     arriving = ring.fetch(0, own)
     for step in range(plan.size):
         keys = arriving()
@@ -255,8 +255,8 @@ def _backward(
     kernel = flash if flash.fits(query, value, see) else tiled
     dtype, wide = query.dtype, lse.dtype
     outer = grad.transpose(0, 1), out.transpose(0, 1)
-    queries = Queries(query, lse, plan.held)
-    own = Keys(key, value, plan.held)
+    queries = Queries(query, lse, plan.spans)
+    own = Keys(key, value, plan.spans)
     total = Gradients(*(torch.zeros_like(item, dtype=wide) for item in (query, key, value)))
     arriving = ring.fetch(0, own)
     returned = []

@@ -1,7 +1,7 @@
-"""Attention in tiles: how queries see keys, which tiles of scores that makes, and the scores of one tile.
+"""Attention in tiles: which tiles of scores the queries and keys of a sample make, and the scores of one tile.
 
-Shared by the kernels of one rank (`tutti.attention.interface`) and of a ring of ranks (`tutti.attention.ring`). Tokens
-are named by their positions, of any one counting: within a sample, or within a batch.
+The kernels of one rank (`tutti.attention.packed_cpu`) and of a ring of ranks (`tutti.attention.online_softmax`) share
+these. Tokens are named by their positions, of any one counting: within a sample, or within a batch.
 
 Shapes: H query heads, K key/value heads (H = K * G), D head dimension. A tile's rows are [K, G * rows, D]: the query
 heads that share a key/value head one after the other, so that a tile is one batched matrix product.
@@ -15,27 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tutti.attention.spec import AttentionSpec
+
 TILE = 256
 """Query rows a tile: large enough for efficient products, small enough to skip most of the upper triangle."""
-
-
-class AttentionSpec(NamedTuple):
-    """How queries see keys within a sample.
-
-    scale: factor on the scores. causal: only keys up to the query. window: the last `window` keys, the query's own
-    included (0 = all). softcap: scores become softcap * tanh(score / softcap) (0 = off).
-    """
-
-    scale: float
-    causal: bool = True
-    window: int = 0
-    softcap: float = 0.0
-
-    @classmethod
-    def unpack(cls, numbers: list[float]) -> AttentionSpec:
-        """The spec from a list of them as floats, which is what custom operators can be given."""
-        scale, causal, window, softcap = numbers
-        return cls(scale, bool(causal), int(window), softcap)
 
 
 class Tile(NamedTuple):
@@ -61,13 +44,13 @@ def tiles(queries: tuple[int, int], keys: tuple[int, int], spec: AttentionSpec) 
 
 
 class Biases:
-    """For each tile 0 where the query may see the key and -inf elsewhere, [G * rows, keys]; None where all may be seen.
+    """Makes a tile's bias [G * rows, keys]: 0 where the query may see the key, -inf elsewhere; None if it may see all.
 
     Equal tiles of one call share theirs.
     """
 
     def __init__(self, groups: int, spec: AttentionSpec, like: Tensor) -> None:
-        self._groups, self._settings, self._like = groups, spec, like
+        self._groups, self._spec, self._like = groups, spec, like
         self._made: dict[tuple[int, int, int], Tensor | None] = {}
 
     def __call__(self, tile: Tile) -> Tensor | None:
@@ -79,7 +62,7 @@ class Biases:
 
     def _bias(self, tile: Tile) -> Tensor | None:
         start, stop, first, last = tile
-        causal, window, device = self._settings.causal, self._settings.window, self._like.device
+        causal, window, device = self._spec.causal, self._spec.window, self._like.device
         # The nearest and the farthest pair: keys behind their query count as positive.
         nearest, farthest = start - (last - 1), stop - 1 - first
         if (nearest >= 0 or not causal) and (max(farthest, -nearest) < window or not window):

@@ -25,11 +25,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from tutti.core.batch import SequenceRanks
-from tutti.parallel.sequence import process_group
+from tutti.core.collectives import Journey, all_to_all, finish_all_to_all, start_all_to_all
+from tutti.core.modules import put_on, wrap_forward
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,9 @@ def tokens_to_heads(
     arrived = None if early is None else early.take(value)
     tensors = [query, key] if arrived is not None else [query, key, value]
     parts = [_by_rank(tensor, size) for tensor in tensors]
-    received = exchange(torch.cat(parts, dim=1), ranks.ulysses_group).split([part.shape[1] for part in parts], dim=1)
+    received = all_to_all(torch.cat(parts, dim=1), [], [], ranks.ulysses_group).split(
+        [part.shape[1] for part in parts], dim=1
+    )
     whole = [_join(item, tensor) for item, tensor in zip(received, tensors, strict=True)]
     if arrived is not None:
         whole.append(_join(arrived, value))
@@ -61,7 +63,7 @@ def heads_to_tokens(out: Tensor, ranks: SequenceRanks) -> Tensor:
     if size == 1:
         return out
     total, heads, width = out.shape
-    received = exchange(out.reshape(size, -1), ranks.ulysses_group)
+    received = all_to_all(out.reshape(size, -1), [], [], ranks.ulysses_group)
     return received.view(size, total // size, heads, width).transpose(0, 1).reshape(total // size, size * heads, width)
 
 
@@ -85,83 +87,6 @@ def _join(received: Tensor, sent: Tensor) -> Tensor:
     return received.reshape(size, -1, tokens, width).transpose(0, 1).reshape(-1, size * tokens, width)
 
 
-@torch.library.custom_op("tutti::exchange", mutates_args=())
-def exchange(parts: Tensor, group: str) -> Tensor:
-    """[U, n], row u for rank u -> [U, n], row u from rank u. A collective call, and its own gradient."""
-    received = torch.empty_like(parts, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(received, parts.contiguous(), group=process_group(group))
-    return received
-
-
-@exchange.register_fake
-def _(parts: Tensor, group: str) -> Tensor:
-    return torch.empty_like(parts, memory_format=torch.contiguous_format)
-
-
-def _exchange_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
-    ctx.group = inputs[1]
-
-
-def _exchange_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    return exchange(grad, ctx.group), None
-
-
-exchange.register_autograd(_exchange_gradient, setup_context=_exchange_context)
-
-
-class _Flight:
-    """An exchange under way. The buffer is filled once `land` has been called."""
-
-    def __init__(self, parts: Tensor, group: str) -> None:
-        self._parts = parts.contiguous()  # kept alive until it is sent
-        self.buffer = torch.empty_like(self._parts)
-        self._work = dist.all_to_all_single(self.buffer, self._parts, group=process_group(group), async_op=True)
-
-    def land(self) -> Tensor:
-        assert self._work is not None, "this rank is not in the group"
-        self._work.wait()
-        return self.buffer
-
-
-class _Journey:
-    """Both ways of one early exchange: `out` in the forward pass, `back` of its gradient in the backward pass."""
-
-    def __init__(self, group: str) -> None:
-        self.group = group
-        self.out: _Flight | None = None
-        self.back: _Flight | None = None
-
-
-class _Depart(torch.autograd.Function):
-    """Starts the exchange; the result may only be given to `_Arrive`. Waits for the gradient's in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, parts: Tensor, journey: _Journey) -> Tensor:
-        ctx.journey = journey
-        journey.out = _Flight(parts, journey.group)
-        return journey.out.buffer
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        assert ctx.journey.back is not None, "the values' gradient never set out"
-        return ctx.journey.back.land(), None
-
-
-class _Arrive(torch.autograd.Function):
-    """Waits for the exchange; starts that of the gradient in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, buffer: Tensor, journey: _Journey) -> Tensor:
-        assert journey.out is not None, "the values never set out"
-        ctx.journey = journey
-        return journey.out.land().view_as(buffer)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.journey.back = _Flight(grad, ctx.journey.group)
-        return ctx.journey.back.buffer, None
-
-
 class EarlyValues:
     """One attention layer whose values are projected first and sent while queries and keys are made.
 
@@ -172,46 +97,45 @@ class EarlyValues:
     def __init__(self, layer: nn.Module, ranks: SequenceRanks) -> None:
         self._width: int = layer.head_dim  # type: ignore[assignment]
         self._ranks = ranks
-        self._project: Any = layer.v_proj.forward  # type: ignore[union-attr]
+        project: Any = layer.v_proj
+        self._project = project.forward
         self._hidden: Tensor | None = None
         self._values: Tensor | None = None
         self._version = 0
-        self._sent: Tensor | None = None
-        self._journey: _Journey | None = None
+        self._started: tuple[Tensor, Journey] | None = None
         layer.q_proj.register_forward_pre_hook(self.set_out)  # type: ignore[union-attr]
-        layer.v_proj.forward = self.projected  # type: ignore[union-attr]
+        wrap_forward(project, "early values", lambda _: self.projected)
 
     def set_out(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         (self._hidden,) = args
         self._values = self._project(self._hidden)
         self._version = self._values._version
         heads_first = self._values.view(*self._values.shape[1:-1], -1, self._width).transpose(0, 1)
-        self._journey = _Journey(self._ranks.ulysses_group)
-        self._sent = _Depart.apply(_by_rank(heads_first, self._ranks.ulysses_size), self._journey)
+        self._started = start_all_to_all(_by_rank(heads_first, self._ranks.ulysses_size), self._ranks.ulysses_group)
 
     def projected(self, hidden: Tensor) -> Tensor:
         return self._values if hidden is self._hidden and self._values is not None else self._project(hidden)
 
     def take(self, value: Tensor) -> Tensor | None:
         """The exchanged values [U, n], or None where `value` [K, t, E] is not what was sent: the model changed it."""
-        values, sent, journey = self._values, self._sent, self._journey
-        self._hidden = self._values = self._sent = self._journey = None
-        if values is None or sent is None or journey is None:
+        values, started = self._values, self._started
+        self._hidden = self._values = self._started = None
+        if values is None or started is None:
             return None
-        arrived = _Arrive.apply(sent, journey)
+        arrived = finish_all_to_all(started)
         laid_out = value.data_ptr() == values.data_ptr() and value.transpose(0, 1).is_contiguous()
         same = laid_out and value.shape[-1] == self._width and values._version == self._version
         return arrived if same else None
 
 
 def overlap_values(blocks: Iterable[nn.Module], ranks: SequenceRanks) -> None:
-    """Have the attention layers in `blocks` send their values early, as `layer.early_values`, where they can.
+    """Have the attention layers in `blocks` send their values early, where they can.
 
     Logs a line if none of them can.
     """
     found = [layer for block in blocks for layer in block.modules() if _projects_values(layer)]
     for layer in found:
-        layer.early_values = EarlyValues(layer, ranks)  # type: ignore[assignment]
+        put_on(layer, early_values=EarlyValues(layer, ranks))
     if not found:
         log.info(
             "train.async_enabled: this model does not project its values on their own, so that their exchange cannot "

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tutti.core.rehearsal import body_of
+from tutti.check.rehearsal import body_of
 from tutti.parallel.mesh import Mesh
 
 OTHER = "other"

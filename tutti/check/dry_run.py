@@ -2,7 +2,7 @@
 
 Nothing of it is a formula. In one process, which torch's `fake` backend lets be any rank of any number, the model is
 cut, divided and stepped by the very functions that a run calls, as a rehearsal: tensors have shapes and no values (see
-`tutti.core.rehearsal`). So what is seen are this rank's own shares, and all that it sends:
+`tutti.check.rehearsal`). So what is seen are this rank's own shares, and all that it sends:
 
 1. parameters, gradients and optimizer state are the sizes of this rank's parts of them, after a step;
 2. the peak is that of all storages while the step runs; what it holds beside these three and gathered parameters is
@@ -42,16 +42,16 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel
 
 from tutti.check.comm_volume import Sent, count_traffic
+from tutti.check.rehearsal import Memory, rehearse
 from tutti.config import Config, TrainConfig
 from tutti.config.layout import Layout, fit
 from tutti.core.batch import IGNORE, Batch, GlobalBatch, Sample, pack
 from tutti.core.dist import World
-from tutti.core.rehearsal import Memory, rehearse
+from tutti.core.tensors import local_part
 from tutti.model.initial import give_storage
 from tutti.model.structure import is_classifier, read_structure
 from tutti.parallel.apply import parallelize
 from tutti.parallel.fsdp import postpones
-from tutti.parallel.grads import local
 from tutti.parallel.mesh import build_mesh
 from tutti.parallel.pipeline.schedule import rank_schedule
 from tutti.train.objective import Objective
@@ -59,9 +59,6 @@ from tutti.train.optim import build_optimizer
 from tutti.train.placement import make_executor, place_model
 from tutti.train.step import Totals, TrainStep
 from tutti.train.tasks import make_task
-
-_COMPUTES = ("tutti::packed_attention", "tutti::packed_attention_backward")
-"""Operators in which there is no communication, and too much else."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,7 @@ def predict_rank(
         placed = place_model(config, copied, structure, make_task(config), layout, mesh)
         objective = placed.objective
         parallelize(objective, placed.structure, mesh, train, placed.plan)
-        with count_traffic(mesh) as traffic, rehearse(computes=_COMPUTES) as memory:
+        with count_traffic(mesh) as traffic, rehearse() as memory:
             give_storage(objective.model, ranks.device)
             objective.train()
             optimizer = build_optimizer(objective.model, config, is_complete=placed.is_complete)
@@ -181,7 +178,7 @@ class _Sizes:
         self._gradients = self._gradients_at_peak = self._gathered = self._peak = 0
 
     def after_backward(self) -> None:
-        grads = [local(parameter.grad) for parameter in self._parameters if parameter.grad is not None]
+        grads = [local_part(parameter.grad) for parameter in self._parameters if parameter.grad is not None]
         self._gradients, self._gradients_at_peak = _num_bytes(grads), self._memory.at_peak(grads)
         self._peak, self._gathered = self._memory.peak, self._memory.gathered_at_peak
         self._memory.restart()
@@ -189,9 +186,9 @@ class _Sizes:
     def prediction(self, rank: int, sent: dict[str, Sent]) -> Prediction:
         """The sizes that were seen, once the step is over. In it the optimizer's state came with the update; it then
         stays."""
-        parameters = _num_bytes(map(local, self._parameters))
+        parameters = _num_bytes(map(local_part, self._parameters))
         states = (value for state in self._optimizer.state.values() for value in state.values())
-        optimizer = _num_bytes(local(value) for value in states if isinstance(value, Tensor))
+        optimizer = _num_bytes(local_part(value) for value in states if isinstance(value, Tensor))
         peak, gathered, gradients = self._peak + optimizer, self._gathered, self._gradients_at_peak
         if self._memory.peak > peak:
             peak, gathered, gradients = self._memory.peak, self._memory.gathered_at_peak, self._gradients

@@ -32,7 +32,9 @@ from tutti.checkpoint.hf_files import Checkpoint, weights_digest
 from tutti.checkpoint.hf_save import first_holders, gather_from, prepare_folder, put_in_place
 from tutti.config import Config
 from tutti.core.dist import World
-from tutti.model.initial import local_part, own_part
+from tutti.core.modules import extras
+from tutti.core.tensors import local_part
+from tutti.model.initial import own_part
 from tutti.model.lora import (
     Adapter,
     Lora,
@@ -311,7 +313,7 @@ def _key(module: nn.Module, adapter: Adapter) -> str:
     """The layer's name in the file."""
     if not is_experts(module):
         return _PREFIX + adapter.name
-    adapted = [leaf for leaf, _ in module.named_parameters(recurse=False) if leaf in module.__dict__["low_rank"]]
+    adapted = [leaf for leaf, _ in module.named_parameters(recurse=False) if leaf in extras(module).adapters]
     depth = len(adapted) - 1 - adapted.index(adapter.weight)
     return _PREFIX + adapter.name.removesuffix(f".{adapter.weight}") + ".base_layer" * depth
 

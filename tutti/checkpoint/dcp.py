@@ -29,9 +29,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
-from torch.distributed.tensor import DTensor
 
 from tutti.core.files import describe_error
+from tutti.core.tensors import local_part
 
 INDEX = ".metadata"
 
@@ -53,10 +53,7 @@ _KNOWN = {
 
 def copy_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A copy in host memory of what this rank holds of each tensor."""
-    return {
-        name: (tensor.to_local() if isinstance(tensor, DTensor) else tensor).to("cpu", copy=True)
-        for name, tensor in tensors.items()
-    }
+    return {name: local_part(tensor).to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def write(

@@ -39,7 +39,8 @@ from transformers.core_model_loading import (
 
 from tutti.checkpoint.hf_files import Checkpoint
 from tutti.core.dist import World
-from tutti.model.initial import fill_by_rules, local_part, materialize, own_block, own_part
+from tutti.core.tensors import local_part
+from tutti.model.initial import fill_by_rules, materialize, own_block, own_part
 from tutti.model.quantized import Packing, packings
 from tutti.model.structure import head, is_classifier, model_class
 

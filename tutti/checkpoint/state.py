@@ -12,7 +12,6 @@ and a learning rate of zero, which changes no parameter.
 from __future__ import annotations
 
 import base64
-import hashlib
 import random
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tutti.core.tensors import seed_of
 from tutti.model.lora import lora_of
 from tutti.train.optim import set_lr
 
@@ -114,7 +114,7 @@ def restore_rng(state: dict[str, Any], device: torch.device) -> None:
 
 def derive_rng(origin: str, rank: int) -> None:
     """Seed all generators from `origin` and `rank`: where the ranks are not those that saved their state."""
-    seed = int.from_bytes(hashlib.sha256(f"{origin}:{rank}".encode()).digest()[:8], "big") >> 1
+    seed = seed_of(f"{origin}:{rank}")
     random.seed(seed)
     np.random.seed(seed % (1 << 32))
     torch.manual_seed(seed)

@@ -154,6 +154,7 @@ class Batch:
     extras: what only some models take (pixel_values ...), by the name and in the shape of the model's forward argument.
     Those of ALONG_TOKENS have a value for each token, in the last dimension; where ranks share the batch, for each of
     all its tokens.
+    borders: cu_seqlens on the host, once the batch is on another device.
     sequence: where these are one rank's tokens of a batch that several ranks share, what that batch was. The samples
     are then the pieces of samples that lie on this rank, and a piece's positions go on from where it was cut.
     payload: tensors about the batch as a whole that its task laid beside it, by name; they are moved with it, and
@@ -173,6 +174,7 @@ class Batch:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     sequence: GlobalSequence | None = None
     payload: Mapping[str, Tensor] = field(default_factory=dict)
+    borders: Tensor | None = None
 
     def lengths(self) -> list[int]:
         """The segments' lengths, padding left out; for a whole batch on the host."""
@@ -185,7 +187,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """A copy of the batch on `device`; copies from pinned memory do not block."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(moved, borders=self.cu_seqlens if self.borders is None else self.borders)
 
     def pin_memory(self) -> Batch:
         """A copy of the batch in page-locked memory (the hook that torch's DataLoader calls)."""

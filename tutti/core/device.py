@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from tutti.core.launch import num_cores
 
@@ -36,6 +37,25 @@ def pick_device(init_device: str) -> torch.device:
             init_device,
         )
     return torch.device("cpu")
+
+
+_presumed = False
+
+
+def on_accelerator(tensor: Tensor) -> bool:
+    """Whether work on `tensor` should suit an accelerator, rather than a CPU and its caches."""
+    return _presumed or tensor.device.type != "cpu"
+
+
+@contextmanager
+def presume_accelerator() -> Iterator[None]:
+    """Have `on_accelerator` hold for all tensors: of interest is what a run on an accelerator takes."""
+    global _presumed
+    before, _presumed = _presumed, True
+    try:
+        yield
+    finally:
+        _presumed = before
 
 
 def limit_threads(local_world: int) -> None:

@@ -9,7 +9,6 @@ Shapes: B sequences, V tokens in the vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tutti.config import InferConfig
+from tutti.core.tensors import seed_of
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ class Sampler:
 
     def generator(self, number: int) -> torch.Generator:
         """The random generator of sequence `number`."""
-        digest = hashlib.sha256(f"{self.seed} {number}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        return torch.Generator().manual_seed(seed_of(f"{self.seed} {number}"))
 
     def pick(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """The next token of each sequence, [B], from logits [B, V]. ValueError: they are not finite."""

@@ -34,7 +34,7 @@ from tutti.checkpoint.hf_files import read_index
 from tutti.config import Config
 from tutti.core.device import pick_device
 from tutti.model.experts import resolve_experts
-from tutti.model.structure import experts
+from tutti.model.structure import experts, text_model
 from tutti.model.tokenizer import first_line, local_path
 
 log = logging.getLogger(__name__)
@@ -100,8 +100,7 @@ def build_model(
     if type(model_config) not in factory._model_mapping:
         kind = "sequence classifier" if classify else "causal language model"
         raise ValueError(f"model.config_path: transformers has no {kind} for model_type {model_config.model_type}")
-    split = config.train.ulysses_parallel_size * config.train.context_parallel_size > 1
-    attention = resolve_attention(config.model.attn_implementation, device, split=split)
+    attention = resolve_attention(config.model.attn_implementation, device)
     with torch.device("meta"):
         model = factory.from_config(
             model_config,
@@ -115,6 +114,19 @@ def build_model(
     if config.model.model_path and model.can_generate():
         _read_generation_config(model, Path(config.model.model_path))
     return model.train()
+
+
+def check_packable(model: PreTrainedModel) -> None:
+    """Raise ValueError for a model that would carry something from one packed sample into the next."""
+    known = {"full_attention", "sliding_attention"}
+    others = sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - known)
+    language: Any = text_model(model)
+    if others or language._is_stateful or not language._supports_attention_backend:
+        kind = f"of type {', '.join(others)}" if others else "that mix tokens otherwise than by attention"
+        raise ValueError(
+            f"{model.config.model_type} has layers {kind}, which would leak from one packed sample into the next; "
+            "models of full and sliding-window attention can be trained"
+        )
 
 
 def turn_off_dropout(model: nn.Module) -> None:

@@ -30,8 +30,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tutti.core.batch import SequenceRanks
-from tutti.parallel.sequence import gather_parts
-from tutti.parallel.tensor import TensorRanks
+from tutti.core.collectives import RankGroup, gather_over
 
 _KINDS = (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw"))
 """What is encoded: its name, and the names of its values and sizes among the arguments of a forward."""
@@ -49,7 +48,7 @@ class Encoders(NamedTuple):
     place: int
 
 
-def encoders(ranks: SequenceRanks, tensor: TensorRanks | None) -> Encoders:
+def encoders(ranks: SequenceRanks, tensor: RankGroup | None) -> Encoders:
     """The ranks that share a batch, those of a tensor group among them."""
     axes = [] if tensor is None else [(tensor.group, tensor.size, tensor.rank)]
     axes.append((ranks.ulysses_group, ranks.ulysses_size, ranks.ulysses_rank))
@@ -139,7 +138,7 @@ def _share(method: Any, values: str, sizes: str, images: _Images, ranks: Encoder
         mine = sum(each[first:last])
         assert mine in (0, len(rows)), "rows of features that do not go by the size of their image"
         padded[:mine] = rows[:mine]
-        gathered = gather_parts(padded, ranks.groups).split(longest)
+        gathered = gather_over(padded, ranks.groups).split(longest)
         joined = torch.cat([part[: sum(each[begin:end])] for part, (begin, end) in zip(gathered, parts, strict=True)])
         return joined.split(each) if by_image else joined
 

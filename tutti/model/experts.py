@@ -15,10 +15,9 @@ The layouts that occur are the class's own attributes: `has_gate` (gate and up i
 splits it, halves or interleaved), `has_bias`, `is_transposed` ([E, in, out] instead of [E, out, in]) and
 `has_post_expert_norm`.
 
-Where the experts are divided among ranks (an `exchange` is on the layer, see `tutti.parallel.expert`), the sorted
-tokens travel before step 2 and come back after it, and either kind of product runs on the local experts. How many
-tokens chose each expert is counted on the way, where a layer has been given an `expert_load` to count in
-(`ExpertLoad`).
+Where the experts are divided among ranks (the layer has an exchange, see `tutti.parallel.expert`), the sorted tokens
+travel before step 2 and come back after it, and either kind of product runs on the local experts. How many tokens chose
+each expert is counted on the way, where a layer has been given counts to add to (`ExpertLoad`).
 
 Shapes: N tokens, H hidden size, E experts, k experts a token, S = N * k pairs.
 """
@@ -39,7 +38,8 @@ from torch.nn.functional import grouped_mm
 from transformers.integrations.moe import ExpertsInterface
 
 from tutti.core.batch import Batch
-from tutti.core.rehearsal import on_accelerator
+from tutti.core.device import on_accelerator
+from tutti.core.modules import extras, put_on
 from tutti.model.lora import adapter_for
 from tutti.model.quantized import product
 from tutti.parallel.expert import inverse
@@ -70,7 +70,7 @@ def fused_experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) 
 
 def eager_experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """Run the experts by the layer's own loop over them; arguments as for `fused_experts`."""
-    if _exchange(module) is not None:
+    if extras(module).exchange is not None:
         return _by_expert(module, hidden, chosen, weights, _one_by_one)
     _count(module, chosen)
     return _own_loop(module)(module, hidden, chosen, weights)
@@ -86,17 +86,13 @@ def _by_expert(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, pro
     counts = torch.bincount(experts, minlength=module.num_experts)
     _count(module, chosen)
     rows = hidden[order // num_chosen]
-    exchange = _exchange(module)
+    exchange = extras(module).exchange
     if exchange is None:
         out = products(module, rows, experts, counts)
     else:
         out = exchange(rows, counts, partial(products, _LocalExperts(module)))
     weighted = out * weights.flatten()[order, None]
     return weighted[inverse(order)].view(num_tokens, num_chosen, -1).sum(dim=1).to(hidden.dtype)
-
-
-def _exchange(module: Any) -> Any:
-    return getattr(module, "exchange", None)
 
 
 @dataclass
@@ -111,7 +107,7 @@ class _LayerLoad:
 
 
 def _count(module: Any, chosen: Tensor) -> None:
-    load = getattr(module, "expert_load", None)
+    load = extras(module).expert_load
     if load is None or not load.real:
         return
     real = load.real[load.part]
@@ -135,7 +131,7 @@ class ExpertLoad:
         self._counts = torch.zeros(sum(self._sizes), dtype=torch.int64, device=device)
         self._loads = [_LayerLoad(counts) for counts in self._counts.split(self._sizes)]
         for layer, load in zip(layers, self._loads, strict=True):
-            layer.expert_load = load
+            put_on(layer, expert_load=load)
         if self._sizes:
             root.register_forward_pre_hook(self._begin)
             root.register_forward_hook(self._end)
@@ -192,7 +188,7 @@ class _LocalExperts:
 
     @property
     def num_experts(self) -> int:
-        return self._module.num_experts // self._module.exchange.group.size()
+        return self._module.num_experts // extras(self._module).exchange.group.size()
 
 
 def _grouped(module: Any, rows: Tensor, experts: Tensor, counts: Tensor) -> Tensor:

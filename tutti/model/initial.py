@@ -15,7 +15,6 @@ classifier its new head.
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from transformers import PreTrainedModel
 from transformers.distributed.sharding_utils import DtensorShardOperation
 from transformers.initialization import no_tie_weights
 
+from tutti.core.tensors import local_part, seed_of
 from tutti.model.structure import ADAPTER_MARK, model_class
 
 
@@ -73,11 +73,6 @@ def _with_storage(tensor: Tensor, device: torch.device) -> Tensor:
             local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
         )
     return nn.Parameter(local, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else local
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, sharing its storage."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def own_block(target: Tensor) -> tuple[slice, ...] | None:
@@ -142,7 +137,6 @@ class _Unit:
 
     def run(self, seed: int, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
         """The tensors' full values: parameters in fp32, buffers in the model's dtype."""
-        digest = hashlib.sha256(f"{seed} {min(self.names)}".encode()).digest()
         made: dict[str, Tensor] = {}
         kept: dict[str, Tensor] = {}
         for name, (module, leaf) in self.names.items():
@@ -152,7 +146,7 @@ class _Unit:
             made[name] = torch.full(kept[name].shape, _blank(dtype), dtype=dtype)
             _store(module, leaf)[leaf] = nn.Parameter(made[name], requires_grad=False) if is_parameter else made[name]
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            torch.default_generator.manual_seed(seed_of(f"{seed} {min(self.names)}"))
             for rule, module in self.steps:
                 rule(module)
         for name, (module, leaf) in self.names.items():

@@ -29,12 +29,12 @@ Shapes: r rank, E experts; A [(E,) r, in], B [(E,) out, r], offset [(E,) out].
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -45,7 +45,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tutti.core.dist import World
-from tutti.model.initial import local_part, own_part
+from tutti.core.modules import Forward, extras, put_on, unwrap_forward, wrap_forward
+from tutti.core.tensors import local_part, seed_of
+from tutti.model.initial import own_part
 from tutti.model.quantized import packing_of, product, whole_weight
 from tutti.model.structure import ADAPTER_MARK, blocks, head, is_classifier, is_experts
 from tutti.parallel.tensor import WHOLE, LinearShard
@@ -205,7 +207,7 @@ def add_adapters(model: PreTrainedModel, lora: Lora, frozen_dtype: torch.dtype) 
             "unset, or name the layers to adapt without the experts in train.lora_targets"
         )
     _freeze(model, trained, frozen_dtype)
-    model.__dict__["lora"] = lora
+    put_on(model, lora=lora)
     added: list[str] = []
     for name, (module, weight) in targets.items():
         transposed = isinstance(module, Conv1D) or bool(is_experts(module) and module.is_transposed)
@@ -216,12 +218,16 @@ def add_adapters(model: PreTrainedModel, lora: Lora, frozen_dtype: torch.dtype) 
             module.register_parameter(leaf, nn.Parameter(torch.empty(shape, dtype=dtype, device=base.device)))
             owner = name.removesuffix(f".{weight}") if is_experts(module) else name
             added.append(f"{owner}.{leaf}")
-        held: dict[str, Adapter] = module.__dict__.setdefault("low_rank", {})
-        held[weight] = adapter
+        put_on(module, adapters=extras(module).adapters | {weight: adapter})
         if not is_experts(module):
-            module.forward = MethodType(_adapted, module)
+            wrap_forward(module, "adapter", partial(_adapting, module))
     model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or ()), ADAPTER_MARK]
     model._keys_to_ignore_on_save = [*(model._keys_to_ignore_on_save or ()), *added]
+
+
+def _adapting(module: Any, forward: Forward) -> Forward:
+    """A method, so that a copy of the module has it bound to the copy; it takes the place of the class's own."""
+    return MethodType(_adapted, module)
 
 
 def _adapted(module: Any, inputs: Tensor) -> Tensor:
@@ -243,17 +249,17 @@ def _frozen_product(module: Any, inputs: Tensor, share: LinearShard = WHOLE) -> 
 
 def adapter_for(module: Any, weight: str) -> Adapter | None:
     """The adapter of the parameter of this name in `module` (or what stands for it), if it has one."""
-    return getattr(module, "low_rank", {}).get(weight)
+    return extras(module).adapters.get(weight)
 
 
 def adapters(model: nn.Module) -> list[tuple[nn.Module, Adapter]]:
     """Every adapter of `model` with the module that holds it, in the order of modules."""
-    return [(module, item) for module in model.modules() for item in module.__dict__.get("low_rank", {}).values()]
+    return [(module, item) for module in model.modules() for item in extras(module).adapters.values()]
 
 
 def lora_of(model: nn.Module) -> Lora | None:
     """The settings of the adapters in `model`; None for a model that trains as a whole."""
-    return model.__dict__.get("lora")
+    return extras(model).lora
 
 
 def modules_to_save(model: nn.Module) -> dict[str, nn.Module]:
@@ -268,14 +274,14 @@ def modules_to_save(model: nn.Module) -> dict[str, nn.Module]:
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Compute without the adapters' changes: as the base model, if no module is trained whole."""
-    held = [(module, module.__dict__["low_rank"]) for module in model.modules() if "low_rank" in module.__dict__]
-    for module, _ in held:
-        module.__dict__["low_rank"] = {}
+    adapted = [(module, extras(module).adapters) for module in model.modules() if extras(module).adapters]
+    for module, _ in adapted:
+        put_on(module, adapters={})
     try:
         yield
     finally:
-        for module, before in held:
-            module.__dict__["low_rank"] = before
+        for module, before in adapted:
+            put_on(module, adapters=before)
 
 
 def init_adapters(model: nn.Module, seed: int) -> None:
@@ -283,8 +289,7 @@ def init_adapters(model: nn.Module, seed: int) -> None:
     zero, so that the adapted model begins as the base."""
     for module, adapter in adapters(model):
         A, B, offset = adapter.factors(module)
-        digest = hashlib.sha256(f"{seed} {adapter.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        generator = torch.Generator().manual_seed(seed_of(f"{seed} {adapter.name}"))
         bound = 1 / math.sqrt(A.shape[-1])
         drawn = torch.empty(A.shape).uniform_(-bound, bound, generator=generator)
         local_part(A).copy_(own_part(drawn, A))
@@ -323,9 +328,10 @@ def merge(model: PreTrainedModel) -> None:
         for leaf in Factors.names(adapter.weight):
             module._parameters.pop(leaf, None)
     for module in model.modules():
-        if module.__dict__.pop("low_rank", None) is not None:
-            module.__dict__.pop("forward", None)
-    model.__dict__.pop("lora", None)
+        if extras(module).adapters:
+            unwrap_forward(module)
+            put_on(module, adapters={})
+    put_on(model, lora=None)
 
 
 def listed(names: Sequence[str]) -> str:

@@ -41,15 +41,16 @@ from tutti.attention.interface import border_kwargs
 from tutti.config import ConfigError, TrainConfig
 from tutti.config.layout import Layout
 from tutti.core.batch import Batch, FullTokens
+from tutti.core.collectives import RankGroup
 from tutti.core.structure import ModelStructure
 from tutti.model.encoder_parallel import encode_apart, encoders
 from tutti.parallel.pipeline.stage import Passed, Stage
-from tutti.parallel.tensor import TensorRanks, local_parameters
+from tutti.parallel.tensor import local_parameters
 
 _ALONG = {"inputs_embeds": 1, "position_ids": -1, "visual_pos_masks": -1}
 """What lies along the tokens of what a language model is handed, and in which dimension."""
 
-_BESIDE = {"attention_mask", "deepstack_visual_embeds", "cu_seq_lens_q", "cu_seq_lens_k"}
+_BESIDE = {"attention_mask", "deepstack_visual_embeds", "cu_seq_lens_q", "cu_seq_lens_k", "borders"}
 """What does not, and is known."""
 
 
@@ -66,9 +67,6 @@ def check_multimodal(structure: ModelStructure, layout: Layout, train: TrainConf
         )
     problems = []
     masks = "token_type_ids" in inspect.signature(structure.decoder.forward).parameters
-    language: Any = structure.text_model
-    if masks and "flash" in (language.config._attn_implementation or ""):
-        problems.append(f"model.attn_implementation: {name} has a mask that this package does not take; set sdpa")
     if masks and layout.pipeline > 1:
         problems.append(
             f"train.pipeline_parallel_size: {name} attends to its tokens by a mask of its own, which only the first "
@@ -99,7 +97,7 @@ class MultimodalForward:
     tensor: the ranks that cut the row among themselves within the language model.
     """
 
-    def __init__(self, structure: ModelStructure, tensor: TensorRanks | None) -> None:
+    def __init__(self, structure: ModelStructure, tensor: RankGroup | None) -> None:
         self._decoder, self._tensor = structure.decoder, tensor
         # Towers, and what has parameters of its own around them and the language model.
         language = set(structure.text_model.modules())

@@ -6,13 +6,15 @@ gathered once for the recomputation and the backward pass together) and module a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from tutti.core.modules import Forward, wrap_forward
 
 
 def checkpoint_activations(blocks: Iterable[nn.Module], *, reentrant: bool) -> None:
@@ -22,17 +24,17 @@ def checkpoint_activations(blocks: Iterable[nn.Module], *, reentrant: bool) -> N
     once; otherwise saved-tensor hooks.
     """
     for block in blocks:
-        block.forward = _checkpointed(block, block.forward, reentrant)
+        wrap_forward(block, "checkpoint", partial(_checkpointed, block=block, reentrant=reentrant))
 
 
-def _checkpointed(block: nn.Module, forward: Callable[..., Any], reentrant: bool) -> Callable[..., Any]:
+def _checkpointed(forward: Forward, block: nn.Module, reentrant: bool) -> Forward:
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         if not block.training:
             return forward(*args, **kwargs)
         # The reentrant mechanism takes positional arguments alone; of the keyword arguments none needs a gradient.
         if reentrant and not any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            # What comes before the block is frozen; nothing of the block would get a gradient.
+            # All before the block is frozen; without such an input the block's own parameters would get no gradient.
             args = tuple(_requiring_grad(arg) for arg in args)
         return checkpoint(partial(forward, **kwargs), *args, use_reentrant=reentrant)
 

@@ -1,23 +1,23 @@
-"""Activations in host memory: what a block saves for its backward pass leaves the device and comes back in time.
+"""Activations in host memory: tensors that a block saves for its backward pass leave the device and return in time.
 
 Saved-tensor hooks around each block's forward see everything that autograd, custom operators included, keeps for the
-backward pass. With activation checkpointing, that is the block's input alone. All of it makes the trip but
+backward pass. With activation checkpointing, that is the block's input alone. Two kinds stay on the device:
 
-- parameters, which FSDP frees and gathers by itself, and what all blocks are handed alike (rotary embeddings, borders);
+- parameters, which FSDP frees and gathers by itself, and what all blocks are given (rotary embeddings, borders);
 - small ones, for which starting a copy takes longer than the copy.
 
-1. Memory goes as whole storages: several saved views of one storage, or one tensor saved twice, are one copy.
+1. Memory moves as whole storages: several saved views of one storage, or one tensor saved twice, are one copy.
 2. They queue up as they are saved. At the end of a block, while more than train.activation_gpu_limit is on the device,
    the oldest ones start for pinned host memory on a side stream, under the next block's computation, and the device
-   memory of those that left after the block before is given back. So what stays on the device is what was saved last,
-   which the backward pass needs first.
-3. As the backward pass comes to a block, it waits for that block's storages, and those of the block before it start
-   to come back meanwhile.
+   memory of those that left after the block before is given back. So the device keeps what was saved last, which the
+   backward pass needs first.
+3. As the backward pass reaches a block, it waits for that block's storages, and those of the block before it start to
+   return meanwhile.
 
-In a pipeline several micro batches are under way at once. What the earlier ones have on the device stays there, since
-their backward passes come first, and counts: a later one moves all that is beyond the limit. Where gradients of inputs
-are computed before those of parameters (zero bubble), a block is come by twice. Between the two, only the host has what
-had left the device; the second time, which needs little of it, storages come back one by one.
+In a pipeline several micro batches are under way at once. The storages that earlier ones have on the device stay there,
+since their backward passes come first, and count: a later one moves all that is beyond the limit. Where gradients of
+inputs are computed before those of parameters (zero bubble), the backward pass reaches a block twice. Between the two,
+offloaded storages are on the host alone; the second time, which needs little of them, they return one by one.
 
 The compute stream waits for an event before memory that the side stream has read or written is reused, so that the
 host never waits. On the CPU the same happens with plain copies and nothing to overlap.
@@ -28,19 +28,20 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from tutti.core.rehearsal import in_host_memory, is_plain
+from tutti.core.modules import Forward, wrap_forward
+from tutti.core.tensors import local_part
 
 log = logging.getLogger(__name__)
 
@@ -49,17 +50,17 @@ SMALL = 2**14
 
 
 def offload_activations(root: nn.Module, blocks: Sequence[nn.Module], device_type: str, limit_gb: float) -> Offloader:
-    """Have `blocks`, which `root` runs one after the other, move what they save in training to host memory, but for
-    `limit_gb` * 10^9 bytes."""
+    """Have `blocks`, which `root` runs one after the other, move the tensors that they save in training to host memory,
+    except for `limit_gb` * 10^9 bytes."""
     offloader = Offloader(torch.device(device_type), int(limit_gb * 1e9))
     root.register_forward_pre_hook(lambda *_: offloader.begin())
     root.register_forward_hook(lambda *_: offloader.end())
     for block in blocks:
-        block.forward = _offloaded(block, block.forward, offloader)
+        wrap_forward(block, "offload", partial(_offloaded, block=block, offloader=offloader))
     return offloader
 
 
-def _offloaded(block: nn.Module, forward: Callable[..., Any], offloader: Offloader) -> Callable[..., Any]:
+def _offloaded(forward: Forward, block: nn.Module, offloader: Offloader) -> Forward:
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         if not (block.training and torch.is_grad_enabled()):
@@ -75,15 +76,14 @@ def _offloaded(block: nn.Module, forward: Callable[..., Any], offloader: Offload
 
 
 class _Storages(frozenset[int]):
-    """What some tensors' memory is known by, whether it has bytes at the moment or not."""
+    """The identities of some tensors' storages, whether these have bytes at the moment or not."""
 
     def __new__(cls, tensors: Iterable[Tensor]) -> _Storages:
-        locals_ = (tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor in tensors)
-        return super().__new__(cls, (tensor.untyped_storage()._cdata for tensor in locals_))
+        return super().__new__(cls, (local_part(tensor).untyped_storage()._cdata for tensor in tensors))
 
 
 class _Staying:
-    """Which memory a block does not save itself: that of its parameters and of what all blocks are given."""
+    """The storages that stay on the device: those of a block's parameters and of what all blocks are given."""
 
     def __init__(self, block: nn.Module, shared: _Storages) -> None:
         self._block, self._shared = block, shared
@@ -100,7 +100,7 @@ class _Staying:
 class _Stored:
     """A storage that was saved, wherever its bytes are: `source` on the device, `host`, or `back` on the device.
 
-    source: an alias of the tensor that was saved first, which tells of writes since. The others are bytes.
+    source: an alias of the tensor that was saved first, whose version counts writes since. The others are bytes.
     """
 
     def __init__(self, source: Tensor) -> None:
@@ -125,7 +125,7 @@ class _Stored:
 
 
 class _Group:
-    """What one block saved in one forward pass; it lives as long as autograd keeps any of it."""
+    """The storages that one block saved in one forward pass; it lives as long as autograd keeps any of them."""
 
     def __init__(self, staying: _Staying, previous: _Group | None) -> None:
         self.staying: _Staying | None = staying
@@ -135,16 +135,16 @@ class _Group:
         self.event: Any = None
 
     def alive(self) -> list[_Stored]:
-        """What autograd keeps of it, each storage once."""
+        """The storages that autograd keeps, each once."""
         return list(dict.fromkeys(stored for item in self.stored if (stored := item()) is not None))
 
     def absent(self) -> list[_Stored]:
-        """What of it only the host has."""
+        """The storages that only the host has."""
         return [stored for stored in self.alive() if stored.source is None and stored.back is None]
 
 
 class _Saved(NamedTuple):
-    """What autograd holds in place of a tensor: a view of a storage."""
+    """A view of a storage, which autograd holds in place of a tensor."""
 
     stored: _Stored
     group: _Group
@@ -200,7 +200,7 @@ class Offloader:
         return self._newest
 
     def pack(self, tensor: Tensor, group: _Group) -> Any:
-        """What autograd is to keep for `tensor`, which the block of `group` saves."""
+        """The object that autograd is to keep for `tensor`, which the block of `group` saves."""
         if not self._moves(tensor, group):
             return tensor
         key = tensor.untyped_storage()._cdata, tensor._version
@@ -213,14 +213,16 @@ class Offloader:
         return _Saved(stored, group, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def _moves(self, tensor: Tensor, group: _Group) -> bool:
-        if not is_plain(tensor) or tensor.layout != torch.strided or tensor.device.type != self._device.type:
+        if isinstance(tensor, nn.Parameter) or is_traceable_wrapper_subclass(tensor):  # DTensors, gathered elsewhere
+            return False
+        if tensor.layout != torch.strided or tensor.device.type != self._device.type:
             return False
         storage = tensor.untyped_storage()
         assert group.staying is not None
         return storage.nbytes() >= SMALL and storage._cdata not in group.staying
 
     def leave(self) -> None:
-        """A block's forward pass has ended: send on its way what exceeds the limit."""
+        """A block's forward pass has ended: send away what exceeds the limit."""
         self._settle()
         moving = []
         while self.kept_bytes > self._limit:  # which earlier forward passes alone never exceed
@@ -241,12 +243,13 @@ class Offloader:
                 assert stored.source is not None
                 stored.require_unchanged(stored.source)
                 sources.append(stored.source)
-                stored.host = self._beside.to_host(_bytes_of(stored.source))
+                as_bytes = stored.source.new_empty(0, dtype=torch.uint8).set_(stored.source.untyped_storage())
+                stored.host = to_host(as_bytes, self._beside.pinned)
                 stored.source = None
         self._leaving.append((self._beside.mark(), moving, sources))
 
     def _settle(self) -> None:
-        """Give back the device memory of what has left."""
+        """Give back the device memory of storages that have left."""
         for event, moving, sources in self._leaving:
             self._beside.wait(event)
             for stored, source in zip(moving, sources, strict=True):
@@ -285,7 +288,7 @@ class Offloader:
         self._arriving.pop(group, None)
 
     def _come_to(self, group: _Group | None) -> None:
-        """Give back the device memory of what came back for the block before, if autograd keeps it for another time."""
+        """Turn to the block of `group`: what returned for the last one, and autograd keeps, leaves the device again."""
         if self._current is not None:
             needed = {stored for each in (group, group and group.previous) if each for stored in each.alive()}
             for stored in self._current.alive():
@@ -294,7 +297,7 @@ class Offloader:
         self._current = group
 
     def _fetch(self, absent: Sequence[_Stored]) -> Any:
-        """Have storages come back; the event after which they are there."""
+        """Start the return of storages; the event after which they are there."""
         # On the compute stream, which they belong to; it waits for the copies before it reads them.
         for stored in absent:
             assert stored.host is not None
@@ -320,9 +323,16 @@ class Offloader:
         )
 
 
-def _bytes_of(tensor: Tensor) -> Tensor:
-    """All of the storage under `tensor`, as bytes."""
-    return tensor.new_empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+@torch.library.custom_op("tutti::to_host", mutates_args=())
+def to_host(memory: Tensor, pinned: bool) -> Tensor:
+    """A copy of `memory` in the host's, under way on the current stream; torch's allocator of pinned memory pools."""
+    host = memory.new_empty(memory.shape, device="cpu", pin_memory=pinned)
+    return host.copy_(memory, non_blocking=True)
+
+
+@to_host.register_fake
+def _(memory: Tensor, pinned: bool) -> Tensor:
+    return memory.new_empty(memory.shape, device="cpu")
 
 
 class _SideStream:
@@ -334,7 +344,7 @@ class _SideStream:
 
     @contextmanager
     def copying(self) -> Iterator[None]:
-        """What is copied within happens after all that the computing stream has been given so far."""
+        """Make copies within after all that the computing stream has been given so far."""
         if self._stream is None:
             yield
             return
@@ -342,10 +352,10 @@ class _SideStream:
         with self._module.stream(self._stream):
             yield
 
-    def to_host(self, memory: Tensor) -> Tensor:
-        """A copy under way in host memory; torch's allocator of pinned memory keeps a pool."""
-        host = memory.new_empty(memory.shape, device="cpu", pin_memory=self._stream is not None)
-        return in_host_memory(host.copy_(memory, non_blocking=True))
+    @property
+    def pinned(self) -> bool:
+        """True where copies in host memory are to be page-locked."""
+        return self._stream is not None
 
     def mark(self) -> Any:
         """An event after all copies so far."""

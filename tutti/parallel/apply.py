@@ -1,26 +1,29 @@
 """`parallelize`: everything that is done to a model so that it trains on many ranks, in one order, on one page.
 
-1. experts: each rank keeps its share of every experts layer, and tokens travel;
-2. tensor: each rank keeps its share of every matrix, and collectives lie around attention and MLP;
-3. ulysses: with train.async_enabled, values set out early (attention itself does the rest, and the ring);
-4. compile: each repeated block's forward (one compilation serves all blocks of a shape), on local parameters;
-5. remat: activation checkpointing around it;
-6. invariant: samples go through it one by one, with train.enable_batch_invariant_mode;
-7. offload: what is still kept for the backward pass goes to host memory;
-8. fsdp: parameters sharded or copied, mixed precision, a unit a block, gathering outside of the two above.
+1. Experts: each rank keeps its share of every experts layer, and tokens travel.
+2. Tensor: each rank keeps its share of every matrix, and collectives go around attention and MLP.
+3. Ulysses: with train.async_enabled, values are sent early. (Attention itself does the rest of Ulysses, and the ring.)
+4. Compile: each repeated block's forward, on local parameters; one compilation serves all blocks of a shape.
+5. Activation checkpointing around it.
+6. Batch invariance: with train.enable_batch_invariant_mode, samples go through it one by one.
+7. Activation offload: tensors that are still kept for the backward pass go to host memory.
+8. FSDP: parameters are sharded or copied, in mixed precision, a unit a block. It gathers outside of all the above.
 
-The model may be on the meta device; weights are loaded afterwards, each rank reading its own slices.
+Steps 2 to 7 wrap forwards, in the order of `tutti.core.modules`; the log says how. The model may be on the meta device;
+weights are loaded afterwards, each rank reading its own slices.
 """
 
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import torch
 from torch import nn
 
 from tutti.attention.ulysses import overlap_values
 from tutti.config import TrainConfig
+from tutti.core.modules import describe_wrappers, wrap_forward
 from tutti.core.structure import ModelStructure
 from tutti.parallel.activation_checkpoint import checkpoint_activations
 from tutti.parallel.activation_offload import offload_activations
@@ -44,7 +47,7 @@ def parallelize(
     checkpointed, and else belong to the root.
     """
     blocks, basic, towers = [block for _, block in structure.blocks], structure.basic, structure.tower_blocks
-    divide_experts(structure.experts, mesh, apart=train.enable_batch_invariant_mode)
+    divide_experts(structure.experts, mesh, isolated=train.enable_batch_invariant_mode)
     if plan is not None:
         split_tensors(root, plan, mesh)
     sharing = sequence_ranks(mesh)
@@ -53,10 +56,10 @@ def parallelize(
     if train.enable_compile:
         for block in blocks:
             # Packed batches differ in length from one to the next, unless they are padded.
-            block.forward = torch.compile(block.forward, dynamic=None if train.pad_to_length else True)
+            wrap_forward(block, "compile", partial(torch.compile, dynamic=None if train.pad_to_length else True))
     if plan is not None:
         divided = divided_experts(root)
-        use_local((*undivided_parts(divided), *basic, *towers, *blocks, root), apart=divided)
+        use_local((*undivided_parts(divided), *basic, *towers, *blocks, root), skip=divided)
     if train.enable_gradient_checkpointing:
         checkpoint_activations(
             (*towers, *blocks), reentrant=train.enable_reentrant and not _reads_within(root) and not _in_parts(train)
@@ -66,18 +69,24 @@ def parallelize(
     if train.enable_activation_offload:
         offload_activations(root, blocks, mesh.grid.device_type, train.activation_gpu_limit)
     shard(root, (*basic, *blocks), mesh, train)
+    if blocks:
+        worn = describe_wrappers(blocks[0]) or "nothing"
+        log.info("parallelize: %s; around the first of %d blocks: %s", mesh, len(blocks), worn)
 
 
 def _in_parts(train: TrainConfig) -> bool:
-    """Whether a backward pass asks for some gradients alone, which remat that is reentrant cannot give."""
+    """True where a backward pass asks for some gradients alone, which reentrant checkpointing cannot give.
+
+    Logs a line where it is so.
+    """
     if postpones(train):
         log.info("zero_bubble needs checkpointing that is not reentrant: train.enable_reentrant counts as false")
     return postpones(train)
 
 
 def _reads_within(root: nn.Module) -> bool:
-    """Whether the loss takes something out of the blocks beside what they return, a router's logits: only remat that
-    is not reentrant gives that a gradient. Logs a line where it is so."""
+    """True where the loss reads routers' logits, which blocks do not return: reentrant checkpointing gives them no
+    gradient. Logs a line where it is so."""
     reads = bool(getattr(root, "has_router_loss", False))
     if reads:
         log.info("the router loss needs checkpointing that is not reentrant: train.enable_reentrant counts as false")

@@ -1,21 +1,21 @@
-"""Batch-invariant computation: what the model says of a sample does not depend, bit for bit, on the rest of its batch.
+"""Batch-invariant computation: the result for a sample does not depend, bit for bit, on the rest of its batch.
 
 Floating-point sums depend on their order, and the order on a tensor's shape: matrix products pick their tiles by the
 number of rows, vectorised functions treat the last few elements of a thread's share otherwise, reductions and grouped
 products split by size. No list of such kernels is ever complete. So instead of replacing them, everything is computed
 sample by sample: a packed batch is cut at its samples' borders before each block (and before whatever else the decoder
 runs, such as rotary embeddings and the final norm), each sample goes through on its own, in memory of its own, and the
-results are laid end to end again. All that a kernel could go by, shape and alignment, is then the sample's. The head is
-applied to each sample's rows alike (`tutti.train.loss`).
+results are laid end to end again. Shape and alignment, all that a kernel could choose by, are then the sample's. The
+head is applied to each sample's rows alike (`tutti.train.loss`).
 
 It is done within the units that FSDP gathers, so parameters travel once a batch, as ever. The price is that of products
-with fewer rows: what packing gains for short samples is lost again.
+with fewer rows: the gain of packing for short samples is lost again.
 
 Where ranks share samples, each sample is split among them as if it were alone (`tutti.parallel.sequence`), and so every
 collective is about one sample, and its sums are in an order that depends on that sample's length. Ranks that have other
 samples meet within a block where tokens travel to experts, and where FSDP gathers a part of the block by itself. So all
-run as many samples, for which batches are padded by samples of one token, and experts compute on what each rank has
-sent apart from the rest.
+run as many samples, for which batches are padded by samples of one token, and experts compute a product for the rows of
+each rank.
 
 Not with torch.compile: which of its kernels a sample gets depends on the lengths it has been compiled for before.
 
@@ -24,8 +24,8 @@ Shapes: T tokens of S samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import wraps
+from collections.abc import Iterable, Iterator
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -34,19 +34,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tutti.core.batch import Batch
+from tutti.core.modules import Forward, wrap_forward
 from tutti.parallel.sequence import add_fillers
 
 
 def separate_samples(root: nn.Module, blocks: Iterable[nn.Module]) -> None:
-    """Have `blocks`, and all modules below `root` that are not around them, run one sample after the other, in place.
+    """Have `blocks`, and the modules below `root` that are not around them, run one sample after the other, in place.
 
-    `root` is called with a `Batch` first.
+    `root` is called with a `Batch` as its first argument.
     """
     samples = _Samples()
     root.register_forward_pre_hook(samples.note)
     known = set(blocks)
     for module in (*known, *_beside(root, known)):
-        module.forward = _by_sample(module.forward, samples)
+        wrap_forward(module, "by sample", partial(_by_sample, samples=samples))
 
 
 def _beside(module: nn.Module, blocks: set[nn.Module]) -> Iterator[nn.Module]:
@@ -72,8 +73,8 @@ def equal_counts(batch: Batch, groups: Iterable[dist.ProcessGroup], device: torc
 class _Samples:
     """The samples of the batch that is being run.
 
-    lengths: of each, the tokens that this rank is given, and those of them that it has to itself where tensor ranks
-    divide them between the parts of a block. known: what attention is to know of each.
+    lengths: the tokens of each that this rank is given; where tensor ranks divide these between the parts of a block,
+    then those that it has to itself. known: the arguments that tell attention of each sample.
     """
 
     def __init__(self) -> None:
@@ -81,19 +82,21 @@ class _Samples:
         self.known: list[dict[str, Any]] = []
 
     def note(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """A forward hook of the root. Waits for the device, to learn the lengths."""
+        """A forward hook of the root."""
         (batch,) = args
         assert isinstance(batch, Batch)
         if batch.sequence is None:
-            given = batch.cu_seqlens.diff().tolist()
+            host = batch.cu_seqlens if batch.borders is None else batch.borders
+            given = host.diff().tolist()
             borders = [pair - pair[0] for pair in batch.cu_seqlens.unfold(0, 2, 1)]
+            own = [torch.tensor([0, length], dtype=host.dtype) for length in given]
             self.lengths = [given]
-            self.known = [_known(*each) for each in zip(borders, given, strict=True)]
+            self.known = [_known(*each) for each in zip(borders, own, given, strict=True)]
             return
         parts, divided = batch.sequence.parts, batch.sequence.ranks.tensor_size
         given = [part.share for part in parts]
         self.lengths = [given, [length // divided for length in given]]
-        self.known = [_known(part.cu_seqlens, part.max_seqlen) | {"whole": part} for part in parts]
+        self.known = [_known(part.cu_seqlens, part.borders, part.max_seqlen) | {"whole": part} for part in parts]
 
     def cut(self, leaf: Any) -> list[Any]:
         """An argument for each of the samples: its own part, in its own memory, of what lies along the tokens."""
@@ -119,11 +122,17 @@ class _Samples:
         return column[0]
 
 
-def _known(borders: Tensor, longest: int) -> dict[str, Any]:
-    return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
+def _known(cu_seqlens: Tensor, borders: Tensor, longest: int) -> dict[str, Any]:
+    return {
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "borders": borders,
+    }
 
 
-def _by_sample(forward: Callable[..., Any], samples: _Samples) -> Callable[..., Any]:
+def _by_sample(forward: Forward, samples: _Samples) -> Forward:
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         leaves, spec = tree_flatten((args, kwargs))

@@ -1,14 +1,14 @@
 """Data parallelism and mixed precision, all of it on one engine: torch's `fully_shard` (FSDP2).
 
 ddp is a mesh of copies with one shard each, ZeRO-2 and ZeRO-3 shard, hybrid sharding does both; a single process is a
-mesh of one. So parameters are fp32 DTensors everywhere, computed with in bf16, and reduced in fp32, and a checkpoint
-looks the same whatever made it. Each block is a unit that is gathered (and cast) just before it runs; what is left
-(embedding, final norm, head) belongs to the root. Experts that are divided among ranks are units of their own, on a
-mesh of their own.
+mesh of one. So parameters are fp32 DTensors everywhere, cast to bf16 to compute with, their gradients reduced in fp32,
+and a checkpoint looks the same whatever made it. Each block is a unit that is gathered (and cast) just before it runs;
+all other parameters (embedding, final norm, head) belong to the root. Experts that are divided among ranks are units of
+their own, on a mesh of their own.
 
 fsdp1 is a mode of this engine rather than torch's first FSDP, whose flat parameters would need a second way of loading,
-saving and exporting everything. It is what distinguishes the first generation in use: one switch, full sharding or not,
-and gradients of accumulated micro batches that are summed up whole on each rank and reduced once (less traffic, more
+saving and exporting everything. It has what distinguishes the first generation in use: one switch, full sharding or
+not, and gradients of accumulated micro batches that are summed whole on each rank and reduced once (less traffic, more
 memory), where fsdp2 with full sharding reduces those of every micro batch and keeps only its shard of them.
 
 With train.enable_fsdp_offload shards live in host memory: a unit's parameters are copied to the device as it is
@@ -16,8 +16,8 @@ gathered, its reduced gradients back, and the optimizer runs on the host. Every 
 then, since those of the whole model would otherwise stay on the device.
 
 Neither generation is asked to gather units ahead of FSDP's own order (the next one in the backward pass; in the forward
-pass the host runs ahead). On CPUs it saved no processor time, since gloo's copies take the cores that compute; what it
-would hide on several accelerators can only be measured there.
+pass the host runs ahead). On CPUs it saved no processor time, since gloo's copies take the cores that compute; its
+effect on several accelerators can only be measured there.
 
 Gradients are summed over ranks, not averaged: the loss is divided by the number of targets of the global batch.
 """
@@ -37,8 +37,8 @@ from torch.distributed.tensor import Shard
 from tutti.config import TrainConfig
 from tutti.core.compute_dtype import compute_dtype
 from tutti.parallel.expert import divided_experts, shard_dim, undivided_parts
+from tutti.parallel.grads import sum_replicated
 from tutti.parallel.mesh import Mesh
-from tutti.parallel.tensor import add_up_whole
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,12 @@ def shard(root: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, train: Train
     frees = reshards(train)
     reshard = frees and mesh.num_shards > 1
     if train.data_parallel_mode == "fsdp1":
-        log.info("train.data_parallel_mode fsdp1 runs on the engine of fsdp2, %s", _as_first_generation(train))
+        log.info(
+            "train.data_parallel_mode fsdp1 runs on the engine of fsdp2, with its rules: gathered parameters are %s, "
+            "gradients reduced %s",
+            "freed after each pass" if train.enable_full_shard else "kept until the step's last backward pass",
+            "with every micro batch, as they are offloaded" if offloads(train) else "once, with the last micro batch",
+        )
     divided = divided_experts(root)
     # What runs last is needed first in the backward pass, as the root's own parameters are: it stays gathered.
     last = set(blocks[-1].modules()) if blocks else set()
@@ -81,7 +86,7 @@ def shard(root: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, train: Train
 
 
 def _offload_policy(train: TrainConfig, mesh: Mesh) -> OffloadPolicy:
-    """Where shards live between uses; logs a line where host and device are the same."""
+    """The policy for where shards live between uses. Logs a line where host and device are the same."""
     if not offloads(train):
         return OffloadPolicy()
     on_device = mesh.grid.device_type != "cpu"
@@ -92,27 +97,21 @@ def _offload_policy(train: TrainConfig, mesh: Mesh) -> OffloadPolicy:
     return CPUOffloadPolicy(pin_memory=on_device)
 
 
-def _as_first_generation(train: TrainConfig) -> str:
-    kept = "freed after each pass" if train.enable_full_shard else "kept until the step's last backward pass"
-    reduced = "with every micro batch, as they are offloaded" if offloads(train) else "once, with the last micro batch"
-    return f"with its rules: gathered parameters are {kept}, gradients reduced {reduced}"
-
-
 def reshards(train: TrainConfig) -> bool:
-    """Whether a block's parameters are freed after its forward pass: ZeRO-3, or ZeRO-2 with FSDP2's own switch."""
+    """True where a block's parameters are freed after its forward pass: ZeRO-3, or ZeRO-2 with FSDP2's own switch."""
     mode = train.data_parallel_mode
     asked = mode != "ddp" and (train.enable_full_shard or (mode == "fsdp2" and train.enable_reshard_after_forward))
     return asked and not postpones(train)
 
 
 def postpones(train: TrainConfig) -> bool:
-    """Whether gradients of parameters are computed apart from the rest of a backward pass. FSDP's hooks see nothing of
-    that, so all that a step gathers stays until its end, when gradients are reduced."""
+    """True where gradients of parameters are computed later than the rest of a backward pass. FSDP's hooks see nothing
+    of that, so all that a step gathers stays until its end, when gradients are reduced."""
     return train.pipeline_parallel_size > 1 and train.pipeline_schedule == "zero_bubble"
 
 
 def offloads(train: TrainConfig) -> bool:
-    """Whether parameters, gradients and optimizer state live in host memory."""
+    """True where parameters, gradients and optimizer state live in host memory."""
     return train.data_parallel_mode != "ddp" and train.enable_fsdp_offload
 
 
@@ -121,11 +120,11 @@ def fsdp_modules(root: nn.Module) -> list[FSDPModule]:
 
 
 class GradientSync:
-    """Says before each micro batch of a step whether its gradients are reduced over the ranks at once; ends the step.
+    """Tells FSDP before each micro batch of a step whether to reduce its gradients over the ranks, and ends the step.
 
-    With fsdp2's ZeRO-3 each micro batch's are, so that only shards of gradients exist, and where they are offloaded.
-    Otherwise they are summed up locally and reduced once, with the step's last micro batch. Copies (HSDP) add up what a
-    rank has of them with the last one, too, where that can be. Parameters stay gathered between micro batches where
+    With fsdp2's ZeRO-3, and where gradients are offloaded, each micro batch's are reduced, so that only shards of them
+    exist. Otherwise they are summed locally and reduced once, with the step's last micro batch. Copies (HSDP) sum their
+    shards of them with the last one, too, where that can be. Parameters stay gathered between micro batches where
     train.enable_reshard_after_backward (and ZeRO-3) leave them so; after the last one they are always freed, since the
     optimizer then changes them.
     """
@@ -159,15 +158,14 @@ class GradientSync:
     def finish(self) -> None:
         """Complete the step's gradients, once its last backward pass is over. A collective call.
 
-        Where gradients of parameters are postponed, none was the last one for FSDP, whose hooks had run before: what
-        the passes have left is reduced now.
+        Where gradients of parameters are postponed, FSDP's hooks had run before there were any: they are reduced now.
         """
         if self._postpones:
             self.before(last=True)
             for group in self._groups():
                 group.post_backward()
             fully_shard.state(self._root)._root_post_backward_final_callback()  # type: ignore[attr-defined]
-        add_up_whole(self._root.parameters(), self._mesh)
+        sum_replicated(self._root.parameters(), self._mesh)
 
     def _groups(self) -> Iterator[Any]:
         """FSDP's own records of all units, once it has run."""

@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, or the tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+from tutti.core.tensors import local_part
+from tutti.parallel.mesh import Mesh
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], elsewhere: dist.ProcessGroup | None = None) -> Tensor:
@@ -38,7 +36,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], elsewhere: dist.ProcessGro
             assert not any(placement.is_partial() for placement in grad.placements), "a gradient was not reduced"
             sharded = tuple(dim for dim, placement in enumerate(grad.placements) if not placement.is_replicate())
             key = (grad.device_mesh, sharded)
-        grouped[key].append(local(grad))
+        grouped[key].append(local_part(grad))
     total: Tensor | None = None
     for key, grads in grouped.items():
         norms = torch._foreach_norm(
@@ -63,6 +61,30 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: f
     """Scale all gradients so that their global `norm` is at most `max_norm` (0: leave them), on the device."""
     if max_norm <= 0:
         return
-    grads = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    grads = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
     if grads:
         torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+
+
+def sum_replicated(parameters: Iterable[nn.Parameter], mesh: Mesh) -> None:
+    """Sum over the tensor ranks the gradients of the parameters that each of them holds whole, in one message a dtype.
+
+    A collective call. Parameters are DTensors on the tensor axis (`tutti.parallel.tensor`).
+    """
+    if mesh.size("tensor") == 1:
+        return
+    by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        grad = parameter.grad
+        if isinstance(grad, DTensor) and _is_replicated(grad, "tensor"):
+            by_dtype[grad.dtype].append(local_part(grad))
+    for grads in by_dtype.values():
+        total = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(total, group=mesh.group("tensor"))
+        for grad, part in zip(grads, total.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+
+def _is_replicated(tensor: DTensor, axis: str) -> bool:
+    names = zip(tensor.device_mesh.mesh_dim_names or (), tensor.placements, strict=True)
+    return any(name == axis and placement.is_replicate() for name, placement in names)

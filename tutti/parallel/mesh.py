@@ -73,7 +73,7 @@ class Mesh:
 
     @property
     def num_expert_shards(self) -> int:
-        """The same of the experts that one rank of an expert group holds."""
+        """Number of ranks that a parameter of the experts of one rank is split over by FSDP."""
         return self.expert_fsdp.size(-1)
 
     def __str__(self) -> str:

@@ -8,14 +8,14 @@ All ranks along the context and ulysses axes are given the same packed batch, an
 3. Over the ulysses axis, a context rank's tokens are cut again, into contiguous slices.
 
 Everything but attention looks at one token at a time and runs on the share as it is: embedding, norms, MLPs, experts,
-head and loss. Positions and targets come along with the tokens. Attention is told where the samples of the whole batch
-begin (`GlobalSequence`), and gets at the other tokens by `tutti.attention.ulysses` and `tutti.attention.ring`. What
-lies beside the tokens (images) every rank has whole: see `tutti.model.multimodal`.
+head and loss. Positions and targets are cut with the tokens. Attention knows where the samples of the whole batch begin
+(`GlobalSequence`), and reaches the other tokens by `tutti.attention.ulysses` and `tutti.attention.ring`. Inputs beside
+the tokens (images) stay whole on every rank: see `tutti.model.multimodal`.
 
-Where a sample must not notice what else is in its batch (`tutti.parallel.batch_invariant`), all this is done for each
-sample by itself, as if it were the batch (`split_samples`): its padding and the places where it is cut are its own.
+Where a sample may not depend on the rest of its batch (`tutti.parallel.batch_invariant`), each sample is split by
+itself, as if it were the batch (`split_samples`): its padding and the places where it is cut are its own.
 
-Sums over the shares are sums over the batch, and gradients are summed over all ranks anyway. What is not a sum over
+Sums over the shares are sums over the batch, and gradients are summed over all ranks anyway. A loss that is no sum over
 tokens (the load-balancing loss of a router) is computed from `gather_tokens`.
 """
 
@@ -24,14 +24,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
+from tutti.attention.ring import chunks
 from tutti.core.batch import ALONG_TOKENS, IGNORE, Batch, FullTokens, GlobalSequence, SequenceRanks
+from tutti.core.collectives import gather_over, sum_over
 from tutti.parallel.mesh import Mesh
 
 
@@ -51,19 +51,6 @@ def sequence_ranks(mesh: Mesh) -> SequenceRanks | None:
         # NCCL connects a group in its first call, which all ranks must make; in the ring some may have nothing to send.
         dist.barrier(group=context)
     return ranks if ranks.size * ranks.tensor_size > 1 else None
-
-
-def process_group(name: str) -> dist.ProcessGroup:
-    """The process group that torch knows by `name`."""
-    return _resolve_process_group(GroupName(name))
-
-
-def chunks(rank: int, size: int, length: int) -> list[tuple[int, int]]:
-    """The (first, last + 1) tokens of a batch of `length` that context rank `rank` of `size` holds, ascending."""
-    if size == 1:
-        return [(0, length)]
-    width = length // (2 * size)
-    return [(place * width, (place + 1) * width) for place in (rank, 2 * size - 1 - rank)]
 
 
 def padded_length(length: int, ranks: SequenceRanks) -> int:
@@ -210,18 +197,14 @@ def _extend(value: Tensor, name: str, padding: int) -> Tensor:
 
 
 def sum_shares(tensor: Tensor, whole: GlobalSequence | None) -> Tensor:
-    """The sum of what every rank that shares a batch has of it, on each of them; for backward a constant but for the
-    rank's own part. A collective call where ranks do."""
-    if whole is None or whole.ranks.size == 1:
+    """The sum of `tensor` over the ranks that share a batch, on each of them: see `tutti.core.collectives.sum_over`."""
+    if whole is None:
         return tensor
-    total = tensor.detach().clone()
-    for group_name in (whole.ranks.ulysses_group, whole.ranks.context_group):
-        dist.all_reduce(total, group=process_group(group_name))
-    return tensor + (total - tensor.detach())
+    return sum_over(tensor, (whole.ranks.ulysses_group, whole.ranks.context_group))
 
 
 def gather_tokens(tensor: Tensor, whole: GlobalSequence | None) -> Tensor:
-    """[T, ...] of this rank's tokens -> the same of all of the batch's tokens, in the batch's order, on every rank.
+    """[t, ...] of this rank's tokens -> [T, ...] of all tokens of the batch, in its order, on every rank.
 
     Differentiable: gradients of all ranks are summed. The padding that made the batch divide evenly is left out.
     """
@@ -235,16 +218,7 @@ def gather_tokens(tensor: Tensor, whole: GlobalSequence | None) -> Tensor:
     ]
     real = torch.cat([torch.arange(int(part.borders[-1])) < part.length for part in whole.parts])
     found = torch.cat(places).argsort()[real].to(tensor.device)
-    tensor = _Gather.apply(tensor, ranks.ulysses_group)
-    return _Gather.apply(tensor, ranks.context_group).index_select(0, found)
-
-
-def gather_parts(part: Tensor, groups: Iterable[str]) -> Tensor:
-    """The tensors, of one shape, of all ranks that are together in one of `groups`, end to end; those of the first
-    group lie next to each other. Differentiable: gradients of all ranks are summed."""
-    for name in groups:
-        part = _Gather.apply(part, name)
-    return part
+    return gather_over(tensor, (ranks.ulysses_group, ranks.context_group)).index_select(0, found)
 
 
 def _held_places(whole: GlobalSequence, ranks: SequenceRanks) -> Tensor:
@@ -255,21 +229,3 @@ def _held_places(whole: GlobalSequence, ranks: SequenceRanks) -> Tensor:
         places.append(begin + held_tokens(length, ranks))
         begin += length
     return torch.cat(places)
-
-
-class _Gather(torch.autograd.Function):
-    """The tensors of all ranks of a group, end to end; a rank's gradient is the sum of what all have for it."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group_name: str) -> Tensor:
-        ctx.group = group = process_group(group_name)
-        parts = [torch.empty_like(tensor) for _ in range(group.size())]
-        dist.all_gather(parts, tensor.contiguous(), group=group)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        # Not a reduce-scatter, which gloo lacks: what is gathered is small.
-        grad = grad.contiguous()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad.chunk(ctx.group.size())[ctx.group.rank()], None

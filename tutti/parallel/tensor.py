@@ -2,22 +2,23 @@
 
 The ranks of a tensor group are given the same packed row of T tokens:
 
-1. The embedding's rows are split: each rank looks up the tokens that it has rows for, and the sums are left to the rank
-   that a token belongs to (reduce-scatter). The row keeps its length, so that positions and masks are made as ever.
+1. The embedding's rows are split: each rank looks up the tokens that it has rows for, and a reduce-scatter leaves the
+   sums with the rank that a token belongs to. The row keeps its length, so that positions and masks stay as they are.
 2. From the first block on a rank has its own T / G tokens, contiguous ones: residuals and norms run on these.
-3. A region (attention, MLP; see `tutti.parallel.tp_plan`) gathers all tokens, multiplies with this rank's columns of
-   its first matrices (for attention: this rank's heads), and with its rows of the last one; the ranks' sums are left to
-   the rank that a token belongs to (reduce-scatter). That is one gather and one scatter a region, forward and backward.
-   Experts are not split: each rank sends its own tokens through them, which all ranks hold, or which are divided among
+3. A region (attention or MLP; see `tutti.parallel.tp_plan`) gathers all tokens, multiplies with this rank's columns of
+   its first matrices (for attention: this rank's heads) and with its rows of the last one; a reduce-scatter leaves the
+   ranks' sums with the rank that a token belongs to. That is one gather and one scatter a region, forward and backward.
+   Experts are not split: each rank sends its own tokens through them. All ranks hold them, or they are divided among
    ranks of a grid of their own (`tutti.parallel.expert`).
 4. The last hidden states are gathered once, for a head that is split by the vocabulary (`tutti.train.loss`).
 
-Every collective's gradient is its exact adjoint, and each rank answers for its share of the loss, so that the loss of
-the batch is the sum over ranks, and one rule holds for all parameters: the gradient of what is split is complete on the
-rank that holds it, that of what is not is the sum over the ranks, taken once a step (`add_up_whole`).
+The gradient of every collective is its adjoint (`tutti.core.collectives`), and each rank answers for its share of the
+loss, so that the loss of the batch is the sum over ranks. One rule then holds for all parameters: the gradient of a
+split one is complete on the rank that holds the part; that of any other is summed over the ranks, once a step
+(`tutti.parallel.grads.sum_replicated`).
 
 Parameters are DTensors on the tensor axis, for FSDP to split further and for loading, checkpoints and norms to know
-what a rank holds. While a unit runs, its modules see plain tensors, this rank's parts: the models' own code and
+each rank's part. While a unit runs, its modules see plain tensors, this rank's parts: the models' own code and
 torch.compile meet no DTensor, and autograd turns the parts' gradients into DTensors again.
 
 Shapes: G ranks, T tokens (a multiple of G), t = T / G of a rank, H hidden size.
@@ -25,105 +26,41 @@ Shapes: G ranks, T tokens (a multiple of G), t = T / G of a rank, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from tutti.core.collectives import RankGroup, gather_rows, gather_tensor, scatter_tensor
+from tutti.core.modules import Forward, extras, wrap_forward
 from tutti.parallel.mesh import Mesh
-from tutti.parallel.sequence import process_group
 from tutti.parallel.tp_plan import GATHERED, SLICED, Linear, TensorPlan
 
 
-class TensorRanks(NamedTuple):
-    """The ranks that split matrices, and this rank's place among them; plain data, for compiled code."""
-
-    rank: int
-    size: int
-    group: str
-
-    def own(self, tensor: Tensor, dim: int) -> Tensor:
-        """This rank's share of what all of them hold."""
-        return tensor.chunk(self.size, dim)[self.rank]
-
-    def start(self, total: int) -> int:
-        """Where this rank's share of `total` rows begins."""
-        return min(total, -(-total // self.size) * self.rank)
-
-
-def tensor_ranks(mesh: Mesh) -> TensorRanks | None:
+def tensor_ranks(mesh: Mesh) -> RankGroup | None:
     """The tensor group of this rank; None where matrices are not split."""
     if mesh.size("tensor") == 1:
         return None
-    return TensorRanks(mesh.rank("tensor"), mesh.size("tensor"), mesh.group("tensor").group_name)
-
-
-@torch.library.custom_op("tutti::gather_rows", mutates_args=())
-def gather_rows(part: Tensor, group: str, size: int) -> Tensor:
-    """[n, ...] of each rank -> [G * n, ...] of all, in rank order. The gradient is `scatter_rows`."""
-    whole = part.new_empty(part.shape[0] * size, *part.shape[1:])
-    dist.all_gather_into_tensor(whole, part.contiguous(), group=process_group(group))
-    return whole
-
-
-@torch.library.custom_op("tutti::scatter_rows", mutates_args=())
-def scatter_rows(whole: Tensor, group: str, size: int) -> Tensor:
-    """[G * n, ...] of each rank -> [n, ...], this rank's rows summed over the ranks. The gradient is `gather_rows`."""
-    part = whole.new_empty(whole.shape[0] // size, *whole.shape[1:])
-    dist.reduce_scatter_tensor(part, whole.contiguous(), group=process_group(group))
-    return part
-
-
-@gather_rows.register_fake
-def _(part: Tensor, group: str, size: int) -> Tensor:
-    return part.new_empty(part.shape[0] * size, *part.shape[1:])
-
-
-@scatter_rows.register_fake
-def _(whole: Tensor, group: str, size: int) -> Tensor:
-    return whole.new_empty(whole.shape[0] // size, *whole.shape[1:])
-
-
-def _keep_group(ctx: Any, inputs: tuple[Tensor, str, int], output: Tensor) -> None:
-    _, ctx.group, ctx.size = inputs
-
-
-gather_rows.register_autograd(
-    lambda ctx, grad: (scatter_rows(grad, ctx.group, ctx.size), None, None), setup_context=_keep_group
-)
-scatter_rows.register_autograd(
-    lambda ctx, grad: (gather_rows(grad, ctx.group, ctx.size), None, None), setup_context=_keep_group
-)
-
-
-def gather_tensor(tensor: Tensor, ranks: TensorRanks, dim: int) -> Tensor:
-    """All ranks' parts of `tensor`, joined along `dim`. Differentiable."""
-    return gather_rows(tensor.movedim(dim, 0), ranks.group, ranks.size).movedim(0, dim)
-
-
-def scatter_tensor(tensor: Tensor, ranks: TensorRanks, dim: int) -> Tensor:
-    """This rank's part along `dim` of the sum of `tensor` over the ranks. Differentiable."""
-    return scatter_rows(tensor.movedim(dim, 0), ranks.group, ranks.size).movedim(0, dim)
+    return RankGroup(mesh.rank("tensor"), mesh.size("tensor"), mesh.group("tensor").group_name)
 
 
 class LinearShard(NamedTuple):
-    """What a rank computes of a projection that is split.
+    """The part of a split projection that a rank computes.
 
-    outputs: of the weight's rows that it holds, only these. inputs: the ranks that hold the other columns, so that
-    what this one makes of its own is to be summed over them; None where it holds all.
+    outputs: a slice of the weight's rows, where the rank holds more than it computes. inputs: the ranks that hold the
+    other columns, over which products are to be summed; None where the rank holds all columns.
     """
 
     outputs: slice | None = None
-    inputs: TensorRanks | None = None
+    inputs: RankGroup | None = None
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """Of a tensor [out, ...], what belongs to this share's outputs."""
+        """The rows of a tensor [out, ...] that belong to this part's outputs."""
         return tensor if self.outputs is None else tensor[self.outputs]
 
     def total(self, part: Tensor) -> Tensor:
@@ -137,8 +74,7 @@ WHOLE = LinearShard()
 
 
 class Change(Protocol):
-    """What is trained beside the frozen weight of a projection, as its module's `low_rank["weight"]`; its parameters
-    are the module's (see `tutti.model.lora`)."""
+    """A trained change beside a projection's frozen weight; the module holds its parameters (`tutti.model.lora`)."""
 
     def by_output(self, module: Any) -> list[Tensor]:
         """Parameters that have a row for each output."""
@@ -149,12 +85,12 @@ class Change(Protocol):
         ...
 
     def product(self, module: Any, inputs: Tensor, share: LinearShard) -> Tensor:
-        """What weight and change make of `inputs` [.., in], without the bias."""
+        """The product of weight and change with `inputs` [.., in], without the bias."""
         ...
 
 
 def _change(module: Any) -> Change | None:
-    return getattr(module, "low_rank", {}).get("weight")
+    return extras(module).adapters.get("weight")
 
 
 _TOKENS, _FEATURES = -2, -1
@@ -162,7 +98,7 @@ _TOKENS, _FEATURES = -2, -1
 
 
 def split_tensors(root: nn.Module, plan: TensorPlan, mesh: Mesh) -> None:
-    """Divide the parameters of `root` as `plan` says, and lay collectives around the parts of its blocks, in place.
+    """Split the parameters of `root` as `plan` says, and put collectives around the parts of its blocks, in place.
 
     Parameters become DTensors on the tensor axis; they may be on the meta device. `use_local` has to follow.
     """
@@ -188,13 +124,13 @@ def split_tensors(root: nn.Module, plan: TensorPlan, mesh: Mesh) -> None:
     for linear in plan.linears:
         _localize_linear(linear, ranks)
     for region in plan.regions:
-        region.module.forward = _on_all_tokens(region.module.forward, ranks, reduces=region.reduces)
-    plan.first.forward = _from_own_tokens(plan.first.forward, ranks)
+        wrap_forward(region.module, "tokens", partial(_on_all_tokens, ranks=ranks, reduces=region.reduces))
+    wrap_forward(plan.first, "tokens", partial(_from_own_tokens, ranks=ranks))
     _divide(root, split, mesh.grid["tensor"])
 
 
 def _split_parameters(linear: Linear) -> Iterator[Tensor]:
-    """Those of the projection's parameters that are split as its weight is."""
+    """The projection's parameters that are split as its weight is, this among them."""
     module, change = linear.module, _change(linear.module)
     yield module.weight
     if linear.dim == 0 and module.bias is not None:
@@ -204,7 +140,7 @@ def _split_parameters(linear: Linear) -> Iterator[Tensor]:
 
 
 def _project(module: Any, hidden: Tensor, share: LinearShard) -> Tensor:
-    """What the module's weight, with what is trained beside it, makes of `hidden` [.., in]; without the bias."""
+    """The product of the module's weight, and a trained change beside it, with `hidden` [.., in]; without the bias."""
     change = _change(module)
     if change is None:
         return nn.functional.linear(hidden, share.rows(module.weight))
@@ -212,8 +148,10 @@ def _project(module: Any, hidden: Tensor, share: LinearShard) -> Tensor:
 
 
 def _divide(root: nn.Module, split: dict[int, Placement], mesh: DeviceMesh) -> None:
-    """Make every parameter below `root` a DTensor, split as `split` says by its id, else whole; but for what is one
-    already, divided experts. Tied ones stay one."""
+    """Make every parameter below `root` a DTensor, split as `split` says by its id, or else replicated.
+
+    Divided experts are DTensors already, and left alone. Tied parameters stay one.
+    """
     made: dict[int, nn.Parameter] = {}
     for module in root.modules():
         for name, parameter in module._parameters.items():
@@ -238,12 +176,9 @@ def _divided(parameter: nn.Parameter, placement: Placement, mesh: DeviceMesh) ->
     return nn.Parameter(tensor, requires_grad=parameter.requires_grad)
 
 
-def _localize_embedding(embedding: Any, ranks: TensorRanks) -> None:
-    """Look up what this rank has rows for; its own tokens' sums stay with it, in a row that is zero elsewhere.
-
-    Only a rank's own tokens are read later, so that nothing else needs to be there.
-    """
-    forward = embedding.forward
+def _localize_embedding(embedding: Any, ranks: RankGroup) -> None:
+    """Have the table look up the ids that this rank has rows for, and give its own tokens' embeddings, in a row that is
+    zero elsewhere: only a rank's own tokens are read later."""
     total = embedding.weight.shape[0]
     first = ranks.start(total)
     num_rows = ranks._replace(rank=ranks.rank + 1).start(total) - first
@@ -251,23 +186,25 @@ def _localize_embedding(embedding: Any, ranks: TensorRanks) -> None:
         inside = first <= embedding.padding_idx < first + num_rows
         embedding.padding_idx = embedding.padding_idx - first if inside else None
 
-    @wraps(forward)
-    def look_up(ids: Tensor) -> Tensor:
-        rows = ids - first
-        elsewhere = (rows < 0) | (rows >= num_rows)
-        found = forward(rows.masked_fill(elsewhere, 0)).masked_fill(elsewhere[..., None], 0)
-        own = scatter_tensor(found, ranks, _TOKENS)
-        length = own.shape[_TOKENS]
-        return nn.functional.pad(own, (0, 0, ranks.rank * length, (ranks.size - 1 - ranks.rank) * length))
+    def localized(forward: Forward) -> Forward:
+        @wraps(forward)
+        def look_up(ids: Tensor) -> Tensor:
+            rows = ids - first
+            elsewhere = (rows < 0) | (rows >= num_rows)
+            found = forward(rows.masked_fill(elsewhere, 0)).masked_fill(elsewhere[..., None], 0)
+            own = scatter_tensor(found, ranks, _TOKENS)
+            length = own.shape[_TOKENS]
+            return nn.functional.pad(own, (0, 0, ranks.rank * length, (ranks.size - 1 - ranks.rank) * length))
 
-    embedding.forward = look_up
+        return look_up
+
+    wrap_forward(embedding, "shard", localized)
 
 
-def _localize_linear(linear: Linear, ranks: TensorRanks) -> None:
+def _localize_linear(linear: Linear, ranks: RankGroup) -> None:
     module: Any = linear.module
-    project = module.forward
     if linear.style in GATHERED:
-        module.forward = lambda hidden: gather_tensor(project(hidden), ranks, _FEATURES)
+        wrap_forward(module, "shard", lambda project: lambda hidden: gather_tensor(project(hidden), ranks, _FEATURES))
     if linear.dim == 1:
         share = LinearShard(inputs=ranks)
 
@@ -276,11 +213,11 @@ def _localize_linear(linear: Linear, ranks: TensorRanks) -> None:
             out = scatter_tensor(_project(module, hidden, share), ranks, _TOKENS)
             return out if module.bias is None else out + module.bias
 
-        module.forward = reduce
+        wrap_forward(module, "shard", lambda _: reduce)
 
 
-def _share_head(linear: Linear, ranks: TensorRanks) -> None:
-    """Have a projection that every rank holds whole compute one head alone: the one that this rank's queries read."""
+def _share_head(linear: Linear, ranks: RankGroup) -> None:
+    """Have a projection that every rank holds whole compute the one head that this rank's queries read."""
     module: Any = linear.module
     sharers = ranks.size // linear.units
     width = module.weight.shape[0] // linear.units
@@ -291,11 +228,11 @@ def _share_head(linear: Linear, ranks: TensorRanks) -> None:
         out = _project(module, hidden, share)
         return out if module.bias is None else out + share.rows(module.bias)
 
-    module.forward = project
+    wrap_forward(module, "shard", lambda _: project)
 
 
-def _on_all_tokens(forward: Callable[..., Any], ranks: TensorRanks, *, reduces: bool) -> Callable[..., Any]:
-    """A region's forward, from and to a rank's own tokens [1, t, H] as its first input and (first) output."""
+def _on_all_tokens(forward: Forward, ranks: RankGroup, *, reduces: bool) -> Forward:
+    """A region's forward, whose first input and (first) output are a rank's own tokens [1, t, H]."""
 
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -313,8 +250,8 @@ def _on_all_tokens(forward: Callable[..., Any], ranks: TensorRanks, *, reduces: 
     return run
 
 
-def _from_own_tokens(forward: Callable[..., Any], ranks: TensorRanks) -> Callable[..., Any]:
-    """The first block's forward, on this rank's tokens of the whole row [1, T, H]."""
+def _from_own_tokens(forward: Forward, ranks: RankGroup) -> Forward:
+    """The first block's forward, on this rank's tokens, cut from the whole row [1, T, H]."""
 
     @wraps(forward)
     def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -323,28 +260,28 @@ def _from_own_tokens(forward: Callable[..., Any], ranks: TensorRanks) -> Callabl
     return run
 
 
-def use_local(units: Iterable[nn.Module], apart: Iterable[nn.Module]) -> None:
+def use_local(units: Iterable[nn.Module], skip: Iterable[nn.Module]) -> None:
     """Have the parameters of each of `units` (inner ones before outer ones) be plain tensors while it runs.
 
     A parameter belongs to the innermost unit around it, as with FSDP, which gathers it just before the unit runs.
-    apart: modules within units that see to their own parameters.
+    skip: modules within units that see to their own parameters.
     """
-    taken = set(apart)
+    taken = set(skip)
     for unit in units:
         modules = list(_outside_of(unit, taken))
         taken.add(unit)
-        unit.forward = _with_local_parameters(unit.forward, modules)
+        wrap_forward(unit, "local parameters", partial(_with_local_parameters, modules=modules))
 
 
 def _outside_of(module: nn.Module, units: set[nn.Module]) -> Iterator[nn.Module]:
-    """`module` and what is below it, but not the units below it."""
+    """`module` and the modules below it, without the units below it."""
     yield module
     for child in module.children():
         if child not in units:
             yield from _outside_of(child, units)
 
 
-def _with_local_parameters(forward: Callable[..., Any], modules: Sequence[nn.Module]) -> Callable[..., Any]:
+def _with_local_parameters(forward: Forward, modules: Sequence[nn.Module]) -> Forward:
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         with local_parameters(modules):
@@ -355,41 +292,19 @@ def _with_local_parameters(forward: Callable[..., Any], modules: Sequence[nn.Mod
 
 @contextmanager
 def local_parameters(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """The local parts of the modules' own DTensors in their place; tied ones are one tensor."""
-    held: list[tuple[dict[str, Any], str, Any]] = []
+    """Put the local parts of the modules' DTensors in their place; tied ones are one tensor."""
+    replaced: list[tuple[dict[str, Any], str, Any]] = []
     made: dict[int, Tensor] = {}
     for module in modules:
         for name, parameter in module._parameters.items():
             if isinstance(parameter, DTensor):
-                held.append((module._parameters, name, parameter))
+                replaced.append((module._parameters, name, parameter))
                 if id(parameter) not in made:
                     made[id(parameter)] = parameter.to_local()
     try:
-        for parameters, name, parameter in held:
+        for parameters, name, parameter in replaced:
             parameters[name] = made[id(parameter)]
         yield
     finally:
-        for parameters, name, parameter in held:
+        for parameters, name, parameter in replaced:
             parameters[name] = parameter
-
-
-def add_up_whole(parameters: Iterable[nn.Parameter], mesh: Mesh) -> None:
-    """Add up over the tensor ranks the gradients of what each of them has whole, all in one message. Collective."""
-    if mesh.size("tensor") == 1:
-        return
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for parameter in parameters:
-        if isinstance(parameter.grad, DTensor) and _is_whole(parameter.grad):
-            grad = parameter.grad.to_local()
-            by_dtype.setdefault(grad.dtype, []).append(grad)
-    for grads in by_dtype.values():
-        total = torch.cat([grad.flatten() for grad in grads])
-        dist.all_reduce(total, group=mesh.group("tensor"))
-        for grad, part in zip(grads, total.split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(part.view_as(grad))
-
-
-def _is_whole(tensor: DTensor) -> bool:
-    """Whether every tensor rank has all of what `split_tensors` made a DTensor."""
-    axes = zip(tensor.device_mesh.mesh_dim_names or (), tensor.placements, strict=True)
-    return any(axis == "tensor" and placement.is_replicate() for axis, placement in axes)

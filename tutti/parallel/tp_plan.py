@@ -1,21 +1,21 @@
-"""How a model's matrices are to be split over the ranks of a tensor group, as its own Hugging Face config says.
+"""The plan by which a model's matrices are split over the ranks of a tensor group, from its Hugging Face config.
 
 Configs carry a plan: names of modules, with `*` for a layer's number, and a style for each (`base_model_tp_plan`). Here
-it becomes facts about one model that `tutti.parallel.tensor` acts on, and whatever it does not know how to act on is
-refused by name, before anything is built:
+it becomes facts about one model that `tutti.parallel.tensor` acts on. Whatever is not understood is refused by name,
+before anything is built:
 
-- `Linear`: a projection that is split, by the features it gives (colwise) or by those it takes (rowwise).
-- `Region`: a part of a block that mixes tokens or splits features (attention, MLP). It is given all tokens, and what it
-  gives is brought back to a rank's own; everything else in a block (norms, residuals) runs on the rank's own tokens.
+- `Linear`: a projection that is split, by its outputs (colwise) or by its inputs (rowwise).
+- `Region`: a part of a block that mixes tokens or splits features (attention, MLP). It is given all tokens, and its
+  output is brought back to a rank's own; everything else in a block (norms, residuals) runs on the rank's own tokens.
   A part with matrices that the plan does not split is a region too: every rank computes it for all tokens.
-- experts are not split, and are no region: they look at one token at a time, so each rank sends its own through them
+- Experts are not split, and are no region: they look at one token at a time, so each rank sends its own through them
   (see `tutti.parallel.expert` for dividing whole experts among ranks).
-- the input embedding and the output head are split by the vocabulary, whatever the plan says of them.
+- The input embedding and the output head are split by the vocabulary, whatever the plan says of them.
 
 A config without a plan is taken to mean the usual one, if the model's blocks are made of nothing unusual.
 
-A projection of heads is split between heads, never within one. Key/value heads that are fewer than the ranks are held
-by several of them. What attention has a number of for each query head (sinks) goes with the head, planned or not.
+A projection of heads is split between heads, never within one. Where key/value heads are fewer than the ranks, several
+ranks hold the same one. Parameters of one number for each query head (sinks) go with the head, planned or not.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ _KEYS_AND_VALUES = ("k_proj", "v_proj")
 class Linear(NamedTuple):
     """A projection that is split. units: how many equal pieces its split dimension has; a piece stays on one rank.
 
-    shared: it projects keys or values, so that with more ranks than heads several hold the same head. region: what it
-    is a part of.
+    shared: it projects keys or values, so that with more ranks than heads several hold the same head. region: the
+    module that it is a part of.
     """
 
     name: str
@@ -69,13 +69,13 @@ class Linear(NamedTuple):
 
     @property
     def piece(self) -> Piece:
-        """What it asks of the number of ranks."""
+        """Its demand on the number of ranks."""
         what = "heads" if self.units < self.module.weight.shape[self.dim] else "features"
         return Piece(self.name, self.units, what, self.shared)
 
 
 class Region(NamedTuple):
-    """A part of a block that is given all tokens. reduces: its last projection leaves a rank its own tokens."""
+    """A part of a block that is given all tokens. reduces: its last projection gives a rank's own tokens."""
 
     module: nn.Module
     reduces: bool
@@ -83,7 +83,7 @@ class Region(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """What is split in one model. head: None where it is small and stays whole (a classifier's).
+    """The parts of one model that are split. head: None where it is small and stays whole (a classifier's).
 
     per_head: parameters of one number for each query head. first: the first block, where the row of tokens is cut among
     the ranks.
@@ -155,8 +155,8 @@ def read_plan(structure: ModelStructure) -> TensorPlan:
 
 
 def _usual_plan(blocks: Sequence[nn.Module], names: Mapping[nn.Module, str], heads: tuple[int]) -> dict[str, str]:
-    """The plan of blocks that are made of nothing but the usual projections, norms of tokens or of heads, numbers for
-    each of the query `heads`, and experts; else nothing."""
+    """The plan of blocks that are made of the usual projections, norms of tokens or of heads, numbers for each of the
+    query `heads`, and experts; an empty one for blocks with anything else."""
     plan: dict[str, str] = {}
     for block in blocks:
         for region in _regions(block):
@@ -183,7 +183,7 @@ def _regions(block: nn.Module) -> list[nn.Module]:
 
 
 def _has_experts(region: nn.Module) -> bool:
-    """Whether the region is one of experts in this block: some families have dense blocks too, under the same name."""
+    """True for a region of experts in this block: some families have dense blocks too, under the same name."""
     return any(parameter.ndim > 2 for parameter in region.parameters())
 
 

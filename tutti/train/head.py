@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from tutti.core.batch import Batch
+from tutti.core.collectives import RankGroup, gather_tensor
 from tutti.core.structure import LogitTransform
 from tutti.parallel.sequence import sum_shares
-from tutti.parallel.tensor import TensorRanks, gather_tensor
 from tutti.train.loss import VocabularyShard, linear_cross_entropy, target_losses
 
 
@@ -35,7 +35,7 @@ class Head:
     layer: nn.Linear
     transform: LogitTransform
     batch: Batch
-    tensor: TensorRanks | None = None
+    tensor: RankGroup | None = None
     shard: VocabularyShard | None = None
     pieces: list[int] | None = None
 

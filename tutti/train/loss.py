@@ -31,9 +31,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tutti.core.rehearsal import on_accelerator
+from tutti.core.collectives import process_group
+from tutti.core.device import on_accelerator
 from tutti.model.structure import LogitTransform
-from tutti.parallel.sequence import process_group
 
 CHUNK_BYTES = 256 * 2**20
 """Logits of one chunk take at most this much."""

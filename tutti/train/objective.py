@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 
 from tutti.attention.interface import packed_kwargs
 from tutti.core.batch import Batch
+from tutti.core.collectives import RankGroup, gather_tensor
 from tutti.core.structure import ModelStructure
 from tutti.model.multimodal import MultimodalForward
 from tutti.model.structure import count_flops, read_structure
 from tutti.parallel.pipeline.stage import Passed, Stage, by_layer, hand_on
 from tutti.parallel.sequence import gather_tokens
-from tutti.parallel.tensor import TensorRanks, gather_tensor
 from tutti.train.head import Head
 from tutti.train.loss import VocabularyShard
 from tutti.train.tasks import Sums, Task
@@ -43,7 +43,7 @@ class Objective(nn.Module):
         self,
         model: PreTrainedModel,
         task: Task | None = None,
-        tensor: TensorRanks | None = None,
+        tensor: RankGroup | None = None,
         *,
         structure: ModelStructure | None = None,
         by_sample: bool = False,

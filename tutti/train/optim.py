@@ -29,7 +29,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from tutti.config import Config, TrainConfig
-from tutti.core.rehearsal import on_accelerator
+from tutti.core.device import on_accelerator
+from tutti.core.tensors import local_part
 
 BUCKET_ON_CPU, BUCKET_ON_DEVICE = 1 << 18, 1 << 24
 """Elements that are widened to fp32 at once: within a CPU's caches; on an accelerator, enough to hide the launches."""
@@ -184,9 +185,9 @@ class _Part(NamedTuple):
 def _parts(parameter: Tensor, grad: Tensor, state: dict[str, Tensor]) -> Iterator[_Part]:
     """The parts of a parameter; of one that is not contiguous, the whole."""
     step = int(state["step"].item())
-    whole = [_local(tensor) for tensor in (parameter, grad, state["exp_avg"], state["exp_avg_sq"])]
+    whole = [local_part(tensor) for tensor in (parameter, grad, state["exp_avg"], state["exp_avg_sq"])]
     if "compensation" in state:
-        whole.append(_local(state["compensation"]))
+        whole.append(local_part(state["compensation"]))
     if all(tensor.is_contiguous() for tensor in whole):
         parts = zip(*(tensor.view(-1).split(_bucket_size(tensor)) for tensor in whole), strict=True)
     else:
@@ -255,8 +256,3 @@ def _round_by_step(tensor: Tensor, step: int) -> None:
     """
     bits = tensor.view(torch.int32)
     bits.add_(int((step * GOLDEN_RATIO) % 1 * (1 << 16))).bitwise_and_(-(1 << 16))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, sharing its memory; a plain tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -20,7 +20,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tutti.attention.interface import check_packable
 from tutti.checkpoint.adapter import load_adapter, plan_adapters
 from tutti.checkpoint.hf_load import load_weights
 from tutti.checkpoint.manager import saved_state
@@ -32,7 +31,7 @@ from tutti.core.compute_dtype import compute_dtype
 from tutti.core.dist import World
 from tutti.core.structure import ModelStructure
 from tutti.data.loader import Classes, Data, build_data
-from tutti.model.build import build_model, turn_off_dropout
+from tutti.model.build import build_model, check_packable, turn_off_dropout
 from tutti.model.initial import init_weights
 from tutti.model.lora import adapters, add_adapters, init_adapters
 from tutti.model.multimodal import check_multimodal, make_placing

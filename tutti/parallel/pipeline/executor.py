@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from tutti.core.batch import Batch
-from tutti.core.rehearsal import has_values
+from tutti.core.tensors import local_part
 from tutti.parallel.fsdp import GradientSync
-from tutti.parallel.grads import gradient_norm, local
+from tutti.parallel.grads import gradient_norm
 from tutti.parallel.pipeline.schedule import Action, forward_schedule, rank_schedule
 from tutti.parallel.pipeline.stage import Passed, Pipeline, Stage
 
@@ -119,7 +119,7 @@ class PipelineExecutor:
         self._wires.flush()
         for parameter in self._tied:
             assert parameter.grad is not None, "a tied parameter has no gradient"
-            dist.all_reduce(local(parameter.grad), group=self._pipeline.tied_group)
+            dist.all_reduce(local_part(parameter.grad), group=self._pipeline.tied_group)
 
     def evaluate(self, batches: Sequence[Batch], **options: Any) -> Iterator[Any]:
         group, per_rank = self._pipeline.group, self._pipeline.per_rank
@@ -244,9 +244,7 @@ class P2PTransport:
         peer, group = self._way(onward, leaving=True)
         for tensor in _tensors(passed):
             held = tensor.detach().contiguous()
-            work = dist.isend(held, peer, group=group)
-            if has_values(held):  # what has none is not sent, and never arrives
-                self._leaving.append((work, held))
+            self._leaving.append((dist.isend(held, peer, group=group), held))
         while self._leaving and self._leaving[0][0].is_completed():
             self._leaving.popleft()
 

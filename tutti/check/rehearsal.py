@@ -1,64 +1,55 @@
 """A rehearsal: the program runs as it is on tensors that have shapes and no values, and their memory is counted.
 
-What a step on many ranks takes can be told by one of them, without its memory and in little time, if nothing is
+One process can tell what a step on many ranks takes of each, without the memory and in little time, if nothing is
 computed. torch has the two halves of that: fake tensors, and process groups that send nothing (the `fake` backend).
-What is in the way is that a program may ask what is in a tensor. Of integers it does so all the time (the borders of
-samples, the places of targets, the tokens of each expert), of floating-point numbers hardly ever. So here integers are
-real, and computed with as ever; what is created as floating-point is fake, and so is what is made from it, or from a
-tensor on the meta device. Two questions to tensors without values are left, and answered by convention:
+But a program may ask for the values in a tensor. It does so all the time with integers (the borders of samples, the
+places of targets, the tokens of each expert), and hardly ever with floating-point numbers. So here integers are real;
+a floating-point tensor is fake from its creation, and so is all that is made from it, or from a tensor on the meta
+device. Two questions to tensors without values are left, and answered by convention:
 
 - how many there are of each (`bincount`: of the tokens that chose an expert) is an even share;
 - what a single number is, is one: the gradient is finite, and an optimizer's step is the first.
 
 Anything else that takes values raises torch's error for fake tensors. Of our own operators the bodies run, since there
-may be communication in them, except for those that only compute and say what shape results.
+may be communication in them, except for those that only compute (`_COMPUTE`): of these torch takes the fake forms that
+are registered with them. What is sent has arrived at once.
 
 Memory is that of all storages that fake tensors have, from their first tensor to their last. Fake tensors are a CPU's,
-since there need not be another device; code that chooses by the device asks `on_accelerator`, and is told it is one.
+since there need not be another device; code that chooses by the device asks `tutti.core.device.on_accelerator`, and is
+told that it is one.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import _create_work_from_future
 from torch._library.custom_ops import _maybe_get_opdef
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_memory: ContextVar[Memory | None] = ContextVar("memory", default=None)
+from tutti.core.device import presume_accelerator
 
+_COMPUTE = {
+    "tutti::packed_attention",
+    "tutti::packed_attention_backward",
+    "tutti::attend_blocks",
+    "tutti::attend_blocks_backward",
+    "tutti::to_host",
+}
+"""Operators of our own that only compute. All others communicate."""
 
-def has_values(tensor: Tensor) -> bool:
-    """Whether `tensor` is more than a shape."""
-    return not isinstance(tensor, FakeTensor)
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether `tensor` is of no special class, but for lacking values."""
-    return type(tensor) in (Tensor, FakeTensor)
-
-
-def on_accelerator(tensor: Tensor) -> bool:
-    """Whether what is done with `tensor` should suit an accelerator, and not a CPU and its caches."""
-    return tensor.device.type != "cpu" or not has_values(tensor)
-
-
-def in_host_memory(tensor: Tensor) -> Tensor:
-    """`tensor`, which was made in host memory and takes none of the device's: in a rehearsal both are a CPU."""
-    memory = _memory.get()
-    if memory is not None:
-        memory.leave_out(tensor)
-    return tensor
+_HOST = {"tutti::to_host"}
+"""Those whose results lie in host memory, and take none of the device's: in a rehearsal both are a CPU."""
 
 
 def body_of(operator: Any) -> Callable[..., Any]:
@@ -111,11 +102,6 @@ class Memory:
             self._found[key] = _Storage(weakref.ref(storage, partial(self._end, key)), 0, self._time)
             self._resize(self._found[key], storage.nbytes())
 
-    def leave_out(self, tensor: Tensor) -> None:
-        found = self._found.get(tensor.untyped_storage()._cdata)
-        if found is not None:
-            self._resize(found, 0)
-
     def resized(self, storage: torch.UntypedStorage) -> None:
         found = self._found.get(storage._cdata)
         if found is not None:
@@ -138,11 +124,8 @@ class Memory:
 
 
 @contextmanager
-def rehearse(*, computes: Collection[str] = ()) -> Iterator[Memory]:
-    """Have what runs in the context, and in the backward passes it starts, be a rehearsal, and count its memory.
-
-    computes: names of operators of our own that only compute, and whose results' shapes are registered with them.
-    """
+def rehearse() -> Iterator[Memory]:
+    """Have what runs in the context, and in the backward passes it starts, be a rehearsal, and count its memory."""
     memory = Memory()
     kind: Any = torch.UntypedStorage
     resize_ = kind.resize_
@@ -152,21 +135,19 @@ def rehearse(*, computes: Collection[str] = ()) -> Iterator[Memory]:
         memory.resized(storage)
         return out
 
-    token = _memory.set(memory)
     kind.resize_ = resize_and_note  # it is no operator, which a mode would see
     try:
-        with _Rehearsal(memory, computes):
+        with presume_accelerator(), _Rehearsal(memory):
             yield memory
     finally:
         kind.resize_ = resize_
-        _memory.reset(token)
 
 
 class _Rehearsal(TorchDispatchMode):
-    def __init__(self, memory: Memory, computes: Collection[str]) -> None:
+    def __init__(self, memory: Memory) -> None:
         super().__init__()
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self._memory, self._computes = memory, computes
+        self._memory = memory
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
@@ -175,15 +156,16 @@ class _Rehearsal(TorchDispatchMode):
         if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
             return func(*args, **kwargs)  # DTensor works out the shape of a whole, which nobody holds
         out = self._run(func, types, args, kwargs)
-        for leaf in tree_leaves(out):
+        for leaf in () if func.name() in _HOST else tree_leaves(out):
             if isinstance(leaf, FakeTensor) and leaf.device.type != "meta":
                 self._memory.note(leaf)
         return out
 
     def _run(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         if func.namespace in ("c10d", "_c10d_functional"):
-            return func(*args, **kwargs)
-        if func.namespace == "tutti" and func.name() not in self._computes:
+            out = func(*args, **kwargs)
+            return _arrived() if func.name() == "c10d::send" else out
+        if func.namespace == "tutti" and func.name() not in _COMPUTE:
             with self:
                 return body_of(func)(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -195,6 +177,13 @@ class _Rehearsal(TorchDispatchMode):
             return func(*args, **kwargs)
         with self._fake:
             return func(*args, **kwargs)
+
+
+def _arrived() -> Any:
+    """The handle of a message that has been received: what waits to be, is kept."""
+    future: torch.futures.Future[Any] = torch.futures.Future()
+    future.set_result([])
+    return _create_work_from_future(future).boxed()
 
 
 def _even_counts(tensor: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Tensor:

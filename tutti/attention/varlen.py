@@ -1,0 +1,282 @@
+"""Variable-length attention on CUDA in half precision: torch's flash kernel, or that of an installed flash package.
+
+A variable-length kernel takes the tokens of many samples end to end, and where each sample begins: it does for a packed
+batch what `tutti.attention.packed_cpu` does on a CPU, in one call and without waiting for the device. What it does not
+know goes by tiles instead (`fits`): fp32, heads wider than 256, values wider than keys, devices before Ampere, and of
+torch's kernel soft-capping. Widths that are no multiple of 8, and values narrower than keys (MLA), are filled up with
+zeros, which change no score, and cut off again.
+
+The kernel also serves a ring of ranks, whose queries see their keys in blocks (`tutti.attention.online_softmax`): it
+gives the log of the softmax denominator beside its output, and its backward pass takes those of the whole softmax, so
+that both passes can be put together from blocks. Two kinds of call serve all blocks:
+
+- blocks in which queries see themselves, which cover all queries in order: one call, causal or not, with a window;
+- a block of earlier keys, all of which are seen: one call without a mask. Within a sliding window not all are, and the
+  kernel cannot be told how far apart queries and keys are: those blocks, at most a window wide, go by tiles.
+
+Every call states a window, if need be one as wide as the longest sample: without one torch may choose cuDNN's kernel,
+by rules that differ between the two passes, and whose log of the denominator is laid out otherwise.
+
+Shapes: T queries, N keys, H query heads, K key/value heads, D head dimension, E <= D of values. Here heads come first,
+as elsewhere; the kernel takes tokens first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.attention.varlen  # defines the operators
+from torch import Tensor
+from torch.nn.functional import pad
+
+from tutti.attention import online_softmax as tiled
+from tutti.attention.online_softmax import Block, Gradients, Keys, Queries, slice_of
+from tutti.attention.spec import AttentionSpec
+
+log = logging.getLogger(__name__)
+
+MAX_WIDTH = 256
+"""The widest head that flash kernels take."""
+
+PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+"""The modules of installed packages, by the names that transformers and `model.attn_implementation` have for them."""
+
+
+def fits(query: Tensor, value: Tensor, spec: AttentionSpec) -> bool:
+    """True where torch's kernel can do this attention on this device."""
+    return not spec.softcap and fits_package(query, value)
+
+
+def fits_package(query: Tensor, value: Tensor) -> bool:
+    """True where a package's kernel can: it knows soft-capping, and has the limits of torch's otherwise."""
+    width, half = query.shape[-1], query.dtype in (torch.bfloat16, torch.float16)
+    if not (query.is_cuda and half and value.shape[-1] <= width <= MAX_WIDTH):
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_properties(query.device).major >= 8
+
+
+def load_package(name: str) -> Callable[..., Any] | None:
+    """The variable-length function of the package that `model.attn_implementation` calls `name`.
+
+    None where it is not installed, or cannot be used, with a log line that says why.
+    """
+    try:
+        return importlib.import_module(PACKAGES[name]).flash_attn_varlen_func
+    except ModuleNotFoundError:
+        return None
+    except (ImportError, OSError, AttributeError) as error:  # built for another torch or CUDA
+        log.warning("model.attn_implementation %s: the installed %s cannot be used: %s", name, PACKAGES[name], error)
+        return None
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    spec: AttentionSpec,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention by torch's kernel within each of the samples that `cu_seqlens` [S + 1] borders.
+
+    query [H, T, D], key [K, T, D], value [K, T, E] -> [T, H, E]. max_seqlen: of the longest sample. sinks [H]: a
+    learned score per head that takes part in the softmax and has no value.
+    """
+    width = _padded(query.shape[-1])
+    tensors = [_tokens_first(item, width) for item in (query, key, value)]
+    if sinks is not None:
+        out = _WithSinks.apply(*tensors, sinks, cu_seqlens, max_seqlen, spec)
+    else:
+        sizes, window = _sizes(cu_seqlens, max_seqlen, spec)
+        out = torch.ops.torch_attn._varlen_attn(*tensors, *sizes, spec.scale, window)[0]
+    return out[..., : value.shape[-1]]
+
+
+def _sizes(cu_seqlens: Tensor, longest: int, spec: AttentionSpec) -> tuple[tuple[Any, ...], list[int]]:
+    """The kernel's arguments for samples that see themselves: those that follow the tensors, and the window."""
+    window = _window(spec, longest)
+    return (cu_seqlens, cu_seqlens, longest, longest, window == [-1, 0]), window
+
+
+def package_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    spec: AttentionSpec,
+    package: Callable[..., Any],
+) -> Tensor:
+    """Attention by the function of a package (`load_package`), which knows soft-capping; arguments as above."""
+    width = _padded(query.shape[-1])
+    out = package(
+        *(_tokens_first(item, width) for item in (query, key, value)),
+        *(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen),
+        softmax_scale=spec.scale,
+        causal=spec.causal,
+        window_size=tuple(_window(spec, max_seqlen)),
+        softcap=spec.softcap,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return (out[0] if isinstance(out, tuple) else out)[..., : value.shape[-1]]
+
+
+class _WithSinks(torch.autograd.Function):
+    """torch's kernel, whose softmax a score per head without a value has joined.
+
+    The kernel knows none, but its backward pass takes any denominator and output: those with the sinks.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        spec: AttentionSpec,
+    ) -> Tensor:
+        sizes, window = _sizes(cu_seqlens, max_seqlen, spec)
+        out, lse, _ = torch.ops.torch_attn._varlen_attn(query, key, value, *sizes, spec.scale, window)
+        total = torch.logaddexp(lse, sinks[:, None].to(lse.dtype))
+        out = (out * (lse - total).exp().T[..., None]).to(query.dtype)
+        ctx.save_for_backward(query, key, value, sinks, cu_seqlens, out, total)
+        ctx.max_seqlen, ctx.spec = max_seqlen, spec
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sinks, cu_seqlens, out, total = ctx.saved_tensors
+        sizes, window = _sizes(cu_seqlens, ctx.max_seqlen, ctx.spec)
+        grads = torch.ops.torch_attn._varlen_attn_backward(
+            grad.contiguous(), query, key, value, out, total, *sizes, _no_dropout(grad), ctx.spec.scale, window
+        )
+        # A sink has no value: its probability only takes from the others.
+        delta = (out.to(total.dtype) * grad).sum(-1).T
+        grad_sinks = -((sinks[:, None] - total).exp() * delta).sum(-1).to(sinks.dtype)
+        return (*grads, grad_sinks, None, None, None)
+
+
+def _no_dropout(like: Tensor) -> Tensor:
+    """The state of dropout that the backward pass asks for, where there is none."""
+    return torch.zeros(2, dtype=torch.uint64, device=like.device)
+
+
+def _padded(width: int) -> int:
+    return -(-width // 8) * 8
+
+
+def _tokens_first(tensor: Tensor, width: int) -> Tensor:
+    """[heads, T, D] -> [T, heads, width], filled up with zeros."""
+    return pad(tensor.transpose(0, 1), (0, width - tensor.shape[-1])).contiguous()
+
+
+def _window(spec: AttentionSpec, longest: int) -> list[int]:
+    """The numbers of keys that a query sees before its own (-1: all of them) and after it."""
+    behind = spec.window - 1
+    if spec.causal:
+        return [behind, 0]
+    return [behind, behind] if spec.window else [longest, longest]
+
+
+class _Call(NamedTuple):
+    """One run of the kernel: where its queries and keys are held, their borders, the longest, and what is masked."""
+
+    rows_at: slice
+    keys_at: slice
+    query_borders: Tensor
+    key_borders: Tensor
+    max_queries: int
+    max_keys: int
+    window: list[int]
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, int, int, bool]:
+        """The kernel's arguments that follow the tensors."""
+        return self.query_borders, self.key_borders, self.max_queries, self.max_keys, self.window == [-1, 0]
+
+
+@lru_cache(maxsize=64)
+def _borders(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32 [S + 1]: where samples of these lengths begin and end. Kept for the layers of a model, which ask for the
+    same, and copied without waiting for the device."""
+    host = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+def _calls(
+    blocks: Sequence[Block], queries: Queries, keys: Keys, spec: AttentionSpec
+) -> tuple[list[_Call], list[Block]]:
+    """The runs of the kernel, and the blocks that it cannot do."""
+
+    def call(members: Sequence[Block], rows_at: slice, keys_at: slice, seen: AttentionSpec) -> _Call:
+        lengths = [[last - first for first, last in spans] for spans in zip(*members, strict=True)]
+        borders = [_borders(tuple(item), queries.query.device) for item in lengths]
+        longest = max(lengths[0]), max(lengths[1])
+        return _Call(rows_at, keys_at, borders[0], borders[1], *longest, _window(seen, max(longest)))
+
+    own = [block for block in blocks if block.queries == block.keys]
+    others = [block for block in blocks if block.queries != block.keys]
+    found = []
+    if own:
+        everything = slice(0, queries.query.shape[1])
+        found.append(call(own, everything, everything, spec))
+    if spec.window:
+        return found, others
+    for block in others:
+        places = slice_of(block.queries, queries.spans), slice_of(block.keys, keys.spans)
+        found.append(call([block], *places, spec._replace(causal=False)))
+    return found, []
+
+
+def _inputs(call: _Call, queries: Queries, keys: Keys) -> Iterator[Tensor]:
+    """The call's queries, keys and values, tokens first and equally wide."""
+    width = _padded(queries.query.shape[-1])
+    for tensor, place in ((queries.query, call.rows_at), (keys.key, call.keys_at), (keys.value, call.keys_at)):
+        yield _tokens_first(tensor[:, place], width)
+
+
+def attend(queries: Queries, out: Tensor, keys: Keys, blocks: Sequence[Block], spec: AttentionSpec) -> None:
+    """Have `queries` see `keys`: `tutti.attention.online_softmax.attend`, by the kernel where it can."""
+    calls, rest = _calls(blocks, queries, keys, spec)
+    for call in calls:
+        arguments = (*_inputs(call, queries, keys), *call.arguments, spec.scale, call.window)
+        mixed, seen, _ = torch.ops.torch_attn._varlen_attn(*arguments)
+        before = queries.lse[:, call.rows_at]
+        after = torch.logaddexp(before, seen)
+        place = out[:, call.rows_at]
+        added = mixed[..., : out.shape[-1]].transpose(0, 1) * (seen - after).exp()[..., None]
+        place.mul_((before - after).exp()[..., None]).add_(added)
+        before.copy_(after)
+    tiled.attend(queries, out, keys, rest, spec)
+
+
+def attend_backward(
+    queries: Queries,
+    keys: Keys,
+    blocks: Sequence[Block],
+    spec: AttentionSpec,
+    outer: tuple[Tensor, Tensor],
+    sums: Gradients,
+) -> None:
+    """Add the gradients of `attend` to `sums`: `tutti.attention.online_softmax.attend_backward`, by the kernel."""
+    calls, rest = _calls(blocks, queries, keys, spec)
+    width = _padded(queries.query.shape[-1])
+    for call in calls:
+        grad, out = (_tokens_first(item[:, call.rows_at], width) for item in outer)
+        lse = queries.lse[:, call.rows_at].contiguous()
+        grads = torch.ops.torch_attn._varlen_attn_backward(
+            grad, *_inputs(call, queries, keys), out, lse, *call.arguments, _no_dropout(grad), spec.scale, call.window
+        )
+        for total, part, place in zip(sums, grads, (call.rows_at, call.keys_at, call.keys_at), strict=True):
+            total[:, place] += part[..., : total.shape[-1]].transpose(0, 1)
+    tiled.attend_backward(queries, keys, rest, spec, outer, sums)

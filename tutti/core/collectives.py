@@ -1,0 +1,216 @@
+"""Collective calls with their gradients: every exchange of tensors that a forward pass makes, written once.
+
+A collective is a linear map A from the tensors of all ranks of a group to the tensors of all of them. Its backward pass
+is the adjoint A^T, for which <A x, y> = <x, A^T y> with both products summed over the ranks:
+
+    gather_rows    [n, ...] of each rank, end to end on every rank       <->  scatter_rows
+    scatter_rows   [G * n, ...] of each rank, summed; its own n rows     <->  gather_rows
+    all_to_all     consecutive rows to each rank, and from each          <->  all_to_all back
+    sum_over       one sum, which all ranks hold                         <->  the sum's gradient, which all ranks hold
+
+Groups go by their names, as torch registers them: plain data, which compiled code and custom operators can be given.
+Sizes are arguments, too, so that a compiled graph that was cached for one number of ranks is not taken for another.
+Each operator has a fake implementation that gives shapes alone.
+
+`start_all_to_all` and `finish_all_to_all` are `all_to_all` in two halves, with something to compute while rows travel;
+the gradient's rows travel between the two halves of the backward pass.
+
+Shapes: G ranks in the group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
+
+
+class RankGroup(NamedTuple):
+    """A group of ranks as plain data: this rank's place in it, how many ranks it has, and its name."""
+
+    rank: int
+    size: int
+    group: str
+
+    def own(self, tensor: Tensor, dim: int) -> Tensor:
+        """This rank's share, along `dim`, of a tensor that all ranks hold."""
+        return tensor.chunk(self.size, dim)[self.rank]
+
+    def start(self, total: int) -> int:
+        """The row at which this rank's share of `total` rows begins."""
+        return min(total, -(-total // self.size) * self.rank)
+
+
+def process_group(name: str) -> dist.ProcessGroup:
+    """The process group that torch knows by `name`."""
+    return _resolve_process_group(GroupName(name))
+
+
+@torch.library.custom_op("tutti::gather_rows", mutates_args=())
+def gather_rows(part: Tensor, group: str, size: int) -> Tensor:
+    """[n, ...] of each rank -> [G * n, ...] of all, in rank order. The gradient is `scatter_rows`."""
+    whole = part.new_empty(part.shape[0] * size, *part.shape[1:])
+    dist.all_gather_into_tensor(whole, part.contiguous(), group=process_group(group))
+    return whole
+
+
+@torch.library.custom_op("tutti::scatter_rows", mutates_args=())
+def scatter_rows(whole: Tensor, group: str, size: int) -> Tensor:
+    """[G * n, ...] of each rank -> [n, ...], this rank's rows summed over the ranks. The gradient is `gather_rows`."""
+    part = whole.new_empty(whole.shape[0] // size, *whole.shape[1:])
+    dist.reduce_scatter_tensor(part, whole.contiguous(), group=process_group(group))
+    return part
+
+
+@gather_rows.register_fake
+def _(part: Tensor, group: str, size: int) -> Tensor:
+    return part.new_empty(part.shape[0] * size, *part.shape[1:])
+
+
+@scatter_rows.register_fake
+def _(whole: Tensor, group: str, size: int) -> Tensor:
+    return whole.new_empty(whole.shape[0] // size, *whole.shape[1:])
+
+
+def _keep_group(ctx: Any, inputs: tuple[Tensor, str, int], output: Tensor) -> None:
+    _, ctx.group, ctx.size = inputs
+
+
+gather_rows.register_autograd(
+    lambda ctx, grad: (scatter_rows(grad, ctx.group, ctx.size), None, None), setup_context=_keep_group
+)
+scatter_rows.register_autograd(
+    lambda ctx, grad: (gather_rows(grad, ctx.group, ctx.size), None, None), setup_context=_keep_group
+)
+
+
+def gather_tensor(tensor: Tensor, ranks: RankGroup, dim: int) -> Tensor:
+    """The ranks' parts of a tensor, joined along `dim`."""
+    return gather_rows(tensor.movedim(dim, 0), ranks.group, ranks.size).movedim(0, dim)
+
+
+def scatter_tensor(tensor: Tensor, ranks: RankGroup, dim: int) -> Tensor:
+    """This rank's part, along `dim`, of the sum of `tensor` over the ranks."""
+    return scatter_rows(tensor.movedim(dim, 0), ranks.group, ranks.size).movedim(0, dim)
+
+
+def gather_over(part: Tensor, groups: Iterable[str]) -> Tensor:
+    """[n, ...] of each rank that is together with this one in some of `groups`, end to end; the ranks of the first
+    group lie next to each other."""
+    for name in groups:
+        size = process_group(name).size()
+        part = gather_rows(part, name, size) if size > 1 else part
+    return part
+
+
+@torch.library.custom_op("tutti::all_to_all", mutates_args=())
+def all_to_all(rows: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
+    """[S, ...] -> [R, ...]: `sent[r]` consecutive rows go to rank r, and `received[r]` come from it, in rank order.
+
+    Both lists empty: equal shares. The gradient is the call with both lists exchanged.
+    """
+    arrived = rows.new_empty(sum(received) if received else rows.shape[0], *rows.shape[1:])
+    dist.all_to_all_single(arrived, rows.contiguous(), received or None, sent or None, group=process_group(group))
+    return arrived
+
+
+@all_to_all.register_fake
+def _(rows: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
+    return rows.new_empty(sum(received) if received else rows.shape[0], *rows.shape[1:])
+
+
+def _keep_lists(ctx: Any, inputs: tuple[Tensor, list[int], list[int], str], output: Tensor) -> None:
+    _, ctx.sent, ctx.received, ctx.group = inputs
+
+
+all_to_all.register_autograd(
+    lambda ctx, grad: (all_to_all(grad, ctx.received, ctx.sent, ctx.group), None, None, None),
+    setup_context=_keep_lists,
+)
+
+
+class _Flight:
+    """An all-to-all of equal shares that is under way. `buffer` is filled once `land` has been called."""
+
+    def __init__(self, rows: Tensor, group: str) -> None:
+        self._rows = rows.contiguous()  # kept alive until it is sent
+        self.buffer = torch.empty_like(self._rows)
+        self._work = dist.all_to_all_single(self.buffer, self._rows, group=process_group(group), async_op=True)
+
+    def land(self) -> Tensor:
+        assert self._work is not None, "this rank is not in the group"
+        self._work.wait()
+        return self.buffer
+
+
+class Journey:
+    """An all-to-all in two halves: `out` in the forward pass, `back` of its gradient in the backward pass."""
+
+    def __init__(self, group: str) -> None:
+        self.group = group
+        self.out: _Flight | None = None
+        self.back: _Flight | None = None
+
+
+class _Start(torch.autograd.Function):
+    """Starts the exchange; waits for the gradient's in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, journey: Journey) -> Tensor:
+        ctx.journey = journey
+        journey.out = _Flight(rows, journey.group)
+        return journey.out.buffer
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        assert ctx.journey.back is not None, "the gradient never set out"
+        return ctx.journey.back.land(), None
+
+
+class _Finish(torch.autograd.Function):
+    """Waits for the exchange; starts that of the gradient in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, buffer: Tensor, journey: Journey) -> Tensor:
+        assert journey.out is not None, "the rows never set out"
+        ctx.journey = journey
+        return journey.out.land().view_as(buffer)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.journey.back = _Flight(grad, ctx.journey.group)
+        return ctx.journey.back.buffer, None
+
+
+def start_all_to_all(rows: Tensor, group: str) -> tuple[Tensor, Journey]:
+    """Send equal shares of `rows` on their way; the result may be given to `finish_all_to_all` and to nothing else."""
+    journey = Journey(group)
+    return _Start.apply(rows, journey), journey
+
+
+def finish_all_to_all(started: tuple[Tensor, Journey]) -> Tensor:
+    """Wait for what `start_all_to_all` sent: as `all_to_all` of equal shares."""
+    return _Finish.apply(*started)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, groups: tuple[str, ...]) -> Tensor:
+        total = tensor.clone()
+        for name in groups:
+            dist.all_reduce(total, group=process_group(name))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def sum_over(tensor: Tensor, groups: Iterable[str]) -> Tensor:
+    """The sum of `tensor` over all ranks that are together with this one in some of `groups`: one value, which all of
+    them hold, and go on to compute the same from. Its gradient, the same on all ranks, is that of each summand."""
+    return _Sum.apply(tensor, tuple(groups))

@@ -1,0 +1,88 @@
+"""Wrappers around the forward of a model's modules, and a record of what else is put on them.
+
+Models are transformers' own classes and stay what they are. What training adds to a module is a wrapper around its
+`forward` (which FSDP's hooks, module names and parameter names do not notice), or a fact that other code looks up. Both
+are kept in one record on the module, `Extras`.
+
+Wrappers have one order, from the inside out, whoever applies them and whenever: `WRAPPERS`. `wrap_forward` asserts it,
+and `describe_wrappers` prints what a module and its parts wear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+Forward = Callable[..., Any]
+
+WRAPPERS = (
+    "adapter",  # a trained change beside a frozen weight
+    "shard",  # this rank's part of a matrix or table that tensor parallelism splits
+    "tokens",  # from and to a rank's own tokens, around a part that is given all of them
+    "early values",  # values that are sent while queries and keys are made
+    "compile",
+    "local parameters",  # plain tensors in the place of DTensors
+    "checkpoint",  # run again in the backward pass
+    "by sample",  # one sample of the batch after the other
+    "offload",  # what is saved for the backward pass goes to host memory
+)
+"""The wrappers that there are, innermost first."""
+
+
+@dataclass(frozen=True)
+class Extras:
+    """The record of one module.
+
+    wrappers: the names of those around its forward, innermost first. adapters: of its weights, by their names
+    (`tutti.model.lora`). packed: how its quantized weights are read, by name (`tutti.model.quantized`). exchange: the
+    way to experts that other ranks hold (`tutti.parallel.expert`). expert_load: counts of the tokens that chose each
+    expert (`tutti.model.experts`). early_values: the exchange of an attention layer's values
+    (`tutti.attention.ulysses`). lora: of a model, which layers are adapted and how.
+    """
+
+    wrappers: tuple[str, ...] = ()
+    adapters: dict[str, Any] = field(default_factory=dict)
+    packed: dict[str, Any] = field(default_factory=dict)
+    exchange: Any = None
+    expert_load: Any = None
+    early_values: Any = None
+    lora: Any = None
+
+
+_NONE = Extras()
+
+
+def extras(module: Any) -> Extras:
+    """The record of `module`, or of what stands for it; an empty one where nothing was put on it."""
+    return getattr(module, "_tutti_extras", _NONE)
+
+
+def put_on(module: nn.Module, **changes: Any) -> None:
+    """Change the record of `module` by these fields of `Extras`."""
+    module.__dict__["_tutti_extras"] = replace(extras(module), **changes)
+
+
+def wrap_forward(module: nn.Module, name: str, wrapper: Callable[[Forward], Forward]) -> None:
+    """Have `wrapper(module.forward)` be the forward of `module`; `name` is its place in `WRAPPERS`."""
+    worn = extras(module).wrappers
+    assert all(WRAPPERS.index(inner) < WRAPPERS.index(name) for inner in worn), f"{name} around {', '.join(worn)}"
+    module.forward = wrapper(module.forward)
+    put_on(module, wrappers=(*worn, name))
+
+
+def unwrap_forward(module: nn.Module) -> None:
+    """Leave `module` with the forward of its class."""
+    module.__dict__.pop("forward", None)
+    put_on(module, wrappers=())
+
+
+def describe_wrappers(module: nn.Module) -> str:
+    """The wrappers of `module` and of its parts, outermost first, as `checkpoint > compile; mlp, self_attn: tokens`."""
+    found: dict[str, list[str]] = {}
+    for name, part in module.named_modules():
+        if worn := extras(part).wrappers:
+            found.setdefault(" > ".join(reversed(worn)), []).append(name)
+    return "; ".join(stack if names == [""] else f"{', '.join(names)}: {stack}" for stack, names in found.items())
