@@ -277,7 +277,11 @@ def example(path: Path) -> Path:
         ("a.json", '[{"text": "a"}]'.encode("utf-16"), "is UTF-16 or UTF-32 text"),
         ("a.csv", "caf\xe9,label\na,1\n".encode("latin-1"), r"csv:1: the header is not UTF-8 text: .* byte 0xe9"),
         ("a.csv", b"\ntext,text\na,1\n", "has two columns named text: rename one of them"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}', mtime=0)[:-9], "can't be decompressed: Compressed file ended before"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "a"}', mtime=0)[:-9],
+            "can't be decompressed: Compressed file ended before",
+        ),
         ("a.jsonl.gz", b"\x1f\x8b\x08" + b"\xff" * 40, "can't be decompressed"),
         ("a.csv.zst", b"\x28\xb5\x2f\xfd" + b"\xff" * 40, "can't be decompressed"),
     ],
