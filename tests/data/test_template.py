@@ -304,6 +304,11 @@ def test_a_template_that_takes_parts_only_is_given_parts() -> None:
 
 EACH = "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
 WRITES_CALLS = {
+    "by text": (
+        "{% for m in messages %}<{{ m.role }}>{% for call in m.tool_calls or [] %}"
+        "{{ m.content + '[' + call.function.name + ' ' + call.function.arguments + ']' }}{% else %}{{ m.content }}"
+        "{% endfor %}<end>{% endfor %}"
+    ),
     "by name": (
         EACH + "{% for call in m.tool_calls or [] %}[{{ call.function.name }} "
         "{{ call.function.arguments | tojson }}]{% endfor %}<end>{% endfor %}"
@@ -332,9 +337,10 @@ DROPS_CALLS = {
 
 @pytest.mark.parametrize("name", WRITES_CALLS)
 def test_templates_that_write_tool_calls(name: str) -> None:
-    text, spans = template_of(WRITES_CALLS[name])(conversation(user("2?"), assistant("", tool_calls=[ADD])))
-    call = {"by name": '[add {"a": 2}]', "by items": "[add a=2]", "known tools only": "+"}[name]
-    assert bracketed(text, spans) == f"<user>2?<end><assistant>[[{call}<end>]]"
+    call = {"by items": "[add a=2]", "known tools only": "+"}.get(name, '[add {"a": 2}]')
+    for content in ("", None):
+        text, spans = template_of(WRITES_CALLS[name])(conversation(user("2?"), assistant(content, tool_calls=[ADD])))
+        assert bracketed(text, spans) == f"<user>2?<end><assistant>[[{call}<end>]]"
 
 
 @pytest.mark.parametrize("name", DROPS_CALLS)

@@ -61,6 +61,37 @@ CONDITIONS = [
     "messages[0].content | length > 2",
     "messages[-1].content == c",
 ]
+PRELUDES = [
+    "",
+    "",
+    "{% set c = c | trim %}",
+    "{% if '</think>' in c %}{% set c = c.split('</think>')[-1] %}{% endif %}",
+    "{% if '</think>' in c %}{% set c = c.split('</think>', 1)[1] %}{% endif %}",
+    "{% if m.role != 'user' %}{% set c = c | upper %}{% endif %}",
+    "{% if m.role == 'tool' %}{% set c = c | upper %}{% endif %}",
+    "{% if m.role in ['system', 'tool'] %}{% set c = c | tojson %}{% endif %}",
+    "{% if m.content is string %}{% set c = m.content %}{% else %}{% set c = m.content[0].text %}{% endif %}",
+    "{% if not c %}{% set c = 'empty' %}{% endif %}",
+    "{% set c = c or 'empty' %}",
+    "{% set ns.last = c %}",
+    "{% set ns.last = c %}{% if not loop.first %}{% set c = ns.first + c %}{% endif %}",
+    "{% if loop.first %}{% set ns.first = c %}{% endif %}{% set c = ns['first'] ~ c %}",
+    "{% if loop.first %}{% set ns.first = c %}{% endif %}{% set b = ns %}{% set c = (b.first | upper) ~ c %}",
+    "{% if loop.first %}{% set ns.first = c %}{% endif %}{% set c = (ns | attr('first') | lower) ~ c %}",
+    "{% if loop.previtem %}{% set c = loop.previtem.content ~ c %}{% endif %}",
+    "{% for p in messages if p.content == c %}{% set c = 'again' %}{{ loop.index }}{% endfor %}",
+    "{% set c = messages[0].content if loop.last else c %}",
+    "{% set c = (m.get('content') or '').replace('<', '[') %}",
+    "{% set c %}{{ c }}!{% endset %}",
+    "{% macro w(x) %}{{ x | length }}{% endmacro %}{% set c = w(c) ~ c %}",
+    "{% if c.startswith('<') and c.endswith('>') %}{{ 'tag' }}{% endif %}",
+    "{% if m.tool_calls %}{% set c = c | upper %}{% endif %}",
+    "{% if 'name' in m %}{% set c = c | upper %}{% endif %}",
+    "{% set c = m['content'] | default('none') %}",
+    "{% set c = none | default(c) %}",
+    "{% set x = '' %}{% if loop.index0 %}{% set x = c %}{% endif %}{{ x if x is string else x | e }}",
+    "{% set x = 5 %}{% for x in messages %}{{ x.content | e if x.content is not string else 'x' }}{% endfor %}",
+]
 LOOPS = ["messages", "messages[::-1]", "messages[1:]", "messages | sort(attribute='content')", "messages[:2]"]
 
 expressions = st.tuples(st.sampled_from(FILTERS), st.sampled_from(FILTERS)).map(lambda two: f"((c{two[0]}){two[1]})")
@@ -79,19 +110,23 @@ def templates(draw: Any) -> str:
     end = draw(st.sampled_from([END, END, "\n", "<|return|>' if loop.last else '<|end|>"]))
     prompt = draw(st.sampled_from(["<|start|>assistant\n", "<|start|>assistant", ""]))
     begin = draw(st.sampled_from(["", "{{ 'S' }}", "{{ messages | length }}", "{{ messages[0].content }}"]))
+    begin += "{% set ns = namespace(first='', last='') %}"
+    prelude = draw(st.sampled_from(PRELUDES))
     return (
-        f"{begin}{{% for m in {loop} %}}{{% set c = m.content %}}{{{{ '<|start|>' + m.role }}}}{{{{ '\\n' }}}}"
+        f"{begin}{{% for m in {loop} %}}{{% set c = m.content %}}{prelude}{{{{ '<|start|>' + m.role }}}}{{{{ '\\n' }}}}"
         f"{{{{ '{lead}' }}}}{{{{ {written} }}}}{{{{ '{tail}' + '{end}' }}}}{{% endfor %}}"
         f"{{% if add_generation_prompt %}}{{{{ {prompt!r} }}}}{{% endif %}}"
     )
 
 
-texts = st.lists(st.sampled_from([*PIECES, "hello", "a", "ab"]), max_size=3).map("".join)
+words = st.sampled_from(["hello", "a", "ab", "Hi <b>", "'x'"])
+texts = words | st.lists(words | st.sampled_from(PIECES), max_size=3).map("".join)
 
 
 @st.composite
 def conversations(draw: Any) -> Conversation:
     roles = draw(st.sampled_from([[], ["system"]])) + ["user", "assistant"] * draw(st.integers(1, 2))
+    roles += draw(st.sampled_from([[], [], ["tool", "assistant"]]))
     flags = tuple(role == "assistant" and draw(st.integers(0, 9)) > 0 for role in roles)
     return Conversation([{"role": role, "content": draw(texts)} for role in roles], flags)
 
@@ -133,6 +168,15 @@ def test_every_row_is_what_apply_chat_template_gives_whatever_came_before(source
         assert text == expected
         assert len(spans) == sum(row.trained)
         assert all(0 <= begin <= end <= len(text) for begin, end in spans)
+
+
+@examples(150)
+@given(templates(), conversations())
+def test_what_is_proved_of_a_template_holds(source: str, row: Conversation) -> None:
+    shape = template_of(source)._shape(row)
+    contents = [message["content"] for message in row.messages]
+    if shape is not None and shape.condition is not None and shape.condition.holds(contents):
+        assert shape.write(contents)[0] == rendered(source, row.messages)
 
 
 @examples(150)

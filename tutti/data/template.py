@@ -36,6 +36,7 @@ out (`ChatTemplate.notes`) a count is kept, for one warning.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -47,16 +48,41 @@ from typing import Any, cast
 from jinja2 import nodes
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
+from tutti.data.content_flow import Condition, condition_of
 from tutti.data.rows import Conversation, RowError
 
 Span = tuple[int, int]
 
 _MARK = re.compile("\ue000([0-9]+)\ue001")
+_OF_MARKS = set("\ue000\ue0010123456789")
 _PROBE = "\ue002"
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _INEXACT = "so that its loss mask can't be exact"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _KNOWN = {"role", "content", "name", "tool_calls", "tool_call_id", *_REASONING}
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How a template takes messages. parts: text as a list of parts. text_arguments: a tool call's arguments as JSON
+    text. empty_content: a message that calls tools with an empty content rather than without one."""
+
+    parts: bool = False
+    text_arguments: bool = False
+    empty_content: bool = False
+
+    def of(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The message in this form."""
+        if self.empty_content and "content" not in message:
+            message = {**message, "content": ""}
+        if self.parts and isinstance(message.get("content"), str):
+            message = {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if self.text_arguments and "tool_calls" in message:
+            message = {**message, "tool_calls": [_with_text_arguments(call) for call in message["tool_calls"]]}
+        return message
+
+
+_AS_IT_IS = _Form()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +100,14 @@ class _Shape:
     """How conversations of a shape are written: contents of messages `order` between `literals`, one more of these.
 
     spans: (place in `order`, or -1 for the start of the text, and an offset) of begin and of end. left_out: roles of
-    messages that are not written.
+    messages that are not written. condition: under which that is proved for contents; None if it is not.
     """
 
     literals: list[str]
     order: list[int]
     spans: list[tuple[int, int, int, int]]
     left_out: list[str]
+    condition: Condition | None
 
     def write(self, contents: Sequence[str]) -> tuple[str, list[Span]]:
         parts: list[str] = []
@@ -114,25 +141,33 @@ class ChatTemplate:
     notes: Counter[str] = field(default_factory=Counter)
     _shapes: dict[Any, _Shape | None] = field(default_factory=dict, repr=False)
     _turns: dict[Any, _Turn] = field(default_factory=dict, repr=False)
+    _conditions: dict[frozenset[str], Condition | None] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self._end = re.compile("|".join(re.escape(end) for end in sorted(self.ends, key=len, reverse=True)) or "(?!)")
         self._tagged = bool(_GENERATION.search(self.source))
         self._names = _names(self.source) | _names(self.tool_source)
-        self._takes_parts = False
-        self._takes_parts = self._writes_parts_only()
+        self._form = _Form()
+        self._form = self._find_form()
 
     def __call__(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The text and its trained spans, ascending. RowError if the template refuses or spans can't be exact."""
-        text, tagged = self._render(conversation.messages, conversation, False)
         if not conversation.plain:
+            text, tagged = self._render(conversation.messages, conversation, False)
             self._look_for_omissions(conversation, text)
-        elif (shape := self._shape(conversation)) is not None:
-            if shape.left_out:
-                self.notes[f"the chat template leaves out messages of role {', '.join(shape.left_out)}"] += 1
-            written, spans = shape.write([message["content"] for message in conversation.messages])
-            if written == text and not self._tagged:
-                return text, spans
+            return text, self._spans(conversation, text, tagged)
+        shape = self._shape(conversation)
+        if shape is None:
+            return self._exact(conversation)
+        if shape.left_out:
+            self.notes[f"the chat template leaves out messages of role {', '.join(shape.left_out)}"] += 1
+        contents = [message["content"] for message in conversation.messages]
+        written, spans = shape.write(contents)
+        if shape.condition is not None and shape.condition.holds(contents):
+            return written, spans
+        text, tagged = self._render(conversation.messages, conversation, False)
+        if text == written and not self._tagged:
+            return text, spans
         return text, self._spans(conversation, text, tagged)
 
     def render(self, messages: list[dict[str, Any]], conversation: Conversation, *, prompt: bool = False) -> str:
@@ -143,8 +178,8 @@ class ChatTemplate:
         self, messages: list[dict[str, Any]], conversation: Conversation, prompt: bool
     ) -> tuple[str, list[Span]]:
         source = self.tool_source if conversation.tools else self.source
-        if self._takes_parts:
-            messages = [_as_parts(message) for message in messages]
+        if self._form != _AS_IT_IS:
+            messages = [self._form.of(message) for message in messages]
         _compile_jinja_template(source).globals["strftime_now"] = self.now.strftime
         try:
             texts, spans = cast(
@@ -162,16 +197,21 @@ class ChatTemplate:
             raise RowError(f"the chat template can't render it: {error}") from None
         return texts[0], spans[0] if self._tagged else []
 
-    def _writes_parts_only(self) -> bool:
-        """Whether the template takes content as a list of parts and not as a text."""
+    def _find_form(self) -> _Form:
+        """The form that the template takes messages in, tried with marks as contents and as a tool's name."""
         chat = [_marked(number, {"role": role}) for number, role in enumerate(("user", "assistant"))]
-        written = []
-        for messages in (chat, [_as_parts(message) for message in chat]):
-            try:
-                written.append({0, 1} <= set(_split(self.render(messages, _BARE))[1]))
-            except RowError:
-                written.append(False)
-        return written == [False, True]
+        parts = not self._writes(chat, _AS_IT_IS) and self._writes(chat, _Form(parts=True))
+        call = {"id": "call00000", "type": "function", "function": {"name": _mark(1), "arguments": {"x": "y"}}}
+        chat[1] = {"role": "assistant", "tool_calls": [call]}
+        forms = [_Form(parts, *flags) for flags in ((False, False), (True, False), (False, True), (True, True))]
+        return next((form for form in forms if self._writes(chat, form)), forms[0])
+
+    def _writes(self, chat: list[dict[str, Any]], form: _Form) -> bool:
+        """Whether the marks 0 and 1 are in the text of messages in a form."""
+        try:
+            return {0, 1} <= set(_split(self.render([form.of(message) for message in chat], _BARE))[1])
+        except RowError:
+            return False
 
     def _look_for_omissions(self, conversation: Conversation, text: str) -> None:
         """Note what the template leaves out of a conversation whose text is `text`. RowError: it is tool calls."""
@@ -377,7 +417,17 @@ class ChatTemplate:
             return mark, at - (ends[mark] if mark >= 0 else 0)
 
         left_out = sorted({role for number, role in enumerate(roles) if number not in order})
-        return _Shape(literals, order, [(*place(begin), *place(end)) for begin, end in spans], left_out)
+        places = [(*place(begin), *place(end)) for begin, end in spans]
+        return _Shape(literals, order, places, left_out, self._condition(frozenset(roles)))
+
+    def _condition(self, roles: frozenset[str]) -> Condition | None:
+        """The condition under which contents of messages of `roles` are written as marks are."""
+        if roles not in self._conditions:
+            found = None if self._form.parts else condition_of(_tree(self.source), roles)
+            # A text that may lie within a mark would make a mark another content than all the others.
+            clear = found is not None and not any(set(text) <= _OF_MARKS for text in found.markers)
+            self._conditions[roles] = found if clear else None
+        return self._conditions[roles]
 
 
 _BARE = Conversation([], ())
@@ -413,10 +463,10 @@ def _marked(number: int, message: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "content": _mark(number)}
 
 
-def _as_parts(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with its text as a list of parts."""
-    content = message.get("content")
-    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    if "function" in call:
+        return {**call, "function": _with_text_arguments(call["function"])}
+    return {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
 
 
 def _split(text: str) -> tuple[list[str], list[int]]:
@@ -425,9 +475,14 @@ def _split(text: str) -> tuple[list[str], list[int]]:
     return pieces[0::2], [int(number) for number in pieces[1::2]]
 
 
+def _tree(source: str) -> nodes.Template:
+    """The syntax tree of a template."""
+    return _compile_jinja_template(source).environment.parse(source)
+
+
 def _names(source: str) -> set[str]:
     """The names of variables, attributes and keys that a template may read, from its syntax tree."""
-    tree = _compile_jinja_template(source).environment.parse(source)
+    tree = _tree(source)
     names = {node.name for node in tree.find_all(nodes.Name)}
     names |= {node.attr for node in tree.find_all(nodes.Getattr)}
     return names | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
