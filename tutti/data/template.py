@@ -25,8 +25,9 @@ Anything that fails to agree is an error for that row; nothing is guessed.
 That takes several renderings a row. Nearly all templates put the contents of nearly all rows between strings that
 depend on the roles alone: for each *shape* (the sequence of roles and flags) these strings, and where the spans lie
 among them, are kept from a rendering of marks. A row whose text is exactly its contents between the strings of its
-shape has its spans there; any other row takes the way above. Every row is rendered as it is at least once, and nothing
-that is kept comes from another row's contents, so that what a row becomes depends on that row alone.
+shape has its spans there; any other row takes the way above. It need not be rendered where the template's syntax tree
+proves its text (`tutti.data.content_flow`). Nothing that is kept comes from another row's contents, so that what a row
+becomes depends on that row alone.
 
 A template may silently leave out a part of a conversation that it was not written for. Tool calls that it does not
 write make a row a bad one, since an empty answer would be trained on in their place. Of anything else that it leaves
