@@ -187,8 +187,8 @@ class _Tracer:
             case nodes.Compare(expr=left, ops=[nodes.Operand(op="eq" | "in", expr=right)]):
                 return self._equals(left, right, test.ops[0].op)
             case nodes.Compare(expr=left, ops=[nodes.Operand(op="ne" | "notin", expr=right)]):
-                found = self._equals(left, right, "eq" if test.ops[0].op == "ne" else "in")
-                return None if found is None else not found
+                equal = self._equals(left, right, "eq" if test.ops[0].op == "ne" else "in")
+                return None if equal is None else not equal
             case nodes.Call(
                 node=nodes.Getattr(node=owner, attr="startswith" | "endswith"), args=[nodes.Const(value=str() as text)]
             ):
@@ -285,11 +285,11 @@ class _Tracer:
                 kinds = [Kind.OTHER if one is None else self._kind(one) for one in taken]
                 return _joined(kinds[0], kinds[-1])
             case nodes.Add():
-                kinds = self._text(node.left), self._text(node.right)
-                return Kind.OTHER if kinds == (Kind.OTHER, Kind.OTHER) else Kind.TEXT
+                both = {self._text(node.left), self._text(node.right)}
+                return Kind.OTHER if both == {Kind.OTHER} else Kind.TEXT
             case nodes.Concat():
-                kinds = tuple(self._text(part) for part in node.nodes)
-                return Kind.OTHER if set(kinds) == {Kind.OTHER} else Kind.TEXT
+                every = {self._text(part) for part in node.nodes}
+                return Kind.OTHER if every == {Kind.OTHER} else Kind.TEXT
             case _:
                 return self._plain(*node.iter_child_nodes())
 
