@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from tutti.checkpoint import manifest
 from tutti.checkpoint.manager import Checkpointer
 from tutti.checkpoint.state import model_tensors, optimizer_tensors
 from tutti.core.dist import World
@@ -108,3 +110,10 @@ def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def forge(folder: Path, name: str, content: bytes) -> None:
+    """Replace a file and make the manifest agree with it."""
+    (folder / name).write_bytes(content)
+    found = manifest.read(folder)
+    manifest.write(folder, replace(found, files={**found.files, name: manifest.describe(folder / name)}))

@@ -134,15 +134,15 @@ def read_lora(folder: Path, model: PreTrainedModel, dropout: float = 0.0) -> Lor
     )
 
 
-def load_adapter(model: PreTrainedModel, folder: Path, whole: PreTrainedModel | None = None) -> None:
+def load_adapter(model: PreTrainedModel, folder: Path, full_model: PreTrainedModel | None = None) -> None:
     """Fill the adapters and full modules of `model`, whose frozen weights are loaded, from `folder`.
 
-    whole: the whole model, without storage, where `model` is a part of it. Collective if the model is sharded.
+    full_model: the complete model, without storage, where `model` is a part of it. Collective if the model is sharded.
     ValueError: keys are missing, left over or of another shape.
     """
     checkpoint = _open(folder)
     given = checkpoint.meta()
-    items = {item.key: item for item in _items(whole or model)}
+    items = {item.key: item for item in _items(full_model or model)}
     # peft has written the magnitude with and without the name of a parameter.
     stored = {key.removesuffix(".weight") if "lora_magnitude" in key else key: key for key in given}
     # Tied parameters may be given under each of their keys.
@@ -177,12 +177,12 @@ def export_adapter(
     world: World,
     base: str | None,
     revision: str | None = None,
-    whole: PreTrainedModel | None = None,
+    full_model: PreTrainedModel | None = None,
 ) -> None:
     """Write what was trained of an adapted `model` to `folder`, with the tokenizer, in place of what was there.
 
-    base, revision: the folder of the base model, or its name on the hub and the commit. whole: the whole model, without
-    storage, where the ranks' models are parts of it. Every rank must call it.
+    base, revision: the folder of the base model, or its name on the hub and the commit. full_model: the complete
+    model, without storage, where the ranks' models are parts of it. Every rank must call it.
     """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -190,7 +190,7 @@ def export_adapter(
     held = {item.key: item for item in _items(model)}
     holders = first_holders(set(held), world)
     tensors: dict[str, Tensor] = {}
-    for item in _items(whole or model):
+    for item in _items(full_model or model):
         own, holder = held.get(item.key), holders[item.key]
         full = gather_from(None if own is None else own.tensor, item.tensor, holder, world)
         if item.norms is not None:
@@ -203,7 +203,7 @@ def export_adapter(
         if world.is_main:
             save_file(tensors, partial / WEIGHTS[0], metadata={"format": "pt"})
             (partial / CONFIG).write_text(
-                json.dumps(_config(whole or model, base, revision), indent=2, sort_keys=True) + "\n"
+                json.dumps(_config(full_model or model, base, revision), indent=2, sort_keys=True) + "\n"
             )
             tokenizer.save_pretrained(partial)
             put_in_place(partial, folder)

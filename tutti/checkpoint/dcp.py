@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 
+from tutti.checkpoint.hf_files import reason_of_refusal
 from tutti.core.files import describe_error
 from tutti.core.tensors import local_part
 
@@ -72,7 +73,10 @@ def write(
     try:
         dcp.save(dict(tensors), storage_writer=writer, planner=_Planner(copies), process_group=group)
     except dcp.CheckpointException as error:
-        raise _first_failure(error) from error
+        rank, cause = _first_cause(error)
+        if isinstance(cause, (OSError, ValueError)):
+            raise ValueError(f"{describe_error(cause)}{f' (rank {rank})' if rank else ''}") from error
+        raise RuntimeError(f"rank {rank}: {type(cause).__name__}: {cause}") from error
 
 
 def files_of(folder: Path, rank: int) -> list[Path]:
@@ -95,7 +99,7 @@ def read_index(folder: Path) -> Metadata:
                 raise ValueError("a place in the files is not described as one")
             if place.transform_descriptors or Path(place.relative_path).name != place.relative_path:
                 raise ValueError(f"it refers to a file outside the checkpoint: {place.relative_path}")
-    except (pickle.UnpicklingError, ValueError, TypeError, AttributeError, AssertionError, EOFError) as error:
+    except Exception as error:  # a pickle that was made up can fail in any way
         raise ValueError(f"{path} is not the index of a checkpoint: {error}") from None
     return index
 
@@ -109,7 +113,8 @@ def read(folder: Path, index: Metadata, tensors: Mapping[str, Tensor], group: di
     try:
         dcp.load(dict(tensors), storage_reader=_Reader(folder, index), planner=planner, process_group=group)
     except dcp.CheckpointException as error:
-        raise _first_failure(error) from error
+        _, cause = _first_cause(error)
+        raise ValueError(f"{folder}: a tensor cannot be read from it: {reason_of_refusal(cause)}") from error
 
 
 class _Writer(dcp.FileSystemWriter):
@@ -182,8 +187,7 @@ class _IndexUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which has no place there")
 
 
-def _first_failure(error: dcp.CheckpointException) -> BaseException:
+def _first_cause(error: dcp.CheckpointException) -> tuple[int, BaseException]:
+    """The first rank that failed, and its error."""
     rank, (cause, _) = next(iter(sorted(error.failures.items())))
-    if isinstance(cause, (OSError, ValueError)):
-        return ValueError(f"{describe_error(cause)}{f' (rank {rank})' if rank else ''}")
-    return RuntimeError(f"rank {rank}: {type(cause).__name__}: {cause}")
+    return rank, cause

@@ -11,15 +11,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tutti.checkpoint.adapter import export_adapter
 from tutti.checkpoint.hf_files import find_index
-from tutti.checkpoint.hf_save import export_hf
+from tutti.checkpoint.hf_save import export_hf, gather_full_tensors
 from tutti.checkpoint.hub import with_local_paths
-from tutti.checkpoint.manager import recorded_compute_dtype
-from tutti.checkpoint.trained import config_path, load_trained
+from tutti.checkpoint.manager import model_reader, read_model
+from tutti.checkpoint.trained import find_trained, load_trained
 from tutti.config import Config
-from tutti.config.load import load
 from tutti.core.dist import World, init_world, shutdown_world
 from tutti.core.hub import name_in_cache
 from tutti.core.log import setup_logging
+from tutti.model.initial import give_storage
 from tutti.model.lora import lora_of, merge
 from tutti.train.placement import tokenizer_and_model
 
@@ -29,29 +29,39 @@ log = logging.getLogger(__name__)
 def export(source: str, out: str, *, merge_adapters: bool = False) -> None:
     """Write the model of `source` (a checkpoint, or an output folder: its newest whole one) to the new folder `out`.
 
+    Runs in one process on the CPU, whatever layout wrote the checkpoint, and holds about one tensor at a time; merging
+    adapters, and DoRA, take the whole model in memory.
     merge_adapters: of an adapted model not the adapter, but the complete model that it makes of its base.
-    Runs in one process on the CPU. ValueError: there is no checkpoint, it is damaged, or `out` exists.
+    ValueError: there is no checkpoint, it is damaged, or `out` exists or cannot be written.
     """
     setup_logging(0)
     if Path(out).exists():
         raise ValueError(f"{out} exists already: give the name of a new folder")
-    config = load([str(config_path(Path(source)))], verb=None)
-    ranks = init_world(torch.device("cpu"))
+    world = init_world(torch.device("cpu"))
     try:
-        config = with_local_paths(config, ranks, weights=config.train.architecture == "lora")
-        # The magnitudes of DoRA are stored as changes from those of base weights in the run's own dtype.
-        held = replace(config.train, compute_dtype=recorded_compute_dtype(source, Path(source)) or "float32")
+        trained = find_trained(Path(source), world)
+        config = with_local_paths(trained.config, world, weights=trained.config.train.architecture == "lora")
+        trained = replace(trained, config=config)
         if merge_adapters:
             # What is merged into bf16 is rounded away, and quantized weights take no change.
-            held = replace(config.train, compute_dtype="float32", lora_base_dtype="compute")
-        config = replace(config, train=held)
-        tokenizer, model = tokenizer_and_model(config, ranks.device)
-        if merge_adapters and lora_of(model) is None:
+            exact = replace(trained.config.train, compute_dtype="float32", lora_base_dtype="compute")
+            trained = replace(trained, config=replace(trained.config, train=exact))
+        tokenizer, model = tokenizer_and_model(trained.config, world.device)
+        lora = lora_of(model)
+        if merge_adapters and lora is None:
             raise ValueError(f"--merge: {source} is of a model that was trained whole, there is nothing to merge")
-        load_trained(config, Path(source), model, ranks)
-        if merge_adapters:
-            merge(model)
-        export_trained(config, model, tokenizer, Path(out), ranks)
+        if lora is None:
+            full = model_reader(trained.folder, model, world)
+            export_hf(model, out, tokenizer, world=world, full=full, index_path=_index_path(trained.config))
+        elif merge_adapters or lora.dora:
+            load_trained(trained, model, world)
+            if merge_adapters:
+                merge(model)
+            export_trained(trained.config, model, tokenizer, Path(out), world)
+        else:
+            give_storage(model, world.device, only_trained=True)
+            read_model(trained.folder, model, world)
+            export_trained(trained.config, model, tokenizer, Path(out), world)
     finally:
         shutdown_world()
     log.info("wrote the model to %s", out)
@@ -63,17 +73,22 @@ def export_trained(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     world: World,
-    *,
-    whole: PreTrainedModel | None = None,
+    full_model: PreTrainedModel | None = None,
 ) -> None:
     """Write `model` to `folder`: complete, or of an adapted one its adapter, which peft reads. Collective.
 
-    whole: as in `export_hf`.
+    full_model: the complete model, without storage, where the ranks' models are parts of it.
     """
     if lora_of(model) is not None:
         path = config.model.model_path or config.model.config_path
         base, revision = (path and name_in_cache(path)) or (path and str(Path(path).absolute()), None)
-        export_adapter(model, folder, tokenizer, world=world, base=base, revision=revision, whole=whole)
+        export_adapter(model, folder, tokenizer, world=world, base=base, revision=revision, full_model=full_model)
         return
-    index = find_index(config.model.model_path, config.model.safetensor_idx_path)
-    export_hf(model, folder, tokenizer, world=world, index_path=index, whole=whole)
+    complete = full_model or model
+    full = gather_full_tensors(model, complete, world)
+    export_hf(complete, folder, tokenizer, world=world, full=full, index_path=_index_path(config))
+
+
+def _index_path(config: Config) -> Path | None:
+    """The index whose layout of files an export reproduces."""
+    return find_index(config.model.model_path, config.model.safetensor_idx_path)

@@ -1,4 +1,4 @@
-"""The weight files of a Hugging Face checkpoint: which there are, what they hold, and tensors read lazily from them.
+"""The weight files of a Hugging Face checkpoint: which there are, and tensors read lazily and written one by one.
 
 A checkpoint is one `model.safetensors`, several files with an index (`model.safetensors.index.json`) that says which
 holds which tensor, or the older `pytorch_model.bin` in both forms, which is memory-mapped and unpickled with nothing
@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from transformers.modeling_utils import str_to_torch_dtype
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_DTYPE_NAMES = {dtype: name for name, dtype in str_to_torch_dtype.items()}
 _BIN_SINGLE = "pytorch_model.bin"
 _BIN_INDEX = "pytorch_model.bin.index.json"
 _SAMPLES, _SAMPLED_BYTES = 512, 8192
@@ -117,12 +122,67 @@ class Checkpoint:
             handle = safe_open(file, framework="pt", device="cpu")
             self._opened.append(handle)
             return {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118  # no mapping
-        except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"model.model_path: {file} is damaged or no weight file: {line}") from error
+        except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            reason = reason_of_refusal(error)
+            raise ValueError(f"model.model_path: {file} is damaged or no weight file: {reason}") from error
+
+
+def reason_of_refusal(error: BaseException) -> str:
+    """Why a file of tensors was not read, in one line and without torch's advice to trust it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if not isinstance(error, pickle.UnpicklingError):
+        return lines[0]
+    named = re.search(r"(?:GLOBAL|Unsupported (?:class|global):?|function) ([\w.]+\.[\w.]+)", str(error))
+    return f"it names {named[1]}, which is no tensor" if named else "it holds something else than tensors"
 
 
 def _meta(value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return torch.empty_like(value, device="meta")
     return torch.empty(value.get_shape(), dtype=str_to_torch_dtype[value.get_dtype()], device="meta")
+
+
+class TensorFile:
+    """A safetensors file that is written tensor by tensor, in any order: nothing of it is held in memory.
+
+    Its header, which says where each tensor lies, comes first and follows from shapes and dtypes alone.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """tensors: all that the file is to hold; only their shapes and dtypes matter. OSError: it cannot be written."""
+        self._path = path
+        self._places: dict[str, int] = {}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        # Wide dtypes first, so that every tensor begins at a multiple of its dtype's width.
+        for key in sorted(tensors, key=lambda key: (-tensors[key].element_size(), key)):
+            tensor = tensors[key]
+            self._places[key] = end
+            places = [end, end + tensor.nbytes]
+            header[key] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": places}
+            end += tensor.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._begin = 8 + len(text)
+        self._stream = path.open("wb")
+        with self._naming_the_path():
+            self._stream.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, key: str, tensor: Tensor) -> bool:
+        """Write one tensor; True if it was the last, and the file is now on stable storage and closed."""
+        with self._naming_the_path():
+            self._stream.seek(self._begin + self._places.pop(key))
+            self._stream.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            if self._places:
+                return False
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+            return True
+
+    @contextmanager
+    def _naming_the_path(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error

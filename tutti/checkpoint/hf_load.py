@@ -62,25 +62,25 @@ def load_weights(
     broadcast: bool = True,
     index_path: str | Path | None = None,
     seed: int = 0,
-    whole: PreTrainedModel | None = None,
+    full_model: PreTrainedModel | None = None,
 ) -> None:
     """Fill `model` from the Hugging Face checkpoint at `path` (a folder, or one file).
 
     device: where the parameters get their storage (default dist.device). broadcast: only rank 0 reads. index_path: the
-    index that says which file holds a tensor. seed: for a classifier's head that the checkpoint does not have. whole:
-    the whole model, without storage, where `model` is a part of it.
+    index that says which file holds a tensor. seed: for a classifier's head that the checkpoint does not have.
+    full_model: the complete model, without storage, where `model` is a part of it.
     Every rank must call it. ValueError, on all ranks, where the checkpoint is damaged or does not fit.
     """
     materialize(model, device or world.device)
     reads = world.is_main or not broadcast
     checkpoint = world.run_on_all_ranks(lambda: Checkpoint(Path(path), index_path) if reads else None)
-    whole = whole or model
-    plan: _Plan = world.run_on_all_ranks(lambda: _plan(whole, checkpoint.meta()) if reads else None)
+    full_model = full_model or model
+    plan: _Plan = world.run_on_all_ranks(lambda: _plan(full_model, checkpoint.meta()) if reads else None)
     if broadcast:
         plan = world.broadcast(plan if world.is_main else None)
-    fresh = world.run_on_all_ranks(lambda: _check(whole, plan, path))
-    for each in (model, whole):
-        each._weight_conversions = plan.used(whole)  # type: ignore[assignment]  # a plain attribute of the class
+    fresh = world.run_on_all_ranks(lambda: _check(full_model, plan, path))
+    for each in (model, full_model):
+        each._weight_conversions = plan.used(full_model)  # type: ignore[assignment]  # a plain attribute of the class
     targets = _tensors(model)
     filled: dict[int, str] = {}
     conflicts: list[str] = []

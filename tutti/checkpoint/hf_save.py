@@ -1,11 +1,12 @@
 """Writing a model, wherever its parts lie, as a complete Hugging Face folder that plain transformers loads.
 
-The tensors are gathered one group at a time: a group is what the conversions of loading, reverted, turn into the keys
-of the family's published checkpoints (a stack of experts becomes one tensor an expert again). Which file each key goes
-to is known beforehand, from reverting the conversions on meta tensors, so that a file is written and forgotten as soon
-as its last tensor is there, and no rank holds more than the files that are under way. All ranks gather; rank 0 writes.
+The tensors come one group at a time, from the ranks or from a checkpoint: a group is what the conversions of loading,
+reverted, turn into the keys of the family's published checkpoints (a stack of experts becomes one tensor an expert
+again). Which keys there are, and which file each goes to, is known beforehand, from reverting the conversions on meta
+tensors, so that each key is written where it belongs as soon as it is there, and no more than a group is ever held. All
+ranks gather; rank 0 writes.
 
-The folder is made under another name and renamed when it is whole: a folder of the final name is always complete.
+The folder is made under another name and renamed when it is complete: a folder of the final name is always complete.
 """
 
 from __future__ import annotations
@@ -15,13 +16,12 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as torch_dist
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -35,8 +35,9 @@ from transformers.core_model_loading import (
     dot_natural_key,
 )
 
-from tutti.checkpoint.hf_files import INDEX, SINGLE, read_index
+from tutti.checkpoint.hf_files import INDEX, SINGLE, TensorFile, read_index
 from tutti.core.dist import World
+from tutti.core.files import describe_error, sync_folder, write_synced
 from tutti.model.structure import model_class
 
 # What FSDP has split after other axes takes one gather for each, which torch finds worth a warning on every rank.
@@ -49,43 +50,60 @@ def export_hf(
     tokenizer: Any,
     *,
     world: World,
+    full: Callable[[str], Tensor] | None = None,
     index_path: str | Path | None = None,
     dtype: torch.dtype | None = None,
     max_shard_gb: float = 5.0,
-    whole: PreTrainedModel | None = None,
 ) -> None:
     """Write `model` to `folder`: config, generation config, weights, and what `tokenizer.save_pretrained` writes.
 
-    index_path: an index whose layout to reproduce, same tensor to same file; else files of at most max_shard_gb.
-    dtype: what floating-point weights are cast to (default: none). whole: the whole model, without storage, where the
-    ranks' models are parts of it. Replaces `folder`. Every rank must call it.
+    full: gives a full tensor of `model`, which then needs no storage, by name, on rank 0; every rank calls it for the
+    same names. index_path: an index whose layout to reproduce, same tensor to same file; else files of at most
+    max_shard_gb. dtype: what floating-point weights are cast to (default: none). Replaces `folder`. Every rank must
+    call it. ValueError, on every rank: it cannot be written.
     """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
+    full = full or gather_full_tensors(model, model, world)
     world.run_on_all_ranks(lambda: prepare_folder(partial) if world.is_main else None)
-    groups = _Reverted(whole or model, dtype)
-    held = groups.tensors if whole is None else dict(_saved(model))
-    holders = first_holders(set(held), world)
-    layout = world.run_on_all_ranks(lambda: _layout(groups.sizes, index_path, max_shard_gb))
-    writer = _Writer(partial, layout)
+    groups = _Reverted(model, dtype)
+    layout = world.run_on_all_ranks(lambda: _layout(groups.keys, index_path, max_shard_gb))
+    writer = _Writer(partial, layout, groups.keys)
     failure: Exception | None = None
     for names in groups.in_order_of(layout):
-        gathered = {name: gather_from(held.get(name), groups.tensors[name], holders[name], world) for name in names}
+        tensors = {name: full(name) for name in names}
         if not world.is_main or failure is not None:
             continue
         try:
-            writer.add(groups.revert(gathered))
+            writer.add(groups.revert(tensors))
         except Exception as error:  # the others are waiting in the next gather: go on with them, then raise
             failure = error
-    world.run_on_all_ranks(
-        lambda: _finish(model, partial, folder, tokenizer, writer, failure) if world.is_main else None
-    )
+
+    def finish() -> None:
+        try:
+            _finish(model, partial, folder, tokenizer, writer, failure)
+        except OSError as error:
+            raise ValueError(f"could not write {folder}: {describe_error(error)}") from error
+
+    world.run_on_all_ranks(lambda: finish() if world.is_main else None)
+
+
+def gather_full_tensors(part: PreTrainedModel, model: PreTrainedModel, world: World) -> Callable[[str], Tensor]:
+    """A function that gives a full tensor of `model` by name, on rank 0, from the ranks that hold parts of it.
+
+    part: what this rank has of the depth of `model`; `model` itself where it has all of it. Collective, as is what it
+    returns.
+    """
+    held, like = dict(_saved(part)), dict(_saved(model))
+    holders = first_holders(set(held), world)
+    return lambda name: gather_from(held.get(name), like[name], holders[name], world)
 
 
 class _Reverted:
     """The model's tensors, and the keys that they become in a published checkpoint.
 
-    tensors: what is saved, by name; a tied parameter under its first name only. sizes: key -> bytes, in order.
+    tensors: what is saved, by name; a tied parameter under its first name only. keys: what they become, in order,
+    without storage.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None) -> None:
@@ -104,16 +122,16 @@ class _Reverted:
         self._groups: dict[str, list[str]] = {}
         for name in sorted(self.tensors, key=dot_natural_key):
             self._groups.setdefault(apply_converters(name, self._converters)[0], []).append(name)
-        self._keys: dict[str, list[str]] = {}
-        self.sizes: dict[str, int] = {}
+        self._made: dict[str, list[str]] = {}
+        self.keys: dict[str, Tensor] = {}
         for first, names in self._groups.items():
             blank = {
                 name: torch.empty(self.tensors[name].shape, dtype=self.tensors[name].dtype, device="meta")
                 for name in names
             }
             made = self.revert(blank)
-            self._keys[first] = list(made)
-            self.sizes.update({key: tensor.nbytes for key, tensor in made.items()})
+            self._made[first] = list(made)
+            self.keys.update(made)
 
     def revert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The keys that one group of full tensors becomes."""
@@ -138,7 +156,7 @@ class _Reverted:
     def in_order_of(self, layout: Mapping[str, str]) -> Iterator[list[str]]:
         """The names of each group, those first whose keys are in the first file."""
         yield from (
-            self._groups[first] for first in sorted(self._groups, key=lambda first: layout[self._keys[first][0]])
+            self._groups[first] for first in sorted(self._groups, key=lambda first: layout[self._made[first][0]])
         )
 
 
@@ -152,21 +170,21 @@ def _saved(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     yield from saved.items()
 
 
-def _layout(sizes: Mapping[str, int], index_path: str | Path | None, max_shard_gb: float) -> dict[str, str]:
-    """Which file each key goes to."""
+def _layout(keys: Mapping[str, Tensor], index_path: str | Path | None, max_shard_gb: float) -> dict[str, str]:
+    """The file that each key goes to."""
     if index_path is not None:
         known = read_index(Path(index_path))
         last = max(known.values())
-        return {key: known.get(key, last) for key in sizes}
+        return {key: known.get(key, last) for key in keys}
     numbers: dict[str, int] = {}
     number, held = 1, 0
-    for key, size in sizes.items():
-        if held and held + size > max_shard_gb * 10**9:
+    for key, tensor in keys.items():
+        if held and held + tensor.nbytes > max_shard_gb * 10**9:
             number, held = number + 1, 0
         numbers[key] = number
-        held += size
+        held += tensor.nbytes
     if number == 1:
-        return dict.fromkeys(sizes, SINGLE)
+        return dict.fromkeys(keys, SINGLE)
     return {key: f"model-{position:05d}-of-{number:05d}.safetensors" for key, position in numbers.items()}
 
 
@@ -201,44 +219,37 @@ def gather_from(tensor: Tensor | None, like: Tensor, holder: int, world: World) 
 
 
 class _Writer:
-    """Collects tensors and writes each file once it has all of its own."""
+    """Writes each key to its file; a file is there from its first key on. dtype: of the floating-point weights."""
 
-    def __init__(self, folder: Path, layout: Mapping[str, str]) -> None:
-        self._folder = folder
-        self._layout = layout
-        self._waiting: dict[str, set[str]] = {}
-        for key, file in layout.items():
-            self._waiting.setdefault(file, set()).add(key)
-        self._held: dict[str, dict[str, Tensor]] = {file: {} for file in self._waiting}
-        self.dtype: torch.dtype | None = None
-        self._num_bytes = 0
-        self._num_parameters = 0
+    def __init__(self, folder: Path, layout: Mapping[str, str], keys: Mapping[str, Tensor]) -> None:
+        self._folder, self._layout, self._keys = folder, layout, keys
+        self._open: dict[str, TensorFile] = {}
+        self.dtype = next((tensor.dtype for tensor in keys.values() if tensor.is_floating_point()), None)
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         for key, tensor in tensors.items():
             file = self._layout[key]
-            # A slice of a larger tensor is copied, so that the larger one can go.
-            self._held[file][key] = tensor.clone() if tensor._is_view() else tensor.contiguous()
-            if self.dtype is None and tensor.is_floating_point():
-                self.dtype = tensor.dtype
-            self._num_bytes += tensor.nbytes
-            self._num_parameters += tensor.numel()
-            self._waiting[file].discard(key)
-            if not self._waiting[file]:
-                save_file(self._held.pop(file), self._folder / file, metadata={"format": "pt"})
+            if file not in self._open:
+                content = {key: self._keys[key] for key, name in self._layout.items() if name == file}
+                self._open[file] = TensorFile(self._folder / file, content)
+            if self._open[file].write(key, tensor):
+                del self._open[file]
 
     def finish(self) -> None:
         """Write the index, if there is more than one file, or one of another name."""
-        assert not self._held, f"{sorted(self._held)} were never complete"
-        if set(self._waiting) == {SINGLE}:
+        assert not self._open, f"{sorted(self._open)} were never complete"
+        if set(self._layout.values()) == {SINGLE}:
             return
-        totals = {"total_parameters": self._num_parameters, "total_size": self._num_bytes}
+        totals = {
+            "total_parameters": sum(tensor.numel() for tensor in self._keys.values()),
+            "total_size": sum(tensor.nbytes for tensor in self._keys.values()),
+        }
         index = {"metadata": totals, "weight_map": dict(sorted(self._layout.items()))}
-        (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_synced(self._folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def prepare_folder(partial: Path) -> None:
-    """Make the folder, empty, that is to be put in place when it is whole."""
+    """Make the folder, empty, that is to be put in place when it is complete."""
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -265,10 +276,12 @@ def _finish(
 
 
 def put_in_place(partial: Path, folder: Path) -> None:
-    """Give a folder that is whole its name, in place of what had it."""
+    """Give a complete folder its name, in place of what had it."""
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
+    sync_folder(partial)
     if folder.exists():
         os.replace(folder, old)
     os.replace(partial, folder)
+    sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)

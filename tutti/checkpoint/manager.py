@@ -7,7 +7,7 @@ A save goes through these steps; each is finished on all ranks, or has failed on
    rank 0 the plain state of the run (JSON). Everything is flushed to stable storage.
 3. Every rank hashes its own files; rank 0 writes the manifest of all.
 4. Rank 0 renames the folder to `global_step_N` (the commit), points `latest` at it, and only then removes checkpoints
-   beyond the number to keep.
+   beyond the number to keep; never the newest, nor with `keep_best` the one of lowest evaluation loss.
 
 A crash at any point leaves the earlier checkpoints untouched, and at worst a folder with a temporary name. With
 `save_async` the tensors are copied to host memory first, and the steps run in a thread beside the training, over a
@@ -25,15 +25,16 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.optim import Optimizer
 
 from tutti.checkpoint import dcp, manifest
@@ -45,17 +46,20 @@ from tutti.checkpoint.state import (
     model_entries,
     model_tensors,
     optimizer_tensors,
+    require_finite,
     restore_rng,
     rng_state,
     unstepped,
 )
 from tutti.core import files
 from tutti.core.dist import World
+from tutti.model.lora import listed
 
 log = logging.getLogger(__name__)
 
 STATE = "state.json"
 LATEST = "latest"
+EVAL_LOSS = "eval_loss"
 
 _REPLACED, _SURPLUS = ".replaced.tmp", ".surplus.tmp"
 
@@ -64,7 +68,8 @@ class Checkpointer:
     """Saves to and resumes from the checkpoints of one output folder. Its methods are collective.
 
     A context manager: leaving it lets a save under way come to its end, also where training has failed meanwhile.
-    save_async: write in the background. max_checkpoints: how many to keep, 0 for all. facts: what the manifest is to
+    save_async: write in the background. max_checkpoints: how many to keep, 0 for all. keep_best: keep beyond that the
+    one whose evaluation loss is lowest. facts: what the manifest is to
     say of the run besides versions and number of ranks (layout, configuration digest); plain data. documents: texts
     that go into every checkpoint, by file name.
     """
@@ -76,13 +81,14 @@ class Checkpointer:
         *,
         save_async: bool,
         max_checkpoints: int = 0,
+        keep_best: bool = False,
         facts: Mapping[str, Any] | None = None,
         documents: Mapping[str, str] | None = None,
     ) -> None:
         self._root = output / "checkpoints"
         self._world = world.on_own_group()
         self._save_async = save_async
-        self._max_checkpoints = max_checkpoints
+        self._max_checkpoints, self._keep_best = max_checkpoints, keep_best
         versions = {"torch": torch.__version__, **{name: version(name) for name in ("transformers", "tutti")}}
         self._facts = {"world": world.size, "versions": versions, **(facts or {})}
         self._documents = dict(documents or {})
@@ -115,16 +121,26 @@ class Checkpointer:
         self._world.run_on_all_ranks(lambda: record() if self._world.is_main else None)
         return self._start
 
-    def save(self, step: int, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: Optimizer,
+        state: Mapping[str, Any],
+        eval_loss: float | None = None,
+    ) -> None:
         """Write a checkpoint after `step` steps; `state` is plain data, the same on every rank.
 
-        With save_async this returns once the tensors are copied, and `wait` reports how it ended. ValueError, on every
-        rank: the files cannot be written, or the save before this one could not.
+        eval_loss: of the model as it is, if it was evaluated. With save_async this returns once the tensors are copied,
+        and `wait` reports how it ended. ValueError, on every rank: the files cannot be written, or the save before this
+        one could not be; or a number to be saved is not finite.
         """
         self.wait()
         tensors = {**model_tensors(model), **optimizer_tensors(model, optimizer)}
+        self._world.run_on_all_ranks(lambda: require_finite(model, optimizer, step, self._world.device))
         snapshot = _Snapshot(
             step=step,
+            eval_loss=eval_loss,
             tensors=tensors,
             copies=dcp.copy_to_host(tensors) if self._save_async else None,
             state=_plain(state),
@@ -161,7 +177,7 @@ class Checkpointer:
         self.wait()
         world = self._world
         world.run_on_all_ranks(lambda: _put_back_replaced(self._root) if world.is_main else None)
-        chosen = self._follow() if path == "auto" else _find(Path(path), world)
+        chosen = self._follow() if path == "auto" else find_checkpoint(Path(path), world)
         if chosen is None:
             log.info(
                 "train.load_checkpoint_path is auto, and there is no checkpoint in %s: starting afresh", self._root
@@ -171,9 +187,9 @@ class Checkpointer:
         saved = world.run_on_all_ranks(lambda: json.loads((folder / STATE).read_text()))
         create_optimizer_state(model, optimizer, skip=set(saved["unstepped"]))
         tensors = {**model_tensors(model), **optimizer_tensors(model, optimizer)}
-        cast = _read(folder, tensors, set(model_entries(model)), world, prefixes=("model.", "optimizer."))
+        cast = _read(folder, tensors, model, world, prefixes=("model.", "optimizer."))
         if cast and world.is_main:
-            log.warning("%s has another precision than this run, and is converted: %s", folder, _some(cast))
+            log.warning("%s has another precision than this run, and is converted: %s", folder, listed(cast))
         if saved["world"] == world.size:
             rng = world.run_on_all_ranks(lambda: json.loads((folder / _rng_file(world.rank)).read_text()))
             restore_rng(rng, world.device)
@@ -197,7 +213,7 @@ class Checkpointer:
         start = self._world.run_on_all_ranks(lambda: read_start(self._root))
         if newest is None and start is not None and start.origin is not None and not start.goes_back:
             log.info("there is no checkpoint in %s yet: going on from where it began", self._root)
-            return _find(Path(start.origin), self._world)
+            return find_checkpoint(Path(start.origin), self._world)
         return newest
 
     def _write(self, snapshot: _Snapshot) -> None:
@@ -211,7 +227,8 @@ class Checkpointer:
             unstepped = sorted({name for names in world.gather(snapshot.unstepped) for name in names})
             written = world.run_on_all_ranks(lambda: self._write_plain(partial, snapshot, unstepped))
             every = {name: file for part in world.gather(written) for name, file in part.items()}
-            content = Manifest(snapshot.step, self._facts, every, start=self._start.id, parent=self._parent)
+            facts = self._facts if snapshot.eval_loss is None else {**self._facts, EVAL_LOSS: snapshot.eval_loss}
+            content = Manifest(snapshot.step, facts, every, start=self._start.id, parent=self._parent)
             world.run_on_all_ranks(lambda: self._commit(partial, final, content))
         except Exception as error:
             if world.is_main:
@@ -239,12 +256,23 @@ class Checkpointer:
         replaced = _hide(final, _REPLACED) if final.exists() else None
         partial.rename(final)
         files.sync_folder(self._root)
-        files.replace_file(self._root / LATEST, final.name + "\n")
         self._parent = {"path": final.name, "saved": content.saved}
-        surplus = manifest.by_age(self._root)[0][self._max_checkpoints :] if self._max_checkpoints else []
-        for hidden in [replaced, *(_hide(folder, _SURPLUS) for folder, _ in surplus)]:
-            if hidden is not None:
-                shutil.rmtree(hidden)
+        try:
+            files.replace_file(self._root / LATEST, final.name + "\n")
+            for hidden in [replaced, *(_hide(folder, _SURPLUS) for folder in self._surplus())]:
+                if hidden is not None:
+                    shutil.rmtree(hidden)
+        except OSError as error:
+            log.warning("%s is saved, but then: %s", final, files.describe_error(error))
+
+    def _surplus(self) -> list[Path]:
+        """The checkpoints that are not to be kept, now that the newest is there."""
+        found, _ = manifest.by_age(self._root)
+        kept = found[: self._max_checkpoints or len(found)]
+        if self._keep_best:
+            evaluated = [entry for entry in found if EVAL_LOSS in entry[1].facts]
+            kept += sorted(evaluated, key=lambda entry: entry[1].facts[EVAL_LOSS])[:1]
+        return [folder for folder, _ in found if folder not in {path for path, _ in kept}]
 
     def _write_plain(self, folder: Path, snapshot: _Snapshot, unstepped: list[str]) -> dict[str, File]:
         """Write all but tensors; the descriptions of all files that this rank wrote."""
@@ -258,53 +286,75 @@ class Checkpointer:
         return {path.name: manifest.describe(path) for path in paths}
 
 
-def recorded_compute_dtype(path: str | None, output: Path) -> Literal["bfloat16", "float32"] | None:
-    """The compute dtype of the checkpoint that `path`, as in `Checkpointer.resume`, means, if it is there and tells.
+def find_checkpoint(path: Path, world: World) -> tuple[Path, Manifest]:
+    """The checkpoint that `path` is, or an output folder's newest whole one, all its files verified. Collective.
 
-    output: the run's output folder, whose newest checkpoint `auto` means.
+    ValueError, on every rank: there is none, or it is damaged.
+    """
+    if not world.run_on_all_ranks(path.is_dir):
+        raise ValueError(f"train.load_checkpoint_path: there is no folder {path}")
+    if manifest.is_folder_name(path.name):
+        return path, manifest.verify(path, world)
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    newest = _newest(root, world)
+    if newest is None:
+        raise ValueError(
+            f"train.load_checkpoint_path: {path} holds no whole checkpoint; give a folder global_step_N, an output "
+            "folder that has one in its checkpoints/, or auto"
+        )
+    return newest
+
+
+class Foreseen(NamedTuple):
+    """A checkpoint that will be resumed, before it is verified. facts: of its manifest. state: as it was saved."""
+
+    facts: Mapping[str, Any]
+    state: Mapping[str, Any]
+
+
+def foresee(path: str | None, output: Path) -> Foreseen:
+    """The checkpoint that `Checkpointer.resume` is to find at `path`, for what is needed before tensors can be read.
+
+    output: the run's output folder. Empty where there is none, or none that can be read: `resume` says why.
     """
     if path is None:
-        return None
+        return Foreseen({}, {})
     folder = output if path == "auto" else Path(path)
     try:
-        if manifest.is_folder_name(folder.name):
-            return manifest.read(folder).facts.get("compute_dtype")
-        root = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-        found, start = manifest.by_age(root)[0], read_start(root)
-        if not found and start and start.origin:
-            return manifest.read(root / start.origin).facts.get("compute_dtype")
-        return found[0][1].facts.get("compute_dtype") if found else None
-    except (OSError, ValueError):
-        return None  # what is wrong with it is said when it is loaded
-
-
-def load_model_only(path: Path, model: nn.Module, world: World) -> Path:
-    """Fill `model`, which must have its storage, from a checkpoint or an output folder's newest, and return its folder.
-
-    Collective.
-
-    ValueError: as `Checkpointer.resume`.
-    """
-    folder, _ = _find(path, world)
-    _read(folder, model_tensors(model), set(model_entries(model)), world, prefixes=("model.",))
-    return folder
-
-
-def saved_state(path: str | None, output: Path) -> dict[str, Any]:
-    """The `state` of the checkpoint that `Checkpointer.resume` would find at `path`, read before its tensors can be.
-
-    output: the run's output folder. {} where there is none, or none that can be read: `resume` says so.
-    """
-    if path is None:
-        return {}
-    folder = output / "checkpoints" if path == "auto" else Path(path)
-    try:
         if not manifest.is_folder_name(folder.name):
-            root = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-            folder, _ = manifest.by_age(root)[0][0]
-        return json.loads((folder / STATE).read_text())["state"]
-    except (OSError, ValueError, IndexError, KeyError):
-        return {}
+            root = folder / "checkpoints" if path == "auto" or (folder / "checkpoints").is_dir() else folder
+            candidates, start = _candidates(root)[0], read_start(root)
+            if not candidates and start is not None and start.origin is not None:
+                candidates = [root / start.origin]
+            folder = candidates[0]
+        return Foreseen(manifest.read(folder).facts, json.loads((folder / STATE).read_text())["state"])
+    except (OSError, ValueError, IndexError, KeyError, TypeError):
+        return Foreseen({}, {})
+
+
+def read_model(folder: Path, model: nn.Module, world: World) -> None:
+    """Fill `model`, which must have its storage, from a checkpoint that `find_checkpoint` found. Collective.
+
+    ValueError, on every rank: it is of another model.
+    """
+    _read(folder, model_tensors(model), model, world, prefixes=("model.",))
+
+
+def model_reader(folder: Path, model: nn.Module, world: World) -> Callable[[str], Tensor]:
+    """A function that reads a full tensor of `model`, which needs no storage, by name, from a checkpoint that
+    `find_checkpoint` found. Collective, as is what it returns; ValueError as in `read_model`."""
+    tensors = model_tensors(model)
+    entries = model_entries(model)
+    first = {id(entry): f"model.{name}" for name, entry in reversed(entries.items())}
+    index = _fitting_index(folder, tensors, model, world, prefixes=("model.",))
+
+    def read(name: str) -> Tensor:
+        stored = first[id(entries[name])]
+        tensor = torch.empty(tensors[stored].shape, dtype=tensors[stored].dtype)
+        dcp.read(folder, index, {stored: tensor}, world.group)
+        return tensor
+
+    return read
 
 
 @dataclass(frozen=True)
@@ -312,6 +362,7 @@ class _Snapshot:
     """What one save writes. tensors: the live ones; copies: of their parts on this rank; state and rng: JSON."""
 
     step: int
+    eval_loss: float | None
     tensors: Mapping[str, Tensor]
     copies: Mapping[str, Tensor] | None
     state: str
@@ -401,42 +452,31 @@ def _candidates(root: Path) -> tuple[list[Path], dict[Path, str]]:
     """The checkpoints of the branch that is followed under `root`, newest first; and the damaged ones, with reasons."""
     found, damaged = manifest.by_age(root)
     start = read_start(root)
-    candidates = []
-    for folder, content in found:
-        if start is None or start.owns(content.step, content.start):
-            candidates.append(folder)
-        else:
-            log.warning("skipping %s: it is of a branch that was left when the run went back", folder)
-    return candidates, damaged
-
-
-def _find(path: Path, world: World) -> tuple[Path, Manifest]:
-    """The checkpoint that `path` names, verified."""
-    if not world.run_on_all_ranks(path.is_dir):
-        raise ValueError(f"train.load_checkpoint_path: there is no folder {path}")
-    if manifest.is_folder_name(path.name):
-        return path, manifest.verify(path, world)
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    newest = _newest(root, world)
-    if newest is None:
-        raise ValueError(
-            f"train.load_checkpoint_path: {path} holds no whole checkpoint; give a folder global_step_N, an output "
-            "folder that has one in its checkpoints/, or auto"
-        )
-    return newest
+    return [folder for folder, it in found if start is None or start.owns(it.step, it.start)], damaged
 
 
 def _read(
-    folder: Path, tensors: dict[str, Tensor], names: set[str], world: World, prefixes: tuple[str, ...]
+    folder: Path, tensors: dict[str, Tensor], model: nn.Module, world: World, prefixes: Sequence[str]
 ) -> list[str]:
-    """Fill `tensors` from a verified checkpoint that must hold exactly them, as far as `prefixes` go; the names of
-    those that it holds in another precision, and that were converted.
+    """Fill `tensors` from a verified checkpoint; returns the names of those that it holds in another precision, and
+    that were converted. model, prefixes: as in `_fitting_index`."""
+    index = _fitting_index(folder, tensors, model, world, prefixes)
+    dcp.read(folder, index, tensors, world.group)
+    stored: dict[str, Any] = index.state_dict_metadata
+    return [name for name, tensor in tensors.items() if stored[name].properties.dtype != tensor.dtype]
 
-    names: all names of the model's tensors, tied ones too.
+
+def _fitting_index(
+    folder: Path, tensors: Mapping[str, Tensor], model: nn.Module, world: World, prefixes: Sequence[str]
+) -> Metadata:
+    """The index of a verified checkpoint, which holds exactly `tensors` of those whose names begin with a prefix.
+
+    model: its tensors may be in the checkpoint under each name that tied ones have. ValueError, on every rank: names or
+    shapes differ.
     """
     index = world.run_on_all_ranks(lambda: dcp.read_index(folder))
-    stored = {name: entry for name, entry in index.state_dict_metadata.items() if name.startswith(prefixes)}
-    known = set(tensors) | {f"model.{name}" for name in names}
+    stored = {name: entry for name, entry in index.state_dict_metadata.items() if name.startswith(tuple(prefixes))}
+    known = set(tensors) | {f"model.{name}" for name in model_entries(model)}
     known = known.union(*world.gather(known))
 
     def compare() -> None:
@@ -445,14 +485,12 @@ def _read(
             for name, tensor in tensors.items()
             if name in stored and stored[name].size != tensor.shape
         ]
-        missing = [name for name in tensors if name not in stored]
-        unknown = [name for name in stored if name not in known]
         problems = {
-            "it lacks": missing,
+            "it lacks": [name for name in tensors if name not in stored],
             "it holds in another shape": reshaped,
-            "it holds and the run does not": unknown,
+            "it holds and the run does not": [name for name in stored if name not in known],
         }
-        found = "; ".join(f"{what} {_some(names)}" for what, names in problems.items() if names)
+        found = "; ".join(f"{what} {listed(names)}" for what, names in problems.items() if names)
         if found:
             raise ValueError(
                 f"{folder} does not fit the model and optimizer of this run: {found}. Load it with the model.*, "
@@ -460,10 +498,4 @@ def _read(
             )
 
     world.run_on_all_ranks(compare)
-    dcp.read(folder, index, tensors, world.group)
-    return [name for name, tensor in tensors.items() if stored[name].properties.dtype != tensor.dtype]
-
-
-def _some(names: list[str], most: int = 8) -> str:
-    """The first few of `names`, and how many there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return index

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tutti.core.tensors import seed_of
-from tutti.model.lora import lora_of
+from tutti.core.tensors import local_part, seed_of
+from tutti.model.lora import listed, lora_of
 from tutti.train.optim import set_lr
 
 
@@ -53,6 +53,23 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
         for name, parameter in _optimized(model, optimizer).items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
+
+
+def require_finite(model: nn.Module, optimizer: Optimizer, step: int, device: torch.device) -> None:
+    """ValueError if a trained parameter or a number of its optimizer state is not finite on this rank."""
+    held = {f"model.{name}": parameter for name, parameter in _optimized(model, optimizer).items()}
+    held |= optimizer_tensors(model, optimizer)
+    parts = {name: local_part(tensor.detach()) for name, tensor in held.items() if tensor.is_floating_point()}
+    parts = {name: part for name, part in parts.items() if part.numel()}
+    # The largest of |x| is infinite or NaN if one x is: each tensor is read once, and the device waited for once.
+    peaks = [torch.linalg.vector_norm(part, torch.inf).float().to(device, non_blocking=True) for part in parts.values()]
+    finite = torch.stack(peaks).isfinite().tolist() if peaks else []
+    broken = [name for name, is_finite in zip(parts, finite, strict=True) if not is_finite]
+    if broken:
+        raise ValueError(
+            f"step {step} left numbers that are not finite in {listed(broken)}, and is not saved: go on from the "
+            "checkpoint before with a lower train.lr"
+        )
 
 
 def unstepped(model: nn.Module, optimizer: Optimizer) -> list[str]:

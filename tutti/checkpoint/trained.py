@@ -1,40 +1,76 @@
-"""The model that a run trained, read from one of its checkpoints without the rest of the run's state."""
+"""Models that runs trained, read from their checkpoints without the rest of a run's state: for export and inference.
+
+A checkpoint holds the configuration of the run that wrote it and of its model; what lies around it (the output
+folder's config.yaml, the folder that the model's config was read from) may have changed since. Only the tokenizer, and
+of adapters the base model, are read from where the run read them.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from tutti.checkpoint.hf_load import load_weights
-from tutti.checkpoint.manager import load_model_only
+from tutti.checkpoint.manager import find_checkpoint, read_model
+from tutti.checkpoint.manifest import Manifest
 from tutti.config import Config
+from tutti.config.load import load
 from tutti.core.dist import World
 from tutti.model.initial import init_weights, materialize
 from tutti.model.lora import lora_of
 
+CONFIG, MODEL_CONFIG = "config.yaml", "model_config.json"
 
-def config_path(source: Path) -> Path:
-    """The configuration of the run that `source`, an output folder or a checkpoint, is of. ValueError: there is none.
 
-    A checkpoint has one of its own, which is what the model was trained by, whatever its folder's has become.
+@dataclass(frozen=True)
+class TrainedModel:
+    """A checkpoint whose files are verified, and the configuration that describes its model and tokenizer; its
+    train.compute_dtype is what the run computed in."""
+
+    folder: Path
+    config: Config
+
+
+def is_of_run(path: Path) -> bool:
+    """True if `path` is the output folder of a run, or lies in one as a checkpoint does."""
+    return any((folder / CONFIG).is_file() for folder in (path, *path.absolute().parents[:2]))
+
+
+def find_trained(path: Path, world: World) -> TrainedModel:
+    """The checkpoint at `path`, or the newest whole one of an output folder. Collective.
+
+    ValueError, on every rank: there is none, it is damaged, or it does not say what model it is of.
     """
-    for folder in (source, *source.absolute().parents[:2]):
-        if (folder / "config.yaml").is_file():
-            return folder / "config.yaml"
-    raise ValueError(f"{source} is neither an output folder of a run (with its config.yaml) nor a checkpoint in one")
+    folder, found = find_checkpoint(path, world)
+    return TrainedModel(folder, world.run_on_all_ranks(lambda: _config_of(folder, found)))
 
 
-def load_trained(config: Config, source: Path, model: PreTrainedModel, world: World) -> Path:
-    """Give `model`, which has no storage, what the run of `config` had trained, and return the checkpoint's folder.
+def _config_of(folder: Path, found: Manifest) -> Config:
+    # Checkpoints have not always held their configuration; the output folder has one.
+    owners = [owner for owner in (folder, folder.absolute().parents[1]) if (owner / CONFIG).is_file()]
+    if not owners:
+        raise ValueError(f"there is no {CONFIG} in {folder}, nor in an output folder that it lies in")
+    config = load([str(owners[0] / CONFIG)], verb=None)
+    model, train = config.model, config.train
+    train = replace(train, compute_dtype=found.facts.get("compute_dtype", "float32"))
+    if (folder / MODEL_CONFIG).is_file() and train.architecture != "lora":
+        tokenizer = model.tokenizer_path or model.model_path or model.config_path
+        model = replace(model, tokenizer_path=tokenizer, config_path=str(folder / MODEL_CONFIG))
+    return replace(config, model=model, train=train)
 
-    source: a checkpoint, or an output folder, whose newest whole one is taken. A checkpoint of adapters holds no more
-    than these: the base model is read from where the run read it. Collective.
+
+def load_trained(trained: TrainedModel, model: PreTrainedModel, world: World) -> None:
+    """Give `model`, which `trained.config` describes and which has no storage, the checkpoint's weights. Collective.
+
+    A checkpoint of adapters holds no more than these: the base model is read from where the run read it, or drawn.
     """
+    config = trained.config
     if lora_of(model) is None:
         materialize(model, world.device)
     elif config.model.model_path is None:
         init_weights(model, config.train.seed, world.device)
     else:
         load_weights(model, config.model.model_path, world=world, broadcast=False, seed=config.train.seed)
-    return load_model_only(source, model, world)
+    read_model(trained.folder, model, world)

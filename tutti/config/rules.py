@@ -248,6 +248,26 @@ _RULES = (
         "train.eval_steps and train.eval_epochs are 0",
     ),
     _Rule(
+        (*_prefixed("train.early_stopping_"), "train.keep_best"),
+        lambda config: config.data.eval_path is None or config.train.eval_steps == config.train.eval_epochs == 0,
+        "there is no evaluation (data.eval_path with train.eval_steps or train.eval_epochs)",
+    ),
+    _Rule(
+        ("train.early_stopping_min_delta",),
+        lambda config: config.train.early_stopping_patience == 0,
+        "train.early_stopping_patience is 0",
+    ),
+    _Rule(
+        ("train.keep_best",),
+        lambda config: config.train.max_checkpoints == 0,
+        "train.max_checkpoints is 0: all checkpoints are kept",
+    ),
+    _Rule(
+        ("train.spike_window", "train.skip_spikes"),
+        lambda config: config.train.spike_sigma == 0,
+        "train.spike_sigma is 0: no spikes are looked for",
+    ),
+    _Rule(
         (*_OF_ADAPTERS, "model.adapter_path"),
         lambda config: config.train.architecture != "lora",
         "train.architecture is not lora",

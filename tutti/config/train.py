@@ -182,6 +182,35 @@ class TrainConfig:
     adam_beta2: float = arg(0.999, "Decay of the optimizer's second moment, per step.", low=0, high=1, added=True)
     adam_eps: float = arg(1e-8, "Added to the root of the second moment.", low=0, added=True)
     max_checkpoints: int = arg(0, "Newest checkpoints that are kept; 0 keeps all.", low=0, added=True)
+    keep_best: bool = arg(
+        False,
+        "Beyond max_checkpoints, keep the checkpoint of lowest evaluation loss among those that were saved right after "
+        "an evaluation.",
+        added=True,
+    )
+    early_stopping_patience: int = arg(
+        0, "Evaluations in a row without a lower loss after which the run ends; 0 never.", low=0, added=True
+    )
+    early_stopping_min_delta: float = arg(
+        0.0, "By how much an evaluation loss must be below the lowest before it to be lower.", low=0, added=True
+    )
+    max_nonfinite_steps: int = arg(
+        10,
+        "Most steps in a row whose gradient is NaN or infinite, and which are left out; with one more the run fails.",
+        low=0,
+        added=True,
+    )
+    spike_sigma: float = arg(
+        0.0,
+        "Standard deviations above the mean of the last spike_window steps from which on a step's loss or gradient "
+        "norm is a spike, which is counted and logged; 0 looks for none.",
+        low=0,
+        added=True,
+    )
+    spike_window: int = arg(
+        128, "Steps that spikes are measured by; none is found before half of them are known.", low=4, added=True
+    )
+    skip_spikes: bool = arg(False, "Leave out the updates of steps that are spikes.", added=True)
     compute_dtype: Literal["auto", "bfloat16", "float32"] = arg(
         "auto",
         "Dtype of the forward and backward pass (parameters: see enable_mixed_precision); auto: bfloat16 on "

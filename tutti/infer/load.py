@@ -1,9 +1,8 @@
 """Load the model at `infer.model_path` for generation: weights, tokenizer, chat template, limits.
 
 The path may be a Hugging Face folder, an adapter folder, a training checkpoint (`OUTPUT_DIR/checkpoints/global_step_N`)
-or a run's `train.output_dir`, of which the final export is taken, or else the newest whole checkpoint. The weights of a
-checkpoint are described by a config.yaml, its own or the run's: it says of which model they are, and how chats are
-rendered.
+or a run's `train.output_dir`, of which the final export is taken, or else the newest whole checkpoint. A checkpoint
+says what model it is of, and how chats are rendered.
 
 With several ranks each reads and holds its slices only (FSDP2); a block is gathered when it runs.
 """
@@ -27,9 +26,8 @@ from tutti.checkpoint.adapter import base_path, is_adapter_folder, load_adapter,
 from tutti.checkpoint.hf_files import weights_digest
 from tutti.checkpoint.hf_load import load_weights
 from tutti.checkpoint.hub import with_local_paths
-from tutti.checkpoint.trained import config_path, load_trained
+from tutti.checkpoint.trained import TrainedModel, find_trained, is_of_run, load_trained
 from tutti.config import Config, ModelConfig, TrainConfig
-from tutti.config.load import load
 from tutti.core.compute_dtype import compute_dtype, slow_dtypes
 from tutti.core.dist import World
 from tutti.core.files import sha256
@@ -64,19 +62,19 @@ class LoadedModel:
 class _Source:
     """The place that a model is loaded from.
 
-    config: describes the model and its tokenizer. checkpoint: holds the weights, unless config.model.model_path does.
+    config: describes the model and its tokenizer. trained: holds the weights, unless config.model.model_path does.
     template: data.chat_template, as it was in training. of_chats: that training was on conversations.
     """
 
     config: Config
-    checkpoint: Path | None = None
+    trained: TrainedModel | None = None
     template: str = "default"
     of_chats: bool = False
 
     @property
     def reads_weights(self) -> bool:
         """True if weights are read from config.model.model_path: a checkpoint of adapters needs those of its base."""
-        return self.checkpoint is None or self.config.train.architecture == "lora"
+        return self.trained is None or self.config.train.architecture == "lora"
 
 
 def load_model(config: Config, world: World) -> LoadedModel:
@@ -86,7 +84,7 @@ def load_model(config: Config, world: World) -> LoadedModel:
     """
     with _named_as_infer():
         named, config = config.infer.model_path, with_local_paths(config, world)
-        source = world.run_on_all_ranks(lambda: _find(config))
+        source = _find(config, world)
         # An adapter, or a run, may name its base model.
         described = with_local_paths(source.config, world, weights=source.reads_weights)
         source = replace(source, config=described)
@@ -111,35 +109,42 @@ def load_model(config: Config, world: World) -> LoadedModel:
     )
 
 
-def _find(config: Config) -> _Source:
-    """Find out what lies at infer.model_path. ValueError: nothing that generates text."""
+def _find(config: Config, world: World) -> _Source:
+    """The model that infer.model_path is. Collective."""
     path = Path(config.infer.model_path or "").expanduser()
     given = config.infer.tokenizer_path
     tokenizer = None if given == config.infer.model_path else given
-    if not path.exists():
-        raise ValueError(
-            f"infer.model_path: {path} is not there; give a folder, or a name on the Hugging Face hub (org/name)"
-        )
-    if not manifest.is_folder_name(path.name):
-        for folder in (path, path / "hf" / "final"):
-            if is_adapter_folder(folder):
-                return _adapted(folder, config, tokenizer)
-            if (folder / "config.json").is_file():
-                return _Source(Config(model=ModelConfig(model_path=str(folder), tokenizer_path=tokenizer)))
-    try:
-        described = config_path(path)
-    except ValueError:
-        raise ValueError(
-            f"infer.model_path: {path} is neither a Hugging Face folder (with its config.json) nor an adapter nor an "
-            "output folder of a run (with its config.yaml) nor a checkpoint in one"
-        ) from None
-    run = load([str(described)], verb=None)
+    source = world.run_on_all_ranks(lambda: _folder_source(path, config, tokenizer))
+    if source is not None:
+        return source
+    trained = find_trained(path, world)
+    run = trained.config
     if run.data.task.head != "tokens":
         raise ValueError(f"infer.model_path: {path} is of a classifier, which generates no text")
     if tokenizer is not None:
         run = replace(run, model=replace(run.model, tokenizer_path=tokenizer))
     of_chats = run.data.task.holds_chats
-    return _Source(run, path, run.data.chat_template if of_chats else "default", of_chats)
+    return _Source(run, trained, run.data.chat_template if of_chats else "default", of_chats)
+
+
+def _folder_source(path: Path, config: Config, tokenizer: str | None) -> _Source | None:
+    """The Hugging Face or adapter folder that `path` is, or has as an output folder; None if it is an output folder
+    without one, or a checkpoint."""
+    if not path.exists():
+        raise ValueError(
+            f"infer.model_path: {path} is not there; give a folder, or a name on the Hugging Face hub (org/name)"
+        )
+    for folder in (path, path / "hf" / "final"):
+        if is_adapter_folder(folder):
+            return _adapted(folder, config, tokenizer)
+        if (folder / "config.json").is_file():
+            return _Source(Config(model=ModelConfig(model_path=str(folder), tokenizer_path=tokenizer)))
+    if not is_of_run(path):
+        raise ValueError(
+            f"infer.model_path: {path} is neither a Hugging Face folder (with its config.json) nor an adapter nor an "
+            "output folder of a run (with its config.yaml) nor a checkpoint in one"
+        )
+    return None
 
 
 def _adapted(folder: Path, config: Config, tokenizer: str | None) -> _Source:
@@ -182,11 +187,11 @@ def _build(
 
 def _dtype(source: _Source, model_config: PreTrainedConfig) -> torch.dtype:
     """The dtype of the parameters in the model's files, in those of an adapter's base, or in the run's checkpoints."""
-    if source.checkpoint is None and any(
+    if source.trained is None and any(
         name.endswith("ForSequenceClassification") for name in model_config.architectures or ()
     ):
         raise ValueError("infer.model_path: the model is a classifier, which generates no text")
-    if source.checkpoint is not None and source.config.train.architecture != "lora":
+    if source.trained is not None and source.config.train.architecture != "lora":
         return torch.float32 if source.config.train.enable_mixed_precision else torch.bfloat16
     return model_config.dtype if isinstance(model_config.dtype, torch.dtype) else torch.float32
 
@@ -208,8 +213,9 @@ def _fill(model: PreTrainedModel, source: _Source, world: World) -> str:
     digests = world.broadcast(
         world.run_on_all_ranks(lambda: [weights_digest(part) for part in parts] if world.is_main else [])
     )
-    if source.checkpoint is not None:
-        folder = load_trained(source.config, source.checkpoint, model, world)
+    if source.trained is not None:
+        folder = source.trained.folder
+        load_trained(replace(source.trained, config=source.config), model, world)
         whole = source.config.train.architecture != "lora"
         held = world.run_on_all_ranks(lambda: sha256(folder / manifest.NAME))
         return held if whole else " ".join([*digests, held])

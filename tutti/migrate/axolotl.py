@@ -328,9 +328,9 @@ _RULES: dict[str, Rule] = {
     "save_safetensors": needless("exports are safetensors"),
     "eval_table_size": off("see train.sample_prompts_path"),
     "eval_max_new_tokens": same("train.sample_tokens"),
-    "early_stopping_patience": off("the run goes to its end; the report shows the best evaluation"),
-    "loss_watchdog_threshold": off("ten steps in a row without a finite gradient end a run"),
-    "loss_watchdog_patience": off("ten steps in a row without a finite gradient end a run"),
+    "early_stopping_patience": same("train.early_stopping_patience"),
+    "loss_watchdog_threshold": off("see train.spike_sigma, and train.max_nonfinite_steps"),
+    "loss_watchdog_patience": off("see train.spike_sigma, and train.max_nonfinite_steps"),
     "resume_from_checkpoint": off(
         "its checkpoints cannot be resumed from: name the folder as model.model_path instead"
     ),

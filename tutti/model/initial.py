@@ -47,15 +47,17 @@ def materialize(model: PreTrainedModel, device: torch.device) -> None:
     rebuild_buffers(model)
 
 
-def give_storage(model: nn.Module, device: torch.device) -> None:
+def give_storage(model: nn.Module, device: torch.device, *, only_trained: bool = False) -> None:
     """Give parameters and buffers that are on meta storage on `device`, with nothing in particular in it. Tied
-    parameters stay one."""
+    parameters stay one. only_trained: leave what is frozen, and buffers, on meta."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for store in stores:
             for name, tensor in store.items():
-                if tensor is not None and local_part(tensor).is_meta:
+                if tensor is None or (only_trained and not tensor.requires_grad):
+                    continue
+                if local_part(tensor).is_meta:
                     made.setdefault(id(tensor), _with_storage(tensor, device))
                     store[name] = made[id(tensor)]
 

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tutti.checkpoint.adapter import load_adapter, plan_adapters
 from tutti.checkpoint.hf_load import load_weights
-from tutti.checkpoint.manager import saved_state
+from tutti.checkpoint.manager import foresee
+from tutti.checkpoint.trained import CONFIG, MODEL_CONFIG
 from tutti.config import Config, TrainConfig
 from tutti.config.layout import Layout, ModelFacts, Piece, fit
 from tutti.config.yamlfile import to_yaml
@@ -125,7 +126,7 @@ class Run:
     def documents(self, asked: Config) -> dict[str, str]:
         """The configurations of the run, as it was asked for, and of its model, by file name, for its checkpoints."""
         model = self.placed.full_model or self.placed.model
-        return {"config.yaml": to_yaml(asked), "config.json": model.config.to_json_string()}
+        return {CONFIG: to_yaml(asked), MODEL_CONFIG: model.config.to_json_string()}
 
     def facts(self, asked: Config) -> dict[str, Any]:
         """What a checkpoint's manifest says of the run that wrote it: also how it came out what was left to it."""
@@ -190,7 +191,7 @@ def _dated(config: Config, world: World) -> Config:
         return config
 
     def find() -> str:
-        state = saved_state(config.train.load_checkpoint_path, Path(config.train.output_dir or ""))
+        state = foresee(config.train.load_checkpoint_path, Path(config.train.output_dir or "")).state
         return state.get("data", {}).get("settings", {}).get("data.chat_date") or date.today().isoformat()
 
     found = world.broadcast(find() if world.is_main else None)
@@ -269,7 +270,7 @@ def load_parameters(config: Config, placed: PlacedModel, mesh: Mesh, world: Worl
             broadcast=train.broadcast_model_weights_from_rank0,
             index_path=config.model.safetensor_idx_path,
             seed=train.seed,
-            whole=placed.full_model,
+            full_model=placed.full_model,
         )
     if config.model.adapter_path is not None and train.architecture == "lora":
         path = Path(config.model.adapter_path)

@@ -9,14 +9,16 @@ kernel, which layout) was decided when the parts were built.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 from tutti.checkpoint.adapter import base_of, require_base
 from tutti.checkpoint.export import export_trained
 from tutti.checkpoint.hub import with_local_paths
-from tutti.checkpoint.manager import Checkpointer, recorded_compute_dtype
+from tutti.checkpoint.manager import Checkpointer, foresee
 from tutti.config import Config
 from tutti.config.layout import fit
 from tutti.core.batch import GlobalBatch
@@ -25,6 +27,7 @@ from tutti.core.dist import World, init_world, shutdown_world
 from tutti.model.lora import lora_of, require_gradients
 from tutti.parallel.mesh import build_mesh
 from tutti.train.evaluate import evaluate
+from tutti.train.guard import SpikeGuard
 from tutti.train.logging.metrics import Metrics
 from tutti.train.logging.step_logger import StepLogger
 from tutti.train.lr_schedule import learning_rate
@@ -44,7 +47,7 @@ from tutti.train.process import housekeeping, prepare_process
 from tutti.train.profile import make_profiler
 from tutti.train.samples import Samples
 from tutti.train.step import TrainStep
-from tutti.train.stop import StopSignal
+from tutti.train.stop import EarlyStopping, StopSignal
 from tutti.train.tasks import make_task
 
 log = logging.getLogger(__name__)
@@ -60,7 +63,7 @@ def train(config: Config) -> None:
     output = Path(config.train.output_dir or "")
     try:
         with claim_output(output, world, fresh=config.train.load_checkpoint_path is None):
-            before = recorded_compute_dtype(config.train.load_checkpoint_path, output)
+            before = foresee(config.train.load_checkpoint_path, output).facts.get("compute_dtype")
             settled = settle_compute_dtype(config, world, before=before)
             _run(with_local_paths(settled, world), world, asked=config)
     finally:
@@ -98,26 +101,22 @@ def _run(config: Config, world: World, *, asked: Config) -> None:
     executor = make_executor(config.train, placed, run.mesh, world.device)
     prepare = placed.objective.task.prepare(run, executor)
     optimizer = build_optimizer(model, config, is_complete=placed.is_complete)
-    checkpoints = Checkpointer(
-        output,
-        world,
-        save_async=config.train.save_async,
-        max_checkpoints=config.train.max_checkpoints,
-        facts=run.facts(asked),
-        documents=run.documents(asked),
-    )
+    checkpoints = _checkpointer(run, output, asked)
     state = checkpoints.resume(config.train.load_checkpoint_path, model, optimizer)
     step = state["step"] if state else 0
     base = base_of(config, world)
     if state:
         require_base(state.get("base"), base)
-        data.load_state_dict(state["data"])
+    guard, early = SpikeGuard(config.train, world), EarlyStopping(config.train)
+    resumed: dict[str, Stateful] = {"data": data, "guard": guard, "early_stopping": early}
+    load_states(resumed, state)
     train_step = TrainStep(
         placed.objective,
         optimizer,
         executor,
         run.mesh,
         config.train.max_grad_norm,
+        guard=guard,
         inspect_gradients=partial(require_gradients, model, world),
     )
     # From here on the output folder is this run's: all that it was given is good.
@@ -130,8 +129,9 @@ def _run(config: Config, world: World, *, asked: Config) -> None:
         StopSignal(world) as stop,
     ):
         logger = StepLogger(run, metrics)
-        logger.load_state_dict(state.get("totals", {}) if state else {})
-        for batch in prepare(logger.clock.waiting(data.train()), "train"):
+        load_states({"totals": logger}, state)
+        resumed["totals"] = logger
+        for batch in () if early.reason else prepare(logger.clock.waiting(data.train()), "train"):
             step = batch.step
             set_lr(optimizer, learning_rate(step - 1, data.total_steps, config.train))
             train_step.step(batch, logger.totals)
@@ -139,15 +139,17 @@ def _run(config: Config, world: World, *, asked: Config) -> None:
             profiler.step()
             housekeeping(step, config)
             logger.clock.pause()
+            found: dict[str, Any] = {}
             if config.data.eval_path and due(batch, config.train.eval_steps, config.train.eval_epochs):
                 found = evaluate(placed.objective, prepare(data.evaluate(), "eval"), executor, world)
                 metrics.log_eval({"step": step, **found})
+                early.add(step, found["eval_loss"])
                 samples.show(step, metrics, executor)
-            stopping = stop.requested()
+            stopping = stop.requested() or early.reason is not None
             if stopping or due(batch, config.train.save_steps, config.train.save_epochs):
-                state = {"step": step, "epoch": batch.epoch, "data": data.state_dict(), "base": base}
-                state["totals"] = logger.state_dict()
-                checkpoints.save(step, model, optimizer, state)
+                state = {"step": step, "epoch": batch.epoch, "base": base}
+                state |= {name: part.state_dict() for name, part in resumed.items()}
+                checkpoints.save(step, model, optimizer, state, found.get("eval_loss"))
             if due(batch, config.train.hf_save_steps, config.train.hf_save_epochs):
                 _export(run, output / "hf" / f"global_step_{step}")
             if stopping:
@@ -155,15 +157,42 @@ def _run(config: Config, world: World, *, asked: Config) -> None:
             logger.clock.go_on()
         checkpoints.wait()
         data.close()
-        if step < data.total_steps:
+        if step < data.total_steps and early.reason is None:
             metrics.close({"status": "stopped", "message": f"asked to stop after step {step}"})
             log.info("stopped after step %d; go on with --train.load_checkpoint_path auto", step)
             return
         samples.show(step, metrics, executor)
         if config.train.save_hf_weights:
             _export(run, output / "hf" / "final")
-        metrics.close({"status": "finished"})
+        metrics.close({"status": "finished", "message": early.reason})
     log.info("report: %s", output / "report.html")
+
+
+def _checkpointer(run: Run, output: Path, asked: Config) -> Checkpointer:
+    """The writer and reader of the run's checkpoints. A collective call."""
+    train = run.config.train
+    return Checkpointer(
+        output,
+        run.world,
+        save_async=train.save_async,
+        max_checkpoints=train.max_checkpoints,
+        keep_best=train.keep_best,
+        facts=run.facts(asked),
+        documents=run.documents(asked),
+    )
+
+
+class Stateful(Protocol):
+    """A part of a run that a checkpoint holds as plain data, the same on every rank."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def load_states(parts: Mapping[str, Stateful], state: Mapping[str, Any] | None) -> None:
+    """Give each of `parts` what a checkpoint's state holds of it; one from before there was such a part lacks it."""
+    for name in parts.keys() & (state or {}).keys():
+        parts[name].load_state_dict(state[name])  # type: ignore[index]  # None has no keys
 
 
 def due(batch: GlobalBatch, steps: int, epochs: int) -> bool:
@@ -180,6 +209,6 @@ def _export(run: Run, folder: Path) -> None:
         run.inputs.processor or run.inputs.tokenizer,
         folder,
         run.world,
-        whole=placed.full_model,
+        placed.full_model,
     )
     log.info("wrote the %s to %s", "model" if lora_of(placed.model) is None else "adapter", folder)

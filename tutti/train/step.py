@@ -5,7 +5,8 @@ known beforehand; gradients are summed over micro batches and ranks. So the grad
 all trained tokens, however they were packed and spread. Nothing here waits for the device: what is worth knowing is
 left there in `Totals` and read when a line of metrics is due.
 
-A step whose gradient is not finite changes nothing (neither parameters nor optimizer state) and is counted.
+A step whose gradient is not finite changes nothing (neither parameters nor optimizer state) and is counted; on request
+one that is a spike as well (`tutti.train.guard`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tutti.core.dist import World
 from tutti.parallel.grads import clip_gradients
 from tutti.parallel.mesh import Mesh
 from tutti.parallel.pipeline.executor import Executor
+from tutti.train.guard import SpikeGuard
 from tutti.train.objective import Objective
 from tutti.train.tasks import Sums
 
@@ -40,13 +42,15 @@ class TrainStep:
         mesh: Mesh,
         max_grad_norm: float,
         *,
+        guard: SpikeGuard | None = None,
         inspect_gradients: Callable[[], None] | None = None,
     ) -> None:
-        """inspect_gradients: called once, after the first step's backward pass."""
+        """guard: tells which steps are spikes. inspect_gradients: called once, after the first step's backward pass."""
         self._optimizer = optimizer
         self._executor = executor
         self._num_sharing = mesh.grid.size() // mesh.dp_size
         self._max_grad_norm = max_grad_norm
+        self._guard = guard
         self._inspect_gradients = inspect_gradients
         self._flops = objective.flops
         self._parameters: list[nn.Parameter] = list(objective.parameters())
@@ -59,6 +63,7 @@ class TrainStep:
             losses = [sums[name] / count for name, count in batch.counts.items() if name in sums]
             return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
+        before = totals.sums["loss"].clone()
         self._executor.train(batch.micro_batches, loss_of)
         flops = sum(self._flops.batch(micro.lengths(), micro.num_values()) for micro in batch.micro_batches)
         totals.flops += flops / self._num_sharing
@@ -67,21 +72,26 @@ class TrainStep:
             self._inspect_gradients = None
         norm = self._executor.gradient_norm(self._parameters)
         clip_gradients(self._parameters, norm, self._max_grad_norm)
-        finite = norm.isfinite()
-        _update(self._optimizer, finite)
+        admitted = finite = norm.isfinite()
+        if self._guard is not None and self._guard.is_on:
+            loss = (totals.sums["loss"] - before).sum() / batch.num_targets
+            spike = self._guard.is_spike(loss, norm)
+            totals.spikes += spike
+            admitted = finite & ~spike if self._guard.skips else finite
+        _update(self._optimizer, admitted)
         self._optimizer.zero_grad(set_to_none=True)
         totals.grad_norm = norm
-        totals.skipped += ~finite
+        totals.skipped += ~admitted
         totals.consecutive_skips = (totals.consecutive_skips + 1) * ~finite
         totals.count(batch)
 
 
-def _update(optimizer: Optimizer, finite: Tensor) -> None:
-    """Take the optimizer's step, if `finite`; fused optimizers decide that on the device."""
+def _update(optimizer: Optimizer, admitted: Tensor) -> None:
+    """Take the optimizer's step, if `admitted`; fused optimizers decide that on the device."""
     if optimizer.defaults.get("fused"):
-        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
+        optimizer.grad_scale, optimizer.found_inf = None, (~admitted).float()  # type: ignore[attr-defined]
         optimizer.step()
-    elif finite:
+    elif admitted:
         optimizer.step()
 
 
@@ -90,13 +100,14 @@ class Totals:
     """Sums since the last line of metrics. The tensors are this rank's, on the device; the counts are global.
 
     sums: of the objective, by name, each a vector. grad_norm: the last step's. flops: of the model, this rank's share.
-    skipped: steps whose gradient was not finite; consecutive_skips: how many of the last ones in a row, over the whole
-    run.
+    skipped: steps without an update. spikes: steps far above those before. consecutive_skips: how many of the last
+    steps in a row had a gradient that was not finite, over the whole run.
     """
 
     sums: dict[str, Tensor]
     grad_norm: Tensor
     skipped: Tensor
+    spikes: Tensor
     consecutive_skips: Tensor
     num_steps: int = 0
     num_targets: int = 0
@@ -115,6 +126,7 @@ class Totals:
             sums=zero_sums(sizes, device),
             grad_norm=torch.zeros((), device=device),
             skipped=torch.zeros((), dtype=torch.int64, device=device),
+            spikes=torch.zeros((), dtype=torch.int64, device=device),
             consecutive_skips=torch.zeros((), dtype=torch.int64, device=device),
         )
 
@@ -140,6 +152,7 @@ class Totals:
             "sums": world.gather(local),
             "counts": {name: dict(value) if isinstance(value, Counter) else value for name, value in counts.items()},
             "skipped": int(self.skipped),
+            "spikes": int(self.spikes),
             "consecutive_skips": int(self.consecutive_skips),
         }
 
@@ -155,6 +168,7 @@ class Totals:
             for name, vector in self.sums.items():
                 vector += vector.new_tensor(sums[name])
         self.skipped += state["skipped"]
+        self.spikes += state["spikes"]
         self.consecutive_skips += state["consecutive_skips"]
         for name, value in state["counts"].items():
             if isinstance(value, dict):
@@ -171,6 +185,7 @@ class Totals:
             sums=sums,
             grad_norm=self.grad_norm.item(),
             skipped=int(self.skipped),
+            spikes=int(self.spikes),
             consecutive_skips=int(self.consecutive_skips),
         )
 
@@ -195,6 +210,7 @@ class Reduced(NamedTuple):
     flops: float
     grad_norm: float
     skipped: int
+    spikes: int
     consecutive_skips: int
 
 

@@ -1,4 +1,6 @@
-"""Ending a run in good order: SIGTERM and SIGINT are noted, agreed on by all ranks, and acted on at the step's end.
+"""Ending a run before its last step, in good order: on request, or because it does not get better any more.
+
+SIGTERM and SIGINT are noted, agreed on by all ranks, and acted on at the step's end.
 
 One request to stop often arrives as several signals. Slurm, systemd and a terminal signal every process of a job, and a
 launcher that was signalled passes its own signal on, so that a rank gets two or more, the last ones while it is saving.
@@ -8,14 +10,17 @@ All of them mean the same stop. Who cannot wait for the checkpoint has SIGQUIT (
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from tutti.config import TrainConfig
 from tutti.core.dist import World
 
 log = logging.getLogger(__name__)
@@ -56,3 +61,39 @@ class StopSignal:
         if not self._seen:
             log.warning("%s: stopping after this step, once a checkpoint is saved", signal.Signals(number).name)
         self._seen = True
+
+
+class EarlyStopping:
+    """Ends a run whose evaluation loss has not fallen for train.early_stopping_patience evaluations in a row."""
+
+    def __init__(self, train: TrainConfig) -> None:
+        self._patience, self._min_delta = train.early_stopping_patience, train.early_stopping_min_delta
+        self._best, self._best_step, self._in_vain = math.inf, 0, 0
+
+    def add(self, step: int, loss: float) -> None:
+        """Take in the evaluation loss after `step`, which is the same on every rank."""
+        if loss < self._best - self._min_delta:
+            self._best, self._best_step, self._in_vain = loss, step, 0
+        else:
+            self._in_vain += 1
+        if self.reason is not None:
+            log.info("the run ends with step %d: %s", step, self.reason)
+
+    @property
+    def reason(self) -> str | None:
+        """Why the run is over; None while it is not."""
+        if not 0 < self._patience <= self._in_vain:
+            return None
+        return (
+            f"the evaluation loss has not fallen for {self._in_vain} evaluations: it was lowest, {self._best:.4g}, "
+            f"after step {self._best_step}"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been seen, as plain data."""
+        best = None if self._best == math.inf else self._best
+        return {"best": best, "best_step": self._best_step, "in_vain": self._in_vain}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._best = math.inf if state["best"] is None else state["best"]
+        self._best_step, self._in_vain = state["best_step"], state["in_vain"]

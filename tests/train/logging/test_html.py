@@ -330,7 +330,7 @@ def test_is_written_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     metrics.close({"status": "stopped", "message": "asked to", "hours": 2})
     assert shown() == ("stopped", 3)
     assert data_of((tmp_path / "report.html").read_text())["run"]["summary"] == {"hours": 2}
-    assert not list(tmp_path.glob("*.draft")) + list(tmp_path.glob(".*.draft"))
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_the_data_is_what_has_been_read_when_the_run_stops(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ class History:
 
     train, evals: the curves. last, last_eval: the newest records. best_eval: the one of lowest loss. tokens,
     trained_tokens, samples: sums. seconds: time spent in training steps (not in evaluation, saving or start-up).
-    source_tokens: trained tokens per source. skipped: steps that a non-finite gradient left without an update.
+    source_tokens: trained tokens per source. skipped: steps that were left without an update.
     non_finite: (step, what) of every non-finite value, the first 100.
     """
 

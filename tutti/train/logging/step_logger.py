@@ -16,9 +16,6 @@ from tutti.train.step import Reduced, Totals, losses_by_source
 
 log = logging.getLogger(__name__)
 
-MAX_CONSECUTIVE_SKIPS = 10
-"""Steps in a row with a gradient that is not finite, after which a run has broken down."""
-
 
 class Clock:
     """Seconds of training since the last lap, without evaluations and saves, and how many went by waiting for data."""
@@ -93,10 +90,9 @@ class StepLogger:
         return {"clock": self._world.broadcast(self.clock.state()), **self.totals.state_dict(self._world)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the totals of `state`; nothing where a checkpoint has none."""
-        if state:
-            self.clock.go_back(*state["clock"])
-            self.totals.load_state_dict(state, self._world)
+        """Go on with the totals of `state`."""
+        self.clock.go_back(*state["clock"])
+        self.totals.load_state_dict(state, self._world)
 
     def after_step(self, batch: GlobalBatch, lr: float) -> None:
         """Write the line that is due after `batch`, if one is. ValueError where training has broken down."""
@@ -124,11 +120,14 @@ class StepLogger:
         record |= self._run.placed.objective.task.metrics(reduced.sums, totals.num_targets)
         if router_loss := reduced.sums.get("router_loss"):
             record["router_loss"] = router_loss / totals.num_tokens
+        if reduced.spikes:
+            record["spikes"] = reduced.spikes
+            log.warning("step %d: %d of the last %d steps were spikes", batch.step, reduced.spikes, totals.num_steps)
         if reduced.skipped:
             record["skipped_steps"] = reduced.skipped
-            log.warning("step %d: %d skipped, the gradient was not finite", batch.step, reduced.skipped)
+            log.warning("step %d: %d of the last %d steps skipped", batch.step, reduced.skipped, totals.num_steps)
         self._metrics.log_step(record)
-        if reduced.consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
+        if reduced.consecutive_skips > self._config.train.max_nonfinite_steps:
             raise ValueError(
                 f"the gradient was not finite for the last {reduced.consecutive_skips} steps and nothing was learned "
                 "from them: lower train.lr, raise train.lr_warmup_ratio, or look at the data of these steps"

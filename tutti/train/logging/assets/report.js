@@ -92,7 +92,7 @@ function header() {
       ? make(
           "p",
           { class: "banner", style: "--tone:var(--warn)" },
-          `${whole(figures.skipped)} steps changed nothing, because their gradient was not finite.`,
+          `${whole(figures.skipped)} steps changed nothing, because their gradient was not finite or they were spikes.`,
         )
       : null,
   );

@@ -1,0 +1,194 @@
+"""Runs that are signalled, fail, or were started wrong: what is there afterwards is whole, and is gone on with."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import run_ranks
+from tests.train.runs import records, run, tiny_config, train_quietly, write_model_config
+from tutti.config import Config
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def exported(source: Path, out: Path) -> dict[str, Any]:
+    import json
+
+    from tutti.checkpoint.export import export
+
+    logging.disable(logging.INFO)
+    export(str(source), str(out))
+    return json.loads((out / "config.json").read_text())
+
+
+def test_a_failed_resume_leaves_everything_as_it_was(tmp_path):
+    changes: dict[str, Any] = {"train.max_steps": 2, "train.save_steps": 1}
+    config = tiny_config(tmp_path, **changes)
+    run(config)
+    output = Path(config.train.output_dir)
+    before = files_of(output)
+    # The same folder with another model and other data: the data is what is found to be wrong, last of all.
+    write_model_config(tmp_path / "other", rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
+    wrong = tiny_config(
+        tmp_path,
+        **changes,
+        **{"model.config_path": str(tmp_path / "other"), "train.load_checkpoint_path": "auto", "data.max_seq_len": 64},
+    )
+    with pytest.raises(AssertionError, match="set it back to go on"):
+        run(wrong)
+    assert files_of(output) == before
+    # An export goes by what the checkpoint holds, whatever became of the files that it was made from.
+    want = run_ranks(1, exported, output, tmp_path / "before")[0]
+    (output / "config.yaml").write_text("train: {}\n")
+    write_model_config(tmp_path / "model", rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
+    assert run_ranks(1, exported, output, tmp_path / "after")[0] == want
+    assert want["rope_parameters"]["rope_theta"] == 10000.0
+    assert files_of(tmp_path / "before") == files_of(tmp_path / "after")
+
+
+def stop_within(config: Config, step: int) -> None:
+    from tutti.train.step import TrainStep
+
+    original = TrainStep.step
+
+    def step_and_signal(self: Any, batch: Any, totals: Any) -> None:
+        original(self, batch, totals)
+        if batch.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    TrainStep.step = step_and_signal  # type: ignore[method-assign]
+    train_quietly(config)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_totals_since_the_last_line_are_resumed(tmp_path, world):
+    changes: dict[str, Any] = {"train.log_steps": 3, "train.max_steps": 6, "train.enable_full_determinism": True}
+    config = tiny_config(tmp_path / "whole", world=world, **changes)
+    expected = run(config, world)
+    half = tiny_config(tmp_path / "half", world=world, **changes)
+    run_ranks(world, stop_within, half, 5)
+    resumed = run(
+        tiny_config(tmp_path / "half", world=world, **changes, **{"train.load_checkpoint_path": "auto"}), world
+    )
+    assert [line["step"] for line in resumed] == [3, 6]
+    timing = {"step_seconds", "data_seconds", "tokens_per_second", "mfu", "memory_gib"}
+    for ours, theirs in zip(resumed, expected, strict=True):
+        assert {key: ours[key] for key in ours.keys() - timing} == {key: theirs[key] for key in theirs.keys() - timing}
+        assert ours["step_seconds"] > 0
+
+
+def signalled_while_saving(config: Config) -> str:
+    """Two requests to stop within a step, and more of both kinds while its checkpoint is written and after the end."""
+    from tutti.checkpoint import dcp
+    from tutti.train.step import TrainStep
+
+    original, write = TrainStep.step, dcp.write
+
+    def step_and_signal(self: Any, batch: Any, totals: Any) -> None:
+        original(self, batch, totals)
+        if batch.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def write_and_signal(*args: Any) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        write(*args)
+
+    TrainStep.step, dcp.write = step_and_signal, write_and_signal  # type: ignore[method-assign, assignment]
+    train_quietly(config)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.05)
+    return "alive"
+
+
+def test_any_number_of_signals_is_one_stop(tmp_path):
+    config = tiny_config(tmp_path, world=2, **{"train.max_steps": 9})
+    assert run_ranks(2, signalled_while_saving, config) == ["alive"] * 2
+    assert [line["step"] for line in records(config)] == [1, 2]
+    checkpoints = Path(config.train.output_dir) / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["global_step_2", "latest", "start.json"]
+
+
+def fails_while_saving(config: Config) -> str:
+    from tutti.checkpoint import dcp
+    from tutti.train.step import TrainStep
+
+    original, write = TrainStep.step, dcp.write
+
+    def step_or_fail(self: Any, batch: Any, totals: Any) -> None:
+        if batch.step == 3:
+            raise ZeroDivisionError("in step 3")
+        original(self, batch, totals)
+
+    def write_slowly(*args: Any) -> None:
+        time.sleep(0.5)
+        write(*args)
+
+    TrainStep.step, dcp.write = step_or_fail, write_slowly  # type: ignore[method-assign, assignment]
+    try:
+        train_quietly(config)
+    except ZeroDivisionError as error:
+        return str(error)
+    return "nothing failed"
+
+
+def test_a_save_under_way_survives_that_training_fails(tmp_path):
+    config = tiny_config(tmp_path, **{"train.save_steps": 2, "train.save_async": True})
+    assert run_ranks(1, fails_while_saving, config) == ["in step 3"]
+    resumed = run(tiny_config(tmp_path, **{"train.load_checkpoint_path": "auto"}))
+    assert [line["step"] for line in resumed] == [1, 2, 3, 4]
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    """The second stops, and the first does not notice."""
+    config = tiny_config(tmp_path, **{"train.max_steps": 2})
+    (message,) = run_ranks(1, starts_a_second, config)
+    assert "another run is going on there (process " in message
+    assert [line["step"] for line in records(config)] == [1, 2]
+
+
+def starts_a_second(config: Config) -> str:
+    import multiprocessing
+
+    from tutti.train.step import TrainStep
+
+    original, found = TrainStep.step, []
+
+    def step(self: Any, batch: Any, totals: Any) -> None:
+        original(self, batch, totals)
+        if batch.step == 1:
+            parent, child = multiprocessing.Pipe()
+            pid = os.fork()
+            if pid == 0:
+                child.send(second(config))
+                os._exit(0)
+            found.append(parent.recv())
+            os.waitpid(pid, 0)
+
+    TrainStep.step = step  # type: ignore[method-assign]
+    train_quietly(config)
+    return found[0]
+
+
+def second(config: Config) -> str:
+    import torch
+
+    from tutti.core.dist import World
+    from tutti.train.output import claim_output
+
+    try:
+        world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+        with claim_output(Path(config.train.output_dir or ""), world, fresh=False):
+            return "two at once"
+    except ValueError as error:
+        return str(error)

@@ -1,0 +1,154 @@
+"""Every step of a run is a stop point: the rest of the run after it is bit-equal, whatever the data is like.
+
+Each run of a pairwise cover of the dimensions of data saves after every step; from every checkpoint another run goes on
+in a folder of its own. Losses, gradient norms, samples and weights after each step must be those of the run that was
+never stopped. `make soak` takes every combination, and more steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import run_ranks
+from tests.train.runs import QUICKSTART, tiny_config, train_quietly
+from tutti.config import Config
+
+SOAK = bool(os.environ.get("SOAK"))
+DIMENSIONS: dict[str, tuple[Any, ...]] = {
+    "datasets_type": ("mapping", "iterable"),
+    "sources": (1, 2),
+    "dyn_bsz": (True, False),
+    "num_workers": (0, 2),
+    "accumulation": (1, 2),
+    "epochs": (1, 2),
+    "log_steps": (1, 3),
+}
+STEPS = 8 if SOAK else 4
+"""Steps of a run, over all its epochs."""
+
+
+def combinations() -> list[dict[str, Any]]:
+    """All of them, or as few as hold each pair of values of two dimensions (greedily)."""
+    every = [dict(zip(DIMENSIONS, values, strict=True)) for values in itertools.product(*DIMENSIONS.values())]
+    if SOAK:
+        return every
+    random.Random(1).shuffle(every)
+    open_pairs = {pair for one in every for pair in pairs(one)}
+    chosen = []
+    while open_pairs:
+        chosen.append(max(every, key=lambda one: len(open_pairs & pairs(one))))
+        open_pairs -= pairs(chosen[-1])
+    return chosen
+
+
+def pairs(one: dict[str, Any]) -> set[Any]:
+    return set(itertools.combinations(one.items(), 2))
+
+
+def named(one: dict[str, Any]) -> str:
+    return "-".join(f"{name[:4]}={value}" for name, value in one.items())
+
+
+def config_of(folder: Path, data: Path, one: dict[str, Any], **changes: Any) -> Config:
+    per_epoch = STEPS // one["epochs"]
+    batch = 2 * one["accumulation"]
+    return tiny_config(
+        folder,
+        **{
+            "data.train_path": str(data / ("mix.yaml" if one["sources"] == 2 else "one.jsonl")),
+            "data.datasets_type": one["datasets_type"],
+            "data.multisource_datasets_type": "interleave",
+            "data.num_workers": one["num_workers"],
+            "data.max_seq_len": 64,
+            "data.shuffle_buffer_size": 8,
+            "data.dyn_bsz_buffer_size": 5,
+            "data.train_sample": None if one["dyn_bsz"] else per_epoch * batch,
+            "data.train_size": per_epoch * batch * 64 if one["dyn_bsz"] else None,
+            "train.dyn_bsz": one["dyn_bsz"],
+            "train.micro_batch_size": 2,
+            "train.global_batch_size": batch,
+            "train.num_train_epochs": one["epochs"],
+            "train.max_steps": None,
+            "train.log_steps": one["log_steps"],
+            "train.enable_full_determinism": True,
+        }
+        | changes,
+    )
+
+
+def watched(configs: list[Config]) -> list[list[Any]]:
+    """Train by each of `configs` in turn; of each step its number, samples, norm and what the weights came to."""
+    import multiprocessing
+
+    from tutti.train.step import TrainStep
+
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it has workers
+    os.environ.pop("RANK")  # each run makes a group of its own
+    steps: list[Any] = []
+    original = TrainStep.step
+
+    def step(self: Any, batch: Any, totals: Any) -> None:
+        original(self, batch, totals)
+        tokens, weights = hashlib.sha256(), hashlib.sha256()
+        for micro in batch.micro_batches:
+            tokens.update(micro.input_ids.numpy().tobytes() + micro.labels.numpy().tobytes())
+        for parameter in self._parameters:
+            weights.update(parameter.detach().to_local().numpy().tobytes())
+        steps.append((batch.step, batch.epoch_end, totals.grad_norm.item(), tokens.hexdigest(), weights.hexdigest()))
+
+    TrainStep.step = step  # type: ignore[method-assign]
+    found = []
+    for config in configs:
+        steps.clear()
+        train_quietly(config)
+        found.append(list(steps))
+    return found
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Short conversations in one file, and in two that are drawn from by weights."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = (QUICKSTART / "chat.jsonl").read_text().splitlines()[:40]
+    (folder / "one.jsonl").write_text("\n".join(rows))
+    (folder / "a.jsonl").write_text("\n".join(rows[:15]))
+    (folder / "b.jsonl").write_text("\n".join(rows[15:]))
+    (folder / "mix.yaml").write_text("sources: [a.jsonl, b.jsonl]\nnames: [a, b]\nweights: [1, 2]\n")
+    return folder
+
+
+@pytest.mark.parametrize("one", combinations(), ids=named)
+def test_every_step_is_a_stop_point(tmp_path, data, one):
+    whole = config_of(tmp_path / "whole", data, one, **{"train.save_steps": 1})
+    checkpoints = Path(whole.train.output_dir or "") / "checkpoints"
+    resumed = [
+        config_of(
+            tmp_path / str(step), data, one, **{"train.load_checkpoint_path": str(checkpoints / f"global_step_{step}")}
+        )
+        for step in range(1, STEPS + 1)
+    ]
+    (expected, *rests) = run_ranks(1, watched, [whole, *resumed])[0]
+    assert [step for step, *_ in expected] == list(range(1, STEPS + 1))
+    assert sum(ends for _, ends, *_ in expected) == one["epochs"]
+    lines = lines_of(whole)
+    for start, (config, rest) in enumerate(zip(resumed, rests, strict=True), start=1):
+        assert rest == expected[start:], f"gone on from step {start}"
+        assert lines_of(config) == {step: line for step, line in lines.items() if step > start}
+
+
+def lines_of(config: Config) -> dict[int, dict[str, Any]]:
+    path = Path(config.train.output_dir or "") / "metrics.jsonl"
+    timed = ("seconds", "per_second", "mfu", "memory")
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {
+        line["step"]: {key: value for key, value in line.items() if not any(part in key for part in timed)}
+        for line in lines
+    }
