@@ -6,6 +6,7 @@ from tutti.config import ARGUMENTS
 from tutti.config.load import from_dict, load, to_yaml
 from tutti.config.rules import _RULES, warnings, warnings_on_cpu
 
+EVALUATED = ["data.eval_path=x", "train.eval_steps=5"]
 CASES = [
     *(
         (["infer.do_sample=no", f"infer.{name}=0.5"], f"infer.{name}", "infer.do_sample")
@@ -83,6 +84,16 @@ CASES = [
     (["train.eval_steps=5"], "train.eval_steps", "data.eval_path is unset"),
     (["train.eval_epochs=5"], "train.eval_epochs", "data.eval_path is unset"),
     (["data.eval_path=x"], "data.eval_path", "train.eval_steps and train.eval_epochs are 0"),
+    (["train.early_stopping_patience=5"], "train.early_stopping_patience", "there is no evaluation"),
+    (["train.keep_best=on", "train.max_checkpoints=2"], "train.keep_best", "there is no evaluation"),
+    (["train.keep_best=on", *EVALUATED], "train.keep_best", "train.max_checkpoints is 0"),
+    (
+        ["train.early_stopping_min_delta=0.1", *EVALUATED],
+        "train.early_stopping_min_delta",
+        "train.early_stopping_patience is 0",
+    ),
+    (["train.spike_window=9"], "train.spike_window", "train.spike_sigma is 0"),
+    (["train.skip_spikes=on"], "train.skip_spikes", "train.spike_sigma is 0"),
     (["train.lora_rank=5"], "train.lora_rank", "architecture is not lora"),
     (["train.lora_alpha=5"], "train.lora_alpha", "architecture is not lora"),
     (["train.lora_dropout=0.5"], "train.lora_dropout", "architecture is not lora"),
@@ -121,6 +132,8 @@ def test_no_effect(argv: list[str], name: str, why: str) -> None:
         ["train.enable_full_shard=no", "train.enable_fsdp_offload=on", "train.data_parallel_mode=fsdp1"],
         ["train.enable_activation_offload=on", "train.activation_gpu_limit=1.5"],
         ["train.eval_steps=5", "data.eval_path=x"],
+        ["train.keep_best=on", "train.max_checkpoints=2", "train.early_stopping_patience=2", *EVALUATED],
+        ["train.spike_sigma=5", "train.spike_window=9", "train.skip_spikes=on"],
         ["train.use_wandb=on", "train.wandb_name=x"],
         ["train.lr_start=1e-5", "train.lr_warmup_ratio=0.1", "train.lr_min=0", "train.lr_decay_ratio=0.5"],
         ["train.weight_decay=0.1", "train.no_decay_params=bias"],
