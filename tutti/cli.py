@@ -231,6 +231,7 @@ def _args(command: _Command) -> int:
 
 
 def _infer(command: _Command) -> int:
+    from tutti.config.coerce import expand_path
     from tutti.config.load import load
 
     _refuse_nproc_in_rank(command)
@@ -253,7 +254,8 @@ def _infer(command: _Command) -> int:
 
     from tutti.infer.run import Job, infer
 
-    job = Job(tuple(options.prompt), *(files[0] if files else None for files in (options.input, options.output)))
+    paths = (expand_path(files[0]) if files else None for files in (options.input, options.output))
+    job = Job(tuple(options.prompt), *paths)
     infer(config, job)
     return 0
 

@@ -15,6 +15,7 @@ Labels are shifted here, once: `labels[t]` is the target of position t. A row th
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,10 +30,12 @@ from tutti.core.batch import IGNORE, Media, Sample
 from tutti.data.media import MediaFolder, measure
 from tutti.data.parts import with_media
 from tutti.data.processor import MediaProcessor, shift
-from tutti.data.rows import RowError, class_of, conversation_of, fill, text_of
+from tutti.data.rows import RowError, class_of, conversation_of, fill, half_surrogate, text_of
 from tutti.data.source import BadRow, Row, text_columns
 from tutti.data.template import ChatTemplate, read_template
 from tutti.data.tokenize import BatchTokenizer, Tokens
+
+_HALVES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass
@@ -41,6 +44,8 @@ class Encoder:
 
     media: the processor of a model that takes images; media_root, row_template: data.media_root and
     data.row_template.
+    mends: whether halves of surrogate pairs, which are no characters, become U+FFFD; if not, the row is a bad one.
+    notes: what rows so far had that does not get to the model: how many of them, by what it is.
     """
 
     tokenize: BatchTokenizer
@@ -51,14 +56,11 @@ class Encoder:
     num_labels: int | None
     label_names: tuple[str, ...]
     template: ChatTemplate | None
+    mends: bool
+    notes: Counter[str]
     media: MediaProcessor | None = None
     media_root: str | None = None
     row_template: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def notes(self) -> Counter[str]:
-        """What rows so far had that does not get to the model: how many conversations, by what it is."""
-        return Counter() if self.template is None else self.template.notes
 
     def __call__(self, rows: Sequence[Row | BadRow], source: int = 0) -> list[list[Sample] | BadRow]:
         """Per row its samples (several for a long plaintext row), or why there are none. `source`: its index.
@@ -72,6 +74,7 @@ class Encoder:
                 continue
             try:
                 text, target, found = self._text(row)
+                text = self._characters(text)
             except RowError as error:
                 results[number] = BadRow(row.file, row.line, str(error))
                 continue
@@ -131,6 +134,15 @@ class Encoder:
                 "data.image_max_pixels"
             )
         return sample
+
+    def _characters(self, text: str) -> str:
+        """`text`, which has as many characters afterwards, without halves of surrogate pairs."""
+        if (half := half_surrogate(text)) is None:
+            return text
+        if not self.mends:
+            raise RowError(f"half a surrogate pair, {half!r}, is no character (data.silent_exception makes it U+FFFD)")
+        self.notes["halves of surrogate pairs, which are no characters, became U+FFFD"] += 1
+        return _HALVES.sub("\ufffd", text)
 
     def _check_ids(self, ids: np.ndarray) -> None:
         if len(ids) and (highest := int(ids.max())) >= self.vocab_size:
@@ -220,6 +232,7 @@ def make_encoder(
         raise ValueError("the tokenizer has no eos_token, which ends every text of data.data_type plaintext")
     if data.max_seq_len < 2 and kind != "labels":
         raise ValueError(f"data.max_seq_len {data.max_seq_len} leaves nothing to predict: give 2 or more")
+    template = read_template(tokenizer, data.chat_date) if kind == "conversations" else None
     return Encoder(
         tokenize=BatchTokenizer(tokenizer, special=kind == "labels", places=kind == "conversations"),
         rows=kind,
@@ -228,7 +241,9 @@ def make_encoder(
         vocab_size=vocab_size,
         num_labels=num_labels,
         label_names=tuple(label_names),
-        template=read_template(tokenizer, data.chat_date) if kind == "conversations" else None,
+        template=template,
+        mends=data.silent_exception,
+        notes=Counter() if template is None else template.notes,
         media=None if processor is None else MediaProcessor(processor, data.image_min_pixels, data.image_max_pixels),
         media_root=data.media_root,
         row_template=data.row_template,

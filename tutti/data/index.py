@@ -62,7 +62,7 @@ class Chunk:
     media: [n] as in Sample, or empty where no sample has any.
     tokens: int32 [2, T], ids above labels, or None where only the numbers are wanted. bad: the rows left out.
     bad_numbers: their row numbers. rows: how many there were. first: the number of the first. crc: of the tokens.
-    notes: how many conversations had something that does not get to the model, by what it is.
+    notes: how many rows had something that does not get to the model, by what it is.
     """
 
     source: int

@@ -381,7 +381,7 @@ def _index(config: Config, sources: Sequence[Any], encoder: Any, world: World, a
     if world.is_main:
         log_left_out(argument, index.rows, index.dropped)
         for note, count in index.notes.items():
-            log.warning("%s: %s conversations: %s", argument, f"{count:,}", note)
+            log.warning("%s: %s rows: %s", argument, f"{count:,}", note)
     return index
 
 

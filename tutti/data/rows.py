@@ -80,6 +80,18 @@ def text_of(value: dict[str, Any], columns: Sequence[str]) -> str:
     return text
 
 
+def half_surrogate(text: str) -> str | None:
+    """The first half of a surrogate pair that stands alone in `text`, if any.
+
+    JSON can write one (`"\\ud83d"`), but it is no character: UTF-8 has no bytes for it, and no tokenizer takes it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return text[error.start]
+    return None
+
+
 def class_of(value: dict[str, Any], num_labels: int | None, label_names: Sequence[str] = ()) -> int:
     """The class of a classification row: a whole number in [0, num_labels), or one of `label_names`.
 

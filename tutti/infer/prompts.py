@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tutti.data.rows import Conversation, RowError, conversation_of
+from tutti.data.rows import Conversation, RowError, conversation_of, half_surrogate
 from tutti.data.template import ChatTemplate
 from tutti.infer.generate import Request
 from tutti.infer.stream import NO_EDGES, Edges, edges_of
@@ -103,10 +103,8 @@ def chat_tokens(form: PromptFormat, conversation: Conversation) -> list[int]:
 
 
 def _tokens(form: PromptFormat, text: str, *, special: bool) -> list[int]:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RowError(f"the prompt has half a surrogate pair, {text[error.start]!r}, which is no character") from None
+    if (half := half_surrogate(text)) is not None:
+        raise RowError(f"the prompt has half a surrogate pair, {half!r}, which is no character")
     return form.tokenizer(text, add_special_tokens=special).input_ids
 
 
