@@ -158,7 +158,7 @@ def _naming(path: str, kind: str) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last of a column's name
         raise ValueError(f"{path} is not a readable {kind} file: {error}") from None
 
 
