@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.fakes import STREAMED, build, configure, fake_encoder, ids, sources_yaml, write
-from tutti.data.index import Index, MapSource
+from tests.data.fakes import ALONE, STREAMED, build, configure, fake_encoder, ids, sample, sources_yaml, write
+from tutti.data.index import MapSource, build_index
 from tutti.data.plan import BatchingPlan, Planner, one_pass
 
 __all__ = ["fake_encoder"]  # a fixture that every test here uses
@@ -23,14 +23,30 @@ PLAN = BatchingPlan(
 kinds = pytest.mark.parametrize("dynamic", [False, True])
 
 
+class Lengths:
+    """A source whose rows are the lengths of its samples."""
+
+    def __init__(self, lengths):
+        self.lengths = [int(length) for length in lengths]
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def rows(self, ids):
+        return [self.lengths[one] for one in ids]
+
+
 def map_source(lengths, *, seed=0, weights=None, shuffle=True):
-    """Samples of these lengths; with weights, the longer half and the shorter half are sources of their own."""
-    lengths = np.asarray(lengths, np.int64)
-    none = np.zeros(len(lengths), np.int64)
-    source = (lengths > np.median(lengths)).astype(np.int64) if weights else none
-    columns = {"row": np.arange(len(lengths)), "piece": none, "length": lengths, "targets": lengths - 1, "split": none}
-    facts = {"tokens": None, "rows": len(lengths), "dropped": {}, "notes": Counter(), "digest": ""}
-    index = Index(source=source, **columns, **facts)
+    """Samples of these lengths; with weights, the shorter half and the longer half are sources of their own."""
+    parts = np.array_split(np.sort(lengths), 2) if weights else [lengths]
+    index = build_index(
+        [Lengths(part) for part in parts],
+        lambda rows, source: [[sample(0, length, source)] for length in rows],
+        ALONE,
+        num_workers=0,
+        silent=False,
+        argument="data.train_path",
+    )
     return MapSource(index, weights and (lambda step: weights), ["short", "long"], seed, shuffle)
 
 

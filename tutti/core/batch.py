@@ -23,6 +23,9 @@ from torch import Tensor
 IGNORE = -100
 """Label of a position that is not trained on; the value torch's cross-entropy ignores."""
 
+EMPTY_LENGTH = 16
+"""Tokens of a batch without samples. Ranks that share it get two each or more: sizes of one are compiled anew."""
+
 PAD_SEGMENT = 256
 """Padding is cut into segments of at most this many tokens, so that attention over it stays linear in its length."""
 
@@ -208,11 +211,11 @@ def pack(samples: Sequence[Sample], *, pad_to: int | None = None, pad_id: int = 
     """Lay `samples` end to end as one micro batch of T tokens; with `pad_to`, T is exactly that.
 
     A sample that is split makes two segments. Padding carries IGNORE labels and lies in segments of its own. With no
-    samples the batch is padding alone (T = pad_to or 1): what a rank runs that has nothing left to train on while
-    others have.
+    samples the batch is padding alone (T = pad_to or EMPTY_LENGTH): what a rank runs that has nothing left to train on
+    while others have.
     """
     if not samples and pad_to is None:
-        pad_to = 1
+        pad_to = EMPTY_LENGTH
     lengths: list[int] = []
     sources: list[int] = []
     for sample in samples:

@@ -36,6 +36,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from tutti.config import Config
+from tutti.core.batch import EMPTY_LENGTH
 from tutti.data.mix import Mix, SampleRef
 from tutti.data.pack import BestFit, Fixed, Packer, budget_at, deal_samples, deal_tokens
 
@@ -109,13 +110,14 @@ class BatchingPlan:
         return BestFit(self.buffer_size, self.budget, self.seed) if self.dynamic else Fixed(self.micro_batch_size)
 
     def slots(self, budget: int, batch: Sequence[SampleRef]) -> int:
-        """Room of a micro batch that was planned with `budget`; one without samples is a single token."""
+        """Room of a micro batch that was planned with `budget`."""
         if self.pad:
             return self.budget
+        if not batch:
+            return EMPTY_LENGTH
         if self.dynamic and len(batch) > 1:
             return budget
-        tokens = sum([length for length, _ in batch])
-        return max(budget, tokens) if self.dynamic and batch else max(1, tokens)
+        return max(budget if self.dynamic else 0, sum([length for length, _ in batch]))
 
     def fullness(self, budget: int, batches: MicroBatches) -> float:
         """Part of a full step's tokens (without dyn_bsz: samples) that a step of these micro batches has."""
