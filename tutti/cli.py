@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from tutti import __version__
 from tutti.config import ARGUMENTS, Config, ConfigError
 from tutti.core.launch import ERROR_FILE, launch
 
@@ -94,9 +95,7 @@ def _dispatch(argv: list[str]) -> int:
         _parser().print_help()
         return 0 if argv else 2
     if argv[0] == "--version":
-        from importlib.metadata import version
-
-        print(version("tutti"))
+        print(__version__)
         return 0
     words = _with_values_bound(argv)
     name = next((word for word in words if not word.startswith("-")), "")

@@ -71,8 +71,8 @@ def emulated_backward(grad, query, key, value, out, *args):
 @pytest.mark.parametrize("settings", [SETTINGS[name] for name in SETTINGS if name != "softcap"], ids=str)
 @pytest.mark.parametrize("borders", BORDERS.values(), ids=BORDERS)
 def test_calls_of_the_flash_kernel_make_up_the_same_blocks(monkeypatch, borders, settings):
-    monkeypatch.setattr(torch.ops.torch_attn, "_varlen_attn", emulated_forward)
-    monkeypatch.setattr(torch.ops.torch_attn, "_varlen_attn_backward", emulated_backward)
+    monkeypatch.setattr(flash, "varlen_forward", emulated_forward)
+    monkeypatch.setattr(flash, "varlen_backward", emulated_backward)
     torch.manual_seed(0)
     size, total = 2, borders[-1]
     whole = [torch.randn(shape, dtype=torch.float64) for shape in ((4, total, 8), (2, total, 8), (2, total, 6))]
@@ -123,8 +123,8 @@ def assert_equals_tiles(settings, widths, kernel, *, sinks=False):
 @pytest.mark.parametrize("widths", [(8, 8), (12, 6), (16, 8), (5, 5)], ids=str)
 @pytest.mark.parametrize("settings", [SETTINGS[name] for name in SETTINGS if name != "softcap"], ids=str)
 def test_a_packed_batch_by_torchs_kernel(monkeypatch, settings, widths):
-    monkeypatch.setattr(torch.ops.torch_attn, "_varlen_attn", emulated_forward)
-    monkeypatch.setattr(torch.ops.torch_attn, "_varlen_attn_backward", emulated_backward)
+    monkeypatch.setattr(flash, "varlen_forward", emulated_forward)
+    monkeypatch.setattr(flash, "varlen_backward", emulated_backward)
 
     def kernel(query, key, value, sinks=None):
         return flash.varlen_attention(query, key, value, PACKED_BORDERS, 46, settings, sinks)

@@ -30,7 +30,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from tutti.attention.packed_cpu import packed_attention
 from tutti.attention.ring import ring_attention
@@ -38,6 +37,7 @@ from tutti.attention.spec import AttentionSpec
 from tutti.attention.ulysses import heads_to_tokens, own_heads, tokens_to_heads
 from tutti.attention.varlen import PACKAGES, fits, fits_package, load_package, package_attention, varlen_attention
 from tutti.core.batch import Batch, GlobalSequence
+from tutti.core.compat import AttentionMaskInterface, sdpa_mask
 from tutti.core.modules import extras
 
 log = logging.getLogger(__name__)

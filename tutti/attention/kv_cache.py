@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from tutti.attention.interface import no_mask, packed_forward, spec_of
 from tutti.attention.packed_cpu import probabilities
 from tutti.attention.spec import AttentionSpec
+from tutti.core.compat import AttentionMaskInterface
 
 CACHED = "tutti_cached"
 """The name under which this attention is registered with transformers."""

@@ -38,6 +38,7 @@ from torch.nn.functional import pad
 from tutti.attention import online_softmax as tiled
 from tutti.attention.online_softmax import Block, Gradients, Keys, Queries, slice_of
 from tutti.attention.spec import AttentionSpec
+from tutti.core.compat import varlen_backward, varlen_forward
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ def varlen_attention(
         out = _WithSinks.apply(*tensors, sinks, cu_seqlens, max_seqlen, spec)
     else:
         sizes, window = _sizes(cu_seqlens, max_seqlen, spec)
-        out = torch.ops.torch_attn._varlen_attn(*tensors, *sizes, spec.scale, window)[0]
+        out = varlen_forward(*tensors, *sizes, spec.scale, window)[0]
     return out[..., : value.shape[-1]]
 
 
@@ -146,7 +147,7 @@ class _WithSinks(torch.autograd.Function):
         spec: AttentionSpec,
     ) -> Tensor:
         sizes, window = _sizes(cu_seqlens, max_seqlen, spec)
-        out, lse, _ = torch.ops.torch_attn._varlen_attn(query, key, value, *sizes, spec.scale, window)
+        out, lse, _ = varlen_forward(query, key, value, *sizes, spec.scale, window)
         total = torch.logaddexp(lse, sinks[:, None].to(lse.dtype))
         out = (out * (lse - total).exp().T[..., None]).to(query.dtype)
         ctx.save_for_backward(query, key, value, sinks, cu_seqlens, out, total)
@@ -157,7 +158,7 @@ class _WithSinks(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sinks, cu_seqlens, out, total = ctx.saved_tensors
         sizes, window = _sizes(cu_seqlens, ctx.max_seqlen, ctx.spec)
-        grads = torch.ops.torch_attn._varlen_attn_backward(
+        grads = varlen_backward(
             grad.contiguous(), query, key, value, out, total, *sizes, _no_dropout(grad), ctx.spec.scale, window
         )
         # A sink has no value: its probability only takes from the others.
@@ -250,7 +251,7 @@ def attend(queries: Queries, out: Tensor, keys: Keys, blocks: Sequence[Block], s
     calls, rest = _calls(blocks, queries, keys, spec)
     for call in calls:
         arguments = (*_inputs(call, queries, keys), *call.arguments, spec.scale, call.window)
-        mixed, seen, _ = torch.ops.torch_attn._varlen_attn(*arguments)
+        mixed, seen, _ = varlen_forward(*arguments)
         before = queries.lse[:, call.rows_at]
         after = torch.logaddexp(before, seen)
         place = out[:, call.rows_at]
@@ -274,7 +275,7 @@ def attend_backward(
     for call in calls:
         grad, out = (_tokens_first(item[:, call.rows_at], width) for item in outer)
         lse = queries.lse[:, call.rows_at].contiguous()
-        grads = torch.ops.torch_attn._varlen_attn_backward(
+        grads = varlen_backward(
             grad, *_inputs(call, queries, keys), out, lse, *call.arguments, _no_dropout(grad), spec.scale, call.window
         )
         for total, part, place in zip(sums, grads, (call.rows_at, call.keys_at, call.keys_at), strict=True):

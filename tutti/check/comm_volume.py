@@ -25,12 +25,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tutti.check.rehearsal import body_of
+from tutti.core.compat import TorchDispatchMode, resolve_process_group, tree_leaves
 from tutti.parallel.mesh import Mesh
 
 OTHER = "other"
@@ -172,7 +170,7 @@ def _group_of(args: Sequence[Any]) -> dist.ProcessGroup:
     boxed = [item for item in args if isinstance(item, torch.ScriptObject)]
     if boxed:
         return dist.ProcessGroup.unbox(boxed[0])
-    return _resolve_process_group([item for item in args if isinstance(item, str)][-1])  # type: ignore[arg-type]
+    return resolve_process_group([item for item in args if isinstance(item, str)][-1])
 
 
 def _num_bytes(call: _Call, args: Sequence[Any], group: dist.ProcessGroup) -> int:

@@ -31,14 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedOperatorException,
-)
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.optim import Optimizer
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel
 
 from tutti.check.comm_volume import Sent, count_traffic
@@ -46,6 +39,13 @@ from tutti.check.rehearsal import Memory, rehearse
 from tutti.config import Config, TrainConfig
 from tutti.config.layout import Layout, fit
 from tutti.core.batch import IGNORE, Batch, GlobalBatch, Sample, pack
+from tutti.core.compat import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeStore,
+    UnsupportedOperatorException,
+    clear_sharding_cache,
+)
 from tutti.core.dist import World
 from tutti.core.tensors import local_part
 from tutti.model.initial import give_storage
@@ -150,13 +150,13 @@ def _pretend(rank: int, world: int) -> Iterator[World]:
     """Be `rank` of `world` ranks that there are not, silently."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    _clear_sharding_prop_cache()  # in which there are meshes of groups that have gone, and pass for new ones
+    clear_sharding_cache()  # in which there are meshes of groups that have gone, and pass for new ones
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         yield World(rank=rank, size=world, local_rank=0, device=torch.device("cpu"))
     finally:
         dist.destroy_process_group()
-        _clear_sharding_prop_cache()
+        clear_sharding_cache()
         logging.disable(level)
 
 

@@ -30,13 +30,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import _create_work_from_future
-from torch._library.custom_ops import _maybe_get_opdef
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from tutti.core.compat import (
+    DispatchModeKey,
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    get_dispatch_mode,
+    get_opdef,
+    tree_leaves,
+    work_from_future,
+)
 from tutti.core.device import presume_accelerator
 
 _COMPUTE = {
@@ -54,7 +59,7 @@ _HOST = {"tutti::to_host"}
 
 def body_of(operator: Any) -> Callable[..., Any]:
     """The function that an operator of our own (torch.library.custom_op) was made of, which a mode may run and see."""
-    own = _maybe_get_opdef(operator)
+    own = get_opdef(operator)
     assert own is not None, f"{operator} is no custom operator"
     return own._init_fn
 
@@ -153,7 +158,7 @@ class _Rehearsal(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # what it does with its local parts comes by here again
         kwargs = kwargs or {}
-        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        if get_dispatch_mode(DispatchModeKey.FAKE) is not None:
             return func(*args, **kwargs)  # DTensor works out the shape of a whole, which nobody holds
         out = self._run(func, types, args, kwargs)
         for leaf in () if func.name() in _HOST else tree_leaves(out):
@@ -183,7 +188,7 @@ def _arrived() -> Any:
     """The handle of a message that has been received: what waits to be, is kept."""
     future: torch.futures.Future[Any] = torch.futures.Future()
     future.set_result([])
-    return _create_work_from_future(future).boxed()
+    return work_from_future(future).boxed()
 
 
 def _even_counts(tensor: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Tensor:

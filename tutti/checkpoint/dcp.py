@@ -27,10 +27,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 
 from tutti.checkpoint.hf_files import reason_of_refusal
+from tutti.core.compat import StorageInfo
 from tutti.core.files import describe_error
 from tutti.core.tensors import local_part
 
@@ -95,7 +96,7 @@ def read_index(folder: Path) -> Metadata:
             if not isinstance(name, str) or not isinstance(entry, TensorStorageMetadata):
                 raise ValueError(f"{name} is not a tensor")
         for key, place in index.storage_data.items():
-            if not isinstance(key, MetadataIndex) or not isinstance(place, _StorageInfo):
+            if not isinstance(key, MetadataIndex) or not isinstance(place, StorageInfo):
                 raise ValueError("a place in the files is not described as one")
             if place.transform_descriptors or Path(place.relative_path).name != place.relative_path:
                 raise ValueError(f"it refers to a file outside the checkpoint: {place.relative_path}")

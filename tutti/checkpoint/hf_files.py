@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.modeling_utils import str_to_torch_dtype
+
+from tutti.core.compat import str_to_torch_dtype
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -26,18 +26,18 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
+
+from tutti.checkpoint.hf_files import Checkpoint
+from tutti.core.compat import (
     Concatenate,
     MergeModulelist,
     Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
+    get_model_conversion_mapping,
     rename_source_key,
 )
-
-from tutti.checkpoint.hf_files import Checkpoint
 from tutti.core.dist import World
 from tutti.core.tensors import local_part
 from tutti.model.initial import fill_by_rules, materialize, own_block, own_part

@@ -25,17 +25,17 @@ import torch.distributed as torch_dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
+
+from tutti.checkpoint.hf_files import INDEX, SINGLE, TensorFile, read_index
+from tutti.core.compat import (
     PrefixChange,
     WeightConverter,
     WeightRenaming,
     apply_converters,
     apply_renamings,
     dot_natural_key,
+    get_model_conversion_mapping,
 )
-
-from tutti.checkpoint.hf_files import INDEX, SINGLE, TensorFile, read_index
 from tutti.core.dist import World
 from tutti.core.files import describe_error, sync_folder, write_synced
 from tutti.model.structure import model_class
@@ -142,7 +142,7 @@ class _Reverted:
             converter = copy.deepcopy(self._by_pattern[pattern])
             for name, tensor in tensors.items():
                 matched: Any = apply_converters(name, self._converters)[1]
-                converter.add_tensor(first, name, matched, tensor)  # type: ignore[arg-type]  # takes tensors too
+                converter.add_tensor(first, name, matched, tensor)  # takes tensors too
             values = converter.convert(first, model=self._model, config=self._model.config)
             made = {
                 apply_renamings(key, self._renamings): value[0] if isinstance(value, list) else value

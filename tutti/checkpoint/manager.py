@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.optim import Optimizer
 
+from tutti import __version__
 from tutti.checkpoint import dcp, manifest
 from tutti.checkpoint.lineage import Start, read_start, write_start
 from tutti.checkpoint.manifest import File, Manifest
@@ -89,7 +90,7 @@ class Checkpointer:
         self._world = world.on_own_group()
         self._save_async = save_async
         self._max_checkpoints, self._keep_best = max_checkpoints, keep_best
-        versions = {"torch": torch.__version__, **{name: version(name) for name in ("transformers", "tutti")}}
+        versions = {"torch": torch.__version__, "transformers": version("transformers"), "tutti": __version__}
         self._facts = {"world": world.size, "versions": versions, **(facts or {})}
         self._documents = dict(documents or {})
         self._background: _Background | None = None

@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
+
+from tutti.core.compat import GroupName, resolve_process_group
 
 
 class RankGroup(NamedTuple):
@@ -47,7 +48,7 @@ class RankGroup(NamedTuple):
 
 def process_group(name: str) -> dist.ProcessGroup:
     """The process group that torch knows by `name`."""
-    return _resolve_process_group(GroupName(name))
+    return resolve_process_group(GroupName(name))
 
 
 @torch.library.custom_op("tutti::gather_rows", mutates_args=())

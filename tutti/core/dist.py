@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+from tutti.core.compat import clear_sharding_cache
 
 
 class OtherRankError(ValueError):
@@ -120,4 +121,4 @@ def shutdown_world() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
         # It holds meshes of groups that have ended, which would keep their threads and pass for meshes of new groups.
-        _clear_sharding_prop_cache()
+        clear_sharding_cache()

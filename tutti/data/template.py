@@ -47,8 +47,8 @@ from itertools import pairwise
 from typing import Any, cast
 
 from jinja2 import nodes
-from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
+from tutti.core.compat import compile_jinja_template, render_jinja_template
 from tutti.data.content_flow import Condition, condition_of
 from tutti.data.rows import Conversation, RowError
 
@@ -181,7 +181,7 @@ class ChatTemplate:
         source = self.tool_source if conversation.tools else self.source
         if self._form != _AS_IT_IS:
             messages = [self._form.of(message) for message in messages]
-        _compile_jinja_template(source).globals["strftime_now"] = self.now.strftime
+        compile_jinja_template(source).globals["strftime_now"] = self.now.strftime
         try:
             texts, spans = cast(
                 tuple[list[str], list[list[Span]]],
@@ -478,7 +478,7 @@ def _split(text: str) -> tuple[list[str], list[int]]:
 
 def _tree(source: str) -> nodes.Template:
     """The syntax tree of a template."""
-    return _compile_jinja_template(source).environment.parse(source)
+    return compile_jinja_template(source).environment.parse(source)
 
 
 def _names(source: str) -> set[str]:

@@ -32,6 +32,7 @@ from transformers import (
 from tutti.attention.interface import attention_by_part, resolve_attention
 from tutti.checkpoint.hf_files import read_index
 from tutti.config import Config
+from tutti.core.compat import model_mapping
 from tutti.core.device import pick_device
 from tutti.model.experts import resolve_experts
 from tutti.model.structure import experts, text_model
@@ -97,7 +98,7 @@ def build_model(
         if count is not None:
             model_config.num_labels = count
     factory = AutoModelForSequenceClassification if classify else language_factory(model_config)
-    if type(model_config) not in factory._model_mapping:
+    if type(model_config) not in model_mapping(factory):
         kind = "sequence classifier" if classify else "causal language model"
         raise ValueError(f"model.config_path: transformers has no {kind} for model_type {model_config.model_type}")
     attention = resolve_attention(config.model.attn_implementation, device)
@@ -149,9 +150,9 @@ def language_factory(model_config: PreTrainedConfig) -> Any:
     Where it has a class of either kind for the config, the one that its `architectures` name, else the latter.
     """
     factories: tuple[Any, ...] = (AutoModelForMultimodalLM, AutoModelForCausalLM)
-    fitting = [factory for factory in factories if type(model_config) in factory._model_mapping]
+    fitting = [factory for factory in factories if type(model_config) in model_mapping(factory)]
     named = set(model_config.architectures or ())
-    by_name = [factory for factory in fitting if factory._model_mapping[type(model_config)].__name__ in named]
+    by_name = [factory for factory in fitting if model_mapping(factory)[type(model_config)].__name__ in named]
     return (*by_name, *fitting, AutoModelForCausalLM)[0]
 
 

@@ -35,9 +35,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import grouped_mm
-from transformers.integrations.moe import ExpertsInterface
 
 from tutti.core.batch import Batch
+from tutti.core.compat import ExpertsInterface
 from tutti.core.device import on_accelerator
 from tutti.core.modules import extras, put_on
 from tutti.model.lora import adapter_for

@@ -23,12 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import PreTrainedModel
-from transformers.distributed.sharding_utils import DtensorShardOperation
-from transformers.initialization import no_tie_weights
 
+from tutti.core.compat import DtensorShardOperation, StridedShard, compute_local_shape_and_global_offset, no_tie_weights
 from tutti.core.tensors import local_part, seed_of
 from tutti.model.structure import ADAPTER_MARK, model_class
 
@@ -87,7 +84,7 @@ def own_block(target: Tensor) -> tuple[slice, ...] | None:
         return tuple(slice(0, size) for size in target.shape)
     mesh, placements = target.device_mesh, target.placements
     for axis, placement in enumerate(placements):
-        if isinstance(placement, _StridedShard):
+        if isinstance(placement, StridedShard):
             splits = (mesh.size(i) for i in range(axis + 1, mesh.ndim) if placements[i].is_shard(placement.dim))
             if math.prod(splits) != placement.split_factor:
                 return None

@@ -42,8 +42,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from tutti.core.compat import Conv1D
 from tutti.core.dist import World
 from tutti.core.modules import Forward, extras, put_on, unwrap_forward, wrap_forward
 from tutti.core.tensors import local_part, seed_of

@@ -35,13 +35,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils._pytree import tree_leaves
 
 from tutti.attention.interface import border_kwargs
 from tutti.config import ConfigError, TrainConfig
 from tutti.config.layout import Layout
 from tutti.core.batch import Batch, FullTokens
 from tutti.core.collectives import RankGroup
+from tutti.core.compat import tree_leaves
 from tutti.core.structure import ModelStructure
 from tutti.model.encoder_parallel import encode_apart, encoders
 from tutti.parallel.pipeline.stage import Passed, Stage

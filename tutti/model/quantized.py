@@ -177,7 +177,7 @@ def _require_bitsandbytes() -> None:
     except ImportError as error:
         raise ValueError(
             "train.lora_base_dtype: int8 and nf4 need bitsandbytes, which is not installed; "
-            "pip install 'tutti[quantized]', or leave it at compute"
+            "pip install 'tutti-train[quantized]', or leave it at compute"
         ) from error
     finally:
         logger.setLevel(level)

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from tutti.attention.interface import PACKED
+from tutti.core.compat import tree_leaves
 from tutti.core.structure import ModelStructure, StageTrace
 from tutti.parallel.pipeline.stage import plain_attributes
 

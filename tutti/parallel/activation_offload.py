@@ -37,9 +37,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import FSDPModule
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 
+from tutti.core.compat import is_traceable_wrapper_subclass, tree_leaves
 from tutti.core.modules import Forward, wrap_forward
 from tutti.core.tensors import local_part
 

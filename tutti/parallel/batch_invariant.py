@@ -31,9 +31,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tutti.core.batch import Batch
+from tutti.core.compat import tree_flatten, tree_unflatten
 from tutti.core.modules import Forward, wrap_forward
 from tutti.parallel.sequence import add_fillers
 

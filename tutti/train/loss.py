@@ -32,6 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tutti.core.collectives import process_group
+from tutti.core.compat import graph_is_kept
 from tutti.core.device import on_accelerator
 from tutti.model.structure import LogitTransform
 
@@ -185,7 +186,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         # In place, unless backward is to come by again (as where a pipeline postpones gradients of parameters).
-        again = torch._C._autograd._get_current_graph_task_keep_graph()
+        again = graph_is_kept()
         scale = Tensor.mul if again else Tensor.mul_
         grads = (None if item is None else scale(item, grad.to(item.dtype)) for item in ctx.saved_tensors)
         return (*grads, None, None, None, None)

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tutti import __version__
 from tutti.checkpoint.adapter import load_adapter, plan_adapters
 from tutti.checkpoint.hf_load import load_weights
 from tutti.checkpoint.manager import foresee
@@ -111,14 +112,14 @@ class Run:
         """The facts of a run that the report shows beside the curves."""
         model = self.placed.full_model or self.placed.model
         sizes = num_params(model)
-        packages = ("tutti", "torch", "transformers")
+        packages = {name: version(name) for name in ("torch", "transformers")}
         return {
             "model": f"{self.placed.structure.name} ({model.config.model_type})",
             "parameters": sizes.total,
             "trainable_parameters": sum(item.numel() for item in model.parameters() if item.requires_grad),
             "device": _device_name(self.world.device),
             "layout": {"ranks": self.world.size, "mesh": str(self.mesh), "accumulation": self.layout.accumulation},
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "versions": {"python": platform.python_version(), "tutti": __version__, **packages},
             "data": lambda: self.data.report,
             "steps_reason": self.data.steps_reason,
         }

@@ -11,6 +11,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from tutti.config import Config
 from tutti.config.rules import warnings_on_cpu
+from tutti.core.compat import untested
 from tutti.core.device import keep_freed_memory, limit_threads, pick_device
 from tutti.core.log import setup_logging
 
@@ -33,6 +34,8 @@ def prepare_process(config: Config) -> torch.device:
     # Dropout differs from rank to rank; nothing else draws from these generators.
     torch.manual_seed(config.train.seed + rank)
     device = pick_device(config.train.init_device)
+    for problem in untested() if rank == 0 else ():
+        log.warning("%s", problem)
     if device.type == "cpu" and rank == 0:
         for warning in warnings_on_cpu(config):
             log.warning("%s", warning)

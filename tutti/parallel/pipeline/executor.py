@@ -24,9 +24,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from tutti.core.batch import Batch
+from tutti.core.compat import stage_backward_input, stage_backward_weight
 from tutti.core.tensors import local_part
 from tutti.parallel.fsdp import GradientSync
 from tutti.parallel.grads import gradient_norm

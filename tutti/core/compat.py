@@ -1,0 +1,123 @@
+"""Inner parts of torch and transformers that Tutti builds on, and the versions that it is tested with.
+
+Most of what is used of the two is public. What is here is not, or lies where it may be moved: a new version can take it
+away, and then this is the one place to mend. A name is looked up when it is first imported from here, so that a part
+that is not used costs no time to load, and one that is gone says which versions have it.
+
+`python -m tutti.core.compat oldest` prints what to install for the oldest pair that is tested, `newest` for the newest.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+TESTED = {"torch": ("2.11.0", "2.15.0"), "transformers": ("5.23.0", "5.24.0")}
+"""By package the oldest and the newest version that the tests have passed with."""
+
+_PLACES = {
+    # torch: tensors without values, and modes that see every operator
+    "DataDependentOutputException": "torch._subclasses.fake_tensor:DataDependentOutputException",
+    "DynamicOutputShapeException": "torch._subclasses.fake_tensor:DynamicOutputShapeException",
+    "UnsupportedOperatorException": "torch._subclasses.fake_tensor:UnsupportedOperatorException",
+    "FakeTensor": "torch._subclasses.fake_tensor:FakeTensor",
+    "FakeTensorMode": "torch._subclasses.fake_tensor:FakeTensorMode",
+    "TorchDispatchMode": "torch.utils._python_dispatch:TorchDispatchMode",
+    "is_traceable_wrapper_subclass": "torch.utils._python_dispatch:is_traceable_wrapper_subclass",
+    "FakeStore": "torch.testing._internal.distributed.fake_pg:FakeStore",
+    "get_opdef": "torch._library.custom_ops:_maybe_get_opdef",
+    "get_dispatch_mode": "torch:_C._get_dispatch_mode",
+    "DispatchModeKey": "torch:_C._TorchDispatchModeKey",
+    # torch: trees of tensors
+    "tree_flatten": "torch.utils._pytree:tree_flatten",
+    "tree_leaves": "torch.utils._pytree:tree_leaves",
+    "tree_unflatten": "torch.utils._pytree:tree_unflatten",
+    # torch: autograd in parts
+    "stage_backward_input": "torch.distributed.pipelining._backward:stage_backward_input",
+    "stage_backward_weight": "torch.distributed.pipelining._backward:stage_backward_weight",
+    "graph_is_kept": "torch:_C._autograd._get_current_graph_task_keep_graph",
+    # torch: sharded tensors, process groups, checkpoints
+    "StridedShard": "torch.distributed.tensor.placement_types:_StridedShard",
+    "compute_local_shape_and_global_offset": "torch.distributed.tensor._utils:compute_local_shape_and_global_offset",
+    "clear_sharding_cache": "torch.distributed.tensor.debug:_clear_sharding_prop_cache",
+    "GroupName": "torch.distributed.distributed_c10d:GroupName",
+    "resolve_process_group": "torch.distributed.distributed_c10d:_resolve_process_group",
+    "work_from_future": "torch._C._distributed_c10d:_create_work_from_future",
+    "StorageInfo": "torch.distributed.checkpoint.filesystem:_StorageInfo",
+    # torch: attention over packed samples
+    "varlen_forward": "torch.nn.attention.varlen:torch.ops.torch_attn._varlen_attn",
+    "varlen_backward": "torch.nn.attention.varlen:torch.ops.torch_attn._varlen_attn_backward",
+    # transformers: attention and expert kernels by name
+    "AttentionMaskInterface": "transformers.masking_utils:AttentionMaskInterface",
+    "sdpa_mask": "transformers.masking_utils:sdpa_mask",
+    "ExpertsInterface": "transformers.integrations.moe:ExpertsInterface",
+    # transformers: how the keys of published checkpoints become a model's parameters
+    "Concatenate": "transformers.core_model_loading:Concatenate",
+    "DtensorShardOperation": "transformers.distributed.sharding_utils:DtensorShardOperation",
+    "MergeModulelist": "transformers.core_model_loading:MergeModulelist",
+    "PrefixChange": "transformers.core_model_loading:PrefixChange",
+    "Transpose": "transformers.core_model_loading:Transpose",
+    "WeightConverter": "transformers.core_model_loading:WeightConverter",
+    "WeightRenaming": "transformers.core_model_loading:WeightRenaming",
+    "apply_converters": "transformers.core_model_loading:apply_converters",
+    "apply_renamings": "transformers.core_model_loading:apply_renamings",
+    "dot_natural_key": "transformers.core_model_loading:dot_natural_key",
+    "get_model_conversion_mapping": "transformers.conversion_mapping:get_model_conversion_mapping",
+    "no_tie_weights": "transformers.initialization:no_tie_weights",
+    "rename_source_key": "transformers.core_model_loading:rename_source_key",
+    "str_to_torch_dtype": "transformers.modeling_utils:str_to_torch_dtype",
+    # transformers: chat templates, and a layer that is a linear one transposed
+    "Conv1D": "transformers.pytorch_utils:Conv1D",
+    "compile_jinja_template": "transformers.utils.chat_template_utils:_compile_jinja_template",
+    "render_jinja_template": "transformers.utils.chat_template_utils:render_jinja_template",
+}
+"""By the name that is imported from here: the module and the name in it."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, path = _PLACES[name].partition(":")
+    try:
+        value: Any = import_module(module)
+        for part in path.split("."):
+            value = getattr(value, part)
+    except (ImportError, AttributeError) as error:
+        package = module.partition(".")[0]
+        raise ImportError(f"{module} has no {path} in {package} {version(package)}; {_advice(package)}") from error
+    globals()[name] = value
+    return value
+
+
+def model_mapping(factory: Any) -> Any:
+    """By class of configuration: the class of the model that one of transformers' Auto classes makes of it."""
+    try:
+        return factory._model_mapping
+    except AttributeError as error:
+        shown = f"{factory.__name__}._model_mapping in transformers {version('transformers')}"
+        raise ImportError(f"there is no {shown}; {_advice('transformers')}") from error
+
+
+def untested() -> list[str]:
+    """One line for each package whose version here is outside of the range that is tested."""
+    problems = []
+    for package, (oldest, newest) in TESTED.items():
+        if not _minor(oldest) <= _minor(version(package)) <= _minor(newest):
+            problems.append(f"{package} {version(package)} is untested; {_advice(package)}")
+    return problems
+
+
+def _advice(package: str) -> str:
+    oldest, newest = TESTED[package]
+    return f"Tutti is tested with {package} {oldest} to {newest}: install one of these"
+
+
+def _minor(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
+if __name__ == "__main__":
+    print(*(f"{package}=={pair[sys.argv[1] == 'newest']}" for package, pair in TESTED.items()))
