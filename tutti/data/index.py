@@ -8,8 +8,8 @@ Steps and packing are planned from lengths, so every row is tokenised once befor
 3. all ranks gather all results, in the order of the chunks, so that each has the same index.
 
 The tokens themselves are kept as well as long as there are no more than `KEEP_TOKENS` of them: small data is then
-never tokenised again, and needs no worker processes. Larger data is read and encoded again when its turn comes; a row
-that is cut into many pieces is then encoded once for each of them, so rows should be documents rather than libraries.
+never tokenised again, and needs no worker processes. Larger data is read and encoded again when its turn comes
+(prefetch.py).
 
 A row that cannot be used stops the run, on all ranks, with its file, line and reason; with `data.silent_exception` it
 is left out and counted. `digest` stands for every token and label of the data, to tell on resume that it is the same.

@@ -1,15 +1,21 @@
 """Fetching: planned micro batches are read, encoded and packed, ahead of training.
 
 Small data lies in memory already (index.py) and is packed in this process, which takes microseconds a sample. Larger
-data is read and encoded again, by the worker processes of a torch DataLoader. Nothing here uses random numbers, and
-the loader draws its seed from a generator of its own, so that the state of torch's generator stays the trainer's.
+data is read and encoded again, by the worker processes of a torch DataLoader. A long row is the text of many samples,
+which lie in as many micro batches: it is encoded for the first of them, and its tokens are kept on disk for the others
+(`LongRows`). Nothing here uses random numbers, and the loader draws its seed from a generator of its own, so that the
+state of torch's generator stays the trainer's.
 """
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +29,14 @@ from tutti.data.rows import RowError
 from tutti.data.source import Source
 from tutti.data.stream import StreamSample
 from tutti.data.worker import be_a_worker, quiet_fork
+
+log = logging.getLogger(__name__)
+
+MANY_SAMPLES = 8
+"""A row of at least so many samples is long."""
+
+KEEP_ON_DISK = 250_000_000
+"""Tokens of long rows that a rank keeps on disk (8 bytes each, with their labels)."""
 
 Fetch = Callable[[Iterator[list[Any]]], Iterator[Batch]]
 """Turns lists of items into packed micro batches, one each, in order; may run ahead."""
@@ -39,6 +53,63 @@ def pack_samples(samples: Sequence[Sample], encoder: Any, pad_to: int | None, pa
         raise ValueError(f"a row that was good when the data was opened is no longer: {error}") from None
 
 
+class LongRows:
+    """Tokens of an index's long rows, kept in a file from when a row is first encoded.
+
+    The file has no name, so that it is gone with the processes that hold it; forked workers share it. A sample's place
+    in it follows from the index. One byte a row, behind all samples, says that the row is there. Workers that encode
+    the same row at the same time write the same bytes.
+    """
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        first = np.arange(len(index)) - index.piece
+        pieces = np.bincount(first, minlength=len(index))[first]
+        long = (pieces >= MANY_SAMPLES) & (index.num_media == 0)
+        ends = 8 * np.cumsum(np.where(long, index.length, 0))
+        long &= ends[first + pieces - 1] <= 8 * KEEP_ON_DISK
+        self._places = np.where(long, ends - 8 * index.length, -1)
+        self._flags = int(ends[-1])
+        self._file = _nameless_file(int(ends[-1]) + len(index)) if long.any() else None
+
+    def get(self, number: int) -> Sample | None:
+        """The sample of this number; None if it is of no long row, or the row isn't there yet."""
+        index, place = self.index, int(self._places[number])
+        if self._file is None or place < 0:
+            return None
+        descriptor, length = self._file.fileno(), int(index.length[number])
+        if os.pread(descriptor, 1, self._flags + number - int(index.piece[number])) != b"\1":
+            return None
+        ids, labels = np.frombuffer(os.pread(descriptor, 8 * length, place), np.int32).reshape(2, length)
+        return Sample(ids, labels, int(index.source[number]), int(index.split[number]))
+
+    def put(self, first: int, samples: Sequence[Sample]) -> None:
+        """Keep all samples of the row whose first one has this number, if that is long. A full disk keeps nothing."""
+        place = int(self._places[first])
+        if self._file is None or place < 0:
+            return
+        data = b"".join(np.stack([one.input_ids, one.labels]).astype(np.int32).tobytes() for one in samples)
+        try:
+            if os.pwrite(self._file.fileno(), data, place) == len(data):
+                os.pwrite(self._file.fileno(), b"\1", self._flags + first)
+        except OSError as error:
+            log.warning("a long row is encoded again for each of its samples: %s", error)
+            self._file = None
+
+
+def _nameless_file(size: int) -> Any:
+    """A file of `size` zeros, of which only what is written takes room; None where there can be none."""
+    try:
+        folder = Path(os.environ.get("TUTTI_CACHE") or "~/.cache/tutti").expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        file.truncate(size)
+    except OSError as error:
+        log.warning("long rows are encoded again for each of their samples: %s", error)
+        return None
+    return file
+
+
 class PackedSamples(Dataset):
     """Packs the samples of an index by their numbers: from memory, or reading and encoding their rows."""
 
@@ -46,6 +117,7 @@ class PackedSamples(Dataset):
         self.index, self.sources, self.encoder = index, sources, encoder
         self.pad_to, self.pad_id = pad_to, pad_id
         self._ends = np.cumsum(index.length)
+        self._long = LongRows(index) if index.tokens is None else None
 
     def __getitems__(self, ids: list[int]) -> Batch:
         tokens = self.index.tokens
@@ -62,18 +134,34 @@ class PackedSamples(Dataset):
         ]
 
     def _read(self, ids: list[int]) -> list[Sample]:
+        kept = {number: self._long.get(number) if self._long else None for number in ids}
+        encoded = self._encode([number for number, sample in kept.items() if sample is None])
+        return [kept[number] or encoded[number] for number in ids]
+
+    def _encode(self, ids: list[int]) -> dict[int, Sample]:
+        """Samples by their numbers, from their rows. ValueError: a row is not what it was."""
         index = self.index
-        names = list(zip(*(column[ids].tolist() for column in (index.source, index.row, index.piece)), strict=True))
-        found: dict[tuple[int, int, int], Sample] = {}
-        for source in sorted({source for source, _, _ in names}):
-            rows = sorted({row for owner, row, _ in names if owner == source})
+        found: dict[int, Sample] = {}
+        firsts = {number: number - int(index.piece[number]) for number in ids}
+        for source in np.unique(index.source[ids]).tolist():
+            first_of = {int(index.row[first]): first for first in firsts.values() if index.source[first] == source}
+            rows = sorted(first_of)
             chunk = encode_chunk(self.encoder, source, rows, self.sources[source].rows(rows))
-            places = zip(chunk.row.tolist(), chunk.piece.tolist(), chunk.samples(), strict=True)
-            found |= {(source, row, piece): sample for row, piece, sample in places}
-        for name, length in zip(names, index.length[ids].tolist(), strict=True):
-            if name not in found or len(found[name]) != length:
-                raise ValueError(f"row {name[1] + 1} of source {self.sources[name[0]].name} has changed during the run")
-        return [found[name] for name in names]
+            of_row: dict[int, list[Sample]] = {row: [] for row in rows}
+            for row, sample in zip(chunk.row.tolist(), chunk.samples(), strict=True):
+                of_row[row].append(sample)
+            for row, samples in of_row.items():
+                first = first_of[row]
+                here = slice(first, first + len(samples))
+                found |= dict(enumerate(samples, start=first))
+                ends = here.stop >= len(index) or index.piece[here.stop] == 0
+                before = list(zip(index.piece[here].tolist(), index.length[here].tolist(), strict=True))
+                if not samples or not ends or before != [(piece, len(one)) for piece, one in enumerate(samples)]:
+                    name = self.sources[source].name
+                    raise ValueError(f"row {row + 1} of source {name} has changed during the run")
+                if self._long:
+                    self._long.put(first, samples)
+        return found
 
 
 def loader_options(config: Config, num_workers: int) -> dict[str, Any]:
