@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.harness import run_ranks
+from tests.harness import regroup, run_ranks
 from tests.model.zoo import EXPERTS, tiny
 from tests.parallel.layouts import assert_same, family_config, train_all
 from tutti.attention.interface import resolve_attention
@@ -168,7 +168,11 @@ def test_a_sample_is_the_same_whatever_its_ranks_and_others_run(differences, nam
 
 
 def differences_of_all(configs):
-    return [differences_of(config) for config in configs]
+    found = []
+    for config in configs:
+        regroup()
+        found.append(differences_of(config))
+    return found
 
 
 def differences_of(config):
