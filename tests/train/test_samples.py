@@ -24,7 +24,7 @@ def sampling_config(folder: Path, *, world: int = 1, **changes: Any) -> Config:
         "train.eval_steps": 2,
         "train.sample_tokens": 6,
         "train.sample_prompts_path": str(prompts),
-        "train.lr": 3e-2,
+        "train.lr": 3e-3,
     }
     return tiny_config(folder, world=world, **(common | changes))
 

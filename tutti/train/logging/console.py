@@ -11,14 +11,13 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
-
-from rich import progress
-from rich.console import Console, RenderableType
-from rich.text import Text
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from tutti.train.logging.history import History
+
+if TYPE_CHECKING:
+    from tutti.train.logging.live import LiveBlock
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +51,11 @@ class Progress:
         self._milestone = 1
         self._shown = -1e9
         self._record: Mapping[str, Any] = {}
-        self._block = _LiveBlock(total_steps) if (sys.stderr.isatty() if live is None else live) else None
+        self._block: LiveBlock | None = None
+        if sys.stderr.isatty() if live is None else live:
+            from tutti.train.logging.live import LiveBlock
+
+            self._block = LiveBlock(total_steps)
 
     def step(self, record: Mapping[str, Any]) -> None:
         now, step = self._clock(), record["step"]
@@ -63,7 +66,7 @@ class Progress:
         if self._block is not None:
             if now - self._shown >= REDRAW_EVERY or step == self._total:
                 self._shown = now
-                self._block.draw(step, self._clock_line(), self._figures())
+                self._draw(self._block)
         elif done >= self._milestone or now - self._shown >= PLAIN_EVERY or step == self._total:
             self._shown = now
             while self._milestone <= done:
@@ -86,7 +89,7 @@ class Progress:
     def close(self, summary: Mapping[str, Any]) -> None:
         if self._block is not None:
             if self._record:
-                self._block.draw(self._record["step"], self._clock_line(), self._figures())
+                self._draw(self._block)
             self._block.close()
 
     def _clock_line(self) -> str:
@@ -100,6 +103,9 @@ class Progress:
         else:
             seconds = (now - first_time) / (step - first_step)
         return f"ETA {duration(seconds * (self._total - step))}"
+
+    def _draw(self, block: LiveBlock) -> None:
+        block.draw(self._record["step"], self._clock_line(), fit(self._figures(), block.width - 1))
 
     def _figures(self) -> list[tuple[int, str]]:
         """The importance and the text of each figure, in the order shown."""
@@ -137,44 +143,6 @@ class _Average:
     @property
     def value(self) -> float:
         return self._sum / self._weight if self._weight else float("nan")
-
-
-class _LiveBlock(progress.Progress):
-    """A bar and a line of figures at the foot of the terminal, above which log lines scroll by."""
-
-    def __init__(self, total: int) -> None:
-        console = Console(stderr=True, highlight=False)
-        self._figures = Text()
-        super().__init__(
-            progress.TextColumn(" {task.completed}/{task.total}", style="bold"),
-            progress.BarColumn(max(10, min(60, console.width - 42)), complete_style="cyan", finished_style="green"),
-            progress.TextColumn("{task.percentage:.0f}%"),
-            progress.TextColumn("{task.fields[clock]}", style="cyan"),
-            console=console,
-            auto_refresh=False,
-        )
-        self._bar = self.add_task("", total=total, clock="")
-        self.start()
-        # Handlers that exist already are to write to the stream that scrolls above the block.
-        self._handlers = [
-            (handler, handler.setStream(sys.stderr))
-            for handler in logging.getLogger("tutti").handlers
-            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler)
-        ]
-
-    def get_renderables(self) -> Iterator[RenderableType]:
-        yield self.make_tasks_table(self.tasks)
-        yield self._figures
-
-    def draw(self, step: int, clock: str, figures: list[tuple[int, str]]) -> None:
-        self._figures = Text(" " + fit(figures, min(self.console.width, 100) - 1), style="dim")
-        self.update(self._bar, completed=step, clock=clock, refresh=True)
-
-    def close(self) -> None:
-        self.stop()
-        for handler, stream in self._handlers:
-            if stream is not None:
-                handler.setStream(stream)
 
 
 def next_milestone(step: int) -> int:
