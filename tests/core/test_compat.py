@@ -70,7 +70,7 @@ def test_what_has_gone_names_the_tested_versions(monkeypatch: pytest.MonkeyPatch
 
 def test_other_versions_are_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compat.untested() == []
-    found = {"torch": "2.15.3+cu132", "transformers": "5.25.0.dev0"}
+    found = {"torch": "2.15.3+cu132", "torchvision": "0.29.0", "transformers": "5.25.0.dev0"}
     monkeypatch.setattr(compat, "version", found.__getitem__)
     oldest, newest = compat.TESTED["transformers"]
     assert compat.untested() == [
@@ -86,7 +86,8 @@ def test_what_is_installed_is_what_is_tested() -> None:
     required = {item.split(">=")[0]: item for item in project["dependencies"]}
     minors = {name: [".".join(text.split(".")[:2]) for text in pair] for name, pair in compat.TESTED.items()}
     major, minor = map(int, minors["transformers"][1].split("."))
-    assert required["torch"] == f"torch>={minors['torch'][0]}"
+    for name in ("torch", "torchvision"):
+        assert required[name] == f"{name}>={minors[name][0]}"
     assert required["transformers"] == f"transformers>={minors['transformers'][0]},<{major}.{minor + 1}"
     shown = subprocess.run(
         [sys.executable, "-m", "tutti.core.compat", "oldest"], cwd=ROOT, capture_output=True, text=True, check=True

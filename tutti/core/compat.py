@@ -14,8 +14,12 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-TESTED = {"torch": ("2.11.0", "2.15.0"), "transformers": ("5.23.0", "5.24.0")}
-"""By package the oldest and the newest version that the tests have passed with."""
+TESTED = {
+    "torch": ("2.11.0", "2.15.0"),
+    "torchvision": ("0.26.0", "0.29.2"),  # each is made for one version of torch
+    "transformers": ("5.23.0", "5.24.0"),
+}
+"""By package the oldest and the newest version that are tested together."""
 
 _PLACES = {
     # torch: tensors without values, and modes that see every operator
