@@ -104,6 +104,20 @@ def model_mapping(factory: Any) -> Any:
         raise ImportError(f"there is no {shown}; {_advice('transformers')}") from error
 
 
+def fsdp_groups(root: Any) -> list[Any]:
+    """FSDP's own records of all units in `root`, which is sharded, once it has run. torch 2.11 has one for a unit."""
+    from torch.distributed.fsdp import fully_shard
+
+    groups: list[Any] = []
+    try:
+        for state in fully_shard.state(root)._state_ctx.all_states:  # type: ignore[attr-defined]
+            one = [state._fsdp_param_group] if hasattr(state, "_fsdp_param_group") else []
+            groups += getattr(state, "_fsdp_param_groups", [group for group in one if group is not None])
+    except AttributeError as error:
+        raise ImportError(f"torch {version('torch')} keeps FSDP's units elsewhere; {_advice('torch')}") from error
+    return groups
+
+
 def untested() -> list[str]:
     """One line for each package whose version here is outside of the range that is tested."""
     problems = []

@@ -25,9 +25,8 @@ Gradients are summed over ranks, not averaged: the loss is divided by the number
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -35,6 +34,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import Shard
 
 from tutti.config import TrainConfig
+from tutti.core.compat import fsdp_groups
 from tutti.core.compute_dtype import compute_dtype
 from tutti.parallel.expert import divided_experts, shard_dim, undivided_parts
 from tutti.parallel.grads import sum_replicated
@@ -146,7 +146,7 @@ class GradientSync:
     def before(self, *, last: bool) -> None:
         assert isinstance(self._root, FSDPModule)
         if self._is_first:
-            left = [group for group in self._groups() if group._partial_reduce_output is not None]
+            left = [group for group in fsdp_groups(self._root) if group._partial_reduce_output is not None]
             assert not left, "a unit without gradients in the last micro batch had some before"
         self._is_first = last
         self._root.set_is_last_backward(last)
@@ -162,12 +162,7 @@ class GradientSync:
         """
         if self._postpones:
             self.before(last=True)
-            for group in self._groups():
+            for group in fsdp_groups(self._root):
                 group.post_backward()
             fully_shard.state(self._root)._root_post_backward_final_callback()  # type: ignore[attr-defined]
         sum_replicated(self._root.parameters(), self._mesh)
-
-    def _groups(self) -> Iterator[Any]:
-        """FSDP's own records of all units, once it has run."""
-        for each in fully_shard.state(self._root)._state_ctx.all_states:  # type: ignore[attr-defined]
-            yield from each._fsdp_param_groups
