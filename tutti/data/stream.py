@@ -1,4 +1,4 @@
-"""StreamSource: samples of data that is read in order and never loaded whole.
+"""Streaming: samples of data that is read in order and never loaded whole.
 
 Every source is read row by row in chunks. Workers encode the chunks ahead: each reads the whole stream but encodes
 only the chunks it is asked for, which come back in the order of asking, so the samples and their order do not depend
