@@ -74,3 +74,16 @@ def test_borders_stay_on_the_host_when_a_batch_leaves_it():
     for moved in (batch.to(torch.device("meta")), batch.to(torch.device("meta")).to(torch.device("meta"))):
         kwargs = border_kwargs(moved)
         assert kwargs["cu_seq_lens_q"].is_meta and kwargs["borders"] is batch.cu_seqlens
+
+
+@pytest.mark.parametrize(("family", "key"), [("gpt2", "attn_pdrop"), ("qwen3", "attention_dropout")])
+def test_dropout_is_refused_by_the_name_that_the_config_has_for_it(family, key):
+    model = AutoModelForCausalLM.from_config(
+        tiny(family, **{key: 0.1}), attn_implementation=resolve_attention("sdpa", torch.device("cpu"))
+    )
+    ids = torch.arange(6)
+    batch = {"input_ids": ids[None], "position_ids": ids[None], "use_cache": False}
+    borders = torch.tensor([0, 6], dtype=torch.int32)
+    lengths = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": 6, "max_length_k": 6}
+    with pytest.raises(ValueError, match=rf"set {key} to 0"):
+        model.train()(**batch, **lengths)

@@ -170,7 +170,9 @@ def packed_forward(
         name = type(module).__name__
         raise ValueError(f"{name} does not pass the samples' borders on; set model.attn_implementation=eager")
     if dropout:
-        raise ValueError("packed attention has no dropout; set attention_dropout to 0 in the model's config")
+        keys = [key for key in vars(getattr(module, "config", module)) if key.startswith("att") and "drop" in key]
+        named = " and ".join(keys) or "its dropout of attention"
+        raise ValueError(f"packed attention has no dropout; set {named} to 0 in the model's config")
     spec = spec_of(module, query, scaling, kwargs)
     sinks = kwargs.get("s_aux")
     heads = (query.squeeze(0), key.squeeze(0), value.squeeze(0))
