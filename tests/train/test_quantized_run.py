@@ -118,7 +118,7 @@ def test_a_random_base_is_refused():
 
 
 def test_without_bitsandbytes_the_run_ends_at_once(make):
-    with pytest.raises(AssertionError, match=r"pip install 'tutti\[quantized\]'"):
+    with pytest.raises(AssertionError, match=r"pip install 'tutti-train\[quantized\]'"):
         run_ranks(1, train_without_bitsandbytes, make())
 
 
