@@ -24,7 +24,7 @@ from tutti.config.yamlfile import to_yaml
 from tutti.core.device import pick_device
 from tutti.core.dist import init_world
 from tutti.core.hub import Repo
-from tutti.infer.load import open_speaker
+from tutti.infer.load import load_model
 from tutti.train.run import train
 
 SMALL = {
@@ -171,8 +171,8 @@ def test_an_adapter_names_its_base_on_the_hub(hub: HubServer, tmp_path: Path) ->
     assert base_path(final) == f"org/base@{commit}"
     hub.add("models/org/adapter", final)
     hub.add("models/org/base", {"config.json": b"the branch has moved"})
-    speaker = open_speaker(Config(infer=InferConfig(model_path="org/adapter")), ONE)
-    assert speaker.model.config.model_type == "qwen3"
+    loaded = load_model(Config(infer=InferConfig(model_path="org/adapter")), ONE)
+    assert loaded.model.config.model_type == "qwen3"
 
 
 def test_the_command_takes_names_and_then_needs_no_network(
