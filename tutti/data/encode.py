@@ -91,8 +91,9 @@ class Encoder:
             begin, end = tokens.ends[place], tokens.ends[place + 1]
             try:
                 samples = self._samples(tokens.ids[begin:end], labels[begin:end], target, source)
-                found = media[place]
-                results[number] = samples if found is None else [self._with_media(samples[0], found)]
+                if (found := media[place]) is not None:
+                    samples = [self._with_media(samples[0], found, tokens.ids[begin:end])]
+                results[number] = samples
             except RowError as error:
                 results[number] = BadRow(rows[number].file, rows[number].line, str(error))
         return results
@@ -122,18 +123,17 @@ class Encoder:
             return text_of(value, self.columns), class_of(value, self.num_labels, self.label_names), None
         return text_of(value, self.columns), None, None
 
-    def _with_media(self, sample: Sample, media: tuple[Media, ...]) -> Sample:
-        """The sample with its media. RowError: it was cut, and so may lack some of their tokens."""
+    def _with_media(self, sample: Sample, media: tuple[Media, ...], ids: np.ndarray) -> Sample:
+        """The sample with its media. ids: of the whole row. RowError: it was cut, and lacks some of their tokens."""
         assert self.media is not None
-        sample = replace(sample, media=media)
-        needed, found = self.media.num_tokens(media), self.media.count(sample.input_ids)
-        if found < needed:
+        needed = self.media.count(ids)
+        if self.media.count(sample.input_ids) < needed:
             raise RowError(
                 f"is longer than data.max_seq_len {self.max_seq_len}, and only text can be cut, of which it has too "
                 f"little beside the {needed:,} tokens of its images: raise data.max_seq_len, or lower "
                 "data.image_max_pixels"
             )
-        return sample
+        return replace(sample, media=media)
 
     def _characters(self, text: str) -> str:
         """`text`, which has as many characters afterwards, without halves of surrogate pairs."""

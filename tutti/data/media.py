@@ -29,8 +29,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tutti.core.batch import Media
 from tutti.data.rows import RowError, kind_of
 
-KINDS = ("image", "video", "audio")
-
 MAX_IMAGE_PIXELS = 2**28
 """An image of more pixels than this is taken for a mistake, or an attack: decoded it would fill a gigabyte."""
 

@@ -16,9 +16,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tutti.data.rows import MEDIA_PARTS, Conversation, RowError, kind_of
-
-KINDS = ("image", "video", "audio")
+from tutti.data.rows import KINDS, MEDIA_PARTS, Conversation, RowError, kind_of
 
 _TEXT = ("text", "input_text", "output_text", None)
 _PLACEHOLDER = re.compile("<(image|video|audio)>")

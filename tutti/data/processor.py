@@ -24,10 +24,9 @@ from torch import Tensor
 
 from tutti.core.batch import Media, Sample
 from tutti.data.media import load_image, resized
-from tutti.data.rows import RowError
+from tutti.data.rows import KINDS, RowError
 
 _OF_TEXT = ("input_ids", "attention_mask", "text_replacement_offsets", "labels")
-_ARGUMENTS = {"image": "images", "video": "videos", "audio": "audio"}
 
 Span = tuple[int, int]
 
@@ -44,13 +43,11 @@ class MediaProcessor:
 
     def __post_init__(self) -> None:
         self.markers = {
-            kind: token
-            for kind in _ARGUMENTS
-            if isinstance(token := getattr(self.processor, f"{kind}_token", None), str)
+            kind: token for kind in KINDS if isinstance(token := getattr(self.processor, f"{kind}_token", None), str)
         }
         self._marker = re.compile("|".join(f"(?P<{kind}>{re.escape(token)})" for kind, token in self.markers.items()))
         self._dims = self._find_dims() if "image" in self.markers else {}
-        ids = [token for kind in _ARGUMENTS for token in getattr(self.processor, f"{kind}_token_ids", None) or ()]
+        ids = [token for kind in KINDS for token in getattr(self.processor, f"{kind}_token_ids", None) or ()]
         self._placeholders = [token for token in ids if token is not None]
 
     def expand(self, text: str, media: Sequence[Media]) -> tuple[str, list[tuple[int, int, int]]]:
@@ -120,11 +117,6 @@ class MediaProcessor:
             dims[name] = grown[0] if grown else 0
         return dims
 
-    def num_tokens(self, media: Sequence[Media]) -> int:
-        """The number of tokens that stand for media: of the kinds that their replacements are made of."""
-        ids = self.processor.tokenizer("".join(self._replaced(media)), add_special_tokens=False).input_ids
-        return self.count(np.asarray(ids))
-
     def count(self, ids: np.ndarray) -> int:
         """The number of `ids` that are placeholders of media."""
         return int(np.isin(ids, self._placeholders).sum())
@@ -188,9 +180,9 @@ def _join(values: Sequence[Tensor], dim: int) -> Tensor:
 
 
 def _mismatch(kinds: Sequence[str | None], media: Sequence[Media]) -> str:
-    said = {kind: kinds.count(kind) for kind in _ARGUMENTS}
-    given = {kind: sum(medium.kind == kind for medium in media) for kind in _ARGUMENTS}
-    for kind in _ARGUMENTS:
+    said = {kind: kinds.count(kind) for kind in KINDS}
+    given = {kind: sum(medium.kind == kind for medium in media) for kind in KINDS}
+    for kind in KINDS:
         if said[kind] != given[kind]:
             return f"the text has {said[kind]} places for {kind}s, and the row has {given[kind]}"
     return "images, videos and sounds come in another order in the text than in the row"

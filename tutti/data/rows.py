@@ -39,6 +39,9 @@ _TAKEN = {"role", "content", "from", "value", "function_call", "tool_calls", *_F
 
 _COLUMN = re.compile(r"\{(\w+)\}")
 
+KINDS = ("image", "video", "audio")
+"""The kinds of media."""
+
 MEDIA_PARTS = {
     "image": "image",
     "input_image": "image",
