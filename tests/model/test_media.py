@@ -95,3 +95,20 @@ def test_packed_files_equal_the_family_s_own(family: str) -> None:
     want.backward()
     assert out["loss"].item() == pytest.approx(want.item(), rel=1e-5)
     assert_same_gradients(packed, plain)
+
+
+def test_bounds_on_pixels_change_how_many_tokens_an_image_takes() -> None:
+    processor = PROCESSORS["qwen2_vl"]()
+
+    def encoded(**data: int) -> tuple[int, torch.Size]:
+        tree = {"train_path": "x", "data_type": "conversation", "max_seq_len": 512, **data}
+        encoder = make_encoder(from_dict({"data": tree}), processor.tokenizer, vocab_size=4096, processor=processor)
+        found: Any = encoder([Row(make_rows((1,))[0], str(QUICKSTART / "rows.jsonl"), 1)])
+        sample = found[0][0]
+        places = int((sample.input_ids == processor.image_token_id).sum())
+        return places, encoder.extras([sample], len(sample))["pixel_values"].shape
+
+    (free, whole), (fewer, small) = encoded(), encoded(image_max_pixels=256)
+    assert fewer < free and small[0] < whole[0]
+    assert (4 * fewer, 4 * free) == (small[0], whole[0])  # four patches make a token
+    assert encoded(image_max_pixels=256, image_min_pixels=256)[0] >= fewer
