@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,17 @@ def tiny_config(folder: Path, *, world: int = 1, **changes: Any) -> Config:
         if value is not None:
             tree.setdefault(group, {})[leaf] = value
     return resolve_sizes(from_dict(tree), world)
+
+
+def write_pairs(path: Path, count: int, longest: int) -> str:
+    """Write rows of quickstart's answers, which are preferred to their words in reverse; the path of the file."""
+    lines = []
+    chats = (json.loads(line)["messages"] for line in (QUICKSTART / "chat.jsonl").read_text().splitlines())
+    for *prompt, answer in islice((chat for chat in chats if len(str(chat)) < longest), count):
+        rejected = " ".join(reversed(answer["content"].split()))
+        lines.append(json.dumps({"prompt": prompt, "chosen": answer["content"], "rejected": f"Well, {rejected}"}))
+    path.write_text("\n".join(lines))
+    return str(path)
 
 
 def records(config: Config) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """Whole runs on pairs: layouts, accumulation, both references and restarts agree, and preferences are learnt."""
 
 import json
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.harness import run_ranks
-from tests.train.runs import QUICKSTART, records, run, tiny_config, write_model_config
+from tests.train.runs import records, run, tiny_config, write_model_config, write_pairs
 from tests.train.test_run import STEP_KEYS, assert_same_training, train_until
 from tutti.train.tasks.reference import FILE
 
@@ -19,14 +18,7 @@ REWARDS = {"rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accu
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """Quickstart's answers preferred to their words in reverse."""
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    lines = []
-    chats = (json.loads(line)["messages"] for line in (QUICKSTART / "chat.jsonl").read_text().splitlines())
-    for *prompt, answer in islice((chat for chat in chats if len(str(chat)) < 400), 64):
-        rejected = " ".join(reversed(answer["content"].split()))
-        lines.append(json.dumps({"prompt": prompt, "chosen": answer["content"], "rejected": f"Well, {rejected}"}))
-    path.write_text("\n".join(lines))
-    return str(path)
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", 64, 400)
 
 
 def config_of(folder, rows, *, world=1, **changes):

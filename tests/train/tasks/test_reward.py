@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification
 
 from tests.model.zoo import tiny
-from tests.train.runs import QUICKSTART, run, tiny_config
+from tests.train.runs import run, tiny_config, write_pairs
 from tests.train.test_objective import assert_same_gradients, build_pair
 from tests.train.test_run import STEP_KEYS, assert_same_training
 from tutti.core.batch import IGNORE, Sample, pack
@@ -56,14 +54,7 @@ def test_loss_and_gradients_equal_the_formula(family: str) -> None:
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Quickstart's answers, preferred to their words in reverse."""
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    chats = (json.loads(line)["messages"] for line in (QUICKSTART / "chat.jsonl").read_text().splitlines())
-    lines = []
-    for *prompt, answer in islice((chat for chat in chats if len(str(chat)) < 300), 48):
-        reverse = " ".join(reversed(answer["content"].split()))
-        lines.append(json.dumps({"prompt": prompt, "chosen": answer["content"], "rejected": f"Well, {reverse}"}))
-    path.write_text("\n".join(lines))
-    return str(path)
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", 48, 300)
 
 
 def reward_config(folder: Path, rows: str, *, world: int = 1, **changes: object):
