@@ -80,7 +80,8 @@ def base_path(folder: Path) -> str:
 
 
 def plan_adapters(config: Config, model: PreTrainedModel) -> Lora | None:
-    """What `config` has adapted in `model`: as train.lora_* say, or as the adapter at model.adapter_path is."""
+    """The settings of the adapters that `config` asks for in `model`: as train.lora_* say, or as the adapter at
+    model.adapter_path is."""
     train = config.train
     if train.architecture != "lora":
         return None
@@ -100,7 +101,7 @@ def plan_adapters(config: Config, model: PreTrainedModel) -> Lora | None:
 
 
 def read_lora(folder: Path, model: PreTrainedModel, dropout: float = 0.0) -> Lora:
-    """What the adapter in `folder` adapts in `model`, which need not have storage.
+    """The settings of the adapter in `folder` for `model`, which need not have storage.
 
     dropout: of the training to come. ValueError: it is no LoRA adapter of this model, or one that we do not know.
     """
@@ -221,9 +222,9 @@ def open_merged(folder: Path) -> PreTrainedModel:
 
 
 def base_of(config: Config, world: World) -> dict[str, str] | None:
-    """What tells the base model of a run with adapters from another: its path, and a digest of parts of its weight
-    files and of how they are held, or of config and seed if it is drawn at random. None without adapters. Every rank
-    must call it."""
+    """The facts that tell the base model of a run with adapters from another: its path, and a digest of parts of its
+    weight files and of how they are held, or of config and seed if it is drawn at random. None without adapters. Every
+    rank must call it."""
     if config.train.architecture != "lora":
         return None
     return world.broadcast(world.run_on_all_ranks(lambda: _fingerprint(config) if world.is_main else None))
@@ -319,7 +320,7 @@ def _key(module: nn.Module, adapter: Adapter) -> str:
 
 
 def _target(name: str, modules: dict[str, nn.Module], settings: dict[str, Any]) -> tuple[str, int]:
-    """What a key's layer is called in the model, and the number of its experts (1: a layer of its own)."""
+    """The name of a key's layer in the model, and the number of its experts (1: a layer of its own)."""
     owner = name.replace(".base_layer", "")
     module = modules.get(owner)
     if module is None:

@@ -129,7 +129,7 @@ class Checkpoint:
 
 
 def reason_of_refusal(error: BaseException) -> str:
-    """Why a file of tensors was not read, in one line and without torch's advice to trust it."""
+    """The reason why a file of tensors was not read, in one line and without torch's advice to trust it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if not isinstance(error, pickle.UnpicklingError):
         return lines[0]

@@ -122,7 +122,8 @@ class _Spec(NamedTuple):
         return _Spec((*self.shape[:-1], self.packing.row_bytes), torch.uint8)
 
     def own_part(self, source: Any, target: Tensor) -> Tensor:
-        """Of the full parameter (or a lazy slice of a file) what belongs in this rank's part of `target`."""
+        """The part of the full parameter (or of a lazy slice of a file) that belongs in this rank's part of
+        `target`."""
         block = own_block(target)
         return own_part(source, target) if block is None else self.cut(source, block)
 
@@ -206,7 +207,8 @@ class _Group:
 
 @dataclass
 class _Plan:
-    """What the checkpoint provides. used: positions, among the model's conversions, of those that matched a key."""
+    """The parameters that the checkpoint provides. used: positions, among the model's conversions, of those that
+    matched a key."""
 
     groups: list[_Group] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)

@@ -360,7 +360,8 @@ def model_reader(folder: Path, model: nn.Module, world: World) -> Callable[[str]
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """What one save writes. tensors: the live ones; copies: of their parts on this rank; state and rng: JSON."""
+    """The state that one save writes. tensors: the live ones; copies: of their parts on this rank; state and rng:
+    JSON."""
 
     step: int
     eval_loss: float | None

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, as one flat dictionary of named tensors, and the state of the random generators.
+"""The state that a checkpoint holds, as one flat dictionary of named tensors, and the state of the random generators.
 
 The names are `model.<parameter or buffer>` and `optimizer.<parameter>.<state>`, tied parameters once, whatever the
 layout. The tensors are the live ones (DTensors where the model is sharded), so reading into them loads the model and

@@ -43,7 +43,7 @@ _presumed = False
 
 
 def on_accelerator(tensor: Tensor) -> bool:
-    """Whether work on `tensor` should suit an accelerator, rather than a CPU and its caches."""
+    """True if work on `tensor` should suit an accelerator, rather than a CPU and its caches."""
     return _presumed or tensor.device.type != "cpu"
 
 

@@ -226,7 +226,7 @@ class _Tracer:
                 return None
 
     def _is(self, kind: Kind, node: nodes.Node) -> bool:
-        """Whether an expression is certain to be a content, a message, or the list of messages."""
+        """True if an expression is certain to be a content, a message, or the list of messages."""
         match node:
             case nodes.Name():
                 return self._kinds.get(node.name) is kind and node.name not in self._others
@@ -294,7 +294,7 @@ class _Tracer:
                 return self._plain(*node.iter_child_nodes())
 
     def _is_namespace(self, name: str) -> bool:
-        """Whether a variable is a namespace with a content or a message in it."""
+        """True if a variable is a namespace with a content or a message in it."""
         return any(key.startswith(f"{name}.") for key in self._kinds)
 
     def _item(self, owner: Kind, key: nodes.Node) -> Kind:

@@ -23,7 +23,7 @@ from tutti.core.hub import NAME, HubFiles, Repo, repo_named
 log = logging.getLogger(__name__)
 
 IsData = Callable[[PurePosixPath], bool]
-"""Whether a path has the name of a file of rows."""
+"""True if a path has the name of a file of rows."""
 
 Splits = dict[str, dict[str, list[str]]]
 """By subset and split: the files."""
@@ -114,7 +114,7 @@ def find_splits(paths: Iterable[str], readme: str, is_data: IsData) -> Splits:
 
 
 def is_rows(path: str, is_data: IsData) -> bool:
-    """Whether a file is one of rows, and neither hidden nor one that describes the data set."""
+    """True if a file is one of rows, and neither hidden nor one that describes the data set."""
     parts = PurePosixPath(path).parts
     hidden = any(part.startswith((".", "__")) for part in parts)
     return not hidden and parts[-1] not in _NO_ROWS and is_data(PurePosixPath(path))

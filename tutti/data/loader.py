@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What the training data is; of streamed data, what has been read so far.
+    """The figures of the training data; of streamed data, what has been read so far.
 
     rows, samples, tokens, trained_tokens: of one pass. dropped: rows left out, by reason. packing_efficiency: tokens
     per slot, over the whole run or (streamed) so far; None before the first step.
@@ -77,7 +77,7 @@ class DataSplit:
 
 @dataclass(frozen=True)
 class DataRank:
-    """Which micro batches are this rank's, whether a sample is a pair of answers, and whether this rank logs."""
+    """This rank's micro batches: which they are, whether a sample is a pair of answers, and whether this rank logs."""
 
     dp_rank: int
     dp_size: int

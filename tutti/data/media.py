@@ -38,7 +38,7 @@ _ORIENTATION = 0x0112
 
 @dataclass(frozen=True)
 class MediaFolder:
-    """Where the media of a data file may lie. root: data.media_root."""
+    """The folders in which the media of a data file may lie. root: data.media_root."""
 
     folder: str
     root: str | None = None
@@ -123,7 +123,7 @@ def resized(size: tuple[int, int], least: int | None, most: int | None) -> tuple
 
 
 def identity(medium: Media) -> bytes:
-    """What stands for a medium in a digest of data: its path, size and time of change, or its bytes."""
+    """The bytes that stand for a medium in a digest of data: its path, size and time of change, or its bytes."""
     if isinstance(medium.source, bytes):
         return medium.source
     found = os.stat(medium.source)

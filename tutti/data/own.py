@@ -60,7 +60,7 @@ class OwnDataset(DataFile):
 
     @cached_property
     def _from_arrow(self) -> bool:
-        """Whether it is a Hugging Face dataset: its rows come out of Arrow tables, which have all keys in all rows."""
+        """True if it is a Hugging Face dataset: its rows come out of Arrow tables, which have all keys in all rows."""
         return type(self._dataset).__module__.partition(".")[0] == "datasets"
 
     def __len__(self) -> int:

@@ -139,7 +139,7 @@ def _typed(number: int, content: Any) -> list[tuple[str, Any]]:
 
 
 def _entry(part: Mapping[str, Any], kind: str) -> Any:
-    """What names the medium of a part: under its type, its kind, or a name such as url or path."""
+    """The entry that names the medium of a part: under its type, its kind, or a name such as url or path."""
     for name in (part["type"], kind, *_NAMES):
         value = part.get(name)
         if value is None:

@@ -81,7 +81,7 @@ class PairEncoder:
         return results
 
     def extras(self, samples: Sequence[Sample], length: int) -> dict[str, Tensor]:
-        """As the encoder's of conversations."""
+        """The inputs beside the tokens, as the encoder of conversations makes them."""
         return self.chats.extras(samples, length)
 
     def _joined(self, answers: Sequence[Any]) -> Sample:

@@ -182,7 +182,7 @@ def loader_options(config: Config, num_workers: int) -> dict[str, Any]:
 
 
 def pins_memory(config: Config) -> bool:
-    """Whether batches go to page-locked memory: only an accelerator has any use for that."""
+    """True if batches go to page-locked memory: only an accelerator has any use for that."""
     return config.data.pin_memory and torch.cuda.is_available()
 
 

@@ -68,7 +68,7 @@ class MediaProcessor:
         return "".join(parts), places
 
     def _replaced(self, media: Sequence[Media]) -> list[str]:
-        """What the placeholder of each medium becomes."""
+        """The text that takes the place of each medium's placeholder."""
         if not media:
             return []
         sizes = tuple((medium.kind, *self._size(medium)) for medium in media)
@@ -84,7 +84,7 @@ class MediaProcessor:
         return resized((width, height), self.min_pixels, self.max_pixels)
 
     def _process(self, images: Sequence[Image.Image]) -> dict[str, Any]:
-        """What the processor makes of one sample's images: values as tensors, and how it replaced the placeholders."""
+        """Run the processor on one sample's images: values as tensors, and how it replaced the placeholders."""
         text = self.markers["image"] * len(images)
         found = self.processor(
             text=[text],
@@ -122,8 +122,9 @@ class MediaProcessor:
         return int(np.isin(ids, self._placeholders).sum())
 
     def values(self, samples: Sequence[Sample], length: int) -> dict[str, Tensor]:
-        """What the model takes beside the tokens of samples packed into `length` places: values by name, and what lies
-        along the tokens [1, length]. Nothing where no sample has media. RowError: a medium cannot be decoded."""
+        """The inputs that the model takes beside the tokens of samples packed into `length` places: values by name, and
+        what lies along the tokens [1, length]. Nothing where no sample has media. RowError: a medium cannot be
+        decoded."""
         if not any(sample.media for sample in samples):
             return {}
         made = [self._load(sample.media) for sample in samples if sample.media]

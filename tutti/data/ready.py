@@ -44,7 +44,7 @@ class ReadyMade:
         return results
 
     def extras(self, samples: Sequence[Sample], length: int) -> dict[str, Tensor]:
-        """As the encoder's."""
+        """The inputs beside the tokens, as the encoder makes them."""
         return self.encoder.extras(samples, length)
 
     def _wrong(self, sample: Any) -> str | None:

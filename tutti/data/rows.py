@@ -270,7 +270,7 @@ def _message(number: int, turn: Any) -> tuple[dict[str, Any], bool]:
 
 
 def _is_trained(number: int, turn: dict[str, Any], role: str) -> bool:
-    """Whether a message is trained on: as its flag says, else if it is the assistant's.
+    """True if a message is trained on: as its flag says, else if it is the assistant's.
 
     A weight is told apart from the other flags: it takes assistant messages out, and puts none of others in.
     """

@@ -243,7 +243,7 @@ def _open_file(config: Config, path: str) -> DataFile:
 
 
 def is_data(path: PurePath) -> bool:
-    """Whether a path has the name of a file of rows."""
+    """True if a path has the name of a file of rows."""
     return bool(_format(path))
 
 
@@ -260,7 +260,7 @@ def _known() -> str:
 
 
 def _has_row_per_line(path: str) -> bool:
-    """Whether a .json file, which may be compressed, holds an object a line, as many do."""
+    """True if a .json file, which may be compressed, holds an object a line, as many do."""
     start = next(read_blocks(path), b"").removeprefix(codecs.BOM_UTF8).lstrip()
     if start.startswith(b"["):
         return False

@@ -31,7 +31,7 @@ class Arrow(DataFile):
 
     @cached_property
     def _sound(self) -> dict[int, bool]:
-        """Whether a batch, by number, has been found to be valid throughout."""
+        """True if a batch, by number, has been found to be valid throughout."""
         return {}
 
     def __len__(self) -> int:
@@ -163,7 +163,7 @@ def _naming(path: str, kind: str) -> Iterator[None]:
 
 
 def _is_sound(batch: Any) -> bool:
-    """Whether all that a batch holds is valid, so that none of it can crash the reader."""
+    """True if all that a batch holds is valid, so that none of it can crash the reader."""
     import pyarrow
 
     try:

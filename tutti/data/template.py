@@ -208,7 +208,7 @@ class ChatTemplate:
         return next((form for form in forms if self._writes(chat, form)), forms[0])
 
     def _writes(self, chat: list[dict[str, Any]], form: _Form) -> bool:
-        """Whether the marks 0 and 1 are in the text of messages in a form."""
+        """True if the marks 0 and 1 are in the text of messages in a form."""
         try:
             return {0, 1} <= set(_split(self.render([form.of(message) for message in chat], _BARE))[1])
         except RowError:
@@ -256,7 +256,7 @@ class ChatTemplate:
             )
 
     def _shows_calls(self, conversation: Conversation, number: int, text: str) -> bool:
-        """Whether the text would be another without the tool calls of message `number`."""
+        """True if the text would be another without the tool calls of message `number`."""
         messages = list(conversation.messages)
         messages[number] = {key: value for key, value in messages[number].items() if key != "tool_calls"}
         try:
@@ -450,7 +450,7 @@ def read_template(tokenizer: Any, date: str | None = None) -> ChatTemplate:
 
 
 def is_dated(tokenizer: Any) -> bool:
-    """Whether texts by the chat template of `tokenizer` depend on the date."""
+    """True if texts by the chat template of `tokenizer` depend on the date."""
     return "strftime_now" in str(getattr(tokenizer, "chat_template", None))
 
 

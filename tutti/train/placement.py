@@ -130,7 +130,8 @@ class Run:
         return {CONFIG: to_yaml(asked), MODEL_CONFIG: model.config.to_json_string()}
 
     def facts(self, asked: Config) -> dict[str, Any]:
-        """What a checkpoint's manifest says of the run that wrote it: also how it came out what was left to it."""
+        """The facts that a checkpoint's manifest gives of the run that wrote it: also how it came out what was left to
+        it."""
         digest = hashlib.sha256(to_yaml(asked).encode()).hexdigest()
         return {"layout": asdict(self.layout), "config": digest, "compute_dtype": self.config.train.compute_dtype}
 
