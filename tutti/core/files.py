@@ -7,10 +7,11 @@ write a draft beside it, flush, rename over it. A reader sees the old file or th
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -49,6 +50,21 @@ def replace_file(path: Path, text: str, *, durable: bool = True) -> None:
     """Put `text` in the place of the file `path`, on stable storage if `durable`."""
     with replacing(path, durable=durable) as stream:
         stream.write(text)
+
+
+def cache_folder() -> Path:
+    """The folder of copies that several runs share: `$TUTTI_CACHE`, by default `~/.cache/tutti`."""
+    return Path(os.environ.get("TUTTI_CACHE") or "~/.cache/tutti").expanduser()
+
+
+def make_once(path: str | Path, write: Callable[[str], None]) -> None:
+    """Have `write(draft)` make the file `path` unless it is there; of several processes one does, and the others wait
+    for it."""
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.path.exists(path):
+            write(f"{path}.part")
+            os.replace(f"{path}.part", path)
 
 
 def sync_folder(folder: Path) -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import fcntl
 import gzip
 import hashlib
 import io
@@ -35,6 +34,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+
+from tutti.core.files import cache_folder, make_once
 
 _BLOCK = 1 << 22
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.DOTALL)
@@ -511,7 +512,7 @@ def unpacked(path: str, write: Callable[[str], None]) -> str:
     """
     status = os.stat(path)
     key = f"{os.path.realpath(path)}:{status.st_size}:{status.st_mtime_ns}"
-    folder = Path(os.environ.get("TUTTI_CACHE") or "~/.cache/tutti").expanduser()
+    folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -520,9 +521,5 @@ def unpacked(path: str, write: Callable[[str], None]) -> str:
             "environment variable TUTTI_CACHE name a folder that can, or set data.datasets_type: iterable"
         ) from None
     copy = folder / hashlib.sha256(key.encode()).hexdigest()[:32]
-    with open(f"{copy}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not copy.exists():
-            write(f"{copy}.part")
-            os.replace(f"{copy}.part", copy)
+    make_once(copy, write)
     return str(copy)

@@ -15,7 +15,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tutti.config import Config
 from tutti.core.batch import Batch, Sample, pack
+from tutti.core.files import cache_folder
 from tutti.data.index import Index, encode_chunk
 from tutti.data.rows import RowError
 from tutti.data.source import Source
@@ -100,7 +100,7 @@ class LongRows:
 def _nameless_file(size: int) -> Any:
     """A file of `size` zeros, of which only what is written takes room; None where there can be none."""
     try:
-        folder = Path(os.environ.get("TUTTI_CACHE") or "~/.cache/tutti").expanduser()
+        folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
         file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         file.truncate(size)

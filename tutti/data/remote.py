@@ -9,10 +9,8 @@ To know which files a run reads, rank 0 opens the sources first, and brings what
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from tutti.config import Config
 from tutti.core.dist import World
+from tutti.core.files import cache_folder, make_once
 from tutti.core.hub import HubFiles
 from tutti.core.remote import NotCachedError, fetch, progress_bars
 from tutti.data.hub import IsData, is_rows, pin_path, pin_split
@@ -82,7 +81,7 @@ class UrlFiles:
 
     def local(self, *, download: bool) -> list[str]:
         """The paths of the copies. NotCachedError: one is not there, and `download` is false."""
-        folder = Path(os.environ.get("TUTTI_CACHE") or "~/.cache/tutti").expanduser()
+        folder = cache_folder()
         copies = []
         for url, version in self.files:
             copy = folder / hashlib.sha256(f"{url} {version}".encode()).hexdigest()[:32] / PurePosixPath(url).name
@@ -115,21 +114,19 @@ def pin_url(argument: str, url: str, is_data: IsData) -> UrlFiles:
 
 
 def _copy_once(url: str, copy: Path) -> None:
-    """Copy a file to `copy` unless it is there already; of several processes one does, and the others wait for it."""
+    """Copy a file to `copy` unless it is there already."""
     from fsspec.callbacks import NoOpCallback, TqdmCallback
     from fsspec.core import url_to_fs
 
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{copy}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if copy.exists():
-            return
+    def download(draft: str) -> None:
         log.info("downloading %s", url)
         system, path = url_to_fs(url)
         with progress_bars() as shown:
             bar = {"desc": copy.name, "unit": "B", "unit_scale": True}
-            system.get_file(path, f"{copy}.part", callback=TqdmCallback(tqdm_kwargs=bar) if shown else NoOpCallback())
-        os.replace(f"{copy}.part", copy)
+            system.get_file(path, draft, callback=TqdmCallback(tqdm_kwargs=bar) if shown else NoOpCallback())
+
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    make_once(copy, download)
 
 
 @contextmanager
