@@ -20,8 +20,9 @@ from tutti.attention.interface import attention_by_part, resolve_attention
 from tutti.config.load import from_dict
 from tutti.core.batch import IGNORE, Sample, pack
 from tutti.data.encode import make_encoder
-from tutti.data.formats import Row
+from tutti.data.formats import BadRow, Row
 from tutti.model.multimodal import make_placing
+from tutti.model.processor import build_processor
 from tutti.model.structure import read_structure
 from tutti.train.objective import Objective
 
@@ -112,3 +113,22 @@ def test_bounds_on_pixels_change_how_many_tokens_an_image_takes() -> None:
     assert fewer < free and small[0] < whole[0]
     assert (4 * fewer, 4 * free) == (small[0], whole[0])  # four patches make a token
     assert encoded(image_max_pixels=256, image_min_pixels=256)[0] >= fewer
+
+
+def test_an_image_that_the_processor_refuses_is_a_bad_row(tmp_path: Path) -> None:
+    processor = PROCESSORS["qwen2_vl"]()
+    tree = {"train_path": "x", "data_type": "conversation", "max_seq_len": 512}
+    encoder = make_encoder(from_dict({"data": tree}), processor.tokenizer, vocab_size=4096, processor=processor)
+    Image.new("RGB", (3000, 4)).save(tmp_path / "long.png")
+    row = make_rows((1,))[0] | {"images": ["long.png"]}
+    (bad,) = encoder([Row(row, str(tmp_path / "rows.jsonl"), 1)])
+    assert isinstance(bad, BadRow) and "Qwen2VLProcessor cannot take its images: absolute aspect ratio" in bad.reason
+
+
+def test_a_processor_that_cannot_be_used_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "NoSuchProcessor"}')
+    tokenizer = PROCESSORS["qwen2_vl"]().tokenizer
+    config = from_dict({"model": {"tokenizer_path": str(tmp_path)}})
+    with caplog.at_level("WARNING", logger="tutti"):
+        assert build_processor(config, tokenizer) is None
+    assert f"the processor in {tmp_path} cannot be used" in caplog.text

@@ -113,6 +113,9 @@ BAD = {
                     "images": ["a"]}, "more places for images than the 1"),
     "too long": ({"image": "images/1f3a0.webp", "caption": "x"}, r"only text can be cut.*data\.image_max_pixels"),
     "no column": ({"image": "images/1f3a0.webp"}, "has no column caption"),
+    "a marker in a text": ({"messages": [{"role": "user", "content": "<|image_pad|>?"},
+                                         {"role": "assistant", "content": "x"}]},
+                           "the text has 1 places for images, and the row has 0"),
     "video": ({"messages": [{"role": "user", "content": "<video>"}, {"role": "assistant", "content": "x"}],
                "video": "a.mp4"}, "has video, which cannot be trained on yet"),
 }  # fmt: skip

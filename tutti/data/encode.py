@@ -112,9 +112,14 @@ class Encoder:
             conversation, entries = with_media(conversation_of(value, self.columns), value)
             text, spans = self.template(conversation)
             if not entries:
+                if self.media is not None:
+                    self.media.expand(text, ())  # which minds a marker that a text spells
                 return text, spans, None
             if self.media is None:
-                raise RowError(f"has {' and '.join(sorted({kind for kind, _ in entries}))}, and this model takes none")
+                kinds = " and ".join(sorted({kind for kind, _ in entries}))
+                raise RowError(
+                    f"has {kinds}, and this model takes none, or its folder has no processor that can be used"
+                )
             folder = MediaFolder(os.path.dirname(row.file), self.media_root)
             found = tuple(measure(kind, entry, folder) for kind, entry in entries)
             text, places = self.media.expand(text, found)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,6 @@ class MediaProcessor:
             kind: token for kind in KINDS if isinstance(token := getattr(self.processor, f"{kind}_token", None), str)
         }
         self._marker = re.compile("|".join(f"(?P<{kind}>{re.escape(token)})" for kind, token in self.markers.items()))
-        self._dims = self._find_dims() if "image" in self.markers else {}
         ids = [token for kind in KINDS for token in getattr(self.processor, f"{kind}_token_ids", None) or ()]
         self._placeholders = [token for token in ids if token is not None]
 
@@ -86,36 +86,40 @@ class MediaProcessor:
     def _process(self, images: Sequence[Image.Image]) -> dict[str, Any]:
         """Run the processor on one sample's images: values as tensors, and how it replaced the placeholders."""
         text = self.markers["image"] * len(images)
-        found = self.processor(
-            text=[text],
-            images=list(images),
-            return_text_replacement_offsets=True,
-            return_mm_token_type_ids=True,
-            return_tensors="pt",
-        )
+        name = type(self.processor).__name__
+        try:
+            found = self.processor(
+                text=[text],
+                images=list(images),
+                return_text_replacement_offsets=True,
+                return_mm_token_type_ids=True,
+                return_tensors="pt",
+            )
+        except Exception as error:  # a processor may fail in any way on an image it was not made for
+            raise RowError(f"{name} cannot take its images: {(str(error) or repr(error)).splitlines()[0]}") from None
         offsets = found["text_replacement_offsets"][0]
         if len(offsets) != len(images):
-            name = type(self.processor).__name__
             raise RowError(f"{name} replaces {len(offsets)} of {len(images)} placeholders: it cannot be trained with")
         return {**found, "text_replacement_offsets": offsets}
 
-    def _find_dims(self) -> dict[str, int]:
-        """For each value that the processor makes, the dimension along which samples are joined; and the names of
-        those that lie along tokens, which are made of token ids."""
+    @cached_property
+    def _layout(self) -> tuple[dict[str, int], dict[str, dict[int, int]]]:
+        """For each value that the processor makes, the dimension along which samples are joined; and for those that
+        lie along tokens, the value that stands for a token's id."""
         one, two = (self._process([Image.new("RGB", (64, 48))] * count) for count in (1, 2))
         length = one["input_ids"].shape[-1]
-        self._along: dict[str, dict[int, int]] = {}
-        dims = {}
+        dims: dict[str, int] = {}
+        along: dict[str, dict[int, int]] = {}
         for name, value in one.items():
             if name in _OF_TEXT or not isinstance(value, Tensor):
                 continue
             if value.shape == one["input_ids"].shape and two[name].shape[-1] != length:
                 pairs = zip(two["input_ids"].flatten().tolist(), two[name].flatten().tolist(), strict=True)
-                self._along[name] = {token: kind for token, kind in pairs if kind}
+                along[name] = {token: kind for token, kind in pairs if kind}
                 continue
             grown = [dim for dim in range(value.ndim) if two[name].shape[dim] != value.shape[dim]]
             dims[name] = grown[0] if grown else 0
-        return dims
+        return dims, along
 
     def count(self, ids: np.ndarray) -> int:
         """The number of `ids` that are placeholders of media."""
@@ -127,12 +131,13 @@ class MediaProcessor:
         decoded."""
         if not any(sample.media for sample in samples):
             return {}
+        dims, along = self._layout
         made = [self._load(sample.media) for sample in samples if sample.media]
-        extras = {name: _join([one[name] for one in made], dim) for name, dim in self._dims.items()}
+        extras = {name: _join([one[name] for one in made], dim) for name, dim in dims.items()}
         ids = np.full(length, -1)
         packed = np.concatenate([sample.input_ids for sample in samples])
         ids[: len(packed)] = packed
-        for name, kinds in self._along.items():
+        for name, kinds in along.items():
             lie = np.zeros(len(ids), np.int64)
             for token, kind in kinds.items():
                 lie[ids == token] = kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,12 @@ from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
 from tutti.config import Config
 
+log = logging.getLogger(__name__)
+
 
 def build_processor(config: Config, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The processor in the folder of the tokenizer or the model, with `tokenizer` as its own; None where there is none.
-
-    ValueError: there is one that cannot be used.
-    """
+    """The processor in the folder of the tokenizer or the model, with `tokenizer` as its own; None where there is none,
+    or one that cannot be used, which is a warning: texts can be trained on without."""
     for name in (config.model.tokenizer_path, config.model.model_path, config.model.config_path):
         if name is None:
             continue
@@ -25,7 +26,8 @@ def build_processor(config: Config, tokenizer: PreTrainedTokenizerBase) -> Any:
             processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # processors fail in many ways, such as for a package that is missing
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"model.tokenizer_path: the processor in {folder} cannot be used: {line}") from error
+            log.warning("the processor in %s cannot be used, so that rows with images are refused: %s", folder, line)
+            return None
         if not isinstance(processor, ProcessorMixin):
             return None
         processor.tokenizer = tokenizer

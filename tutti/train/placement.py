@@ -92,7 +92,7 @@ class Inputs(NamedTuple):
 
 
 def read_inputs(config: Config, tokenizer: PreTrainedTokenizerBase, structure: ModelStructure) -> Inputs:
-    """The tokenizer, and the processor of a model with towers. ValueError: it cannot be used."""
+    """The tokenizer, and the processor of a model with towers, if one can be used."""
     return Inputs(tokenizer, build_processor(config, tokenizer) if structure.towers else None)
 
 
