@@ -197,6 +197,10 @@ def test_a_name_like_no_other() -> None:
             "data.chat_date: '31.1.2026' is no date; write it as 2026-01-31",
         ),
         (
+            {"data": {"image_min_pixels": 9, "image_max_pixels": 8}},
+            "data.image_min_pixels: must not be above data.image_max_pixels (8), got 9",
+        ),
+        (
             {"train": {"enable_profiling": True, "profile_start_step": 5}},
             "train.profile_end_step: must be above 1, which is the first step, and above train.profile_start_step (5), "
             "got 2",

@@ -7,6 +7,7 @@ from tutti.config.load import from_dict, load, to_yaml
 from tutti.config.rules import _RULES, warnings, warnings_on_cpu
 
 EVALUATED = ["data.eval_path=x", "train.eval_steps=5"]
+PLAIN = ["data.data_type=plaintext"]
 CASES = [
     *(
         (["infer.do_sample=no", f"infer.{name}=0.5"], f"infer.{name}", "infer.do_sample")
@@ -112,6 +113,11 @@ CASES = [
     (["train.wandb_name=x"], "train.wandb_name", "train.use_wandb is off, and there are no train.trackers"),
     (["train.wandb_project=x"], "train.wandb_project", "train.use_wandb is off, and there are no train.trackers"),
     (["train.wandb_id=x"], "train.wandb_id", "train.use_wandb is off"),
+    (["train.freeze=towers", "train.architecture=lora"], "train.freeze", "train.lora_targets says which"),
+    (["data.image_min_pixels=9", *PLAIN], "data.image_min_pixels", "data.data_type is not conversation"),
+    (["data.image_max_pixels=9", *PLAIN], "data.image_max_pixels", "data.data_type is not conversation"),
+    (["data.media_root=x", *PLAIN], "data.media_root", "data.data_type is not conversation"),
+    (["data.row_template={user: a}", *PLAIN], "data.row_template", "data.data_type is not conversation"),
     (["train.profile_end_step=9"], "train.profile_end_step", "train.enable_profiling is off"),
     (["train.profile_with_stack=no"], "train.profile_with_stack", "train.enable_profiling is off"),
 ]

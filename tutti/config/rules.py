@@ -74,6 +74,9 @@ def contradictions(config: Config) -> list[str]:
             f"train.lora_base_dtype: {train.lora_base_dtype} is what weights are quantized to as they are read, and "
             "random ones are not read; set model.model_path, or leave it at compute"
         )
+    least, most = config.data.image_min_pixels, config.data.image_max_pixels
+    if least is not None and most is not None and least > most:
+        problems.append(f"data.image_min_pixels: must not be above data.image_max_pixels ({most}), got {least}")
     if train.enable_profiling and train.profile_end_step <= max(1, train.profile_start_step):
         problems.append(
             f"train.profile_end_step: must be above 1, which is the first step, and above train.profile_start_step "
@@ -144,6 +147,16 @@ _RULES = (
         ("data.chat_template", "data.chat_date"),
         lambda config: not config.data.task.holds_chats,
         "data.data_type is neither " + " nor ".join(name for name, row in TASKS.items() if row.holds_chats),
+    ),
+    _Rule(
+        ("data.row_template", "data.media_root", "data.image_min_pixels", "data.image_max_pixels"),
+        lambda config: config.data.task.rows != "conversations",
+        "data.data_type is not conversation",
+    ),
+    _Rule(
+        ("train.freeze",),
+        lambda config: config.train.architecture == "lora",
+        "train.architecture is lora, which trains adapters alone; train.lora_targets says which",
     ),
     _Rule(
         ("data.shuffle_buffer_size",),
