@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tutti import __version__
 from tutti.cli import main
 from tutti.config import Config
 
@@ -343,3 +344,23 @@ def test_a_closed_pipe_is_no_error() -> None:
     command = f"{sys.executable} -m tutti args --json | head -n 1"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("[\n", "")
+
+
+def test_a_process_with_torch_ends_before_the_interpreter_is_taken_apart() -> None:
+    """What is registered for the end runs and output arrives, but nothing that is left then can abort the process."""
+    code = """
+import atexit, os, sys
+import torch
+from tutti.__main__ import run
+
+class Aborts:
+    def __del__(self, abort=os.abort):
+        abort()
+
+left = Aborts()
+atexit.register(print, "registered", end="")
+sys.argv = ["tutti", "--version"]
+run()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{__version__}\nregistered"), done.stderr

@@ -1,6 +1,35 @@
-"""`python -m tutti`: the same as the command `tutti`, for torchrun."""
+"""The command `tutti` as a process, also as `python -m tutti` for torchrun."""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import os
+import sys
+import threading
+from contextlib import suppress
 
 from tutti.cli import main
 
+
+def run() -> None:
+    """Run this process's command line and end the process with its exit status.
+
+    Where torch was loaded the process ends without taking the interpreter apart: a thread of torch that still holds
+    Python objects at that moment (of gloo, say) aborts the process, and a finished run would count as failed.
+    """
+    faulthandler.enable()
+    status = main()
+    if "torch" in sys.modules:
+        # As the interpreter does at its end: first threads that are no daemons, then what was registered.
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    raise SystemExit(status)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run()

@@ -146,21 +146,23 @@ def test_a_model_without_template_can_not_talk(model, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("ranks", "at_start"), [(1, signal.SIG_IGN), (2, signal.SIG_DFL)], ids=["ignored", "ranks"])
-def test_in_a_terminal(model, ranks, at_start):
+def test_in_a_terminal(model, ranks, at_start, tmp_path):
     """Marks for input, answers, Ctrl-C at the mark (also where SIGINT is ignored at the start), Ctrl-D to leave."""
     master, slave = pty.openpty()
     arguments = [f"--infer.model_path={model}", "--infer.max_tokens=20", f"--nproc={ranks}"]
     command = [sys.executable, "-m", "tutti", "infer", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
-    process = subprocess.Popen(
-        command,
-        stdin=slave,
-        stdout=slave,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, at_start),
-    )
+    errors = tmp_path / "stderr"
+    with errors.open("w") as stderr:
+        process = subprocess.Popen(
+            command,
+            stdin=slave,
+            stdout=slave,
+            stderr=stderr,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, at_start),
+        )
     os.close(slave)
     screen = _Screen(master)
     try:
@@ -173,7 +175,7 @@ def test_in_a_terminal(model, ranks, at_start):
         screen.until("new conversation")
         screen.until("> ")
         os.write(master, b"\x04")
-        assert process.wait(30) == 0
+        assert process.wait(30) == 0, errors.read_text()
     finally:
         process.kill()
         os.close(master)
