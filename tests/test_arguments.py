@@ -36,6 +36,7 @@ SHOWN_BY = {
     "model.model_path": f"{RUN}::test_exported_model_loads_in_transformers_and_continues_the_loss",
     "model.tokenizer_path": f"{BUILD}::test_a_fresh_model_ends_its_texts_as_its_tokenizer_does",
     "model.safetensor_idx_path": f"{SWITCHES}::test_an_index_says_how_weights_are_read_and_written",
+    "model.encoders": "model/test_omni.py::test_an_override_changes_the_tower",
     "model.attn_implementation": f"{BUILD}::test_kernels_and_dtype_follow_the_configuration",
     "model.moe_implementation": f"{BUILD}::test_kernels_and_dtype_follow_the_configuration",
     "model.basic_modules": f"{SWITCHES}::test_basic_modules_are_units_of_their_own",

@@ -302,7 +302,7 @@ def test_defaults_that_follow_others() -> None:
     ("override", "part"),
     [
         ("model.attn_implementation=native-sparse", "Native Sparse Attention"),
-        ("model.encoders.image.model_path=x", "omni models"),
+        ("model.decoders.image.model_path=x", "omni models"),
     ],
 )
 def test_what_is_not_available_yet_is_refused(override: str, part: str) -> None:

@@ -21,6 +21,7 @@ from tutti.core.hub import name_in_cache
 from tutti.core.log import setup_logging
 from tutti.model.initial import give_storage
 from tutti.model.lora import lora_of, merge
+from tutti.model.processor import build_processor
 from tutti.train.placement import tokenizer_and_model
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ def export(source: str, out: str, *, merge_adapters: bool = False) -> None:
             exact = replace(trained.config.train, compute_dtype="float32", lora_base_dtype="compute")
             trained = replace(trained, config=replace(trained.config, train=exact))
         tokenizer, model = tokenizer_and_model(trained.config, world.device)
+        # The files of a processor belong to a model that takes images.
+        tokenizer = build_processor(trained.config, tokenizer) or tokenizer
         lora = lora_of(model)
         if merge_adapters and lora is None:
             raise ValueError(f"--merge: {source} is of a model that was trained whole, there is nothing to merge")

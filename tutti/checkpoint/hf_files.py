@@ -12,7 +12,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,21 @@ class Checkpoint:
         except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             reason = reason_of_refusal(error)
             raise ValueError(f"model.model_path: {file} is damaged or no weight file: {reason}") from error
+
+
+class PartOfCheckpoint(Checkpoint):
+    """The tensors in an open checkpoint that belong to a part of its model: those below the prefix under which all of
+    `names` are there. All of them, with their own names, where there is no such prefix."""
+
+    def __init__(self, path: Path, names: Iterable[str]) -> None:
+        super().__init__(path)
+        wanted = set(names)
+        longest = max(wanted, key=len)
+        prefixes = [key.removesuffix(longest) for key in self._slices if f".{key}".endswith(f".{longest}")]
+        prefix = next((one for one in prefixes if all(one + name in self._slices for name in wanted)), "")
+        self._slices = {
+            key.removeprefix(prefix): value for key, value in self._slices.items() if key.startswith(prefix)
+        }
 
 
 def reason_of_refusal(error: BaseException) -> str:

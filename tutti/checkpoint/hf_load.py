@@ -71,9 +71,34 @@ def load_weights(
     full_model: the complete model, without storage, where `model` is a part of it.
     Every rank must call it. ValueError, on all ranks, where the checkpoint is damaged or does not fit.
     """
+    load_opened(
+        model,
+        path,
+        lambda: Checkpoint(Path(path), index_path),
+        world=world,
+        device=device,
+        broadcast=broadcast,
+        seed=seed,
+        full_model=full_model,
+    )
+
+
+def load_opened(
+    model: PreTrainedModel,
+    path: str | Path,
+    open_checkpoint: Callable[[], Checkpoint],
+    *,
+    world: World,
+    device: torch.device | None = None,
+    broadcast: bool = True,
+    seed: int = 0,
+    full_model: PreTrainedModel | None = None,
+) -> None:
+    """Fill `model` from the checkpoint that `open_checkpoint` opens, on the ranks that read it, as `load_weights` does.
+    path: what errors call it."""
     materialize(model, device or world.device)
     reads = world.is_main or not broadcast
-    checkpoint = world.run_on_all_ranks(lambda: Checkpoint(Path(path), index_path) if reads else None)
+    checkpoint: Any = world.run_on_all_ranks(lambda: open_checkpoint() if reads else None)
     full_model = full_model or model
     plan: _Plan = world.run_on_all_ranks(lambda: _plan(full_model, checkpoint.meta()) if reads else None)
     if broadcast:

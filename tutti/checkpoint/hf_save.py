@@ -12,6 +12,7 @@ The folder is made under another name and renamed when it is complete: a folder 
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from tutti.checkpoint.hf_files import INDEX, SINGLE, TensorFile, read_index
+from tutti.checkpoint.omni_files import joins_of, write_joins
 from tutti.core.compat import (
     PrefixChange,
     WeightConverter,
@@ -38,7 +40,8 @@ from tutti.core.compat import (
 )
 from tutti.core.dist import World
 from tutti.core.files import describe_error, sync_folder, write_synced
-from tutti.model.structure import model_class
+from tutti.model.omni import OmniModel
+from tutti.model.structure import is_classifier, model_class
 
 # What FSDP has split after other axes takes one gather for each, which torch finds worth a warning on every rank.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -66,26 +69,53 @@ def export_hf(
     partial = folder.with_name(f".{folder.name}.partial")
     full = full or gather_full_tensors(model, model, world)
     world.run_on_all_ranks(lambda: prepare_folder(partial) if world.is_main else None)
-    groups = _Reverted(model, dtype)
-    layout = world.run_on_all_ranks(lambda: _layout(groups.keys, index_path, max_shard_gb))
-    writer = _Writer(partial, layout, groups.keys)
+    if isinstance(model, OmniModel):
+        parts = [(part.module, partial / part.folder, _below(full, part.name)) for part in model.parts()]
+        model.foundation.generation_config = model.generation_config
+    else:
+        parts = [(model, partial, full)]
+    written = []
+    for part, place, tensors in parts:
+        groups = _Reverted(part, dtype)
+        index = index_path if place == partial else None
+        layout = world.run_on_all_ranks(functools.partial(_layout, groups.keys, index, max_shard_gb))
+        written.append((part, place, *_write(groups, layout, place, tensors, world)))
+    joins = joins_of(model, full, world) if isinstance(model, OmniModel) else None
+
+    def finish() -> None:
+        try:
+            for part, place, writer, failure in written:
+                _finish(part, place, tokenizer, writer, failure)
+            if joins is not None:
+                write_joins(joins, partial)
+            tokenizer.save_pretrained(partial)
+            put_in_place(partial, folder)
+        except OSError as error:
+            raise ValueError(f"could not write {folder}: {describe_error(error)}") from error
+
+    world.run_on_all_ranks(lambda: finish() if world.is_main else None)
+
+
+def _below(full: Callable[[str], Tensor], prefix: str) -> Callable[[str], Tensor]:
+    return lambda name: full(f"{prefix}.{name}")
+
+
+def _write(
+    groups: _Reverted, layout: Mapping[str, str], folder: Path, full: Callable[[str], Tensor], world: World
+) -> tuple[_Writer, Exception | None]:
+    """Write all groups of tensors to `folder`, on rank 0; the writer, and what went wrong. Collective."""
+    writer = _Writer(folder, layout, groups.keys)
     failure: Exception | None = None
     for names in groups.in_order_of(layout):
         tensors = {name: full(name) for name in names}
         if not world.is_main or failure is not None:
             continue
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             writer.add(groups.revert(tensors))
         except Exception as error:  # the others are waiting in the next gather: go on with them, then raise
             failure = error
-
-    def finish() -> None:
-        try:
-            _finish(model, partial, folder, tokenizer, writer, failure)
-        except OSError as error:
-            raise ValueError(f"could not write {folder}: {describe_error(error)}") from error
-
-    world.run_on_all_ranks(lambda: finish() if world.is_main else None)
+    return writer, failure
 
 
 def gather_full_tensors(part: PreTrainedModel, model: PreTrainedModel, world: World) -> Callable[[str], Tensor]:
@@ -257,22 +287,19 @@ def prepare_folder(partial: Path) -> None:
         raise ValueError(f"train.output_dir: {partial.parent} cannot be written to: {error.strerror}") from error
 
 
-def _finish(
-    model: PreTrainedModel, partial: Path, folder: Path, tokenizer: Any, writer: _Writer, failure: Exception | None
-) -> None:
+def _finish(model: PreTrainedModel, folder: Path, tokenizer: Any, writer: _Writer, failure: Exception | None) -> None:
+    """Write what belongs beside the weights in `folder`."""
     if failure is not None:
         raise failure
     writer.finish()
     config = copy.deepcopy(model.config)
     config.architectures = [model_class(model).__name__]
     config.dtype = writer.dtype
-    if getattr(config, "pad_token_id", None) is None and not model.can_generate():
+    if getattr(config, "pad_token_id", None) is None and is_classifier(model):
         config.pad_token_id = getattr(tokenizer, "pad_token_id", None)  # classifiers look for the last real token
-    config.save_pretrained(partial)
+    config.save_pretrained(folder)
     if model.can_generate():
-        model.generation_config.to_json_file(partial / "generation_config.json")
-    tokenizer.save_pretrained(partial)
-    put_in_place(partial, folder)
+        model.generation_config.to_json_file(folder / "generation_config.json")
 
 
 def put_in_place(partial: Path, folder: Path) -> None:

@@ -12,7 +12,6 @@ from tutti.config import ARGUMENTS, Config, away_from_default, get
 from tutti.config.tasks import TASKS
 
 NOT_YET: dict[str, str] = {
-    "model.encoders": "omni models",
     "model.decoders": "omni models",
     "model.input_encoder": "omni models",
     "model.output_encoder": "omni models",

@@ -10,6 +10,8 @@ that is not used costs no time to load, and one that is gone says which versions
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -102,6 +104,24 @@ def model_mapping(factory: Any) -> Any:
     except AttributeError as error:
         shown = f"{factory.__name__}._model_mapping in transformers {version('transformers')}"
         raise ImportError(f"there is no {shown}; {_advice('transformers')}") from error
+
+
+@contextmanager
+def truncated_normals_seen() -> Iterator[None]:
+    """Have `torch.nn.init.trunc_normal_` write to tensors on meta, which newer versions of torch leave alone, so that
+    their version counters say what it was called for."""
+    import torch
+
+    inner = torch.nn.init._no_grad_trunc_normal_
+
+    def write(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        return tensor.zero_() if tensor.is_meta else inner(tensor, *args, **kwargs)
+
+    torch.nn.init._no_grad_trunc_normal_ = write
+    try:
+        yield
+    finally:
+        torch.nn.init._no_grad_trunc_normal_ = inner
 
 
 def fsdp_groups(root: Any) -> list[Any]:

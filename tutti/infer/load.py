@@ -26,6 +26,7 @@ from tutti.checkpoint.adapter import base_path, is_adapter_folder, load_adapter,
 from tutti.checkpoint.hf_files import weights_digest
 from tutti.checkpoint.hf_load import load_weights
 from tutti.checkpoint.hub import with_local_paths
+from tutti.checkpoint.omni import load_parts
 from tutti.checkpoint.trained import TrainedModel, find_trained, is_of_run, load_trained
 from tutti.config import Config, ModelConfig, TrainConfig
 from tutti.core.compute_dtype import compute_dtype, slow_dtypes
@@ -37,6 +38,9 @@ from tutti.infer.hf_generate import GeneratedLogits, needs_generate
 from tutti.infer.prompts import PromptFormat
 from tutti.model.build import build_model, load_model_config
 from tutti.model.lora import add_adapters
+from tutti.model.omni import OmniModel
+from tutti.model.omni_config import is_composed
+from tutti.model.omni_processor import add_placeholder, write_markers
 from tutti.model.structure import blocks, num_params
 from tutti.model.tokenizer import build_tokenizer, end_ids, set_chat_template
 
@@ -168,6 +172,8 @@ def _build(
     with _named_as_infer():
         config = replace(source.config, model=replace(source.config.model, attn_implementation="sdpa"))
         tokenizer = build_tokenizer(config)
+        if is_composed(config.model):
+            add_placeholder(tokenizer)
         dtype = _dtype(source, load_model_config(config))
         if asked.train.compute_dtype != "auto":
             dtype = compute_dtype(asked.train)
@@ -219,6 +225,9 @@ def _fill(model: PreTrainedModel, source: _Source, world: World) -> str:
         whole = source.config.train.architecture != "lora"
         held = world.run_on_all_ranks(lambda: sha256(folder / manifest.NAME))
         return held if whole else " ".join([*digests, held])
+    if isinstance(model, OmniModel):
+        load_parts(model, settings.model_path, world=world, device=world.device, broadcast=False)
+        return " ".join([*digests, *(weights_digest(folder) for folder in model.weights.values() if folder)])
     load_weights(model, settings.model_path or "", world=world, broadcast=False)
     if settings.adapter_path is not None:
         world.run_on_all_ranks(lambda: load_adapter(model, Path(settings.adapter_path or "")))
@@ -232,6 +241,8 @@ def _template(config: Config, source: _Source, tokenizer: PreTrainedTokenizerBas
     if name == "default" and not tokenizer.chat_template and tokenizer.eos_token is None:
         return None
     set_chat_template(tokenizer, name, "infer.chat_template")
+    if is_composed(source.config.model):
+        write_markers(tokenizer)
     return read_template(tokenizer)
 
 

@@ -35,6 +35,9 @@ from tutti.config import Config
 from tutti.core.compat import model_mapping
 from tutti.core.device import pick_device
 from tutti.model.experts import resolve_experts
+from tutti.model.omni import OmniModel, compose, name_sources
+from tutti.model.omni_config import OmniConfig, is_composed
+from tutti.model.omni_processor import placeholder_id
 from tutti.model.structure import experts, text_model
 from tutti.model.tokenizer import first_line, local_path
 
@@ -52,6 +55,9 @@ def load_model_config(config: Config) -> PreTrainedConfig:
     if not file.is_file():
         raise ValueError(f"{argument}: there is no config.json in {path}")
     try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content.get("model_type") == OmniConfig.model_type:  # a checkpoint's own, which is complete
+            return OmniConfig.from_dict(content)
         model_config = AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{argument}: {file} is not a configuration that can be used: {first_line(error)}") from error
@@ -61,7 +67,7 @@ def load_model_config(config: Config) -> PreTrainedConfig:
             f"{argument}: {path} holds {method} weights, which cannot be trained; dequantize them first, save the "
             "result with save_pretrained, and drop quantization_config from its config.json"
         )
-    return model_config
+    return compose(config.model, model_config)
 
 
 def build_model(
@@ -88,28 +94,35 @@ def build_model(
     if dtype is None:
         dtype = torch.float32 if config.train.enable_mixed_precision else torch.bfloat16
     if tokenizer is not None:
+        if isinstance(model_config, OmniConfig):
+            model_config.image_token_id = placeholder_id(tokenizer)
         _check_vocabulary(model_config, tokenizer)
         if config.model.model_path is None:
-            _take_special_tokens(model_config, tokenizer)
+            _take_special_tokens(language_config(model_config), tokenizer)
     head = config.data.task.head
     classify = head != "tokens"
     if classify:
         count = 1 if head == "scalar" else num_labels or config.model.num_labels
         if count is not None:
             model_config.num_labels = count
-    factory = AutoModelForSequenceClassification if classify else language_factory(model_config)
-    if type(model_config) not in model_mapping(factory):
+    composed = isinstance(model_config, OmniConfig)
+    factory = AutoModelForSequenceClassification if classify else language_factory(language_config(model_config))
+    if type(language_config(model_config)) not in model_mapping(factory):
         kind = "sequence classifier" if classify else "causal language model"
         raise ValueError(f"model.config_path: transformers has no {kind} for model_type {model_config.model_type}")
     attention = resolve_attention(config.model.attn_implementation, device)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": attention_by_part(model_config, attention),
+        "experts_implementation": resolve_experts(config.model.moe_implementation),
+    }
     with torch.device("meta"):
-        model = factory.from_config(
-            model_config,
-            dtype=dtype,
-            attn_implementation=attention_by_part(model_config, attention),
-            experts_implementation=resolve_experts(config.model.moe_implementation),
-            trust_remote_code=False,
-        )
+        if composed:
+            model = OmniModel._from_config(model_config, **options)
+        else:
+            model = factory.from_config(model_config, **options, trust_remote_code=False)
+    if composed:
+        name_sources(model, config.model)
     if config.model.moe_implementation is not None and not experts(model):
         log.warning("model.moe_implementation: has no effect: %s has no experts", type(model).__name__)
     if config.model.model_path and model.can_generate():
@@ -156,8 +169,33 @@ def language_factory(model_config: PreTrainedConfig) -> Any:
     return (*by_name, *fitting, AutoModelForCausalLM)[0]
 
 
-def _check_vocabulary(model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def language_config(model_config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the causal language model: the foundation's, of a composed model, else `model_config`."""
+    return model_config.text_config if isinstance(model_config, OmniConfig) else model_config  # type: ignore[return-value]
+
+
+def num_token_ids(model_config: PreTrainedConfig) -> int:
+    """The number of token ids that rows of the model may hold: those that it embeds, and a placeholder beyond them."""
     rows = model_config.get_text_config().vocab_size
+    beyond = model_config.image_token_id if isinstance(model_config, OmniConfig) else None
+    return rows + 1 if beyond == rows else rows
+
+
+def check_composed(config: Config) -> None:
+    """ValueError for what cannot be done with a composed model."""
+    if not is_composed(config.model):
+        return
+    refuse = "model.encoders: a model with encoders beside it cannot be trained"
+    if config.data.task.rows != "conversations":
+        raise ValueError(f"{refuse} with data.data_type {config.data.data_type} (choose conversation)")
+    if config.train.architecture == "lora":
+        raise ValueError(f"{refuse} by adapters yet; set train.architecture to full, and train.freeze as needed")
+    if config.train.pipeline_parallel_size > 1:
+        raise ValueError(f"{refuse} in pipeline stages yet; set train.pipeline_parallel_size to 1")
+
+
+def _check_vocabulary(model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = num_token_ids(model_config)
     needed = max(tokenizer.get_vocab().values()) + 1
     if needed > rows:
         raise ValueError(

@@ -25,7 +25,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from tutti.core.compat import DtensorShardOperation, StridedShard, compute_local_shape_and_global_offset, no_tie_weights
+from tutti.core.compat import (
+    DtensorShardOperation,
+    StridedShard,
+    compute_local_shape_and_global_offset,
+    no_tie_weights,
+    truncated_normals_seen,
+)
 from tutti.core.tensors import local_part, seed_of
 from tutti.model.structure import ADAPTER_MARK, model_class
 
@@ -181,7 +187,7 @@ def _units(twin: PreTrainedModel, names: set[str]) -> list[_Unit]:
         before = [(name, tensor, tensor._version) for name, tensor in _below(path, module) if name in names]
         if not before:
             continue
-        with torch.no_grad():
+        with torch.no_grad(), truncated_normals_seen():
             rules[path](module)
         written = [name for name, tensor, version in before if tensor._version != version]
         if not written:

@@ -9,13 +9,18 @@ from typing import Any
 from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
 from tutti.config import Config
+from tutti.model.omni_config import is_composed
+from tutti.model.omni_processor import compose_processor
 
 log = logging.getLogger(__name__)
 
 
 def build_processor(config: Config, tokenizer: PreTrainedTokenizerBase) -> Any:
     """The processor in the folder of the tokenizer or the model, with `tokenizer` as its own; None where there is none,
-    or one that cannot be used, which is a warning: texts can be trained on without."""
+    or one that cannot be used, which is a warning: texts can be trained on without. A composed model's is made of its
+    parts."""
+    if is_composed(config.model):
+        return compose_processor(config.model, tokenizer)
     for name in (config.model.tokenizer_path, config.model.model_path, config.model.config_path):
         if name is None:
             continue

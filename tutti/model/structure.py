@@ -42,7 +42,7 @@ def read_structure(model: PreTrainedModel, basic: Iterable[str] = ()) -> ModelSt
     ValueError: the model is not made of a decoder and a head that are known, or has no module of a class in `basic`.
     """
     return ModelStructure(
-        name=_class_name(model),
+        name=_class_name(causal_lm(model)),
         config=model.config.get_text_config(),
         decoder=decoder(model),
         text_model=text_model(model),
@@ -63,7 +63,7 @@ def blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 
     A model that names none has the members of its longest ModuleList.
     """
-    names = set(model._no_split_modules or ())
+    names = set(causal_lm(model)._no_split_modules or ())
     inside = text_model(model)
     prefix = next((f"{name}." for name, module in model.named_modules() if module is inside), "")
     found = [(prefix + name, module) for name, module in inside.named_modules() if _class_name(module) in names]
@@ -108,6 +108,11 @@ def basic_modules(model: PreTrainedModel, class_names: Iterable[str]) -> list[tu
             "every step, and cannot be gathered on its own; leave it out"
         )
     return found[::-1]
+
+
+def causal_lm(model: PreTrainedModel) -> PreTrainedModel:
+    """The model that the head belongs to: the foundation of a composed model (`tutti.model.omni`), else `model`."""
+    return getattr(model, "foundation", model)
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:
@@ -169,6 +174,7 @@ _PROJECTOR = re.compile("projector|projection|merger|connector|aligner|multi_mod
 
 def head(model: PreTrainedModel) -> nn.Linear:
     """The linear layer from hidden states to logits: the output embedding, or a classifier's `score`."""
+    model = causal_lm(model)
     found = next((getattr(model, name) for name in HEAD_NAMES if hasattr(model, name)), None)
     found = model.get_output_embeddings() if found is None else found
     if not isinstance(found, nn.Linear):
@@ -184,6 +190,7 @@ def is_classifier(model: PreTrainedModel) -> bool:
 def logit_transform(model: PreTrainedModel) -> LogitTransform:
     """The transform from the head's output to the model's logits; ValueError where that is more than scale and
     softcap."""
+    model = causal_lm(model)
     head(model)
     if is_classifier(model):
         return LogitTransform()

@@ -23,7 +23,7 @@ from tutti.core.batch import Batch
 from tutti.core.collectives import RankGroup, gather_tensor
 from tutti.core.structure import ModelStructure
 from tutti.model.multimodal import MultimodalForward
-from tutti.model.structure import count_flops, read_structure
+from tutti.model.structure import causal_lm, count_flops, read_structure
 from tutti.parallel.pipeline.stage import Passed, Stage, by_layer, hand_on
 from tutti.parallel.sequence import gather_tokens
 from tutti.train.head import Head
@@ -153,7 +153,7 @@ def _router_loss(model: PreTrainedModel) -> Callable[[Any], Tensor] | None:
     if not getattr(config, "output_router_logits", False):
         return None
     family = sys.modules[
-        next(cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers.")).__module__
+        next(cls for cls in type(causal_lm(model)).__mro__ if cls.__module__.startswith("transformers.")).__module__
     ]
     if not hasattr(family, "load_balancing_loss_func"):
         raise ValueError(

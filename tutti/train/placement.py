@@ -24,6 +24,7 @@ from tutti import __version__
 from tutti.checkpoint.adapter import load_adapter, plan_adapters
 from tutti.checkpoint.hf_load import load_weights
 from tutti.checkpoint.manager import foresee
+from tutti.checkpoint.omni import load_parts
 from tutti.checkpoint.trained import CONFIG, MODEL_CONFIG
 from tutti.config import Config, TrainConfig
 from tutti.config.layout import Layout, ModelFacts, Piece, fit
@@ -33,10 +34,13 @@ from tutti.core.compute_dtype import compute_dtype
 from tutti.core.dist import World
 from tutti.core.structure import ModelStructure
 from tutti.data.loader import Classes, Data, build_data
-from tutti.model.build import build_model, check_packable, turn_off_dropout
+from tutti.model.build import build_model, check_composed, check_packable, num_token_ids, turn_off_dropout
 from tutti.model.initial import init_weights
 from tutti.model.lora import adapters, add_adapters, init_adapters
 from tutti.model.multimodal import check_multimodal, make_placing
+from tutti.model.omni import OmniModel
+from tutti.model.omni_config import is_composed
+from tutti.model.omni_processor import add_placeholder, write_markers
 from tutti.model.processor import build_processor
 from tutti.model.quantized import hold_quantized
 from tutti.model.stage_trace import trace_stages
@@ -139,9 +143,14 @@ class Run:
 def tokenizer_and_model(config: Config, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """The tokenizer, with the chat template that data.chat_template names, and the model on the meta device, adapted
     with train.architecture lora."""
+    check_composed(config)
     tokenizer = build_tokenizer(config)
+    if is_composed(config.model):
+        add_placeholder(tokenizer)
     if config.data.task.holds_chats:
         set_chat_template(tokenizer, config.data.chat_template)
+    if is_composed(config.model):
+        write_markers(tokenizer)
     model = build_model(config, tokenizer=tokenizer, device=device)
     if model.can_generate():
         ends = end_ids(tokenizer, model.generation_config)
@@ -177,7 +186,7 @@ def open_data(config: Config, inputs: Inputs, model: PreTrainedModel, world: Wor
         world=world,
         dp_rank=dp_rank,
         dp_size=dp_size,
-        vocab_size=model.config.get_text_config().vocab_size,
+        vocab_size=num_token_ids(model.config),
         classes=Classes(model.config.num_labels, () if numbered else tuple(names)),
         processor=inputs.processor,
     )
@@ -261,19 +270,19 @@ def load_parameters(config: Config, placed: PlacedModel, mesh: Mesh, world: Worl
     if on_meta:
         parallelize(placed.objective, placed.structure, mesh, train, placed.plan)
     device = torch.device("cpu") if train.init_device == "cpu" or offloads(train) else world.device
-    if config.model.model_path is None:
+    options: dict[str, Any] = {
+        "world": world,
+        "device": device,
+        "broadcast": train.broadcast_model_weights_from_rank0,
+        "index_path": config.model.safetensor_idx_path,
+        "seed": train.seed,
+    }
+    if isinstance(model, OmniModel):
+        load_parts(model, config.model.model_path, **options)
+    elif config.model.model_path is None:
         init_weights(model, train.seed, device)
     else:
-        load_weights(
-            model,
-            Path(config.model.model_path),
-            world=world,
-            device=device,
-            broadcast=train.broadcast_model_weights_from_rank0,
-            index_path=config.model.safetensor_idx_path,
-            seed=train.seed,
-            full_model=placed.full_model,
-        )
+        load_weights(model, Path(config.model.model_path), **options, full_model=placed.full_model)
     if config.model.adapter_path is not None and train.architecture == "lora":
         path = Path(config.model.adapter_path)
         world.run_on_all_ranks(lambda: load_adapter(model, path, placed.full_model))

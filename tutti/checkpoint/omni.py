@@ -1,0 +1,87 @@
+"""Filling a composed model: each part from its own folder, and what has none at random.
+
+The foundation comes from model.model_path and a tower from its encoder's model_path, which may hold a larger model that
+the tower is a part of. A projector comes from the file beside its tower, as exports have it; one that does not fit
+another foundation, or is not there, is new, and the log says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tutti.checkpoint.hf_files import PartOfCheckpoint
+from tutti.checkpoint.hf_load import load_opened, load_weights
+from tutti.checkpoint.omni_files import PROJECTOR
+from tutti.core.dist import World
+from tutti.core.tensors import local_part
+from tutti.model.initial import fill_by_rules, materialize, own_part
+from tutti.model.omni import OmniModel
+
+log = logging.getLogger(__name__)
+
+
+def load_parts(
+    model: OmniModel,
+    path: str | Path | None,
+    *,
+    world: World,
+    device: torch.device,
+    broadcast: bool = True,
+    index_path: str | Path | None = None,
+    seed: int = 0,
+) -> None:
+    """Fill `model`, whose foundation's weights are at `path` (None: random), as `load_weights` does. Collective.
+
+    ValueError, on all ranks: weights that are damaged or do not fit their part.
+    """
+    materialize(model, device)
+    left = set(model.state_dict()) - set(model.all_tied_weights_keys)
+    options: dict[str, Any] = {"world": world, "device": device, "broadcast": broadcast, "seed": seed}
+    if path is not None:
+        load_weights(model.foundation, path, index_path=index_path, **options)
+        left = {name for name in left if not name.startswith("foundation.")}
+    for kind, folder in model.weights.items():
+        if folder is None:
+            continue
+        encoder: Any = model.encoders[kind]
+        opened = partial(PartOfCheckpoint, folder, list(encoder.tower.state_dict()))
+        try:
+            load_opened(encoder.tower, folder, opened, **options)
+        except ValueError as error:
+            raise ValueError(str(error).replace("model.model_path", f"model.encoders.{kind}.model_path")) from error
+        left = {name for name in left if not name.startswith(f"encoders.{kind}.tower.")}
+        left -= _load_projector(model, kind, folder, world)
+    if left:
+        log.info("new, drawn from train.seed: %s", ", ".join(sorted({_part_of(name) for name in left})))
+        fill_by_rules(model, left, seed)
+
+
+def _part_of(name: str) -> str:
+    """The part that a parameter belongs to: foundation, encoders.image.tower, encoders.image.projector."""
+    parts = name.split(".")
+    return parts[0] if parts[0] == "foundation" else ".".join(parts[:3])
+
+
+def _load_projector(model: OmniModel, kind: str, folder: Path, world: World) -> set[str]:
+    """Fill an encoder's projector from the file beside its tower, if that fits; the names of what was filled."""
+    prefix = f"encoders.{kind}.projector."
+    targets = {name: item for name, item in model.named_parameters() if name.startswith(prefix)}
+    file = folder / PROJECTOR
+    if not targets or not file.is_file():
+        return set()
+    found: dict[str, Tensor] = world.run_on_all_ranks(lambda: load_file(file))
+    shapes = {prefix + name: tensor.shape for name, tensor in found.items()}
+    if shapes != {name: item.shape for name, item in targets.items()}:
+        log.warning("%s joins other widths than these parts have: the projector is new", file)
+        return set()
+    with torch.no_grad():
+        for name, item in targets.items():
+            local_part(item).copy_(own_part(found[name.removeprefix(prefix)], item))
+    return set(targets)

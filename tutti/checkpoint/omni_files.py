@@ -1,0 +1,51 @@
+"""What an export of a composed model has beside the folders of its parts: how they are joined, and the projectors.
+
+final/                 the foundation's own complete folder, with the tokenizer
+  omni.yaml            the encoders' settings, by kind
+  encoders/image/      the tower's own complete folder, with its image processor
+    projector.safetensors
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tutti.core.dist import World
+from tutti.core.files import write_synced
+from tutti.model.omni import OmniModel
+from tutti.model.omni_config import OMNI, SETTINGS
+
+PROJECTOR = "projector.safetensors"
+
+
+class Joins(NamedTuple):
+    """settings: of each encoder, by kind. projectors: the tensors of each encoder's projector, by name within it."""
+
+    settings: Mapping[str, Mapping[str, Any]]
+    projectors: Mapping[str, Mapping[str, Tensor]]
+
+
+def joins_of(model: OmniModel, full: Callable[[str], Tensor], world: World) -> Joins:
+    """What joins the parts of `model`, whose full tensors `full` gives by name on rank 0. Collective."""
+    projectors: dict[str, dict[str, Tensor]] = {}
+    for kind, encoder in model.encoders.items():
+        names = list(encoder.projector.state_dict())  # type: ignore[union-attr]
+        projectors[kind] = {name: full(f"encoders.{kind}.projector.{name}") for name in names}
+    encoders: Any = model.config.encoders
+    settings = {kind: {name: encoders[kind][name] for name in SETTINGS} for kind in projectors}
+    return Joins(settings, projectors)
+
+
+def write_joins(joins: Joins, folder: Path) -> None:
+    """Write them to the folder of an export, which has those of its parts."""
+    write_synced(folder / OMNI, yaml.safe_dump({"encoders": dict(joins.settings)}, sort_keys=False))
+    for kind, tensors in joins.projectors.items():
+        if tensors:
+            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(contiguous, folder / "encoders" / kind / PROJECTOR, metadata={"format": "pt"})

@@ -1,0 +1,298 @@
+"""Composed models: any Hugging Face causal language model with Hugging Face towers beside it, as one model.
+
+A ready-made vision-language model is an outer decoder around a language model and towers (`tutti.model.multimodal`). A
+composed model is one more of that build, made of parts that know nothing of each other:
+
+- `foundation`: the whole causal language model, head and all, so that it loads and is exported as itself.
+- `encoders`: for each kind of media a tower, whose features are pooled and projected to the foundation's width.
+- `outer`: the outer decoder over the same modules. It is a view and holds nothing: state dicts, names of parameters and
+  checkpoints know the two above.
+
+Features come in the place of placeholder tokens, which are never looked up in the table of embeddings and never
+predicted; so a token that the tokenizer lacked needs no row there.
+
+What a tower's features are is read off the tower: patches without the class tokens before them, or the cells of a
+feature map, or (towers that take `grid_thw`) what its own merger makes of patches.
+
+Shapes: N images, n features of one, D their width, H the foundation's hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from tutti.config import ModelConfig
+from tutti.core.compat import model_mapping
+from tutti.model.omni_config import SETTINGS, OmniConfig, encoder_specs, tower_config
+
+log = logging.getLogger(__name__)
+
+
+def tower_class(config: PreTrainedConfig) -> type[Any]:
+    """The class of the tower that a config describes; ValueError: transformers has none for it."""
+    known = model_mapping(AutoModel)
+    if type(config) in known:
+        found: type[Any] = known[type(config)]
+        return found
+    module = import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    fitting = [
+        item
+        for item in vars(module).values()
+        if isinstance(item, type) and issubclass(item, PreTrainedModel) and item.config_class is type(config)
+    ]
+    if not fitting:
+        raise ValueError(f"transformers has no model for {type(config).__name__}")
+    return fitting[0]
+
+
+class Encoder(nn.Module):
+    """A tower, and what brings its features to the width of a language model. settings: of `omni_config.SETTINGS`, and
+    `width`, the features' own."""
+
+    def __init__(self, config: PreTrainedConfig, settings: dict[str, Any], hidden_size: int) -> None:
+        super().__init__()
+        self.tower = tower_class(config)(config)
+        self.pool, self.layer = settings["pool"], settings["layer"]
+        width = settings["width"] * self.pool**2
+        self.projector = nn.Sequential()
+        if settings["add_projector"]:
+            layers = nn.Linear(width, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
+            self.projector = nn.Sequential(*layers)
+
+    def forward(self, pixel_values: Tensor, grid: Tensor | None = None) -> Tensor:
+        """Features [N, n, H]; of a tower that takes images of any size as patches and their `grid` [N, 3] the rows of
+        all of them [R, H]."""
+        return self.projector(features(self.tower, pixel_values, grid, self.layer, self.pool))
+
+
+def takes_grid(tower: nn.Module) -> bool:
+    """True if the tower takes images as patches [P, values] and their numbers of these in time, height and width."""
+    return "grid_thw" in inspect.signature(tower.forward).parameters
+
+
+def features(tower: nn.Module, pixel_values: Tensor, grid: Tensor | None, layer: int, pool: int) -> Tensor:
+    """The features [N, n, D] of images [N, C, height, width], or [R, D] of patches; `pool` x `pool` of them side by
+    side become one of width pool^2 D. layer: whose hidden states, -1 the tower's output."""
+    pixel_values = pixel_values.to(next(tower.parameters()).dtype)
+    if grid is not None:
+        return tower(pixel_values, grid_thw=grid).pooler_output
+    if layer == -1:
+        states = tower(pixel_values=pixel_values).last_hidden_state
+    else:
+        states = tower(pixel_values=pixel_values, output_hidden_states=True).hidden_states[layer]
+    if states.ndim == 4:
+        cells = states.movedim(1, -1)
+    else:
+        size: Any = tower.config.patch_size  # type: ignore[union-attr]
+        patch = (size, size) if isinstance(size, int) else tuple(size)
+        rows, columns = (side // one for side, one in zip(pixel_values.shape[-2:], patch, strict=True))
+        # What comes before the patches stands for the image as a whole, or for nothing (registers).
+        cells = states[:, states.shape[1] - rows * columns :].unflatten(1, (rows, columns))
+    if pool > 1:
+        height, width = (side // pool * pool for side in cells.shape[1:3])
+        cells = cells[:, :height, :width].unflatten(2, (-1, pool)).unflatten(1, (-1, pool))
+        cells = cells.transpose(2, 3).flatten(3)
+    return cells.flatten(1, 2)
+
+
+class OuterDecoder(nn.Module):
+    """The decoder around a composed model's language model, from tokens and images to `last_hidden_state`."""
+
+    def __init__(self, config: OmniConfig, language_model: PreTrainedModel, encoders: nn.ModuleDict) -> None:
+        super().__init__()
+        self.config = config
+        self.language_model = language_model
+        for kind, encoder in encoders.items():
+            self.add_module(kind, encoder)
+
+    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, **kwargs: Any) -> Any:
+        """The images' features as `pooler_output`, [N, n, H], or [R, H] of images as patches."""
+        encoder: Any = self.image
+        return BaseModelOutputWithPooling(pooler_output=encoder(pixel_values, image_grid_thw))
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """The embeddings [B, T, H] of tokens, with features in the place of the images' placeholders. ValueError: there
+        are other features than placeholders."""
+        places = input_ids.eq(self.config.image_token_id or -1)
+        # Whatever is looked up for a placeholder is overwritten, and its number may be beyond the table.
+        table: Any = self.language_model.get_input_embeddings()
+        embedded = table(input_ids.masked_fill(places, 0))
+        if mm_encoder_outputs is None and pixel_values is None:
+            return embedded
+        if mm_encoder_outputs is None:
+            found = self.get_image_features(pixel_values, image_grid_thw)  # type: ignore[arg-type]
+        else:
+            found = mm_encoder_outputs["image"]
+        rows = found.pooler_output.reshape(-1, embedded.shape[-1]).to(embedded.dtype)
+        if int(places.sum()) != len(rows):
+            raise ValueError(f"{int(places.sum())} placeholders of images in the tokens, and {len(rows)} features")
+        return embedded.masked_scatter(places[..., None], rows)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        embedded = self.embed(input_ids, pixel_values, image_grid_thw, mm_encoder_outputs)
+        return self.language_model(inputs_embeds=embedded, **kwargs)
+
+
+class Part(NamedTuple):
+    """A part of a composed model that has files of its own. name: of its module within the model. folder: where it lies
+    in an export, relative to the root."""
+
+    name: str
+    module: Any
+    folder: str
+
+
+class OmniModel(PreTrainedModel, GenerationMixin):
+    """A causal language model that takes images by encoders beside it. weights: by kind of encoder, the folder that its
+    weights are read from, None where they start random."""
+
+    config_class = OmniConfig
+    base_model_prefix = "outer"
+    supports_gradient_checkpointing = True
+    _supports_attention_backend = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, config: OmniConfig) -> None:
+        super().__init__(config)
+        text: Any = config.text_config
+        self.foundation = model_mapping(AutoModelForCausalLM)[type(text)](text)
+        made = {}
+        for kind, settings in (config.encoders or {}).items():
+            made[kind] = Encoder(config.vision_config, settings, text.hidden_size)  # type: ignore[arg-type]
+        self.encoders = nn.ModuleDict(made)
+        self.weights: dict[str, Path | None] = dict.fromkeys(made)
+        # Not registered as a module: its modules are those above, under names of their own.
+        self.__dict__["outer"] = OuterDecoder(config, self.foundation.get_decoder(), self.encoders)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=getattr(self.config.text_config, "initializer_range", 0.02))
+            nn.init.zeros_(module.bias)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.foundation.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.foundation.get_output_embeddings()
+
+    def parts(self) -> list[Part]:
+        """The parts that are Hugging Face models of their own, the foundation first."""
+        towers = [Part(f"encoders.{kind}.tower", one.tower, f"encoders/{kind}") for kind, one in self.encoders.items()]
+        return [Part("foundation", self.foundation, ""), *towers]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """The foundation's output, logits and all."""
+        if pixel_values is not None and input_ids is not None:
+            outer: Any = self.outer
+            inputs_embeds, input_ids = outer.embed(input_ids, pixel_values, image_grid_thw), None
+        kwargs |= {"position_ids": position_ids, "logits_to_keep": logits_to_keep}
+        return self.foundation(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+
+def compose(model: ModelConfig, text: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the foundation `text` with the encoders that `model` describes; `text` itself if there are none.
+
+    ValueError: parts that cannot be used, or do not fit together.
+    """
+    specs = encoder_specs(model)
+    if not specs:
+        return text
+    if text.get_text_config() is not text:
+        raise ValueError(
+            f"model.encoders: {text.model_type} takes images by towers of its own; give a language model of text "
+            "alone, or leave model.encoders out"
+        )
+    if type(text) not in model_mapping(AutoModelForCausalLM):
+        raise ValueError(f"model.encoders: transformers has no causal language model for model_type {text.model_type}")
+    towers = {kind: tower_config(kind, spec) for kind, spec in specs.items()}
+    settings = {kind: _settings(kind, spec, towers[kind], text) for kind, spec in specs.items()}
+    return OmniConfig(text_config=text, vision_config=towers["image"], encoders=settings, dtype=text.dtype)
+
+
+def _settings(kind: str, spec: dict[str, Any], config: Any, text: PreTrainedConfig) -> dict[str, Any]:
+    """What an encoder is built by."""
+    settings: dict[str, Any] = {name: spec.get(name, default) for name, default in SETTINGS.items()}
+    argument = f"model.encoders.{kind}"
+    try:
+        with torch.device("meta"):
+            tower = tower_class(config)(copy.deepcopy(config))
+        if takes_grid(tower):
+            settings["width"] = getattr(config, "out_hidden_size", None) or config.hidden_size
+        else:
+            settings["width"] = (
+                try_features(tower, settings["layer"], settings["pool"]).shape[-1] // settings["pool"] ** 2
+            )
+    except Exception as error:  # towers fail in many ways on images they were not made for
+        raise ValueError(f"{argument}: {type(config).__name__} cannot be used for images: {error}") from error
+    if takes_grid(tower) and (settings["pool"], settings["layer"]) != (1, -1):
+        raise ValueError(f"{argument}: {type(tower).__name__} has a merger of its own; leave pool and layer out")
+    width = settings["width"] * settings["pool"] ** 2
+    if not settings["add_projector"] and width != text.hidden_size:
+        raise ValueError(
+            f"{argument}.add_projector: false needs features of the language model's width "
+            f"{text.hidden_size}, and these have {width}; set true"
+        )
+    return settings
+
+
+def try_features(tower: nn.Module, layer: int, pool: int, size: tuple[int, int] | None = None) -> Tensor:
+    """The features, on meta, of one image of `size`, by default of the size that the tower's config names."""
+    config: Any = tower.config
+    side = getattr(config, "image_size", None) or 224
+    height, width = size or ((side, side) if isinstance(side, int) else side)
+    pixels = torch.zeros(1, getattr(config, "num_channels", 3), height, width, device="meta")
+    return features(tower, pixels, None, layer, pool)
+
+
+def name_sources(model: OmniModel, settings: ModelConfig) -> None:
+    """Note in `model` where the weights of its encoders are, and freeze what its features do not depend on (a pooling
+    head, a mask token): no gradient would move it, and weight decay would wear it away."""
+    for kind, spec in encoder_specs(settings).items():
+        found = spec.get("model_path")
+        model.weights[kind] = None if found is None else Path(found).expanduser()
+        encoder: Any = model.encoders[kind]
+        if takes_grid(encoder.tower):
+            continue
+        named = dict(encoder.tower.named_parameters())
+        total = try_features(encoder.tower, encoder.layer, encoder.pool).sum()
+        grads = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+        unused = [name for (name, item), grad in zip(named.items(), grads, strict=True) if grad is None]
+        for name in unused:
+            named[name].requires_grad_(False)
+        if unused:
+            shown = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if len(unused) > 3 else "")
+            log.info("model.encoders.%s: %s: stays as it is, since features do not depend on it", kind, shown)

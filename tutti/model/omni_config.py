@@ -1,0 +1,140 @@
+"""The configuration of a composed model: a language model (the *foundation*) and towers that `model.encoders` adds.
+
+    model:
+      model_path: Qwen3-0.6B
+      encoders: {image: {model_path: siglip-base, pool: 2}}
+
+Each encoder is a Hugging Face tower, by the folder of its own or of a model that has it as its `vision_config`, and a
+projector to the foundation's width. Everything in its description but the keys of `_KEYS` is a field of the tower's
+config. An export of a composed model (`omni.yaml` beside the foundation's files) brings its encoders along;
+`model.encoders` replaces or changes them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from transformers import AutoConfig, PreTrainedConfig
+
+from tutti.config import ModelConfig
+from tutti.config.coerce import nearest
+from tutti.model.tokenizer import first_line, local_path
+
+OMNI = "omni.yaml"
+"""The file in the folder of an export that says what lies beside the foundation."""
+
+KINDS = ("image",)
+"""The media that an encoder can be given for."""
+
+_KEYS: dict[str, type] = {
+    "config_path": str,
+    "model_path": str,
+    "processor_path": str,
+    "add_projector": bool,
+    "pool": int,
+    "layer": int,
+}
+"""The keys of an encoder's description that are not its config's, and their types."""
+
+SETTINGS = {"add_projector": True, "pool": 1, "layer": -1}
+"""Those of them that the model is built by, with their defaults: a two-layer projector, or none; how many tokens of
+features in a row, and in a column, become one; the layer whose hidden states are the features."""
+
+_ELSEWHERE = {
+    "qwen2_vl_vision_model": "a Qwen2-VL or Qwen2.5-VL folder of Hugging Face (its visual part is taken)",
+    "janus_siglip": "a siglip_vision_model folder",
+}
+"""model_type that VeOmni has for itself -> what to give instead."""
+
+
+class OmniConfig(PreTrainedConfig):
+    """The config of a composed model: of its parts, and how these are joined.
+
+    encoders: by kind, the settings of `SETTINGS` and `width`, the tower's features. image_token_id: the token in whose
+    place features come; it may be beyond the embedding, since it is never looked up.
+    """
+
+    model_type = "tutti_omni"
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig, "vision_config": AutoConfig}
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    encoders: dict | None = None
+    image_token_id: int | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in self.sub_configs:
+            part = getattr(self, name)
+            if isinstance(part, dict):
+                setattr(self, name, AutoConfig.for_model(**part))
+        super().__post_init__(**kwargs)
+
+
+def is_composed(model: ModelConfig) -> bool:
+    """True if `model` describes a language model with encoders beside it."""
+    return bool(encoder_specs(model))
+
+
+def encoder_specs(model: ModelConfig) -> dict[str, dict[str, Any]]:
+    """The description of each encoder, by kind: those of the export at model.model_path, as model.encoders changes
+    them. ValueError: one that cannot be used."""
+    specs: dict[str, dict[str, Any]] = {}
+    folder = Path(model.model_path or "")
+    if model.model_path and (folder / OMNI).is_file():
+        known = yaml.safe_load((folder / OMNI).read_text(encoding="utf-8"))["encoders"]
+        specs = {kind: {"model_path": str(folder / "encoders" / kind), **known[kind]} for kind in known}
+    for kind, spec in model.encoders.items():
+        if kind not in KINDS:
+            raise ValueError(f"model.encoders.{kind}: not available yet; there are encoders for {', '.join(KINDS)}")
+        if not isinstance(spec, Mapping):
+            raise ValueError(f"model.encoders.{kind}: needs a mapping with config_path or model_path, not {spec!r}")
+        moved = "model_path" in spec or "config_path" in spec
+        specs[kind] = dict(spec) if moved or kind not in specs else {**specs[kind], **spec}
+    for kind, spec in specs.items():
+        _check_spec(kind, spec)
+    return specs
+
+
+def _check_spec(kind: str, spec: Mapping[str, Any]) -> None:
+    if not (spec.get("config_path") or spec.get("model_path")):
+        raise ValueError(f"model.encoders.{kind}: needs model_path, or config_path to start from random weights")
+    for key, expected in _KEYS.items():
+        value = spec.get(key)
+        unset = value is None and (key not in spec or expected is str)
+        if not unset and (not isinstance(value, expected) or (expected is int and isinstance(value, bool))):
+            raise ValueError(f"model.encoders.{kind}.{key}: must be of type {expected.__name__}, got {value!r}")
+    if spec.get("pool", 1) < 1:
+        raise ValueError(f"model.encoders.{kind}.pool: must be at least 1, got {spec['pool']}")
+
+
+def tower_config(kind: str, spec: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config of an encoder's tower, with the fields that its description sets. ValueError: there is none, or it has
+    no such field."""
+    key = "config_path" if spec.get("config_path") else "model_path"
+    argument = f"model.encoders.{kind}.{key}"
+    path = local_path(spec[key], argument)
+    file = path if path.is_file() else path / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{argument}: there is no config.json in {path}")
+    try:
+        found: Any = AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        named = json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.is_file() else None
+        instead = f"; give {_ELSEWHERE[named]}" if named in _ELSEWHERE else ""
+        raise ValueError(
+            f"{argument}: {file} is not a configuration that transformers knows: {first_line(error)}{instead}"
+        ) from error
+    found = getattr(found, "vision_config", None) or found
+    fields = found.to_dict()
+    changes = {name: value for name, value in spec.items() if name not in _KEYS}
+    for name in changes:
+        if name not in fields:
+            near = nearest(name, [*_KEYS, *fields])
+            hint = f"; did you mean {near}?" if near else ""
+            raise ValueError(f"model.encoders.{kind}.{name}: {type(found).__name__} has no such field{hint}")
+    return type(found).from_dict({**fields, **changes}) if changes else found
