@@ -42,9 +42,9 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return config
 
 
-def test_prompts_are_answered_at_each_evaluation_and_at_the_end(sampled: Config) -> None:
+def test_prompts_are_answered_before_training_at_each_evaluation_and_at_the_end(sampled: Config) -> None:
     assert [(text["step"], text["prompt"]) for text in texts(sampled)] == [
-        (step, prompt) for step in (2, 4, 5) for prompt in ASKED
+        (step, prompt) for step in (0, 2, 4, 5) for prompt in ASKED
     ]
 
 
@@ -60,6 +60,45 @@ def test_the_answers_are_those_of_the_exported_model(sampled: Config) -> None:
         inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         ids = model.generate(**inputs, do_sample=False, max_new_tokens=6)[0, inputs["input_ids"].shape[1] :]
         assert text["text"] == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "right"),
+    [
+        ("The capital of Peru is Lima.", ["Lima"], True),
+        ("It is  the CITY\nof Lima", ["the city of lima"], True),
+        ("Cafe\u0301", ["caf\u00e9"], True),
+        ("It ends in .pe.", [".pe"], True),
+        ("Nigeria", ["Niger"], False),
+        ("Lima2", ["Lima"], False),
+        ("Quito", ["Lima", "Quito"], True),
+        ("", ["Lima"], False),
+        ("a+b", ["a.b"], False),
+    ],
+)
+def test_an_answer_is_right_if_it_holds_an_expected_text(answer: str, expected: list[str], right: bool) -> None:
+    from tutti.train.samples import is_right
+
+    assert is_right(answer, expected) is right
+
+
+def test_expected_answers_are_counted(tmp_path: Path, sampled: Config) -> None:
+    final = {text["prompt"]: text["text"] for text in texts(sampled) if text["step"] == 5}
+    assert all(text.strip() for text in final.values())
+    prompts = tmp_path / "expected.jsonl"
+    rows = [
+        {"prompt": ASKED[0], "answer": ["never said", final[ASKED[0]]]},
+        {"prompt": ASKED[1], "answer": "never said"},
+        {"prompt": ASKED[1]},
+        *[{"prompt": ASKED[0], "answer": final[ASKED[0]]}] * 9,
+    ]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = sampling_config(tmp_path, **{"train.max_steps": 5, "train.sample_prompts_path": str(prompts)})
+    counted = {line["step"]: line for line in run(config) if "sample_accuracy" in line}
+    assert list(counted) == [0, 2, 4, 5]
+    assert counted[5] == {"step": 5, "sample_accuracy": 10 / 11, "sample_answers": 11}
+    told = [(text["prompt"], text["right"]) for text in texts(config) if text["step"] == 5]
+    assert told == [(ASKED[0], True), (ASKED[1], False), (ASKED[1], None), *[(ASKED[0], True)] * 6]
 
 
 LAYOUTS = {
@@ -176,9 +215,7 @@ def test_a_text_model_goes_on_with_texts(tmp_path: Path) -> None:
     )
     run(config)
     assert [(text["step"], text["prompt"]) for text in texts(config)] == [
-        (1, "The"),
-        (1, "It is a truth"),
-        (1, "She was"),
+        (step, prompt) for step in (0, 1) for prompt in ("The", "It is a truth", "She was")
     ]
 
 
@@ -199,6 +236,9 @@ def test_classifiers_are_not_asked(tmp_path: Path) -> None:
         ("a.txt", "\udcff", r"a.txt:1: not UTF-8 text"),
         ("a.jsonl", '{"question": "What?"}', r"a.jsonl:1: has neither prompt nor messages; its columns are question"),
         ("a.jsonl", '{"messages": [{"role": "assistant", "content": "x"}]}', r"a.jsonl:1: .* no message to answer"),
+        ("a.jsonl", '{"prompt": "What?", "answer": 7}', r'a.jsonl:1: "answer" must be a text or a list of texts'),
+        ("a.jsonl", '{"prompt": "What?", "answer": []}', r"a.jsonl:1: .*, not \[\]"),
+        ("a.jsonl", '{"prompt": "What?", "answer": ["", "x"]}', r"a.jsonl:1: .* none of them empty"),
         ("a.txt", "word " * 100, r"a.txt:1: the prompt has \d+ tokens"),
     ],
 )
@@ -244,7 +284,7 @@ def generators_untouched(config: Config) -> bool:
 
     Samples.show = watched  # type: ignore[method-assign]
     train_quietly(config)
-    return equal == [True]
+    return equal == [True, True]
 
 
 def test_records_hold_no_samples(sampled: Config) -> None:

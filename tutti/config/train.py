@@ -257,13 +257,14 @@ class TrainConfig:
     )
     sample_prompts: tuple[str, ...] = arg(
         (),
-        "Prompts that the model answers at each evaluation and at the end, in the log and the report.",
+        "Prompts that the model answers before training, at each evaluation and at the end, in the log and the report.",
         added=True,
         prose=True,
     )
     sample_prompts_path: str | None = arg(
         None,
-        "File of more of these prompts: jsonl rows with a `prompt` or `messages`, or txt with one a line.",
+        "File of more of these prompts: jsonl rows with a `prompt` or `messages`, or txt with one a line. A row may name "
+        "the `answer` to expect, a text or a list of texts: the share of answers that hold it is `sample_accuracy`.",
         added=True,
         path=True,
     )

@@ -128,6 +128,8 @@ def _run(config: Config, world: World, *, asked: Config) -> None:
         make_profiler(config.train, world, start_step=step) as profiler,
         StopSignal(world) as stop,
     ):
+        if not step:
+            samples.show(step, metrics, executor)
         logger = StepLogger(run, metrics)
         load_states({"totals": logger}, state)
         resumed["totals"] = logger

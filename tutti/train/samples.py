@@ -1,4 +1,4 @@
-"""Samples: prompts that the model answers at each evaluation and when training ends.
+"""Samples: prompts that the model answers before training, at each evaluation and when training ends.
 
 The model answers as it is, laid out over the ranks and in training, by the generation of `tutti infer`: requests, stop
 rule, text and loop are the same. Where every rank has the model's whole depth and all tokens of a row (a single
@@ -8,11 +8,16 @@ for a few short answers the repetition costs less than a cache for every layout 
 
 All ranks run the same prompts. Answers are greedy: nothing is drawn at random, and nothing that training uses is
 touched, so that a run trains the same, bit for bit, with prompts and without.
+
+A row of `train.sample_prompts_path` may say under "answer" which text its answer must hold, or a list of texts of which
+one is enough. Such rows are counted: the share of right answers is logged and recorded as `sample_accuracy`.
 """
 
 from __future__ import annotations
 
 import logging
+import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,14 +50,17 @@ from tutti.train.placement import Run
 log = logging.getLogger(__name__)
 
 _GREEDY = Sampler(greedy=True, temperature=1.0, top_p=1.0, seed=0)
+_SHOWN = 8
+"""Most rows with an expected answer whose answers are shown, the first of them; all are counted."""
 _CACHEABLE = (PACKED, "flash_attention_2", "flash_attention_3")
 
 
 class _Prompt(NamedTuple):
-    """text: the prompt as it is shown."""
+    """text: the prompt as it is shown. expected: texts one of which the answer must hold; none: any answer will do."""
 
     text: str
     request: Request
+    expected: tuple[str, ...]
 
 
 class Samples:
@@ -73,7 +81,10 @@ class Samples:
         self._shown = -1
 
     def show(self, step: int, metrics: Metrics, executor: Executor) -> None:
-        """Answer the prompts, once a step, into the log, the report and the other places. A collective call."""
+        """Answer the prompts after `step` (0: before training) into the log, the report and the other places, once.
+
+        A collective call.
+        """
         if not self._prompts or step == self._shown:
             return
         self._shown = step
@@ -84,10 +95,19 @@ class Samples:
             generator = Generator(source, _GREEDY, ends, self._run.world, self._budget)
             texts = dict(whole_answers(generator.stream(requests), requests, self._run.inputs.tokenizer))
         objective.train()
+        graded: list[bool] = []
         for prompt in self._prompts:
             text = texts[prompt.request.number]
-            log.info("step %d, sample: %s -> %s", step, " ".join(prompt.text.split()), " ".join(text.split()))
-            metrics.log_text(step, prompt.text, text)
+            right = is_right(text, prompt.expected) if prompt.expected else None
+            if right is not None:
+                graded.append(right)
+            if right is None or len(graded) <= _SHOWN:
+                mark = {None: "", True: " (right)", False: " (wrong)"}[right]
+                shown = " ".join(prompt.text.split()), " ".join(text.split())
+                log.info("step %d, sample: %s -> %s%s", step, *shown, mark)
+                metrics.log_text(step, prompt.text, text, right)
+        if graded:
+            metrics.log_answers(step, sum(graded), len(graded))
 
     @contextmanager
     def _next_logits(self, executor: Executor) -> Iterator[NextLogits]:
@@ -102,6 +122,16 @@ class Samples:
             yield CachedLogits(objective.run_model, world.device)
         finally:
             objective.model.set_attn_implementation(attention)
+
+
+def is_right(answer: str, expected: Sequence[str]) -> bool:
+    """True if `answer` holds one of the texts `expected` as whole words, whatever the case and the blanks."""
+    said = _words(answer)
+    return any(re.search(rf"(?<!\w){re.escape(_words(text))}(?!\w)", said) for text in expected)
+
+
+def _words(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
 
 
 def _fits_cache(run: Run) -> bool:
@@ -177,7 +207,7 @@ def _read(run: Run) -> list[_Prompt]:
             if not chat and not isinstance(row.get("prompt"), str):
                 raise RowError('has no text under "prompt"; a model that is trained on texts continues one')
             request = row_request(form, row, number, config.train.sample_tokens)
-            prompts.append(_Prompt(_shown(row), request))
+            prompts.append(_Prompt(_shown(row), request, _expected(row)))
         except RowError as error:
             raise ValueError(f"{place}: {error}") from None
     return prompts
@@ -209,6 +239,17 @@ class PromptLines(JsonLines):
             return Row({"prompt": text.decode("utf-8-sig").rstrip("\r")}, self.path, line)
         except UnicodeDecodeError as error:
             return BadRow(self.path, line, f"not UTF-8 text: {error}")
+
+
+def _expected(row: dict[str, Any]) -> tuple[str, ...]:
+    """The texts under "answer", of which an answer must hold one. RowError: they are none."""
+    answer = row.get("answer")
+    if answer is None:
+        return ()
+    texts = tuple(answer) if isinstance(answer, list) else (answer,)
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise RowError(f'"answer" must be a text or a list of texts, none of them empty, not {answer!r}')
+    return texts
 
 
 def _shown(row: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ from tutti.train.logging.metrics import Metrics
 
 STEPS, EVALS, NAN_STEP = 120, 6, 50
 CHARTS = {"loss", "lr", "grad_norm", "throughput", "packing", "memory", "step_seconds", "source_loss", "source_tokens"}
-CHARTS |= {"rewards", "reward_accuracy", "eval_source_loss", "sample_length"}
+CHARTS |= {"rewards", "reward_accuracy", "eval_source_loss", "sample_length", "answers"}
 HOSTILE = '</script><script>document.title="taken"</script> {{DATA}} & "quotes"'
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [
@@ -106,11 +106,15 @@ def make_run(folder: Path, status: str = "finished") -> None:
     }
     dist = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
     metrics = Metrics(config, dist, total_steps=STEPS, run_info=info)
+    metrics.log_text(0, "Capital of Peru?", "the the", right=False)
+    metrics.log_answers(0, 1, 40)
     for step in range(1, STEPS + 1):
         metrics.log_step(training_record(step))
         if step % (STEPS // EVALS) == 0:
             metrics.log_eval(eval_record(step))
+    metrics.log_text(STEPS, "Capital of Peru?", "Lima.", right=True)
     metrics.log_text(STEPS, "Once upon", f" a time {HOSTILE}")
+    metrics.log_answers(STEPS, 38, 40)
     metrics.close({"status": status, "message": "the disk is full" if status == "failed" else None})
 
 
@@ -214,6 +218,13 @@ def test_figures_are_the_data(looked_at: tuple[Page, str]) -> None:
     assert "2 ranks, fsdp2" in page.texts["layout"]
     assert "2.14.1" in page.texts["versions"]
     assert "train.micro_batch_size4" in page.texts["config"]
+
+
+def test_answers_are_counted_and_shown_beside_those_before_training(looked_at: tuple[Page, str]) -> None:
+    page, _ = looked_at
+    assert page.texts["answers"] == "38 of 40 answers are right (95.0 %); 2.5 % at step 0."
+    assert "Lima.after step 120: rightthe thebefore training: wrong" in page.texts["page"]
+    assert len(re.findall("[ML]", page.paths["answers"][0]["d"] or "")) == 2
 
 
 def test_tooltip_and_log_scale(looked_at: tuple[Page, str]) -> None:

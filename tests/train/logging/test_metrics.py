@@ -237,6 +237,31 @@ def test_evaluations_are_lines_of_their_own(tmp_path: Path, caplog: pytest.LogCa
     assert "step 4/10  eval loss 1.500  best 1.250 at step 2" in shown
 
 
+def test_right_answers_are_counted_in_a_line_and_a_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "tutti"), open_metrics(tmp_path) as metrics:
+        metrics.log_answers(0, 0, 8)
+        assert not (tmp_path / "metrics.jsonl").exists()
+        metrics.log_step(record(1))
+        metrics.log_eval({"step": 1, "eval_loss": 1.5, "eval_tokens": 5})
+        metrics.log_answers(1, 7, 8)
+    shown = [item.getMessage() for item in caplog.records]
+    assert "step 0/10  0 of 8 answers are right (0.0%)" in shown
+    assert "step 1/10  7 of 8 answers are right (87.5%)" in shown
+    found = [(line["step"], line.get("sample_accuracy")) for line in lines(tmp_path / "metrics.jsonl")]
+    assert found == [(0, 0.0), (1, None), (1, None), (1, 0.875)]
+    history = read_history(tmp_path / "metrics.jsonl")
+    assert history.answers == {"step": 1, "sample_accuracy": 0.875, "sample_answers": 8}
+    assert (history.last["step"], history.last_eval["eval_loss"], history.evals.ends) == (1, 1.5, [0, 1])
+
+
+def test_first_texts_are_kept_beside_the_newest(tmp_path: Path) -> None:
+    with open_metrics(tmp_path) as metrics:
+        for step in range(100):
+            metrics.log_text(step, "prompt", f"text {step}")
+    texts = json.loads((tmp_path / "run.json").read_text())["texts"]
+    assert [text["step"] for text in texts] == [0, *range(50, 100)]
+
+
 def test_formats() -> None:
     assert [si(value) for value in (0, 950, 1234, 12_345, 999_999, 4.5e6)] == [
         "0",

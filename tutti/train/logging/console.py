@@ -75,6 +75,11 @@ class Progress:
             log.info("%s", fit([counted, *self._figures(), (70, self._clock_line())], WIDTH - PREFIX))
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
+        if "sample_accuracy" in record:
+            share, count = record["sample_accuracy"], record["sample_answers"]
+            right = f"{round(share * count)} of {count} answers are right ({share:.1%})"
+            log.info("step %s/%s  %s", record["step"], self._total, right)
+            return
         best = self._history.best_eval
         parts = [f"step {record['step']}/{self._total}", f"eval loss {number(record.get('eval_loss'))}"]
         if "eval_accuracy" in record:

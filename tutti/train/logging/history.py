@@ -123,9 +123,10 @@ def _merge(a: list[float] | None, b: list[float] | None) -> list[float] | None:
 class History:
     """What the report and the closing line need of all records so far.
 
-    train, evals: the curves. last, last_eval: the newest records. best_eval: the one of lowest loss. tokens,
-    trained_tokens, samples: sums. seconds: time spent in training steps (not in evaluation, saving or start-up).
-    source_tokens: trained tokens per source. skipped: steps that were left without an update.
+    train, evals: the curves. last, last_eval: the newest records. best_eval: the one of lowest loss. answers:
+    the newest record of prompts with an expected answer. tokens, trained_tokens, samples: sums. seconds: time spent in
+    training steps (not in evaluation, saving or start-up). source_tokens: trained tokens per source. skipped: steps
+    that were left without an update.
     non_finite: (step, what) of every non-finite value, the first 100.
     """
 
@@ -134,13 +135,14 @@ class History:
         self.last: dict[str, Any] = {}
         self.last_eval: dict[str, Any] = {}
         self.best_eval: dict[str, Any] = {}
+        self.answers: dict[str, Any] = {}
         self.tokens = self.trained_tokens = self.samples = self.skipped = 0
         self.seconds = 0.0
         self.source_tokens: dict[str, int] = {}
         self.non_finite: list[tuple[int, str]] = []
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Take in a training or evaluation record, as logged or as read back."""
+        """Take in a record of training, evaluation or answers, as logged or as read back."""
         values = {
             key: value
             for key, value in record.items()
@@ -148,6 +150,10 @@ class History:
         }
         self._note_non_finite(record, values)
         step = int(record["step"])
+        if "sample_accuracy" in record:
+            self.evals.add(step, values)
+            self.answers = dict(record)
+            return
         if "eval_loss" in record:
             self.evals.add(step, values)
             self.last_eval = dict(record)

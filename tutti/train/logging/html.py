@@ -33,6 +33,7 @@ WRITE_EVERY = 10.0
 MAX_SOURCES = 12
 """Sources with curves of their own; the smaller ones are counted together."""
 MAX_TEXTS = 50
+"""Newest texts that are kept; those of the first showing stay beside them."""
 RUN, REPORT = "run.json", "report.html"
 BANDED = ("loss", "grad_norm", "tokens_per_second")
 """Columns whose extremes are drawn as well as their means."""
@@ -79,7 +80,9 @@ class Report:
     evaluation = step
 
     def text(self, record: Mapping[str, Any]) -> None:
-        self._run["texts"] = [*self._run["texts"], dict(record)][-MAX_TEXTS:]
+        texts = [*self._run["texts"], dict(record)]
+        first = [text for text in texts[:-MAX_TEXTS] if text["step"] == texts[0]["step"]]
+        self._run["texts"] = first + texts[len(first) :][-MAX_TEXTS:]
         self.step(record)
 
     def close(self, summary: Mapping[str, Any]) -> None:
@@ -154,6 +157,7 @@ def _payload(run: Mapping[str, Any], history: History) -> dict[str, str]:
         "last": history.last,
         "last_eval": history.last_eval,
         "best_eval": history.best_eval,
+        "answers": history.answers,
         "tokens": history.tokens,
         "trained_tokens": history.trained_tokens,
         "samples": history.samples,

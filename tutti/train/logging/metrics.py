@@ -12,7 +12,9 @@ over them and the rest are means, or the last value. mfu is the share that the m
 of large matrices reach on this device in the faster of bf16 and fp32. An evaluation record has `step, eval_loss,
 eval_tokens`, with several sources `eval_source_loss/<name>`, and `eval_accuracy` for classification. Of pairs of
 answers the losses are means over pairs, eval_accuracy is the share whose chosen answer wins, and a training record has
-`rewards/chosen`, `rewards/rejected`, `rewards/margin` and `rewards/accuracy`. Either may hold more.
+`rewards/chosen`, `rewards/rejected`, `rewards/margin` and `rewards/accuracy`. Either may hold more. Where prompts have
+an expected answer (train.sample_prompts_path), a record of its own has `step, sample_accuracy, sample_answers`: the
+share of right answers, and how many were expected.
 """
 
 from __future__ import annotations
@@ -82,10 +84,14 @@ class Metrics:
         for sink in self._sinks:
             sink.evaluation(record)
 
-    def log_text(self, step: int, prompt: str, text: str) -> None:
-        """A text that the model generated after `step`."""
+    def log_text(self, step: int, prompt: str, text: str, right: bool | None = None) -> None:
+        """A text that the model generated after `step`. right: it is the answer that was expected; None: none was."""
         for sink in self._sinks:
-            sink.text({"step": step, "prompt": prompt, "text": text})
+            sink.text({"step": step, "prompt": prompt, "text": text, "right": right})
+
+    def log_answers(self, step: int, num_right: int, num_expected: int) -> None:
+        """How many of the answers that were expected the model gave after `step`."""
+        self.log_eval({"step": step, "sample_accuracy": num_right / num_expected, "sample_answers": num_expected})
 
     def close(self, summary: Record) -> None:
         """Finish every sink, once; later calls do nothing.
@@ -121,13 +127,18 @@ class _JsonLines:
     def __init__(self, path: Path, history: History) -> None:
         self._path, self._history = path, history
         self._file: IO[str] | None = None
+        self._before: list[str] = []
 
     def step(self, record: Record) -> None:
-        # Opened at the first record: a run that fails before it leaves no history for the next one to trip over.
-        self._file = self._file or self._path.open("a", encoding="utf-8")
-        self._file.write(encode(record) + "\n")
-        self._file.flush()
         self._history.add(record)
+        self._before.append(encode(record) + "\n")
+        # Opened at the first step: a run that fails before it leaves no history for the next one to trip over.
+        if record["step"] == 0:
+            return
+        self._file = self._file or self._path.open("a", encoding="utf-8")
+        self._file.writelines(self._before)
+        self._file.flush()
+        self._before = []
 
     evaluation = step
 

@@ -304,6 +304,19 @@ function charts() {
         width: 1,
       }).node,
     );
+  if (known(column(evals, "sample_accuracy")))
+    small.unshift(
+      new Chart({
+        id: "answers",
+        title: "Right answers",
+        series: [{ ...curve(evals, "sample_accuracy", "Right", "var(--second)"), kind: "dots" }],
+        axis: (v) => percent(v, 0),
+        exact: (v) => percent(v, 2),
+        fromZero: true,
+        cap: 1,
+        width: 1,
+      }).node,
+    );
   return [
     new Chart({
       id: "loss",
@@ -421,29 +434,48 @@ function continuation(prompt, text, chat) {
   return chat ? added.trimStart() : added;
 }
 
+// How many of the prompts with an expected answer were answered so, now and when they were first asked.
+function rightAnswers() {
+  const { step: at, sample_accuracy: share, sample_answers: count } = figures.answers;
+  if (!count) return null;
+  const first = evals.columns.sample_accuracy.mean.findIndex((value) => value !== null);
+  const before = `${percent(evals.columns.sample_accuracy.mean[first])} at step ${whole(evals.step[first])}`;
+  const now = `${whole(Math.round(share * count))} of ${whole(count)} answers are right (${percent(share)})`;
+  return make("p", { id: "answers" }, `${now}${evals.step[first] === at ? "" : `; ${before}`}.`);
+}
+
 function texts() {
   if (!run.texts?.length) return [];
   const chat = dataType === "conversation";
-  const card = ({ step: at, prompt, text }) =>
-    make(
-      "article",
-      { class: "card" },
-      make("pre", {}, make("mark", {}, prompt, chat ? "\n" : ""), continuation(prompt, text, chat)),
-      make("p", { class: "when" }, `after step ${whole(at)}`),
-    );
-  const cards = (items) =>
-    make("div", { class: "grid texts", style: `--columns:${Math.min(2, items.length)}` }, items.map(card));
+  const written = ({ prompt, text }) =>
+    make("pre", {}, make("mark", {}, prompt, chat ? "\n" : ""), continuation(prompt, text, chat));
+  const when = ({ step: at, right }) => {
+    const found = right === true ? ": right" : right === false ? ": wrong" : "";
+    return make("p", { class: "when" }, (at ? `after step ${whole(at)}` : "before training") + found);
+  };
+  const card = (item) => make("article", { class: "card" }, written(item), when(item));
+  const pair = (item) => {
+    const first = run.texts.find((other) => other.prompt === item.prompt);
+    const before = first && first.step !== item.step ? [written({ ...first, prompt: "" }), when(first)] : [];
+    return make("article", { class: "card" }, written(item), when(item), ...before);
+  };
+  const cards = (items, form) =>
+    make("div", { class: "grid texts", style: `--columns:${Math.min(2, items.length)}` }, items.map(form));
   const latest = run.texts[run.texts.length - 1].step;
   const older = run.texts.filter((item) => item.step !== latest).reverse();
   return [
     make("h2", {}, "What the model writes"),
-    cards(run.texts.filter((item) => item.step === latest)),
+    rightAnswers(),
+    cards(
+      run.texts.filter((item) => item.step === latest),
+      pair,
+    ),
     older.length
       ? make(
           "details",
           { class: "card", style: "margin-top:14px" },
           make("summary", {}, "Earlier ", make("span", {}, `(${older.length})`)),
-          make("div", { style: "margin-top:12px" }, cards(older)),
+          make("div", { style: "margin-top:12px" }, cards(older, card)),
         )
       : null,
   ];
