@@ -1,5 +1,7 @@
 """Every recipe in configs/ is a valid configuration, and names files that are there."""
 
+import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,19 @@ def test_mixture_names_every_source() -> None:
     assert len(mixture["sources"]) == len(mixture["names"])
     assert all((ROOT / source).exists() for source in mixture["sources"])
     assert all(len(point["weights"]) == len(mixture["sources"]) for point in mixture["schedule"])
+
+
+def test_the_quickstart_asks_each_fact_in_a_wording_that_it_is_not_trained_in() -> None:
+    folder = ROOT / "data/quickstart"
+    trained, asked = (
+        [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        for name in ("facts.jsonl", "facts_eval.jsonl")
+    )
+    wordings = Counter(row["output"] for row in trained)
+    assert set(wordings.values()) == {6}
+    assert wordings.keys() == {row["output"] for row in asked} and len(wordings) == len(asked)
+    assert not {row["instruction"] for row in trained} & {row["instruction"] for row in asked}
+    assert all(row["answer"] == row["output"] for row in asked)
+    # What the texts say.
+    for text in ((ROOT / name).read_text() for name in ("README.md", "docs/tutorial.md", "configs/quickstart.yaml")):
+        assert f"{len(asked)} facts" in text
