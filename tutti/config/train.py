@@ -264,7 +264,7 @@ class TrainConfig:
     sample_prompts_path: str | None = arg(
         None,
         "File of more of these prompts: jsonl rows with a `prompt` or `messages`, or txt with one a line. A row may "
-        "name the `answer` to expect, a text or a list of texts: the share of answers that hold it is `sample_accuracy`.",
+        "name the `answer` to expect, a text or a list of texts: the share of answers with it is `sample_accuracy`.",
         added=True,
         path=True,
     )
