@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,17 @@ _SQUARE = {"size": {"height": 16, "width": 16}, "crop_size": {"height": 16, "wid
 _CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
     "{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
-    "IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "IMAGE{% elif part['type'] == 'video' %}VIDEO{% elif part['type'] == 'audio' %}AUDIO"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
-def make_tokenizer(image: str, *extra: str, marker: str | None = None, **named: str) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    image: str, *extra: str, marker: str | None = None, video: str = "", audio: str = "", **named: str
+) -> PreTrainedTokenizerFast:
     """The quickstart tokenizer with the family's special tokens, and a ChatML template that writes `marker` for an
-    image."""
+    image, `video` for a video and `audio` for a sound."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(TOKENIZER), eos_token="<|endoftext|>", pad_token="<|endoftext|>"
     )
@@ -32,16 +36,20 @@ def make_tokenizer(image: str, *extra: str, marker: str | None = None, **named: 
     for name, token in {"image_token": image, **named}.items():
         setattr(tokenizer, name, token)
         setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
-    tokenizer.chat_template = _CHATML.replace("IMAGE", marker or image)
+    markers = {"IMAGE": marker or image, "VIDEO": video, "AUDIO": audio}
+    tokenizer.chat_template = re.sub("IMAGE|VIDEO|AUDIO", lambda found: markers[found.group()], _CHATML)
     return tokenizer
 
 
 def _qwen(cls: str, image: str, video: str) -> Any:
     marker = "<|vision_start|><|image_pad|><|vision_end|>"
     tokens = ("<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-    tokenizer = make_tokenizer("<|image_pad|>", *tokens, marker=marker, video_token="<|video_pad|>",
-                               vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>")  # fmt: skip
-    images, videos = getattr(transformers, image)(**_QWEN), getattr(transformers, video)(**_QWEN)
+    tokenizer = make_tokenizer(
+        "<|image_pad|>", *tokens, marker=marker, video=marker.replace("image", "video"), video_token="<|video_pad|>",
+        vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>",
+    )  # fmt: skip
+    size = {"size": {"shortest_edge": 64, "longest_edge": 4096}, "cap_pixels_per_frame": False}
+    images, videos = getattr(transformers, image)(**_QWEN), getattr(transformers, video)(**_QWEN | size)
     return getattr(transformers, cls)(image_processor=images, tokenizer=tokenizer, video_processor=videos)
 
 
@@ -71,6 +79,35 @@ def _idefics3() -> Any:
     return transformers.Idefics3Processor(images, make_tokenizer("<image>", *names), image_seq_len=4)
 
 
+def _smolvlm() -> Any:
+    names = ("<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<video>")
+    sizes = {"size": {"longest_edge": 16}, "max_image_size": {"longest_edge": 16}}
+    images = transformers.SmolVLMImageProcessor(**sizes | {"size": {"longest_edge": 32}}, do_image_splitting=True)
+    videos = transformers.SmolVLMVideoProcessor(**sizes | {"fps": 1, "num_frames": 8}, do_sample_frames=True)
+    return transformers.SmolVLMProcessor(images, make_tokenizer("<image>", *names, video="<video>"), videos,
+                                         image_seq_len=4)  # fmt: skip
+
+
+def _internvl() -> Any:
+    names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
+             "video_token": "<video>"}  # fmt: skip
+    tokenizer = make_tokenizer("<IMG_CONTEXT>", "<img>", "</img>", "<video>", video="<video>", **names)
+    size = {"height": 16, "width": 16}
+    images = transformers.GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=2)
+    videos = transformers.InternVLVideoProcessor(size=size)
+    return transformers.InternVLProcessor(images, tokenizer, videos, image_seq_length=4)
+
+
+def _llava_onevision() -> Any:
+    tokenizer = make_tokenizer("<image>", "<video>", video="<video>", video_token="<video>")
+    size = {"height": 16, "width": 16}
+    images = transformers.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]])
+    videos = transformers.LlavaOnevisionVideoProcessor(size=size)
+    return transformers.LlavaOnevisionProcessor(
+        images, tokenizer, videos, num_image_tokens=16, vision_feature_select_strategy="full"
+    )
+
+
 def _gemma3() -> Any:
     tokenizer = make_tokenizer(
         "<image_soft_token>", "<start_of_image>", "<end_of_image>", marker="<start_of_image>",
@@ -92,7 +129,10 @@ PROCESSORS = {
     "qwen3_vl": lambda: _qwen("Qwen3VLProcessor", "Qwen2VLImageProcessor", "Qwen3VLVideoProcessor"),
     "llava": _llava,
     "llava_next": _llava_next,
+    "llava_onevision": _llava_onevision,
+    "internvl": _internvl,
     "idefics3": _idefics3,
+    "smolvlm": _smolvlm,
     "gemma3": _gemma3,
     "pixtral": _pixtral,
 }

@@ -75,14 +75,14 @@ class DataConfig:
     )
     row_template: Mapping[str, str] = arg(
         {},
-        "For tables without messages: the text of a message by role, with columns in braces and <image> for the row's "
-        'image, such as {user: "<image>What is this?", assistant: "{caption}"}.',
+        "For tables without messages: the text of a message by role, with columns in braces and <image>, <video> or "
+        '<audio> for the row\'s, such as {user: "<image>What is this?", assistant: "{caption}"}.',
         shown="{}",
         added=True,
     )
     media_root: str | None = arg(
         None,
-        "Folder below which images may lie, beside the data file's own; paths in rows are relative to either.",
+        "Folder below which media may lie, beside the data file's own; paths in rows are relative to either.",
         path=True,
         added=True,
     )
@@ -91,6 +91,24 @@ class DataConfig:
     )
     image_max_pixels: int | None = arg(
         None, "Most pixels of an image; a larger one is reduced, its aspect kept.", low=1, added=True
+    )
+    video_fps: float | None = arg(
+        None,
+        "Frames a second that are taken of a video, evenly; by default as many as the model's processor takes, or 2.",
+        low=0.01,
+        added=True,
+    )
+    video_max_frames: int | None = arg(
+        None, "Most frames that are taken of a video; of more as many are taken evenly.", low=1, added=True
+    )
+    video_min_pixels: int | None = arg(
+        None, "Least pixels of a video's frame; a smaller one is enlarged, its aspect kept.", low=1, added=True
+    )
+    video_max_pixels: int | None = arg(
+        None, "Most pixels of a video's frame; a larger one is reduced, its aspect kept.", low=1, added=True
+    )
+    audio_max_seconds: float | None = arg(
+        None, "Longest sound, in seconds; of a longer one its beginning is taken.", low=0.1, added=True
     )
     chat_template: str = arg(
         "default",

@@ -73,9 +73,10 @@ def contradictions(config: Config) -> list[str]:
             f"train.lora_base_dtype: {train.lora_base_dtype} is what weights are quantized to as they are read, and "
             "random ones are not read; set model.model_path, or leave it at compute"
         )
-    least, most = config.data.image_min_pixels, config.data.image_max_pixels
-    if least is not None and most is not None and least > most:
-        problems.append(f"data.image_min_pixels: must not be above data.image_max_pixels ({most}), got {least}")
+    for kind in ("image", "video"):
+        least, most = (getattr(config.data, f"{kind}_{bound}_pixels") for bound in ("min", "max"))
+        if least is not None and most is not None and least > most:
+            problems.append(f"data.{kind}_min_pixels: must not be above data.{kind}_max_pixels ({most}), got {least}")
     if train.enable_profiling and train.profile_end_step <= max(1, train.profile_start_step):
         problems.append(
             f"train.profile_end_step: must be above 1, which is the first step, and above train.profile_start_step "
@@ -103,6 +104,7 @@ def _has_fixed_steps(config: Config) -> bool:
     return config.data.datasets_type == "iterable" or size in config.explicit
 
 
+_LIMITS = (*_prefixed("data.image_"), *_prefixed("data.video_"), *_prefixed("data.audio_"))
 _OF_ADAPTERS = tuple(name for name in _prefixed("train.lora_") if name != "train.lora_base_dtype")
 
 _RULES = (
@@ -148,7 +150,7 @@ _RULES = (
         "data.data_type is neither " + " nor ".join(name for name, row in TASKS.items() if row.holds_chats),
     ),
     _Rule(
-        ("data.row_template", "data.media_root", "data.image_min_pixels", "data.image_max_pixels"),
+        ("data.row_template", "data.media_root", *_LIMITS),
         lambda config: config.data.task.rows != "conversations",
         "data.data_type is not conversation",
     ),

@@ -35,15 +35,27 @@ ALONG_TOKENS = ("position_ids", "mm_token_type_ids", "token_type_ids")
 the model rotates by (mrope)."""
 
 
+class Frames(NamedTuple):
+    """The frames that are taken of a video: their indices, ascending, among how many, and how many a second there are.
+    """
+
+    indices: tuple[int, ...]
+    total: int
+    fps: float
+
+
 class Media(NamedTuple):
     """An image, a video or a sound of a sample: where it is found, and its size.
 
-    kind: image, video or audio. source: a path, or the encoded bytes. size: of an image (width, height), upright.
+    kind: image, video or audio. source: a path, or the encoded bytes; of a video also those of each of its frames.
+    size: of an image or a video (width, height), upright; of a sound its number of samples, at the rate of the model's
+    processor. frames: of a video.
     """
 
     kind: str
-    source: str | bytes
+    source: str | bytes | tuple[str | bytes, ...]
     size: tuple[int, ...]
+    frames: Frames | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,13 +27,20 @@ from torch import Tensor
 
 from tutti.config import Config
 from tutti.core.batch import IGNORE, Media, Sample
-from tutti.data.media import MediaFolder, measure
+from tutti.data.media import MediaFolder
 from tutti.data.parts import with_media
 from tutti.data.processor import MediaProcessor, shift
 from tutti.data.rows import RowError, class_of, conversation_of, fill, half_surrogate, text_of
 from tutti.data.source import BadRow, Row, text_columns
 from tutti.data.template import ChatTemplate, read_template
 from tutti.data.tokenize import BatchTokenizer, Tokens
+
+_LIMITS = {
+    "image": "data.image_max_pixels",
+    "video": "data.video_max_frames and data.video_max_pixels",
+    "audio": "data.audio_max_seconds",
+}
+"""The arguments that make media of a kind take fewer tokens."""
 
 _HALVES = re.compile("[\ud800-\udfff]")
 
@@ -121,7 +128,7 @@ class Encoder:
                     f"has {kinds}, and this model takes none, or its folder has no processor that can be used"
                 )
             folder = MediaFolder(os.path.dirname(row.file), self.media_root)
-            found = tuple(measure(kind, entry, folder) for kind, entry in entries)
+            found = tuple(self.media.measure(kind, entry, folder) for kind, entry in entries)
             text, places = self.media.expand(text, found)
             return text, shift(spans, places), found
         if self.rows == "labels":
@@ -133,10 +140,11 @@ class Encoder:
         assert self.media is not None
         needed = self.media.count(ids)
         if self.media.count(sample.input_ids) < needed:
+            kinds = sorted({medium.kind for medium in media})
             raise RowError(
                 f"is longer than data.max_seq_len {self.max_seq_len}, and only text can be cut, of which it has too "
-                f"little beside the {needed:,} tokens of its images: raise data.max_seq_len, or lower "
-                "data.image_max_pixels"
+                f"little beside the {needed:,} tokens of its {' and '.join(f'{kind}s' for kind in kinds)}: raise "
+                f"data.max_seq_len, or lower {' or '.join(_LIMITS[kind] for kind in kinds)}"
             )
         return replace(sample, media=media)
 
@@ -249,7 +257,7 @@ def make_encoder(
         template=template,
         mends=data.silent_exception,
         notes=Counter() if template is None else template.notes,
-        media=None if processor is None else MediaProcessor(processor, data.image_min_pixels, data.image_max_pixels),
+        media=None if processor is None else MediaProcessor(processor, data),
         media_root=data.media_root,
         row_template=data.row_template,
     )

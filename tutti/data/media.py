@@ -6,6 +6,7 @@ Audio columns do; a video may also be a list of frames. Nothing is fetched from 
 file's folder and data.media_root, so that a row cannot read other files of the machine.
 
 Measuring an image reads its header alone; its orientation tag is minded. A sample carries `Media`, never pixels.
+Videos: `tutti.data.video`; sounds: `tutti.data.audio`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tutti.core.batch import Media
 from tutti.data.rows import RowError, kind_of
+
+Source = str | bytes
+"""A path, or encoded bytes."""
 
 MAX_IMAGE_PIXELS = 2**28
 """An image of more pixels than this is taken for a mistake, or an attack: decoded it would fill a gigabyte."""
@@ -88,25 +92,27 @@ def reference(entry: Any, folder: MediaFolder) -> str | bytes:
     return folder.path_of(entry)
 
 
-def measure(kind: str, entry: Any, folder: MediaFolder) -> Media:
-    """The medium of an entry, with its size. RowError: it cannot be read."""
-    if kind != "image":
-        raise RowError(f"has {kind}, which cannot be trained on yet")
-    source = reference(entry, folder)
-    with _readable(source), _opened(source) as image:
+def measure_image(source: Source) -> tuple[int, int]:
+    """The width and height of an image, upright, from its header. RowError: it cannot be read."""
+    with readable(source), opened(source) as image:
         width, height = image.size
-        if image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8):
-            width, height = height, width
-        return Media("image", source, (width, height))
+        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        return (height, width) if turned else (width, height)
+
+
+def decode_image(source: Source) -> Image.Image:
+    """The decoded image, upright, in RGB. RowError: it cannot be decoded."""
+    with readable(source), opened(source) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def load_image(medium: Media) -> Image.Image:
-    """The decoded image, upright, in RGB. RowError: it cannot be decoded."""
-    with _readable(medium.source), _opened(medium.source) as image:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-    if upright.size != medium.size:
-        raise RowError(f"{_name(medium.source)} has changed during the run")
-    return upright
+    """The decoded image, upright, in RGB. RowError: it cannot be decoded, or has another size now."""
+    assert not isinstance(medium.source, tuple)
+    image = decode_image(medium.source)
+    if image.size != medium.size:
+        raise RowError(f"{name_of(medium.source)} has changed during the run")
+    return image
 
 
 def resized(size: tuple[int, int], least: int | None, most: int | None) -> tuple[int, int]:
@@ -124,33 +130,40 @@ def resized(size: tuple[int, int], least: int | None, most: int | None) -> tuple
 
 def identity(medium: Media) -> bytes:
     """The bytes that stand for a medium in a digest of data: its path, size and time of change, or its bytes."""
-    if isinstance(medium.source, bytes):
-        return medium.source
-    found = os.stat(medium.source)
-    return f"{medium.source}\0{found.st_size}\0{found.st_mtime_ns}".encode()
+    sources = medium.source if isinstance(medium.source, tuple) else (medium.source,)
+    return b"\0".join([*map(_identity, sources), *([repr(medium.frames).encode()] if medium.frames else ())])
+
+
+def _identity(source: Source) -> bytes:
+    if isinstance(source, bytes):
+        return source
+    found = os.stat(source)
+    return f"{source}\0{found.st_size}\0{found.st_mtime_ns}".encode()
 
 
 @contextmanager
-def _opened(source: str | bytes) -> Iterator[Image.Image]:
+def opened(source: Source) -> Iterator[Image.Image]:
+    """The image, not decoded yet. RowError: it has too many pixels."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise RowError(f"{_name(source)} has {image.width} x {image.height} pixels, too many to decode")
+                raise RowError(f"{name_of(source)} has {image.width} x {image.height} pixels, too many to decode")
             yield image
 
 
 @contextmanager
-def _readable(source: str | bytes) -> Iterator[None]:
-    """Say in one line why a file cannot be read as an image."""
+def readable(source: Source, what: str = "an image") -> Iterator[None]:
+    """Say in one line why a file cannot be read as `what` it should be."""
     try:
         yield
     except UnidentifiedImageError:
-        raise RowError(f"{_name(source)} is not an image") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, MemoryError) as error:
+        raise RowError(f"{name_of(source)} is not {what}") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, MemoryError, EOFError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise RowError(f"{_name(source)} cannot be read as an image: {reason}") from None
+        raise RowError(f"{name_of(source)} cannot be read as {what}: {reason}") from None
 
 
-def _name(source: str | bytes) -> str:
-    return f"an image of {len(source):,} bytes" if isinstance(source, bytes) else Path(source).name
+def name_of(source: Source) -> str:
+    """A source's name in messages."""
+    return f"a medium of {len(source):,} bytes" if isinstance(source, bytes) else Path(source).name

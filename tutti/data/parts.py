@@ -5,6 +5,8 @@
 - Placeholders: `<image>`, `<video>` and `<audio>` in texts, for the entries of the row's columns `images` or `image`
   (LLaVA, ShareGPT4V, ms-swift, LLaMA-Factory, VeOmni). Everything else of a text stays as it is.
 - A column whose entries no text has a place for: they come before the first message of the user.
+- A video may be the list of its frames: an entry of `videos` that is a list, or all of `video`, unless it has as many
+  entries as there are places for videos.
 
 Chat templates get parts without their media, `{"type": "image"}`, and write the markers that the model knows.
 """
@@ -40,11 +42,13 @@ def place_media(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> tuple
     Messages without media stay as they are. RowError: media that have no place, or places without a medium.
     """
     columns = {kind: _column(row, kind) for kind in KINDS}
+    if isinstance(row.get("video"), list | tuple) and len(columns["video"]) != max(1, _places(messages, "video")):
+        columns["video"] = [row["video"]]
     said = any(isinstance(message.get("content"), list) for message in messages)
     if not said and not any(columns.values()):
         return messages, []
     left = {kind: list(entries) for kind, entries in columns.items()}
-    homeless = [kind for kind, entries in columns.items() if entries and not _has_place(messages, kind)]
+    homeless = [kind for kind, entries in columns.items() if entries and not _places(messages, kind)]
     entries: list[Entry] = []
     placed = []
     for number, message in enumerate(messages):
@@ -89,14 +93,17 @@ def _column(row: Mapping[str, Any], kind: str) -> list[Any]:
     return []
 
 
-def _has_place(messages: list[dict[str, Any]], kind: str) -> bool:
+def _places(messages: list[dict[str, Any]], kind: str) -> int:
+    """The number of places that messages have for media of a kind."""
+    count = 0
     for message in messages:
         content = message.get("content")
-        if isinstance(content, str) and f"<{kind}>" in content:
-            return True
-        if isinstance(content, list) and any(MEDIA_PARTS.get(part.get("type", "")) == kind for part in content):
-            return True
-    return False
+        if isinstance(content, str):
+            count += content.count(f"<{kind}>")
+        elif isinstance(content, list):
+            parts = (part for part in content if isinstance(part, dict))
+            count += sum(MEDIA_PARTS.get(part.get("type", "")) == kind for part in parts)
+    return count
 
 
 def _parts(text: str, columns: Mapping[str, list[Any]]) -> list[tuple[str, Any]]:
@@ -139,12 +146,12 @@ def _typed(number: int, content: Any) -> list[tuple[str, Any]]:
 
 
 def _entry(part: Mapping[str, Any], kind: str) -> Any:
-    """The entry that names the medium of a part: under its type, its kind, or a name such as url or path."""
-    for name in (part["type"], kind, *_NAMES):
+    """The entry that names the medium of a part: under its type, its kind, frames, or a name such as url or path."""
+    for name in (part["type"], kind, "frames", *_NAMES):
         value = part.get(name)
         if value is None:
             continue
-        if isinstance(value, dict) and value.get("bytes") is None:
+        if isinstance(value, dict) and value.get("bytes") is None and value.get("frames") is None:
             inner = next((value[key] for key in _NAMES if value.get(key) is not None), None)
             if inner is None:
                 raise RowError(f"a part of type {part['type']} without url, path or data")
@@ -153,5 +160,7 @@ def _entry(part: Mapping[str, Any], kind: str) -> Any:
             return inner
         if name == "base64" and isinstance(value, str) and not value.startswith("data:"):
             return f"data:{kind}/x;base64,{value}"
+        if kind == "video" and isinstance(value, list | tuple):
+            return {"frames": value, "video_fps": part.get("video_fps")}
         return value
     return None

@@ -1,13 +1,17 @@
 """A Hugging Face processor as the encoder and the loader see it.
 
 Nothing here knows a family. A processor replaces each placeholder in a text by as many tokens as the medium takes, and
-makes values (pixels) of the media; how many tokens depends on the media's sizes alone. So when rows are encoded the
-processor is asked with blank media of the same sizes, once for each tuple of sizes, and its answers are remembered; the
-placeholders of a rendered chat are then replaced as the processor would (`expand`), and the trained spans shifted.
+makes values (pixels, features of sounds) of the media; how many tokens depends on the media's sizes alone, and for a
+video on which frames are taken. So when rows are encoded the processor is asked with blank media of the same sizes,
+once for each tuple of sizes, and its answers are remembered; the placeholders of a rendered chat are then replaced as
+the processor would (`expand`), and the trained spans shifted.
 
 When a micro batch is loaded, each sample's media are decoded and processed together, as they would be alone, and the
 samples' values are joined (`values`). Along which dimension a value grows with the media is found out once, by
-processing one, two and differently sized blanks; its other dimensions are padded with zeros to the largest.
+processing one and two blanks of each kind; its other dimensions are padded with zeros to the largest.
+
+Frames of a video are chosen here and handed over decoded, by the family's own rule (its `sample_frames`) unless
+data.video_fps says otherwise: of what processors do with files themselves, nothing works without further packages.
 """
 
 from __future__ import annotations
@@ -15,40 +19,116 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.video_utils import VideoMetadata
 
-from tutti.core.batch import Media, Sample
-from tutti.data.media import load_image, resized
+from tutti.config import DataConfig
+from tutti.core.batch import Frames, Media, Sample
+from tutti.data.audio import load_audio
+from tutti.data.media import MediaFolder, load_image, measure_image, name_of, reference, resized
 from tutti.data.rows import KINDS, RowError
+from tutti.data.video import FRAMES_FPS, MAX_VIDEO_PIXELS, Header, load_video, measure_video, video_source
 
 _OF_TEXT = ("input_ids", "attention_mask", "text_replacement_offsets", "labels")
 
 Span = tuple[int, int]
 
 
+class _Layout(NamedTuple):
+    """What a processor makes of a kind of media: for each value the dimension along which samples are joined; and for
+    values that lie along tokens, what stands for a token's id. stacked: videos are joined only if they have the same
+    number of frames."""
+
+    dims: dict[str, int]
+    along: dict[str, dict[int, int]]
+    stacked: bool = False
+
+
 @dataclass
 class MediaProcessor:
-    """The processor of a model that takes media; picklable. min_pixels, max_pixels: bounds of an image
-    (data.image_min_pixels, data.image_max_pixels), which is resized to meet them."""
+    """The processor of a model that takes media; picklable. limits: the data.image_*, video_* and audio_* bounds, which
+    media are cut or resized to."""
 
     processor: Any
-    min_pixels: int | None = None
-    max_pixels: int | None = None
+    limits: DataConfig
     _replacements: dict[Any, list[str]] = field(default_factory=dict, repr=False)
+    _layouts: dict[str, _Layout] = field(default_factory=dict, repr=False)
+    _mixed: set[frozenset[str]] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
+        self.name = type(self.processor).__name__
         self.markers = {
             kind: token for kind in KINDS if isinstance(token := getattr(self.processor, f"{kind}_token", None), str)
         }
         self._marker = re.compile("|".join(f"(?P<{kind}>{re.escape(token)})" for kind, token in self.markers.items()))
         ids = [token for kind in KINDS for token in getattr(self.processor, f"{kind}_token_ids", None) or ()]
         self._placeholders = [token for token in ids if token is not None]
+        sounds = getattr(self.processor, "audio_processor", None) or getattr(self.processor, "feature_extractor", None)
+        self._rate = int(getattr(sounds, "sampling_rate", 0))
+
+    def measure(self, kind: str, entry: Any, folder: MediaFolder) -> Media:
+        """The medium of an entry, with its size. RowError: it cannot be read, or the model takes none of its kind."""
+        if kind not in self.markers or (kind == "audio" and not self._rate):
+            raise RowError(f"has {kind}, which {self.name} does not take")
+        if kind == "video":
+            source, fps = video_source(entry, folder)
+            header = measure_video(source)
+            medium = Media(kind, source, header.size, self._frames(header, fps, listed=isinstance(source, tuple)))
+            self._check_decodes(medium)
+            return medium
+        source = reference(entry, folder)
+        if kind == "audio":
+            return Media(kind, source, (len(load_audio(source, self._rate, self.limits.audio_max_seconds)),))
+        return Media(kind, source, measure_image(source))
+
+    def _frames(self, header: Header, said: float | None, *, listed: bool) -> Frames:
+        """The frames to take of a video. said: the frames a second that its row names. listed: it is a list of frames,
+        all of which are taken unless the row names these."""
+        total, limits = header.total, self.limits
+        fps = said or header.fps or (FRAMES_FPS if listed else 24.0)
+        if self._layout("video").stacked:
+            if limits.video_max_frames is None:
+                raise RowError(
+                    f"has a video, and {self.name} packs videos of one number of frames alone: set "
+                    "data.video_max_frames, of which every video then has exactly so many"
+                )
+            return Frames(tuple(_evenly(limits.video_max_frames, total)), total, fps)
+        if listed and said is None:
+            indices = list(range(total))
+        else:
+            number = max(1, round(total / fps * (limits.video_fps or _FPS)))
+            indices = self._own_rule(header, fps) or _evenly(min(number, total), total)
+        if limits.video_max_frames is not None and len(indices) > limits.video_max_frames:
+            indices = _evenly(limits.video_max_frames, total)
+        return Frames(tuple(indices), total, fps)
+
+    def _own_rule(self, header: Header, fps: float) -> list[int]:
+        """The frames that the family takes of a video by itself; none where it has no rule for it."""
+        videos = getattr(self.processor, "video_processor", None)
+        has_rule = any(getattr(videos, name, None) for name in ("do_sample_frames", "fps", "num_frames"))
+        if self.limits.video_fps is not None or not has_rule:
+            return []
+        width, height = header.size
+        metadata = VideoMetadata(header.total, fps, width, height, header.total / fps)
+        try:
+            return [int(index) for index in videos.sample_frames(metadata)]
+        except (ValueError, ZeroDivisionError, RuntimeError):  # it has too few frames for the rule
+            return []
+
+    def _check_decodes(self, video: Media) -> None:
+        """RowError: the frames that are taken of a video would fill the memory."""
+        assert video.frames is not None
+        width, height = self._size(video)
+        if (count := len(video.frames.indices)) * width * height > MAX_VIDEO_PIXELS:
+            raise RowError(
+                f"has a video of which {count:,} frames of {width} x {height} pixels would be taken, too many to "
+                "decode: set data.video_max_frames or data.video_max_pixels"
+            )
 
     def expand(self, text: str, media: Sequence[Media]) -> tuple[str, list[tuple[int, int, int]]]:
         """The text with its placeholders replaced as the media need, and for each of them (begin and end in `text`, end
@@ -71,55 +151,122 @@ class MediaProcessor:
         """The text that takes the place of each medium's placeholder."""
         if not media:
             return []
-        sizes = tuple((medium.kind, *self._size(medium)) for medium in media)
-        if sizes not in self._replacements:
-            blanks = [Image.new("RGB", size) for _, *size in sizes]
-            self._replacements[sizes] = [
-                item["replacement"] for item in self._process(blanks)["text_replacement_offsets"]
-            ]
-        return self._replacements[sizes]
+        key = tuple((medium.kind, self._size(medium), medium.frames) for medium in media)
+        if key not in self._replacements:
+            if len(kinds := frozenset(medium.kind for medium in media)) > 1:
+                self._check_mix(kinds)
+            made = self._made_of_blanks(*media)
+            self._replacements[key] = [item["replacement"] for item in made["text_replacement_offsets"]]
+        return self._replacements[key]
 
-    def _size(self, medium: Media) -> tuple[int, int]:
+    def _size(self, medium: Media) -> tuple[int, ...]:
+        """A medium's size within its bounds."""
+        limits = self.limits
+        if medium.kind == "audio":
+            return medium.size
         width, height = medium.size
-        return resized((width, height), self.min_pixels, self.max_pixels)
+        if medium.kind == "video":
+            return resized((width, height), limits.video_min_pixels, limits.video_max_pixels)
+        return resized((width, height), limits.image_min_pixels, limits.image_max_pixels)
 
-    def _process(self, images: Sequence[Image.Image]) -> dict[str, Any]:
-        """Run the processor on one sample's images: values as tensors, and how it replaced the placeholders."""
-        text = self.markers["image"] * len(images)
-        name = type(self.processor).__name__
+    def _blank(self, medium: Media) -> Any:
+        """What a processor takes in place of a medium of its size."""
+        size = self._size(medium)
+        if medium.kind == "audio":
+            return np.zeros(size, np.float32)
+        if medium.frames is not None:
+            return np.zeros((len(medium.frames.indices), 3, *reversed(size)), np.uint8)
+        return Image.new("RGB", size)  # type: ignore[arg-type]
+
+    def _load(self, medium: Media) -> Any:
+        """A decoded medium within its bounds, as a processor takes it."""
+        if medium.kind == "audio":
+            sound = load_audio(medium.source, self._rate, self.limits.audio_max_seconds)
+            if sound.shape != medium.size:
+                raise RowError(f"{name_of(medium.source)} has changed during the run")
+            return sound
+        size = self._size(medium)
+        if medium.frames is not None:
+            return load_video(medium, size)
+        image = load_image(medium)
+        return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+
+    def _process(self, media: Sequence[Media], contents: Sequence[Any]) -> dict[str, Any]:
+        """Run the processor on one sample's media: values as tensors, and how it replaced the placeholders."""
+        of_kind = {kind: [one for medium, one in zip(media, contents, strict=True) if medium.kind == kind] for kind in KINDS}
+        options: dict[str, Any] = {}
+        if of_kind["video"]:
+            metadata = [_metadata(medium) for medium in media if medium.frames is not None]
+            options |= {"video_metadata": metadata, "do_sample_frames": False}
+        if of_kind["audio"]:
+            options["sampling_rate"] = self._rate
         try:
             found = self.processor(
-                text=[text],
-                images=list(images),
+                text=["".join(self.markers[medium.kind] for medium in media)],
+                images=of_kind["image"] or None,
+                videos=of_kind["video"] or None,
+                audio=of_kind["audio"] or None,
                 return_text_replacement_offsets=True,
                 return_mm_token_type_ids=True,
                 return_tensors="pt",
+                **options,
             )
-        except Exception as error:  # a processor may fail in any way on an image it was not made for
-            raise RowError(f"{name} cannot take its images: {(str(error) or repr(error)).splitlines()[0]}") from None
+        except Exception as error:  # a processor may fail in any way on a medium it was not made for
+            kinds = " and ".join(f"{kind}s" for kind, found in of_kind.items() if found)
+            line = (str(error) or repr(error)).splitlines()[0]
+            raise RowError(f"{self.name} cannot take its {kinds}: {line}") from None
         offsets = found["text_replacement_offsets"][0]
-        if len(offsets) != len(images):
-            raise RowError(f"{name} replaces {len(offsets)} of {len(images)} placeholders: it cannot be trained with")
+        if len(offsets) != len(media):
+            raise RowError(f"{self.name} replaces {len(offsets)} of {len(media)} placeholders: it cannot be trained with")
         return {**found, "text_replacement_offsets": offsets}
 
-    @cached_property
-    def _layout(self) -> tuple[dict[str, int], dict[str, dict[int, int]]]:
-        """For each value that the processor makes, the dimension along which samples are joined; and for those that
-        lie along tokens, the value that stands for a token's id."""
-        one, two = (self._process([Image.new("RGB", (64, 48))] * count) for count in (1, 2))
-        length = one["input_ids"].shape[-1]
-        dims: dict[str, int] = {}
-        along: dict[str, dict[int, int]] = {}
-        for name, value in one.items():
-            if name in _OF_TEXT or not isinstance(value, Tensor):
-                continue
-            if value.shape == one["input_ids"].shape and two[name].shape[-1] != length:
-                pairs = zip(two["input_ids"].flatten().tolist(), two[name].flatten().tolist(), strict=True)
-                along[name] = {token: kind for token, kind in pairs if kind}
-                continue
-            grown = [dim for dim in range(value.ndim) if two[name].shape[dim] != value.shape[dim]]
-            dims[name] = grown[0] if grown else 0
-        return dims, along
+    def _layout(self, kind: str) -> _Layout:
+        """What the processor makes of this kind of media."""
+        if kind not in self._layouts:
+            blank = Media(kind, b"", *_BLANKS.get(kind, ((self._rate,),)))
+            one, two = self._made_of_blanks(blank), self._made_of_blanks(blank, blank)
+            length = one["input_ids"].shape[-1]
+            dims: dict[str, int] = {}
+            along: dict[str, dict[int, int]] = {}
+            for name, value in one.items():
+                if name in _OF_TEXT or not isinstance(value, Tensor):
+                    continue
+                if value.shape == one["input_ids"].shape and two[name].shape[-1] != length:
+                    pairs = zip(two["input_ids"].flatten().tolist(), two[name].flatten().tolist(), strict=True)
+                    along[name] = {token: kind for token, kind in pairs if kind}
+                    continue
+                dims[name] = next(iter(_unlike(value, two[name])), 0)
+            self._layouts[kind] = _Layout(dims, along, kind == "video" and self._stacks(blank, one, dims))
+        return self._layouts[kind]
+
+    def _stacks(self, video: Media, made: Mapping[str, Any], dims: Mapping[str, int]) -> bool:
+        """Whether videos are stacked with a dimension of frames, and the processor does not pad it."""
+        shorter = video._replace(frames=Frames((0, 1), 2, 2.0))
+        other = self._made_of_blanks(shorter)
+        if not any(set(_unlike(made[name], other[name])) - {dim} for name, dim in dims.items()):
+            return False
+        try:
+            self._made_of_blanks(video, shorter)
+        except RowError:
+            return True
+        return False
+
+    def _made_of_blanks(self, *media: Media) -> dict[str, Any]:
+        return self._process(media, [self._blank(medium) for medium in media])
+
+    def _check_mix(self, kinds: frozenset[str]) -> None:
+        """RowError: the processor loses media of one kind beside another."""
+        if kinds in self._mixed:
+            return
+        layouts = {kind: self._layout(kind) for kind in sorted(kinds)}
+        blanks = [Media(kind, b"", *_BLANKS.get(kind, ((self._rate,),))) for kind in layouts]
+        alone = [self._made_of_blanks(blank) for blank in blanks]
+        together = self._made_of_blanks(*blanks)
+        for name in {name for layout in layouts.values() for name in layout.dims}:
+            size = sum(made[name].numel() for made in alone if name in made)
+            if together[name].numel() < size:
+                raise RowError(f"has {' and '.join(layouts)}, of which {self.name} takes one kind in a row")
+        self._mixed.add(kinds)
 
     def count(self, ids: np.ndarray) -> int:
         """The number of `ids` that are placeholders of media."""
@@ -131,28 +278,56 @@ class MediaProcessor:
         decoded."""
         if not any(sample.media for sample in samples):
             return {}
-        dims, along = self._layout
-        made = [self._load(sample.media) for sample in samples if sample.media]
-        extras = {name: _join([one[name] for one in made], dim) for name, dim in dims.items()}
+        made = [self._values(sample.media) for sample in samples if sample.media]
+        layouts = [self._layout(kind) for kind in sorted({medium.kind for sample in samples for medium in sample.media})]
+        dims: dict[str, int] = {}
+        for name, dim in (pair for layout in layouts for pair in layout.dims.items()):
+            dims[name] = min(dim, dims.get(name, dim))
+        extras = {name: _join([one[name] for one in made if name in one], dim) for name, dim in dims.items()}
         ids = np.full(length, -1)
         packed = np.concatenate([sample.input_ids for sample in samples])
         ids[: len(packed)] = packed
-        for name, kinds in along.items():
+        for name in {name for layout in layouts for name in layout.along}:
             lie = np.zeros(len(ids), np.int64)
-            for token, kind in kinds.items():
-                lie[ids == token] = kind
+            for layout in layouts:
+                for token, kind in layout.along.get(name, {}).items():
+                    lie[ids == token] = kind
             extras[name] = torch.from_numpy(lie)[None]
         return extras
 
-    def _load(self, media: Sequence[Media]) -> Mapping[str, Any]:
-        images = []
-        for medium in media:
-            image, size = load_image(medium), self._size(medium)
-            images.append(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
-        made = self._process(images)
+    def _values(self, media: Sequence[Media]) -> Mapping[str, Any]:
+        """What the processor makes of a sample's media."""
+        made = self._process(media, [self._load(medium) for medium in media])
         if [item["replacement"] for item in made["text_replacement_offsets"]] != self._replaced(media):
-            raise RowError("an image takes another number of tokens than its size said: it has changed during the run")
+            raise RowError("a medium takes another number of tokens than its size said: it has changed during the run")
         return made
+
+
+_FPS = 2.0
+"""Frames a second that are taken of a video where nobody says."""
+
+_BLANKS: dict[str, tuple[Any, ...]] = {
+    "image": ((64, 48),),
+    "video": ((64, 48), Frames((0, 1, 2, 3), 4, 2.0)),
+}
+"""Size and frames of the media that a processor is tried with; of a sound one second."""
+
+
+def _unlike(value: Tensor, other: Tensor) -> list[int]:
+    """The dimensions in which two values differ in size."""
+    return [dim for dim in range(value.ndim) if other.shape[dim] != value.shape[dim]]
+
+
+def _metadata(video: Media) -> VideoMetadata:
+    assert video.frames is not None
+    width, height = video.size
+    indices, total, fps = video.frames
+    return VideoMetadata(total, fps, width, height, total / fps, frames_indices=list(indices))
+
+
+def _evenly(number: int, total: int) -> list[int]:
+    """So many indices of `total`, evenly spaced from the first to the last; the same ones again where these are fewer."""
+    return [int(index) for index in np.linspace(0, total - 1, number).round()]
 
 
 def shift(spans: Sequence[Span], places: Sequence[tuple[int, int, int]]) -> list[Span]:

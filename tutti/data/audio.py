@@ -1,0 +1,45 @@
+"""Sounds of rows, decoded by PyAV: WAV, MP3, Ogg, FLAC and what else FFmpeg reads, also the sound of a video file.
+
+A sound is decoded to one channel, the mean of those it has, at the rate that the model's processor takes. What headers
+say of durations is often wrong, and how many tokens a sound takes depends on its length to the sample; so measuring
+one decodes it, which is quick.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import av
+import numpy as np
+
+from tutti.data.media import Source, name_of, readable
+from tutti.data.rows import RowError
+from tutti.data.video import open_av
+
+MAX_AUDIO_SECONDS = 3 * 3600
+"""A sound that is longer is taken for a mistake: decoded it would fill a gigabyte."""
+
+
+def load_audio(source: Source, rate: int, max_seconds: float | None) -> np.ndarray:
+    """The samples of a sound, float32 [samples], at `rate` a second: of its first `max_seconds`, if given.
+
+    RowError: it cannot be decoded.
+    """
+    most = round((max_seconds or MAX_AUDIO_SECONDS) * rate)
+    pieces: list[np.ndarray] = []
+    length = 0
+    with readable(source, "a sound"), open_av(source) as container:
+        if not container.streams.audio:
+            raise RowError(f"{name_of(source)} has no sound")
+        resampler = av.AudioResampler(format="fltp", rate=rate)
+        for frame in chain(container.decode(container.streams.audio[0]), (None,)):
+            for part in resampler.resample(frame):
+                pieces.append(part.to_ndarray().mean(0, dtype=np.float32))
+                length += len(pieces[-1])
+            if length > most:
+                break
+    if not length:
+        raise RowError(f"{name_of(source)} is a sound of no samples")
+    if length > most and max_seconds is None:
+        raise RowError(f"{name_of(source)} is longer than {MAX_AUDIO_SECONDS // 3600} hours: set data.audio_max_seconds")
+    return np.concatenate(pieces)[:most]
