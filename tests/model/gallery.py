@@ -122,13 +122,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """model_type -> what its config sets."""
 
+FROM_FILES: dict[str, dict[str, Any]] = {
+    "llava_onevision": {
+        "text_config": _TEXT | {"model_type": "qwen2"},
+        "vision_config": _VISION | {"model_type": "siglip_vision_model"},
+        "image_token_id": IMAGE,
+        "video_token_id": VIDEO,
+        "vision_feature_select_strategy": "full",
+        "vision_feature_layer": -1,
+        "image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]],
+    },
+}
+"""Families that are tried with files and their own processor alone."""
+
 GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v")
 """The families that take images as patches of any number, and positions of three rows."""
 
 
 def tiny(name: str, **text: Any) -> PreTrainedConfig:
-    """The tiny config of family `name` (a key of FAMILIES), with `text` set on its language model's part."""
-    values = FAMILIES[name]
+    """The tiny config of family `name` (a key of FAMILIES or FROM_FILES), with `text` set on its language model's part."""
+    values = (FAMILIES | FROM_FILES)[name]
     return AutoConfig.for_model(name, **{**values, "text_config": values["text_config"] | text})
 
 

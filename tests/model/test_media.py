@@ -29,7 +29,7 @@ from tutti.train.objective import Objective
 QUICKSTART = Path(__file__).parents[2] / "data" / "quickstart"
 CPU = torch.device("cpu")
 CONFIGS = {"pixtral": "mistral3"} | {name: name for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "gemma3")}
-CONFIGS["idefics3"] = "idefics3"
+CONFIGS |= {name: name for name in ("idefics3", "smolvlm", "internvl", "llava_onevision")}
 
 
 def make_rows(counts: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -50,7 +50,7 @@ def build(family: str, processor: Any) -> tuple[Any, Any]:
     for name in ("image_token_id", "image_token_index"):
         if hasattr(config, name):
             setattr(config, name, processor.image_token_ids[0])
-    for name in ("video_token_id", "vision_start_token_id", "vision_end_token_id"):
+    for name in ("video_token_id", "audio_token_id", "vision_start_token_id", "vision_end_token_id"):
         if hasattr(config, name):
             token = getattr(processor.tokenizer, name, None)
             setattr(config, name, token if token is not None else len(processor.tokenizer) + 1)
@@ -70,7 +70,7 @@ def own_loss(plain: Any, processor: Any, row: dict[str, Any], sample: Sample) ->
     text = processor.tokenizer.apply_chat_template(chat, tokenize=False)
     images = [Image.open(QUICKSTART / name).convert("RGB") for name in row["images"]]
     kinds = {"return_mm_token_type_ids": True, "return_tensors": "pt", "add_special_tokens": False}
-    inputs = processor(text=[text], images=images or None, **kinds)
+    inputs = processor(text=[text], images=[images] if images else None, **kinds)
     assert inputs["input_ids"][0].tolist() == sample.input_ids.tolist()
     labels = torch.full_like(inputs["input_ids"], IGNORE)
     labels[0, 1:] = torch.from_numpy(sample.labels[:-1].copy()).long()

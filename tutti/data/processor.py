@@ -197,14 +197,14 @@ class MediaProcessor:
         options: dict[str, Any] = {}
         if of_kind["video"]:
             metadata = [_metadata(medium) for medium in media if medium.frames is not None]
-            options |= {"video_metadata": metadata, "do_sample_frames": False}
+            options |= {"video_metadata": [metadata], "do_sample_frames": False}
         if of_kind["audio"]:
             options["sampling_rate"] = self._rate
         try:
             found = self.processor(
                 text=["".join(self.markers[medium.kind] for medium in media)],
-                images=of_kind["image"] or None,
-                videos=of_kind["video"] or None,
+                images=[of_kind["image"]] if of_kind["image"] else None,  # of one sample: some minds how many these are
+                videos=[of_kind["video"]] if of_kind["video"] else None,
                 audio=of_kind["audio"] or None,
                 return_text_replacement_offsets=True,
                 return_mm_token_type_ids=True,

@@ -1,0 +1,164 @@
+"""Videos and sounds from files on disk: packed samples equal the untouched class on its own processor's inputs."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageSequence
+
+from tests.data import recordings
+from tests.data.processors import PROCESSORS
+from tests.model.test_media import build
+from tests.model.test_multimodal import assert_same_gradients
+from tutti.config.load import from_dict
+from tutti.core.batch import IGNORE, Sample, pack
+from tutti.data.encode import Encoder, make_encoder
+from tutti.data.formats import Row
+from tutti.model.multimodal import make_placing
+from tutti.model.structure import read_structure
+from tutti.train.objective import Objective
+
+ANSWER = {"role": "assistant", "content": "A square that moves."}
+MARKS = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("recordings")
+    (made / "long.mp4").write_bytes(recordings.video(20, 4))
+    (made / "short.webm").write_bytes(recordings.video(7, 3, (48, 64), seed=1, form="webm", codec="libvpx"))
+    images = [Image.fromarray(one) for one in recordings.frames(6, (40, 40), 2)]
+    images[0].save(made / "moving.webp", save_all=True, append_images=images[1:], duration=250, lossless=True)
+    images[0].save(made / "still.png")
+    for number, image in enumerate(images):
+        image.save(made / f"frame{number}.png")
+    return made
+
+
+def row(*media: tuple[str, Any]) -> dict[str, Any]:
+    """A chat about media, each a kind and an entry."""
+    question = " and ".join(MARKS[kind] for kind, _ in media) + "What do you see?"
+    columns: dict[str, list[Any]] = {}
+    for kind, entry in media:
+        columns.setdefault(f"{kind}s", []).append(entry)
+    return {"messages": [{"role": "user", "content": question}, ANSWER], **columns}
+
+
+VIDEOS = {
+    "a file": row(("video", "long.mp4")),
+    "of another shape": row(("video", "short.webm")),
+    "an animation": row(("video", "moving.webp")),
+    "frames": row(("video", {"frames": [f"frame{number}.png" for number in range(6)], "video_fps": 3})),
+    "text": {"messages": [{"role": "user", "content": "Nothing?"}, ANSWER]},
+    "an image": row(("image", "still.png")),
+}
+TWO = row(("video", "long.mp4"), ("video", "short.webm"))
+MIXED = row(("image", "still.png"), ("video", "short.webm"), ("image", "frame3.png"))
+
+
+def decoded(folder: Path, entry: Any) -> np.ndarray:
+    """All frames of a video, uint8 [frames, height, width, 3], by the shortest way."""
+    if isinstance(entry, dict):
+        return np.stack([np.asarray(Image.open(folder / name).convert("RGB")) for name in entry["frames"]])
+    if entry.endswith("webp"):
+        return np.stack([np.asarray(one.convert("RGB")) for one in ImageSequence.Iterator(Image.open(folder / entry))])
+    with av.open(str(folder / entry)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+FPS = {"long.mp4": 4.0, "short.webm": 3.0, "moving.webp": 4.0}
+
+
+def own_inputs(processor: Any, folder: Path, chat: dict[str, Any], sample: Sample) -> dict[str, Any]:
+    """What the class's own processor makes of a row, by `apply_chat_template`."""
+    text = chat["messages"][0]["content"]
+    parts: list[dict[str, Any]] = []
+    metadata = []
+    media = iter(sample.media)
+    left = {kind: list(chat.get(f"{kind}s", ())) for kind in MARKS}
+    for word in text.replace("<", "|<").replace(">", ">|").split("|"):
+        kind = word[1:-1]
+        if word not in MARKS.values():
+            parts += [{"type": "text", "text": word}] if word else []
+            continue
+        entry, frames = left[kind].pop(0), next(media).frames
+        if frames is None:
+            parts.append({"type": "image", "image": Image.open(folder / entry).convert("RGB")})
+            continue
+        pixels = decoded(folder, entry)
+        fps = entry["video_fps"] if isinstance(entry, dict) else FPS[entry]
+        assert (frames.total, frames.fps) == (len(pixels), pytest.approx(fps))
+        indices = list(frames.indices)
+        parts.append({"type": "video", "video": pixels[indices]})
+        metadata.append({"fps": fps, "total_num_frames": len(pixels), "duration": len(pixels) / fps,
+                         "frames_indices": indices})  # fmt: skip
+    options = {"video_metadata": [metadata], "do_sample_frames": False} if metadata else {}
+    return dict(
+        processor.apply_chat_template(
+            [{"role": "user", "content": parts}, {**ANSWER, "content": [{"type": "text", "text": ANSWER["content"]}]}],
+            chat_template=processor.tokenizer.chat_template, tokenize=True, return_dict=True, return_tensors="pt",
+            processor_kwargs={"return_mm_token_type_ids": True, "add_special_tokens": False, **options},
+        )
+    )  # fmt: skip
+
+
+def encoder_of(processor: Any, **data: Any) -> Encoder:
+    tree = {"train_path": "x", "data_type": "conversation", "max_seq_len": 1024, **data}
+    return make_encoder(from_dict({"data": tree}), processor.tokenizer, vocab_size=4096, processor=processor)
+
+
+def encoded(encoder: Encoder, folder: Path, *rows: dict[str, Any]) -> list[Sample]:
+    found: list[Any] = encoder([Row(one, str(folder / "rows.jsonl"), 1) for one in rows])
+    for one in found:
+        assert isinstance(one, list), one.reason
+    return [one[0] for one in found]
+
+
+def own_loss(plain: Any, inputs: dict[str, Any], sample: Sample) -> torch.Tensor:
+    inputs = {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}
+    labels = torch.full_like(inputs["input_ids"], IGNORE)
+    labels[0, 1:] = torch.from_numpy(sample.labels[:-1].copy()).long()
+    if "mm_token_type_ids" not in inspect.signature(plain.forward).parameters:
+        inputs.pop("mm_token_type_ids", None)
+    return plain(**inputs, labels=labels, use_cache=False).loss * (labels != IGNORE).sum()
+
+
+FAMILIES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "qwen2_vl": ({"video_max_frames": 6}, [*VIDEOS.values(), TWO, MIXED]),
+    "qwen2_5_vl": ({"video_max_frames": 6}, [*VIDEOS.values(), TWO, MIXED]),
+    "qwen3_vl": ({}, [*VIDEOS.values(), TWO, MIXED]),
+    "smolvlm": ({}, [*VIDEOS.values(), TWO]),
+    "internvl": ({"video_fps": 1}, [*VIDEOS.values(), MIXED]),
+    "llava_onevision": ({"video_max_frames": 3}, [*VIDEOS.values(), TWO, MIXED]),
+}
+"""The limits on data, and the rows, that a family is tried with."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_videos_equal_the_family_s_own(family: str, folder: Path) -> None:
+    processor = PROCESSORS[family]()
+    plain, packed = build(family, processor)
+    limits, rows = FAMILIES[family]
+    encoder = encoder_of(processor, **limits)
+    samples = encoded(encoder, folder, *rows)
+    total = torch.zeros(())
+    for chat, sample in zip(rows, samples, strict=True):
+        inputs = own_inputs(processor, folder, chat, sample)
+        assert inputs["input_ids"][0].tolist() == sample.input_ids.tolist()
+        for name, value in encoder.extras([sample], len(sample)).items():
+            assert value.equal(torch.as_tensor(inputs[name])), name
+        total = total + own_loss(plain, inputs, sample)
+    batch = pack(samples, pad_to=sum(map(len, samples)) + 3)
+    batch = replace(batch, extras=encoder.extras(samples, len(batch.input_ids)))
+    out = Objective(packed)(make_placing(read_structure(packed))(batch))
+    out["loss"].backward()
+    total.backward()
+    assert out["loss"].item() == pytest.approx(total.item(), rel=1e-5)
+    assert_same_gradients(packed, plain)
