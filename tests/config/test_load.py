@@ -201,6 +201,10 @@ def test_a_name_like_no_other() -> None:
             "data.image_min_pixels: must not be above data.image_max_pixels (8), got 9",
         ),
         (
+            {"data": {"video_min_pixels": 9, "video_max_pixels": 8}},
+            "data.video_min_pixels: must not be above data.video_max_pixels (8), got 9",
+        ),
+        (
             {"train": {"enable_profiling": True, "profile_start_step": 5}},
             "train.profile_end_step: must be above 1, which is the first step, and above train.profile_start_step (5), "
             "got 2",

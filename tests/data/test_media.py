@@ -12,7 +12,7 @@ from PIL import Image
 
 from tutti.core.batch import Media
 from tutti.data import media
-from tutti.data.media import MediaFolder, identity, load_image, measure, resized
+from tutti.data.media import MediaFolder, identity, load_image, measure_image, reference, resized
 from tutti.data.rows import RowError
 
 
@@ -31,6 +31,11 @@ def folder(tmp_path: Path) -> MediaFolder:
     return MediaFolder(str(inside))
 
 
+def measure(entry: Any, folder: MediaFolder) -> Media:
+    source = reference(entry, folder)
+    return Media("image", source, measure_image(source))
+
+
 def turned() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -43,18 +48,18 @@ def test_every_way_to_name_an_image(folder: MediaFolder) -> None:
     ways = ["a.png", f"file://{folder.folder}/a.png", url, data, {"bytes": data, "path": "x"}, {"path": "a.png"},
             Image.new("RGB", (30, 20))]  # fmt: skip
     for way in ways:
-        found = measure("image", way, folder)
+        found = measure(way, folder)
         assert (found.kind, found.size) == ("image", (30, 20))
         assert load_image(found).size == (30, 20) and load_image(found).mode == "RGB"
 
 
 def test_orientation_is_minded(folder: MediaFolder) -> None:
-    found = measure("image", turned(), folder)
+    found = measure(turned(), folder)
     assert found.size == (20, 30) and load_image(found).size == (20, 30)
 
 
 def test_a_root_beside_the_data(folder: MediaFolder, tmp_path: Path) -> None:
-    assert measure("image", "outside.png", MediaFolder(folder.folder, str(tmp_path))).size == (30, 20)
+    assert measure("outside.png", MediaFolder(folder.folder, str(tmp_path))).size == (30, 20)
 
 
 ODD = {
@@ -76,19 +81,19 @@ ODD = {
 def test_odd_media_are_one_line(folder: MediaFolder, name: str) -> None:
     entry, reason = ODD[name]
     with pytest.raises(RowError, match=reason) as caught:
-        measure("image", entry, folder)
+        measure(entry, folder)
     assert "\n" not in str(caught.value)
 
 
 def test_a_link_to_the_outside_is_outside(folder: MediaFolder, tmp_path: Path) -> None:
     (Path(folder.folder) / "link.png").symlink_to(tmp_path / "outside.png")
     with pytest.raises(RowError, match="lies outside"):
-        measure("image", "link.png", folder)
+        measure("link.png", folder)
 
 
 def test_a_truncated_file_is_found_when_it_is_decoded(folder: MediaFolder) -> None:
     whole = encoded((200, 200), "JPEG")
-    found = measure("image", whole[: len(whole) // 2], folder)
+    found = measure(whole[: len(whole) // 2], folder)
     with pytest.raises(RowError, match="cannot be read as an image"):
         load_image(found)
 
@@ -96,11 +101,11 @@ def test_a_truncated_file_is_found_when_it_is_decoded(folder: MediaFolder) -> No
 def test_bombs_are_refused_by_their_header(folder: MediaFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(media, "MAX_IMAGE_PIXELS", 500)
     with pytest.raises(RowError, match="30 x 20 pixels, too many"):
-        measure("image", encoded(), folder)
+        measure(encoded(), folder)
 
 
 def test_a_changed_file_is_noticed(folder: MediaFolder) -> None:
-    found = measure("image", "a.png", folder)
+    found = measure("a.png", folder)
     before = identity(found)
     Path(folder.folder, "a.png").write_bytes(encoded((31, 20)))
     assert identity(found) != before

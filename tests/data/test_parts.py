@@ -58,6 +58,38 @@ def test_kinds_and_turns_keep_their_order() -> None:
     assert entries == [("audio", "a"), ("image", "i"), ("audio", "data:audio/wav;base64,AAAA")]
 
 
+FRAMES = ["1.png", "2.png", "3.png"]
+VIDEO_SHAPES: dict[str, tuple[Any, dict[str, Any], Any]] = {
+    "openai": ([{"type": "video_url", "video_url": {"url": "a.mp4"}}], {}, "a.mp4"),
+    "hugging face": ([{"type": "video", "path": "a.mp4"}], {}, "a.mp4"),
+    "frames in a part": ([{"type": "video", "video": FRAMES, "video_fps": 3}], {}, {"frames": FRAMES, "video_fps": 3}),
+    "frames by name": ([{"type": "video", "frames": FRAMES}], {}, {"frames": FRAMES, "video_fps": None}),
+    "a mapping in a part": ([{"type": "video", "video": {"frames": FRAMES}}], {}, {"frames": FRAMES}),
+    "placeholder": ("<video>", {"videos": ["a.mp4"]}, "a.mp4"),
+    "one in a list": ("<video>", {"video": ["a.mp4"]}, "a.mp4"),
+    "frames in a column": ("<video>", {"video": FRAMES}, FRAMES),
+    "frames in columns": ("<video>", {"videos": [FRAMES]}, FRAMES),
+    "frames and a rate": (
+        "<video>",
+        {"videos": [{"frames": FRAMES, "video_fps": 3}]},
+        {"frames": FRAMES, "video_fps": 3},
+    ),
+    "frames without a place": ("", {"video": FRAMES}, FRAMES),
+}
+
+
+@pytest.mark.parametrize("name", VIDEO_SHAPES)
+def test_every_shape_of_a_video(name: str) -> None:
+    content, columns, entry = VIDEO_SHAPES[name]
+    (asked, _), entries = place_media([{"role": "user", "content": content}, ANSWER], columns)
+    assert {"type": "video"} in asked["content"] and entries == [("video", entry)]
+
+
+def test_a_list_with_a_place_for_each_entry_is_of_videos() -> None:
+    _, entries = place_media([{"role": "user", "content": "<video><video>"}], {"video": ["a.mp4", "b.mp4"]})
+    assert entries == [("video", "a.mp4"), ("video", "b.mp4")]
+
+
 def test_rows_without_media_are_left_alone() -> None:
     chat = [{"role": "user", "content": "a literal <image> tag"}, ANSWER]
     assert place_media(chat, {}) == (chat, [])

@@ -140,7 +140,7 @@ GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v")
 
 
 def tiny(name: str, **text: Any) -> PreTrainedConfig:
-    """The tiny config of family `name` (a key of FAMILIES or FROM_FILES), with `text` set on its language model's part."""
+    """The tiny config of family `name` (of FAMILIES or FROM_FILES), with `text` set on its language model's part."""
     values = (FAMILIES | FROM_FILES)[name]
     return AutoConfig.for_model(name, **{**values, "text_config": values["text_config"] | text})
 

@@ -33,8 +33,8 @@ MARKS = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("recordings")
     (made / "long.mp4").write_bytes(recordings.video(20, 4))
-    (made / "short.webm").write_bytes(recordings.video(7, 3, (48, 64), seed=1, form="webm", codec="libvpx"))
-    images = [Image.fromarray(one) for one in recordings.frames(6, (40, 40), 2)]
+    (made / "short.webm").write_bytes(recordings.video(7, 3, (48, 64), form="webm", codec="libvpx"))
+    images = [Image.fromarray(one) for one in recordings.frames(6, (40, 40))]
     images[0].save(made / "moving.webp", save_all=True, append_images=images[1:], duration=250, lossless=True)
     images[0].save(made / "still.png")
     for number, image in enumerate(images):
@@ -162,3 +162,50 @@ def test_packed_videos_equal_the_family_s_own(family: str, folder: Path) -> None
     total.backward()
     assert out["loss"].item() == pytest.approx(total.item(), rel=1e-5)
     assert_same_gradients(packed, plain)
+
+
+def test_limits_on_videos_reach_the_tokens_and_the_values(folder: Path) -> None:
+    processor = PROCESSORS["qwen2_vl"]()
+
+    def taken(**data: Any) -> tuple[int, int, list[int]]:
+        encoder = encoder_of(processor, **data)
+        (sample,) = encoded(encoder, folder, VIDEOS["a file"])
+        frames = sample.media[0].frames
+        assert frames is not None
+        patches = len(encoder.extras([sample], len(sample))["pixel_values_videos"])
+        tokens = int((sample.input_ids == processor.video_token_id).sum())
+        assert 4 * tokens == patches
+        return len(frames.indices), tokens, list(frames.indices)
+
+    free = taken()
+    assert free[0] == 10  # 5 seconds, of which 2 frames each are taken
+    assert taken(video_fps=0.8) == (4, 2 * free[1] // 5, [0, 6, 13, 19])
+    assert taken(video_max_frames=2)[2] == [0, 19]
+    assert taken(video_max_pixels=400)[1] < free[1] and taken(video_max_pixels=400)[0] == 10
+    assert taken(video_min_pixels=4096 * 4)[0] == 10
+
+
+def test_a_video_of_too_many_pixels_is_refused_before_it_is_decoded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tutti.data.processor.MAX_VIDEO_PIXELS", 10_000)
+    chat = Row(VIDEOS["a file"], str(folder / "rows.jsonl"), 1)
+    (bad,) = encoder_of(PROCESSORS["qwen3_vl"]())([chat])
+    assert "10 frames of 64 x 48 pixels would be taken, too many" in bad.reason  # type: ignore[union-attr]
+
+
+def test_kinds_that_a_processor_does_not_take_together_or_at_all_are_bad_rows(folder: Path) -> None:
+    def reason(family: str, chat: dict[str, Any], **data: Any) -> str:
+        (bad,) = encoder_of(PROCESSORS[family](), **data)([Row(chat, str(folder / "rows.jsonl"), 1)])
+        return bad.reason  # type: ignore[union-attr]
+
+    assert "has image and video, of which SmolVLMProcessor takes one kind in a row" in reason("smolvlm", MIXED)
+    assert "has video, which LlavaProcessor does not take" in reason("llava", VIDEOS["a file"])
+    assert "has audio, which Qwen2VLProcessor does not take" in reason("qwen2_vl", row(("audio", "a.wav")))
+    assert "set data.video_max_frames, of which every video" in reason("llava_onevision", VIDEOS["a file"])
+
+
+def test_a_row_of_too_much_video_says_what_helps(folder: Path) -> None:
+    chat = Row(VIDEOS["a file"], str(folder / "rows.jsonl"), 1)
+    (bad,) = encoder_of(PROCESSORS["qwen2_vl"](), max_seq_len=64)([chat])
+    assert "tokens of its videos: raise data.max_seq_len, or lower data.video_max_frames" in bad.reason  # type: ignore[union-attr]

@@ -117,7 +117,7 @@ BAD = {
                                          {"role": "assistant", "content": "x"}]},
                            "the text has 1 places for images, and the row has 0"),
     "video": ({"messages": [{"role": "user", "content": "<video>"}, {"role": "assistant", "content": "x"}],
-               "video": "a.mp4"}, "has video, which cannot be trained on yet"),
+               "video": "a.mp4"}, "a.mp4 is not a file below"),
 }  # fmt: skip
 
 

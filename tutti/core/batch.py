@@ -36,8 +36,7 @@ the model rotates by (mrope)."""
 
 
 class Frames(NamedTuple):
-    """The frames that are taken of a video: their indices, ascending, among how many, and how many a second there are.
-    """
+    """The frames that are taken of a video: their indices among how many, and how many a second there are."""
 
     indices: tuple[int, ...]
     total: int

@@ -12,6 +12,7 @@ from itertools import chain
 import av
 import numpy as np
 
+from tutti.core.batch import Media
 from tutti.data.media import Source, name_of, readable
 from tutti.data.rows import RowError
 from tutti.data.video import open_av
@@ -20,7 +21,16 @@ MAX_AUDIO_SECONDS = 3 * 3600
 """A sound that is longer is taken for a mistake: decoded it would fill a gigabyte."""
 
 
-def load_audio(source: Source, rate: int, max_seconds: float | None) -> np.ndarray:
+def load_sound(medium: Media, rate: int, max_seconds: float | None) -> np.ndarray:
+    """The samples of a sound, as `decode_sound` gives them. RowError: it cannot be decoded, or has changed."""
+    assert not isinstance(medium.source, tuple)
+    samples = decode_sound(medium.source, rate, max_seconds)
+    if samples.shape != medium.size:
+        raise RowError(f"{name_of(medium.source)} has changed during the run")
+    return samples
+
+
+def decode_sound(source: Source, rate: int, max_seconds: float | None) -> np.ndarray:
     """The samples of a sound, float32 [samples], at `rate` a second: of its first `max_seconds`, if given.
 
     RowError: it cannot be decoded.
@@ -41,5 +51,7 @@ def load_audio(source: Source, rate: int, max_seconds: float | None) -> np.ndarr
     if not length:
         raise RowError(f"{name_of(source)} is a sound of no samples")
     if length > most and max_seconds is None:
-        raise RowError(f"{name_of(source)} is longer than {MAX_AUDIO_SECONDS // 3600} hours: set data.audio_max_seconds")
+        raise RowError(
+            f"{name_of(source)} is longer than {MAX_AUDIO_SECONDS // 3600} hours: set data.audio_max_seconds"
+        )
     return np.concatenate(pieces)[:most]

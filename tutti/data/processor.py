@@ -29,8 +29,8 @@ from transformers.video_utils import VideoMetadata
 
 from tutti.config import DataConfig
 from tutti.core.batch import Frames, Media, Sample
-from tutti.data.audio import load_audio
-from tutti.data.media import MediaFolder, load_image, measure_image, name_of, reference, resized
+from tutti.data.audio import decode_sound, load_sound
+from tutti.data.media import MediaFolder, load_image, measure_image, reference, resized
 from tutti.data.rows import KINDS, RowError
 from tutti.data.video import FRAMES_FPS, MAX_VIDEO_PIXELS, Header, load_video, measure_video, video_source
 
@@ -83,7 +83,7 @@ class MediaProcessor:
             return medium
         source = reference(entry, folder)
         if kind == "audio":
-            return Media(kind, source, (len(load_audio(source, self._rate, self.limits.audio_max_seconds)),))
+            return Media(kind, source, (len(decode_sound(source, self._rate, self.limits.audio_max_seconds)),))
         return Media(kind, source, measure_image(source))
 
     def _frames(self, header: Header, said: float | None, *, listed: bool) -> Frames:
@@ -109,7 +109,7 @@ class MediaProcessor:
 
     def _own_rule(self, header: Header, fps: float) -> list[int]:
         """The frames that the family takes of a video by itself; none where it has no rule for it."""
-        videos = getattr(self.processor, "video_processor", None)
+        videos: Any = getattr(self.processor, "video_processor", None)
         has_rule = any(getattr(videos, name, None) for name in ("do_sample_frames", "fps", "num_frames"))
         if self.limits.video_fps is not None or not has_rule:
             return []
@@ -151,7 +151,10 @@ class MediaProcessor:
         """The text that takes the place of each medium's placeholder."""
         if not media:
             return []
-        key = tuple((medium.kind, self._size(medium), medium.frames) for medium in media)
+        key = tuple(
+            (medium.kind, medium.size if medium.kind == "audio" else self._size(medium), medium.frames)
+            for medium in media
+        )
         if key not in self._replacements:
             if len(kinds := frozenset(medium.kind for medium in media)) > 1:
                 self._check_mix(kinds)
@@ -159,32 +162,26 @@ class MediaProcessor:
             self._replacements[key] = [item["replacement"] for item in made["text_replacement_offsets"]]
         return self._replacements[key]
 
-    def _size(self, medium: Media) -> tuple[int, ...]:
-        """A medium's size within its bounds."""
-        limits = self.limits
-        if medium.kind == "audio":
-            return medium.size
-        width, height = medium.size
+    def _size(self, medium: Media) -> tuple[int, int]:
+        """The width and height of an image or a video within its bounds."""
+        limits, (width, height) = self.limits, medium.size
         if medium.kind == "video":
             return resized((width, height), limits.video_min_pixels, limits.video_max_pixels)
         return resized((width, height), limits.image_min_pixels, limits.image_max_pixels)
 
     def _blank(self, medium: Media) -> Any:
         """What a processor takes in place of a medium of its size."""
-        size = self._size(medium)
         if medium.kind == "audio":
-            return np.zeros(size, np.float32)
+            return np.zeros(medium.size, np.float32)
+        width, height = self._size(medium)
         if medium.frames is not None:
-            return np.zeros((len(medium.frames.indices), 3, *reversed(size)), np.uint8)
-        return Image.new("RGB", size)  # type: ignore[arg-type]
+            return np.zeros((len(medium.frames.indices), 3, height, width), np.uint8)
+        return Image.new("RGB", (width, height))
 
     def _load(self, medium: Media) -> Any:
         """A decoded medium within its bounds, as a processor takes it."""
         if medium.kind == "audio":
-            sound = load_audio(medium.source, self._rate, self.limits.audio_max_seconds)
-            if sound.shape != medium.size:
-                raise RowError(f"{name_of(medium.source)} has changed during the run")
-            return sound
+            return load_sound(medium, self._rate, self.limits.audio_max_seconds)
         size = self._size(medium)
         if medium.frames is not None:
             return load_video(medium, size)
@@ -193,7 +190,9 @@ class MediaProcessor:
 
     def _process(self, media: Sequence[Media], contents: Sequence[Any]) -> dict[str, Any]:
         """Run the processor on one sample's media: values as tensors, and how it replaced the placeholders."""
-        of_kind = {kind: [one for medium, one in zip(media, contents, strict=True) if medium.kind == kind] for kind in KINDS}
+        of_kind = {
+            kind: [one for medium, one in zip(media, contents, strict=True) if medium.kind == kind] for kind in KINDS
+        }
         options: dict[str, Any] = {}
         if of_kind["video"]:
             metadata = [_metadata(medium) for medium in media if medium.frames is not None]
@@ -203,7 +202,7 @@ class MediaProcessor:
         try:
             found = self.processor(
                 text=["".join(self.markers[medium.kind] for medium in media)],
-                images=[of_kind["image"]] if of_kind["image"] else None,  # of one sample: some minds how many these are
+                images=[of_kind["image"]] if of_kind["image"] else None,  # those of one sample
                 videos=[of_kind["video"]] if of_kind["video"] else None,
                 audio=of_kind["audio"] or None,
                 return_text_replacement_offsets=True,
@@ -217,7 +216,9 @@ class MediaProcessor:
             raise RowError(f"{self.name} cannot take its {kinds}: {line}") from None
         offsets = found["text_replacement_offsets"][0]
         if len(offsets) != len(media):
-            raise RowError(f"{self.name} replaces {len(offsets)} of {len(media)} placeholders: it cannot be trained with")
+            raise RowError(
+                f"{self.name} replaces {len(offsets)} of {len(media)} placeholders: it cannot be trained with"
+            )
         return {**found, "text_replacement_offsets": offsets}
 
     def _layout(self, kind: str) -> _Layout:
@@ -279,7 +280,9 @@ class MediaProcessor:
         if not any(sample.media for sample in samples):
             return {}
         made = [self._values(sample.media) for sample in samples if sample.media]
-        layouts = [self._layout(kind) for kind in sorted({medium.kind for sample in samples for medium in sample.media})]
+        layouts = [
+            self._layout(kind) for kind in sorted({medium.kind for sample in samples for medium in sample.media})
+        ]
         dims: dict[str, int] = {}
         for name, dim in (pair for layout in layouts for pair in layout.dims.items()):
             dims[name] = min(dim, dims.get(name, dim))
@@ -326,7 +329,7 @@ def _metadata(video: Media) -> VideoMetadata:
 
 
 def _evenly(number: int, total: int) -> list[int]:
-    """So many indices of `total`, evenly spaced from the first to the last; the same ones again where these are fewer."""
+    """So many indices of `total`, evenly spaced from the first to the last, some twice where these are fewer."""
     return [int(index) for index in np.linspace(0, total - 1, number).round()]
 
 

@@ -85,7 +85,9 @@ def measure_video(source: Source | tuple[Source, ...]) -> Header:
     if isinstance(source, tuple):
         sizes = [measure_image(frame) for frame in source]
         if len(set(sizes)) > 1:
-            raise RowError(f"a video whose frames differ in size: {sizes[0]} and {next(s for s in sizes if s != sizes[0])}")
+            raise RowError(
+                f"a video whose frames differ in size: {sizes[0]} and {next(s for s in sizes if s != sizes[0])}"
+            )
         return Header(sizes[0], len(source), None)
     with readable(source, "a video"):
         try:

@@ -1,0 +1,76 @@
+"""Whole runs of models that take videos or sounds, from the quickstart tables with chats of text alone mixed in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.data.processors import PROCESSORS
+from tests.harness import regroup, run_ranks
+from tests.model.test_media import build
+from tests.train.runs import QUICKSTART, records, tiny_config
+from tests.train.test_run import assert_same_training
+from tutti.config import Config
+
+TABLES: dict[str, tuple[str, str, dict[str, str]]] = {
+    "video": ("qwen2_5_vl", "video.jsonl", {"user": "<video>What is this?", "assistant": "{caption}"}),
+}
+"""The family, the table and the template of its rows, by kind of media."""
+
+LAYOUTS: tuple[dict[str, Any], ...] = (
+    {"data_parallel_mode": "fsdp2"},
+    {"data_parallel_mode": "ddp"},
+    {"ulysses_parallel_size": 2},
+)
+
+
+def config_of(folder: Path, kind: str, model: str, rows: str, world: int, number: int = 0, **changes: Any) -> Config:
+    options = {
+        "model.model_path": model, "model.tokenizer_path": model, "data.train_path": rows, "data.max_seq_len": 256,
+        "data.media_root": str(QUICKSTART), "data.row_template": TABLES[kind][2], "data.video_max_frames": 4,
+        "train.lr": 1e-2, "train.global_batch_size": 4, "train.num_train_epochs": 2, "train.max_steps": 2,
+        "train.output_dir": str(folder / f"out{number}"),
+    }  # fmt: skip
+    if kind != "video":
+        del options["data.video_max_frames"]
+    return tiny_config(folder, world=world, **options | changes)
+
+
+def train_all(configs: list[Config]) -> None:
+    """Train by each of these configurations, one after the other."""
+    import logging
+
+    from tutti.train.run import train
+
+    logging.disable(logging.INFO)
+    for number, config in enumerate(configs):
+        if number:
+            regroup()
+        train(config)
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_layouts_equal_one_process(tmp_path: Path, kind: str) -> None:
+    family, table, _ = TABLES[kind]
+    processor = PROCESSORS[family]()
+    build(family, processor)[0].save_pretrained(tmp_path / "model")
+    processor.chat_template = processor.tokenizer.chat_template
+    processor.save_pretrained(tmp_path / "model")
+    rows = tmp_path / "rows.jsonl"
+    lines = (QUICKSTART / table).read_text().splitlines()[:16]
+    lines += (QUICKSTART / "chat.jsonl").read_text().splitlines()[:10]
+    rows.write_text("\n".join(lines))
+    alone = config_of(tmp_path, kind, str(tmp_path / "model"), str(rows), 1)
+    together = [
+        config_of(tmp_path, kind, str(tmp_path / "model"), str(rows), 2, number,
+                  **{f"train.{name}": value for name, value in layout.items()})
+        for number, layout in enumerate(LAYOUTS, start=1)
+    ]  # fmt: skip
+    run_ranks(1, train_all, [alone])
+    run_ranks(2, train_all, together)
+    want = records(alone)
+    assert len(want) > 2 and want[-1]["loss"] < want[0]["loss"]
+    for config in together:
+        assert_same_training(records(config), want)
