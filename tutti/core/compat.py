@@ -52,6 +52,8 @@ _PLACES = {
     "resolve_process_group": "torch.distributed.distributed_c10d:_resolve_process_group",
     "work_from_future": "torch._C._distributed_c10d:_create_work_from_future",
     "StorageInfo": "torch.distributed.checkpoint.filesystem:_StorageInfo",
+    # torch: compiled code
+    "pick_vec_isa": "torch._inductor.cpu_vec_isa:pick_vec_isa",
     # torch: attention over packed samples
     "varlen_forward": "torch.nn.attention.varlen:torch.ops.torch_attn._varlen_attn",
     "varlen_backward": "torch.nn.attention.varlen:torch.ops.torch_attn._varlen_attn_backward",

@@ -23,6 +23,7 @@ from torch import nn
 
 from tutti.attention.ulysses import overlap_values
 from tutti.config import TrainConfig
+from tutti.core.compat import pick_vec_isa
 from tutti.core.modules import describe_wrappers, wrap_forward
 from tutti.core.structure import ModelStructure
 from tutti.parallel.activation_checkpoint import checkpoint_activations
@@ -54,6 +55,8 @@ def parallelize(
     if train.async_enabled and sharing is not None and sharing.ulysses_size > 1:
         overlap_values(blocks, sharing)
     if train.enable_compile:
+        if mesh.grid.device_type == "cpu":
+            name_instructions()
         for block in blocks:
             # Packed batches differ in length from one to the next, unless they are padded.
             wrap_forward(block, "compile", partial(torch.compile, dynamic=None if train.pad_to_length else True))
@@ -72,6 +75,18 @@ def parallelize(
     if blocks:
         worn = describe_wrappers(blocks[0]) or "nothing"
         log.info("parallelize: %s; around the first of %d blocks: %s", mesh, len(blocks), worn)
+
+
+def name_instructions() -> None:
+    """Keep what is compiled for this processor's vector instructions apart from others in torch's cache of code.
+
+    torch looks code up by graph and settings. A cache that is shared with a machine of wider vectors (a home folder, an
+    image) gives code that steps over 16 numbers at a time; compiled here it computes 8 of them, and leaves the others
+    as they were in memory.
+    """
+    tag, instructions = torch.compiler.config.cache_key_tag, f"[{pick_vec_isa()}]"
+    if not tag.endswith(instructions):
+        torch.compiler.config.cache_key_tag = tag + instructions
 
 
 def _in_parts(train: TrainConfig) -> bool:
