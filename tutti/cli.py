@@ -50,7 +50,10 @@ examples:
 
 _SETTINGS = "[FILE.yaml] [--a.b VALUE | a.b=VALUE ...]"
 
-_VALUED = ("--prompt", "--input", "--output", "--nproc", "-o")
+_MEDIA = ("image", "video", "audio")
+"""The kinds of media that `tutti infer` takes by an option."""
+
+_VALUED = ("--prompt", *(f"--{kind}" for kind in _MEDIA), "--input", "--output", "--nproc", "-o")
 """Options that take the next word as their value, whatever it is."""
 
 
@@ -240,6 +243,9 @@ def _infer(command: _Command) -> int:
         problems.append("--input and --output belong together: the rows to answer, and where the answers go")
     if options.prompt and options.input:
         problems.append("--prompt: either prompts or --input, not both")
+    if options.media and options.input:
+        problems.append(f"--{options.media[0][0]}: goes with --prompt or a conversation; rows name their own media")
+    problems += [f"--{kind}: there is no file {path}" for kind, path in options.media if not Path(path).is_file()]
     try:
         config = load(command.rest, "infer")
     except ConfigError as error:
@@ -254,7 +260,7 @@ def _infer(command: _Command) -> int:
     from tutti.infer.run import Job, infer
 
     paths = (expand_path(files[0]) if files else None for files in (options.input, options.output))
-    job = Job(tuple(options.prompt), *paths)
+    job = Job(tuple(options.prompt), *paths, media=tuple(options.media))
     infer(config, job)
     return 0
 
@@ -294,6 +300,11 @@ def _migrate(command: _Command) -> int:
     print(account(migration, path))
     print(f"wrote {out[0]}; next: tutti check {out[0]}")
     return 0
+
+
+def _medium(kind: str, path: str) -> tuple[str, str]:
+    """The value of an option that gives a medium."""
+    return kind, os.path.expanduser(path)
 
 
 def _nproc(text: str) -> dict[str, dict[str, Any]]:
@@ -390,7 +401,7 @@ name within its group (lr).""",
         run=_infer,
         usage="""\
 [FILE.yaml] --infer.model_path PATH [--a.b VALUE | a.b=VALUE ...] [--nproc N]
-                   [--prompt TEXT ... | --input FILE.jsonl --output FILE.jsonl]""",
+                   [[--image FILE ...] [--prompt TEXT ...] | --input FILE.jsonl --output FILE.jsonl]""",
         brief="talk to a model, or let it answer prompts",
         text="""\
 Generate text with a model: a Hugging Face folder, an adapter folder (on the base that it names, or model.model_path),
@@ -406,6 +417,18 @@ pipe in a message a line.
                 "default": [],
                 "help": "answer this and end; may be given several times",
             },
+            **{
+                f"--{kind}": {
+                    "metavar": "FILE",
+                    "action": "append",
+                    "dest": "media",
+                    "type": partial(_medium, kind),
+                    "default": [],
+                    "help": f"a file that comes before each prompt, or the first message, for a model that takes {kind}; "
+                    "may be given several times",
+                }
+                for kind in _MEDIA
+            },
             "--input": {
                 "metavar": "FILE",
                 "action": "append",
@@ -418,6 +441,7 @@ pipe in a message a line.
         },
         examples=(
             '--infer.model_path runs/first --prompt "What is the capital of Sweden?"',
+            '--infer.model_path Qwen/Qwen2.5-VL-3B-Instruct --image cat.jpg --prompt "What is this?"',
             "--infer.model_path runs/first --infer.do_sample false --input ask.jsonl --output answers.jsonl",
             "--infer.model_path runs/first",
         ),

@@ -30,12 +30,12 @@ def make_tokenizer(
     """The quickstart tokenizer with the family's special tokens, and a ChatML template that writes `marker` for an
     image, `video` for a video and `audio` for a sound."""
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(TOKENIZER), eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+        tokenizer_file=str(TOKENIZER),
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens={"image_token": image, **named},
     )
     tokenizer.add_special_tokens({"additional_special_tokens": [image, *extra]})
-    for name, token in {"image_token": image, **named}.items():
-        setattr(tokenizer, name, token)
-        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
     markers = {"IMAGE": marker or image, "VIDEO": video, "AUDIO": audio}
     tokenizer.chat_template = re.sub("IMAGE|VIDEO|AUDIO", lambda found: markers[found.group()], _CHATML)
     return tokenizer

@@ -115,10 +115,6 @@ def border_kwargs(batch: Batch) -> dict[str, Any]:
     return kwargs if sequence is None else kwargs | {"whole": sequence}
 
 
-def no_mask(*args: Any, **kwargs: Any) -> None:
-    """None, for attention whose other arguments say which keys a query sees."""
-
-
 def packed_mask(*, mask_function: Callable[..., Any], **kwargs: Any) -> Tensor | None:
     """transformers' mask signature -> None, since packed attention never looks across a sample's border; but bool
     [1, 1, T, T] where a model's mask is more than causal or a sliding window (the tokens of an image see one another).

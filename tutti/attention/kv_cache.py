@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from tutti.attention.interface import no_mask, packed_forward, spec_of
+from tutti.attention.interface import packed_forward, packed_mask, spec_of
 from tutti.attention.packed_cpu import probabilities
 from tutti.attention.spec import AttentionSpec
 from tutti.core.compat import AttentionMaskInterface
@@ -42,7 +42,7 @@ _GROWTH = 64
 def register() -> str:
     """Make the attention known to transformers, and return its name."""
     AttentionInterface.register(CACHED, _cached_forward)
-    AttentionMaskInterface.register(CACHED, no_mask)
+    AttentionMaskInterface.register(CACHED, packed_mask)
     return CACHED
 
 
@@ -52,6 +52,7 @@ class KVCache:
     def __init__(self, device: torch.device) -> None:
         self.lengths: list[int] = []
         self._sizes: list[int] = []
+        self._ahead: list[int] = []
         self._device = device
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._capacity = 0
@@ -64,15 +65,19 @@ class KVCache:
         """Places that there is room for, rows times the longest that one of them may get."""
         return len(self.lengths) * self._capacity
 
-    def prefill(self, prompts: Sequence[Sequence[int]], sizes: Sequence[int]) -> dict[str, Any]:
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], sizes: Sequence[int], ahead: Sequence[int] | None = None
+    ) -> dict[str, Any]:
         """Make room for new sequences; the arguments of the model's forward that run their `prompts`.
 
-        sizes: how long each may get, prompt and answer; the cache never takes more places a row. Its logits are those
-        that follow each prompt: [1, number of prompts, V].
+        sizes: how long each may get, prompt and answer; the cache never takes more places a row. ahead: by how much the
+        position of what follows each prompt differs from its length, where images have positions of their own. The
+        logits are those that follow each prompt: [1, number of prompts, V].
         """
         self._new = [len(prompt) for prompt in prompts]
         self.lengths += self._new
         self._sizes += sizes
+        self._ahead += ahead or [0] * len(prompts)
         self._reserve(len(self.lengths), max(self.lengths) + 1)
         borders = torch.tensor([0, *self._new]).cumsum(0)
         return {
@@ -98,7 +103,7 @@ class KVCache:
         self.lengths = [length + 1 for length in self.lengths]
         return {
             "input_ids": torch.tensor(tokens, device=self._device)[None],
-            "position_ids": self._places[None],
+            "position_ids": (self._places + torch.tensor(self._ahead, device=self._device))[None],
             "use_cache": False,
             "kv_cache": self,
         }
@@ -108,6 +113,7 @@ class KVCache:
         index = torch.tensor(rows, dtype=torch.int64, device=self._device)
         self.lengths = [self.lengths[row] for row in rows]
         self._sizes = [self._sizes[row] for row in rows]
+        self._ahead = [self._ahead[row] for row in rows]
         self._capacity = min(self._capacity, max(self._sizes, default=0))
         if not rows:
             self._layers = {}

@@ -27,6 +27,7 @@ from rich.console import Console
 from tutti.config import Config
 from tutti.core.files import replacing
 from tutti.data.formats import BadRow, JsonLines
+from tutti.data.media import identity
 from tutti.data.rows import RowError
 from tutti.infer.generate import Generator, Request, Token, whole_answers
 from tutti.infer.load import LoadedModel
@@ -121,7 +122,7 @@ def _requests(config: Config, form: PromptFormat, rows: Rows, source: Path) -> l
     requests, problems = [], []
     for number, row in rows.items():
         try:
-            requests.append(row_request(form, row, number, config.infer.max_tokens))
+            requests.append(row_request(form, row, number, config.infer.max_tokens, str(source.parent)))
         except RowError as error:
             problems.append(f"{source}:{number}: {error}")
     if problems:
@@ -156,8 +157,13 @@ def _header(config: Config, loaded: LoadedModel, rows: Rows, requests: Sequence[
         "input": _digest(list(rows.items())),
         "weights": loaded.weights,
         "infer": settings | {"stop_ids": sorted(loaded.stop_ids)},
-        "prompts": _digest([[item.number, list(item.ids), item.limit] for item in requests]),
+        "prompts": _digest([_identity(item) for item in requests]),
     }
+
+
+def _identity(request: Request) -> list[Any]:
+    media = [hashlib.sha256(identity(medium)).hexdigest() for medium in request.media]
+    return [request.number, list(request.ids), request.limit, *media]
 
 
 def _digest(value: Any) -> str:

@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from tutti.config import Config
-from tutti.data.rows import Conversation, RowError
+from tutti.data.parts import Entry
+from tutti.data.rows import KINDS, Conversation, RowError
 from tutti.infer.generate import Generator, Request
 from tutti.infer.load import LoadedModel
-from tutti.infer.prompts import chat_request, chat_tokens
+from tutti.infer.prompts import as_part, chat_request, chat_tokens
 from tutti.infer.stream import TextStream, answer_text
 
 _HELP = """\
 Write a message and press Enter; a line that ends in \\ goes on in the next one. Ctrl-C stops an answer.
+  /image PATH     put an image before the next message (also /video, /audio)
   /reset          forget the conversation
   /system TEXT    set the system message, and forget the conversation (without TEXT: none)
   /help           this
@@ -36,10 +39,12 @@ _LEAST_ROOM = 256
 
 @dataclass
 class History:
-    """The conversation so far. answered: turns answered since the start, which seeds the next one."""
+    """The conversation so far. media: parts that come before the next message. answered: turns answered since the
+    start, which seeds the next one."""
 
     system: str | None = None
     messages: list[dict[str, Any]] = field(default_factory=list)
+    media: list[dict[str, Any]] = field(default_factory=list)
     answered: int = 0
 
     def conversation(self) -> Conversation:
@@ -48,8 +53,9 @@ class History:
         return Conversation(messages, (False,) * len(messages))
 
 
-def chat(config: Config, loaded: LoadedModel, generator: Generator) -> None:
-    """Talk until /exit or the end of the input. Collective. ValueError: the model has no chat template."""
+def chat(config: Config, loaded: LoadedModel, generator: Generator, media: Sequence[Entry] = ()) -> None:
+    """Talk until /exit or the end of the input, with `media` before the first message. Collective. ValueError: the
+    model has no chat template."""
     world = generator.world
     if loaded.form.template is None:
         raise ValueError("infer.chat_template: the model has no chat template to talk by; name one (chatml, say)")
@@ -62,7 +68,7 @@ def chat(config: Config, loaded: LoadedModel, generator: Generator) -> None:
     if terminal and world.is_main:
         # Python leaves SIGINT ignored where it was at the start, as it is for what a shell runs in the background.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    history = History()
+    history = History(media=[as_part(*entry) for entry in media])
     while True:
         line = world.broadcast(_read_turn(terminal) if world.is_main else None)
         if line is None:
@@ -112,8 +118,11 @@ def _command(line: str, history: History, show: Callable[[str], None]) -> bool:
     name, _, text = line.partition(" ")
     if name in ("/exit", "/quit"):
         return False
-    if name == "/reset":
+    if name.removeprefix("/") in KINDS:
+        _attach(name.removeprefix("/"), text.strip(), history, show)
+    elif name == "/reset":
         history.messages.clear()
+        history.media.clear()
         show("(the conversation is forgotten)\n")
     elif name == "/system":
         history.messages.clear()
@@ -126,6 +135,15 @@ def _command(line: str, history: History, show: Callable[[str], None]) -> bool:
     return True
 
 
+def _attach(kind: str, path: str, history: History, show: Callable[[str], None]) -> None:
+    """Put a file before the next message."""
+    if not Path(path).expanduser().is_file():
+        show(f"(there is no file {path})\n" if path else f"(/{kind} takes the path of a file)\n")
+        return
+    history.media.append(as_part(kind, path))
+    show(f"({Path(path).name} comes before the next message)\n")
+
+
 def _answer(
     config: Config,
     loaded: LoadedModel,
@@ -135,7 +153,9 @@ def _answer(
     show: Callable[[str], None],
 ) -> None:
     """Answer `message`, as far as Ctrl-C lets it, and keep both in the history."""
-    messages = [*history.messages, {"role": "user", "content": message}]
+    content = [*history.media, {"type": "text", "text": message}] if history.media else message
+    messages = [*history.messages, {"role": "user", "content": content}]
+    history.media = []
     try:
         asked, dropped = _fitting(config, loaded, replace(history, messages=messages))
     except RowError as error:
@@ -169,7 +189,7 @@ def _fitting(config: Config, loaded: LoadedModel, history: History) -> tuple[Req
         conversation = replace(history, messages=history.messages[2 * dropped :]).conversation()
         if form.context is not None and dropped < turns:
             room = min(most, _LEAST_ROOM, max(1, form.context // 4))
-            if len(chat_tokens(form, conversation)) + room > form.context:
+            if len(chat_tokens(form, conversation)[0]) + room > form.context:
                 continue
         break
     return chat_request(form, conversation, history.answered, most), dropped

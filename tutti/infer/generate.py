@@ -17,7 +17,7 @@ With several ranks all of them run the same sequences; rank 0 chooses the tokens
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -27,19 +27,22 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tutti.attention.kv_cache import KVCache
+from tutti.core.batch import Media
 from tutti.core.dist import World
+from tutti.infer.media import MediaInputs
 from tutti.infer.sampling import Sampler
 from tutti.infer.stream import NO_EDGES, Edges, answer_text
 
 
 class Request(NamedTuple):
     """A prompt to continue. number: names the sequence and seeds its sampling. limit: most tokens of the answer. edges:
-    the blanks around the answer that are no part of it."""
+    the blanks around the answer that are no part of it. media: what stands in the place of some of its tokens."""
 
     number: int
     ids: Sequence[int]
     limit: int
     edges: Edges = NO_EDGES
+    media: tuple[Media, ...] = ()
 
     @property
     def size(self) -> int:
@@ -53,6 +56,10 @@ class Token(NamedTuple):
     number: int
     id: int
     end: str | None
+
+
+Forward = Callable[[Mapping[str, Any], Mapping[str, Tensor]], Any]
+"""The output of a model for a pass of the cache (`KVCache`), and for the values of its prompts' media, by name."""
 
 
 class NextLogits(Protocol):
@@ -78,20 +85,25 @@ class NextLogits(Protocol):
 
 
 class CachedLogits:
-    """Next logits of a model whose attention is `tutti.attention.kv_cache`'s. forward: the model, or what calls it."""
+    """Next logits of a model whose attention is `tutti.attention.kv_cache`'s.
+
+    forward: the model, or what calls it: given the cache's inputs, and the values of new prompts' media (`extras`).
+    media: makes these of prompts.
+    """
 
     joins = True
 
-    def __init__(self, forward: Callable[..., Any], device: torch.device) -> None:
-        self._forward = forward
+    def __init__(self, forward: Forward, device: torch.device, media: MediaInputs) -> None:
+        self._forward, self._device, self._media = forward, device, media
         self._cache = KVCache(device)
 
     def start(self, requests: Sequence[Request]) -> Tensor:
-        inputs = self._cache.prefill([item.ids for item in requests], [item.size for item in requests])
-        return self._forward(**inputs).logits[0]
+        extras, ahead = self._media.packed([(item.ids, item.media) for item in requests])
+        inputs = self._cache.prefill([item.ids for item in requests], [item.size for item in requests], ahead)
+        return self._forward(inputs, {name: value.to(self._device) for name, value in extras.items()}).logits[0]
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        return self._forward(**self._cache.decode(tokens)).logits[0]
+        return self._forward(self._cache.decode(tokens), {}).logits[0]
 
     def keep(self, rows: Sequence[int]) -> None:
         self._cache.keep(rows)

@@ -13,7 +13,7 @@ import copy
 import inspect
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ from transformers import (
 )
 
 from tutti.infer.generate import Request
+from tutti.infer.media import MediaInputs
+from tutti.model.structure import text_model
 
 _SHAPING = (
     "repetition_penalty",
@@ -59,10 +61,11 @@ def needs_generate(model: PreTrainedModel) -> bool:
     kinds = {rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))}
     layers = set(getattr(config, "layer_types", None) or ())
     taken = inspect.signature(type(model).forward).parameters
-    attention = [module for module in model.modules() if "Attention" in type(module).__name__]
+    language: Any = model if config is model.config else text_model(model)
+    attention = [module for module in language.modules() if "Attention" in type(module).__name__]
     plain = (
-        model._supports_attention_backend
-        and not model._is_stateful
+        language._supports_attention_backend
+        and not language._is_stateful
         and not config.is_encoder_decoder
         and layers <= _PLAIN_LAYERS
         and not getattr(config, "num_kv_shared_layers", 0)
@@ -78,8 +81,8 @@ class GeneratedLogits:
 
     joins = False
 
-    def __init__(self, model: PreTrainedModel, stop_ids: frozenset[int]) -> None:
-        self._model = model
+    def __init__(self, model: PreTrainedModel, stop_ids: frozenset[int], media: MediaInputs) -> None:
+        self._model, self._media = model, media
         self._config = copy.deepcopy(model.generation_config)
         self._config.update(do_sample=False, num_beams=1, max_length=None, return_dict_in_generate=False)
         self._config.update(temperature=None, top_p=None, top_k=None, eos_token_id=sorted(stop_ids) or None)
@@ -91,7 +94,8 @@ class GeneratedLogits:
         assert self._loop is None, "no sequence can join those under way"
         config = copy.deepcopy(self._config)
         config.max_new_tokens = max(item.limit for item in requests)
-        self._loop = _Loop(self._model, [item.ids for item in requests], config)
+        values = self._media.stacked([(item.ids, item.media) for item in requests])
+        self._loop = _Loop(self._model, [item.ids for item in requests], values, config)
         self._rows = list(range(len(requests)))
         return self._loop.logits()
 
@@ -116,13 +120,20 @@ class _Loop:
     one. No choice is the end.
     """
 
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        values: Mapping[str, Tensor],
+        config: GenerationConfig,
+    ) -> None:
         self.num_rows = len(prompts)
         self._made: queue.Queue[Tensor | BaseException] = queue.Queue()
         self._chosen: queue.Queue[Sequence[int] | None] = queue.Queue()
         self._stopped = False
         ids = torch.tensor([list(prompt) for prompt in prompts], device=model.device)
-        self._thread = threading.Thread(target=self._run, args=(model, ids, config), name="generate", daemon=True)
+        values = {name: value.to(model.device) for name, value in values.items()}
+        self._thread = threading.Thread(target=self._run, args=(model, ids, values, config), daemon=True)
         self._thread.start()
 
     def logits(self, chosen: Sequence[int] | None = None) -> Tensor:
@@ -138,10 +149,11 @@ class _Loop:
         self._chosen.put(None)
         self._thread.join()
 
-    def _run(self, model: Any, ids: Tensor, config: GenerationConfig) -> None:
+    def _run(self, model: Any, ids: Tensor, values: Mapping[str, Tensor], config: GenerationConfig) -> None:
         try:
             model.generate(
                 ids,
+                **values,
                 attention_mask=torch.ones_like(ids),
                 generation_config=config,
                 logits_processor=LogitsProcessorList([_Processor(self._exchange)]),

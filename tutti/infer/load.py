@@ -14,12 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from tutti.attention.interface import attention_by_part
 from tutti.attention.kv_cache import register
 from tutti.checkpoint import manifest
 from tutti.checkpoint.adapter import base_path, is_adapter_folder, load_adapter, plan_adapters
@@ -28,20 +30,24 @@ from tutti.checkpoint.hf_load import load_weights
 from tutti.checkpoint.hub import with_local_paths
 from tutti.checkpoint.omni import load_parts
 from tutti.checkpoint.trained import TrainedModel, find_trained, is_of_run, load_trained
-from tutti.config import Config, ModelConfig, TrainConfig
+from tutti.config import Config, DataConfig, ModelConfig, TrainConfig
 from tutti.core.compute_dtype import compute_dtype, slow_dtypes
 from tutti.core.dist import World
 from tutti.core.files import sha256
+from tutti.data.processor import MediaProcessor
 from tutti.data.template import ChatTemplate, read_template
 from tutti.infer.generate import CachedLogits, NextLogits
 from tutti.infer.hf_generate import GeneratedLogits, needs_generate
+from tutti.infer.media import MediaInputs
 from tutti.infer.prompts import PromptFormat
 from tutti.model.build import build_model, load_model_config
 from tutti.model.lora import add_adapters
+from tutti.model.multimodal import MultimodalForward, make_placing
 from tutti.model.omni import OmniModel
 from tutti.model.omni_config import is_composed
 from tutti.model.omni_processor import add_placeholder, write_markers
-from tutti.model.structure import blocks, num_params
+from tutti.model.processor import build_processor
+from tutti.model.structure import blocks, num_params, read_structure, towers
 from tutti.model.tokenizer import build_tokenizer, end_ids, set_chat_template
 
 log = logging.getLogger(__name__)
@@ -94,6 +100,8 @@ def load_model(config: Config, world: World) -> LoadedModel:
         source = replace(source, config=described)
     slow = slow_dtypes(world)
     tokenizer, model = world.run_on_all_ranks(lambda: _build(config, source, world.device, slow))
+    data = _data(config, source)
+    processor = world.run_on_all_ranks(lambda: _media_processor(data, source, tokenizer, model))
     _shard(model, world)
     with _named_as_infer():
         weights = _fill(model, source, world)
@@ -103,11 +111,10 @@ def load_model(config: Config, world: World) -> LoadedModel:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     log.info("%s: %s, %s", named, _described(model), world.device)
     stop_ids = frozenset(end_ids(tokenizer, model.generation_config))
-    by_cache = not needs_generate(model)
     return LoadedModel(
         model=model,
-        logits=CachedLogits(model, world.device) if by_cache else GeneratedLogits(model, stop_ids),
-        form=PromptFormat(tokenizer, template, is_chat, context),
+        logits=_next_logits(model, stop_ids, processor, world.device),
+        form=PromptFormat(tokenizer, template, is_chat, context, processor, data.media_root, data.row_template),
         stop_ids=stop_ids,
         weights=f"{weights} {model.dtype}",
     )
@@ -187,8 +194,41 @@ def _build(
     if needs_generate(model):
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     else:
-        model.set_attn_implementation(register())
+        model.set_attn_implementation(attention_by_part(model.config, register()))
     return tokenizer, model
+
+
+def _media_processor(data: DataConfig, source: _Source, tokenizer: Any, model: Any) -> MediaProcessor | None:
+    """The processor of a model that takes media, with the bounds of `data`; None where it has none."""
+    processor = build_processor(source.config, tokenizer) if _takes_media(model) else None
+    return None if processor is None else MediaProcessor(processor, data.image_min_pixels, data.image_max_pixels)
+
+
+def _data(asked: Config, source: _Source) -> DataConfig:
+    """How rows are read: as in training, where the model is of a run, and as is asked for."""
+    names = [name.removeprefix("data.") for name in asked.explicit if name.startswith("data.")]
+    return replace(source.config.data, **{name: getattr(asked.data, name) for name in names})
+
+
+def _takes_media(model: PreTrainedModel) -> bool:
+    return model.config.get_text_config() is not model.config and bool(towers(model))
+
+
+def _next_logits(
+    model: PreTrainedModel, stop_ids: frozenset[int], processor: MediaProcessor | None, device: torch.device
+) -> NextLogits:
+    """The way in which the model's logits are computed, with its media where it takes any."""
+    if needs_generate(model):
+        return GeneratedLogits(model, stop_ids, MediaInputs(processor))
+    if not _takes_media(model):
+        return CachedLogits(lambda inputs, extras: model(**inputs), device, MediaInputs())
+    structure = read_structure(model)
+    multimodal = MultimodalForward(structure, None)
+    return CachedLogits(
+        lambda inputs, extras: multimodal.generate(model, inputs, extras),
+        device,
+        MediaInputs(processor, make_placing(structure)),
+    )
 
 
 def _dtype(source: _Source, model_config: PreTrainedConfig) -> torch.dtype:

@@ -3,20 +3,26 @@
 A conversation is rendered with the model's chat template up to where the assistant is to speak; a text is tokenized as
 it is. A row asks by its columns: `prompt` (a text, or a list of messages), a conversation in any of
 the shapes that training takes, or `content_split` or `text`, which are continued. A conversation that ends with an
-assistant's message is asked again: that message is left out.
+assistant's message is asked again: that message is left out. Media of a conversation are found, measured and put in the
+place of the template's markers as in training (`tutti.data.processor`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tutti.data.rows import Conversation, RowError, conversation_of, half_surrogate
+from tutti.core.batch import Media
+from tutti.data.media import MediaFolder, measure
+from tutti.data.parts import Entry, media_columns, with_media
+from tutti.data.processor import MediaProcessor
+from tutti.data.rows import Conversation, RowError, conversation_of, fill, half_surrogate
 from tutti.data.template import ChatTemplate
 from tutti.infer.generate import Request
 from tutti.infer.stream import NO_EDGES, Edges, edges_of
@@ -29,13 +35,18 @@ class PromptFormat:
     """A model's way of writing prompts.
 
     template: renders conversations; None where none is known. is_chat: a bare prompt is a user's message, rather than a
-    text to continue. context: most tokens of prompt and answer together; None: no limit known.
+    text to continue. context: most tokens of prompt and answer together; None: no limit known. media: the processor of
+    a model that takes images and more. media_root: a folder in which files of media may lie, beside that of the rows
+    (data.media_root). row_template: the messages of a row without any, by role (data.row_template).
     """
 
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate | None
     is_chat: bool
     context: int | None
+    media: MediaProcessor | None = None
+    media_root: str | None = None
+    row_template: Mapping[str, str] = field(default_factory=dict)
 
     def dated(self, day: str) -> PromptFormat:
         """The format with a template that is told `day`, YYYY-MM-DD, when it asks for the date."""
@@ -49,29 +60,56 @@ class PromptFormat:
         return NO_EDGES if self.template is None else edges_of(self.template)
 
 
-def prompt_request(form: PromptFormat, prompt: str, number: int, max_tokens: int) -> Request:
-    """A request for the answer to a bare prompt. RowError: it can't be asked."""
-    if not form.is_chat:
+def prompt_request(
+    form: PromptFormat, prompt: str, number: int, max_tokens: int, media: Sequence[Entry] = ()
+) -> Request:
+    """A request for the answer to a bare prompt, with media before it. RowError: it can't be asked."""
+    if not form.is_chat and not media:
         return _request(form, _tokens(form, prompt, special=True), number, max_tokens)
-    return chat_request(form, Conversation([{"role": "user", "content": prompt}], (False,)), number, max_tokens)
+    content: Any = [*(as_part(*entry) for entry in media), {"type": "text", "text": prompt}] if media else prompt
+    return chat_request(form, Conversation([{"role": "user", "content": content}], (False,)), number, max_tokens)
 
 
-def chat_request(form: PromptFormat, conversation: Conversation, number: int, max_tokens: int) -> Request:
-    """A request for the next message of a conversation. RowError: it can't be asked."""
-    return _request(form, chat_tokens(form, conversation), number, max_tokens, form.edges)
+def as_part(kind: str, path: str) -> dict[str, str]:
+    """The part of a message that is a medium of the user's, in a file anywhere."""
+    return {"type": kind, kind: Path(path).expanduser().absolute().as_uri()}
 
 
-def row_request(form: PromptFormat, row: dict[str, Any], number: int, max_tokens: int) -> Request:
-    """A request for the answer to a row. RowError: it can't be asked."""
+def chat_request(
+    form: PromptFormat,
+    conversation: Conversation,
+    number: int,
+    max_tokens: int,
+    *,
+    columns: Mapping[str, Any] | None = None,
+    folder: str = "/",
+) -> Request:
+    """A request for the next message of a conversation. RowError: it can't be asked.
+
+    columns: of the row that it is, where some may hold its media. folder: where files of media may lie.
+    """
+    ids, media = chat_tokens(form, conversation, columns=columns, folder=folder)
+    return _request(form, ids, number, max_tokens, form.edges)._replace(media=media)
+
+
+def row_request(form: PromptFormat, row: dict[str, Any], number: int, max_tokens: int, folder: str) -> Request:
+    """A request for the answer to a row of a file in `folder`. RowError: it can't be asked."""
+    row = _filled(form, row)
     prompt = row.get("prompt")
-    if isinstance(prompt, str):
+    if isinstance(prompt, str) and not media_columns(row):
         return prompt_request(form, prompt, number, max_tokens)
     if prompt is None and all(row.get(name) is None for name in ("messages", "conversations", "instruction")):
         text = next((row[name] for name in _TEXTS if isinstance(row.get(name), str)), None)
         if text is None:
             raise RowError(f"has neither prompt nor messages; its columns are {', '.join(row) or 'none'}")
         return _request(form, _tokens(form, text, special=True), number, max_tokens)
-    return chat_request(form, conversation_to_answer(row), number, max_tokens)
+    return chat_request(form, conversation_to_answer(row), number, max_tokens, columns=row, folder=folder)
+
+
+def _filled(form: PromptFormat, row: dict[str, Any]) -> dict[str, Any]:
+    """The row with the messages of data.row_template that come before the answer, unless it has messages or a prompt."""
+    asked = {role: text for role, text in form.row_template.items() if role != "assistant"}
+    return fill(asked, row) if asked and row.get("prompt") is None else row
 
 
 def conversation_to_answer(row: dict[str, Any]) -> Conversation:
@@ -85,7 +123,6 @@ def conversation_to_answer(row: dict[str, Any]) -> Conversation:
         raise RowError(f"prompt must be a text or a list of messages, not {type(prompt).__name__}")
     elif "instruction" in row and row.get("output") is None:
         row = {**row, "output": ""}
-    _refuse_media(row)
     conversation = conversation_of(row, ("messages",))
     while conversation.messages and conversation.messages[-1]["role"] == "assistant":
         conversation.messages.pop()
@@ -94,12 +131,25 @@ def conversation_to_answer(row: dict[str, Any]) -> Conversation:
     return conversation
 
 
-def chat_tokens(form: PromptFormat, conversation: Conversation) -> list[int]:
-    """The tokens of a conversation up to where the assistant is to speak. RowError: the template can't render it."""
+def chat_tokens(
+    form: PromptFormat, conversation: Conversation, *, columns: Mapping[str, Any] | None = None, folder: str = "/"
+) -> tuple[list[int], tuple[Media, ...]]:
+    """The tokens of a conversation up to where the assistant is to speak, and its media. RowError: it can't be asked.
+
+    columns, folder: as for `chat_request`.
+    """
     if form.template is None:
         raise RowError("the model has no chat template; name one by infer.chat_template (chatml, say)")
+    conversation, entries = with_media(conversation, columns or {})
     text = form.template.render(conversation.messages, conversation, prompt=True)
-    return _tokens(form, text, special=False)
+    if form.media is None:
+        if entries:
+            kinds = " and ".join(sorted({kind for kind, _ in entries}))
+            raise RowError(f"has {kinds}, and this model takes none, or its folder has no processor that can be used")
+        return _tokens(form, text, special=False), ()
+    places = MediaFolder(folder, form.media_root)
+    media = tuple(measure(kind, entry, places) for kind, entry in entries)
+    return _tokens(form, form.media.expand(text, media)[0], special=False), media
 
 
 def _tokens(form: PromptFormat, text: str, *, special: bool) -> list[int]:
@@ -119,14 +169,3 @@ def _request(form: PromptFormat, ids: Sequence[int], number: int, max_tokens: in
             f"{form.context}; shorten it"
         )
     return Request(number, ids, min(room, max_tokens), edges)
-
-
-def _refuse_media(row: dict[str, Any]) -> None:
-    """Raise RowError for images, audio and video, which have no way into a model yet."""
-    turns = row.get("messages") or row.get("conversations")
-    for number, turn in enumerate(turns if isinstance(turns, list) else ()):
-        content = turn.get("content") if isinstance(turn, dict) else None
-        for part in content if isinstance(content, list) else ():
-            kind = part.get("type", "text") if isinstance(part, dict) else "text"
-            if "text" not in str(kind):
-                raise RowError(f"message {number} has a part of type {kind}; a model can be given only text so far")

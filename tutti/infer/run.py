@@ -16,6 +16,7 @@ from tutti.config import Config
 from tutti.core.device import keep_freed_memory, limit_threads, pick_device
 from tutti.core.dist import init_world, shutdown_world
 from tutti.core.log import setup_logging
+from tutti.data.parts import Entry
 from tutti.data.rows import RowError
 from tutti.infer.batch import answer_rows, read_rows
 from tutti.infer.chat import chat
@@ -30,11 +31,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """The prompts to answer, or the rows of `input`, into `output`; with neither, a conversation."""
+    """The prompts to answer, or the rows of `input`, into `output`; with neither, a conversation. media: kinds and files
+    of media that come before each prompt, or the first message."""
 
     prompts: tuple[str, ...] = ()
     input: str | None = None
     output: str | None = None
+    media: tuple[Entry, ...] = ()
 
 
 def infer(config: Config, job: Job) -> None:
@@ -55,19 +58,20 @@ def infer(config: Config, job: Job) -> None:
         if job.input and job.output:
             answer_rows(config, loaded, generator, rows, Path(job.input), Path(job.output))
         elif job.prompts:
-            _answer_prompts(config, loaded, generator, job.prompts)
+            _answer_prompts(config, loaded, generator, job)
         else:
-            chat(config, loaded, generator)
+            chat(config, loaded, generator, job.media)
     finally:
         shutdown_world()
 
 
-def _answer_prompts(config: Config, loaded: LoadedModel, generator: Generator, prompts: Sequence[str]) -> None:
-    """Print the answers in the order of `prompts`, each as it comes, under its prompt if there are several."""
+def _answer_prompts(config: Config, loaded: LoadedModel, generator: Generator, job: Job) -> None:
+    """Print the answers in the order of the prompts, each as it comes, under its prompt if there are several."""
+    prompts = job.prompts
     requests: list[Request] = []
     for number, prompt in enumerate(prompts):
         try:
-            requests.append(prompt_request(loaded.form, prompt, number, config.infer.max_tokens))
+            requests.append(prompt_request(loaded.form, prompt, number, config.infer.max_tokens, job.media))
         except RowError as error:
             raise ValueError(f"--prompt {number + 1}: {error}") from None
     streams = [TextStream(loaded.form.tokenizer, item.edges) for item in requests]

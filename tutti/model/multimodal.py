@@ -53,6 +53,9 @@ _ALONG = {"inputs_embeds": 1, "position_ids": -1, "visual_pos_masks": -1}
 _BESIDE = {"attention_mask", "deepstack_visual_embeds", "cu_seq_lens_q", "cu_seq_lens_k", "borders"}
 """What does not, and is known."""
 
+_OF_OUTER = ("input_ids", "logits_to_keep", "use_cache")
+"""What generation gives the outer decoder of what its cache says of a pass."""
+
 
 def check_multimodal(structure: ModelStructure, layout: Layout, train: TrainConfig) -> None:
     """ValueError for what cannot be done with a model that has towers."""
@@ -104,7 +107,7 @@ class MultimodalForward:
         self._beside = [part for part in structure.decoder.modules() if part not in language]
         self._name = structure.name
         self._batch: Batch | None = None
-        self._options: dict[str, Any] = {}
+        self._given: dict[str, Any] | None = None
         self._text = text = cast(Any, structure.text_model)
         text.register_forward_pre_hook(self._hand_over, with_kwargs=True)
         text.get_input_embeddings().register_forward_pre_hook(self._own_ids)
@@ -133,11 +136,29 @@ class MultimodalForward:
         kwargs = inputs | {"input_ids": row.input_ids[None], "use_cache": False}
         # One sample, as far as the outer decoder knows.
         kwargs["position_ids"] = torch.arange(len(row.input_ids), device=row.input_ids.device)[None]
-        self._batch, self._options = batch, options
+        self._batch = batch
+        return self._call(self._decoder, kwargs, border_kwargs(batch) | options | {"position_ids": _positions(batch)})
+
+    def _call(self, outer: Callable[..., Any], kwargs: Mapping[str, Any], given: dict[str, Any]) -> Any:
+        """The output of `outer` for `kwargs`, while the language model within it is `given` what the hooks put."""
+        self._given = given
         try:
-            return self._decoder(**kwargs)
+            return outer(**kwargs)
         finally:
-            self._batch = None
+            self._batch = self._given = None
+
+    def generate(self, model: Callable[..., Any], inputs: Mapping[str, Any], extras: Mapping[str, Tensor]) -> Any:
+        """The output of `model`, the decoder with its head, for a pass of `tutti.attention.kv_cache`.
+
+        inputs: as the cache makes them, of which the language model is given all but the tokens. extras: of new
+        prompts, as in `Batch`; encoded here and now, and never again.
+        """
+        kwargs = {**extras, **{key: inputs[key] for key in _OF_OUTER if key in inputs}}
+        kwargs["position_ids"] = torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device)[None]
+        given = {key: value for key, value in inputs.items() if key not in ("input_ids", "logits_to_keep")}
+        if "position_ids" in extras:
+            given["position_ids"] = extras["position_ids"]
+        return self._call(model, kwargs, given)
 
     def _own_ids(self, module: nn.Module, args: tuple[Tensor, ...]) -> Any:
         """A forward hook: what is looked up in the table of embeddings."""
@@ -153,17 +174,16 @@ class MultimodalForward:
 
     def _hand_over(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward hook: what the language model is given in place of what the outer decoder gives it."""
-        batch = self._batch
-        if batch is None:
+        if self._given is None:
             return None
-        handed = {key: value for key, value in kwargs.items() if value is not None}
-        handed |= border_kwargs(batch) | self._options
-        handed["position_ids"] = _positions(batch)
-        handed["inputs_embeds"] = self._anchored(handed["inputs_embeds"])
-        if "attention_mask" in handed:
+        batch = self._batch
+        handed = {key: value for key, value in kwargs.items() if value is not None} | self._given
+        if torch.is_grad_enabled():
+            handed["inputs_embeds"] = self._anchored(handed["inputs_embeds"])
+        if "attention_mask" in handed and "cu_seq_lens_q" in handed:
             handed["attention_mask"] = _at_borders(handed["attention_mask"], handed["cu_seq_lens_q"])
         row = _divided(batch)
-        if row is not None:
+        if batch is not None and row is not None:
             self._check_divisible(handed, batch)
             handed = _own(handed, row.held)
         if self._tensor is not None and "deepstack_visual_embeds" in handed:

@@ -11,7 +11,7 @@ Shapes: T tokens of a batch, N targets, H hidden size.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -105,9 +105,12 @@ class Objective(nn.Module):
             sums["router_loss"] = router_loss * (batch.num_tokens * head.share)
         return sums
 
-    def run_model(self, **inputs: Any) -> Any:
-        """The output of the model's own forward pass, for generation with a cache of keys and values."""
-        return self.model(**inputs)
+    def run_model(self, inputs: Mapping[str, Any], extras: Mapping[str, Tensor]) -> Any:
+        """The output of the model's own forward pass, for generation with a cache of keys and values. extras: the
+        values of new prompts' media."""
+        if self._multimodal is None:
+            return self.model(**inputs)
+        return self._multimodal.generate(self.model, inputs, extras)
 
     def _head(self, batch: Batch) -> Head:
         pieces = None

@@ -23,23 +23,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from tutti.attention.interface import PACKED
+from tutti.attention.interface import PACKED, attention_by_part
 from tutti.attention.kv_cache import register
 from tutti.config import Config
-from tutti.core.batch import IGNORE, Sample, pack
+from tutti.core.batch import Media, Sample, pack
 from tutti.data.formats import BadRow, JsonLines, Row
+from tutti.data.processor import MediaProcessor
 from tutti.data.rows import RowError
 from tutti.data.template import read_template
 from tutti.infer.generate import CachedLogits, Generator, NextLogits, Request, whole_answers
 from tutti.infer.hf_generate import needs_generate
+from tutti.infer.media import MediaInputs, as_sample
 from tutti.infer.prompts import PromptFormat, conversation_to_answer, row_request
 from tutti.infer.sampling import Sampler
+from tutti.model.multimodal import make_placing
 from tutti.model.tokenizer import end_ids
 from tutti.parallel.pipeline.executor import Executor
 from tutti.parallel.sequence import sequence_ranks, split_samples, split_tokens
@@ -73,6 +75,7 @@ class Samples:
         self._run, config = run, run.config
         self._prompts = [] if run.placed.structure.classifies else _read(run)
         self._by_cache = bool(self._prompts) and _fits_cache(run)
+        self._media = MediaInputs(_processor(run), make_placing(run.placed.structure))
         self._budget = config.train.micro_batch_size * config.data.max_seq_len
         sizes = [prompt.request.size for prompt in self._prompts]
         # Rows of one length need one compiled program; without compilation, padding would only cost time.
@@ -113,15 +116,16 @@ class Samples:
     def _next_logits(self, executor: Executor) -> Iterator[NextLogits]:
         objective, world = self._run.placed.objective, self._run.world
         if not self._by_cache:
-            yield RecomputedLogits(self._run, executor, pad_to=self._pad_to)
+            yield RecomputedLogits(self._run, executor, self._media, pad_to=self._pad_to)
             return
         register_fsdp_forward_method(objective, "run_model")
-        attention = objective.model.config._attn_implementation
-        objective.model.set_attn_implementation(register())
+        config = objective.model.config
+        before = attention_by_part(config, config.get_text_config()._attn_implementation)
+        objective.model.set_attn_implementation(attention_by_part(config, register()))
         try:
-            yield CachedLogits(objective.run_model, world.device)
+            yield CachedLogits(objective.run_model, world.device, self._media)
         finally:
-            objective.model.set_attn_implementation(attention)
+            objective.model.set_attn_implementation(before)
 
 
 def is_right(answer: str, expected: Sequence[str]) -> bool:
@@ -141,7 +145,7 @@ def _fits_cache(run: Run) -> bool:
         return False
     if train.enable_compile or train.enable_batch_invariant_mode:
         return False
-    return model.config._attn_implementation in _CACHEABLE and not needs_generate(model)
+    return model.config.get_text_config()._attn_implementation in _CACHEABLE and not needs_generate(model)
 
 
 class RecomputedLogits:
@@ -152,28 +156,29 @@ class RecomputedLogits:
 
     joins = True
 
-    def __init__(self, run: Run, executor: Executor, *, pad_to: int | None = None) -> None:
-        self._executor, self._world, self._pad_to = executor, run.world, pad_to
+    def __init__(self, run: Run, executor: Executor, media: MediaInputs, *, pad_to: int | None = None) -> None:
+        self._executor, self._world, self._media, self._pad_to = executor, run.world, media, pad_to
         self._split = split_samples if run.config.train.enable_batch_invariant_mode else split_tokens
         self._sharing = sequence_ranks(run.mesh)
         self._vocabulary = run.placed.structure.head.out_features
-        self._sequences: list[list[int]] = []
+        self._sequences: list[tuple[list[int], tuple[Media, ...]]] = []
 
     def start(self, requests: Sequence[Request]) -> Tensor:
-        started = [list(item.ids) for item in requests]
+        started = [(list(item.ids), item.media) for item in requests]
         self._sequences += started
         return self._run(started)
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        for ids, token in zip(self._sequences, tokens, strict=True):
+        for (ids, _), token in zip(self._sequences, tokens, strict=True):
             ids.append(token)
         return self._run(self._sequences)
 
     def keep(self, rows: Sequence[int]) -> None:
         self._sequences = [self._sequences[row] for row in rows]
 
-    def _run(self, sequences: Sequence[list[int]]) -> Tensor:
-        batch = pack([_last_labelled(number, ids) for number, ids in enumerate(sequences)], pad_to=self._pad_to)
+    def _run(self, sequences: Sequence[tuple[list[int], tuple[Media, ...]]]) -> Tensor:
+        samples = [_last_labelled(number, *each) for number, each in enumerate(sequences)]
+        batch = self._media.with_values(samples, pack(samples, pad_to=self._pad_to))
         own = self._split(batch, self._sharing)
         found = torch.full((len(sequences), self._vocabulary), -torch.inf, device=self._world.device)
         for values in self._executor.evaluate([batch], compute=logits):
@@ -185,11 +190,16 @@ class RecomputedLogits:
         return found
 
 
-def _last_labelled(number: int, ids: list[int]) -> Sample:
+def _last_labelled(number: int, ids: list[int], media: tuple[Media, ...]) -> Sample:
     """A sample whose one target is its last position, labelled with `number`."""
-    labels = np.full(len(ids), IGNORE, np.int32)
-    labels[-1] = number
-    return Sample(np.asarray(ids, np.int32), labels)
+    sample = as_sample(ids, media)
+    sample.labels[-1] = number
+    return sample
+
+
+def _processor(run: Run) -> MediaProcessor | None:
+    found, data = run.inputs.processor, run.config.data
+    return None if found is None else MediaProcessor(found, data.image_min_pixels, data.image_max_pixels)
 
 
 def _read(run: Run) -> list[_Prompt]:
@@ -198,15 +208,22 @@ def _read(run: Run) -> list[_Prompt]:
     chat = config.data.task.holds_chats
     context = getattr(run.placed.structure.config, "max_position_embeddings", None)
     form: PromptFormat | None = None
+    folder = str(Path(config.train.sample_prompts_path or ".").parent)
     prompts = []
     for number, (place, row) in enumerate(_rows(config)):
         form = form or PromptFormat(
-            tokenizer, read_template(tokenizer, run.data.chat_date) if chat else None, chat, context
+            tokenizer,
+            read_template(tokenizer, run.data.chat_date) if chat else None,
+            chat,
+            context,
+            _processor(run),
+            config.data.media_root,
+            config.data.row_template,
         )
         try:
             if not chat and not isinstance(row.get("prompt"), str):
                 raise RowError('has no text under "prompt"; a model that is trained on texts continues one')
-            request = row_request(form, row, number, config.train.sample_tokens)
+            request = row_request(form, row, number, config.train.sample_tokens, folder)
             prompts.append(_Prompt(_shown(row), request, _expected(row)))
         except RowError as error:
             raise ValueError(f"{place}: {error}") from None

@@ -1,0 +1,65 @@
+"""Media of prompts: what a model is given beside their tokens, made when they are first run.
+
+The values (pixels, and what goes with them) are those that training makes of the same row (`tutti.data.processor`), and
+so are the positions of models that rotate by several (`tutti.model.multimodal`). A prompt is run once; from then on its
+images are keys and values in the cache like everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+
+from tutti.core.batch import ALONG_TOKENS, IGNORE, Batch, Media, Sample, pack
+from tutti.data.processor import MediaProcessor
+from tutti.data.rows import RowError
+
+Prompt = tuple[Sequence[int], tuple[Media, ...]]
+"""The tokens of a prompt, and its media."""
+
+
+@dataclass(frozen=True)
+class MediaInputs:
+    """Makes the inputs beside tokens. processor: None where the model takes no media. place: gives a batch its media's
+    positions (`tutti.model.multimodal.make_placing`)."""
+
+    processor: MediaProcessor | None = None
+    place: Callable[[Batch], Batch] = lambda batch: batch
+
+    def packed(self, prompts: Sequence[Prompt]) -> tuple[dict[str, Tensor], list[int]]:
+        """The values for prompts that are laid end to end, and by how much the position of what follows each of them
+        differs from its length. ValueError: a medium cannot be decoded."""
+        if not any(media for _, media in prompts):
+            return {}, [0] * len(prompts)
+        samples = [as_sample(*prompt) for prompt in prompts]
+        batch = self.place(self.with_values(samples, pack(samples)))
+        rows, lengths = batch.extras.get("position_ids"), [len(ids) for ids, _ in prompts]
+        if rows is None:
+            return dict(batch.extras), [0] * len(prompts)
+        ends = [int(part.max()) + 1 for part in rows[1:].split(lengths, dim=-1)]
+        return dict(batch.extras), [end - length for end, length in zip(ends, lengths, strict=True)]
+
+    def stacked(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """The values for prompts of one length that are rows of a matrix. ValueError: a medium cannot be decoded."""
+        samples = [as_sample(*prompt) for prompt in prompts]
+        values = self.with_values(samples, pack(samples)).extras
+        return {
+            name: value.view(len(prompts), -1) if name in ALONG_TOKENS else value for name, value in values.items()
+        }
+
+    def with_values(self, samples: Sequence[Sample], batch: Batch) -> Batch:
+        """The batch that samples are packed into, with the values of their media. ValueError: one cannot be decoded."""
+        if self.processor is None:
+            return batch
+        try:
+            return replace(batch, extras=self.processor.values(samples, len(batch.input_ids)))
+        except RowError as error:
+            raise ValueError(str(error)) from None
+
+
+def as_sample(ids: Sequence[int], media: tuple[Media, ...]) -> Sample:
+    """A prompt as a sample that is not trained on."""
+    return Sample(np.asarray(ids, np.int32), np.full(len(ids), IGNORE, np.int32), media=media)
