@@ -224,7 +224,7 @@ BAD = [
     ([{"messages": [{"role": "boss", "content": "x"}]}], r"in\.jsonl:1: message 0 has unknown role 'boss'"),
     (
         [{"messages": [{"role": "user", "content": [{"type": "image", "image": "x.png"}]}]}],
-        r"in\.jsonl:1: message 0 has a part of type image; a model can be given only text so far",
+        r"in\.jsonl:1: has image, and this model takes none",
     ),
     ([ROWS[0], {"prompt": "many words " * 200}], r"in\.jsonl:2: the prompt has \d+ tokens, which leaves no room"),
     ([{"prompt": "a\ud800"}], r"in\.jsonl:1: the prompt has half a surrogate pair, '\\ud800', which is no character"),

@@ -59,6 +59,9 @@ def build(family: str, processor: Any) -> tuple[Any, Any]:
     packed = AutoModelForMultimodalLM.from_config(
         config, attn_implementation=attention_by_part(config, resolve_attention("sdpa", CPU))
     ).eval()
+    for parameter in plain.parameters():
+        if parameter.ndim >= 2 and not parameter.any():  # such as a projection of images, by which none would be seen
+            torch.nn.init.normal_(parameter, std=0.1)
     packed.load_state_dict(plain.state_dict())
     return plain, packed
 

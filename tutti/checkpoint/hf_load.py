@@ -35,14 +35,13 @@ from tutti.core.compat import (
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
-    get_model_conversion_mapping,
     rename_source_key,
 )
 from tutti.core.dist import World
 from tutti.core.tensors import local_part
 from tutti.model.initial import fill_by_rules, materialize, own_block, own_part
 from tutti.model.quantized import Packing, packings
-from tutti.model.structure import head, is_classifier, model_class
+from tutti.model.structure import head, is_classifier, model_class, weight_conversions
 
 log = logging.getLogger(__name__)
 
@@ -241,14 +240,14 @@ class _Plan:
 
     def used(self, model: PreTrainedModel) -> list[Any]:
         """The conversions to revert when saving."""
-        mapping = get_model_conversion_mapping(model)
+        mapping = weight_conversions(model)
         return [mapping[position] for position in self.matched]
 
 
 def _plan(model: PreTrainedModel, source: Mapping[str, Tensor]) -> _Plan:
     """Run all conversions on meta tensors of the checkpoint's shapes."""
     names, packed = model.state_dict(), packings(model)
-    mapping = get_model_conversion_mapping(model)
+    mapping = weight_conversions(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}

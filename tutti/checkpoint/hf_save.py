@@ -36,12 +36,11 @@ from tutti.core.compat import (
     apply_converters,
     apply_renamings,
     dot_natural_key,
-    get_model_conversion_mapping,
 )
 from tutti.core.dist import World
 from tutti.core.files import describe_error, sync_folder, write_synced
 from tutti.model.omni import OmniModel
-from tutti.model.structure import is_classifier, model_class
+from tutti.model.structure import is_classifier, model_class, weight_conversions
 
 # What FSDP has split after other axes takes one gather for each, which torch finds worth a warning on every rank.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -142,7 +141,7 @@ class _Reverted:
         mapping = getattr(model, "_weight_conversions", None)
         if mapping is None:
             # A model that was not loaded has the published names, but never had a prefix that others drop or add.
-            entries = get_model_conversion_mapping(model, add_legacy=False)
+            entries = weight_conversions(model, add_legacy=False)
             mapping = [entry for entry in entries if not isinstance(entry, PrefixChange)]
         backward = [entry.reverse_transform() for entry in reversed(mapping)]
         self._renamings = [entry for entry in backward if isinstance(entry, WeightRenaming)]

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from tutti.core.compat import get_model_conversion_mapping
 from tutti.core.structure import LogitTransform, ModelStructure
 from tutti.model.quantized import num_weights
 
@@ -274,6 +275,20 @@ def model_class(model: nn.Module) -> type[Any]:
     from torch.distributed.fsdp import FSDPModule
 
     return next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
+
+
+def weight_conversions(model: nn.Module, **options: Any) -> list[Any]:
+    """The conversions from a checkpoint's keys that transformers registers for `model`: by the names of its classes,
+    which are other ones once `fully_shard` has derived classes from them. options: transformers' own."""
+    originals = {type(module): model_class(module) for module in model.modules()}
+    derived = [(cls, cls.__name__, cls.__module__) for cls, original in originals.items() if cls is not original]
+    try:
+        for cls, *_ in derived:
+            cls.__name__, cls.__module__ = originals[cls].__name__, originals[cls].__module__
+        return list(get_model_conversion_mapping(model, **options))
+    finally:
+        for cls, name, module in derived:
+            cls.__name__, cls.__module__ = name, module
 
 
 def _class_name(module: nn.Module) -> str:
