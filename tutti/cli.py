@@ -424,8 +424,8 @@ pipe in a message a line.
                     "dest": "media",
                     "type": partial(_medium, kind),
                     "default": [],
-                    "help": f"a file that comes before each prompt, or the first message, for a model that takes {kind}; "
-                    "may be given several times",
+                    "help": f"{kind} that comes before each prompt, or the first message, for a model that takes such; may be "
+                    "given several times",
                 }
                 for kind in _MEDIA
             },

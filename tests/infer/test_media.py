@@ -171,9 +171,7 @@ def test_ranks_and_ways_to_ask_give_the_same(
     assert "(there is no file nowhere.png)" in shown and shown.rstrip("\n").endswith(outputs[0][2].rstrip("\n"))
 
 
-def test_what_cannot_be_asked_is_one_line(
-    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_asked_is_one_line(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(*words: str) -> str:
         assert main(["infer", f"--infer.model_path={model}", *words]) > 0
         return capsys.readouterr().err.splitlines()[-1]

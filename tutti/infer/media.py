@@ -46,9 +46,7 @@ class MediaInputs:
         """The values for prompts of one length that are rows of a matrix. ValueError: a medium cannot be decoded."""
         samples = [as_sample(*prompt) for prompt in prompts]
         values = self.with_values(samples, pack(samples)).extras
-        return {
-            name: value.view(len(prompts), -1) if name in ALONG_TOKENS else value for name, value in values.items()
-        }
+        return {name: value.view(len(prompts), -1) if name in ALONG_TOKENS else value for name, value in values.items()}
 
     def with_values(self, samples: Sequence[Sample], batch: Batch) -> Batch:
         """The batch that samples are packed into, with the values of their media. ValueError: one cannot be decoded."""

@@ -107,7 +107,7 @@ def row_request(form: PromptFormat, row: dict[str, Any], number: int, max_tokens
 
 
 def _filled(form: PromptFormat, row: dict[str, Any]) -> dict[str, Any]:
-    """The row with the messages of data.row_template that come before the answer, unless it has messages or a prompt."""
+    """The row with the messages of data.row_template that come before the answer, unless it asks by itself."""
     asked = {role: text for role, text in form.row_template.items() if role != "assistant"}
     return fill(asked, row) if asked and row.get("prompt") is None else row
 
@@ -141,11 +141,11 @@ def chat_tokens(
     if form.template is None:
         raise RowError("the model has no chat template; name one by infer.chat_template (chatml, say)")
     conversation, entries = with_media(conversation, columns or {})
+    if entries and form.media is None:
+        kinds = " and ".join(sorted({kind for kind, _ in entries}))
+        raise RowError(f"has {kinds}, and this model takes none, or its folder has no processor that can be used")
     text = form.template.render(conversation.messages, conversation, prompt=True)
     if form.media is None:
-        if entries:
-            kinds = " and ".join(sorted({kind for kind, _ in entries}))
-            raise RowError(f"has {kinds}, and this model takes none, or its folder has no processor that can be used")
         return _tokens(form, text, special=False), ()
     places = MediaFolder(folder, form.media_root)
     media = tuple(measure(kind, entry, places) for kind, entry in entries)

@@ -31,8 +31,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """The prompts to answer, or the rows of `input`, into `output`; with neither, a conversation. media: kinds and files
-    of media that come before each prompt, or the first message."""
+    """The prompts to answer, or the rows of `input`, into `output`; with neither, a conversation.
+
+    media: kinds and files of media that come before each prompt, or the first message.
+    """
 
     prompts: tuple[str, ...] = ()
     input: str | None = None
