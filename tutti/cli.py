@@ -259,8 +259,8 @@ def _infer(command: _Command) -> int:
 
     from tutti.infer.run import Job, infer
 
-    paths = (expand_path(files[0]) if files else None for files in (options.input, options.output))
-    job = Job(tuple(options.prompt), *paths, media=tuple(options.media))
+    source, output = (expand_path(files[0]) if files else None for files in (options.input, options.output))
+    job = Job(tuple(options.prompt), source, output, tuple(options.media))
     infer(config, job)
     return 0
 
@@ -424,8 +424,7 @@ pipe in a message a line.
                     "dest": "media",
                     "type": partial(_medium, kind),
                     "default": [],
-                    "help": f"{kind} that comes before each prompt, or the first message, for a model that takes such; may be "
-                    "given several times",
+                    "help": f"{kind} that comes before each prompt, or the first message; may be given several times",
                 }
                 for kind in _MEDIA
             },
