@@ -201,7 +201,7 @@ def _build(
 def _media_processor(data: DataConfig, source: _Source, tokenizer: Any, model: Any) -> MediaProcessor | None:
     """The processor of a model that takes media, with the bounds of `data`; None where it has none."""
     processor = build_processor(source.config, tokenizer) if _takes_media(model) else None
-    return None if processor is None else MediaProcessor(processor, data.image_min_pixels, data.image_max_pixels)
+    return None if processor is None else MediaProcessor(processor, data)
 
 
 def _data(asked: Config, source: _Source) -> DataConfig:

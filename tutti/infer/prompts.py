@@ -19,7 +19,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tutti.core.batch import Media
-from tutti.data.media import MediaFolder, measure
+from tutti.data.media import MediaFolder
 from tutti.data.parts import Entry, media_columns, with_media
 from tutti.data.processor import MediaProcessor
 from tutti.data.rows import Conversation, RowError, conversation_of, fill, half_surrogate
@@ -148,7 +148,7 @@ def chat_tokens(
     if form.media is None:
         return _tokens(form, text, special=False), ()
     places = MediaFolder(folder, form.media_root)
-    media = tuple(measure(kind, entry, places) for kind, entry in entries)
+    media = tuple(form.media.measure(kind, entry, places) for kind, entry in entries)
     return _tokens(form, form.media.expand(text, media)[0], special=False), media
 
 

@@ -199,7 +199,7 @@ def _last_labelled(number: int, ids: list[int], media: tuple[Media, ...]) -> Sam
 
 def _processor(run: Run) -> MediaProcessor | None:
     found, data = run.inputs.processor, run.config.data
-    return None if found is None else MediaProcessor(found, data.image_min_pixels, data.image_max_pixels)
+    return None if found is None else MediaProcessor(found, data)
 
 
 def _read(run: Run) -> list[_Prompt]:
