@@ -108,6 +108,34 @@ def _llava_onevision() -> Any:
     )
 
 
+def _hearing(mels: int) -> Any:
+    """Features of sounds of at most 2 seconds."""
+    return transformers.WhisperFeatureExtractor(feature_size=mels, chunk_length=2)
+
+
+def _qwen2_audio() -> Any:
+    names = {"audio_token": "<|AUDIO|>", "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"}
+    marker = "<|audio_bos|><|AUDIO|><|audio_eos|>"
+    tokenizer = make_tokenizer("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", audio=marker, **names)
+    return transformers.Qwen2AudioProcessor(_hearing(8), tokenizer)
+
+
+def _omni(cls: str) -> Any:
+    names = {"video_token": "<|VIDEO|>", "audio_token": "<|AUDIO|>"}
+    names |= {f"{kind}_{end}_token": f"<|{kind}_{end}|>" for kind in ("audio", "vision") for end in ("bos", "eos")}
+    seen, heard = ("<|vision_bos|>{}<|vision_eos|>".format, "<|audio_bos|>{}<|audio_eos|>".format)
+    tokenizer = make_tokenizer(
+        "<|IMAGE|>", *names.values(), marker=seen("<|IMAGE|>"), video=seen("<|VIDEO|>"), audio=heard("<|AUDIO|>"),
+        **names,
+    )  # fmt: skip
+    size = {"size": {"shortest_edge": 64, "longest_edge": 4096}}
+    images = transformers.Qwen2VLImageProcessor(**_QWEN)
+    videos = transformers.Qwen2VLVideoProcessor(**_QWEN | size, cap_pixels_per_frame=False)
+    made = getattr(transformers, cls)(images, videos, _hearing(8), tokenizer)
+    made.videos_kwargs = size  # which of the full class are those of the large models
+    return made
+
+
 def _gemma3() -> Any:
     tokenizer = make_tokenizer(
         "<image_soft_token>", "<start_of_image>", "<end_of_image>", marker="<start_of_image>",
@@ -133,6 +161,9 @@ PROCESSORS = {
     "internvl": _internvl,
     "idefics3": _idefics3,
     "smolvlm": _smolvlm,
+    "qwen2_audio": _qwen2_audio,
+    "qwen2_5_omni": lambda: _omni("Qwen2_5OmniProcessor"),
+    "qwen3_omni": lambda: _omni("Qwen3OmniMoeProcessor"),
     "gemma3": _gemma3,
     "pixtral": _pixtral,
 }

@@ -122,7 +122,45 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """model_type -> what its config sets."""
 
+_HEARING: dict[str, Any] = {
+    "num_mel_bins": 8,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+    "d_model": 32,
+    "max_source_positions": 100,
+    "initializer_range": 0.1,
+}
+
+_ENDS = {"vision_start_token_id": 252, "vision_end_token_id": 253, "audio_end_token_id": 254}
+
 FROM_FILES: dict[str, dict[str, Any]] = {
+    "qwen2_audio": {
+        "text_config": _TEXT | {"model_type": "qwen2"},
+        "audio_config": _HEARING | {"model_type": "qwen2_audio_encoder"},
+    },
+    "qwen2_5_omni_thinker": _ENDS
+    | {
+        "text_config": _TEXT | _mrope(1, 1, 2) | {"tie_word_embeddings": False},
+        "vision_config": _GRID
+        | {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "out_hidden_size": 32,
+            "window_size": 16,
+            "fullatt_block_indexes": [1],
+        },
+        "audio_config": _HEARING | {"n_window": 20, "output_dim": 32},
+    },
+    "qwen3_omni_moe_thinker": _ENDS
+    | {
+        "text_config": _TEXT
+        | _mrope(3, 3, 2)
+        | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+        "vision_config": _QWEN3_VISION,
+        "audio_config": _HEARING
+        | {"n_window": 50, "output_dim": 32, "n_window_infer": 100, "downsample_hidden_size": 8},
+    },
     "llava_onevision": {
         "text_config": _TEXT | {"model_type": "qwen2"},
         "vision_config": _VISION | {"model_type": "siglip_vision_model"},

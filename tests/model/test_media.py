@@ -29,6 +29,9 @@ from tutti.train.objective import Objective
 QUICKSTART = Path(__file__).parents[2] / "data" / "quickstart"
 CPU = torch.device("cpu")
 CONFIGS = {"pixtral": "mistral3"} | {name: name for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "gemma3")}
+OTHERS = {
+    "qwen2_audio": "qwen2_audio", "qwen2_5_omni": "qwen2_5_omni_thinker", "qwen3_omni": "qwen3_omni_moe_thinker",
+}  # fmt: skip
 CONFIGS |= {name: name for name in ("idefics3", "smolvlm", "internvl", "llava_onevision")}
 
 
@@ -46,14 +49,18 @@ def make_rows(counts: tuple[int, ...]) -> list[dict[str, Any]]:
 
 
 def build(family: str, processor: Any) -> tuple[Any, Any]:
-    config = copy.deepcopy(gallery.tiny(CONFIGS[family], vocab_size=len(processor.tokenizer) + 8))
-    for name in ("image_token_id", "image_token_index"):
+    config = copy.deepcopy(gallery.tiny((CONFIGS | OTHERS)[family], vocab_size=len(processor.tokenizer) + 8))
+    for kind in ("image", "video", "audio"):
+        for name in (f"{kind}_token_id", f"{kind}_token_index"):
+            if hasattr(config, name) and (ids := getattr(processor, f"{kind}_token_ids", None)) and ids[0] is not None:
+                setattr(config, name, ids[0])
+    ends = {"start": "bos", "end": "eos"}
+    for name in (f"{kind}_{end}_token_id" for kind in ("vision", "audio") for end in ends):
         if hasattr(config, name):
-            setattr(config, name, processor.image_token_ids[0])
-    for name in ("video_token_id", "audio_token_id", "vision_start_token_id", "vision_end_token_id"):
-        if hasattr(config, name):
-            token = getattr(processor.tokenizer, name, None)
-            setattr(config, name, token if token is not None else len(processor.tokenizer) + 1)
+            kind, end, *_ = name.split("_")
+            names = (name, f"{kind}_{ends[end]}_token_id")
+            token = next((token for each in names if (token := getattr(processor.tokenizer, each, None))), None)
+            setattr(config, name, len(processor.tokenizer) + 1 if token is None else token)
     torch.manual_seed(0)
     plain = AutoModelForMultimodalLM.from_config(copy.deepcopy(config), attn_implementation="eager").eval()
     packed = AutoModelForMultimodalLM.from_config(

@@ -11,14 +11,16 @@ import av
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image, ImageSequence
 
 from tests.data import recordings
-from tests.data.processors import PROCESSORS
+from tests.data.processors import PROCESSORS, make_tokenizer
 from tests.model.test_media import build
 from tests.model.test_multimodal import assert_same_gradients
 from tutti.config.load import from_dict
 from tutti.core.batch import IGNORE, Sample, pack
+from tutti.data.audio import decode_sound
 from tutti.data.encode import Encoder, make_encoder
 from tutti.data.formats import Row
 from tutti.model.multimodal import make_placing
@@ -34,6 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("recordings")
     (made / "long.mp4").write_bytes(recordings.video(20, 4))
     (made / "short.webm").write_bytes(recordings.video(7, 3, (48, 64), form="webm", codec="libvpx"))
+    (made / "long.wav").write_bytes(recordings.sound(1.7))
+    (made / "high.flac").write_bytes(recordings.sound(0.4, 48000, channels=2, form="flac", codec="flac", seed=1))
     images = [Image.fromarray(one) for one in recordings.frames(6, (40, 40))]
     images[0].save(made / "moving.webp", save_all=True, append_images=images[1:], duration=250, lossless=True)
     images[0].save(made / "still.png")
@@ -60,6 +64,12 @@ VIDEOS = {
     "an image": row(("image", "still.png")),
 }
 TWO = row(("video", "long.mp4"), ("video", "short.webm"))
+SOUNDS = {
+    "a sound": row(("audio", "long.wav")),
+    "two sounds": row(("audio", "high.flac"), ("audio", "long.wav")),
+    "text": VIDEOS["text"],
+}
+ALL = row(("audio", "high.flac"), ("image", "still.png"), ("video", "short.webm"), ("audio", "long.wav"))
 MIXED = row(("image", "still.png"), ("video", "short.webm"), ("image", "frame3.png"))
 
 
@@ -88,7 +98,13 @@ def own_inputs(processor: Any, folder: Path, chat: dict[str, Any], sample: Sampl
         if word not in MARKS.values():
             parts += [{"type": "text", "text": word}] if word else []
             continue
-        entry, frames = left[kind].pop(0), next(media).frames
+        entry, medium = left[kind].pop(0), next(media)
+        frames = medium.frames
+        if kind == "audio":
+            samples = decode_sound(str(folder / entry), 16000, None)
+            assert medium.size == samples.shape
+            parts.append({"type": "audio", "audio": samples})
+            continue
         if frames is None:
             parts.append({"type": "image", "image": Image.open(folder / entry).convert("RGB")})
             continue
@@ -99,7 +115,10 @@ def own_inputs(processor: Any, folder: Path, chat: dict[str, Any], sample: Sampl
         parts.append({"type": "video", "video": pixels[indices]})
         metadata.append({"fps": fps, "total_num_frames": len(pixels), "duration": len(pixels) / fps,
                          "frames_indices": indices})  # fmt: skip
-    options = {"video_metadata": [metadata], "do_sample_frames": False} if metadata else {}
+    options: dict[str, Any] = {"video_metadata": [metadata], "do_sample_frames": False} if metadata else {}
+    if metadata and "Omni" in type(processor).__name__:  # which does not look at the metadata
+        (only,) = metadata
+        options["fps"] = len(only["frames_indices"]) / only["total_num_frames"] * only["fps"]
     return dict(
         processor.apply_chat_template(
             [{"role": "user", "content": parts}, {**ANSWER, "content": [{"type": "text", "text": ANSWER["content"]}]}],
@@ -137,12 +156,15 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "smolvlm": ({}, [*VIDEOS.values(), TWO]),
     "internvl": ({"video_fps": 1}, [*VIDEOS.values(), MIXED]),
     "llava_onevision": ({"video_max_frames": 3}, [*VIDEOS.values(), TWO, MIXED]),
+    "qwen2_audio": ({}, [*SOUNDS.values()]),
+    "qwen2_5_omni": ({}, [*SOUNDS.values(), VIDEOS["a file"], VIDEOS["an image"], ALL]),
+    "qwen3_omni": ({"video_fps": 1}, [*SOUNDS.values(), VIDEOS["a file"], VIDEOS["an image"], ALL]),
 }
 """The limits on data, and the rows, that a family is tried with."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_videos_equal_the_family_s_own(family: str, folder: Path) -> None:
+def test_packed_recordings_equal_the_family_s_own(family: str, folder: Path) -> None:
     processor = PROCESSORS[family]()
     plain, packed = build(family, processor)
     limits, rows = FAMILIES[family]
@@ -185,6 +207,19 @@ def test_limits_on_videos_reach_the_tokens_and_the_values(folder: Path) -> None:
     assert taken(video_min_pixels=4096 * 4)[0] == 10
 
 
+def test_a_limit_on_sounds_reaches_the_tokens_and_the_values(folder: Path) -> None:
+    processor = PROCESSORS["qwen2_audio"]()
+
+    def taken(**data: Any) -> tuple[int, int]:
+        encoder = encoder_of(processor, **data)
+        (sample,) = encoded(encoder, folder, SOUNDS["a sound"])
+        heard = encoder.extras([sample], len(sample))["feature_attention_mask"].sum()
+        return int((sample.input_ids == processor.audio_token_id).sum()), int(heard)
+
+    assert taken() == (42, 170)  # 1.7 seconds of 100 frames each; about four of these make a token
+    assert taken(audio_max_seconds=0.8) == (20, 80)
+
+
 def test_a_video_of_too_many_pixels_is_refused_before_it_is_decoded(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +237,12 @@ def test_kinds_that_a_processor_does_not_take_together_or_at_all_are_bad_rows(fo
     assert "has image and video, of which SmolVLMProcessor takes one kind in a row" in reason("smolvlm", MIXED)
     assert "has video, which LlavaProcessor does not take" in reason("llava", VIDEOS["a file"])
     assert "has audio, which Qwen2VLProcessor does not take" in reason("qwen2_vl", row(("audio", "a.wav")))
+    marker = make_tokenizer("<audio>").convert_ids_to_tokens(24)  # which Voxtral takes for its own
+    voxtral = transformers.VoxtralProcessor(
+        transformers.WhisperFeatureExtractor(feature_size=8), make_tokenizer("<audio>", audio=marker)
+    )
+    (bad,) = encoder_of(voxtral)([Row(row(("audio", "long.wav")), str(folder / "rows.jsonl"), 1)])
+    assert "VoxtralProcessor cannot take its audios" in bad.reason  # type: ignore[union-attr]
     assert "set data.video_max_frames, of which every video" in reason("llava_onevision", VIDEOS["a file"])
 
 

@@ -16,6 +16,7 @@ from tutti.config import Config
 
 TABLES: dict[str, tuple[str, str, dict[str, str]]] = {
     "video": ("qwen2_5_vl", "video.jsonl", {"user": "<video>What is this?", "assistant": "{caption}"}),
+    "audio": ("qwen2_audio", "audio.jsonl", {"user": "<audio>", "assistant": "{answer}"}),
 }
 """The family, the table and the template of its rows, by kind of media."""
 

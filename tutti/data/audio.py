@@ -52,6 +52,6 @@ def decode_sound(source: Source, rate: int, max_seconds: float | None) -> np.nda
         raise RowError(f"{name_of(source)} is a sound of no samples")
     if length > most and max_seconds is None:
         raise RowError(
-            f"{name_of(source)} is longer than {MAX_AUDIO_SECONDS // 3600} hours: set data.audio_max_seconds"
+            f"{name_of(source)} is longer than {MAX_AUDIO_SECONDS / 3600:g} hours: set data.audio_max_seconds"
         )
     return np.concatenate(pieces)[:most]

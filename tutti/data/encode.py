@@ -49,7 +49,7 @@ _HALVES = re.compile("[\ud800-\udfff]")
 class Encoder:
     """Turns rows into samples; picklable. Made by `make_encoder`.
 
-    media: the processor of a model that takes images; media_root, row_template: data.media_root and
+    media: the processor of a model that takes media; media_root, row_template: data.media_root and
     data.row_template.
     mends: whether halves of surrogate pairs, which are no characters, become U+FFFD; if not, the row is a bad one.
     notes: what rows so far had that does not get to the model: how many of them, by what it is.
@@ -235,7 +235,7 @@ def make_encoder(
     """The encoder for data.data_type. `tokenizer`: with its chat template set, for conversations. `vocab_size`: rows of
     the model's embedding.
 
-    `num_labels`, `label_names`: the classes, for classification. `processor`: of a model that takes images.
+    `num_labels`, `label_names`: the classes, for classification. `processor`: of a model that takes media.
     ValueError if tokenizer and model can't fit.
     """
     data, kind = config.data, config.data.task.rows

@@ -219,7 +219,13 @@ class MediaProcessor:
             raise RowError(
                 f"{self.name} replaces {len(offsets)} of {len(media)} placeholders: it cannot be trained with"
             )
-        return {**found, "text_replacement_offsets": offsets}
+        made = {**found, "text_replacement_offsets": offsets}
+        if (seconds := made.get("video_second_per_grid")) is not None:
+            # These processors take it from an argument that is one for all videos, and else for a constant.
+            patch = self.processor.video_processor.temporal_patch_size
+            rates = [len(one.indices) / one.total * one.fps for one in (medium.frames for medium in media) if one]
+            made["video_second_per_grid"] = torch.tensor([patch / rate for rate in rates]).to(seconds)
+        return made
 
     def _layout(self, kind: str) -> _Layout:
         """What the processor makes of this kind of media."""

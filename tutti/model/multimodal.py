@@ -39,7 +39,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tutti.attention.interface import border_kwargs
 from tutti.config import ConfigError, TrainConfig
 from tutti.config.layout import Layout
-from tutti.core.batch import Batch, FullTokens
+from tutti.core.batch import ALONG_TOKENS, Batch, FullTokens
 from tutti.core.collectives import RankGroup
 from tutti.core.compat import tree_leaves
 from tutti.core.structure import ModelStructure
@@ -106,6 +106,7 @@ class MultimodalForward:
         language = set(structure.text_model.modules())
         self._beside = [part for part in structure.decoder.modules() if part not in language]
         self._name = structure.name
+        self._taken = set(inspect.signature(structure.decoder.forward).parameters)
         self._batch: Batch | None = None
         self._given: dict[str, Any] | None = None
         self._text = text = cast(Any, structure.text_model)
@@ -130,7 +131,9 @@ class MultimodalForward:
         return stage.run(self._text, inputs | border_kwargs(batch) | options, received)
 
     def _run_outer(self, batch: Batch, options: dict[str, Any]) -> Any:
-        row, inputs = _row(batch), dict(batch.extras)
+        # Types of tokens that the family does not ask for, only its processor makes, would reach the language model.
+        row = _row(batch)
+        inputs = {key: value for key, value in batch.extras.items() if key in self._taken or key not in ALONG_TOKENS}
         if batch.sequence is not None:
             inputs = encode_apart(self._decoder, inputs, encoders(batch.sequence.ranks, self._tensor))
         kwargs = inputs | {"input_ids": row.input_ids[None], "use_cache": False}

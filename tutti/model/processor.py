@@ -31,7 +31,7 @@ def build_processor(config: Config, tokenizer: PreTrainedTokenizerBase) -> Any:
             processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # processors fail in many ways, such as for a package that is missing
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            log.warning("the processor in %s cannot be used, so that rows with images are refused: %s", folder, line)
+            log.warning("the processor in %s cannot be used, so that rows with media are refused: %s", folder, line)
             return None
         if not isinstance(processor, ProcessorMixin):
             return None

@@ -88,7 +88,7 @@ class PlacedModel:
 
 
 class Inputs(NamedTuple):
-    """The means of turning rows into inputs of the model. processor: of one that takes images, where its folder has
+    """The means of turning rows into inputs of the model. processor: of one that takes media, where its folder has
     one."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -165,13 +165,13 @@ def tokenizer_and_model(config: Config, device: torch.device) -> tuple[PreTraine
 
 
 def _leave_towers(model: PreTrainedModel) -> None:
-    """Freeze what encodes images: the data has none, and weight decay would wear away what is never used."""
+    """Freeze what encodes media: the data has none, and weight decay would wear away what is never used."""
     left = [tower for tower in towers(model) if any(item.requires_grad for item in tower.parameters())]
     for tower in left:
         tower.requires_grad_(False)
     if left:
         names = ", ".join(type(tower).__name__ for tower in left)
-        log.info("%s: stays as it is, since the data has no images", names)
+        log.info("%s: stays as it is, since the data has no media", names)
 
 
 def open_data(config: Config, inputs: Inputs, model: PreTrainedModel, world: World, dp_rank: int, dp_size: int) -> Data:
