@@ -76,6 +76,8 @@ _PLACES = {
     "no_tie_weights": "transformers.initialization:no_tie_weights",
     "rename_source_key": "transformers.core_model_loading:rename_source_key",
     "str_to_torch_dtype": "transformers.modeling_utils:str_to_torch_dtype",
+    # transformers: videos as processors take them
+    "VideoMetadata": "transformers.video_utils:VideoMetadata",
     # transformers: chat templates, and a layer that is a linear one transposed
     "Conv1D": "transformers.pytorch_utils:Conv1D",
     "compile_jinja_template": "transformers.utils.chat_template_utils:_compile_jinja_template",

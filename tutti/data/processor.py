@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers.video_utils import VideoMetadata
 
 from tutti.config import DataConfig
 from tutti.core.batch import Frames, Media, Sample
+from tutti.core.compat import VideoMetadata
 from tutti.data.audio import decode_sound, load_sound
 from tutti.data.media import MediaFolder, load_image, measure_image, reference, resized
 from tutti.data.rows import KINDS, RowError
