@@ -305,7 +305,6 @@ def test_defaults_that_follow_others() -> None:
 @pytest.mark.parametrize(
     ("override", "part"),
     [
-        ("model.attn_implementation=native-sparse", "Native Sparse Attention"),
         ("model.decoders.image.model_path=x", "omni models"),
     ],
 )

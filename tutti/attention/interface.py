@@ -7,6 +7,7 @@ its samples above all. Attention stays within a sample, by one of these:
 - On CUDA, one variable-length kernel (`tutti.attention.varlen`): that of the flash-attn packages where
   `model.attn_implementation` asks for one that is installed, else torch's.
 - Elsewhere, and for what that kernel does not know, tiles of matrix products (`tutti.attention.packed_cpu`).
+- Where layers have `native_sparse` parameters, by these (`tutti.attention.sparse`).
 - Where a model's mask is more than causal or a sliding window (Gemma 3, where the tokens of an image see one another),
   torch's attention over the batch as a whole, with the mask cut at the samples' borders.
 
@@ -33,6 +34,8 @@ from transformers import AttentionInterface, PreTrainedConfig
 
 from tutti.attention.packed_cpu import packed_attention
 from tutti.attention.ring import ring_attention
+from tutti.attention.sparse import NAME as SPARSE
+from tutti.attention.sparse import NativeSparse
 from tutti.attention.spec import AttentionSpec
 from tutti.attention.ulysses import heads_to_tokens, own_heads, tokens_to_heads
 from tutti.attention.varlen import PACKAGES, fits, fits_package, load_package, package_attention, varlen_attention
@@ -173,10 +176,20 @@ def packed_forward(
     sinks = kwargs.get("s_aux")
     heads = (query.squeeze(0), key.squeeze(0), value.squeeze(0))
     whole: GlobalSequence | None = kwargs.get("whole")
+    sparse: NativeSparse | None = getattr(module, SPARSE, None)
+    if sparse is not None:
+        if attention_mask is not None or sinks is not None or spec != AttentionSpec(spec.scale):
+            raise ValueError("native-sparse attention is causal, without windows, soft-capping, sinks or a mask")
+        # Gates go where the queries go.
+        heads = (torch.cat([heads[0], sparse.take_gates().to(query.dtype)], -1), *heads[1:])
     if whole is not None:
         heads = tokens_to_heads(*heads, whole.ranks, extras(module).early_values)
         sinks = own_heads(sinks, whole.ranks)
-    if whole is not None and whole.ranks.context_size > 1:
+    if sparse is not None:
+        both, keys, values = heads
+        rows, gates = both.split([query.shape[-1], 3], -1)
+        out = sparse(rows, keys, values, gates, kwargs.get("borders", kwargs["cu_seq_lens_q"]), spec.scale)
+    elif whole is not None and whole.ranks.context_size > 1:
         assert attention_mask is None, "the ring was given a mask"
         out = ring_attention(*heads, whole.borders, spec, sinks, whole.ranks.context_group)
     elif attention_mask is not None:

@@ -30,6 +30,8 @@ from transformers import AttentionInterface
 
 from tutti.attention.interface import packed_forward, packed_mask, spec_of
 from tutti.attention.packed_cpu import probabilities
+from tutti.attention.sparse import NAME as SPARSE
+from tutti.attention.sparse import NativeSparse
 from tutti.attention.spec import AttentionSpec
 from tutti.core.compat import AttentionMaskInterface
 
@@ -59,6 +61,7 @@ class KVCache:
         self._new: list[int] = []
         self._places = torch.empty(0, dtype=torch.int64, device=device)
         self._hidden: dict[tuple[int, int], Tensor] = {}
+        self._compressed: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     @property
     def places(self) -> int:
@@ -117,6 +120,9 @@ class KVCache:
         self._capacity = min(self._capacity, max(self._sizes, default=0))
         if not rows:
             self._layers = {}
+        self._compressed = {
+            layer: [parts[row] for row in rows if row < len(parts)] for layer, parts in self._compressed.items()
+        }
         self._layers = {
             layer: tuple(part[:, :, : self._capacity].index_select(0, index) for part in parts)  # type: ignore[misc]
             for layer, parts in self._layers.items()
@@ -161,6 +167,25 @@ class KVCache:
             spec,
         )
         return torch.bmm(weights[..., :longest], values[:, :, :longest].flatten(0, 1)).view(num_rows, heads, -1)
+
+    def attend_sparsely(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, sparse: NativeSparse, scale: float
+    ) -> Tensor:
+        """As `attend`, by native sparse attention; row after row, since each selects its own tokens."""
+        keys, values = self._layers[layer]
+        rows = torch.arange(len(self.lengths), device=self._device)
+        keys[rows, :, self._places] = key.transpose(0, 1)
+        values[rows, :, self._places] = value.transpose(0, 1)
+        gates = sparse.take_gates()
+        compressed = self._compressed.setdefault(layer, [])
+        outs = []
+        for row, length in enumerate(self.lengths):
+            held = keys[row, :, :length], values[row, :, :length]
+            if row == len(compressed):
+                compressed.append(sparse.compress(*held))
+            compressed[row] = sparse.compress_new(*held, *compressed[row])
+            outs.append(sparse.attend_last(query[:, row : row + 1], *held, *compressed[row], gates[:, row], scale))
+        return torch.stack(outs)
 
     def _bias(self, longest: int, kv_heads: int, spec: AttentionSpec, like: Tensor) -> Tensor:
         """0 where a row's token may look and -inf elsewhere, [B * K, 1, longest]; made once a pass."""
@@ -209,4 +234,7 @@ def _cached_forward(
         cache.store(layer, key[0], value[0])
         return packed_forward(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     spec = spec_of(module, query, scaling, kwargs)
+    sparse: NativeSparse | None = getattr(module, SPARSE, None)
+    if sparse is not None:
+        return cache.attend_sparsely(layer, query[0], key[0], value[0], sparse, spec.scale)[None], None
     return cache.attend(layer, query[0], key[0], value[0], spec, kwargs.get("s_aux"))[None], None

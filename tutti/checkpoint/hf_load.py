@@ -27,6 +27,7 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tutti.attention.sparse import NAME as SPARSE
 from tutti.checkpoint.hf_files import Checkpoint
 from tutti.core.compat import (
     Concatenate,
@@ -121,7 +122,7 @@ def load_opened(
                 _settle(targets[name], part, name, filled, conflicts)
     world.run_on_all_ranks(lambda: _refuse_conflicts(conflicts, path))
     if fresh:
-        log.info("%s has no %s: initialised at random", path, ", ".join(sorted(fresh)))
+        log.info("%s has no %s: initialised at random", path, _listed(sorted(fresh)))
         fill_by_rules(model, fresh & set(targets), seed)
 
 
@@ -285,7 +286,8 @@ def _plan(model: PreTrainedModel, source: Mapping[str, Tensor]) -> _Plan:
 
 
 def _check(model: PreTrainedModel, plan: _Plan, path: str | Path) -> set[str]:
-    """The names that are rightly missing (a classifier's new head); ValueError if anything else does not fit."""
+    """The names that are rightly missing (a classifier's new head, what native sparse attention adds to a model);
+    ValueError if anything else does not fit."""
     targets = _tensors(model)
     given = {name: spec for group in plan.groups for name, spec in group.targets}
     satisfied = {id(targets[name]) for name in given}
@@ -294,6 +296,9 @@ def _check(model: PreTrainedModel, plan: _Plan, path: str | Path) -> set[str]:
     fresh = {
         name for name in missing if is_classifier(model) and any(targets[name] is t for t in head(model).parameters())
     }
+    added = {name for name in targets if f".{SPARSE}." in name}
+    if added <= missing:  # all or none of it: a part that is missing has been lost
+        fresh |= added
     unexpected = _without(plan.unexpected, _old_buffers(model) | set(model._keys_to_ignore_on_load_unexpected or ()))
     if is_classifier(model) and unexpected:
         unexpected -= _causal_names(model)

@@ -58,7 +58,8 @@ class ModelConfig:
     )
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "native-sparse"] = arg(
         "flash_attention_2",
-        "Attention kernel; flash falls back to torch's variable-length attention on CUDA, to packed sdpa on a CPU.",
+        "Attention kernel; flash falls back to torch's variable-length attention on CUDA, to packed sdpa on a CPU. "
+        "native-sparse (arXiv 2502.11089) gives each layer parameters of its own.",
     )
     moe_implementation: Literal["eager", "fused"] | None = arg(
         None,

@@ -16,7 +16,6 @@ NOT_YET: dict[str, str] = {
     "model.input_encoder": "omni models",
     "model.output_encoder": "omni models",
     "model.encode_target": "omni models",
-    "model.attn_implementation=native-sparse": "Native Sparse Attention",
 }
 """Arguments (refused when away from their default) or `argument=value` (that one value is refused), and what they
 belong to. Whoever brings the machinery deletes the row."""
@@ -62,6 +61,11 @@ def contradictions(config: Config) -> list[str]:
         problems.append(
             "train.async_enabled: an exchange that is under way cannot cross compiled code; leave it false, or set "
             "train.enable_compile to false"
+        )
+    if config.model.attn_implementation == "native-sparse" and train.architecture == "lora":
+        problems.append(
+            "model.attn_implementation: native-sparse gives a model new parameters, which adapters would leave as they "
+            "are drawn; train it in full first, and then leave this at its default: the model's config.json names it"
         )
     if train.lora_base_dtype != "compute" and train.architecture != "lora":
         problems.append(

@@ -47,6 +47,7 @@ from tutti.model.omni import OmniModel
 from tutti.model.omni_config import is_composed
 from tutti.model.omni_processor import add_placeholder, write_markers
 from tutti.model.processor import build_processor
+from tutti.model.sparse import is_sparse
 from tutti.model.structure import blocks, num_params, read_structure, towers
 from tutti.model.tokenizer import build_tokenizer, end_ids, set_chat_template
 
@@ -192,6 +193,10 @@ def _build(
         if lora is not None:
             add_adapters(model, lora, model.dtype)
     if needs_generate(model):
+        if is_sparse(model.config):
+            raise ValueError(
+                "infer.model_path: native-sparse attention runs in models that Tutti generates with itself"
+            )
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     else:
         model.set_attn_implementation(attention_by_part(model.config, register()))

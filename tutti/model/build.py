@@ -38,6 +38,7 @@ from tutti.model.experts import resolve_experts
 from tutti.model.omni import OmniModel, compose, name_sources
 from tutti.model.omni_config import OmniConfig, is_composed
 from tutti.model.omni_processor import placeholder_id
+from tutti.model.sparse import add_sparse_attention, is_sparse, take_sparse_sizes
 from tutti.model.structure import experts, text_model
 from tutti.model.tokenizer import first_line, local_path
 
@@ -110,7 +111,9 @@ def build_model(
     if type(language_config(model_config)) not in model_mapping(factory):
         kind = "sequence classifier" if classify else "causal language model"
         raise ValueError(f"model.config_path: transformers has no {kind} for model_type {model_config.model_type}")
-    attention = resolve_attention(config.model.attn_implementation, device)
+    take_sparse_sizes(model_config, config.model.attn_implementation)
+    requested = "native-sparse" if is_sparse(model_config) else config.model.attn_implementation
+    attention = resolve_attention(requested, device)
     options: dict[str, Any] = {
         "dtype": dtype,
         "attn_implementation": attention_by_part(model_config, attention),
@@ -121,6 +124,7 @@ def build_model(
             model = OmniModel._from_config(model_config, **options)
         else:
             model = factory.from_config(model_config, **options, trust_remote_code=False)
+    add_sparse_attention(model)
     if composed:
         name_sources(model, config.model)
     if config.model.moe_implementation is not None and not experts(model):

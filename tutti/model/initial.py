@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from tutti.attention.sparse import NativeSparse
 from tutti.core.compat import (
     DtensorShardOperation,
     StridedShard,
@@ -33,6 +34,7 @@ from tutti.core.compat import (
     truncated_normals_seen,
 )
 from tutti.core.tensors import local_part, seed_of
+from tutti.model.sparse import add_sparse_attention
 from tutti.model.structure import ADAPTER_MARK, model_class
 
 
@@ -127,7 +129,9 @@ def fill_by_rules(model: PreTrainedModel, names: set[str], seed: int) -> None:
 def _twin(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the model without storage, undivided and untied."""
     with torch.device("meta"), no_tie_weights():
-        return model_class(model)._from_config(copy.deepcopy(model.config), dtype=torch.float32)
+        twin: PreTrainedModel = model_class(model)._from_config(copy.deepcopy(model.config), dtype=torch.float32)
+    add_sparse_attention(twin)
+    return twin
 
 
 Rule = Callable[[nn.Module], None]
@@ -211,8 +215,13 @@ def _below(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _rules(model: PreTrainedModel) -> Iterator[tuple[str, Rule]]:
-    """Each module's path and the rule that holds for it: the one of the innermost pretrained model around it."""
+    """Each module's path and the rule that holds for it: the one of the innermost pretrained model around it, or of
+    what has been added to its layers."""
     found: dict[str, Rule] = {}
     for path, module in model.named_modules():
-        found[path] = module._init_weights if isinstance(module, PreTrainedModel) else found[path.rpartition(".")[0]]
+        found[path] = (
+            module._init_weights
+            if isinstance(module, (PreTrainedModel, NativeSparse))
+            else found[path.rpartition(".")[0]]
+        )
         yield path, found[path]

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from tutti.attention.sparse import NAME as SPARSE
+from tutti.attention.sparse import SparseSizes
 from tutti.core.compat import get_model_conversion_mapping
 from tutti.core.structure import LogitTransform, ModelStructure
 from tutti.model.quantized import num_weights
@@ -406,6 +408,11 @@ def _pair_flops(config: PreTrainedConfig) -> list[tuple[float, int]]:
     values = getattr(config, "v_head_dim", None) or width
     flops = 6.0 * heads * ((keys or width) + values)
     window = getattr(config, "sliding_window", None) or 0
+    entry = getattr(config, SPARSE, None)
+    if entry is not None:
+        sizes = SparseSizes.read(entry)
+        branches = [(flops / sizes.stride, 0), (flops, sizes.reach), (flops, sizes.window)]
+        return branches * config.num_hidden_layers
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         return [(flops, window)] * config.num_hidden_layers

@@ -43,6 +43,7 @@ from tutti.model.omni_config import is_composed
 from tutti.model.omni_processor import add_placeholder, write_markers
 from tutti.model.processor import build_processor
 from tutti.model.quantized import hold_quantized
+from tutti.model.sparse import check_sparse
 from tutti.model.stage_trace import trace_stages
 from tutti.model.stages import cut_into_stages
 from tutti.model.structure import freeze_parts, num_params, read_structure, towers
@@ -217,6 +218,7 @@ def inspect_model(config: Config, layout: Layout, model: PreTrainedModel) -> Mod
     check_packable(model)
     structure = read_structure(model, config.model.basic_modules)
     check_multimodal(structure, layout, config.train)
+    check_sparse(structure, layout)
     fit(config, layout.world, read_facts(structure, layout))
     return structure
 

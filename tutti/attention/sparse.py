@@ -1,0 +1,484 @@
+"""Native Sparse Attention (arXiv 2502.11089) within the samples of a packed batch.
+
+Each query looks at the tokens before it in three ways, and learned gates add up what they give:
+
+- *compressed*: keys and values of overlapping blocks of `block` tokens, each block made into one by a learned network.
+- *selected*: the tokens of the `selected` blocks of `selected_block` tokens that the compressed keys score highest, for
+  all query heads of a key/value head together; the first block, the query's own and the one before are always among
+  them.
+- *sliding*: the last `window` tokens.
+
+Up to selected * selected_block tokens a sample's selected branch sees everything, and runs as ordinary attention.
+
+The work of the selected branch is arranged by key blocks: the queries that selected a block are gathered and
+multiplied with its keys at once, which makes matrix products of some hundred rows out of single rows. Each pass takes a
+part of the queries at a time, so that the scores stay in the caches; the backward pass computes them anew from the
+saved log-sum-exp. The same code runs on every device.
+
+Shapes: T tokens of a batch, n of a sample, H query heads, K key/value heads, G = H / K, D head dimension, E value
+dimension, M compressed blocks, B blocks to select from, S selected ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from tutti.attention.packed_cpu import packed_attention
+from tutti.attention.spec import AttentionSpec
+
+NAME = "native_sparse"
+"""The attribute of an attention layer that holds its `NativeSparse`, and the key of a model's config with its sizes."""
+
+_QUERIES = 2048
+"""Queries of a sample that are worked on at a time."""
+
+
+class SparseSizes(NamedTuple):
+    """Sizes in tokens; `selected` in blocks. The defaults are the paper's."""
+
+    block: int = 32
+    stride: int = 16
+    selected_block: int = 64
+    selected: int = 16
+    window: int = 512
+
+    @classmethod
+    def read(cls, entry: Mapping[str, Any]) -> SparseSizes:
+        """The sizes in the `native_sparse` of a model's config; ValueError for what can't be."""
+        unknown = sorted(set(entry) - set(cls._fields))
+        wrong = [name for name, value in entry.items() if not isinstance(value, int) or value < 1]
+        if unknown or wrong:
+            known = ", ".join(cls._fields)
+            raise ValueError(f"config.json: {NAME}: {', '.join(unknown or wrong)}: give positive numbers for {known}")
+        sizes = cls(**entry)
+        if sizes.block % sizes.stride or sizes.selected_block % sizes.stride or sizes.selected < 3:
+            raise ValueError(
+                f"config.json: {NAME}: stride has to divide block and selected_block, and selected has to be at least 3"
+            )
+        return sizes
+
+    def num_compressed(self, length: int) -> int:
+        """The number of whole blocks of a sample, M."""
+        return max(0, (length - self.block) // self.stride + 1)
+
+    @property
+    def reach(self) -> int:
+        """The length up to which the selected branch sees all of a sample."""
+        return self.selected * self.selected_block
+
+
+class NativeSparse(nn.Module):
+    """The parameters that native sparse attention adds to one attention layer, and its kernel.
+
+    gate: from the layer's input to three numbers in (0, 1) a head. The networks of keys and of values make a block into
+    its mean plus a learned change, which is 0 at first; each gate starts near 1/3, so that a fresh layer averages
+    attention of three kinds.
+    """
+
+    def __init__(self, hidden: int, num_heads: int, width: int, value_width: int, sizes: SparseSizes, std: float):
+        super().__init__()
+        self.sizes, self.std = sizes, std
+        self.gate = nn.Linear(hidden, 3 * num_heads)
+        self.keys = _Compress(sizes.block, width)
+        self.values = _Compress(sizes.block, value_width)
+        self._gates: Tensor | None = None
+
+    def watch(self, layer: nn.Module) -> None:
+        """Read the gates off the input of `layer`, whose attention this is, each time that it runs."""
+        layer.register_forward_pre_hook(self._read_input, with_kwargs=True)
+
+    def _read_input(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self._gates = torch.sigmoid(self.gate(hidden)[0]).view(hidden.shape[1], -1, 3).transpose(0, 1)
+
+    def take_gates(self) -> Tensor:
+        """The gates of the layer's present input [H, T, 3]."""
+        gates, self._gates = self._gates, None
+        assert gates is not None, "the attention layer ran without its input being seen"
+        return gates
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Set the values that a fresh layer starts with, as transformers' classes do for their modules."""
+        if isinstance(module, _Compress):
+            nn.init.zeros_(module.position)
+            nn.init.normal_(module.up.weight, std=self.std)
+            nn.init.zeros_(module.down.weight)
+        elif module is self:
+            nn.init.normal_(self.gate.weight, std=self.std)
+            nn.init.constant_(self.gate.bias, -math.log(2.0))
+
+    @torch.compiler.disable  # sizes depend on what is selected
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, gates: Tensor, borders: Tensor, scale: float
+    ) -> Tensor:
+        """Attention within the samples that begin and end at `borders` (on the host).
+
+        query [H, T, D], key [K, T, D], value [K, T, E], gates [H, T, 3] -> [T, H, E].
+        """
+        sizes, places = self.sizes, borders.tolist()
+        sliding = packed_attention(query, key, value, borders, AttentionSpec(scale, window=sizes.window))
+        short = _short_samples(places, sizes.reach)
+        dense = _dense(query, key, value, short, scale) if short else None
+        parts, taken = [], 0
+        for begin, end in pairwise(places):
+            heads = (query[:, begin:end], key[:, begin:end], value[:, begin:end])
+            blocks = self.compress(*heads[1:])
+            compressed, chosen = attend_compressed(heads[0], *blocks, end - begin, sizes, scale)
+            if end - begin <= sizes.reach:
+                assert dense is not None
+                selected, taken = dense[taken : taken + end - begin], taken + end - begin
+            else:
+                selected = selected_attention(*heads, chosen, sizes.selected_block, scale).transpose(0, 1)
+            parts.append((compressed.transpose(0, 1), selected))
+        branches = (torch.cat(part) for part in zip(*parts, strict=True))
+        weights = gates.transpose(0, 1)[..., None].unbind(2)
+        return sum(weight * out for weight, out in zip(weights, (*branches, sliding), strict=True))  # type: ignore[return-value]
+
+    def compress(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The compressed keys [K, M, D] and values [K, M, E] of one sample's."""
+        return self.keys(key, self.sizes), self.values(value, self.sizes)
+
+    def compress_new(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The compressed keys and values of a sample that has grown since it had `keys` and `values`."""
+        count = self.sizes.num_compressed(key.shape[1])
+        if keys.shape[1] == count:
+            return keys, values
+        start = keys.shape[1] * self.sizes.stride
+        new = self.compress(key[:, start:], value[:, start:])
+        return torch.cat([keys, new[0]], 1), torch.cat([values, new[1]], 1)
+
+    def attend_last(
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, gates: Tensor, scale: float
+    ) -> Tensor:
+        """Attention of a sample's last token, query [H, 1, D], to all of it: gates [H, 3] -> [H, E].
+
+        keys, values: the compressed ones.
+        """
+        sizes, length = self.sizes, key.shape[1]
+        compressed, chosen = attend_compressed(query, keys, values, length, sizes, scale, first=length - 1)
+        places = chosen[:, 0, :, None] * sizes.selected_block + torch.arange(sizes.selected_block, device=query.device)
+        places = places.flatten(1)  # those of a slot that is empty are negative
+        hidden = (places < 0) | (places >= length)
+        index = places.clamp(0, length - 1)[..., None]
+        selected = _attend_one(
+            query,
+            key.gather(1, index.expand(-1, -1, key.shape[2])),
+            value.gather(1, index.expand(-1, -1, value.shape[2])),
+            hidden,
+            scale,
+        )
+        latest = slice(max(0, length - sizes.window), length)
+        sliding = _attend_one(query, key[:, latest], value[:, latest], None, scale)
+        branches = torch.stack([compressed[:, 0], selected, sliding], -1)
+        return (branches * gates[:, None].to(branches.dtype)).sum(-1)
+
+
+class _Compress(nn.Module):
+    """A network from the keys or values of a block, with its own embedding of the places in it, to a single one."""
+
+    def __init__(self, block: int, width: int):
+        super().__init__()
+        self.position = nn.Parameter(torch.empty(block, width))
+        self.up = nn.Linear(block * width, width, bias=False)
+        self.down = nn.Linear(width, width, bias=False)
+
+    def forward(self, tokens: Tensor, sizes: SparseSizes) -> Tensor:
+        """[K, n, D] -> [K, M, D]."""
+        if tokens.shape[1] < sizes.block:
+            # Parameters have a gradient in every pass, which ranks that wait for one another rely on.
+            used = sum(parameter.sum() for parameter in self.parameters())
+            return (tokens[:, :0] + 0.0 * used).to(tokens.dtype)
+        blocks = tokens.unfold(1, sizes.block, sizes.stride).transpose(2, 3) + self.position
+        change: Tensor = self.down(nn.functional.gelu(self.up(blocks.flatten(2))))
+        return blocks.mean(2) + change
+
+
+def attend_compressed(
+    query: Tensor, keys: Tensor, values: Tensor, length: int, sizes: SparseSizes, scale: float, first: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Attention of one sample to its compressed `keys` [K, M, D] and `values` [K, M, E], and what it selects.
+
+    query [H, m, D] of the tokens from place `first` on -> [H, m, E], and blocks [K, m, S], where -1 stands for none.
+    """
+    return _Compressed.apply(query, keys, values, length, sizes, scale, first)
+
+
+class _Compressed(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: FunctionCtx,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        length: int,
+        sizes: SparseSizes,
+        scale: float,
+        first: int,
+    ) -> tuple[Tensor, Tensor]:
+        heads, count, _ = query.shape
+        kv_heads = keys.shape[0]
+        out = query.new_zeros(heads, count, values.shape[2])
+        num_blocks = -(-length // sizes.selected_block)
+        chosen = torch.empty(kv_heads, count, min(sizes.selected, num_blocks), dtype=torch.int64, device=query.device)
+        for start, stop, seen in _compressed_tiles(count, first, sizes):
+            rows, places = query[:, start:stop], torch.arange(first + start, first + stop, device=query.device)
+            weights = _compressed_weights(rows, keys[:, :seen], places, sizes, scale)
+            if seen:
+                out[:, start:stop] = (weights.to(values.dtype) @ values[:, :seen]).view(heads, stop - start, -1)
+            by_kv_head = weights.view(kv_heads, heads // kv_heads, stop - start, seen).sum(1)
+            chosen[:, start:stop] = _select(by_kv_head, places, num_blocks, sizes)
+        ctx.save_for_backward(query, keys, values)
+        ctx.fixed = (sizes, scale, first)  # type: ignore[attr-defined]
+        ctx.mark_non_differentiable(chosen)
+        return out, chosen
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, keys, values = ctx.saved_tensors
+        sizes, scale, first = ctx.fixed
+        kv_heads = keys.shape[0]
+        grads = torch.zeros_like(query), keys.new_zeros(keys.shape), values.new_zeros(values.shape)
+        for start, stop, seen in _compressed_tiles(query.shape[1], first, sizes):
+            if not seen:
+                continue
+            rows, places = query[:, start:stop], torch.arange(first + start, first + stop, device=query.device)
+            weights = _compressed_weights(rows, keys[:, :seen], places, sizes, scale)
+            coming = grad[:, start:stop].reshape(kv_heads, -1, grad.shape[-1])
+            change = coming @ values[:, :seen].transpose(1, 2)
+            change = weights * (change - (weights * change).sum(-1, keepdim=True)) * scale
+            change = change.to(query.dtype)
+            grads[0][:, start:stop] = (change @ keys[:, :seen]).view(rows.shape)
+            grads[1][:, :seen] += change.transpose(1, 2) @ rows.reshape(kv_heads, -1, rows.shape[-1])
+            grads[2][:, :seen] += weights.to(grad.dtype).transpose(1, 2) @ coming
+        return *grads, None, None, None, None
+
+
+def _compressed_tiles(count: int, first: int, sizes: SparseSizes) -> Iterator[tuple[int, int, int]]:
+    """Parts of the queries at places `first` and on: (start, stop, number of compressed blocks that the last sees)."""
+    for start in range(0, count, _QUERIES // 4):
+        stop = min(start + _QUERIES // 4, count)
+        yield start, stop, sizes.num_compressed(first + stop)
+
+
+def _compressed_weights(rows: Tensor, keys: Tensor, places: Tensor, sizes: SparseSizes, scale: float) -> Tensor:
+    """The softmax of queries at `places` over compressed keys that end by then, 0 where there are none.
+
+    rows [H, m, D], keys [K, M, D] -> [K, G * m, M], fp32.
+    """
+    (kv_heads, seen), groups = keys.shape[:2], rows.shape[0] // keys.shape[0]
+    scores = (rows.reshape(kv_heads, -1, rows.shape[-1]) @ keys.transpose(1, 2)).float().mul_(scale)
+    last = torch.div(places - sizes.block + 1, sizes.stride, rounding_mode="floor")
+    hidden = torch.arange(seen, device=rows.device) > last[:, None]
+    scores.view(kv_heads, groups, len(places), seen).masked_fill_(hidden, -torch.inf)
+    weights = torch.softmax(scores, -1)
+    # A query before the end of the first block sees none: its softmax is 0 / 0.
+    return weights.nan_to_num_(0.0) if int(last[0]) < 0 else weights
+
+
+def _select(weights: Tensor, places: Tensor, num_blocks: int, sizes: SparseSizes) -> Tensor:
+    """The blocks that the weights [K, m, M] of compressed ones select: [K, m, S], -1 where there are fewer.
+
+    A block's score is the weight of all compressed ones times the number of strides that they have within it.
+    """
+    kv_heads, count, seen = weights.shape
+    within, per_block = sizes.block // sizes.stride, sizes.selected_block // sizes.stride
+    strides = weights.new_zeros(kv_heads, count, num_blocks * per_block)
+    for shift in range(within):
+        kept = min(seen, strides.shape[2] - shift)
+        strides[..., shift : shift + kept] += weights[..., :kept]
+    scores = strides.view(kv_heads, count, num_blocks, per_block).sum(-1)
+    own = (places // sizes.selected_block)[:, None]
+    blocks = torch.arange(num_blocks, device=weights.device)
+    scores.masked_fill_((blocks == 0) | (blocks == own) | (blocks == own - 1), torch.inf)
+    scores.masked_fill_(blocks > own, -torch.inf)
+    found, chosen = scores.topk(min(sizes.selected, num_blocks), -1)
+    return chosen.masked_fill_(found == -torch.inf, -1)
+
+
+def _attend_one(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, scale: float) -> Tensor:
+    """Attention of one query a head, [H, 1, D], to key [K, m, D] and value [K, m, E] but for what is hidden [K, m]:
+    [H, E]."""
+    grouped = query.view(key.shape[0], -1, query.shape[-1])
+    scores = (grouped @ key.transpose(1, 2)).float() * scale
+    if hidden is not None:
+        scores.masked_fill_(hidden[:, None], -torch.inf)
+    return (torch.softmax(scores, -1).to(value.dtype) @ value).flatten(0, 1)
+
+
+def selected_attention(query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, block: int, scale: float) -> Tensor:
+    """Attention of each query of one sample to the tokens up to its own of the blocks that its row in `chosen` names.
+
+    query [H, n, D], key [K, n, D], value [K, n, E], chosen [K, n, S] with the query's own block among them, -1 for none
+    -> [H, n, E].
+    """
+    return _Selected.apply(query, key, value, chosen, block, scale)  # type: ignore[no-any-return]
+
+
+class _Pairs(NamedTuple):
+    """The pairs of some queries of one key/value head and their selected blocks, in the blocks' order.
+
+    rows: the query of each pair. places: the pair of each query and slot, which is the number of pairs where there is
+    none. ranges: of the pairs of each block (block, begin, end).
+    """
+
+    rows: Tensor
+    places: Tensor
+    ranges: list[tuple[int, int, int]]
+
+    @classmethod
+    def of(cls, chosen: Tensor) -> _Pairs:
+        """From the blocks [m, S] that each query selects."""
+        flat = chosen.flatten()
+        order = torch.argsort(flat, stable=True)
+        counts = torch.bincount(flat + 1).tolist()
+        order = order[counts[0] :]
+        places = torch.full_like(flat, len(order))
+        places[order] = torch.arange(len(order), device=flat.device)
+        ranges, end = [], 0
+        for number, count in enumerate(counts[1:]):
+            if count:
+                ranges.append((number, end, end + count))
+                end += count
+        return cls(torch.div(order, chosen.shape[1], rounding_mode="floor"), places, ranges)
+
+    def add_up(self, values: Tensor, slots: int) -> Tensor:
+        """Sum values [pairs + 1, ...], the last of which is 0, over the slots of each query: [m, ...]."""
+        return values.index_select(0, self.places).view(-1, slots, *values.shape[1:]).sum(1)
+
+
+class _Selected(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, block: int, scale: float
+    ) -> Tensor:
+        heads, length, _ = query.shape
+        kv_heads = key.shape[0]
+        out = query.new_empty(heads, length, value.shape[2])
+        sums = torch.empty(heads, length, device=query.device)
+        for part in _selected_parts(query, key, value, chosen):
+            rows = part.query.index_select(0, part.pairs.rows)
+            scores = _pair_scores(rows, part, block, scale)
+            slots = chosen.shape[2]
+            top = _padded(scores.amax(-1), -torch.inf).index_select(0, part.pairs.places)
+            top = top.view(-1, slots, top.shape[-1]).amax(1)
+            weights = scores.sub_(top[part.pairs.rows][..., None]).exp_()
+            total = part.pairs.add_up(_padded(weights.sum(-1), 0.0), slots)
+            mixed = query.new_empty(len(rows) + 1, *weights.shape[1:2], value.shape[2])
+            mixed[-1] = 0
+            weights = weights.to(value.dtype)
+            for number, begin, end in part.pairs.ranges:
+                held = part.value[number * block : (number + 1) * block]
+                torch.mm(_flat(weights[begin:end])[:, : len(held)], held, out=_flat(mixed[begin:end]))
+            result = part.pairs.add_up(mixed, slots) / total[..., None]
+            part.of(out, kv_heads).copy_(result.transpose(0, 1))
+            part.of(sums, kv_heads).copy_((top + total.log()).transpose(0, 1))
+        ctx.save_for_backward(query, key, value, chosen, out, sums)
+        ctx.fixed = (block, scale)  # type: ignore[attr-defined]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, chosen, out, sums = ctx.saved_tensors
+        block, scale = ctx.fixed
+        kv_heads = key.shape[0]
+        grad_query, grad_key, grad_value = (torch.zeros_like(item) for item in (query, key, value))
+        delta = (grad.float() * out).sum(-1)
+        for part in _selected_parts(query, key, value, chosen):
+            pairs = part.pairs
+            rows = part.query.index_select(0, pairs.rows)
+            coming = part.of(grad, kv_heads).transpose(0, 1).contiguous().index_select(0, pairs.rows)
+            weights = _pair_scores(rows, part, block, scale)
+            weights.sub_(part.of(sums, kv_heads).t()[pairs.rows][..., None]).exp_()
+            change = torch.empty_like(weights, dtype=query.dtype)
+            for number, begin, end in pairs.ranges:
+                held = part.value[number * block : (number + 1) * block]
+                torch.mm(_flat(coming[begin:end]), held.t(), out=_flat(change[begin:end])[:, : len(held)])
+                if len(held) < block:
+                    change[begin:end, :, len(held) :] = 0
+            change = weights * (change - part.of(delta, kv_heads).t()[pairs.rows][..., None]) * scale
+            change, weights = change.to(query.dtype), weights.to(query.dtype)
+            into = query.new_empty(len(rows) + 1, *rows.shape[1:])
+            into[-1] = 0
+            for number, begin, end in pairs.ranges:
+                span = slice(number * block, (number + 1) * block)
+                held = part.key[span]
+                ours = _flat(change[begin:end])[:, : len(held)]
+                torch.mm(ours, held, out=_flat(into[begin:end]))
+                grad_key[part.kv_head, span] += ours.t() @ _flat(rows[begin:end])
+                grad_value[part.kv_head, span] += _flat(weights[begin:end])[:, : len(held)].t() @ _flat(
+                    coming[begin:end]
+                )
+            part.of(grad_query, kv_heads).copy_(pairs.add_up(into, chosen.shape[2]).transpose(0, 1))
+        return grad_query, grad_key, grad_value, None, None, None
+
+
+class _Part(NamedTuple):
+    """Some queries of one key/value head [m, G, D], the tokens of its sample, and the pairs to multiply."""
+
+    kv_head: int
+    span: slice
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    pairs: _Pairs
+
+    def of(self, tensor: Tensor, kv_heads: int) -> Tensor:
+        """The part [G, m, ...] of a tensor [H, n, ...] that belongs to these queries."""
+        return tensor.unflatten(0, (kv_heads, -1))[self.kv_head, :, self.span]
+
+
+def _selected_parts(query: Tensor, key: Tensor, value: Tensor, chosen: Tensor) -> Iterator[_Part]:
+    kv_heads, length = key.shape[:2]
+    grouped = query.unflatten(0, (kv_heads, -1))
+    for head in range(kv_heads):
+        keys, values = key[head].contiguous(), value[head].contiguous()
+        for start in range(0, length, _QUERIES):
+            span = slice(start, min(start + _QUERIES, length))
+            rows = grouped[head, :, span].transpose(0, 1).contiguous()
+            yield _Part(head, span, rows, keys, values, _Pairs.of(chosen[head, span]))
+
+
+def _pair_scores(rows: Tensor, part: _Part, block: int, scale: float) -> Tensor:
+    """The scores [pairs, G, block] of the gathered queries [pairs, G, D] with the keys of their blocks, fp32."""
+    scores = rows.new_full((*rows.shape[:2], block), -torch.inf)
+    hidden = torch.ones(block, block, dtype=torch.bool, device=rows.device).triu(1)
+    for number, begin, end in part.pairs.ranges:
+        held = part.key[number * block : (number + 1) * block]
+        into = scores[begin:end]
+        _flat(into)[:, : len(held)] = _flat(rows[begin:end]) @ held.t()
+        # The pairs of a block begin with its own queries, in order.
+        own = slice(max(number * block, part.span.start), min((number + 1) * block, part.span.stop))
+        if own.start < own.stop:
+            mask = hidden[own.start - number * block : own.stop - number * block, None]
+            into[: own.stop - own.start].masked_fill_(mask, -torch.inf)
+    return scores.float().mul_(scale)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """[pairs, G, X] -> [pairs * G, X]."""
+    return tensor.view(-1, tensor.shape[-1])
+
+
+def _padded(tensor: Tensor, fill: float) -> Tensor:
+    """With one more entry at the end."""
+    return torch.cat([tensor, tensor.new_full((1, *tensor.shape[1:]), fill)])
+
+
+def _short_samples(places: list[int], reach: int) -> list[tuple[int, int]]:
+    return [(begin, end) for begin, end in pairwise(places) if end - begin <= reach]
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, samples: list[tuple[int, int]], scale: float) -> Tensor:
+    """Causal attention within some of the samples, end to end: [their tokens, H, E]."""
+    heads = (query, key, value)
+    if len(samples) > 0 and sum(end - begin for begin, end in samples) < query.shape[1]:
+        heads = tuple(torch.cat([item[:, begin:end] for begin, end in samples], 1) for item in heads)  # type: ignore[assignment]
+    borders = torch.tensor([0, *(end - begin for begin, end in samples)]).cumsum(0)
+    return packed_attention(*heads, borders, AttentionSpec(scale))
