@@ -146,7 +146,7 @@ def test_axes_that_would_divide_a_selection_are_refused(tmp_path, changes, named
 def test_models_with_another_attention_are_refused(tmp_path):
     changes = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "head_dim": 8}
     folder = write_model_config(tmp_path / "gemma2", **changes)
-    with pytest.raises(ValueError, match="native-sparse takes the place of causal attention.*gemma2 has attn_logit"):
+    with pytest.raises(ValueError, match=r"native-sparse takes the place of causal attention.*gemma2 has attn_logit"):
         train(tiny_config(tmp_path, **{"model.config_path": folder, "model.attn_implementation": "native-sparse"}))
 
 

@@ -186,9 +186,9 @@ def packed_forward(
         heads = tokens_to_heads(*heads, whole.ranks, extras(module).early_values)
         sinks = own_heads(sinks, whole.ranks)
     if sparse is not None:
-        both, keys, values = heads
+        both, key, value = heads
         rows, gates = both.split([query.shape[-1], 3], -1)
-        out = sparse(rows, keys, values, gates, kwargs.get("borders", kwargs["cu_seq_lens_q"]), spec.scale)
+        out = sparse(rows, key, value, gates, kwargs.get("borders", kwargs["cu_seq_lens_q"]), spec.scale)
     elif whole is not None and whole.ranks.context_size > 1:
         assert attention_mask is None, "the ring was given a mask"
         out = ring_attention(*heads, whole.borders, spec, sinks, whole.ranks.context_group)

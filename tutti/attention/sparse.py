@@ -212,7 +212,7 @@ def attend_compressed(
 
 class _Compressed(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: FunctionCtx,
         query: Tensor,
         keys: Tensor,
@@ -240,7 +240,7 @@ class _Compressed(torch.autograd.Function):
         return out, chosen
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         query, keys, values = ctx.saved_tensors
         sizes, scale, first = ctx.fixed
         kv_heads = keys.shape[0]
@@ -318,7 +318,7 @@ def selected_attention(query: Tensor, key: Tensor, value: Tensor, chosen: Tensor
     query [H, n, D], key [K, n, D], value [K, n, E], chosen [K, n, S] with the query's own block among them, -1 for none
     -> [H, n, E].
     """
-    return _Selected.apply(query, key, value, chosen, block, scale)  # type: ignore[no-any-return]
+    return _Selected.apply(query, key, value, chosen, block, scale)
 
 
 class _Pairs(NamedTuple):
@@ -355,7 +355,7 @@ class _Pairs(NamedTuple):
 
 class _Selected(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, block: int, scale: float
     ) -> Tensor:
         heads, length, _ = query.shape
@@ -384,7 +384,7 @@ class _Selected(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, chosen, out, sums = ctx.saved_tensors
         block, scale = ctx.fixed
         kv_heads = key.shape[0]

@@ -18,6 +18,7 @@ from tutti.attention.sparse import NAME, NativeSparse, SparseSizes
 from tutti.config import ConfigError
 from tutti.config.layout import Layout
 from tutti.core.structure import ModelStructure
+from tutti.model.structure import blocks
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +42,12 @@ def add_sparse_attention(model: PreTrainedModel) -> None:
 
     ValueError: the model has another attention than causal attention to all tokens before.
     """
-    from tutti.model.structure import blocks
-
     config: Any = model.config.get_text_config()
     entry = getattr(config, NAME, None)
     if entry is None:
         return
     sizes = SparseSizes.read(entry)
-    layers = [layer for _, block in blocks(model) for layer in block.modules() if _is_attention(layer)]
+    layers: list[Any] = [layer for _, block in blocks(model) for layer in block.modules() if _is_attention(layer)]
     others = [name for name in _OTHER_ATTENTION if getattr(config, name, None)]
     windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if len(layers) != config.num_hidden_layers or others or windows:
