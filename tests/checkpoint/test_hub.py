@@ -112,6 +112,19 @@ def test_each_argument_takes_a_name(hub: HubServer, tmp_path: Path, monkeypatch:
     assert local("model.model_path", str(tmp_path)) == str(tmp_path)
 
 
+def test_an_encoder_takes_a_name_and_an_export_of_a_composed_model_comes_whole(hub: HubServer, tmp_path: Path) -> None:
+    parts = {"omni.yaml": b"x", "encoders/image/config.json": b"{}", "encoders/image/model.safetensors": b"1"}
+    hub.add("models/org/composed", SMALL | SINGLE | parts)
+    tower = hub.add("models/org/tower", SMALL | SINGLE)
+    encoders = {"image": {"model_path": "org/tower", "pool": 2}}
+    config = Config(model=ModelConfig(model_path="org/composed", encoders=encoders))
+    found = with_local_paths(config, ONE).model
+    assert {name for name in parts if Path(found.model_path or "", name).is_file()} == set(parts)
+    folder = Path(found.encoders["image"]["model_path"])
+    assert folder.name == tower and (folder / "model.safetensors").is_file()
+    assert found.encoders["image"]["pool"] == 2
+
+
 def named(model_path: str) -> Config:
     return Config(model=ModelConfig(model_path=model_path))
 

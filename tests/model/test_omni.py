@@ -24,7 +24,7 @@ from tutti.model.build import build_model, load_model_config, num_token_ids
 from tutti.model.initial import init_weights
 from tutti.model.omni import OmniModel
 from tutti.model.omni_config import OmniConfig
-from tutti.model.omni_processor import add_placeholder, compose_processor, write_markers
+from tutti.model.omni_processor import add_placeholders, compose_processor, write_markers
 from tutti.train.objective import Objective
 
 QUICKSTART = Path(__file__).parents[2] / "data" / "quickstart"
@@ -45,8 +45,8 @@ def config_of(folder: Path, foundation: str, tower: str, **encoder: Any) -> Any:
 def built(config: Any) -> tuple[Any, Any, Any]:
     """The model with random weights, its tokenizer and its processor."""
     tokenizer = AutoTokenizer.from_pretrained(QUICKSTART)
-    add_placeholder(tokenizer)
-    write_markers(tokenizer)
+    add_placeholders(tokenizer, config.model)
+    write_markers(tokenizer, config.model)
     model = build_model(config, tokenizer=tokenizer, device=CPU)
     init_weights(model, 0, CPU)
     return model.eval(), tokenizer, compose_processor(config.model, tokenizer)
@@ -75,7 +75,7 @@ def loss_by_hand(model: Any, samples: list[Sample], extras: dict[str, Any]) -> t
     total, used = rows.new_zeros(()), 0
     for sample in samples:
         ids = torch.from_numpy(sample.input_ids.copy()).long()[None]
-        places = ids == model.config.image_token_id
+        places = ids == model.config.placeholders["image"]
         count = int(places.sum())
         embedded = foundation.get_input_embeddings()(ids.clamp(max=2047)).clone()
         embedded[places] = rows[used : used + count]
@@ -106,6 +106,88 @@ def test_packed_equals_the_parts_by_hand(tmp_path: Path, foundation: str, tower:
     assert moved == {"tower", "projector"}
 
 
+def rows_of_all_media() -> list[dict[str, Any]]:
+    """Chats about a picture, a recording and a picture, a video, two recordings, and nothing."""
+    rows = []
+    for question, media in (
+        ("<image>What?", {"image": "images/1f3a0.webp"}),
+        ("<audio>And <image>?", {"audio": "audio/0000.ogg", "image": "images/1f415.webp"}),
+        ("<video>What?", {"video": "video/1f308.webp"}),
+        ("<audio><audio>", {"audios": ["audio/0001.ogg", "audio/0002.ogg"]}),
+        ("Hello?", {}),
+    ):
+        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": "An answer."}]
+        rows.append({"messages": chat, **media})
+    return rows
+
+
+def features_by_hand(model: Any, extras: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The rows of all pictures, frames and recordings, from the towers."""
+    image, audio = model.encoders["image"], model.encoders["audio"]
+    found = {}
+    for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        states = image.tower(pixel_values=extras[name]).last_hidden_state
+        found[kind] = image.projector(states.flatten(0, 1))
+    states = audio.tower(input_features=extras["input_features"]).last_hidden_state
+    heard = [
+        torch.stack([row[4 * place : 4 * place + 4].flatten() for place in range(count)])
+        for row, count in zip(states, extras["audio_tokens"].tolist(), strict=True)
+    ]
+    found["audio"] = audio.projector(torch.cat(heard))
+    return found
+
+
+def test_sounds_and_videos_come_in_their_places(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "llama", "siglip")
+    spec = {**config.model.encoders, "audio": {"config_path": write_tower(tmp_path, "whisper"), "pool": 4}}
+    config = replace(config, model=replace(config.model, encoders=spec))
+    model, tokenizer, processor = built(config)
+    encoder = make_encoder(config, tokenizer, vocab_size=num_token_ids(model.config), processor=processor)
+    encoded: Any = encoder([Row(row, str(QUICKSTART / "rows.jsonl"), 1) for row in rows_of_all_media()])
+    samples = [found[0] for found in encoded]
+    batch = pack(samples, pad_to=sum(map(len, samples)) + 3)
+    batch = replace(batch, extras=encoder.extras(samples, len(batch.input_ids)))
+    out = Objective(model)(batch)["loss"]
+    plain = copy.deepcopy(model)
+    plain.set_attn_implementation("eager")
+    rows = features_by_hand(plain, batch.extras)
+    used = dict.fromkeys(rows, 0)
+    total = torch.zeros(())
+    for sample in samples:
+        ids = torch.from_numpy(sample.input_ids.copy()).long()[None]
+        embedded = plain.get_input_embeddings()(ids).clone()
+        for kind, token in plain.config.placeholders.items():
+            places = ids == token
+            count = int(places.sum())
+            embedded[places] = rows[kind][used[kind] : used[kind] + count]
+            used[kind] += count
+        labels = torch.full_like(ids, IGNORE)
+        labels[0, 1:] = torch.from_numpy(sample.labels[:-1].copy()).long()
+        loss = plain.foundation(inputs_embeds=embedded, labels=labels, use_cache=False).loss
+        total = total + loss * (labels != IGNORE).sum()
+    assert used == {kind: len(found) for kind, found in rows.items()}
+    assert out.item() == pytest.approx(total.item(), rel=1e-5)
+    out.backward()
+    total.backward()
+    assert_same_gradients(model, plain)
+
+
+def test_a_sound_beyond_the_window_is_a_bad_row(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "llama", "siglip")
+    tower = {"config_path": write_tower(tmp_path, "whisper"), "max_source_positions": 50}
+    config = replace(config, model=replace(config.model, encoders={"audio": tower}))
+    model, tokenizer, processor = built(config)
+
+    def encoded(data: Any) -> Any:
+        found = replace(config, data=data)
+        encoder = make_encoder(found, tokenizer, vocab_size=num_token_ids(model.config), processor=processor)
+        return encoder([Row(rows_of_all_media()[3], str(QUICKSTART / "rows.jsonl"), 1)])[0]
+
+    assert "a sound of 2." in encoded(config.data).reason and "the tower hears 1.0 s" in encoded(config.data).reason
+    (sample,) = encoded(replace(config.data, audio_max_seconds=1.0))
+    assert (sample.input_ids == model.config.placeholders["audio"]).sum() == 100
+
+
 def test_llama_with_clip_and_a_linear_projector_is_llava(tmp_path: Path) -> None:
     """LLaVA is the same model, written as one class: with its weights the logits are equal."""
     config = config_of(tmp_path, "llama", "clip")
@@ -114,7 +196,7 @@ def test_llama_with_clip_and_a_linear_projector_is_llava(tmp_path: Path) -> None
     llava = LlavaConfig(
         vision_config=copy.deepcopy(model.config.vision_config),
         text_config=copy.deepcopy(model.config.text_config),
-        image_token_index=model.config.image_token_id,
+        image_token_index=model.config.placeholders["image"],
         vision_feature_layer=-1,
     )
     want = LlavaForConditionalGeneration(llava).eval()
@@ -140,7 +222,7 @@ def test_pooling_makes_fewer_tokens_of_neighbouring_features(tmp_path: Path) -> 
     for model, tokenizer, processor in (whole, pooled):
         config = config_of(tmp_path, "llama", "siglip")
         samples, batch = packed_batch(config, model, tokenizer, processor)
-        counts.append(int((samples[0].input_ids == model.config.image_token_id).sum()))
+        counts.append(int((samples[0].input_ids == model.config.placeholders["image"]).sum()))
         assert Objective(model)(batch)["loss"] > 0
     assert counts == [16, 4]
     encoder = pooled[0].encoders["image"]
@@ -167,12 +249,12 @@ def test_a_token_for_images_is_added_where_there_is_none(tmp_path: Path, caplog:
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     config = config_of(tmp_path, "llama", "siglip")
     with caplog.at_level("INFO", logger="tutti"):
-        add_placeholder(tokenizer)
+        add_placeholders(tokenizer, config.model)
     assert "<|image|> is new in the tokenizer, as id 2048" in caplog.text
-    write_markers(tokenizer)
+    write_markers(tokenizer, config.model)
     model = build_model(config, tokenizer=tokenizer, device=CPU)
     init_weights(model, 0, CPU)
-    assert model.config.image_token_id == 2048 == model.get_input_embeddings().weight.shape[0]
+    assert model.config.placeholders["image"] == 2048 == model.get_input_embeddings().weight.shape[0]
     samples, batch = packed_batch(config, model, tokenizer, compose_processor(config.model, tokenizer))
     assert 2048 in samples[0].input_ids
     plain = copy.deepcopy(model).eval()
@@ -212,9 +294,11 @@ def test_what_cannot_be_composed_is_refused(tmp_path: Path, name: str) -> None:
 
 def test_kinds_and_foundations_that_cannot_be_composed_are_refused(tmp_path: Path) -> None:
     config = config_of(tmp_path, "llama", "siglip")
-    for kind in ("audio", "video"):
+    for kind in ("video",):
         other = replace(config, model=replace(config.model, encoders={kind: {"config_path": "x"}}))
-        with pytest.raises(ValueError, match=rf"encoders.{kind}: not available yet; there are encoders for image"):
+        with pytest.raises(
+            ValueError, match=rf"encoders.{kind}: not available yet; there are encoders for image, audio"
+        ):
             load_model_config(other)
     whole = replace(config, model=replace(config.model, config_path=write_tower(tmp_path, "qwen2_vl")))
     with pytest.raises(ValueError, match=r"model\.encoders: qwen2_vl takes images by towers of its own"):

@@ -9,10 +9,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 from tests.harness import run_ranks
-from tests.model.composed import TOWERS, write_foundation, write_tower
+from tests.model.composed import TOWERS, WHISPER, write_foundation, write_tower
 from tests.train.runs import QUICKSTART, records, run, tiny_config
 from tests.train.test_run import assert_same_training
 from tutti.config import Config
@@ -167,17 +174,23 @@ def test_parts_can_be_exchanged(tmp_path: Path, exported: Path, caplog: pytest.L
     assert tower[name].equal(next(item for key, item in want.items() if key.endswith(name)))
 
 
-def test_a_tower_is_taken_out_of_a_whole_model(tmp_path: Path) -> None:
-    """Of a Qwen2-VL, which holds a language model too."""
+def test_towers_are_taken_out_of_whole_models(tmp_path: Path) -> None:
+    """Of a Qwen2-VL, which holds a language model too, and of a Whisper, which holds a decoder; and come back."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model("qwen2_vl", **TOWERS["qwen2_vl"][1], text_config=TEXT)
-    whole = AutoModel.from_config(config)
-    whole.save_pretrained(tmp_path / "whole")
-    foundation = write_foundation(tmp_path, "llama")
-    spec = {"image": {"model_path": str(tmp_path / "whole")}}
-    found = loaded({"config_path": foundation, "tokenizer_path": str(QUICKSTART), "encoders": spec})
-    got, want = found.encoders["image"].tower.state_dict(), whole.visual.state_dict()
-    assert got.keys() == want.keys() and all(item.equal(want[name]) for name, item in got.items())
+    sees = AutoModel.from_config(AutoConfig.for_model("qwen2_vl", **TOWERS["qwen2_vl"][1], text_config=TEXT))
+    hears = WhisperForConditionalGeneration(WhisperConfig(**WHISPER))
+    sees.save_pretrained(tmp_path / "sees")
+    hears.save_pretrained(tmp_path / "hears")
+    spec = {"image": {"model_path": str(tmp_path / "sees")}, "audio": {"model_path": str(tmp_path / "hears")}}
+    foundation = {"config_path": write_foundation(tmp_path, "llama"), "tokenizer_path": str(QUICKSTART)}
+    found = loaded(foundation | {"encoders": spec}, tmp_path / "out")
+    again = loaded({"model_path": str(tmp_path / "out")})
+    for model in (found, again):
+        for kind, want in (("image", sees.visual), ("audio", hears.model.encoder)):
+            got = model.encoders[kind].tower.state_dict()
+            assert got.keys() == want.state_dict().keys()
+            assert all(item.equal(got[name]) for name, item in want.state_dict().items())
+    assert all(item.equal(again.state_dict()[name]) for name, item in found.state_dict().items())
 
 
 @pytest.mark.parametrize(

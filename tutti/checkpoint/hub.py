@@ -25,8 +25,13 @@ log = logging.getLogger(__name__)
 
 _MODEL = ("model.config_path", "model.tokenizer_path", "model.model_path", "model.adapter_path")
 _INFER = ("infer.tokenizer_path", "infer.model_path")
-_HOLD_WEIGHTS = ("model.model_path", "model.adapter_path", "infer.model_path")
-_SMALL = re.compile(r"[^/]+\.(json|jinja|model|tiktoken)|additional_chat_templates/[^/]+\.jinja|(vocab|merges)\.txt")
+_HOLD_WEIGHTS = ("model_path", "adapter_path")
+_SMALL = re.compile(
+    r"[^/]+\.(json|jinja|model|tiktoken)|additional_chat_templates/[^/]+\.jinja|(vocab|merges)\.txt"
+    r"|omni\.yaml|encoders/\w+/[^/]+\.json"
+)
+_OF_ENCODERS = re.compile(r"encoders/\w+/[^/]+\.safetensors")
+"""Weights of what an export of a composed model has beside its foundation."""
 
 
 def with_local_paths(config: Config, world: World, *, weights: bool = True) -> Config:
@@ -35,10 +40,22 @@ def with_local_paths(config: Config, world: World, *, weights: bool = True) -> C
     weights: whether they are needed, or only what describes the model. ValueError, on all ranks: a model is not there.
     """
     names = {argument: name for argument in (*_MODEL, *_INFER) if (name := _get(config, argument))}
+    names |= {
+        f"model.encoders.{kind}.{leaf}": name
+        for kind, spec in config.model.encoders.items()
+        if isinstance(spec, Mapping)
+        for leaf, name in spec.items()
+        if leaf.endswith("_path") and isinstance(name, str)
+    }
     found = fetch(lambda: _pin_all(names, weights), world)
     for argument in (argument for argument, name in names.items() if name in found):
-        group, _, leaf = argument.partition(".")
         folder = str(found[names[argument]].folder)
+        if argument.startswith("model.encoders."):
+            *_, kind, leaf = argument.split(".")
+            encoders = {**config.model.encoders, kind: {**config.model.encoders[kind], leaf: folder}}
+            config = replace(config, model=replace(config.model, encoders=encoders))
+            continue
+        group, _, leaf = argument.partition(".")
         changed: Any = replace(getattr(config, group), **{leaf: folder})
         config = replace(config, **{group: changed})
     return config
@@ -54,7 +71,7 @@ def _pin_all(names: Mapping[str, str], weights: bool) -> dict[str, HubFiles]:
     found: dict[str, HubFiles] = {}
     for name in dict.fromkeys(names.values()):
         arguments = [argument for argument, value in names.items() if value == name]
-        held = [argument for argument in arguments if argument in _HOLD_WEIGHTS]
+        held = [argument for argument in arguments if argument.rpartition(".")[2] in _HOLD_WEIGHTS]
         repo = repo_named("model", name, (held or arguments)[0])
         if repo is not None:
             found[name] = pin_model(repo, weights=weights and bool(held))
@@ -68,7 +85,7 @@ def pin_model(repo: Repo, *, weights: bool) -> HubFiles:
     # Exports reproduce the layout of the index, whether its weights are needed or not.
     files = [file for file in there if _SMALL.fullmatch(file) and (file == INDEX or not file.endswith(".index.json"))]
     if weights:
-        files += _weight_files(repo, commit, there)
+        files += [*_weight_files(repo, commit, there), *filter(_OF_ENCODERS.fullmatch, there)]
     found = HubFiles(repo, commit, tuple(dict.fromkeys(files)))
     found.local(download=True)
     log.info("%s: %s is commit %s", repo.argument, repo.name, commit)

@@ -37,8 +37,8 @@ class ModelConfig:
     )
     encoders: Mapping[str, Any] = arg(
         {},
-        "Towers beside a language model of text alone, by modality: {image: {model_path, config_path, processor_path, "
-        "add_projector, pool, layer, fields of the tower's config ...}}; see docs/omni.md.",
+        "Towers beside a language model of text alone, by modality: {image, audio: {model_path, config_path, "
+        "processor_path, add_projector, pool, layer, fields of the tower's config ...}}; see docs/omni.md.",
         path=True,
     )
     decoders: Mapping[str, Any] = arg(

@@ -45,7 +45,7 @@ from tutti.model.lora import add_adapters
 from tutti.model.multimodal import MultimodalForward, make_placing
 from tutti.model.omni import OmniModel
 from tutti.model.omni_config import is_composed
-from tutti.model.omni_processor import add_placeholder, write_markers
+from tutti.model.omni_processor import add_placeholders, write_markers
 from tutti.model.processor import build_processor
 from tutti.model.sparse import is_sparse
 from tutti.model.structure import blocks, num_params, read_structure, towers
@@ -181,7 +181,7 @@ def _build(
         config = replace(source.config, model=replace(source.config.model, attn_implementation="sdpa"))
         tokenizer = build_tokenizer(config)
         if is_composed(config.model):
-            add_placeholder(tokenizer)
+            add_placeholders(tokenizer, config.model)
         dtype = _dtype(source, load_model_config(config))
         if asked.train.compute_dtype != "auto":
             dtype = compute_dtype(asked.train)
@@ -287,7 +287,7 @@ def _template(config: Config, source: _Source, tokenizer: PreTrainedTokenizerBas
         return None
     set_chat_template(tokenizer, name, "infer.chat_template")
     if is_composed(source.config.model):
-        write_markers(tokenizer)
+        write_markers(tokenizer, source.config.model)
     return read_template(tokenizer)
 
 

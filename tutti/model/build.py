@@ -37,7 +37,7 @@ from tutti.core.device import pick_device
 from tutti.model.experts import resolve_experts
 from tutti.model.omni import OmniModel, compose, name_sources
 from tutti.model.omni_config import OmniConfig, is_composed
-from tutti.model.omni_processor import placeholder_id
+from tutti.model.omni_processor import placeholders
 from tutti.model.sparse import add_sparse_attention, is_sparse, take_sparse_sizes
 from tutti.model.structure import experts, text_model
 from tutti.model.tokenizer import first_line, local_path
@@ -96,7 +96,7 @@ def build_model(
         dtype = torch.float32 if config.train.enable_mixed_precision else torch.bfloat16
     if tokenizer is not None:
         if isinstance(model_config, OmniConfig):
-            model_config.image_token_id = placeholder_id(tokenizer)
+            model_config.placeholders = placeholders(tokenizer, model_config)
         _check_vocabulary(model_config, tokenizer)
         if config.model.model_path is None:
             _take_special_tokens(language_config(model_config), tokenizer)
@@ -179,10 +179,12 @@ def language_config(model_config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def num_token_ids(model_config: PreTrainedConfig) -> int:
-    """The number of token ids that rows of the model may hold: those that it embeds, and a placeholder beyond them."""
+    """The number of token ids that rows of the model may hold: those that it embeds, and placeholders beyond them."""
     rows = model_config.get_text_config().vocab_size
-    beyond = model_config.image_token_id if isinstance(model_config, OmniConfig) else None
-    return rows + 1 if beyond == rows else rows
+    beyond = set((model_config.placeholders or {}).values()) if isinstance(model_config, OmniConfig) else set()
+    while rows in beyond:
+        rows += 1
+    return rows
 
 
 def check_composed(config: Config) -> None:

@@ -4,7 +4,8 @@ A ready-made vision-language model is an outer decoder around a language model a
 composed model is one more of that build, made of parts that know nothing of each other:
 
 - `foundation`: the whole causal language model, head and all, so that it loads and is exported as itself.
-- `encoders`: for each kind of media a tower, whose features are pooled and projected to the foundation's width.
+- `encoders`: for images, and for sounds, a tower, whose features are pooled and projected to the foundation's width.
+  Videos are encoded frame by frame by the images' one.
 - `outer`: the outer decoder over the same modules. It is a view and holds nothing: state dicts, names of parameters and
   checkpoints know the two above.
 
@@ -12,7 +13,8 @@ Features come in the place of placeholder tokens, which are never looked up in t
 predicted; so a token that the tokenizer lacked needs no row there.
 
 What a tower's features are is read off the tower: patches without the class tokens before them, or the cells of a
-feature map, or (towers that take `grid_thw`) what its own merger makes of patches.
+feature map, or (towers that take `grid_thw`) what its own merger makes of patches; of sounds the hidden states of the
+part of the window that a sound fills.
 
 Shapes: N images, n features of one, D their width, H the foundation's hidden size.
 """
@@ -33,15 +35,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tutti.config import ModelConfig
 from tutti.core.compat import model_mapping
-from tutti.model.omni_config import SETTINGS, OmniConfig, encoder_specs, tower_config
+from tutti.model.omni_config import SETTINGS, OmniConfig, encoder_specs, part_config, tower_config
 
 log = logging.getLogger(__name__)
 
 
 def tower_class(config: PreTrainedConfig) -> type[Any]:
-    """The class of the tower that a config describes; ValueError: transformers has none for it."""
+    """The class of the tower that a config describes, of an encoder and a decoder the encoder's; ValueError:
+    transformers has none for it."""
     known = model_mapping(AutoModel)
-    if type(config) in known:
+    if type(config) in known and not config.is_encoder_decoder:
         found: type[Any] = known[type(config)]
         return found
     module = import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
@@ -50,6 +53,8 @@ def tower_class(config: PreTrainedConfig) -> type[Any]:
         for item in vars(module).values()
         if isinstance(item, type) and issubclass(item, PreTrainedModel) and item.config_class is type(config)
     ]
+    if config.is_encoder_decoder:
+        fitting = [item for item in fitting if item.__name__.endswith("Encoder")]
     if not fitting:
         raise ValueError(f"transformers has no model for {type(config).__name__}")
     return fitting[0]
@@ -63,16 +68,41 @@ class Encoder(nn.Module):
         super().__init__()
         self.tower = tower_class(config)(config)
         self.pool, self.layer = settings["pool"], settings["layer"]
-        width = settings["width"] * self.pool**2
+        width = settings["width"] * num_pooled(self.tower, self.pool)
         self.projector = nn.Sequential()
         if settings["add_projector"]:
             layers = nn.Linear(width, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
             self.projector = nn.Sequential(*layers)
 
-    def forward(self, pixel_values: Tensor, grid: Tensor | None = None) -> Tensor:
-        """Features [N, n, H]; of a tower that takes images of any size as patches and their `grid` [N, 3] the rows of
-        all of them [R, H]."""
-        return self.projector(features(self.tower, pixel_values, grid, self.layer, self.pool))
+    def forward(self, values: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """Features [N, n, H] of images. The rows of all of them [R, H] of images of any size as patches, with `sizes`
+        [N, 3], and of sounds, with `sizes` [N]: how many features each has."""
+        if hears(self.tower):
+            states = sounds(self.tower, values, self.layer, self.pool)
+            held = torch.arange(states.shape[1], device=states.device) < sizes[:, None]  # type: ignore[index]
+            return self.projector(states[held])
+        return self.projector(features(self.tower, values, sizes, self.layer, self.pool))
+
+
+def hears(tower: nn.Module) -> bool:
+    """True if the tower takes sounds."""
+    return "input_features" in inspect.signature(tower.forward).parameters
+
+
+def num_pooled(tower: nn.Module, pool: int) -> int:
+    """The number of features that become one: in a row of sound, or in a square of an image."""
+    return pool if hears(tower) else pool**2
+
+
+def sounds(tower: nn.Module, mel: Tensor, layer: int, pool: int) -> Tensor:
+    """The features [N, n, D] of a window of mel frames [N, bins, frames]; `pool` of them in a row become one of width
+    pool D."""
+    mel = mel.to(next(tower.parameters()).dtype)
+    if layer == -1:
+        states = tower(input_features=mel).last_hidden_state
+    else:
+        states = tower(input_features=mel, output_hidden_states=True).hidden_states[layer]
+    return states[:, : states.shape[1] // pool * pool].unflatten(1, (-1, pool)).flatten(2)
 
 
 def takes_grid(tower: nn.Module) -> bool:
@@ -120,40 +150,68 @@ class OuterDecoder(nn.Module):
         encoder: Any = self.image
         return BaseModelOutputWithPooling(pooler_output=encoder(pixel_values, image_grid_thw))
 
-    def embed(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        mm_encoder_outputs: dict[str, Any] | None = None,
-    ) -> Tensor:
-        """The embeddings [B, T, H] of tokens, with features in the place of the images' placeholders. ValueError: there
-        are other features than placeholders."""
-        places = input_ids.eq(self.config.image_token_id or -1)
-        # Whatever is looked up for a placeholder is overwritten, and its number may be beyond the table.
+    def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> Any:
+        """The features of the frames of all videos, as images'."""
+        return self.get_image_features(pixel_values_videos)
+
+    def get_audio_features(self, input_features: Tensor, audio_tokens: Tensor, **kwargs: Any) -> Any:
+        """The features [R, H] of all sounds, audio_tokens [N] of each."""
+        encoder: Any = self.audio
+        return BaseModelOutputWithPooling(pooler_output=encoder(input_features, audio_tokens))
+
+    def embed(self, input_ids: Tensor, mm_encoder_outputs: dict[str, Any] | None = None, **values: Tensor) -> Tensor:
+        """The embeddings [B, T, H] of tokens, with features in the place of the media's placeholders. ValueError: there
+        are other features than placeholders.
+
+        values: of media, by the names that `_MEDIA` has. mm_encoder_outputs: features, by kind, made of them before.
+        """
+        made = dict(mm_encoder_outputs or {})
+        for kind, (name, *sizes) in _MEDIA.items():
+            if name in values:
+                inputs = {key: values[key] for key in (name, *sizes) if key in values}
+                made[kind] = getattr(self, f"get_{kind}_features")(**inputs)
+        places = {kind: input_ids.eq(token) for kind, token in (self.config.placeholders or {}).items()}
         table: Any = self.language_model.get_input_embeddings()
-        embedded = table(input_ids.masked_fill(places, 0))
-        if mm_encoder_outputs is None and pixel_values is None:
-            return embedded
-        if mm_encoder_outputs is None:
-            found = self.get_image_features(pixel_values, image_grid_thw)  # type: ignore[arg-type]
-        else:
-            found = mm_encoder_outputs["image"]
-        rows = found.pooler_output.reshape(-1, embedded.shape[-1]).to(embedded.dtype)
-        if int(places.sum()) != len(rows):
-            raise ValueError(f"{int(places.sum())} placeholders of images in the tokens, and {len(rows)} features")
-        return embedded.masked_scatter(places[..., None], rows)
+        ids = input_ids
+        for where in places.values():
+            # Whatever is looked up for a placeholder is overwritten, and its number may be beyond the table.
+            ids = ids.masked_fill(where, 0)
+        embedded = table(ids)
+        for kind, found in made.items():
+            rows = found.pooler_output.reshape(-1, embedded.shape[-1]).to(embedded.dtype)
+            if (count := int(places[kind].sum())) != len(rows):
+                raise ValueError(f"{count} placeholders of {kind}s in the tokens, and {len(rows)} features")
+            embedded = embedded.masked_scatter(places[kind][..., None], rows)
+        return embedded
 
     def forward(
         self,
         input_ids: Tensor,
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        input_features: Tensor | None = None,
+        audio_tokens: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        embedded = self.embed(input_ids, pixel_values, image_grid_thw, mm_encoder_outputs)
-        return self.language_model(inputs_embeds=embedded, **kwargs)
+        values = {
+            "pixel_values": pixel_values,
+            "image_grid_thw": image_grid_thw,
+            "pixel_values_videos": pixel_values_videos,
+            "input_features": input_features,
+            "audio_tokens": audio_tokens,
+        }
+        given = {name: value for name, value in values.items() if value is not None}
+        return self.language_model(inputs_embeds=self.embed(input_ids, mm_encoder_outputs, **given), **kwargs)
+
+
+_MEDIA = {
+    "image": ("pixel_values", "image_grid_thw"),
+    "video": ("pixel_values_videos",),
+    "audio": ("input_features", "audio_tokens"),
+}
+"""By kind of media the names of its values, and of what is said of their sizes."""
 
 
 class Part(NamedTuple):
@@ -182,7 +240,7 @@ class OmniModel(PreTrainedModel, GenerationMixin):
         self.foundation = model_mapping(AutoModelForCausalLM)[type(text)](text)
         made = {}
         for kind, settings in (config.encoders or {}).items():
-            made[kind] = Encoder(config.vision_config, settings, text.hidden_size)  # type: ignore[arg-type]
+            made[kind] = Encoder(part_config(config, kind), settings, text.hidden_size)
         self.encoders = nn.ModuleDict(made)
         self.weights: dict[str, Path | None] = dict.fromkeys(made)
         # Not registered as a module: its modules are those above, under names of their own.
@@ -208,17 +266,17 @@ class OmniModel(PreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         position_ids: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        """The foundation's output, logits and all."""
-        if pixel_values is not None and input_ids is not None:
+        """The foundation's output, logits and all. kwargs: media's values, and what else the foundation takes."""
+        values = {name: kwargs.pop(name, None) for names in _MEDIA.values() for name in names}
+        given = {name: value for name, value in values.items() if value is not None}
+        if given and input_ids is not None:
             outer: Any = self.outer
-            inputs_embeds, input_ids = outer.embed(input_ids, pixel_values, image_grid_thw), None
+            inputs_embeds, input_ids = outer.embed(input_ids, **given), None
         kwargs |= {"position_ids": position_ids, "logits_to_keep": logits_to_keep}
         return self.foundation(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
@@ -240,7 +298,13 @@ def compose(model: ModelConfig, text: PreTrainedConfig) -> PreTrainedConfig:
         raise ValueError(f"model.encoders: transformers has no causal language model for model_type {text.model_type}")
     towers = {kind: tower_config(kind, spec) for kind, spec in specs.items()}
     settings = {kind: _settings(kind, spec, towers[kind], text) for kind, spec in specs.items()}
-    return OmniConfig(text_config=text, vision_config=towers["image"], encoders=settings, dtype=text.dtype)
+    return OmniConfig(
+        text_config=text,
+        vision_config=towers.get("image"),
+        audio_config=towers.get("audio"),
+        encoders=settings,
+        dtype=text.dtype,
+    )
 
 
 def _settings(kind: str, spec: dict[str, Any], config: Any, text: PreTrainedConfig) -> dict[str, Any]:
@@ -250,17 +314,17 @@ def _settings(kind: str, spec: dict[str, Any], config: Any, text: PreTrainedConf
     try:
         with torch.device("meta"):
             tower = tower_class(config)(copy.deepcopy(config))
+        if hears(tower) != (kind == "audio"):
+            raise ValueError(f"it is no tower of {kind}s by mel frames" if kind == "audio" else "it takes sounds")
         if takes_grid(tower):
             settings["width"] = getattr(config, "out_hidden_size", None) or config.hidden_size
         else:
-            settings["width"] = (
-                try_features(tower, settings["layer"], settings["pool"]).shape[-1] // settings["pool"] ** 2
-            )
-    except Exception as error:  # towers fail in many ways on images they were not made for
-        raise ValueError(f"{argument}: {type(config).__name__} cannot be used for images: {error}") from error
+            settings["width"] = try_features(tower, settings["layer"], 1).shape[-1]
+    except Exception as error:  # towers fail in many ways on media they were not made for
+        raise ValueError(f"{argument}: {type(config).__name__} cannot be used for {kind}s: {error}") from error
     if takes_grid(tower) and (settings["pool"], settings["layer"]) != (1, -1):
         raise ValueError(f"{argument}: {type(tower).__name__} has a merger of its own; leave pool and layer out")
-    width = settings["width"] * settings["pool"] ** 2
+    width = settings["width"] * num_pooled(tower, settings["pool"])
     if not settings["add_projector"] and width != text.hidden_size:
         raise ValueError(
             f"{argument}.add_projector: false needs features of the language model's width "
@@ -270,12 +334,26 @@ def _settings(kind: str, spec: dict[str, Any], config: Any, text: PreTrainedConf
 
 
 def try_features(tower: nn.Module, layer: int, pool: int, size: tuple[int, int] | None = None) -> Tensor:
-    """The features, on meta, of one image of `size`, by default of the size that the tower's config names."""
+    """The features, on meta, of one image of `size`, by default of the size that the tower's config names, or of one
+    window of sound."""
     config: Any = tower.config
+    if hears(tower):
+        frames = config.max_source_positions * mel_stride(tower)
+        mel = torch.zeros(1, config.num_mel_bins, frames, device="meta")
+        return sounds(tower, mel, layer, pool)
     side = getattr(config, "image_size", None) or 224
     height, width = size or ((side, side) if isinstance(side, int) else side)
     pixels = torch.zeros(1, getattr(config, "num_channels", 3), height, width, device="meta")
     return features(tower, pixels, None, layer, pool)
+
+
+def mel_stride(tower: nn.Module) -> int:
+    """The number of mel frames of which a tower of sounds makes one position."""
+    stride = 1
+    for module in tower.modules():
+        if isinstance(module, nn.Conv1d):
+            stride *= module.stride[0]
+    return stride
 
 
 def name_sources(model: OmniModel, settings: ModelConfig) -> None:
@@ -287,7 +365,7 @@ def name_sources(model: OmniModel, settings: ModelConfig) -> None:
         encoder: Any = model.encoders[kind]
         if takes_grid(encoder.tower):
             continue
-        named = dict(encoder.tower.named_parameters())
+        named = {name: item for name, item in encoder.tower.named_parameters() if item.requires_grad}
         total = try_features(encoder.tower, encoder.layer, encoder.pool).sum()
         grads = torch.autograd.grad(total, list(named.values()), allow_unused=True)
         unused = [name for (name, item), grad in zip(named.items(), grads, strict=True) if grad is None]

@@ -27,8 +27,11 @@ from tutti.model.tokenizer import first_line, local_path
 OMNI = "omni.yaml"
 """The file in the folder of an export that says what lies beside the foundation."""
 
-KINDS = ("image",)
+KINDS = ("image", "audio")
 """The media that an encoder can be given for."""
+
+PLACES = {"image": ("image", "video"), "audio": ("audio",)}
+"""By kind of encoder the media that it encodes: a video by its frames, one by one."""
 
 _KEYS: dict[str, type] = {
     "config_path": str,
@@ -54,17 +57,18 @@ _ELSEWHERE = {
 class OmniConfig(PreTrainedConfig):
     """The config of a composed model: of its parts, and how these are joined.
 
-    encoders: by kind, the settings of `SETTINGS` and `width`, the tower's features. image_token_id: the token in whose
-    place features come; it may be beyond the embedding, since it is never looked up.
+    encoders: by kind, the settings of `SETTINGS` and `width`, the tower's features. placeholders: by kind of media, the
+    id of the token in whose place features come; it may be beyond the embedding, since it is never looked up.
     """
 
     model_type = "tutti_omni"
-    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig, "vision_config": AutoConfig}
+    sub_configs: ClassVar[dict[str, Any]] = dict.fromkeys(("text_config", "vision_config", "audio_config"), AutoConfig)
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
+    audio_config: dict | PreTrainedConfig | None = None
     encoders: dict | None = None
-    image_token_id: int | None = None
+    placeholders: dict | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -73,6 +77,11 @@ class OmniConfig(PreTrainedConfig):
             if isinstance(part, dict):
                 setattr(self, name, AutoConfig.for_model(**part))
         super().__post_init__(**kwargs)
+
+
+def part_config(config: OmniConfig, kind: str) -> Any:
+    """The config of the tower for a kind of media."""
+    return config.vision_config if kind == "image" else config.audio_config
 
 
 def is_composed(model: ModelConfig) -> bool:
@@ -129,7 +138,7 @@ def tower_config(kind: str, spec: Mapping[str, Any]) -> PreTrainedConfig:
         raise ValueError(
             f"{argument}: {file} is not a configuration that transformers knows: {first_line(error)}{instead}"
         ) from error
-    found = getattr(found, "vision_config", None) or found
+    found = getattr(found, "vision_config" if kind == "image" else "audio_config", None) or found
     fields = found.to_dict()
     changes = {name: value for name, value in spec.items() if name not in _KEYS}
     for name in changes:

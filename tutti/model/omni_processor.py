@@ -1,128 +1,203 @@
-"""The processor of a composed model: the tower's own image processor beside the foundation's tokenizer.
+"""The processor of a composed model: the towers' own image processor and feature extractor beside the foundation's
+tokenizer.
 
-It has what `tutti.data.processor` asks of a Hugging Face processor: called with texts and images it gives ids, values,
+It has what `tutti.data.processor` asks of a Hugging Face processor: called with a text and media it gives ids, values,
 and what it has put in place of each placeholder, which is as many placeholders as the tower makes features. Of a tower
 that takes images of one size that number is found by running it once without storage; a tower that takes patches says
-it by its grid.
+it by its grid; a sound takes as many as it fills of the tower's window.
 
-The placeholder is a token that the tokenizer has for images, or a new one. Chat templates of language models know no
-images: `write_markers` puts a few lines before such a template, by which parts of a message become text.
+Placeholders are tokens that the tokenizer has for a kind of media, or new ones. Chat templates of language models know
+no media: `write_markers` puts a few lines before such a template, by which parts of a message become text.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, PreTrainedTokenizerBase, Qwen2VLImageProcessor, SiglipImageProcessor
+from transformers import (
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    PreTrainedTokenizerBase,
+    Qwen2VLImageProcessor,
+    SiglipImageProcessor,
+    WhisperFeatureExtractor,
+)
 
 from tutti.config import ModelConfig
-from tutti.model.omni import features, takes_grid, tower_class
-from tutti.model.omni_config import SETTINGS, encoder_specs, tower_config
+from tutti.model.omni import features, mel_stride, takes_grid, tower_class, try_features
+from tutti.model.omni_config import PLACES, SETTINGS, OmniConfig, encoder_specs, tower_config
 from tutti.model.tokenizer import first_line
 
 log = logging.getLogger(__name__)
 
-_TRIPLES = (
-    ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),
-    ("<start_of_image>", "<image_soft_token>", "<end_of_image>"),
-    ("<|image_start|>", "<|image|>", "<|image_end|>"),
-)
-"""What tokenizers call the tokens before, for and after an image."""
-
-_NEW = "<|image|>"
+_TRIPLES = {
+    "image": (
+        ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),
+        ("<start_of_image>", "<image_soft_token>", "<end_of_image>"),
+        ("<|image_start|>", "<|image|>", "<|image_end|>"),
+    ),
+    "video": (
+        ("<|vision_start|>", "<|video_pad|>", "<|vision_end|>"),
+        ("<|video_start|>", "<|video|>", "<|video_end|>"),
+    ),
+    "audio": (
+        ("<|audio_start|>", "<|audio_pad|>", "<|audio_end|>"),
+        ("<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"),
+        ("<|audio_start|>", "<|audio|>", "<|audio_end|>"),
+    ),
+}
+"""What tokenizers call the tokens before, for and after a medium; the last one's name is what a new one gets."""
 
 _FLATTENED = (
-    "{%- set flat = namespace(messages=[]) -%}{%- for message in messages -%}"
+    "{%- set marks = MARKS -%}{%- set flat = namespace(messages=[]) -%}{%- for message in messages -%}"
     "{%- if message['content'] is defined and message['content'] is not string and message['content'] is iterable -%}"
     "{%- set text = namespace(value='') -%}{%- for part in message['content'] -%}"
-    "{%- set text.value = text.value + (MARKER if part['type'] == 'image' else part['text'] | default('')) -%}"
+    "{%- set text.value = text.value + (marks[part['type']] | default(part['text'] | default(''))) -%}"
     "{%- endfor -%}{%- set flat.messages = flat.messages + [dict(message, content=text.value)] -%}"
     "{%- else -%}{%- set flat.messages = flat.messages + [message] -%}{%- endif -%}"
     "{%- endfor -%}{%- set messages = flat.messages -%}"
 )
-"""Jinja that makes each message's parts one text; MARKER: what stands for an image."""
+"""Jinja that makes each message's parts one text; MARKS: by kind of media, what stands for one."""
 
 
-def placeholder(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The token that stands for a feature of an image."""
+def placeholder(tokenizer: PreTrainedTokenizerBase, kind: str) -> str:
+    """The token that stands for a feature of a medium of this kind."""
+    known, triples = tokenizer.get_vocab(), _TRIPLES[kind]
+    return next((token for _, token, _ in triples if token in known), triples[-1][1])
+
+
+def placeholders(tokenizer: PreTrainedTokenizerBase, config: OmniConfig) -> dict[str, int]:
+    """The ids of the placeholders of a model's media, by kind. Those that the tokenizer lacks are left out."""
     known = tokenizer.get_vocab()
-    return next((token for _, token, _ in _TRIPLES if token in known), _NEW)
+    kinds = [kind for encoder in config.encoders or () for kind in PLACES[encoder]]
+    return {kind: known[token] for kind in kinds if (token := placeholder(tokenizer, kind)) in known}
 
 
-def placeholder_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id of the placeholder; None: the tokenizer lacks it."""
-    return tokenizer.get_vocab().get(placeholder(tokenizer))
+def add_placeholders(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> None:
+    """Give the tokenizer a token for each kind of media that `model` has an encoder for, if it has none. Logs a line
+    where it does."""
+    for encoder in encoder_specs(model):
+        for kind in PLACES[encoder]:
+            token = placeholder(tokenizer, kind)
+            if token not in tokenizer.get_vocab():
+                tokenizer.add_tokens([token], special_tokens=True)
+                number = tokenizer.get_vocab()[token]
+                log.info("model.encoders.%s: %s is new in the tokenizer, as id %d", encoder, token, number)
 
 
-def add_placeholder(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the tokenizer a token for images, if it has none. Logs a line where it does."""
-    if placeholder_id(tokenizer) is None:
-        tokenizer.add_tokens([_NEW], special_tokens=True)
-        log.info("model.encoders: %s is new in the tokenizer, as id %s", _NEW, placeholder_id(tokenizer))
-
-
-def write_markers(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Have the chat template write the placeholder for an image among a message's parts, if it does not."""
-    token, source = placeholder(tokenizer), tokenizer.chat_template
+def write_markers(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> None:
+    """Have the chat template write the placeholders for media among a message's parts, if it does not."""
+    source, known = tokenizer.chat_template, set(tokenizer.get_vocab())
     if not isinstance(source, str):
         return
-    chat: Any = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]
+    marks: dict[str, str] = {}
+    for kind in (kind for encoder in encoder_specs(model) for kind in PLACES[encoder]):
+        token = placeholder(tokenizer, kind)
+        around = next((triple for triple in _TRIPLES[kind] if triple[1] == token and set(triple) <= known), (token,))
+        marks[kind] = "".join(around)
+    if any(not _writes(tokenizer, kind, placeholder(tokenizer, kind)) for kind in marks):
+        tokenizer.chat_template = _FLATTENED.replace("MARKS", repr(marks)) + source
+
+
+def _writes(tokenizer: PreTrainedTokenizerBase, kind: str, token: str) -> bool:
+    """True if the chat template writes `token` once for a part of this kind."""
+    chat: Any = [{"role": "user", "content": [{"type": kind}, {"type": "text", "text": "x"}]}]
     try:
         text = str(tokenizer.apply_chat_template(chat, tokenize=False))
     except Exception:  # a template may fail in any way on messages it was not made for
-        text = ""
-    if text.count(token) != 1:
-        known = tokenizer.get_vocab()
-        around = next((triple for triple in _TRIPLES if triple[1] == token and set(triple) <= set(known)), (token,))
-        tokenizer.chat_template = _FLATTENED.replace("MARKER", repr("".join(around))) + source
+        return False
+    return text.count(token) == 1
 
 
 @dataclass
 class OmniProcessor:
-    """The processor of a composed model. counts: by height and width of its pixels, how many tokens an image takes;
-    merge: of a tower that takes patches, how many by how many of them make a token."""
+    """The processor of a composed model.
+
+    image_processor: of its images, with counts: by height and width of their pixels how many tokens one takes; or
+    merge: of a tower that takes patches, how many by how many of them make a token. feature_extractor: of its sounds,
+    with frames: how many mel frames make a token, and window: how many tokens there are of one sound at most.
+    """
 
     tokenizer: PreTrainedTokenizerBase
-    image_processor: Any
-    counts: dict[tuple[int, int], int]
-    merge: int
+    image_processor: Any = None
+    counts: dict[tuple[int, int], int] = field(default_factory=dict)
+    merge: int = 0
+    feature_extractor: Any = None
+    frames: int = 0
+    window: int = 0
 
     def __post_init__(self) -> None:
-        self.image_token = placeholder(self.tokenizer)
-        self.image_token_ids = [placeholder_id(self.tokenizer)]
+        kinds = [] if self.image_processor is None else ["image"] if self.merge else ["image", "video"]
+        kinds += [] if self.feature_extractor is None else ["audio"]
+        self._tokens = {kind: placeholder(self.tokenizer, kind) for kind in kinds}
+        for kind, token in self._tokens.items():
+            setattr(self, f"{kind}_token", token)
+            setattr(self, f"{kind}_token_ids", [self.tokenizer.get_vocab()[token]])
 
     @property
     def chat_template(self) -> Any:
         return self.tokenizer.chat_template
 
-    def __call__(self, text: Sequence[str], images: Sequence[Image.Image] | None = None, **kwargs: Any) -> Any:
-        """Ids and values of one text with its images, as tensors, and `text_replacement_offsets`."""
+    def __call__(
+        self, text: Sequence[str], images: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> Any:
+        """Ids and values of one text with its media, as tensors, and `text_replacement_offsets`. ValueError: media that
+        the towers do not take.
+
+        images: those of the text, or a list of that; videos the same, of frames [F, 3, height, width]; audio: waves.
+        """
         (source,) = text
         values: dict[str, torch.Tensor] = {}
-        numbers: list[int] = []
+        numbers: dict[str, list[int]] = {}
         if images:
-            found = self.image_processor(images=list(images), return_tensors="pt")
-            values = {name: found[name] for name in ("pixel_values", "image_grid_thw") if name in found}
-            numbers = self._numbers(values)
-        pieces = source.split(self.image_token)
-        if len(pieces) != len(numbers) + 1:
-            raise ValueError(f"{len(pieces) - 1} placeholders for {len(numbers)} images")
-        written, offsets = pieces[0], []
-        for number, piece in zip(numbers, pieces[1:], strict=True):
-            replacement = self.image_token * number
-            offsets.append({"type": "image", "text": self.image_token, "replacement": replacement})
-            written += replacement + piece
+            values |= self._pixels(_flat(images))
+            numbers["image"] = self._numbers(values)
+        if videos:
+            frames = [[Image.fromarray(np.moveaxis(frame, 0, -1)) for frame in video] for video in _flat(videos)]
+            made = self._pixels([frame for video in frames for frame in video])
+            each = iter(self._numbers(made))
+            values["pixel_values_videos"] = made["pixel_values"]
+            numbers["video"] = [sum(next(each) for _ in video) for video in frames]
+        if audio:
+            values |= self._mel(audio)
+            numbers["audio"] = values["audio_tokens"].tolist()
+        written, offsets = self._replace(source, numbers)
         ids = self.tokenizer([written], return_tensors="pt", add_special_tokens=False)
         return {**ids, **values, "text_replacement_offsets": [offsets]}
 
+    def _replace(self, source: str, numbers: dict[str, list[int]]) -> tuple[str, list[dict[str, str]]]:
+        """The text with each placeholder as many times as its medium takes, and what replaces each."""
+        left = {kind: list(found) for kind, found in numbers.items()}
+        offsets: list[dict[str, str]] = []
+
+        def expand(match: re.Match[str]) -> str:
+            kind = next(kind for kind, token in self._tokens.items() if token == match.group())
+            if not left.get(kind):
+                raise ValueError(f"more placeholders of {kind}s than there are")
+            replacement = match.group() * left[kind].pop(0)
+            offsets.append({"type": kind, "text": match.group(), "replacement": replacement})
+            return replacement
+
+        written = re.sub("|".join(map(re.escape, self._tokens.values())), expand, source)
+        if any(left.values()):
+            raise ValueError("more media than placeholders")
+        return written, offsets
+
+    def _pixels(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        found = self.image_processor(images=list(images), return_tensors="pt")
+        return {name: found[name] for name in ("pixel_values", "image_grid_thw") if name in found}
+
     def _numbers(self, values: dict[str, torch.Tensor]) -> list[int]:
+        """How many tokens each image takes."""
         if self.merge:
             return [int(count) // self.merge**2 for count in values["image_grid_thw"].prod(-1)]
         pixels = values["pixel_values"]
@@ -132,56 +207,94 @@ class OmniProcessor:
             raise ValueError(f"the image processor makes images of {size} pixels and of {known}; give it one size")
         return [self.counts[size]] * len(pixels)
 
+    def _mel(self, waves: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+        extractor = self.feature_extractor
+        for wave in waves:
+            if len(wave) > extractor.n_samples:
+                seconds, most = (number / extractor.sampling_rate for number in (len(wave), extractor.n_samples))
+                raise ValueError(
+                    f"a sound of {seconds:.1f} s, and the tower hears {most:.1f} s: data.audio_max_seconds cuts it"
+                )
+        found = extractor(
+            list(waves), sampling_rate=extractor.sampling_rate, return_attention_mask=True, return_tensors="pt"
+        )
+        count = (found["attention_mask"].sum(-1) + self.frames - 1) // self.frames
+        return {"input_features": found["input_features"], "audio_tokens": count.clamp(1, self.window).long()}
+
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the tokenizer to `folder`, and the image processor to its encoder's."""
+        """Write the tokenizer to `folder`, and the other two to their encoders'."""
         self.tokenizer.save_pretrained(folder)
-        self.image_processor.save_pretrained(Path(folder) / "encoders" / "image")
+        for kind, part in (("image", self.image_processor), ("audio", self.feature_extractor)):
+            if part is not None:
+                part.save_pretrained(Path(folder) / "encoders" / kind)
+
+
+def _flat(media: Any) -> list[Any]:
+    """The media of the one text, which may be given as a list of such."""
+    return [item for part in media for item in (part if isinstance(part, (list, tuple)) else [part])]
 
 
 def compose_processor(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> OmniProcessor:
-    """The processor of the composed model that `model` describes. ValueError: the image processor cannot be used, or
-    does not make what the tower takes."""
-    spec = encoder_specs(model)["image"]
-    config: Any = tower_config("image", spec)
-    with torch.device("meta"):
-        tower = tower_class(config)(copy.deepcopy(config))
-    patches = takes_grid(tower)
-    processor = _image_processor(spec, config, patches)
-    if patches:
-        return OmniProcessor(tokenizer, processor, {}, config.spatial_merge_size)
-    try:
-        made = processor(images=[Image.new("RGB", (64, 48))], return_tensors="pt")["pixel_values"]
+    """The processor of the composed model that `model` describes. ValueError: a tower's own cannot be used, or does not
+    make what it takes."""
+    made: dict[str, Any] = {}
+    for kind, spec in encoder_specs(model).items():
+        config: Any = tower_config(kind, spec)
         settings = {name: spec.get(name, default) for name, default in SETTINGS.items()}
-        found = features(tower, made.to("meta"), None, settings["layer"], settings["pool"])
-    except Exception as error:  # towers and processors fail in many ways when they do not fit each other
-        raise ValueError(
-            f"model.encoders.image.processor_path: {type(processor).__name__} makes no images that "
-            f"{type(config).__name__} takes: {first_line(error)}"
-        ) from error
-    return OmniProcessor(tokenizer, processor, {(made.shape[-2], made.shape[-1]): found.shape[1]}, 0)
-
-
-def _image_processor(spec: dict[str, Any], config: Any, patches: bool) -> Any:
-    """The image processor in the tower's folder, or one for the size that its config names, which is logged."""
-    for key in ("processor_path", "model_path", "config_path"):
-        folder = Path(spec[key]).expanduser() if spec.get(key) else None
-        if folder is None or not any(folder.glob("*processor_config.json")):
-            continue
+        with torch.device("meta"):
+            tower = tower_class(config)(copy.deepcopy(config))
         try:
-            return AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # processors fail in many ways, such as for a package that is missing
+            made |= (_for_images if kind == "image" else _for_sounds)(spec, tower, settings)
+        except Exception as error:  # towers and processors fail in many ways when they do not fit each other
             raise ValueError(
-                f"model.encoders.image.{key}: no image processor in {folder}: {first_line(error)}"
+                f"model.encoders.{kind}.processor_path: makes nothing that {type(config).__name__} takes: "
+                f"{first_line(error)}"
             ) from error
-    if patches:
-        made = Qwen2VLImageProcessor(
+    return OmniProcessor(tokenizer, **made)
+
+
+def _for_images(spec: dict[str, Any], tower: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """The fields of an `OmniProcessor` that are about images."""
+    config, patches = tower.config, takes_grid(tower)
+    processor = _own_processor(spec, AutoImageProcessor)
+    if processor is None and patches:
+        processor = Qwen2VLImageProcessor(
             patch_size=config.patch_size,
             merge_size=config.spatial_merge_size,
             temporal_patch_size=config.temporal_patch_size,
         )
         log.info("model.encoders.image: no image processor in its folder: images of any size become patches")
-        return made
-    side = getattr(config, "image_size", None) or 224
-    height, width = (side, side) if isinstance(side, int) else side
-    log.info("model.encoders.image: no image processor in its folder: images are resized to %d x %d", width, height)
-    return SiglipImageProcessor(size={"height": height, "width": width})
+    elif processor is None:
+        side = getattr(config, "image_size", None) or 224
+        height, width = (side, side) if isinstance(side, int) else side
+        log.info("model.encoders.image: no image processor in its folder: images are resized to %d x %d", width, height)
+        processor = SiglipImageProcessor(size={"height": height, "width": width})
+    if patches:
+        return {"image_processor": processor, "merge": config.spatial_merge_size}
+    pixels = processor(images=[Image.new("RGB", (64, 48))], return_tensors="pt")["pixel_values"]
+    found = features(tower, pixels.to("meta"), None, settings["layer"], settings["pool"])
+    return {"image_processor": processor, "counts": {(pixels.shape[-2], pixels.shape[-1]): found.shape[1]}}
+
+
+def _for_sounds(spec: dict[str, Any], tower: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """The fields of an `OmniProcessor` that are about sounds."""
+    config, extractor = tower.config, _own_processor(spec, AutoFeatureExtractor)
+    length = config.max_source_positions * mel_stride(tower)
+    if extractor is None:
+        seconds = length // 100  # an extractor makes a hundred frames of a second
+        log.info("model.encoders.audio: no feature extractor in its folder: sounds of up to %d s are heard", seconds)
+        extractor = WhisperFeatureExtractor(feature_size=config.num_mel_bins, chunk_length=seconds)
+    mel = extractor([np.zeros(400, np.float32)], sampling_rate=extractor.sampling_rate, return_tensors="pt")
+    if (shape := mel["input_features"].shape[1:]) != (config.num_mel_bins, length):
+        raise ValueError(f"windows of {tuple(shape)} bins and frames, not {(config.num_mel_bins, length)}")
+    window = try_features(tower, settings["layer"], settings["pool"]).shape[1]
+    return {"feature_extractor": extractor, "frames": mel_stride(tower) * settings["pool"], "window": window}
+
+
+def _own_processor(spec: dict[str, Any], factory: Any) -> Any:
+    """The processor in an encoder's folder; None: there is none."""
+    for key in ("processor_path", "model_path", "config_path"):
+        folder = Path(spec[key]).expanduser() if spec.get(key) else None
+        if folder is not None and any(folder.glob("*processor_config.json")):
+            return factory.from_pretrained(folder, local_files_only=True)
+    return None

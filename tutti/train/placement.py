@@ -40,7 +40,7 @@ from tutti.model.lora import adapters, add_adapters, init_adapters
 from tutti.model.multimodal import check_multimodal, make_placing
 from tutti.model.omni import OmniModel
 from tutti.model.omni_config import is_composed
-from tutti.model.omni_processor import add_placeholder, write_markers
+from tutti.model.omni_processor import add_placeholders, write_markers
 from tutti.model.processor import build_processor
 from tutti.model.quantized import hold_quantized
 from tutti.model.sparse import check_sparse
@@ -147,11 +147,11 @@ def tokenizer_and_model(config: Config, device: torch.device) -> tuple[PreTraine
     check_composed(config)
     tokenizer = build_tokenizer(config)
     if is_composed(config.model):
-        add_placeholder(tokenizer)
+        add_placeholders(tokenizer, config.model)
     if config.data.task.holds_chats:
         set_chat_template(tokenizer, config.data.chat_template)
     if is_composed(config.model):
-        write_markers(tokenizer)
+        write_markers(tokenizer, config.model)
     model = build_model(config, tokenizer=tokenizer, device=device)
     if model.can_generate():
         ends = end_ids(tokenizer, model.generation_config)
