@@ -13,7 +13,7 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor
 from tests.data.processors import PROCESSORS
 from tests.harness import run_ranks
 from tests.model.test_media import build
-from tests.train.runs import QUICKSTART, run, tiny_config
+from tests.train.runs import QUICKSTART, records, run, tiny_config
 from tests.train.test_run import assert_same_training
 from tutti.core.dist import World
 from tutti.data.loader import build_data
@@ -105,6 +105,19 @@ def test_the_export_has_the_processor_and_what_is_frozen_stays(tmp_path: Path, m
     moved = {name for name in before if not before[name].equal(after[name])}
     assert any("merger" in name for name in moved) and any("language_model" in name for name in moved)
     assert not any("visual.blocks" in name for name in moved)
+
+
+def test_ranks_and_a_restart_keep_the_rates_of_parts(tmp_path: Path, model: str, rows: str) -> None:
+    options = {"train.lr_decay_style": "constant", "train.save_steps": 2}
+    parts = options | {"train.part_lr": {"towers": 1e-4, "*embed_tokens*": 5e-3}}
+    alone = run(config_of(tmp_path / "alone", model, rows, **parts))
+    plain = run(config_of(tmp_path / "plain", model, rows, **options))
+    assert [line["lr"] for line in alone] == [line["lr"] for line in plain]
+    assert alone[-1]["loss"] != plain[-1]["loss"]
+    run(config_of(tmp_path / "two", model, rows, world=2, **parts | {"train.max_steps": 2}), 2)
+    again = config_of(tmp_path / "two", model, rows, **parts, **{"train.load_checkpoint_path": "auto"})
+    run(again)
+    assert_same_training(records(again), alone)
 
 
 BAD = {

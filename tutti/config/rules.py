@@ -77,6 +77,11 @@ def contradictions(config: Config) -> list[str]:
             f"train.lora_base_dtype: {train.lora_base_dtype} is what weights are quantized to as they are read, and "
             "random ones are not read; set model.model_path, or leave it at compute"
         )
+    for part, rate in train.part_lr.items():
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < float("inf"):
+            problems.append(f"train.part_lr: {part} must have a learning rate of 0 or more, got {rate!r}")
+    if train.part_lr and train.lr == 0:
+        problems.append("train.part_lr: rates of parts follow train.lr's course, which is 0; set train.lr")
     for kind in ("image", "video"):
         least, most = (getattr(config.data, f"{kind}_{bound}_pixels") for bound in ("min", "max"))
         if least is not None and most is not None and least > most:

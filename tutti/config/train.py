@@ -1,5 +1,6 @@
 """`train.*`: the optimizer and its schedule, precision and memory, the parallel layout, and what a run writes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +32,12 @@ class TrainConfig:
         (),
         "Parts of the model that stay as they are: towers (encoders of images), projectors, language_model, or names "
         "of parameters with * and ?.",
+        added=True,
+    )
+    part_lr: Mapping[str, float] = arg(
+        {},
+        "Peak learning rates of parts in place of lr, such as {towers: 2e-6, projectors: 1e-3}: parts as in freeze, of "
+        "which the last that fits counts. Warmup and decay are those of lr, scaled.",
         added=True,
     )
     weight_decay: float = arg(0.0, "Decoupled weight decay coefficient.", low=0)

@@ -152,8 +152,20 @@ def _beside(module: nn.Module, inside: nn.Module) -> Iterator[nn.Module]:
 
 
 def freeze_parts(model: PreTrainedModel, parts: Iterable[str]) -> None:
-    """Leave parts of `model` untrained (train.freeze): towers, projectors, language_model, or parameters whose name
-    matches a pattern with * and ?. ValueError: the model has no such part."""
+    """Leave parts of `model` untrained (train.freeze). ValueError: the model has no such part."""
+    for part in parts:
+        for parameter in part_parameters(model, part, "train.freeze").values():
+            parameter.requires_grad_(False)
+
+
+def part_parameters(
+    model: PreTrainedModel, part: str, argument: str, *, is_complete: bool = True
+) -> dict[str, nn.Parameter]:
+    """The parameters of a part of `model` by name: of its towers, its projectors, its language_model, or those whose
+    name matches a pattern with * and ?.
+
+    ValueError, in the name of `argument`: the model has no such part, although it is_complete (no stage of a pipeline).
+    """
     named = dict(model.named_parameters())
     beside = {id(item) for tower in towers(model) for item in tower.parameters()}
     joins = {name for name, item in named.items() if id(item) in beside and _PROJECTOR.search(name)}
@@ -162,13 +174,11 @@ def freeze_parts(model: PreTrainedModel, parts: Iterable[str]) -> None:
         "projectors": joins,
         "language_model": {name for name, item in named.items() if id(item) not in beside},
     }
-    for part in parts:
-        found = groups.get(part) or set(fnmatch.filter(named, part))
-        if not found:
-            known = ", ".join(name for name, members in groups.items() if members)
-            raise ValueError(f"train.freeze: this model has no {part}; it has {known}, and names of parameters")
-        for name in found:
-            named[name].requires_grad_(False)
+    found = groups.get(part) or set(fnmatch.filter(named, part))
+    if not found and is_complete:
+        known = ", ".join(name for name, members in groups.items() if members)
+        raise ValueError(f"{argument}: this model has no {part}; it has {known}, and names of parameters")
+    return {name: item for name, item in named.items() if name in found}
 
 
 _PROJECTOR = re.compile("projector|projection|merger|connector|aligner|multi_modal|embed_vision")

@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 from tutti.config import Config, TrainConfig
 from tutti.core.device import on_accelerator
 from tutti.core.tensors import local_part
+from tutti.model.structure import part_parameters
 
 BUCKET_ON_CPU, BUCKET_ON_DEVICE = 1 << 18, 1 << 24
 """Elements that are widened to fp32 at once: within a CPU's caches; on an accelerator, enough to hide the launches."""
@@ -42,8 +43,9 @@ def build_optimizer(model: nn.Module, config: Config, *, is_complete: bool = Tru
     """The optimizer over `model`'s trainable parameters, as `config.train` describes it.
 
     Every parameter is in exactly one group, tied ones once; a group's weight decay is train.weight_decay or 0. The
-    groups' learning rate is set by the loop, with `set_lr`. is_complete: `model` is not a
-    stage of a pipeline. ValueError, if it is: a no_decay name that matches nothing, or nothing to train.
+    groups' learning rate is set by the loop, with `set_lr`, times the group's `lr_scale` (train.part_lr). is_complete:
+    `model` is not a stage of a pipeline. ValueError, if it is: a no_decay name or a part that matches nothing, or
+    nothing to train.
     """
     train = config.train
     groups = decay_groups(model, train, is_complete=is_complete)
@@ -56,27 +58,39 @@ def build_optimizer(model: nn.Module, config: Config, *, is_complete: bool = Tru
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Take the next step with learning rate `lr`, in every group."""
+    """Take the next step with learning rate `lr`, in every group times its scale."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def decay_groups(model: nn.Module, train: TrainConfig, *, is_complete: bool = True) -> list[dict[str, Any]]:
-    """Parameter groups by weight decay, and by plain tensor or DTensor, which one kernel cannot take together."""
+    """Parameter groups by weight decay, by plain tensor or DTensor, which one kernel cannot take together, and by the
+    scale of the learning rate."""
     exempt = _exempt_parameters(model, train, is_complete)
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    scales = _lr_scales(model, train, is_complete)
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            key = (parameter in exempt, isinstance(parameter, DTensor))
+            key = (parameter in exempt, isinstance(parameter, DTensor), scales.get(parameter, 1.0))
             groups.setdefault(key, []).append(parameter)
     if not groups and is_complete:
         raise ValueError("the model has no trainable parameter: everything is frozen")
     if not groups:
-        groups[True, False] = []  # an optimizer is never without a group
+        groups[True, False, 1.0] = []  # an optimizer is never without a group
     return [
-        {"params": parameters, "weight_decay": 0.0 if no_decay else train.weight_decay}
-        for (no_decay, _), parameters in sorted(groups.items(), key=lambda item: item[0])
+        {"params": parameters, "weight_decay": 0.0 if no_decay else train.weight_decay, "lr_scale": scale}
+        for (no_decay, _, scale), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
+
+
+def _lr_scales(model: Any, train: TrainConfig, is_complete: bool) -> dict[nn.Parameter, float]:
+    """The learning rate of the parameters that train.part_lr names, over train.lr; of several parts that a parameter is
+    in, the last one counts."""
+    return {
+        parameter: rate / train.lr
+        for part, rate in train.part_lr.items()
+        for parameter in part_parameters(model, part, "train.part_lr", is_complete=is_complete).values()
+    }
 
 
 def _exempt_parameters(model: nn.Module, train: TrainConfig, is_complete: bool) -> set[nn.Parameter]:

@@ -135,9 +135,10 @@ def _run(config: Config, world: World, *, asked: Config) -> None:
         resumed["totals"] = logger
         for batch in () if early.reason else prepare(logger.clock.waiting(data.train()), "train"):
             step = batch.step
-            set_lr(optimizer, learning_rate(step - 1, data.total_steps, config.train))
+            rate = learning_rate(step - 1, data.total_steps, config.train)
+            set_lr(optimizer, rate)
             train_step.step(batch, logger.totals)
-            logger.after_step(batch, optimizer.param_groups[0]["lr"])
+            logger.after_step(batch, rate)
             profiler.step()
             housekeeping(step, config)
             logger.clock.pause()
