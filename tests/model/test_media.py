@@ -21,6 +21,7 @@ from tutti.config.load import from_dict
 from tutti.core.batch import IGNORE, Sample, pack
 from tutti.data.encode import make_encoder
 from tutti.data.formats import BadRow, Row
+from tutti.data.preference import make_pair_encoder
 from tutti.model.multimodal import make_placing
 from tutti.model.processor import build_processor
 from tutti.model.structure import read_structure
@@ -106,6 +107,28 @@ def test_packed_files_equal_the_family_s_own(family: str) -> None:
     want.backward()
     assert out["loss"].item() == pytest.approx(want.item(), rel=1e-5)
     assert_same_gradients(packed, plain)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava_onevision"])
+def test_a_pair_has_the_inputs_of_both_its_answers(family: str) -> None:
+    """Also where how an image is cut up depends on how many there are."""
+    processor = PROCESSORS[family]()
+    tree = {"train_path": "x", "data_type": "conversation", "max_seq_len": 4096}
+    config = from_dict({"data": tree})
+    encoder = make_encoder(config, processor.tokenizer, vocab_size=4096, processor=processor)
+    pairs = from_dict({"data": tree | {"data_type": "dpo"}})
+    both = make_pair_encoder(pairs, processor.tokenizer, vocab_size=4096, processor=processor)
+    file = str(QUICKSTART / "rows.jsonl")
+    (row,) = make_rows((2,))
+    chats = [row | {"messages": [row["messages"][0], {"role": "assistant", "content": text}]} for text in ("Yes.", "No")]
+    pair = {"prompt": row["messages"][:1], "chosen": "Yes.", "rejected": "No", "images": row["images"]}
+    samples = [found[0] for found in encoder([Row(chat, file, 1) for chat in chats])]
+    ((joined,),) = both([Row(pair, file, 1)])
+    assert joined.input_ids.tolist() == [*samples[0].input_ids.tolist(), *samples[1].input_ids.tolist()]
+    want, got = encoder.extras(samples, len(joined)), both.extras([joined], len(joined))
+    assert want.keys() == got.keys() and all(want[name].equal(got[name]) for name in want)
+    (bad,) = replace(both, max_seq_len=len(joined) - 40)([Row(pair, file, 1)])
+    assert isinstance(bad, BadRow) and "tokens of its images: raise data.max_seq_len" in bad.reason
 
 
 def test_bounds_on_pixels_change_how_many_tokens_an_image_takes() -> None:

@@ -21,14 +21,17 @@ from tutti.data.loader import build_data
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("vlm")
-    processor = PROCESSORS["qwen2_5_vl"]()
-    build("qwen2_5_vl", processor)[0].save_pretrained(folder)
+def write_model(folder: Path, family: str) -> str:
+    processor = PROCESSORS[family]()
+    build(family, processor)[0].save_pretrained(folder)
     processor.chat_template = processor.tokenizer.chat_template
     processor.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_model(tmp_path_factory.mktemp("vlm"), "qwen2_5_vl")
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +121,36 @@ def test_ranks_and_a_restart_keep_the_rates_of_parts(tmp_path: Path, model: str,
     again = config_of(tmp_path / "two", model, rows, **parts, **{"train.load_checkpoint_path": "auto"})
     run(again)
     assert_same_training(records(again), alone)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Captions of pictures preferred to others' captions, by text or parts, and pairs of text alone."""
+    pictures = [json.loads(line) for line in (QUICKSTART / "images.jsonl").read_text().splitlines()[:24]]
+    lines: list[dict[str, Any]] = []
+    for number, (one, other) in enumerate(zip(pictures, pictures[1:] + pictures[:1], strict=True)):
+        answers = {"chosen": one["caption"], "rejected": f"No, {other['caption']}"}
+        if number % 3 == 0:
+            lines.append({"prompt": "<image> and <image>?", "images": [one["image"], other["image"]], **answers})
+        elif number % 3 == 1:
+            parts = [{"type": "image", "path": one["image"]}, {"type": "text", "text": "What is this?"}]
+            lines.append({"prompt": [{"role": "user", "content": parts}], **answers})
+        else:
+            lines.append({"prompt": "Say a word.", **answers})
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return str(path)
+
+
+@pytest.mark.parametrize(("task", "family"), [("dpo", "qwen2_5_vl"), ("reward", "gemma3")])
+def test_pairs_of_answers_about_images_are_compared(tmp_path: Path, pairs: str, task: str, family: str) -> None:
+    model = write_model(tmp_path / "model", family)
+    options = {"data.data_type": task, "data.row_template": {}, "data.image_max_pixels": 1024, "train.global_batch_size": 4}
+    alone = run(config_of(tmp_path / "alone", model, pairs, **options))
+    for layout in ({"data_parallel_mode": "fsdp2"}, {"ulysses_parallel_size": 2}):
+        sizes = {f"train.{name}": value for name, value in layout.items()}
+        folder = tmp_path / next(iter(layout))
+        assert_same_training(run(config_of(folder, model, pairs, world=2, **options, **sizes), 2), alone)
 
 
 BAD = {

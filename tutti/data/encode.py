@@ -137,16 +137,22 @@ class Encoder:
 
     def _with_media(self, sample: Sample, media: tuple[Media, ...], ids: np.ndarray) -> Sample:
         """The sample with its media. ids: of the whole row. RowError: it was cut, and lacks some of their tokens."""
+        self.require_media(media, ids, sample.input_ids, self.max_seq_len)
+        return replace(sample, media=media)
+
+    def require_media(self, media: tuple[Media, ...], ids: np.ndarray, kept: np.ndarray, max_seq_len: int) -> None:
+        """RowError if `kept`, what max_seq_len leaves of the tokens `ids` of a row, lacks some of its media's."""
+        if not media:
+            return
         assert self.media is not None
         needed = self.media.count(ids)
-        if self.media.count(sample.input_ids) < needed:
+        if self.media.count(kept) < needed:
             kinds = sorted({medium.kind for medium in media})
             raise RowError(
-                f"is longer than data.max_seq_len {self.max_seq_len}, and only text can be cut, of which it has too "
+                f"is longer than data.max_seq_len {max_seq_len}, and only text can be cut, of which it has too "
                 f"little beside the {needed:,} tokens of its {' and '.join(f'{kind}s' for kind in kinds)}: raise "
                 f"data.max_seq_len, or lower {' or '.join(_LIMITS[kind] for kind in kinds)}"
             )
-        return replace(sample, media=media)
 
     def _characters(self, text: str) -> str:
         """`text`, which has as many characters afterwards, without halves of surrogate pairs."""

@@ -264,7 +264,7 @@ def build_data(
     elsewhere = fetch_data(config, world)
     encoder, sources, held_out = world.run_on_all_ranks(
         lambda: (
-            make_pair_encoder(config, tokenizer, vocab_size=vocab_size)
+            make_pair_encoder(config, tokenizer, vocab_size=vocab_size, processor=processor)
             if pairs
             else make_encoder(
                 config,

@@ -9,7 +9,8 @@ A row says both answers, and mostly the prompt, in one of many ways; its shape i
 3. Both go through the encoder of conversations, which knows the chat template and finds the trained tokens.
 4. They become one sample, chosen first, split where the rejected one begins. A pair counts as one sample everywhere:
    it lies in one micro batch, and data.max_seq_len is its length. Of one that is longer both sides lose the same number
-   of tokens at the beginning of the prompt; if the answers alone are too long, the row can't be used.
+   of tokens at the beginning of the prompt; if the answers alone are too long, the row can't be used. Media lie in the
+   prompt, and each side has them all.
 """
 
 from __future__ import annotations
@@ -101,6 +102,8 @@ class PairEncoder:
                 f"a pair of {total} tokens is longer than data.max_seq_len {self.max_seq_len}, and the answers leave "
                 "no room for any of the prompt"
             )
+        for side in samples:
+            self.chats.require_media(side.media, side.input_ids, side.input_ids[cut:], self.max_seq_len)
         labels = [side.labels[cut:] for side in samples]
         if self.last:
             labels = [np.append(np.full(len(side) - 1, IGNORE, np.int32), np.int32(0)) for side in labels]
@@ -109,13 +112,16 @@ class PairEncoder:
             np.concatenate(labels),
             chosen.source,
             split=len(chosen) - cut,
+            media=chosen.media + rejected.media,
         )
 
 
-def make_pair_encoder(config: Config, tokenizer: Any, *, vocab_size: int) -> PairEncoder:
+def make_pair_encoder(config: Config, tokenizer: Any, *, vocab_size: int, processor: Any = None) -> PairEncoder:
     """The encoder of tasks whose rows are pairs; arguments and errors as of `make_encoder`."""
     chats = replace(config, data=replace(config.data, data_type="conversation", text_keys="messages"))
-    encoder = replace(make_encoder(chats, tokenizer, vocab_size=vocab_size), max_seq_len=sys.maxsize)
+    encoder = replace(
+        make_encoder(chats, tokenizer, vocab_size=vocab_size, processor=processor), max_seq_len=sys.maxsize
+    )
     return PairEncoder(encoder, text_columns(config), config.data.max_seq_len, last=config.data.task.head == "scalar")
 
 
@@ -127,8 +133,6 @@ def conversations_of(value: dict[str, Any], columns: Sequence[str]) -> tuple[dic
     for name in SIDES:
         if value.get(name) is None:
             raise RowError(f"has no column {name}; its columns are {listed(value)}")
-    if media := media_columns(value):
-        raise RowError(f"has {', '.join(media)}, and pairs of answers cannot be trained on with media yet")
     prompt = _prompt(value, columns)
     chosen, rejected = (_turns(name, _unpacked(value[name]), prompt) for name in SIDES)
     if chosen == rejected:
@@ -144,7 +148,7 @@ def conversations_of(value: dict[str, Any], columns: Sequence[str]) -> tuple[dic
                 f"chosen and rejected part at message {shared}, which in {name} is not an assistant's but of role "
                 f"{role}: the prompt must be the same in both"
             )
-    beside = {key: value[key] for key in _SHARED if value.get(key) is not None}
+    beside = {key: value[key] for key in (*_SHARED, *media_columns(value)) if value.get(key) is not None}
     both = ([_masked(turn, number >= shared) for number, turn in enumerate(turns)] for turns in (chosen, rejected))
     return tuple({**beside, "messages": messages} for messages in both)  # type: ignore[return-value]
 

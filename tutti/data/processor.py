@@ -285,7 +285,7 @@ class MediaProcessor:
         decoded."""
         if not any(sample.media for sample in samples):
             return {}
-        made = [self._values(sample.media) for sample in samples if sample.media]
+        made = [values for sample in samples if sample.media for values in self._each(sample)]
         layouts = [
             self._layout(kind) for kind in sorted({medium.kind for sample in samples for medium in sample.media})
         ]
@@ -303,6 +303,13 @@ class MediaProcessor:
                     lie[ids == token] = kind
             extras[name] = torch.from_numpy(lie)[None]
         return extras
+
+    def _each(self, sample: Sample) -> list[Mapping[str, Any]]:
+        """What the processor makes of the media of each of a sample's sequences; both of a pair have the same."""
+        if not sample.split:
+            return [self._values(sample.media)]
+        one = sample.media[: len(sample.media) // 2]
+        return [self._values(one)] * 2
 
     def _values(self, media: Sequence[Media]) -> Mapping[str, Any]:
         """What the processor makes of a sample's media."""
