@@ -120,7 +120,9 @@ def test_a_pair_has_the_inputs_of_both_its_answers(family: str) -> None:
     both = make_pair_encoder(pairs, processor.tokenizer, vocab_size=4096, processor=processor)
     file = str(QUICKSTART / "rows.jsonl")
     (row,) = make_rows((2,))
-    chats = [row | {"messages": [row["messages"][0], {"role": "assistant", "content": text}]} for text in ("Yes.", "No")]
+    chats = [
+        row | {"messages": [row["messages"][0], {"role": "assistant", "content": text}]} for text in ("Yes.", "No")
+    ]
     pair = {"prompt": row["messages"][:1], "chosen": "Yes.", "rejected": "No", "images": row["images"]}
     samples = [found[0] for found in encoder([Row(chat, file, 1) for chat in chats])]
     ((joined,),) = both([Row(pair, file, 1)])

@@ -145,7 +145,12 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(("task", "family"), [("dpo", "qwen2_5_vl"), ("reward", "gemma3")])
 def test_pairs_of_answers_about_images_are_compared(tmp_path: Path, pairs: str, task: str, family: str) -> None:
     model = write_model(tmp_path / "model", family)
-    options = {"data.data_type": task, "data.row_template": {}, "data.image_max_pixels": 1024, "train.global_batch_size": 4}
+    options = {
+        "data.data_type": task,
+        "data.row_template": {},
+        "data.image_max_pixels": 1024,
+        "train.global_batch_size": 4,
+    }
     alone = run(config_of(tmp_path / "alone", model, pairs, **options))
     for layout in ({"data_parallel_mode": "fsdp2"}, {"ulysses_parallel_size": 2}):
         sizes = {f"train.{name}": value for name, value in layout.items()}

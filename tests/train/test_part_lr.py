@@ -45,7 +45,9 @@ def test_parts_learn_at_their_own_rates(optimizer: str) -> None:
 
 def test_a_part_that_is_not_there_is_refused_with_the_list() -> None:
     config = Config(train=TrainConfig(part_lr={"tower": 1e-3}))
-    with pytest.raises(ValueError, match=r"train\.part_lr: this model has no tower; it has towers, projectors, language"):
+    with pytest.raises(
+        ValueError, match=r"train\.part_lr: this model has no tower; it has towers, projectors, language"
+    ):
         build_optimizer(vision_model(), config)
     assert build_optimizer(vision_model(), config, is_complete=False)
     for lr, rates, reason in (
