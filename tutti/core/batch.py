@@ -173,6 +173,7 @@ class Batch:
     are then the pieces of samples that lie on this rank, and a piece's positions go on from where it was cut.
     payload: tensors about the batch as a whole that its task laid beside it, by name; they are moved with it, and
     are the same for all ranks that share it.
+    broken: why samples had to be left out when their media were decoded; padding lies in their place.
     """
 
     input_ids: Tensor
@@ -189,6 +190,7 @@ class Batch:
     sequence: GlobalSequence | None = None
     payload: Mapping[str, Tensor] = field(default_factory=dict)
     borders: Tensor | None = None
+    broken: tuple[str, ...] = ()
 
     def lengths(self) -> list[int]:
         """The segments' lengths, padding left out; for a whole batch on the host."""

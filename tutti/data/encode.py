@@ -107,7 +107,7 @@ class Encoder:
 
     def extras(self, samples: Sequence[Sample], length: int) -> dict[str, Tensor]:
         """The inputs that a model takes beside the tokens of samples that are packed into `length` places, by the name
-        of its argument; nothing where no sample has media. RowError: a medium cannot be decoded."""
+        of its argument; nothing where no sample has media. BrokenMediaError: one of them cannot be decoded."""
         return {} if self.media is None else self.media.values(samples, length)
 
     def _text(self, row: Row) -> tuple[str, Any, tuple[Media, ...] | None]:

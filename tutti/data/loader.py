@@ -14,9 +14,9 @@ The planner runs ahead together with the workers. Every planned step therefore c
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from tutti.data.index import CHUNK, Index, MapSource, build_index, encode_chunk
 from tutti.data.mix import Weights
 from tutti.data.plan import BatchingPlan, Planner, StepPlan, describe_steps, make_batching_plan, one_pass
 from tutti.data.preference import make_pair_encoder
-from tutti.data.prefetch import Fetch, PackedSamples, fetch_indexed, fetch_streamed, loader_options
+from tutti.data.prefetch import Fetch, PackedSamples, Packer, fetch_indexed, fetch_streamed, loader_options
 from tutti.data.ready import ReadyMade
 from tutti.data.remote import fetch_data
 from tutti.data.source import Elsewhere, Source, open_sources
@@ -62,7 +62,8 @@ class DataSplit:
 
     sources: their names, by which a batch's counts are told. report: from the samples, tokens, trained tokens and slots
     given out so far. digest, scan: of indexed data, what stands for it, and a planner of one pass over it in
-    order. has_media: None where data is streamed.
+    order. has_media: None where data is streamed. broken: how often this rank left samples out whose media cannot be
+    decoded, by reason.
     """
 
     sources: tuple[str, ...]
@@ -73,6 +74,7 @@ class DataSplit:
     digest: str | None = None
     scan: Callable[[], Planner] | None = None
     has_media: bool | None = None
+    broken: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,10 @@ def global_batches(planner: Planner, split: DataSplit, share: DataRank) -> Itera
     batches = split.fetch(mine())
     while batch := tuple(islice(batches, micro_batches // share.dp_size)):
         plan = planned.popleft()
+        for reason in (reason for one in batch for reason in one.broken):
+            if not split.broken[reason]:
+                log.warning("left out, with padding in its place: %s", reason)
+            split.broken[reason] += 1
         yield plan, _with_totals(plan, batch, split, share)
 
 
@@ -171,7 +177,8 @@ class Data:
 
     @property
     def report(self) -> DataSummary:
-        return self._train.report(self._given)
+        found = self._train.report(self._given)
+        return replace(found, dropped={**found.dropped, **self._train.broken})
 
     def train(self) -> Iterator[GlobalBatch]:
         """Global batches from the position to the end of the last epoch."""
@@ -295,19 +302,19 @@ def build_data(
         "the list of sources in data.train_path": names,
         "whether sources in data.train_path have weights": _weights(sources) is not None,
     }
+    packer = Packer(encoder, recipe.pad_to, pad_id, config.data.silent_exception)
     if streams:
-        part = _streamed_part(config, sources, encoder, recipe, pad_id)
+        part = _streamed_part(config, sources, packer, recipe)
     else:
         index = _index(config, sources, encoder, world, "data.train_path")
         settings["digest"] = index.digest
         supply = MapSource(index, _weights(sources), names, config.train.seed, config.data.shuffle)
-        part = _indexed_part(config, PackedSamples(index, sources, encoder, recipe.pad_to, pad_id), supply, recipe)
+        part = _indexed_part(config, PackedSamples(index, sources, packer), supply, recipe)
     evaluation = None
     if held_out is not None:
         index = _index(config, held_out, encoder, world, "data.eval_path")
         supply = MapSource(index, None, [source.name for source in held_out], config.train.seed, shuffle=False)
-        samples = PackedSamples(index, held_out, encoder, recipe.pad_to, pad_id)
-        evaluation = _indexed_part(config, samples, supply, one_pass(recipe))
+        evaluation = _indexed_part(config, PackedSamples(index, held_out, packer), supply, one_pass(recipe))
     return Data(part, evaluation, DataRank(dp_rank, dp_size, pairs, world.is_main), settings)
 
 
@@ -427,10 +434,10 @@ def _indexed_part(config: Config, samples: PackedSamples, supply: MapSource, rec
     )
 
 
-def _streamed_part(
-    config: Config, sources: Sequence[Source], encoder: Any, recipe: BatchingPlan, pad_id: int
-) -> DataSplit:
-    feed = ChunkPrefetcher(sources, encoder, loader_options(config, config.data.num_workers) | {"pin_memory": False})
+def _streamed_part(config: Config, sources: Sequence[Source], packer: Packer, recipe: BatchingPlan) -> DataSplit:
+    feed = ChunkPrefetcher(
+        sources, packer.encoder, loader_options(config, config.data.num_workers) | {"pin_memory": False}
+    )
     capacity = config.data.shuffle_buffer_size if config.data.shuffle else 1
     silent = config.data.silent_exception
     supply = StreamSource(feed, _weights(sources), seed=config.train.seed, capacity=capacity, silent=silent)
@@ -442,7 +449,7 @@ def _streamed_part(
         return DataSummary(rows, samples, tokens, targets, dropped, _efficiency(given))
 
     names = tuple(source.name for source in sources)
-    return DataSplit(names, planner, fetch_streamed(config, encoder, recipe.pad_to, pad_id), report, feed.close)
+    return DataSplit(names, planner, fetch_streamed(config, packer), report, feed.close)
 
 
 def _efficiency(given: np.ndarray) -> float | None:

@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tutti.config import Config
-from tutti.core.batch import Batch, Sample, pack
+from tutti.core.batch import IGNORE, Batch, Sample, pack
 from tutti.core.files import cache_folder
 from tutti.data.index import Index, encode_chunk
-from tutti.data.rows import RowError
+from tutti.data.rows import BrokenMediaError
 from tutti.data.source import Source
 from tutti.data.stream import StreamSample
 from tutti.data.worker import be_a_worker, quiet_fork
@@ -42,15 +42,39 @@ Fetch = Callable[[Iterator[list[Any]]], Iterator[Batch]]
 """Turns lists of items into packed micro batches, one each, in order; may run ahead."""
 
 
-def pack_samples(samples: Sequence[Sample], encoder: Any, pad_to: int | None, pad_id: int) -> Batch:
-    """A micro batch of samples, with what the model takes beside their tokens. ValueError: a medium is broken."""
-    batch = pack(samples, pad_to=pad_to, pad_id=pad_id)
-    if not any(sample.media for sample in samples):
-        return batch
-    try:
-        return replace(batch, extras=encoder.extras(samples, len(batch.input_ids)))
-    except RowError as error:
-        raise ValueError(f"a row that was good when the data was opened is no longer: {error}") from None
+@dataclass(frozen=True)
+class Packer:
+    """Makes micro batches of samples, with what the model takes beside their tokens. pad_to, pad_id: as in `pack`.
+    silent: data.silent_exception."""
+
+    encoder: Any
+    pad_to: int | None
+    pad_id: int
+    silent: bool = False
+
+    def __call__(self, samples: Sequence[Sample], find: Callable[[int], str]) -> Batch:
+        """The micro batch of `samples`. find: the file and line of the sample with this number.
+
+        A sample whose media turn out broken when they are decoded is left out, where that is wanted: tokens of padding,
+        none of them trained on, take its place, so that the step is what was planned. ValueError: it is not wanted.
+        """
+        samples, broken = list(samples), []
+        while True:
+            batch = pack(samples, pad_to=self.pad_to, pad_id=self.pad_id)
+            if not any(sample.media for sample in samples):
+                return replace(batch, broken=tuple(broken))
+            try:
+                extras = self.encoder.extras(samples, len(batch.input_ids))
+            except BrokenMediaError as error:
+                reason = f"{find(error.number)}: {error}"
+                if not self.silent:
+                    raise ValueError(f"{reason}; data.silent_exception: true skips bad rows") from None
+                broken.append(reason)
+                lost = samples[error.number]
+                nothing = np.full(len(lost), IGNORE, np.int32)
+                samples[error.number] = Sample(np.full_like(nothing, self.pad_id), nothing, lost.source, lost.split)
+            else:
+                return replace(batch, extras=extras, broken=tuple(broken))
 
 
 class LongRows:
@@ -113,9 +137,8 @@ def _nameless_file(size: int) -> Any:
 class PackedSamples(Dataset):
     """Packs the samples of an index by their numbers: from memory, or reading and encoding their rows."""
 
-    def __init__(self, index: Index, sources: Sequence[Source], encoder: Any, pad_to: int | None, pad_id: int) -> None:
-        self.index, self.sources, self.encoder = index, sources, encoder
-        self.pad_to, self.pad_id = pad_to, pad_id
+    def __init__(self, index: Index, sources: Sequence[Source], packer: Packer) -> None:
+        self.index, self.sources, self.packer = index, sources, packer
         self._ends = np.cumsum(index.length)
         self._long = LongRows(index) if index.tokens is None else None
 
@@ -123,7 +146,11 @@ class PackedSamples(Dataset):
         tokens = self.index.tokens
         has_media = self.index.num_media[ids].any()
         samples = self._read(ids) if tokens is None or has_media else self._kept(tokens, ids)
-        return pack_samples(samples, self.encoder, self.pad_to, self.pad_id)
+        return self.packer(samples, lambda number: self._place(ids[number]))
+
+    def _place(self, number: int) -> str:
+        (row,) = self.sources[int(self.index.source[number])].rows([int(self.index.row[number])])
+        return f"{row.file}, line {row.line}"
 
     def _kept(self, tokens: np.ndarray, ids: list[int]) -> list[Sample]:
         index = self.index
@@ -146,7 +173,7 @@ class PackedSamples(Dataset):
         for source in np.unique(index.source[ids]).tolist():
             first_of = {int(index.row[first]): first for first in firsts.values() if index.source[first] == source}
             rows = sorted(first_of)
-            chunk = encode_chunk(self.encoder, source, rows, self.sources[source].rows(rows))
+            chunk = encode_chunk(self.packer.encoder, source, rows, self.sources[source].rows(rows))
             of_row: dict[int, list[Sample]] = {row: [] for row in rows}
             for row, sample in zip(chunk.row.tolist(), chunk.samples(), strict=True):
                 of_row[row].append(sample)
@@ -200,13 +227,14 @@ def fetch_indexed(samples: PackedSamples, options: dict[str, Any]) -> Fetch:
     return fetch
 
 
-def fetch_streamed(config: Config, encoder: Any, pad_to: int | None, pad_id: int) -> Fetch:
+def fetch_streamed(config: Config, packer: Packer) -> Fetch:
     """Micro batches of samples that are here already."""
     pins = pins_memory(config)
 
     def fetch(batches: Iterator[list[StreamSample]]) -> Iterator[Batch]:
         for items in batches:
-            batch = pack_samples([item.sample for item in items], encoder, pad_to, pad_id)
+            rows = [item.row for item in items]
+            batch = packer([item.sample for item in items], lambda number, rows=rows: f"row {rows[number] + 1}")
             yield batch.pin_memory() if pins else batch
 
     return fetch

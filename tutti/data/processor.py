@@ -31,7 +31,7 @@ from tutti.core.batch import Frames, Media, Sample
 from tutti.core.compat import VideoMetadata
 from tutti.data.audio import decode_sound, load_sound
 from tutti.data.media import MediaFolder, load_image, measure_image, reference, resized
-from tutti.data.rows import KINDS, RowError
+from tutti.data.rows import KINDS, BrokenMediaError, RowError
 from tutti.data.video import FRAMES_FPS, MAX_VIDEO_PIXELS, Header, load_video, measure_video, video_source
 
 _OF_TEXT = ("input_ids", "attention_mask", "text_replacement_offsets", "labels")
@@ -281,11 +281,17 @@ class MediaProcessor:
 
     def values(self, samples: Sequence[Sample], length: int) -> dict[str, Tensor]:
         """The inputs that the model takes beside the tokens of samples packed into `length` places: values by name, and
-        what lies along the tokens [1, length]. Nothing where no sample has media. RowError: a medium cannot be
-        decoded."""
+        what lies along the tokens [1, length]. Nothing where no sample has media. BrokenMediaError: one of them cannot
+        be decoded."""
         if not any(sample.media for sample in samples):
             return {}
-        made = [values for sample in samples if sample.media for values in self._each(sample)]
+        made = []
+        for number, sample in enumerate(samples):
+            if sample.media:
+                try:
+                    made += self._each(sample)
+                except RowError as error:
+                    raise BrokenMediaError(str(error), number) from None
         layouts = [
             self._layout(kind) for kind in sorted({medium.kind for sample in samples for medium in sample.media})
         ]

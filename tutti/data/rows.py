@@ -59,6 +59,14 @@ class RowError(Exception):
     """A row that can't be used; the message is the reason."""
 
 
+class BrokenMediaError(RowError):
+    """A sample whose media cannot be decoded. number: its place among the samples of a batch."""
+
+    def __init__(self, reason: str, number: int) -> None:
+        super().__init__(reason)
+        self.number = number
+
+
 @dataclass(slots=True)
 class Conversation:
     """Messages as a chat template takes them. trained: one flag a message. tools, kwargs: passed to the template.
