@@ -58,7 +58,7 @@ class Packer:
         A sample whose media turn out broken when they are decoded is left out, where that is wanted: tokens of padding,
         none of them trained on, take its place, so that the step is what was planned. ValueError: it is not wanted.
         """
-        samples, broken = list(samples), []
+        samples, broken = list(samples), list[str]()
         while True:
             batch = pack(samples, pad_to=self.pad_to, pad_id=self.pad_id)
             if not any(sample.media for sample in samples):
@@ -138,7 +138,7 @@ class PackedSamples(Dataset):
     """Packs the samples of an index by their numbers: from memory, or reading and encoding their rows."""
 
     def __init__(self, index: Index, sources: Sequence[Source], packer: Packer) -> None:
-        self.index, self.sources, self.packer = index, sources, packer
+        self.index, self.sources, self.packer, self.encoder = index, sources, packer, packer.encoder
         self._ends = np.cumsum(index.length)
         self._long = LongRows(index) if index.tokens is None else None
 
@@ -173,7 +173,7 @@ class PackedSamples(Dataset):
         for source in np.unique(index.source[ids]).tolist():
             first_of = {int(index.row[first]): first for first in firsts.values() if index.source[first] == source}
             rows = sorted(first_of)
-            chunk = encode_chunk(self.packer.encoder, source, rows, self.sources[source].rows(rows))
+            chunk = encode_chunk(self.encoder, source, rows, self.sources[source].rows(rows))
             of_row: dict[int, list[Sample]] = {row: [] for row in rows}
             for row, sample in zip(chunk.row.tolist(), chunk.samples(), strict=True):
                 of_row[row].append(sample)
@@ -233,8 +233,8 @@ def fetch_streamed(config: Config, packer: Packer) -> Fetch:
 
     def fetch(batches: Iterator[list[StreamSample]]) -> Iterator[Batch]:
         for items in batches:
-            rows = [item.row for item in items]
-            batch = packer([item.sample for item in items], lambda number, rows=rows: f"row {rows[number] + 1}")
+            rows = [f"row {item.row + 1}" for item in items]
+            batch = packer([item.sample for item in items], rows.__getitem__)
             yield batch.pin_memory() if pins else batch
 
     return fetch
