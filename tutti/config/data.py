@@ -20,7 +20,7 @@ class DataConfig:
     train_path: str | None = arg(
         None,
         "Training data: a file, a folder, a name on the hub (org/name:split), a URL (s3://, gs://, hf:// ...), a comma "
-        "list of them, or a YAML of several sources (jsonl, json, parquet, arrow, csv, txt).",
+        "list of them, or a YAML of several sources (jsonl, json, parquet, arrow, csv, txt, tar).",
         shown="Required",
         required=("train", "check"),
         path=True,

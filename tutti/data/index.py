@@ -283,7 +283,7 @@ def _encode_spans(
     tokens, rows = 0, sum(stop - start for _, start, stop in spans)
     begun = shown = time.monotonic()
     with contextlib.ExitStack() as stack:
-        stream: Iterator[Chunk] = (_encode_span(sources, encoder, span) for span in spans)
+        stream: Iterator[Chunk] = (encode_span(sources, encoder, span) for span in spans)
         pooled = num_workers == 0
         while len(chunks) < len(spans):
             chunk = next(stream)
@@ -301,10 +301,13 @@ def _encode_spans(
     return chunks
 
 
-def _encode_span(sources: Sequence[Any], encoder: Any, span: tuple[int, int, int]) -> Chunk:
+def encode_span(sources: Sequence[Any], encoder: Any, span: tuple[int, int, int]) -> Chunk:
+    """The encoded rows [start, stop) of a source, `span` being its number and these; media without their bytes."""
     source, start, stop = span
     numbers = range(start, stop)
-    return encode_chunk(encoder, source, numbers, sources[source].rows(numbers))
+    chunk = encode_chunk(encoder, source, numbers, sources[source].rows(numbers))
+    # An index counts media, which are read again in their turn: their bytes would be all of the data.
+    return replace(chunk, media=[tuple(one._replace(source=b"") for one in found) for found in chunk.media])
 
 
 _inherited: tuple[Sequence[Any], Any] | None = None
@@ -328,4 +331,4 @@ def _start_in_pool(sources: Sequence[Any], encoder: Any) -> None:
 
 def _encode_in_pool(span: tuple[int, int, int]) -> Chunk:
     assert _inherited is not None
-    return _encode_span(*_inherited, span)
+    return encode_span(*_inherited, span)

@@ -29,6 +29,7 @@ from tutti.data.formats import BadRow, Csv, DataFile, JsonArray, JsonLines, Row,
 from tutti.data.hub import repo_name
 from tutti.data.own import OwnDataset
 from tutti.data.tables import Arrow, Parquet
+from tutti.data.tars import Tar
 
 __all__ = ["BadRow", "Row", "Source", "open_sources", "text_columns"]
 
@@ -42,6 +43,7 @@ _FORMATS: dict[str, Callable[[str], DataFile]] = {
     ".tsv": Csv,
     ".parquet": Parquet,
     ".arrow": Arrow,
+    ".tar": Tar,
 }
 _COMPRESSIBLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
