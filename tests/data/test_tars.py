@@ -93,8 +93,8 @@ def test_archives_are_data(tmp_path: Path, streams: bool) -> None:
     members: dict[str, bytes | str] = {}
     for number in range(4):
         members |= {f"{number}.jpg": picture("JPEG"), f"{number}.txt": f"Picture {number}."}
-    members |= {"4.json": json.dumps(CHAT), "4.png": picture(), "5.mp4": video(), "5.json": json.dumps(
-        {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A video."}]})}  # fmt: skip
+    watched = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A video."}]}
+    members |= {"4.json": json.dumps(CHAT), "4.png": picture(), "5.mp4": video(), "5.json": json.dumps(watched)}
     write(tmp_path / "shard-000.tar", members)
     processor = PROCESSORS["qwen2_5_vl"]()
     options = {"data.datasets_type": "iterable", "data.train_sample": 6} if streams else {}
