@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -19,11 +20,15 @@ from transformers import (
 )
 
 from tests.harness import run_ranks
+from tests.infer.models import open_model
+from tests.infer.test_media import answers, requests_of
 from tests.model.composed import TOWERS, WHISPER, write_foundation, write_tower
 from tests.train.runs import QUICKSTART, records, run, tiny_config
 from tests.train.test_run import assert_same_training
 from tutti.config import Config
 from tutti.config.load import from_dict
+from tutti.infer.generate import CachedLogits
+from tutti.model.omni_processor import compose_processor
 
 TEXT = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
 WEIGHTS = ("model.safetensors", "encoders/image/model.safetensors", "encoders/image/projector.safetensors")
@@ -172,6 +177,43 @@ def test_parts_can_be_exchanged(tmp_path: Path, exported: Path, caplog: pytest.L
     name = "encoder.layers.0.mlp.fc1.weight"
     tower = other.encoders["image"].tower.state_dict()
     assert tower[name].equal(next(item for key, item in want.items() if key.endswith(name)))
+
+
+def answered_by_hand(model: Any, tokenizer: Any, processor: Any, row: dict[str, Any], count: int) -> list[int]:
+    """The greedy answer to a row: features in the place of placeholders, and the foundation run anew for each token."""
+    images = [Image.open(QUICKSTART / name).convert("RGB") for name in row.get("images", ())]
+    parts = [{"type": "image"}] * len(images) + [{"type": "text", "text": "What is this?"}]
+    chat = [{"role": "user", "content": parts}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    inputs = processor(text=[text], images=images)
+    values = {"pixel_values": inputs["pixel_values"]} if images else {}
+    embedded, made = model.outer.embed(inputs["input_ids"], **values), []
+    for _ in range(count):
+        made.append(int(model.foundation(inputs_embeds=embedded, use_cache=False).logits[0, -1].argmax()))
+        embedded = torch.cat([embedded, model.get_input_embeddings()(torch.tensor([made[-1:]]))], 1)
+    return made
+
+
+@torch.no_grad()
+def test_inference_answers_about_pictures(exported: Path) -> None:
+    """From the export and from the checkpoint, with prompts of images and of text in one batch."""
+    source = exported / "out" / "hf" / "final"
+    model = loaded({"model_path": str(source)}).eval()
+    model.set_attn_implementation("eager")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    processor = compose_processor(from_dict({"model": {"model_path": str(source)}}).model, tokenizer)
+    pictures = [json.loads(line)["image"] for line in (QUICKSTART / "images.jsonl").read_text().splitlines()[:3]]
+    ask = "What is this?"
+    rows: list[dict[str, Any]] = [
+        {"messages": [{"role": "user", "content": "<image>" * len(names) + ask}], "images": names}
+        for names in (pictures[:1], pictures[1:])
+    ]
+    rows.append({"messages": [{"role": "user", "content": ask}]})
+    want = [answered_by_hand(model, tokenizer, processor, row, 6) for row in rows]
+    for path in (source, exported / "out" / "checkpoints" / "global_step_3"):
+        config, found = open_model(str(path), do_sample=False)
+        assert isinstance(found.logits, CachedLogits)
+        assert answers(found, config, requests_of(found, rows, QUICKSTART, 6)) == want
 
 
 def test_towers_are_taken_out_of_whole_models(tmp_path: Path) -> None:

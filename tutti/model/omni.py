@@ -366,7 +366,8 @@ def name_sources(model: OmniModel, settings: ModelConfig) -> None:
         if takes_grid(encoder.tower):
             continue
         named = {name: item for name, item in encoder.tower.named_parameters() if item.requires_grad}
-        total = try_features(encoder.tower, encoder.layer, encoder.pool).sum()
+        with torch.enable_grad():
+            total = try_features(encoder.tower, encoder.layer, encoder.pool).sum()
         grads = torch.autograd.grad(total, list(named.values()), allow_unused=True)
         unused = [name for (name, item), grad in zip(named.items(), grads, strict=True) if grad is None]
         for name in unused:
