@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help quickstart install dev test test-oldest lint format bench clean
+.PHONY: help quickstart install dev test test-oldest lint format bench gpu clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -59,6 +59,9 @@ format: $(VENV)/.stamp-dev ## Format the code and fix what can be fixed
 
 bench: $(VENV)/.stamp-dev ## Measure speed side by side with transformers' Trainer (ARGS=--quick for a short look)
 	$(BIN)/python -m bench.speed $(ARGS)
+
+gpu: $(VENV)/.stamp-dev ## Test and measure everything on this machine's GPU, in some eight minutes
+	$(BIN)/python -m bench.gpu $(ARGS)
 
 clean: ## Remove .venv and caches (runs/ stays)
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

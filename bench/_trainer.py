@@ -2,7 +2,8 @@
 
 FOLDER holds what bench.speed put there: config.json and workload.json. It trains fp32 weights, with autocast if bf16 is
 what it is to compute in, padded to the longest of a batch. MODE `grouped` runs the samples in the length-grouped micro
-batches they come in, `padded` in a random order. Prints a line of JSON: trained tokens and seconds of the timed steps.
+batches they come in, `padded` in a random order. Prints a line of JSON: trained tokens and seconds of the timed steps,
+and the peak of memory.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from tutti.core.device import memory_gib
 
 IGNORE = -100
 
@@ -62,7 +65,7 @@ def main(folder: Path, mode: str) -> None:
         learning_rate=1e-4,
         optim="adamw_torch_fused",
         num_train_epochs=1,
-        gradient_checkpointing=False,
+        gradient_checkpointing=plan.get("gradient_checkpointing", False),
         dataloader_pin_memory=False,
         save_strategy="no",
         logging_steps=1_000_000,
@@ -72,7 +75,8 @@ def main(folder: Path, mode: str) -> None:
     )
     Trainer(model, arguments, train_dataset=rows, data_collator=collate, callbacks=[timer]).train()
     trained = sum(len(ids) - 1 for ids in measured)
-    print(json.dumps({"trained_tokens": trained, "seconds": timer.end - timer.start}))
+    peak = memory_gib(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
+    print(json.dumps({"trained_tokens": trained, "seconds": timer.end - timer.start, "memory_gib": peak}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,348 @@
+"""One prepared run on a machine with a GPU: is everything right there, and how fast is it? `make gpu`.
+
+First the tests that need an accelerator: each path of training against the same run on the CPU. Then figures, each in a
+process of its own: a dense Qwen3 of 1.7B parameters on packed rows of up to 8,192 tokens, with transformers' Trainer
+beside it on the same samples in turns; the same with LoRA; a mixture of 64 experts; native sparse attention at 16,384
+tokens against full attention; seconds to the first step. Prints Markdown, and writes it with all figures as JSON to
+`--out`.
+
+On a machine without network: `python -m bench.gpu --requirements` lists what has to be installed there besides torch.
+`--tiny` runs the same on a small model, on whatever device there is, to see that the script itself is sound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import workload
+
+ROOT = Path(__file__).parents[1]
+TESTS = (
+    "tests/train/test_gpu.py",
+    "tests/attention/test_varlen.py",
+    "tests/parallel/test_activation_offload.py::test_device_memory_is_given_back_and_copies_are_right",
+)
+WARMUP_STEPS, STEPS = 4, 6
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The sizes of a run: the dense model and the one of experts, and the longest sample."""
+
+    dense: dict[str, Any]
+    experts: dict[str, Any]
+    longest: int
+    sparse_length: int
+
+
+_QWEN3_1B7 = {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151_936,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 40_960,
+}
+_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "moe_intermediate_size": 384,
+    "num_hidden_layers": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "max_position_embeddings": 40_960,
+}
+_SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 2000,
+}
+FULL = Scale(workload.MODEL | _QWEN3_1B7, workload.MODEL | _MOE, 8192, 16_384)
+TINY = Scale(
+    workload.MODEL | _SMALL,
+    workload.MODEL | _MOE | _SMALL | {"num_experts": 8, "num_experts_per_tok": 2},
+    256,
+    512,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the results (runs/gpu)")
+    parser.add_argument("--only", choices=("tests", "figures"), help="one half of the run")
+    parser.add_argument("--tiny", action="store_true", help="small models, on any device")
+    parser.add_argument("--requirements", action="store_true", help="list the packages that are needed, and end")
+    options = parser.parse_args()
+    if options.requirements:
+        print("\n".join(requirements()))
+        return
+    if not (torch.accelerator.is_available() or options.tiny):
+        sys.exit("bench.gpu: there is no GPU here; --tiny runs the same small on a CPU")
+    options.out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {"device": _device(), "torch": torch.__version__}
+    try:
+        if options.only != "figures":
+            results["tests"] = run_tests(options.out)
+        if options.only != "tests":
+            for name, measure in FIGURES.items():
+                results[name] = _guarded(measure, TINY if options.tiny else FULL)
+                print(f"{name}: {results[name]}", file=sys.stderr, flush=True)
+    finally:
+        (options.out / "results.json").write_text(json.dumps(results, indent=1))
+        (options.out / "results.md").write_text(table(results))
+    print(table(results))
+    if results.get("tests", {}).get("status"):
+        sys.exit(1)
+
+
+def requirements() -> list[str]:
+    """What Tutti and its tests need, as pip takes it, without torch and what is only for developing."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], "bitsandbytes", "peft", "pytest", "hypothesis"]
+    return [line for line in lines if not line.startswith(("torch>", "torch="))]
+
+
+def run_tests(out: Path) -> dict[str, Any]:
+    """Run the tests that need an accelerator: how many passed, the names of the others, and the exit status."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "pytest", "-v", "-k", "gpu", *TESTS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    (out / "tests.txt").write_text(done.stdout + done.stderr)
+    lines = done.stdout.splitlines()
+    failed = [line.split()[1] for line in lines if line.startswith(("FAILED", "ERROR"))]
+    last = lines[-1].strip("= ") if lines else ""
+    return {"status": done.returncode, "summary": last, "failed": failed, "seconds": time.perf_counter() - start}
+
+
+def _guarded(measure: Callable[[Scale], dict[str, Any]], scale: Scale) -> dict[str, Any]:
+    try:
+        return measure(scale)
+    except RuntimeError as error:  # the other figures are still wanted
+        return {"error": str(error)[-2000:]}
+
+
+def dense(scale: Scale) -> dict[str, Any]:
+    """Tutti and transformers' Trainer in turns on the same ragged samples."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        workload.write_model(folder, scale.dense)
+        work = _work(scale)
+        peers = {mode: _trainer(folder, work, mode) for mode in ("padded", "grouped")}
+        ours = _tutti(folder, work, scale.longest)
+    for mode, peer in peers.items():
+        ours[f"to Trainer, {mode}"] = ours["tokens_per_second"] / peer["tokens_per_second"]
+        ours[f"Trainer, {mode}"] = peer
+    return ours
+
+
+def lora(scale: Scale) -> dict[str, Any]:
+    """LoRA of rank 16 on a base in bf16."""
+    return _of_model(scale, scale.dense, **{"train.architecture": "lora", "train.enable_mixed_precision": False})
+
+
+def experts(scale: Scale) -> dict[str, Any]:
+    """A model of experts."""
+    return _of_model(scale, scale.experts)
+
+
+def compiled(scale: Scale) -> dict[str, Any]:
+    """The dense model with torch.compile."""
+    return _of_model(scale, scale.dense, **{"train.enable_compile": True})
+
+
+def sparse(scale: Scale) -> dict[str, Any]:
+    """Milliseconds of one attention layer over one long sample, forward and backward: full and native-sparse."""
+    from tutti.attention.sparse import NativeSparse, SparseSizes
+
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    dtype, length, heads, width = torch.bfloat16, scale.sparse_length, 16, 128
+    layer = NativeSparse(heads * width, heads, width, width, SparseSizes(), 0.02).to(device, dtype)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    shapes = ((heads, length, width), (4, length, width), (4, length, width))
+    inputs = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
+    gates, borders = torch.rand(heads, length, 3, device=device, dtype=dtype), torch.tensor([0, length])
+
+    def full() -> torch.Tensor:
+        batched = [item[None] for item in inputs]
+        return torch.nn.functional.scaled_dot_product_attention(*batched, is_causal=True, enable_gqa=True)
+
+    times = {"full": _milliseconds(full), "native-sparse": _milliseconds(lambda: layer(*inputs, gates, borders, 0.1))}
+    return {**times, "ratio": times["full"] / times["native-sparse"]}
+
+
+def startup(scale: Scale) -> dict[str, Any]:
+    """Seconds from the start of the process to the end of a run of one step."""
+    with tempfile.TemporaryDirectory() as place:
+        workload.write_model(Path(place), scale.dense)
+        start = time.perf_counter()
+        _tutti(Path(place), _work(scale), scale.longest, **{"train.max_steps": 1})
+        return {"seconds": time.perf_counter() - start}
+
+
+FIGURES = {
+    "dense": dense,
+    "dense, compiled": compiled,
+    "LoRA": lora,
+    "experts": experts,
+    "native-sparse": sparse,
+    "start-up": startup,
+}
+
+
+def _of_model(scale: Scale, model: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as place:
+        workload.write_model(Path(place), model)
+        return _tutti(Path(place), _work(scale), scale.longest, **changes)
+
+
+def _work(scale: Scale) -> workload.Workload:
+    """Samples of up to the longest length, of which a batch of 8 fills about two packed rows."""
+    factor, batch = scale.longest / workload.MAX_LENGTH, 8
+    work = workload.make_workload(STEPS, batch, WARMUP_STEPS * batch, seed=0)
+
+    def stretched(samples: list[list[int]]) -> list[list[int]]:
+        return [_stretched(sample, factor) for sample in samples]
+
+    return workload.Workload(stretched(work.warmup), stretched(work.measured))
+
+
+def _stretched(sample: list[int], factor: float) -> list[int]:
+    """A sample of another length, with words that any vocabulary of the bench has."""
+    length = max(2, round(len(sample) * factor))
+    words = [token % 1999 + 1 for token in sample[:-1]]
+    return [*(words * (length // len(words) + 1))[: length - 1], workload.EOS]
+
+
+def _tutti(folder: Path, work: workload.Workload, longest: int, **changes: Any) -> dict[str, Any]:
+    """Rates of the steps after the warm-up: the median step's tokens a second and MFU, and the peak of memory."""
+    workload.write_text(folder / "rows.jsonl", work.warmup + work.measured)
+    arguments = {
+        "model.config_path": folder,
+        "data.train_path": folder / "rows.jsonl",
+        "data.data_type": "plaintext",
+        "data.max_seq_len": longest,
+        "data.shuffle": False,
+        "train.output_dir": folder / "run",
+        "train.dyn_bsz": True,
+        "train.micro_batch_size": 1,
+        "train.lr": 1e-5,
+        "train.max_steps": WARMUP_STEPS + STEPS,
+        "train.init_device": "meta",
+        "train.save_epochs": 0,
+        "train.save_hf_weights": False,
+    } | changes
+    _process("-m", "tutti", "train", *(f"{name}={value}" for name, value in arguments.items()))
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "step_seconds" in line]
+    timed = sorted(steps[WARMUP_STEPS:] or steps, key=lambda line: line["step_seconds"])
+    middle = timed[len(timed) // 2]
+    shutil.rmtree(folder / "run")
+    return {
+        "tokens_per_second": sum(line["trained_tokens"] for line in timed) / sum(x["step_seconds"] for x in timed),
+        "mfu": middle["mfu"],
+        "memory_gib": max(line["memory_gib"] for line in steps),
+    }
+
+
+def _trainer(folder: Path, work: workload.Workload, mode: str) -> dict[str, Any]:
+    plan = {
+        "warmup": work.warmup,
+        "measured": work.measured,
+        "batch_size": 2,
+        "accumulation": 1,
+        "compute_dtype": "bfloat16" if torch.accelerator.is_available() else workload.faster_dtype(),
+        "gradient_checkpointing": True,
+    }
+    (folder / "workload.json").write_text(json.dumps(plan))
+    result = json.loads(_process("-m", "bench._trainer", str(folder), mode).splitlines()[-1])
+    return {
+        "tokens_per_second": result["trained_tokens"] / result["seconds"],
+        "memory_gib": result["memory_gib"],
+    }
+
+
+def _process(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments[:3])} failed:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def _milliseconds(run: Callable[[], torch.Tensor], count: int = 5) -> float:
+    """Of one pass forward and backward, after two that are not timed."""
+    for number in range(count + 2):
+        if number == 2:
+            _wait()
+            start = time.perf_counter()
+        run().sum().backward()
+    _wait()
+    return (time.perf_counter() - start) / count * 1e3
+
+
+def _wait() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = [f"{results['device']}, torch {results['torch']}", ""]
+    if "tests" in results:
+        tests = results["tests"]
+        lines += [f"Tests: {tests['summary']}", *(f"- {name}" for name in tests["failed"]), ""]
+    lines += ["| | trained tokens/s | MFU | peak memory, GiB | further |", "| --- | ---: | ---: | ---: | --- |"]
+    for name in FIGURES:
+        if (figures := dict(results.get(name, {}))) and "error" not in figures:
+            speed, mfu = figures.pop("tokens_per_second", None), figures.pop("mfu", None)
+            memory = figures.pop("memory_gib", None)
+            cells = [
+                name,
+                "" if speed is None else f"{speed:,.0f}",
+                "" if mfu is None else f"{mfu:.0%}",
+                "" if memory is None else f"{memory:.1f}",
+                ", ".join(f"{key} {_shown(value)}" for key, value in figures.items()),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+        elif figures:
+            lines.append(f"| {name} | | | | failed: {figures['error'].strip().splitlines()[-1][:120]} |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{item:,.1f}" for item in value.values())
+    return f"{value:,.2f}"
+
+
+if __name__ == "__main__":
+    main()
