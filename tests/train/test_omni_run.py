@@ -61,6 +61,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ddp": {"data_parallel_mode": "ddp"},
     "fsdp2, remat": {"data_parallel_mode": "fsdp2", "enable_gradient_checkpointing": True},
     "ulysses": {"ulysses_parallel_size": 2},
+    "tensor": {"tensor_parallel_size": 2},
+    "pipeline": {"pipeline_parallel_size": 2},
 }
 
 
@@ -214,6 +216,30 @@ def test_inference_answers_about_pictures(exported: Path) -> None:
         config, found = open_model(str(path), do_sample=False)
         assert isinstance(found.logits, CachedLogits)
         assert answers(found, config, requests_of(found, rows, QUICKSTART, 6)) == want
+
+
+def test_stages_load_and_save_what_one_process_does(tmp_path: Path, exported: Path) -> None:
+    """A run of two pipeline stages that starts from an export and writes one, of which only the first has towers."""
+    source, folders = str(exported / "out" / "hf" / "final"), []
+    for world, sizes in ((1, {}), (2, {"train.pipeline_parallel_size": 2, "train.data_parallel_mode": "fsdp2"})):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        options = {"model.model_path": source, "model.config_path": source, "model.encoders": {}, "train.max_steps": 1}
+        run(config_of(folder, world=world, **options, **sizes, **{"train.save_hf_weights": True}), world)
+        folders.append(folder / "out" / "hf" / "final")
+    want, got = (weights_of(folder) for folder in folders)
+    assert got.keys() == want.keys()
+    for name, item in want.items():
+        torch.testing.assert_close(got[name], item, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_pictures_are_asked_about_while_training(tmp_path: Path) -> None:
+    """The rows that are trained on, which data.row_template makes prompts of; their answers are counted."""
+    pictures = (QUICKSTART / "images.jsonl").read_text().splitlines()[:3]
+    (tmp_path / "asked.jsonl").write_text("\n".join(pictures))
+    options = {"train.sample_prompts_path": str(tmp_path / "asked.jsonl"), "train.sample_tokens": 4}
+    lines = run(config_of(tmp_path, **options))
+    assert [line["sample_accuracy"] for line in lines if "sample_accuracy" in line]
 
 
 def test_towers_are_taken_out_of_whole_models(tmp_path: Path) -> None:

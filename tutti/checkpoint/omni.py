@@ -7,6 +7,7 @@ another foundation, or is not there, is new, and the log says so.
 
 from __future__ import annotations
 
+import copy
 import logging
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tutti.checkpoint.hf_files import PartOfCheckpoint
 from tutti.checkpoint.hf_load import load_opened, load_weights
@@ -36,31 +37,43 @@ def load_parts(
     broadcast: bool = True,
     index_path: str | Path | None = None,
     seed: int = 0,
+    full_model: OmniModel | None = None,
 ) -> None:
     """Fill `model`, whose foundation's weights are at `path` (None: random), as `load_weights` does. Collective.
 
-    ValueError, on all ranks: weights that are damaged or do not fit their part.
+    full_model: the complete model, without storage, where `model` is a part of its depth. ValueError, on all ranks:
+    weights that are damaged or do not fit their part.
     """
+    complete = full_model or model
     materialize(model, device)
-    left = set(model.state_dict()) - set(model.all_tied_weights_keys)
+    left = set(complete.state_dict()) - set(complete.all_tied_weights_keys)
     options: dict[str, Any] = {"world": world, "device": device, "broadcast": broadcast, "seed": seed}
     if path is not None:
-        load_weights(model.foundation, path, index_path=index_path, **options)
+        whole = complete.foundation
+        load_weights(model.foundation, path, index_path=index_path, full_model=whole, **options)
         left = {name for name in left if not name.startswith("foundation.")}
-    for kind, folder in model.weights.items():
+    for kind, folder in complete.weights.items():
         if folder is None:
             continue
-        encoder: Any = model.encoders[kind]
-        opened = partial(PartOfCheckpoint, folder, list(encoder.tower.state_dict()))
+        tower: Any = complete.encoders[kind].tower
+        held: Any = getattr(model.encoders[kind], "tower", None) or _without_parts(tower)
+        opened = partial(PartOfCheckpoint, folder, list(tower.state_dict()))
         try:
-            load_opened(encoder.tower, folder, opened, **options)
+            load_opened(held, folder, opened, full_model=tower, **options)
         except ValueError as error:
             raise ValueError(str(error).replace("model.model_path", f"model.encoders.{kind}.model_path")) from error
         left = {name for name in left if not name.startswith(f"encoders.{kind}.tower.")}
-        left -= _load_projector(model, kind, folder, world)
+        left -= _load_projector(model, complete, kind, folder, world)
     if left:
         log.info("new, drawn from train.seed: %s", ", ".join(sorted({_part_of(name) for name in left})))
-        fill_by_rules(model, left, seed)
+        fill_by_rules(model, left & set(model.state_dict()), seed)
+
+
+def _without_parts(module: nn.Module) -> nn.Module:
+    """A module of the same class and attributes that holds nothing: what a rank without the part loads."""
+    shell = copy.copy(module)
+    shell.__dict__ |= {"_modules": {}, "_parameters": {}, "_buffers": {}}
+    return shell
 
 
 def _part_of(name: str) -> str:
@@ -69,19 +82,20 @@ def _part_of(name: str) -> str:
     return parts[0] if parts[0] == "foundation" else ".".join(parts[:3])
 
 
-def _load_projector(model: OmniModel, kind: str, folder: Path, world: World) -> set[str]:
-    """Fill an encoder's projector from the file beside its tower, if that fits; the names of what was filled."""
+def _load_projector(model: OmniModel, complete: OmniModel, kind: str, folder: Path, world: World) -> set[str]:
+    """Fill an encoder's projector from the file beside its tower, if that fits; the names of what was filled, of the
+    complete model. Collective."""
     prefix = f"encoders.{kind}.projector."
-    targets = {name: item for name, item in model.named_parameters() if name.startswith(prefix)}
+    wanted = {name: item.shape for name, item in complete.named_parameters() if name.startswith(prefix)}
     file = folder / PROJECTOR
-    if not targets or not file.is_file():
+    found: dict[str, Tensor] = world.run_on_all_ranks(lambda: load_file(file) if file.is_file() else {})
+    if not wanted or not found:
         return set()
-    found: dict[str, Tensor] = world.run_on_all_ranks(lambda: load_file(file))
-    shapes = {prefix + name: tensor.shape for name, tensor in found.items()}
-    if shapes != {name: item.shape for name, item in targets.items()}:
+    if {prefix + name: tensor.shape for name, tensor in found.items()} != wanted:
         log.warning("%s joins other widths than these parts have: the projector is new", file)
         return set()
     with torch.no_grad():
-        for name, item in targets.items():
-            local_part(item).copy_(own_part(found[name.removeprefix(prefix)], item))
-    return set(targets)
+        for name, item in model.named_parameters():
+            if name in wanted:
+                local_part(item).copy_(own_part(found[name.removeprefix(prefix)], item))
+    return set(wanted)

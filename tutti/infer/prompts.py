@@ -94,7 +94,7 @@ def chat_request(
 
 def row_request(form: PromptFormat, row: dict[str, Any], number: int, max_tokens: int, folder: str) -> Request:
     """A request for the answer to a row of a file in `folder`. RowError: it can't be asked."""
-    row = _filled(form, row)
+    row = filled(form, row)
     prompt = row.get("prompt")
     if isinstance(prompt, str) and not media_columns(row):
         return prompt_request(form, prompt, number, max_tokens)
@@ -106,7 +106,7 @@ def row_request(form: PromptFormat, row: dict[str, Any], number: int, max_tokens
     return chat_request(form, conversation_to_answer(row), number, max_tokens, columns=row, folder=folder)
 
 
-def _filled(form: PromptFormat, row: dict[str, Any]) -> dict[str, Any]:
+def filled(form: PromptFormat, row: dict[str, Any]) -> dict[str, Any]:
     """The row with the messages of data.row_template that come before the answer, unless it asks by itself."""
     asked = {role: text for role, text in form.row_template.items() if role != "assistant"}
     return fill(asked, row) if asked and row.get("prompt") is None else row

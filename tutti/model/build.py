@@ -196,8 +196,6 @@ def check_composed(config: Config) -> None:
         raise ValueError(f"{refuse} with data.data_type {config.data.data_type} (choose conversation)")
     if config.train.architecture == "lora":
         raise ValueError(f"{refuse} by adapters yet; set train.architecture to full, and train.freeze as needed")
-    if config.train.pipeline_parallel_size > 1:
-        raise ValueError(f"{refuse} in pipeline stages yet; set train.pipeline_parallel_size to 1")
 
 
 def _check_vocabulary(model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -280,7 +280,7 @@ def load_parameters(config: Config, placed: PlacedModel, mesh: Mesh, world: Worl
         "seed": train.seed,
     }
     if isinstance(model, OmniModel):
-        load_parts(model, config.model.model_path, **options)
+        load_parts(model, config.model.model_path, **options, full_model=placed.full_model)  # type: ignore[arg-type]
     elif config.model.model_path is None:
         init_weights(model, train.seed, device)
     else:

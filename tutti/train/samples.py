@@ -39,7 +39,7 @@ from tutti.data.template import read_template
 from tutti.infer.generate import CachedLogits, Generator, NextLogits, Request, whole_answers
 from tutti.infer.hf_generate import needs_generate
 from tutti.infer.media import MediaInputs, as_sample
-from tutti.infer.prompts import PromptFormat, conversation_to_answer, row_request
+from tutti.infer.prompts import PromptFormat, conversation_to_answer, filled, row_request
 from tutti.infer.sampling import Sampler
 from tutti.model.multimodal import make_placing
 from tutti.model.tokenizer import end_ids
@@ -224,7 +224,7 @@ def _read(run: Run) -> list[_Prompt]:
             if not chat and not isinstance(row.get("prompt"), str):
                 raise RowError('has no text under "prompt"; a model that is trained on texts continues one')
             request = row_request(form, row, number, config.train.sample_tokens, folder)
-            prompts.append(_Prompt(_shown(row), request, _expected(row)))
+            prompts.append(_Prompt(_shown(filled(form, row)), request, _expected(row)))
         except RowError as error:
             raise ValueError(f"{place}: {error}") from None
     return prompts
