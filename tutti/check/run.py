@@ -25,6 +25,7 @@ from tutti.core.log import setup_logging
 from tutti.core.structure import ModelStructure
 from tutti.data.encode import describe
 from tutti.data.loader import Data
+from tutti.data.processor import MediaProcessor
 from tutti.model.stage_trace import trace_stages
 from tutti.model.stages import describe_stages, stage_blocks
 from tutti.model.structure import is_classifier, num_params, towers
@@ -51,7 +52,11 @@ def check(config: Config, world: int = 1) -> None:
     if first is None:
         raise ValueError("the data gives no global batch: see data.train_size, data.train_sample and data.drop_last")
     out = Console(highlight=False)
-    _show_batch(out, first.micro_batches[0], tokenizer, model, data.sources)
+    media = None if inputs.processor is None else MediaProcessor(inputs.processor, config.data)
+    samples = (data.read(first.names[0]) if media and data.has_media else None) or list(
+        _samples(first.micro_batches[0])
+    )
+    _show_samples(out, [half for one in samples for half in _halves(one)], tokenizer, model, data.sources, media)
     out.print(_data_table(data, first))
     out.print(_plan_table(config, layout, model, structure))
     _show_prediction(out, config, layout, model)
@@ -64,17 +69,30 @@ def _samples(batch: Batch) -> Iterator[Sample]:
             yield Sample(batch.input_ids[begin:end].numpy(), batch.labels[begin:end].numpy(), source)
 
 
-def _show_batch(
-    out: Console, batch: Batch, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, sources: tuple[str, ...]
+def _halves(sample: Sample) -> list[Sample]:
+    """The sequences of a sample: those of a pair of answers apart."""
+    if not sample.split:
+        return [sample]
+    at, media = sample.split, sample.media[: len(sample.media) // 2]
+    halves = ((sample.input_ids[:at], sample.labels[:at]), (sample.input_ids[at:], sample.labels[at:]))
+    return [Sample(ids, labels, sample.source, media=media) for ids, labels in halves]
+
+
+def _show_samples(
+    out: Console,
+    samples: list[Sample],
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    sources: tuple[str, ...],
+    media: MediaProcessor | None,
 ) -> None:
-    samples = list(_samples(batch))
     legend = Text("First micro batch: ", style="bold")
     legend.append("trained on", style="bold green").append(", ").append("only read", style="dim")
     out.print(legend)
     for number, sample in enumerate(samples[:SHOWN_SAMPLES], 1):
         text = Text(f"  {number}. {sources[sample.source]}, {len(sample)} tokens: ", style="bold")
         left = SHOWN_CHARACTERS
-        for piece, trained in describe(sample, tokenizer):
+        for piece, trained in describe(sample, tokenizer, media):
             text.append(piece[:left].replace("\n", "⏎\n"), style="green" if trained else "dim")
             left -= len(piece)
             if left <= 0:
@@ -102,6 +120,11 @@ def _data_table(data: Data, first: GlobalBatch) -> Table:
     table.add_row("samples", f"{report.samples:,}")
     share = report.trained_tokens / max(1, report.tokens)
     table.add_row("tokens", f"{report.tokens:,}, of which {share:.0%} trained on")
+    for kind, number in report.media.numbers.items():
+        tokens = report.media.tokens[kind]
+        table.add_row(f"  {kind}", f"{tokens:,} tokens ({tokens / report.tokens:.0%}) in {number:,}")
+    for tokens, kind, what in report.media.largest:
+        table.add_row("  largest", f"{kind} of {tokens:,} tokens: {what}")
     if report.packing_efficiency is not None:
         table.add_row("packing", f"{report.packing_efficiency:.1%} of the slots hold a token")
     table.add_row("steps", data.steps_reason)

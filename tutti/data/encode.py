@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from tutti.config import Config
 from tutti.core.batch import IGNORE, Media, Sample
-from tutti.data.media import MediaFolder
+from tutti.data.media import MediaFolder, MediaSummary, described
 from tutti.data.parts import with_media
 from tutti.data.processor import MediaProcessor, shift
 from tutti.data.rows import RowError, class_of, conversation_of, fill, half_surrogate, text_of
@@ -109,6 +110,19 @@ class Encoder:
         """The inputs that a model takes beside the tokens of samples that are packed into `length` places, by the name
         of its argument; nothing where no sample has media. BrokenMediaError: one of them cannot be decoded."""
         return {} if self.media is None else self.media.values(samples, length)
+
+    def summarize_media(self, samples: Sequence[Sample]) -> MediaSummary:
+        """The media of samples in numbers."""
+        summary = MediaSummary()
+        for sample in samples:
+            if not sample.media or self.media is None:
+                continue
+            for medium, (begin, end) in zip(sample.media, self.media.spans(sample), strict=True):
+                summary.numbers[medium.kind] += 1
+                summary.tokens[medium.kind] += end - begin
+                name = Path(medium.source).name if isinstance(medium.source, str) else ""
+                summary.largest.append((end - begin, medium.kind, f"{described(medium)} {name}".strip()))
+        return summary.shortened()
 
     def _text(self, row: Row) -> tuple[str, Any, tuple[Media, ...] | None]:
         """A row's text, its class or its trained character spans, and its media, if it has any."""
@@ -269,16 +283,24 @@ def make_encoder(
     )
 
 
-def describe(sample: Sample, tokenizer: Any) -> list[tuple[str, bool]]:
+def describe(sample: Sample, tokenizer: Any, media: MediaProcessor | None = None) -> list[tuple[str, bool]]:
     """The sample as consecutive pieces of text, each with whether its tokens are trained on (are targets).
 
-    For a classification sample nothing is: its target is a class, not a token.
+    For a classification sample nothing is: its target is a class, not a token. media: by which a sample that has some
+    is shown with their kinds, sizes and tokens in the place of these.
     """
     trained = np.zeros(len(sample), bool)
     trained[1:] = sample.labels[:-1] == sample.input_ids[1:]
-    borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(sample)]
+    spans = media.spans(sample) if media is not None and sample.media else []
+    inner = {place for begin, end in spans for place in range(begin + 1, end)}
+    shown = {
+        begin: f"[{medium.kind} {number}: {described(medium)}, {end - begin:,} tokens]"
+        for number, (medium, (begin, end)) in enumerate(zip(sample.media, spans, strict=False), 1)
+    }
+    edges = {*(np.flatnonzero(np.diff(trained)) + 1).tolist(), *(place for span in spans for place in span)}
+    borders = sorted(({0, len(sample)} | edges) - inner)
     return [
-        (tokenizer.decode(sample.input_ids[begin:end].tolist()), bool(trained[begin]))
+        (shown.get(begin) or tokenizer.decode(sample.input_ids[begin:end].tolist()), bool(trained[begin]))
         for begin, end in pairwise(borders)
     ]
 

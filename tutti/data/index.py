@@ -36,7 +36,7 @@ import numpy as np
 
 from tutti.core.batch import IGNORE, Media, Sample
 from tutti.core.dist import World
-from tutti.data.media import identity
+from tutti.data.media import MediaSummary, identity
 from tutti.data.mix import Mix, Permuted, SampleRef, Weights
 from tutti.data.worker import be_a_worker, quiet_fork
 
@@ -62,7 +62,7 @@ class Chunk:
     media: [n] as in Sample, or empty where no sample has any.
     tokens: int32 [2, T], ids above labels, or None where only the numbers are wanted. bad: the rows left out.
     bad_numbers: their row numbers. rows: how many there were. first: the number of the first. crc: of the tokens.
-    notes: how many rows had something that does not get to the model, by what it is.
+    notes: how many rows had something that does not get to the model, by what it is. summary: of the media.
     """
 
     source: int
@@ -79,6 +79,7 @@ class Chunk:
     first: int
     crc: int
     notes: Counter[str]
+    summary: MediaSummary
 
     def samples(self) -> Iterator[Sample]:
         """The samples, each with memory of its own."""
@@ -125,6 +126,7 @@ def encode_chunk(encoder: Any, source: int, numbers: Sequence[int], rows: Sequen
         first=numbers[0] if numbers else 0,
         crc=reduce(lambda crc, medium: zlib.crc32(identity(medium), crc), chain(*media), zlib.crc32(tokens.data)),
         notes=Counter(notes),
+        summary=encoder.summarize_media([sample for _, _, sample in found]) if any(media) else MediaSummary(),
     )
 
 
@@ -140,7 +142,7 @@ class Index:
     """Every sample of the data, by source and row: n samples; `tokens` and `notes` as in Chunk, but no tokens when
     there are too many.
 
-    num_media: the number of media of each sample, whose row is read again when it is trained on.
+    num_media: the number of media of each sample, whose row is read again when it is trained on; media: all in numbers.
     """
 
     source: np.ndarray
@@ -155,6 +157,7 @@ class Index:
     dropped: dict[str, int]
     notes: Counter[str]
     digest: str
+    media: MediaSummary
 
     def __len__(self) -> int:
         return len(self.length)
@@ -273,6 +276,7 @@ def _join(chunks: list[Chunk], dropped: dict[str, int]) -> Index:
         dropped=dropped,
         notes=sum((chunk.notes for chunk in chunks), Counter()),
         digest=digest.hexdigest()[:32],
+        media=sum((chunk.summary for chunk in chunks), MediaSummary()),
     )
 
 

@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tutti.config import Config
-from tutti.core.batch import Batch, GlobalBatch
+from tutti.core.batch import Batch, GlobalBatch, Sample
 from tutti.core.dist import World
 from tutti.data.encode import make_encoder
 from tutti.data.index import CHUNK, Index, MapSource, build_index, encode_chunk
+from tutti.data.media import MediaSummary
 from tutti.data.mix import Weights
 from tutti.data.plan import BatchingPlan, Planner, StepPlan, describe_steps, make_batching_plan, one_pass
 from tutti.data.preference import make_pair_encoder
@@ -45,7 +46,7 @@ class DataSummary:
     """The figures of the training data; of streamed data, what has been read so far.
 
     rows, samples, tokens, trained_tokens: of one pass. dropped: rows left out, by reason. packing_efficiency: tokens
-    per slot, over the whole run or (streamed) so far; None before the first step.
+    per slot, over the whole run or (streamed) so far; None before the first step. media: of indexed data.
     """
 
     rows: int
@@ -54,6 +55,7 @@ class DataSummary:
     trained_tokens: int
     dropped: dict[str, int]
     packing_efficiency: float | None
+    media: MediaSummary = field(default_factory=MediaSummary)
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ class DataSplit:
 
     sources: their names, by which a batch's counts are told. report: from the samples, tokens, trained tokens and slots
     given out so far. digest, scan: of indexed data, what stands for it, and a planner of one pass over it in
-    order. has_media: None where data is streamed. broken: how often this rank left samples out whose media cannot be
-    decoded, by reason.
+    order. has_media: None where data is streamed. read: of indexed data, samples by their names in a batch. broken: how
+    often this rank left samples out whose media cannot be decoded, by reason.
     """
 
     sources: tuple[str, ...]
@@ -75,6 +77,7 @@ class DataSplit:
     scan: Callable[[], Planner] | None = None
     has_media: bool | None = None
     broken: Counter[str] = field(default_factory=Counter)
+    read: Callable[[list[int]], list[Sample]] | None = None
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,10 @@ class Data:
     def has_media(self) -> bool | None:
         """True if training samples have images; None where they are streamed, and nobody knows."""
         return self._train.has_media
+
+    def read(self, names: Sequence[Any]) -> list[Sample] | None:
+        """The training samples of a micro batch by their names in it, with their media; None where it is streamed."""
+        return None if self._train.read is None else self._train.read(list(names))
 
     @property
     def steps_reason(self) -> str:
@@ -417,6 +424,7 @@ def _indexed_part(config: Config, samples: PackedSamples, supply: MapSource, rec
             trained_tokens=int(index.targets.sum()),
             dropped=index.dropped,
             packing_efficiency=counted.tokens / counted.slots if counted.slots else _efficiency(given),
+            media=index.media,
         )
 
     def scan() -> Planner:
@@ -431,6 +439,7 @@ def _indexed_part(config: Config, samples: PackedSamples, supply: MapSource, rec
         digest=index.digest,
         scan=scan,
         has_media=bool(index.num_media.any()),
+        read=samples.read,
     )
 
 

@@ -17,9 +17,10 @@ import io
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -38,6 +39,36 @@ MAX_IMAGE_PIXELS = 2**28
 
 _DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+(;[\w=.+-]+)*;base64,", re.ASCII)
 _ORIENTATION = 0x0112
+
+
+LISTED = 3
+"""The largest media that a summary names."""
+
+
+@dataclass
+class MediaSummary:
+    """Media in numbers: how many there are of each kind, the tokens that they take, and the `largest`, each with its
+    tokens, its kind and what it is."""
+
+    numbers: Counter[str] = field(default_factory=Counter)
+    tokens: Counter[str] = field(default_factory=Counter)
+    largest: list[tuple[int, str, str]] = field(default_factory=list)
+
+    def __add__(self, other: MediaSummary) -> MediaSummary:
+        both = [*self.largest, *other.largest]
+        return MediaSummary(self.numbers + other.numbers, self.tokens + other.tokens, both).shortened()
+
+    def shortened(self) -> MediaSummary:
+        """The summary with no more of the largest than are named."""
+        return MediaSummary(self.numbers, self.tokens, sorted(self.largest, key=lambda one: -one[0])[:LISTED])
+
+
+def described(medium: Media) -> str:
+    """The size of a medium as it is shown."""
+    if medium.kind == "audio":
+        return f"{medium.size[0]:,} samples"
+    size = "x".join(map(str, medium.size))
+    return size if medium.frames is None else f"{size}, {len(medium.frames.indices)} of {medium.frames.total} frames"
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from torch import Tensor
 from tutti.config import Config
 from tutti.core.batch import IGNORE, Sample
 from tutti.data.encode import Encoder, make_encoder
+from tutti.data.media import MediaSummary
 from tutti.data.parts import media_columns
 from tutti.data.rows import CONVERSATIONS, RowError, as_json, kind_of, listed, message_of, question_of
 from tutti.data.source import BadRow, Row, text_columns
@@ -84,6 +85,10 @@ class PairEncoder:
     def extras(self, samples: Sequence[Sample], length: int) -> dict[str, Tensor]:
         """The inputs beside the tokens, as the encoder of conversations makes them."""
         return self.chats.extras(samples, length)
+
+    def summarize_media(self, samples: Sequence[Sample]) -> MediaSummary:
+        """The media of pairs in numbers, those of both answers."""
+        return self.chats.summarize_media(samples)
 
     def _joined(self, answers: Sequence[Any]) -> Sample:
         """The pair that the encoded chosen and rejected conversation make."""

@@ -145,7 +145,7 @@ class PackedSamples(Dataset):
     def __getitems__(self, ids: list[int]) -> Batch:
         tokens = self.index.tokens
         has_media = self.index.num_media[ids].any()
-        samples = self._read(ids) if tokens is None or has_media else self._kept(tokens, ids)
+        samples = self.read(ids) if tokens is None or has_media else self._kept(tokens, ids)
         return self.packer(samples, lambda number: self._place(ids[number]))
 
     def _place(self, number: int) -> str:
@@ -160,7 +160,8 @@ class PackedSamples(Dataset):
             for end, length, source, split in zip(*columns, strict=True)
         ]
 
-    def _read(self, ids: list[int]) -> list[Sample]:
+    def read(self, ids: list[int]) -> list[Sample]:
+        """Samples by their numbers, with their media."""
         kept = {number: self._long.get(number) if self._long else None for number in ids}
         encoded = self._encode([number for number, sample in kept.items() if sample is None])
         return [kept[number] or encoded[number] for number in ids]

@@ -275,6 +275,19 @@ class MediaProcessor:
                 raise RowError(f"has {' and '.join(layouts)}, of which {self.name} takes one kind in a row")
         self._mixed.add(kinds)
 
+    def spans(self, sample: Sample) -> list[Span]:
+        """For each medium of a sample where its tokens begin and end: from its first placeholder to its last."""
+        places = np.flatnonzero(np.isin(sample.input_ids, self._placeholders))
+        texts = [self.processor.tokenizer.convert_ids_to_tokens(token) for token in self._placeholders]
+        spans, used = [], 0
+        for half in self._halves(sample):
+            for replacement in self._replaced(half):
+                count = sum(replacement.count(text) for text in set(texts))
+                own = places[used : used + count]
+                spans.append((int(own[0]), int(own[-1]) + 1) if len(own) else (0, 0))
+                used += count
+        return spans
+
     def count(self, ids: np.ndarray) -> int:
         """The number of `ids` that are placeholders of media."""
         return int(np.isin(ids, self._placeholders).sum())
@@ -310,12 +323,16 @@ class MediaProcessor:
             extras[name] = torch.from_numpy(lie)[None]
         return extras
 
-    def _each(self, sample: Sample) -> list[Mapping[str, Any]]:
-        """What the processor makes of the media of each of a sample's sequences; both of a pair have the same."""
+    def _halves(self, sample: Sample) -> list[tuple[Media, ...]]:
+        """The media of each of a sample's sequences; both of a pair have the same."""
         if not sample.split:
-            return [self._values(sample.media)]
-        one = sample.media[: len(sample.media) // 2]
-        return [self._values(one)] * 2
+            return [sample.media]
+        return [sample.media[: len(sample.media) // 2]] * 2
+
+    def _each(self, sample: Sample) -> list[Mapping[str, Any]]:
+        """What the processor makes of the media of each of a sample's sequences."""
+        halves = self._halves(sample)
+        return [self._values(halves[0])] * len(halves)
 
     def _values(self, media: Sequence[Media]) -> Mapping[str, Any]:
         """What the processor makes of a sample's media."""

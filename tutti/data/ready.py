@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from tutti.core.batch import IGNORE, Sample
+from tutti.data.media import MediaSummary
 from tutti.data.source import BadRow
 
 
@@ -46,6 +47,11 @@ class ReadyMade:
     def extras(self, samples: Sequence[Sample], length: int) -> dict[str, Tensor]:
         """The inputs beside the tokens, as the encoder makes them."""
         return self.encoder.extras(samples, length)
+
+    def summarize_media(self, samples: Sequence[Sample]) -> MediaSummary:
+        """The media of samples in numbers, as the encoder counts them."""
+        found: MediaSummary = self.encoder.summarize_media(samples)
+        return found
 
     def _wrong(self, sample: Any) -> str | None:
         """Why a sample can't be trained on."""
