@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from tests.data.processors import PROCESSORS
@@ -15,8 +18,13 @@ from tests.harness import run_ranks
 from tests.model.test_media import build
 from tests.train.runs import QUICKSTART, records, run, tiny_config
 from tests.train.test_run import assert_same_training
+from tutti.config.load import from_dict
 from tutti.core.dist import World
 from tutti.data.loader import build_data
+from tutti.infer.generate import Generator, whole_answers
+from tutti.infer.load import load_model
+from tutti.infer.prompts import row_request
+from tutti.infer.sampling import Sampler
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -156,6 +164,51 @@ def test_pairs_of_answers_about_images_are_compared(tmp_path: Path, pairs: str, 
         sizes = {f"train.{name}": value for name, value in layout.items()}
         folder = tmp_path / next(iter(layout))
         assert_same_training(run(config_of(folder, model, pairs, world=2, **options, **sizes), 2), alone)
+
+
+def test_prompts_with_images_are_answered_alike_on_every_layout(tmp_path: Path, model: str, rows: str) -> None:
+    pictures = [json.loads(line)["image"] for line in (QUICKSTART / "images.jsonl").read_text().splitlines()[:3]]
+    parts = [{"type": "image", "path": pictures[1]}, {"type": "text", "text": " or "}, {"type": "image"}]
+    asked: list[dict[str, Any]] = [
+        {"image": pictures[0]},
+        {"messages": [{"role": "user", "content": parts}], "images": pictures[2:]},
+        {"prompt": "Who are you?"},
+    ]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(map(json.dumps, asked)))
+    options = {
+        "train.sample_prompts_path": str(prompts), "train.sample_tokens": 6, "train.max_steps": 2, "train.lr": 5e-3,
+        "data.eval_path": rows, "train.eval_steps": 1,
+        "data.row_template": {"user": "<image>What is this?", "assistant": "{caption}"},
+    }  # fmt: skip
+    layouts = [{}, {"data_parallel_mode": "fsdp2"}, {"ulysses_parallel_size": 2}]
+    found = []
+    for number, layout in enumerate(layouts):
+        sizes = {f"train.{name}": value for name, value in layout.items()} | {"train.save_hf_weights": not layout}
+        config = config_of(tmp_path / str(number), model, rows, world=1 + bool(layout), **options, **sizes)
+        run(config, 1 + bool(layout))
+        shown = json.loads((Path(config.train.output_dir) / "run.json").read_text())
+        found.append([(text["step"], text["prompt"], text["text"]) for text in shown["texts"]])
+    assert found[0] == found[1] == found[2]
+    assert [prompt for step, prompt, _ in found[0] if step == 2] == [
+        "<image>What is this?", "<image> or <image>", "Who are you?",
+    ]  # fmt: skip
+    seen = [[shown["pictures"][key] for key in text.get("pictures", [])] for text in shown["texts"][-3:]]
+    assert [len(urls) for urls in seen] == [1, 2, 0] and len(shown["pictures"]) == 3
+    small = Image.open(io.BytesIO(base64.b64decode(seen[0][0].removeprefix("data:image/png;base64,"))))
+    assert max(small.size) == 96
+    report = (Path(config.train.output_dir) / "report.html").read_text()
+    assert seen[1][1] in report and len(report) < 1_000_000
+    folder = tmp_path / "0" / "out" / "hf" / "final"
+    asked_again = from_dict({
+        "infer": {"model_path": str(folder), "do_sample": False, "max_tokens": 6},
+        "data": {"row_template": options["data.row_template"], "media_root": str(QUICKSTART)},
+    })  # fmt: skip
+    loaded = load_model(asked_again, ALONE)
+    generator = Generator(loaded.logits, Sampler.of(asked_again.infer), loaded.stop_ids, ALONE, 4096)
+    requests = [row_request(loaded.form, row, number, 6, str(tmp_path)) for number, row in enumerate(asked)]
+    answers = dict(whole_answers(generator.stream(requests), requests, loaded.form.tokenizer))
+    assert [answers[number] for number in range(3)] == [text for step, _, text in found[0] if step == 2]
 
 
 BAD = {

@@ -15,6 +15,8 @@ one is enough. Such rows are counted: the share of right answers is logged and r
 
 from __future__ import annotations
 
+import base64
+import io
 import logging
 import re
 import unicodedata
@@ -25,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
@@ -33,9 +36,11 @@ from tutti.attention.kv_cache import register
 from tutti.config import Config
 from tutti.core.batch import Media, Sample, pack
 from tutti.data.formats import BadRow, JsonLines, Row
+from tutti.data.media import load_image
 from tutti.data.processor import MediaProcessor
-from tutti.data.rows import RowError
+from tutti.data.rows import MEDIA_PARTS, RowError
 from tutti.data.template import read_template
+from tutti.data.video import load_video
 from tutti.infer.generate import CachedLogits, Generator, NextLogits, Request, whole_answers
 from tutti.infer.hf_generate import needs_generate
 from tutti.infer.media import MediaInputs, as_sample
@@ -54,15 +59,19 @@ log = logging.getLogger(__name__)
 _GREEDY = Sampler(greedy=True, temperature=1.0, top_p=1.0, seed=0)
 _SHOWN = 8
 """Most rows with an expected answer whose answers are shown, the first of them; all are counted."""
+_PICTURE_SIDE = 96
+"""Most pixels along a side of a picture in the report."""
 _CACHEABLE = (PACKED, "flash_attention_2", "flash_attention_3")
 
 
 class _Prompt(NamedTuple):
-    """text: the prompt as it is shown. expected: texts one of which the answer must hold; none: any answer will do."""
+    """text: the prompt as it is shown. expected: texts one of which the answer must hold; none: any answer will do.
+    pictures: of its media, as data URLs."""
 
     text: str
     request: Request
     expected: tuple[str, ...]
+    pictures: tuple[str, ...] = ()
 
 
 class Samples:
@@ -108,7 +117,7 @@ class Samples:
                 mark = {None: "", True: " (right)", False: " (wrong)"}[right]
                 shown = " ".join(prompt.text.split()), " ".join(text.split())
                 log.info("step %d, sample: %s -> %s%s", step, *shown, mark)
-                metrics.log_text(step, prompt.text, text, right)
+                metrics.log_text(step, prompt.text, text, right, prompt.pictures)
         if graded:
             metrics.log_answers(step, sum(graded), len(graded))
 
@@ -223,8 +232,10 @@ def _read(run: Run) -> list[_Prompt]:
         try:
             if not chat and not isinstance(row.get("prompt"), str):
                 raise RowError('has no text under "prompt"; a model that is trained on texts continues one')
+            row = filled(form, row)
             request = row_request(form, row, number, config.train.sample_tokens, folder)
-            prompts.append(_Prompt(_shown(filled(form, row)), request, _expected(row)))
+            pictures = tuple(found for medium in request.media if (found := _picture(medium)))
+            prompts.append(_Prompt(_shown(row), request, _expected(row), pictures))
         except RowError as error:
             raise ValueError(f"{place}: {error}") from None
     return prompts
@@ -274,7 +285,30 @@ def _shown(row: dict[str, Any]) -> str:
     if isinstance(row.get("prompt"), str):
         return row["prompt"]
     messages = conversation_to_answer(row).messages
-    said = [str(message.get("content", "")) for message in messages]
+    said = [_said(message.get("content", "")) for message in messages]
     if len(said) == 1:
         return said[0]
     return "\n".join(f"{message['role']}: {text}" for message, text in zip(messages, said, strict=True))
+
+
+def _said(content: Any) -> str:
+    """The text of a message, with placeholders for its media."""
+    if not isinstance(content, list):
+        return str(content)
+    return "".join(part.get("text") or f"<{MEDIA_PARTS.get(part.get('type'), 'text')}>" for part in content)
+
+
+def _picture(medium: Media) -> str | None:
+    """A small PNG of an image, or of a video's first frame, as a data URL; None of a sound. RowError: it cannot be
+    decoded."""
+    if medium.kind == "image":
+        picture = load_image(medium)
+    elif medium.frames is not None:
+        first = medium._replace(frames=medium.frames._replace(indices=medium.frames.indices[:1]))
+        picture = Image.fromarray(load_video(first, (medium.size[0], medium.size[1]))[0].transpose(1, 2, 0))
+    else:
+        return None
+    picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import html
 import json
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ MAX_SOURCES = 12
 """Sources with curves of their own; the smaller ones are counted together."""
 MAX_TEXTS = 50
 """Newest texts that are kept; those of the first showing stay beside them."""
+MAX_PICTURES = 400_000
+"""Most characters that the pictures beside texts may take."""
 RUN, REPORT = "run.json", "report.html"
 BANDED = ("loss", "grad_norm", "tokens_per_second")
 """Columns whose extremes are drawn as well as their means."""
@@ -69,6 +72,7 @@ class Report:
             **info,
             "branches": branches,
             "texts": texts,
+            "pictures": before.get("pictures", {}),
             "status": "running",
         }
         self._write()
@@ -80,10 +84,21 @@ class Report:
     evaluation = step
 
     def text(self, record: Mapping[str, Any]) -> None:
-        texts = [*self._run["texts"], dict(record)]
+        texts = [*self._run["texts"], {**record, **self._keep_pictures(record.get("pictures", ()))}]
         first = [text for text in texts[:-MAX_TEXTS] if text["step"] == texts[0]["step"]]
         self._run["texts"] = first + texts[len(first) :][-MAX_TEXTS:]
         self.step(record)
+
+    def _keep_pictures(self, pictures: Sequence[str]) -> dict[str, list[str]]:
+        """Keep data URLs as far as there is room, each once however often its prompt is answered; their keys."""
+        kept: dict[str, str] = self._run["pictures"]
+        keys = []
+        for picture in pictures:
+            key = hashlib.sha256(picture.encode()).hexdigest()[:12]
+            if key in kept or sum(map(len, kept.values())) + len(picture) <= MAX_PICTURES:
+                kept[key] = picture
+                keys.append(key)
+        return {"pictures": keys} if keys else {}
 
     def close(self, summary: Mapping[str, Any]) -> None:
         figures = {key: _plain(value) for key, value in summary.items() if key not in ("status", "message")}

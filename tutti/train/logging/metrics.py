@@ -19,7 +19,7 @@ share of right answers, and how many were expected.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
@@ -84,10 +84,14 @@ class Metrics:
         for sink in self._sinks:
             sink.evaluation(record)
 
-    def log_text(self, step: int, prompt: str, text: str, right: bool | None = None) -> None:
-        """A text that the model generated after `step`. right: it is the answer that was expected; None: none was."""
+    def log_text(
+        self, step: int, prompt: str, text: str, right: bool | None = None, pictures: Sequence[str] = ()
+    ) -> None:
+        """A text that the model generated after `step`. right: it is the answer that was expected; None: none was.
+        pictures: that the prompt is about, as data URLs."""
+        seen = {"pictures": list(pictures)} if pictures else {}
         for sink in self._sinks:
-            sink.text({"step": step, "prompt": prompt, "text": text, "right": right})
+            sink.text({"step": step, "prompt": prompt, "text": text, "right": right, **seen})
 
     def log_answers(self, step: int, num_right: int, num_expected: int) -> None:
         """How many of the answers that were expected the model gave after `step`."""

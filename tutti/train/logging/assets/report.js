@@ -449,15 +449,19 @@ function texts() {
   const chat = dataType === "conversation";
   const written = ({ prompt, text }) =>
     make("pre", {}, make("mark", {}, prompt, chat ? "\n" : ""), continuation(prompt, text, chat));
+  const seen = ({ pictures }) =>
+    pictures?.length
+      ? [make("p", { class: "seen" }, ...pictures.map((key) => make("img", { src: run.pictures[key], alt: "" })))]
+      : [];
   const when = ({ step: at, right }) => {
     const found = right === true ? ": right" : right === false ? ": wrong" : "";
     return make("p", { class: "when" }, (at ? `after step ${whole(at)}` : "before training") + found);
   };
-  const card = (item) => make("article", { class: "card" }, written(item), when(item));
+  const card = (item) => make("article", { class: "card" }, ...seen(item), written(item), when(item));
   const pair = (item) => {
     const first = run.texts.find((other) => other.prompt === item.prompt);
     const before = first && first.step !== item.step ? [written({ ...first, prompt: "" }), when(first)] : [];
-    return make("article", { class: "card" }, written(item), when(item), ...before);
+    return make("article", { class: "card" }, ...seen(item), written(item), when(item), ...before);
   };
   const cards = (items, form) =>
     make("div", { class: "grid texts", style: `--columns:${Math.min(2, items.length)}` }, items.map(form));
