@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
+from tests.checkpoint.test_speech import write_whole
 from tests.data.processors import PROCESSORS
 from tests.harness import regroup, run_ranks
 from tests.model.test_media import build
@@ -50,6 +52,22 @@ def train_all(configs: list[Config]) -> None:
         if number:
             regroup()
         train(config)
+
+
+def test_a_model_that_speaks_is_trained_as_its_thinker_and_exported_whole(tmp_path: Path) -> None:
+    _, before = write_whole("qwen2_5_omni", tmp_path / "model")
+    processor = PROCESSORS["qwen2_5_omni"]()
+    processor.chat_template = processor.tokenizer.chat_template
+    processor.save_pretrained(tmp_path / "model")
+    table = str(QUICKSTART / "audio.jsonl")
+    options = {"train.max_steps": 1, "train.num_train_epochs": 1, "train.save_hf_weights": True}
+    config = config_of(tmp_path, "audio", str(tmp_path / "model"), table, 1, **options)
+    run_ranks(1, train_all, [config])
+    after = load_file(Path(config.train.output_dir) / "hf" / "final" / "model.safetensors")
+    assert after.keys() == before.keys()
+    same = {key for key in before if after[key].equal(before[key])}
+    assert {"talker.model.norm.weight", "token2wav.bias"} <= same and "thinker.lm_head.weight" not in same
+    assert not any("audio_tower.layers" in key and key.endswith("fc1.weight") for key in same)
 
 
 @pytest.mark.parametrize("kind", TABLES)

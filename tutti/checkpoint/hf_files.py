@@ -128,6 +128,14 @@ class Checkpoint:
             raise ValueError(f"model.model_path: {file} is damaged or no weight file: {reason}") from error
 
 
+class RestOfCheckpoint(Checkpoint):
+    """The tensors in an open checkpoint whose keys do not begin with `prefix`."""
+
+    def __init__(self, path: Path, prefix: str) -> None:
+        super().__init__(path)
+        self._slices = {key: value for key, value in self._slices.items() if not key.startswith(prefix)}
+
+
 class PartOfCheckpoint(Checkpoint):
     """The tensors in an open checkpoint that belong to a part of its model: those below the prefix under which all of
     `names` are there. All of them, with their own names, where there is no such prefix."""

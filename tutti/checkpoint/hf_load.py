@@ -42,6 +42,7 @@ from tutti.core.dist import World
 from tutti.core.tensors import local_part
 from tutti.model.initial import fill_by_rules, materialize, own_block, own_part
 from tutti.model.quantized import Packing, packings
+from tutti.model.speech import THINKER, speech_of
 from tutti.model.structure import head, is_classifier, model_class, weight_conversions
 
 log = logging.getLogger(__name__)
@@ -300,6 +301,8 @@ def _check(model: PreTrainedModel, plan: _Plan, path: str | Path) -> set[str]:
     if added <= missing:  # all or none of it: a part that is missing has been lost
         fresh |= added
     unexpected = _without(plan.unexpected, _old_buffers(model) | set(model._keys_to_ignore_on_load_unexpected or ()))
+    if speech_of(model) is not None:
+        unexpected = {key for key in unexpected if key.startswith(THINKER)}
     if is_classifier(model) and unexpected:
         unexpected -= _causal_names(model)
     mismatched = [

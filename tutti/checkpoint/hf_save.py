@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from tutti.checkpoint.hf_files import INDEX, SINGLE, TensorFile, read_index
+from tutti.checkpoint.hf_files import INDEX, SINGLE, Checkpoint, RestOfCheckpoint, TensorFile, read_index
 from tutti.checkpoint.omni_files import joins_of, write_joins
 from tutti.core.compat import (
     PrefixChange,
@@ -40,6 +40,7 @@ from tutti.core.compat import (
 from tutti.core.dist import World
 from tutti.core.files import describe_error, sync_folder, write_synced
 from tutti.model.omni import OmniModel
+from tutti.model.speech import THINKER, speech_of, whole_config
 from tutti.model.structure import is_classifier, model_class, weight_conversions
 
 # What FSDP has split after other axes takes one gather for each, which torch finds worth a warning on every rank.
@@ -77,8 +78,15 @@ def export_hf(
     for part, place, tensors in parts:
         groups = _Reverted(part, dtype)
         index = index_path if place == partial else None
-        layout = world.run_on_all_ranks(functools.partial(_layout, groups.keys, index, max_shard_gb))
-        written.append((part, place, *_write(groups, layout, place, tensors, world)))
+        beside = world.run_on_all_ranks(functools.partial(_open_speech, part))
+        keys = groups.keys if beside is None else groups.keys | beside.meta()
+        layout = world.run_on_all_ranks(functools.partial(_layout, keys, index, max_shard_gb))
+        writer, failure = _write(groups, _Writer(place, layout, keys), layout, tensors, world)
+        if beside is not None and world.is_main and failure is None:
+            for key in beside.meta():
+                value = beside.read(key)
+                writer.add({key: value if isinstance(value, Tensor) else value[...]})
+        written.append((part, place, writer, failure))
     joins = joins_of(model, full, world) if isinstance(model, OmniModel) else None
 
     def finish() -> None:
@@ -95,22 +103,26 @@ def export_hf(
     world.run_on_all_ranks(lambda: finish() if world.is_main else None)
 
 
+def _open_speech(model: PreTrainedModel) -> Checkpoint | None:
+    """What speaks beside a thinker, in the checkpoint that it came from."""
+    found = speech_of(model)
+    return None if found is None else RestOfCheckpoint(found[0], THINKER)
+
+
 def _below(full: Callable[[str], Tensor], prefix: str) -> Callable[[str], Tensor]:
     return lambda name: full(f"{prefix}.{name}")
 
 
 def _write(
-    groups: _Reverted, layout: Mapping[str, str], folder: Path, full: Callable[[str], Tensor], world: World
+    groups: _Reverted, writer: _Writer, layout: Mapping[str, str], full: Callable[[str], Tensor], world: World
 ) -> tuple[_Writer, Exception | None]:
-    """Write all groups of tensors to `folder`, on rank 0; the writer, and what went wrong. Collective."""
-    writer = _Writer(folder, layout, groups.keys)
+    """Write all groups of tensors, on rank 0; the writer, and what went wrong. Collective."""
     failure: Exception | None = None
     for names in groups.in_order_of(layout):
         tensors = {name: full(name) for name in names}
         if not world.is_main or failure is not None:
             continue
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             writer.add(groups.revert(tensors))
         except Exception as error:  # the others are waiting in the next gather: go on with them, then raise
             failure = error
@@ -256,6 +268,7 @@ class _Writer:
         self.dtype = next((tensor.dtype for tensor in keys.values() if tensor.is_floating_point()), None)
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
         for key, tensor in tensors.items():
             file = self._layout[key]
             if file not in self._open:
@@ -291,8 +304,9 @@ def _finish(model: PreTrainedModel, folder: Path, tokenizer: Any, writer: _Write
     if failure is not None:
         raise failure
     writer.finish()
-    config = copy.deepcopy(model.config)
-    config.architectures = [model_class(model).__name__]
+    config = whole_config(model)
+    if speech_of(model) is None:
+        config.architectures = [model_class(model).__name__]
     config.dtype = writer.dtype
     if getattr(config, "pad_token_id", None) is None and is_classifier(model):
         config.pad_token_id = getattr(tokenizer, "pad_token_id", None)  # classifiers look for the last real token

@@ -38,6 +38,7 @@ from tutti.model.experts import resolve_experts
 from tutti.model.omni import OmniModel, compose, name_sources
 from tutti.model.omni_config import OmniConfig, is_composed
 from tutti.model.omni_processor import placeholders
+from tutti.model.speech import keep_speech, thinker_config
 from tutti.model.sparse import add_sparse_attention, is_sparse, take_sparse_sizes
 from tutti.model.structure import experts, text_model
 from tutti.model.tokenizer import first_line, local_path
@@ -46,7 +47,12 @@ log = logging.getLogger(__name__)
 
 
 def load_model_config(config: Config) -> PreTrainedConfig:
-    """The model's configuration, from model.config_path (by default model.model_path)."""
+    """The configuration of the model that is trained, from model.config_path (by default model.model_path): of one that
+    speaks its thinker's (`tutti.model.speech`)."""
+    return compose(config.model, thinker_config(_read_config(config)))
+
+
+def _read_config(config: Config) -> PreTrainedConfig:
     name = config.model.config_path or config.model.model_path
     argument = "model.model_path" if name == config.model.model_path else "model.config_path"
     if name is None:
@@ -68,7 +74,7 @@ def load_model_config(config: Config) -> PreTrainedConfig:
             f"{argument}: {path} holds {method} weights, which cannot be trained; dequantize them first, save the "
             "result with save_pretrained, and drop quantization_config from its config.json"
         )
-    return compose(config.model, model_config)
+    return model_config
 
 
 def build_model(
@@ -131,6 +137,10 @@ def build_model(
         log.warning("model.moe_implementation: has no effect: %s has no experts", type(model).__name__)
     if config.model.model_path and model.can_generate():
         _read_generation_config(model, Path(config.model.model_path))
+    whole = _read_config(config)
+    if config.model.model_path and thinker_config(whole) is not whole:
+        log.info("%s: its thinker is trained, what speaks stays as it is", whole.model_type)
+        keep_speech(model, Path(config.model.model_path), whole)
     return model.train()
 
 
