@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from tests.model.zoo import FAMILIES, tiny
 from tutti.model import structure as plan
@@ -157,3 +163,17 @@ def test_the_class_under_a_sharded_one_is_found() -> None:
         pass
 
     assert plan.model_class(object.__new__(Sharded)) is nn.Linear
+
+
+def test_what_makes_images_is_no_part_to_train() -> None:
+    with torch.device("meta"):
+        model = AutoModelForMultimodalLM.from_config(AutoConfig.for_model("janus"))
+    plan.freeze_parts(model, [])
+    still = {name.split(".")[1] for name, item in model.named_parameters() if not item.requires_grad}
+    assert still == {"vqmodel", "generation_embeddings", "generation_aligner", "generation_head"}
+    parts = {
+        part: {name.split(".")[1] for name in plan.part_parameters(model, part, "train.freeze")}
+        for part in ("towers", "projectors", "language_model")
+    }
+    seen = {"towers": {"vision_model"}, "projectors": {"aligner"}, "language_model": {"language_model"}}
+    assert parts == seen

@@ -38,8 +38,8 @@ from tutti.model.experts import resolve_experts
 from tutti.model.omni import OmniModel, compose, name_sources
 from tutti.model.omni_config import OmniConfig, is_composed
 from tutti.model.omni_processor import placeholders
-from tutti.model.speech import keep_speech, thinker_config
 from tutti.model.sparse import add_sparse_attention, is_sparse, take_sparse_sizes
+from tutti.model.speech import keep_speech, thinker_config
 from tutti.model.structure import experts, text_model
 from tutti.model.tokenizer import first_line, local_path
 

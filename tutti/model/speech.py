@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 THINKER = "thinker."
 """What the thinker's keys begin with."""
@@ -37,5 +37,5 @@ def whole_config(model: PreTrainedModel) -> PreTrainedConfig:
     if found is None:
         return copy.deepcopy(model.config)
     whole = copy.deepcopy(found[1])
-    whole.thinker_config = copy.deepcopy(model.config)  # type: ignore[attr-defined]
+    whole.thinker_config = copy.deepcopy(model.config)
     return whole

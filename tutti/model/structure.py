@@ -151,8 +151,16 @@ def _beside(module: nn.Module, inside: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
+def drawing_parts(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules of a decoder that make images (Janus): towers that nothing runs where images are only seen."""
+    return [part for name, part in decoder(model).named_children() if _DRAWS.match(name)]
+
+
 def freeze_parts(model: PreTrainedModel, parts: Iterable[str]) -> None:
-    """Leave parts of `model` untrained (train.freeze). ValueError: the model has no such part."""
+    """Leave parts of `model` untrained (train.freeze), and what makes images, which weight decay would wear away.
+    ValueError: the model has no such part."""
+    for drawing in drawing_parts(model):
+        drawing.requires_grad_(False)
     for part in parts:
         for parameter in part_parameters(model, part, "train.freeze").values():
             parameter.requires_grad_(False)
@@ -168,11 +176,15 @@ def part_parameters(
     """
     named = dict(model.named_parameters())
     beside = {id(item) for tower in towers(model) for item in tower.parameters()}
-    joins = {name for name, item in named.items() if id(item) in beside and _PROJECTOR.search(name)}
+    drawing = {id(item) for module in drawing_parts(model) for item in module.parameters()}
+    beside -= drawing
+    # Within a tower's blocks some call a matrix of their attention a projection.
+    outer = {name: re.split(r"\.(?:layers|blocks)\.", name)[0] for name, item in named.items() if id(item) in beside}
+    joins = {name for name, stem in outer.items() if _PROJECTOR.search(stem)}
     groups = {
-        "towers": {name for name, item in named.items() if id(item) in beside} - joins,
+        "towers": outer.keys() - joins,
         "projectors": joins,
-        "language_model": {name for name, item in named.items() if id(item) not in beside},
+        "language_model": {name for name, item in named.items() if id(item) not in beside | drawing},
     }
     found = groups.get(part) or set(fnmatch.filter(named, part))
     if not found and is_complete:
@@ -180,6 +192,9 @@ def part_parameters(
         raise ValueError(f"{argument}: this model has no {part}; it has {known}, and names of parameters")
     return {name: item for name, item in named.items() if name in found}
 
+
+_DRAWS = re.compile("vqmodel|generation_")
+"""How the modules are named that make images, or codes of them."""
 
 _PROJECTOR = re.compile("projector|projection|merger|connector|aligner|multi_modal|embed_vision")
 """How the modules are named that take a tower's features to the language model's width."""
