@@ -305,7 +305,7 @@ def test_defaults_that_follow_others() -> None:
 @pytest.mark.parametrize(
     ("override", "part"),
     [
-        ("model.decoders.image.model_path=x", "omni models"),
+        ("model.decoders.image.model_path=x", "models that draw pictures"),
     ],
 )
 def test_what_is_not_available_yet_is_refused(override: str, part: str) -> None:

@@ -281,7 +281,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "widths": ({"add_projector": False}, "add_projector: false needs features of the language model's width 32, .* 24"),
     "a type": ({"pool": "two"}, "model.encoders.image.pool: must be of type int, got 'two'"),
     "a pool of none": ({"pool": 0}, "model.encoders.image.pool: must be at least 1, got 0"),
-    "a layer": ({"layer": -9}, "model.encoders.image: SiglipVisionConfig cannot be used for images"),
+    "a layer": ({"layer": -9}, "model.encoders.image: SiglipVisionConfig cannot be used for image"),
 }
 
 
@@ -300,6 +300,9 @@ def test_kinds_and_foundations_that_cannot_be_composed_are_refused(tmp_path: Pat
             ValueError, match=rf"encoders.{kind}: not available yet; there are encoders for image, audio"
         ):
             load_model_config(other)
+    seeing = {"audio": {"config_path": write_tower(tmp_path, "clip")}}
+    with pytest.raises(ValueError, match="CLIPVisionConfig cannot be used for audio: it takes no mel frames of sounds"):
+        load_model_config(replace(config, model=replace(config.model, encoders=seeing)))
     whole = replace(config, model=replace(config.model, config_path=write_tower(tmp_path, "qwen2_vl")))
     with pytest.raises(ValueError, match=r"model\.encoders: qwen2_vl takes images by towers of its own"):
         load_model_config(whole)

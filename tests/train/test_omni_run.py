@@ -46,7 +46,8 @@ def config_of(folder: Path, *, tower: str = "siglip", world: int = 1, **changes:
         "data.media_root": str(QUICKSTART),
         "data.row_template": {"user": "<image>What is this?", "assistant": "{caption}"},
         "train.lr": 3e-3,
-        "train.max_steps": 3,
+        "train.num_train_epochs": 2,
+        "train.max_steps": 2,
     }
     return tiny_config(folder, world=world, **values | changes)
 
@@ -72,12 +73,33 @@ def test_two_ranks_equal_one(tmp_path: Path, one: list[dict[str, Any]], layout: 
     assert_same_training(run(config_of(tmp_path, world=2, **sizes), 2), one)
 
 
+def test_two_ranks_hear_and_see_videos_as_one_does(tmp_path: Path) -> None:
+    """Ranks that share a batch: images and frames are encoded by one of them each, sounds by all."""
+    lines = []
+    for kind, name in (("audio", "audio.jsonl"), ("image", "images.jsonl"), ("video", "video.jsonl")):
+        for line in (QUICKSTART / name).read_text().splitlines()[:4]:
+            chat = [{"role": "user", "content": f"<{kind}>What?"}, {"role": "assistant", "content": "Something."}]
+            lines.append(json.dumps({"messages": chat, kind: json.loads(line)[kind]}))
+    found = []
+    for world, sizes in ((1, {}), (2, {"train.ulysses_parallel_size": 2})):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        encoders = {
+            "image": {"config_path": write_tower(folder, "siglip"), "pool": 2},
+            "audio": {"config_path": write_tower(folder, "whisper"), "pool": 8},
+        }
+        config = config_of(folder, world=world, **sizes, **{"model.encoders": encoders, "data.drop_last": False})
+        (folder / "rows.jsonl").write_text("\n".join(lines))
+        found.append(run(config, world))
+    assert_same_training(found[1], found[0])
+
+
 def trained_and_exported(folder: Path) -> None:
     """A run of two epochs with a checkpoint after each step, and its export."""
     torch.set_num_threads(1)
     from tests.train.runs import train_quietly
 
-    options = {"train.num_train_epochs": 2, "train.max_steps": 2, "train.save_steps": 1, "train.save_hf_weights": True}
+    options = {"train.save_steps": 1, "train.save_hf_weights": True}
     train_quietly(config_of(folder, **options))
 
 
@@ -116,7 +138,7 @@ def test_the_root_of_an_export_is_the_foundation_s_and_a_part_is_the_tower_s(exp
 def resumed(folder: Path, start: Path) -> None:
     from tests.train.runs import train_quietly
 
-    options = {"train.num_train_epochs": 2, "train.max_steps": 2, "train.save_hf_weights": True}
+    options = {"train.save_hf_weights": True}
     step = str(start / "out" / "checkpoints" / "global_step_2")
     train_quietly(config_of(folder, **options, **{"train.load_checkpoint_path": step}))
 

@@ -12,10 +12,10 @@ from tutti.config import ARGUMENTS, Config, away_from_default, get
 from tutti.config.tasks import TASKS
 
 NOT_YET: dict[str, str] = {
-    "model.decoders": "omni models",
-    "model.input_encoder": "omni models",
-    "model.output_encoder": "omni models",
-    "model.encode_target": "omni models",
+    "model.decoders": "models that draw pictures",
+    "model.input_encoder": "models that draw pictures",
+    "model.output_encoder": "models that draw pictures",
+    "model.encode_target": "models that draw pictures",
 }
 """Arguments (refused when away from their default) or `argument=value` (that one value is refused), and what they
 belong to. Whoever brings the machinery deletes the row."""

@@ -315,13 +315,13 @@ def _settings(kind: str, spec: dict[str, Any], config: Any, text: PreTrainedConf
         with torch.device("meta"):
             tower = tower_class(config)(copy.deepcopy(config))
         if hears(tower) != (kind == "audio"):
-            raise ValueError(f"it is no tower of {kind}s by mel frames" if kind == "audio" else "it takes sounds")
+            raise ValueError("it takes no mel frames of sounds" if kind == "audio" else "it takes sounds")
         if takes_grid(tower):
             settings["width"] = getattr(config, "out_hidden_size", None) or config.hidden_size
         else:
             settings["width"] = try_features(tower, settings["layer"], 1).shape[-1]
     except Exception as error:  # towers fail in many ways on media they were not made for
-        raise ValueError(f"{argument}: {type(config).__name__} cannot be used for {kind}s: {error}") from error
+        raise ValueError(f"{argument}: {type(config).__name__} cannot be used for {kind}: {error}") from error
     if takes_grid(tower) and (settings["pool"], settings["layer"]) != (1, -1):
         raise ValueError(f"{argument}: {type(tower).__name__} has a merger of its own; leave pool and layer out")
     width = settings["width"] * num_pooled(tower, settings["pool"])
