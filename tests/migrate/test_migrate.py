@@ -333,7 +333,26 @@ def test_veomni_nested(tmp_path: Path) -> None:
     assert (config.train.lora_alpha, config.train.lora_targets) == (32.0, ("q_proj", "v_proj"))
     assert "seed" in row(migration, "model.lora_config").note
     lost = {row.key for row in migration.of("none")}
-    assert lost == {"data.mm_configs", "train.optimizer.type", "train.optimizer.muon_lr"}
+    assert lost == {"train.optimizer.type", "train.optimizer.muon_lr"}
+    assert config.data.video_fps == 2.0
+
+
+def test_veomni_composed(tmp_path: Path) -> None:
+    """What freezes which part, learning rates of towers, and encoders, as its omni models are written."""
+    text = (
+        "model: {model_path: ./llm, encoders: {image: {model_path: ./vit, add_projector: true}}}\n"
+        "data: {train_path: x.jsonl, data_type: conversation, mm_configs: {image_max_pixels: 602112, max_frames: 16, "
+        "use_audio_in_video: true}}\n"
+        "train: {freeze_encoder_all: true, freeze_foundation: true, freeze_vit: false, vit_lr: 1.0e-6, output_dir: o}\n"
+    )
+    migration = migrated(tmp_path, text)
+    config = loaded(tmp_path, migration)
+    assert config.model.encoders == {"image": {"model_path": "./vit", "add_projector": True}}
+    assert config.train.freeze == ("towers", "projectors", "language_model")
+    assert config.train.part_lr == {"towers": 1e-6}
+    assert (config.data.image_max_pixels, config.data.video_max_frames) == (602112, 16)
+    assert "use_audio_in_video" in row(migration, "data.mm_configs").note
+    assert not migration.of("none")
 
 
 def test_what_this_version_refuses_is_given_up_with_its_reason(tmp_path: Path) -> None:

@@ -149,6 +149,44 @@ def _lora(value: Any, source: Source) -> Result:
     return Result(CHANGED if left else MAPPED, ours, note)
 
 
+_MEDIA = {
+    "image_min_pixels": "data.image_min_pixels",
+    "image_max_pixels": "data.image_max_pixels",
+    "video_min_pixels": "data.video_min_pixels",
+    "video_max_pixels": "data.video_max_pixels",
+    "fps": "data.video_fps",
+    "max_frames": "data.video_max_frames",
+}
+"""Keys of data.mm_configs and ours."""
+
+
+def _media(value: Any, source: Source) -> Result:
+    """data.mm_configs, as one mapping."""
+    given = {key: item for key, item in dict(value or {}).items() if item is not None}
+    left = sorted(set(given) - set(_MEDIA))
+    ours = {_MEDIA[key]: float(item) if key == "fps" else item for key, item in given.items() if key in _MEDIA}
+    note = f"without a counterpart in it: {', '.join(left)}" if left else ""
+    return Result(CHANGED if left else MAPPED, ours, note)
+
+
+_FREEZES = {
+    "train.freeze_vit": ("towers",),
+    "train.freeze_audio_tower": ("towers",),
+    "train.freeze_encoder": ("towers",),
+    "train.freeze_encoder_all": ("towers", "projectors"),
+    "train.freeze_foundation": ("language_model",),
+}
+"""Switches, and the parts that ours names."""
+
+
+def _freeze(value: Any, source: Source) -> Result:
+    """train.freeze, of all of these switches that are on."""
+    if not value:
+        return Result(MAPPED, note="trained, and so it is here")
+    parts = [part for key, frozen in _FREEZES.items() if source.get(key, False) for part in frozen]
+    return Result(MAPPED, {"train.freeze": list(dict.fromkeys(parts))})
+
+
 def _rules() -> dict[str, Rule]:
     contract = [name for name, argument in ARGUMENTS.items() if argument.group in GROUPS and not argument.added]
     rules: dict[str, Rule] = {name: same(name) for name in contract if name != "train.optimizer"}
@@ -170,7 +208,7 @@ def _rules() -> dict[str, Rule]:
         rules[f"{group}.moe_implementation"] = _experts
     for path in ("model_path", "config_path", "tokenizer_path"):
         rules[f"model.{path}"] = same(f"model.{path}")
-    return rules | _CHANGES
+    return rules | dict.fromkeys(_FREEZES, _freeze) | _CHANGES
 
 
 _CHANGES: dict[str, Rule] = {
@@ -228,7 +266,9 @@ _CHANGES: dict[str, Rule] = {
     "data.dataloader.in_order": choice({True: {}}, "batches keep their order, so that a run can be resumed exactly"),
     "data.dataloader.use_background_prefetcher": needless("workers prepare data.prefetch_factor batches ahead"),
     "data.dataloader.worker_num_threads": needless("a worker has one thread"),
-    "data.mm_configs": none("images, video and audio are set up elsewhere; see `tutti args model`"),
+    "data.mm_configs": _media,
+    "train.vit_lr": same("train.part_lr", lambda value: {"towers": float(value)}),
+    "train.freeze_decoder": off("there are no decoders of images yet"),
     "model.model_config": off("change the model's config.json instead, and name it as model.config_path"),
     "model.foundation": off("change the model's config.json instead, and name it as model.config_path"),
     "model.lora_config": _lora,
