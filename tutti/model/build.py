@@ -49,7 +49,8 @@ log = logging.getLogger(__name__)
 def load_model_config(config: Config) -> PreTrainedConfig:
     """The configuration of the model that is trained, from model.config_path (by default model.model_path): of one that
     speaks its thinker's (`tutti.model.speech`)."""
-    return compose(config.model, thinker_config(_read_config(config)))
+    found = thinker_config(_read_config(config))
+    return found if isinstance(found, OmniConfig) else compose(config.model, found)
 
 
 def _read_config(config: Config) -> PreTrainedConfig:
