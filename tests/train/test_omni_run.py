@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +265,20 @@ def test_pictures_are_asked_about_while_training(tmp_path: Path) -> None:
     assert [line["sample_accuracy"] for line in lines if "sample_accuracy" in line]
 
 
+def test_pairs_of_answers_about_pictures(tmp_path: Path) -> None:
+    """Preference training, whose reference model has the same parts: the first loss is log 2 a pair."""
+    config = config_of(tmp_path, **{"data.data_type": "dpo", "data.row_template": {}})
+    lines = []
+    for line in (QUICKSTART / "images.jsonl").read_text().splitlines()[:24]:
+        row = json.loads(line)
+        prompt = [{"role": "user", "content": "<image>What is this?"}]
+        pair = {"prompt": prompt, "chosen": row["caption"], "rejected": "no idea"}
+        lines.append(json.dumps(pair | {"image": row["image"]}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    losses = [line["loss"] for line in run(config)]
+    assert losses[0] == pytest.approx(math.log(2), rel=1e-5) and losses[-1] < losses[0]
+
+
 def test_towers_are_taken_out_of_whole_models(tmp_path: Path) -> None:
     """Of a Qwen2-VL, which holds a language model too, and of a Whisper, which holds a decoder; and come back."""
     torch.manual_seed(0)
@@ -287,6 +302,7 @@ def test_towers_are_taken_out_of_whole_models(tmp_path: Path) -> None:
     ("changes", "reason"),
     [
         ({"data.data_type": "plaintext"}, "cannot be trained with data.data_type plaintext"),
+        ({"data.data_type": "reward"}, "cannot be trained with data.data_type reward"),
         ({"train.architecture": "lora"}, "cannot be trained by adapters yet"),
     ],
 )

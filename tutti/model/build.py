@@ -203,8 +203,8 @@ def check_composed(config: Config) -> None:
     if not is_composed(config.model):
         return
     refuse = "model.encoders: a model with encoders beside it cannot be trained"
-    if config.data.task.rows != "conversations":
-        raise ValueError(f"{refuse} with data.data_type {config.data.data_type} (choose conversation)")
+    if not config.data.task.holds_chats or config.data.task.head != "tokens":
+        raise ValueError(f"{refuse} with data.data_type {config.data.data_type} (choose conversation or dpo)")
     if config.train.architecture == "lora":
         raise ValueError(f"{refuse} by adapters yet; set train.architecture to full, and train.freeze as needed")
 
