@@ -292,6 +292,13 @@ def conversation(*messages: dict[str, Any], **row: Any) -> Any:
     return conversation_of({"messages": list(messages), **row}, ("messages",))
 
 
+def test_a_template_that_writes_a_piece_of_a_text_is_given_texts() -> None:
+    """It would write the whole of a part, but takes no text out of one."""
+    source = "{% for m in messages %}[{{ m.role }}]{{ (m.content | first) | tojson }}{% endfor %}"
+    chat = [user("hello"), assistant("yes")]
+    assert template_of(source).render(chat, conversation(*chat)) == '[user]"h"[assistant]"y"'
+
+
 def test_a_template_that_takes_parts_only_is_given_parts() -> None:
     text, spans = template_of(PARTS_ONLY)(conversation(user("q"), assistant("a")))
     assert bracketed(text, spans) == "<user>q<end><assistant>[[a<end>]]"

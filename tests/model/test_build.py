@@ -16,7 +16,7 @@ from tests.model.zoo import FAMILIES, tiny
 from tutti.attention.interface import PACKED
 from tutti.config import Config
 from tutti.config.load import from_dict
-from tutti.model.build import build_model, check_packable, load_model_config, turn_off_dropout
+from tutti.model.build import build_model, check_eager, check_packable, load_model_config, turn_off_dropout
 from tutti.model.experts import EAGER, FUSED
 from tutti.model.tokenizer import build_tokenizer
 
@@ -219,3 +219,16 @@ def test_every_family_of_the_zoo_can_be_packed():
     for family in FAMILIES:
         with torch.device("meta"):
             check_packable(AutoModelForCausalLM.from_config(tiny(family)))
+
+
+@pytest.mark.parametrize(("family", "kept"), [("qwen3", True), ("gpt2", True), ("gemma3", True), ("gpt_oss", False)])
+def test_eager_attention_that_looks_across_samples_is_refused(family, kept):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny(family), attn_implementation="eager")
+    if kept:
+        check_eager(model)
+    else:
+        with pytest.raises(ValueError, match=r"model\.attn_implementation: GptOssForCausalLM does not keep packed"):
+            check_eager(model)
+    assert model.config._attn_implementation == "eager"
+    assert not any("forward" in vars(module) for module in model.modules())

@@ -92,6 +92,11 @@ def test_eager_attention_keeps_samples_apart_too(family: str) -> None:
     assert_packed_equals_own(family, [picture(family, 0, 12, 2), picture(family, 1, 9, 1)], "eager")
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "glm4v", "gemma3"])
+def test_eager_attention_keeps_texts_apart_too(family: str) -> None:
+    assert_packed_equals_own(family, [picture(family, 0, 12, 0), picture(family, 1, 9, 0)], "eager")
+
+
 def test_videos_beside_images() -> None:
     pictures = [picture("qwen2_vl", 0, 12, 2, video=True), picture("qwen2_vl", 1, 9, 1), picture("qwen2_vl", 2, 7, 0)]
     assert_packed_equals_own("qwen2_vl", pictures)

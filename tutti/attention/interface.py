@@ -150,6 +150,27 @@ def _mask_kinds(mask_function: Callable[..., Any]) -> Iterator[str]:
                 yield from _mask_kinds(item)
 
 
+PROBE = "tutti_probe"
+"""The name of an attention that only shows which mask a model asks for."""
+
+
+class MaskSeen(Exception):
+    """A model has asked for a mask. ends_at_borders: it is cut where positions restart."""
+
+    def __init__(self, ends_at_borders: bool) -> None:
+        self.ends_at_borders = ends_at_borders
+
+
+def register_probe() -> None:
+    """Make the attention `PROBE` known to transformers, whose masks raise `MaskSeen`."""
+    AttentionInterface.register(PROBE, packed_forward)
+    AttentionMaskInterface.register(PROBE, _show_mask)
+
+
+def _show_mask(*, mask_function: Callable[..., Any], **kwargs: Any) -> None:
+    raise MaskSeen("packed_sequence_mask_function" in _mask_kinds(mask_function))
+
+
 def packed_forward(
     module: nn.Module,
     query: Tensor,
@@ -172,6 +193,11 @@ def packed_forward(
         keys = [key for key in vars(getattr(module, "config", module)) if key.startswith("att") and "drop" in key]
         named = " and ".join(keys) or "its dropout of attention"
         raise ValueError(f"packed attention has no dropout; set {named} to 0 in the model's config")
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        raise ValueError(
+            f"{type(module).__name__} hands on a mask of its own making, whose meaning is not known, and which knows "
+            "no borders of samples; its model cannot be trained"
+        )
     spec = spec_of(module, query, scaling, kwargs)
     sinks = kwargs.get("s_aux")
     heads = (query.squeeze(0), key.squeeze(0), value.squeeze(0))

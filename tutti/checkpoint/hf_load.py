@@ -287,14 +287,14 @@ def _plan(model: PreTrainedModel, source: Mapping[str, Tensor]) -> _Plan:
 
 
 def _check(model: PreTrainedModel, plan: _Plan, path: str | Path) -> set[str]:
-    """The names that are rightly missing (a classifier's new head, what native sparse attention adds to a model);
-    ValueError if anything else does not fit."""
+    """The names that are rightly missing (what transformers lets a checkpoint of the family lack, a classifier's new
+    head, what native sparse attention adds to a model); ValueError if anything else does not fit."""
     targets = _tensors(model)
     given = {name: spec for group in plan.groups for name, spec in group.targets}
     satisfied = {id(targets[name]) for name in given}
     missing = {name for name, tensor in targets.items() if id(tensor) not in satisfied}
-    missing = _without(missing, model._keys_to_ignore_on_load_missing)
-    fresh = {
+    fresh = missing - _without(missing, model._keys_to_ignore_on_load_missing)
+    fresh |= {
         name for name in missing if is_classifier(model) and any(targets[name] is t for t in head(model).parameters())
     }
     added = {name for name in targets if f".{SPARSE}." in name}

@@ -201,7 +201,9 @@ class ChatTemplate:
     def _find_form(self) -> _Form:
         """The form that the template takes messages in, tried with marks as contents and as a tool's name."""
         chat = [_marked(number, {"role": role}) for number, role in enumerate(("user", "assistant"))]
-        parts = not self._writes(chat, _AS_IT_IS) and self._writes(chat, _Form(parts=True))
+        # One that takes no texts out of parts may write a part as it is, where it writes but a piece of a text.
+        takes_parts = "text" in self._names
+        parts = takes_parts and not self._writes(chat, _AS_IT_IS) and self._writes(chat, _Form(parts=True))
         call = {"id": "call00000", "type": "function", "function": {"name": _mark(1), "arguments": {"x": "y"}}}
         chat[1] = {"role": "assistant", "tool_calls": [call]}
         forms = [_Form(parts, *flags) for flags in ((False, False), (True, False), (False, True), (True, True))]

@@ -29,6 +29,7 @@ from transformers import (
 
 from tutti.infer.generate import Request
 from tutti.infer.media import MediaInputs
+from tutti.model.positions import depends_on_length
 from tutti.model.structure import text_model
 
 _SHAPING = (
@@ -48,7 +49,6 @@ _SHAPING = (
 )
 """Settings of a generation config that change logits even where tokens are not sampled."""
 
-_COUPLED_ROPE = ("dynamic", "longrope")
 _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -57,8 +57,6 @@ def needs_generate(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config()
     generation = model.generation_config
     shaping = any(getattr(generation, name, None) not in (None, False, 0, 1) for name in _SHAPING)
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))}
     layers = set(getattr(config, "layer_types", None) or ())
     taken = inspect.signature(type(model).forward).parameters
     language: Any = model if config is model.config else text_model(model)
@@ -73,7 +71,7 @@ def needs_generate(model: PreTrainedModel) -> bool:
         and len(attention) == config.num_hidden_layers
         and all(isinstance(getattr(module, "layer_idx", None), int) for module in attention)
     )
-    return shaping or not plain or not kinds.isdisjoint(_COUPLED_ROPE)
+    return shaping or not plain or depends_on_length(config)
 
 
 class GeneratedLogits:

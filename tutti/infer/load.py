@@ -46,6 +46,7 @@ from tutti.model.multimodal import MultimodalForward, make_placing
 from tutti.model.omni import OmniModel
 from tutti.model.omni_config import is_composed
 from tutti.model.omni_processor import add_placeholders, write_markers
+from tutti.model.positions import rotate_by_sample
 from tutti.model.processor import build_processor
 from tutti.model.sparse import is_sparse
 from tutti.model.structure import blocks, num_params, read_structure, towers
@@ -107,6 +108,7 @@ def load_model(config: Config, world: World) -> LoadedModel:
     with _named_as_infer():
         weights = _fill(model, source, world)
     model.eval()
+    rotate_by_sample(model)
     is_chat = _is_chat(config, source, tokenizer)
     template = world.run_on_all_ranks(lambda: _template(config, source, tokenizer))
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)

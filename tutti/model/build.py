@@ -13,11 +13,12 @@ from __future__ import annotations
 import json
 import logging
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tutti.attention.interface import attention_by_part, resolve_attention
+from tutti.attention.interface import PROBE, MaskSeen, attention_by_part, register_probe, resolve_attention
 from tutti.checkpoint.hf_files import read_index
 from tutti.config import Config
 from tutti.core.compat import model_mapping
@@ -40,7 +41,7 @@ from tutti.model.omni_config import OmniConfig, is_composed
 from tutti.model.omni_processor import placeholders
 from tutti.model.sparse import add_sparse_attention, is_sparse, take_sparse_sizes
 from tutti.model.speech import keep_speech, thinker_config
-from tutti.model.structure import experts, text_model
+from tutti.model.structure import decoder, experts, text_model
 from tutti.model.tokenizer import first_line, local_path
 
 log = logging.getLogger(__name__)
@@ -156,6 +157,47 @@ def check_packable(model: PreTrainedModel) -> None:
             f"{model.config.model_type} has layers {kind}, which would leak from one packed sample into the next; "
             "models of full and sliding-window attention can be trained"
         )
+
+
+def check_eager(model: PreTrainedModel) -> None:
+    """Raise ValueError where the model's own attention (eager) would look across the borders of packed samples.
+
+    It is kept within them by a mask that transformers derives from restarting positions. Not every class hands its
+    positions on to be masked by: the masks that it asks for are looked at, and no further is it run.
+    """
+    config: Any = model.config.get_text_config()
+    if config._attn_implementation != "eager":
+        return
+    language: Any = text_model(model)
+    rows = (4, 1) if hasattr(decoder(model), "get_rope_index") else (1,)
+    positions = torch.tensor([0, 1, 0, 1]).expand(*rows, -1)
+    register_probe()
+    embeddings = [module for module in language.modules() if isinstance(module, nn.Embedding)]
+    for embedding in embeddings:
+        vars(embedding)["forward"] = partial(_no_embedding, embedding.embedding_dim)
+    config._attn_implementation = PROBE
+    try:
+        with torch.no_grad():
+            language(inputs_embeds=torch.zeros(1, 4, config.hidden_size), position_ids=positions, use_cache=False)
+        kept = False
+    except MaskSeen as seen:
+        kept = seen.ends_at_borders
+    except Exception as error:
+        log.debug("the masks of %s are not seen: %s", type(model).__name__, error)
+        kept = False
+    finally:
+        config._attn_implementation = "eager"
+        for embedding in embeddings:
+            del vars(embedding)["forward"]
+    if not kept:
+        raise ValueError(
+            f"model.attn_implementation: {type(model).__name__} does not keep packed samples apart in its eager "
+            "attention; choose another, such as sdpa"
+        )
+
+
+def _no_embedding(width: int, ids: Tensor) -> Tensor:
+    return torch.zeros(*ids.shape, width)
 
 
 def turn_off_dropout(model: nn.Module) -> None:

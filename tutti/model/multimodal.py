@@ -287,8 +287,12 @@ def make_placing(structure: ModelStructure) -> Callable[[Batch], Batch]:
 
     def place(batch: Batch) -> Batch:
         media = [key for key in batch.extras if key.endswith("_grid_thw") or key == "feature_attention_mask"]
-        if "position_ids" in batch.extras or not media:
+        if "position_ids" in batch.extras:
             return batch
+        if not media:
+            # The first row is also what masks are made from: with fewer, a model's own would not end at the samples'.
+            same = batch.position_ids.expand(4, 1, -1)
+            return replace(batch, extras={**batch.extras, "position_ids": same})
         if "mm_token_type_ids" in taken and "mm_token_type_ids" not in batch.extras:
             raise ValueError(f"{name} needs mm_token_type_ids beside {media[0]}, to know which tokens are an image's")
         lengths = batch.cu_seqlens.diff().tolist()

@@ -15,7 +15,9 @@ weights are loaded afterwards, each rank reading its own slices.
 
 from __future__ import annotations
 
+import inspect
 import logging
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -65,7 +67,8 @@ def parallelize(
         use_local((*undivided_parts(divided), *basic, *towers, *blocks, root), skip=divided)
     if train.enable_gradient_checkpointing:
         checkpoint_activations(
-            (*towers, *blocks), reentrant=train.enable_reentrant and not _reads_within(root) and not _in_parts(train)
+            (*towers, *blocks),
+            reentrant=train.enable_reentrant and not (_reads_within(root) or _in_parts(train) or _hand_on_keys(blocks)),
         )
     if train.enable_batch_invariant_mode:
         separate_samples(root, blocks)
@@ -97,6 +100,17 @@ def _in_parts(train: TrainConfig) -> bool:
     if postpones(train):
         log.info("zero_bubble needs checkpointing that is not reentrant: train.enable_reentrant counts as false")
     return postpones(train)
+
+
+def _hand_on_keys(blocks: Sequence[nn.Module]) -> bool:
+    """True where blocks give later ones their keys and values in a dict, whose gradients reentrant checkpointing does
+    not see. Logs a line where it is so."""
+    found = any(
+        name.startswith("shared_kv") for block in blocks for name in inspect.signature(block.forward).parameters
+    )
+    if found:
+        log.info("blocks share keys and values: train.enable_reentrant counts as false")
+    return found
 
 
 def _reads_within(root: nn.Module) -> bool:

@@ -34,13 +34,14 @@ from tutti.core.compute_dtype import compute_dtype
 from tutti.core.dist import World
 from tutti.core.structure import ModelStructure
 from tutti.data.loader import Classes, Data, build_data
-from tutti.model.build import build_model, check_composed, check_packable, num_token_ids, turn_off_dropout
+from tutti.model.build import build_model, check_composed, check_eager, check_packable, num_token_ids, turn_off_dropout
 from tutti.model.initial import init_weights
 from tutti.model.lora import adapters, add_adapters, init_adapters
 from tutti.model.multimodal import check_multimodal, make_placing
 from tutti.model.omni import OmniModel
 from tutti.model.omni_config import is_composed
 from tutti.model.omni_processor import add_placeholders, write_markers
+from tutti.model.positions import check_positions, check_rotary, rotate_by_sample
 from tutti.model.processor import build_processor
 from tutti.model.quantized import hold_quantized
 from tutti.model.sparse import check_sparse
@@ -216,9 +217,12 @@ def inspect_model(config: Config, layout: Layout, model: PreTrainedModel) -> Mod
     ValueError: it cannot be trained packed, or `layout` does not divide it evenly.
     """
     check_packable(model)
+    check_eager(model)
     structure = read_structure(model, config.model.basic_modules)
     check_multimodal(structure, layout, config.train)
     check_sparse(structure, layout)
+    check_rotary(structure, layout)
+    check_positions(structure, config.data.max_seq_len)
     fit(config, layout.world, read_facts(structure, layout))
     return structure
 
@@ -253,11 +257,13 @@ def place_model(
     objective = Objective(model, task, tensor_ranks(mesh), structure=structure, by_sample=by_sample)
     plan = read_plan(structure) if layout.tensor > 1 else None
     if layout.pipeline == 1:
+        rotate_by_sample(model)
         return PlacedModel(objective, structure, plan=plan)
     full_model, per_rank = copy.deepcopy(model), config.train.pipeline_stages_per_rank
     pipeline = cut_into_stages(
         objective, model, structure, layout, mesh, per_rank, has_router_loss=objective.has_router_loss
     )
+    rotate_by_sample(model)
     return PlacedModel(objective, structure.within(model), pipeline, full_model, plan)
 
 
