@@ -52,6 +52,14 @@ _QWEN3_VISION = _GRID | {
     "deepstack_visual_indexes": [0],
 }
 
+_WINDOWED = _GRID | {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "out_hidden_size": 32,
+    "window_size": 16,
+    "fullatt_block_indexes": [1],
+}
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_vl": _QWEN
     | {
@@ -61,14 +69,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": _QWEN
     | {
         "text_config": _TEXT | _mrope(1, 1, 2) | {"tie_word_embeddings": True},
-        "vision_config": _GRID
-        | {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "out_hidden_size": 32,
-            "window_size": 16,
-            "fullatt_block_indexes": [1],
-        },
+        "vision_config": _WINDOWED,
         "tie_word_embeddings": True,
     },
     "qwen3_vl": _QWEN | {"text_config": _TEXT | _mrope(3, 3, 2) | {"head_dim": 16}, "vision_config": _QWEN3_VISION},
@@ -142,14 +143,7 @@ FROM_FILES: dict[str, dict[str, Any]] = {
     "qwen2_5_omni_thinker": _ENDS
     | {
         "text_config": _TEXT | _mrope(1, 1, 2) | {"tie_word_embeddings": False},
-        "vision_config": _GRID
-        | {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "out_hidden_size": 32,
-            "window_size": 16,
-            "fullatt_block_indexes": [1],
-        },
+        "vision_config": _WINDOWED,
         "audio_config": _HEARING | {"n_window": 20, "output_dim": 32},
     },
     "qwen3_omni_moe_thinker": _ENDS
@@ -160,6 +154,13 @@ FROM_FILES: dict[str, dict[str, Any]] = {
         "vision_config": _QWEN3_VISION,
         "audio_config": _HEARING
         | {"n_window": 50, "output_dim": 32, "n_window_infer": 100, "downsample_hidden_size": 8},
+    },
+    "llava_next": {
+        "text_config": _TEXT | {"model_type": "llama"},
+        "vision_config": _VISION | {"model_type": "clip_vision_model"},
+        "image_token_index": IMAGE,
+        "image_grid_pinpoints": [[16, 32], [32, 16]],
+        "vision_feature_layer": -1,
     },
     "llava_onevision": {
         "text_config": _TEXT | {"model_type": "qwen2"},

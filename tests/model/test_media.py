@@ -33,7 +33,7 @@ CONFIGS = {"pixtral": "mistral3"} | {name: name for name in ("qwen2_vl", "qwen2_
 OTHERS = {
     "qwen2_audio": "qwen2_audio", "qwen2_5_omni": "qwen2_5_omni_thinker", "qwen3_omni": "qwen3_omni_moe_thinker",
 }  # fmt: skip
-CONFIGS |= {name: name for name in ("idefics3", "smolvlm", "internvl", "llava_onevision")}
+CONFIGS |= {name: name for name in ("idefics3", "smolvlm", "internvl", "llava_next", "llava_onevision")}
 
 
 def make_rows(counts: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -148,6 +148,20 @@ def test_bounds_on_pixels_change_how_many_tokens_an_image_takes() -> None:
     assert fewer < free and small[0] < whole[0]
     assert (4 * fewer, 4 * free) == (small[0], whole[0])  # four patches make a token
     assert encoded(image_max_pixels=256, image_min_pixels=256)[0] >= fewer
+
+
+def test_what_is_remembered_of_sizes_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tutti.data.processor.REMEMBERED", 2)
+    processor = PROCESSORS["qwen2_vl"]()
+    tree = {"train_path": "x", "data_type": "conversation", "max_seq_len": 512}
+    encoder = make_encoder(from_dict({"data": tree}), processor.tokenizer, vocab_size=4096, processor=processor)
+    rows = []
+    for number in (0, 1, 2, 3, 0):
+        Image.new("RGB", (16 + 8 * number, 40)).save(tmp_path / f"{number}.png")
+        rows.append(Row(make_rows((1,))[0] | {"images": [f"{number}.png"]}, str(tmp_path / "rows.jsonl"), 1))
+    lengths = [len(found[0]) for found in encoder(rows)]
+    assert lengths[0] == lengths[-1] and len(set(lengths)) > 1
+    assert encoder.media is not None and len(encoder.media._replacements) == 2
 
 
 def test_an_image_that_the_processor_refuses_is_a_bad_row(tmp_path: Path) -> None:

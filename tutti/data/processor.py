@@ -38,6 +38,9 @@ _OF_TEXT = ("input_ids", "attention_mask", "text_replacement_offsets", "labels")
 
 Span = tuple[int, int]
 
+REMEMBERED = 1024
+"""Tuples of sizes whose replacements are kept: those of a long video may take 100 KB."""
+
 
 class _Layout(NamedTuple):
     """What a processor makes of a kind of media: for each value the dimension along which samples are joined; and for
@@ -159,6 +162,8 @@ class MediaProcessor:
             if len(kinds := frozenset(medium.kind for medium in media)) > 1:
                 self._check_mix(kinds)
             made = self._made_of_blanks(*media)
+            if len(self._replacements) >= REMEMBERED:
+                del self._replacements[next(iter(self._replacements))]
             self._replacements[key] = [item["replacement"] for item in made["text_replacement_offsets"]]
         return self._replacements[key]
 
