@@ -131,6 +131,50 @@ def test_ranks_and_a_restart_keep_the_rates_of_parts(tmp_path: Path, model: str,
     assert_same_training(records(again), alone)
 
 
+def prompt_logits(path: str | Path, row: dict[str, Any]) -> torch.Tensor:
+    """The logits [V] after a prompt by the model at `path`, as `tutti infer` loads it."""
+    data = {"media_root": str(QUICKSTART)}
+    loaded = load_model(from_dict({"infer": {"model_path": str(path)}, "data": data}), ALONE)
+    with torch.no_grad():
+        return loaded.logits.start([row_request(loaded.form, row, 0, 1, str(QUICKSTART))])[0]
+
+
+def own_logits(model: Any, folder: str | Path, row: dict[str, Any]) -> torch.Tensor:
+    """The same by transformers' classes, with the processor in `folder`."""
+    processor = AutoProcessor.from_pretrained(folder)
+    parts = [{"type": "image"}, {"type": "text", "text": row["prompt"]}]
+    text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+    picture = Image.open(QUICKSTART / row["image"]).convert("RGB")
+    inputs = processor(text=[text], images=[picture], return_tensors="pt")
+    with torch.no_grad():
+        return model(**inputs).logits[0, -1]
+
+
+@pytest.mark.parametrize("adapted", ["all weights", "language model", "tower too"])
+def test_what_is_exported_is_read_by_others(tmp_path: Path, model: str, rows: str, adapted: str) -> None:
+    row = {"prompt": "What is this?", "image": json.loads((QUICKSTART / "images.jsonl").read_text().splitlines()[3])["image"]}
+    options: dict[str, Any] = {"train.save_hf_weights": True, "train.save_steps": 3, "train.lr": 1e-2}
+    if adapted != "all weights":
+        options |= {"train.architecture": "lora"}
+    if adapted == "tower too":
+        options |= {"train.lora_targets": ["q_proj", "visual.blocks.*.attn.qkv"]}
+    run(config_of(tmp_path, model, rows, **options))
+    final = tmp_path / "out" / "hf" / "final"
+    base = AutoModelForMultimodalLM.from_pretrained(model).eval()
+    if adapted == "all weights":
+        theirs: Any = AutoModelForMultimodalLM.from_pretrained(final).eval()
+    else:
+        peft = pytest.importorskip("peft")
+        config = json.loads((final / "adapter_config.json").read_text())
+        touched = any("visual" in name for name in config["target_modules"])
+        assert touched == (adapted == "tower too"), config["target_modules"]
+        theirs = peft.PeftModel.from_pretrained(base, final).eval()
+    want = own_logits(theirs, final, row)
+    assert not torch.allclose(want, own_logits(AutoModelForMultimodalLM.from_pretrained(model).eval(), model, row))
+    torch.testing.assert_close(prompt_logits(final, row), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(prompt_logits(tmp_path / "out" / "checkpoints" / "global_step_3", row), want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Captions of pictures preferred to others' captions, by text or parts, and pairs of text alone."""

@@ -20,6 +20,7 @@ from tutti.migrate.rules import (
     deepspeed,
     epochs,
     every,
+    frozen,
     looks_remote,
     max_steps,
     model_path,
@@ -139,6 +140,14 @@ def _checkpointing(value: Any, source: Source) -> Result:
     return Result(MAPPED, ours)
 
 
+def _image_size(value: Any, source: Source) -> Result:
+    if value is None:
+        return Result(MAPPED, note="images keep their size, and so they do here")
+    width, height = value if isinstance(value, list | tuple) else (value, value)
+    note = "larger images are made smaller, their aspect kept, to at most as many pixels"
+    return Result(CHANGED, {"data.image_max_pixels": int(width) * int(height)}, note)
+
+
 def _packing(value: Any, source: Source) -> Result:
     return Result(MAPPED, {"train.dyn_bsz": bool(value)})
 
@@ -252,6 +261,11 @@ _RULES: dict[str, Rule] = {
     "rl_beta": same("train.dpo_beta", float),
     "reward_model": off("there is none"),
     "unfrozen_parameters": off("see train.architecture lora"),
+    "processor_type": needless("the processor in the model's folder is used for rows with media"),
+    "processor_config": off("put its files into the model's folder"),
+    "image_size": _image_size,
+    "image_resize_algorithm": changed("images are resized bicubically"),
+    "freeze_mm_modules": frozen({"freeze_mm_modules": ["towers", "projectors"]}, {}),
     "wandb_project": _watch,
     "wandb_name": same("train.wandb_name"),
     "wandb_run_id": same("train.wandb_id"),

@@ -22,6 +22,7 @@ from tutti.migrate.rules import (
     deepspeed,
     epochs,
     every,
+    frozen,
     max_steps,
     model_path,
     names,
@@ -124,6 +125,27 @@ def _resume(value: Any, source: Source) -> Result:
     return Result(NONE, note="its checkpoints cannot be resumed from: name the folder as model.model_path instead")
 
 
+_FROZEN = {
+    "freeze_vision_tower": ["towers"],
+    "freeze_multi_modal_projector": ["projectors"],
+    "freeze_language_model": ["language_model"],
+}
+_FROZEN_BY_DEFAULT = {"freeze_vision_tower": True, "freeze_multi_modal_projector": True}
+_BOUNDS = ("image_min_pixels", "image_max_pixels", "video_min_pixels", "video_max_pixels")
+
+
+def _takes_media(source: Source) -> bool:
+    """True if a file has settings that only a model of images or video makes sense of."""
+    names = (*_FROZEN, *_BOUNDS, "video_fps", "video_maxlen", "media_dir")
+    return any(source.values.get(name) is not None for name in names)
+
+
+def _frozen(value: Any, source: Source) -> Result:
+    if _is_adapted(source):
+        return Result(MAPPED, note="adapters are put into the language model alone, as by default here")
+    return frozen(_FROZEN, _FROZEN_BY_DEFAULT)(value, source)
+
+
 _PRECISION = {
     "bf16": bf16,
     "fp16": switch({"train.enable_mixed_precision": True}, note="bf16 instead of fp16, without a loss scale"),
@@ -189,8 +211,14 @@ _RULES: dict[str, Rule] = {
     "pissa_init": off("A is drawn at random, and B is zero"),
     "create_new_adapter": off("the adapter that is named goes on being trained"),
     "freeze_trainable_layers": off("see train.architecture lora"),
-    "freeze_vision_tower": needless("texts are trained on"),
-    "freeze_multi_modal_projector": needless("texts are trained on"),
+    **dict.fromkeys(_FROZEN, _frozen),
+    **{name: same(f"data.{name}") for name in _BOUNDS},
+    "video_fps": same("data.video_fps", float),
+    "video_maxlen": same("data.video_max_frames"),
+    "image_do_pan_and_scan": off("set it in the model's preprocessor_config.json"),
+    "crop_to_patches": off("set it in the model's preprocessor_config.json"),
+    "use_audio_in_video": off("the sound of a video is left out"),
+    "audio_sampling_rate": needless("that of the model's processor"),
     "use_galore": off("AdamW is used"),
     "use_badam": off("AdamW is used"),
     "use_apollo": off("AdamW is used"),
@@ -207,7 +235,7 @@ _RULES: dict[str, Rule] = {
     "dataset": _files("data.train_path"),
     "eval_dataset": _files("data.eval_path"),
     "dataset_dir": needless("the data files' paths have it"),
-    "media_dir": needless("texts are trained on"),
+    "media_dir": same("data.media_root"),
     "template": _template,
     "enable_thinking": none("set chat_template_kwargs in the rows; see docs/data.md"),
     "default_system": none("put a system message into the rows"),
@@ -313,6 +341,9 @@ def _defaults(source: Source) -> Mapping[str, Any]:
         del defaults["num_train_epochs"]
     if not any(source.get(key) for key in ("bf16", "fp16", "pure_bf16")):
         defaults["bf16"] = False
+    if _takes_media(source):
+        defaults |= _FROZEN_BY_DEFAULT | {"image_max_pixels": 768 * 768, "video_max_pixels": 256 * 256}
+        defaults |= {"video_fps": 2.0, "video_maxlen": 128}
     if source.get("save_strategy"):
         del defaults["save_steps"]
     if source.get("finetuning_type", "lora") == "lora":

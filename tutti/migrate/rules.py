@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,23 @@ def off(note: str) -> Rule:
         if not value or value in ("none", "no"):
             return Result(MAPPED, note="off, and so it is here")
         return Result(NONE, note=note)
+
+    return rule
+
+
+def frozen(parts: Mapping[str, Sequence[str]], defaults: Mapping[str, bool], note: str = "") -> Rule:
+    """A rule for each of several switches that freeze parts of a model: the parts of all of them that are on.
+
+    parts: of our train.freeze, by their key. defaults: of switches that are on where a file says nothing. note: says
+    that ours means something else.
+    """
+
+    def rule(value: Any, source: Source) -> Result:
+        if not value:
+            return Result(MAPPED, note="off, and so it is here")
+        on = [key for key in parts if source.get(key, defaults.get(key, False))]
+        found = list(dict.fromkeys(part for key in on for part in parts[key]))
+        return Result(CHANGED if note else MAPPED, {"train.freeze": found}, note)
 
     return rule
 
