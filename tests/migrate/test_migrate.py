@@ -398,7 +398,9 @@ def test_what_is_still_to_be_set_is_said(tmp_path: Path) -> None:
 
 def test_settings_of_models_that_take_media(tmp_path: Path) -> None:
     factory = "model_name_or_path: qwen2_vl\noutput_dir: out\nstage: sft\ndataset: a.jsonl\ntemplate: qwen2_vl\nimage_max_pixels: 262144\n"
-    config = loaded(tmp_path, migrated(tmp_path, f"{factory}finetuning_type: full\nfreeze_multi_modal_projector: false\n"))
+    config = loaded(
+        tmp_path, migrated(tmp_path, f"{factory}finetuning_type: full\nfreeze_multi_modal_projector: false\n")
+    )
     assert (config.data.image_max_pixels, config.data.video_max_frames) == (262144, 128)
     assert config.train.freeze == ("towers",)
     adapted = migrated(tmp_path, f"{factory}finetuning_type: lora\nfreeze_vision_tower: true\nmedia_dir: pictures\n")
@@ -407,7 +409,9 @@ def test_settings_of_models_that_take_media(tmp_path: Path) -> None:
     assert "language model alone" in row(adapted, "freeze_vision_tower").note
 
     axolotl = "base_model: x\noutput_dir: out\nprocessor_type: AutoProcessor\nimage_size: 512\nfreeze_mm_modules: true\nmicro_batch_size: 1\n"
-    migration = migrated(tmp_path, axolotl + "datasets:\n  - {path: a.jsonl, type: chat_template}\nsequence_len: 2048\n")
+    migration = migrated(
+        tmp_path, axolotl + "datasets:\n  - {path: a.jsonl, type: chat_template}\nsequence_len: 2048\n"
+    )
     config = loaded(tmp_path, migration)
     assert (config.data.image_max_pixels, config.train.freeze) == (512 * 512, ("towers", "projectors"))
     assert row(migration, "processor_type").kind == "mapped"
