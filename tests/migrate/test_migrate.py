@@ -397,7 +397,7 @@ def test_what_is_still_to_be_set_is_said(tmp_path: Path) -> None:
 
 
 def test_settings_of_models_that_take_media(tmp_path: Path) -> None:
-    factory = "model_name_or_path: qwen2_vl\noutput_dir: out\nstage: sft\ndataset: a.jsonl\ntemplate: qwen2_vl\nimage_max_pixels: 262144\n"
+    factory = "model_name_or_path: x\noutput_dir: out\nstage: sft\ndataset: a.jsonl\nimage_max_pixels: 262144\n"
     config = loaded(
         tmp_path, migrated(tmp_path, f"{factory}finetuning_type: full\nfreeze_multi_modal_projector: false\n")
     )
@@ -408,10 +408,11 @@ def test_settings_of_models_that_take_media(tmp_path: Path) -> None:
     assert (config.train.freeze, config.data.media_root) == ((), "pictures")
     assert "language model alone" in row(adapted, "freeze_vision_tower").note
 
-    axolotl = "base_model: x\noutput_dir: out\nprocessor_type: AutoProcessor\nimage_size: 512\nfreeze_mm_modules: true\nmicro_batch_size: 1\n"
-    migration = migrated(
-        tmp_path, axolotl + "datasets:\n  - {path: a.jsonl, type: chat_template}\nsequence_len: 2048\n"
+    axolotl = (
+        "base_model: x\noutput_dir: out\nprocessor_type: AutoProcessor\nimage_size: 512\nfreeze_mm_modules: true\n"
     )
+    axolotl += "micro_batch_size: 1\nsequence_len: 2048\ndatasets:\n  - {path: a.jsonl, type: chat_template}\n"
+    migration = migrated(tmp_path, axolotl)
     config = loaded(tmp_path, migration)
     assert (config.data.image_max_pixels, config.train.freeze) == (512 * 512, ("towers", "projectors"))
     assert row(migration, "processor_type").kind == "mapped"

@@ -265,7 +265,7 @@ _RULES: dict[str, Rule] = {
     "processor_config": off("put its files into the model's folder"),
     "image_size": _image_size,
     "image_resize_algorithm": changed("images are resized bicubically"),
-    "freeze_mm_modules": frozen({"freeze_mm_modules": ["towers", "projectors"]}, {}),
+    "freeze_mm_modules": frozen({"freeze_mm_modules": ["towers", "projectors"]}),
     "wandb_project": _watch,
     "wandb_name": same("train.wandb_name"),
     "wandb_run_id": same("train.wandb_id"),

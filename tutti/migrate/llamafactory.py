@@ -130,7 +130,7 @@ _FROZEN = {
     "freeze_multi_modal_projector": ["projectors"],
     "freeze_language_model": ["language_model"],
 }
-_FROZEN_BY_DEFAULT = {"freeze_vision_tower": True, "freeze_multi_modal_projector": True}
+_FROZEN_BY_DEFAULT = ("freeze_vision_tower", "freeze_multi_modal_projector")
 _BOUNDS = ("image_min_pixels", "image_max_pixels", "video_min_pixels", "video_max_pixels")
 
 
@@ -342,7 +342,7 @@ def _defaults(source: Source) -> Mapping[str, Any]:
     if not any(source.get(key) for key in ("bf16", "fp16", "pure_bf16")):
         defaults["bf16"] = False
     if _takes_media(source):
-        defaults |= _FROZEN_BY_DEFAULT | {"image_max_pixels": 768 * 768, "video_max_pixels": 256 * 256}
+        defaults |= dict.fromkeys(_FROZEN_BY_DEFAULT, True) | {"image_max_pixels": 768 * 768, "video_max_pixels": 256 * 256}
         defaults |= {"video_fps": 2.0, "video_maxlen": 128}
     if source.get("save_strategy"):
         del defaults["save_steps"]

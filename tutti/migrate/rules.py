@@ -89,19 +89,17 @@ def off(note: str) -> Rule:
     return rule
 
 
-def frozen(parts: Mapping[str, Sequence[str]], defaults: Mapping[str, bool], note: str = "") -> Rule:
+def frozen(parts: Mapping[str, Sequence[str]], by_default: Sequence[str] = ()) -> Rule:
     """A rule for each of several switches that freeze parts of a model: the parts of all of them that are on.
 
-    parts: of our train.freeze, by their key. defaults: of switches that are on where a file says nothing. note: says
-    that ours means something else.
+    parts: of our train.freeze, by their key. by_default: switches that are on where a file says nothing.
     """
 
     def rule(value: Any, source: Source) -> Result:
         if not value:
-            return Result(MAPPED, note="off, and so it is here")
-        on = [key for key in parts if source.get(key, defaults.get(key, False))]
-        found = list(dict.fromkeys(part for key in on for part in parts[key]))
-        return Result(CHANGED if note else MAPPED, {"train.freeze": found}, note)
+            return Result(MAPPED, note="trained, and so it is here")
+        on = [key for key in parts if source.get(key, key in by_default)]
+        return Result(MAPPED, {"train.freeze": list(dict.fromkeys(part for key in on for part in parts[key]))})
 
     return rule
 

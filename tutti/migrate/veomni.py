@@ -15,6 +15,7 @@ from tutti.migrate.rules import (
     Rule,
     Source,
     choice,
+    frozen,
     names,
     needless,
     none,
@@ -179,14 +180,6 @@ _FREEZES = {
 """Switches, and the parts that ours names."""
 
 
-def _freeze(value: Any, source: Source) -> Result:
-    """train.freeze, of all of these switches that are on."""
-    if not value:
-        return Result(MAPPED, note="trained, and so it is here")
-    parts = [part for key, frozen in _FREEZES.items() if source.get(key, False) for part in frozen]
-    return Result(MAPPED, {"train.freeze": list(dict.fromkeys(parts))})
-
-
 def _rules() -> dict[str, Rule]:
     contract = [name for name, argument in ARGUMENTS.items() if argument.group in GROUPS and not argument.added]
     rules: dict[str, Rule] = {name: same(name) for name in contract if name != "train.optimizer"}
@@ -208,7 +201,7 @@ def _rules() -> dict[str, Rule]:
         rules[f"{group}.moe_implementation"] = _experts
     for path in ("model_path", "config_path", "tokenizer_path"):
         rules[f"model.{path}"] = same(f"model.{path}")
-    return rules | dict.fromkeys(_FREEZES, _freeze) | _CHANGES
+    return rules | dict.fromkeys(_FREEZES, frozen(_FREEZES)) | _CHANGES
 
 
 _CHANGES: dict[str, Rule] = {
