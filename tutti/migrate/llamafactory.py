@@ -342,7 +342,10 @@ def _defaults(source: Source) -> Mapping[str, Any]:
     if not any(source.get(key) for key in ("bf16", "fp16", "pure_bf16")):
         defaults["bf16"] = False
     if _takes_media(source):
-        defaults |= dict.fromkeys(_FROZEN_BY_DEFAULT, True) | {"image_max_pixels": 768 * 768, "video_max_pixels": 256 * 256}
+        defaults |= dict.fromkeys(_FROZEN_BY_DEFAULT, True) | {
+            "image_max_pixels": 768 * 768,
+            "video_max_pixels": 256 * 256,
+        }
         defaults |= {"video_fps": 2.0, "video_maxlen": 128}
     if source.get("save_strategy"):
         del defaults["save_steps"]
