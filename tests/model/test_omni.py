@@ -25,6 +25,7 @@ from tutti.model.initial import init_weights
 from tutti.model.omni import OmniModel
 from tutti.model.omni_config import OmniConfig
 from tutti.model.omni_processor import add_placeholders, compose_processor, write_markers
+from tutti.model.structure import freeze_parts
 from tutti.train.objective import Objective
 
 QUICKSTART = Path(__file__).parents[2] / "data" / "quickstart"
@@ -261,6 +262,15 @@ def test_a_token_for_images_is_added_where_there_is_none(tmp_path: Path, caplog:
     plain.set_attn_implementation("eager")
     want = loss_by_hand(plain, samples, batch.extras)
     assert Objective(model)(batch)["loss"].item() == pytest.approx(want.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("tower", ["siglip", "qwen2_vl"])
+def test_parts_are_frozen_by_name(tmp_path: Path, tower: str) -> None:
+    model, _, _ = built(config_of(tmp_path, "llama", tower))
+    freeze_parts(model, ["language_model", "towers"])
+    left = {name.split(".")[2] for name, item in model.named_parameters() if item.requires_grad}
+    assert left == ({"projector"} if tower == "siglip" else {"projector", "tower"})  # Qwen2-VL's merger projects too
+    assert all(name.startswith("encoders.") for name, item in model.named_parameters() if item.requires_grad)
 
 
 def test_the_config_of_a_checkpoint_is_read_back(tmp_path: Path) -> None:
