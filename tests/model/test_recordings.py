@@ -243,7 +243,9 @@ def test_kinds_that_a_processor_does_not_take_together_or_at_all_are_bad_rows(fo
     )
     (bad,) = encoder_of(voxtral)([Row(row(("audio", "long.wav")), str(folder / "rows.jsonl"), 1)])
     assert "VoxtralProcessor cannot take its audios" in bad.reason  # type: ignore[union-attr]
-    assert "set data.video_max_frames, of which every video" in reason("llava_onevision", VIDEOS["a file"])
+    wanted = "set data.video_max_frames, of which every video"
+    assert wanted in reason("llava_onevision", VIDEOS["a file"])
+    assert wanted in reason("llava_onevision", VIDEOS["a file"], video_max_frames=3, video_fps=1)
 
 
 def test_a_row_of_too_much_video_says_what_helps(folder: Path) -> None:

@@ -43,7 +43,7 @@ REMEMBERED = 1024
 
 
 class _Layout(NamedTuple):
-    """What a processor makes of a kind of media: for each value the dimension along which samples are joined; and for
+    """The form of a processor's values for a kind of media: for each the dimension along which samples are joined; and for
     values that lie along tokens, what stands for a token's id. stacked: videos are joined only if they have the same
     number of frames."""
 
@@ -95,10 +95,10 @@ class MediaProcessor:
         total, limits = header.total, self.limits
         fps = said or header.fps or (FRAMES_FPS if listed else 24.0)
         if self._layout("video").stacked:
-            if limits.video_max_frames is None:
+            if limits.video_max_frames is None or limits.video_fps is not None:
                 raise RowError(
                     f"has a video, and {self.name} packs videos of one number of frames alone: set "
-                    "data.video_max_frames, of which every video then has exactly so many"
+                    "data.video_max_frames, of which every video then has exactly so many, and no data.video_fps"
                 )
             return Frames(tuple(_evenly(limits.video_max_frames, total)), total, fps)
         if listed and said is None:
@@ -175,7 +175,7 @@ class MediaProcessor:
         return resized((width, height), limits.image_min_pixels, limits.image_max_pixels)
 
     def _blank(self, medium: Media) -> Any:
-        """What a processor takes in place of a medium of its size."""
+        """A blank of a medium's size, as a processor takes it."""
         if medium.kind == "audio":
             return np.zeros(medium.size, np.float32)
         width, height = self._size(medium)
@@ -233,9 +233,9 @@ class MediaProcessor:
         return made
 
     def _layout(self, kind: str) -> _Layout:
-        """What the processor makes of this kind of media."""
+        """The form of the processor's values for this kind of media."""
         if kind not in self._layouts:
-            blank = Media(kind, b"", *_BLANKS.get(kind, ((self._rate,),)))
+            blank = self._small(kind)
             one, two = self._made_of_blanks(blank), self._made_of_blanks(blank, blank)
             length = one["input_ids"].shape[-1]
             dims: dict[str, int] = {}
@@ -252,7 +252,7 @@ class MediaProcessor:
         return self._layouts[kind]
 
     def _stacks(self, video: Media, made: Mapping[str, Any], dims: Mapping[str, int]) -> bool:
-        """Whether videos are stacked with a dimension of frames, and the processor does not pad it."""
+        """True if videos are stacked with a dimension of frames that the processor does not pad."""
         shorter = video._replace(frames=Frames((0, 1), 2, 2.0))
         other = self._made_of_blanks(shorter)
         if not any(set(_unlike(made[name], other[name])) - {dim} for name, dim in dims.items()):
@@ -263,6 +263,10 @@ class MediaProcessor:
             return True
         return False
 
+    def _small(self, kind: str) -> Media:
+        """A medium that the processor is tried with."""
+        return Media(kind, b"", *_BLANKS.get(kind, ((self._rate,),)))
+
     def _made_of_blanks(self, *media: Media) -> dict[str, Any]:
         return self._process(media, [self._blank(medium) for medium in media])
 
@@ -271,7 +275,7 @@ class MediaProcessor:
         if kinds in self._mixed:
             return
         layouts = {kind: self._layout(kind) for kind in sorted(kinds)}
-        blanks = [Media(kind, b"", *_BLANKS.get(kind, ((self._rate,),))) for kind in layouts]
+        blanks = [self._small(kind) for kind in layouts]
         alone = [self._made_of_blanks(blank) for blank in blanks]
         together = self._made_of_blanks(*blanks)
         for name in {name for layout in layouts.values() for name in layout.dims}:
@@ -335,12 +339,12 @@ class MediaProcessor:
         return [sample.media[: len(sample.media) // 2]] * 2
 
     def _each(self, sample: Sample) -> list[Mapping[str, Any]]:
-        """What the processor makes of the media of each of a sample's sequences."""
+        """The processor's outputs for the media of each of a sample's sequences."""
         halves = self._halves(sample)
         return [self._values(halves[0])] * len(halves)
 
     def _values(self, media: Sequence[Media]) -> Mapping[str, Any]:
-        """What the processor makes of a sample's media."""
+        """The processor's outputs for a sample's media."""
         made = self._process(media, [self._load(medium) for medium in media])
         if [item["replacement"] for item in made["text_replacement_offsets"]] != self._replaced(media):
             raise RowError("a medium takes another number of tokens than its size said: it has changed during the run")

@@ -107,7 +107,7 @@ class Tar(DataFile):
 
 
 def _is_member(one: tarfile.TarInfo) -> bool:
-    """Whether it is a file of a row: no folder or link, and none that is hidden."""
+    """True for a file of a row: no folder or link, and none that is hidden."""
     name = PurePosixPath(one.name).name
     return one.isfile() and "." in name and not name.startswith(".")
 
