@@ -44,8 +44,8 @@ REMEMBERED = 1024
 
 class _Layout(NamedTuple):
     """The form of a processor's values for a kind of media: for each the dimension along which samples are joined; and
-    for values that lie along tokens, what stands for a token's id. stacked: videos are joined only if they have the same
-    number of frames."""
+    for values that lie along tokens, what stands for a token's id. stacked: videos are joined only if they have as many
+    frames."""
 
     dims: dict[str, int]
     along: dict[str, dict[int, int]]
