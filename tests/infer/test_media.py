@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import sys
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForMultimodalLM
 
+from tests.data import recordings
 from tests.data.processors import PROCESSORS
 from tests.harness import run_ranks
 from tests.infer.models import ONE, infer_config, open_model
@@ -25,6 +27,7 @@ from tutti.config.load import from_dict
 from tutti.infer.generate import CachedLogits, Generator, Request
 from tutti.infer.hf_generate import GeneratedLogits
 from tutti.infer.load import load_model
+from tutti.infer.media import MediaInputs
 from tutti.infer.prompts import row_request
 from tutti.infer.run import Job, infer
 from tutti.infer.sampling import Sampler
@@ -201,3 +204,33 @@ def test_rows_of_a_table_and_bounds_on_pixels(tmp_path: Path, model: str) -> Non
         (request,) = requests_of(loaded, [{"image": "4.png"}], tmp_path)
         lengths.append(len(request.ids))
     assert lengths[1] < lengths[0]
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "smolvlm", "qwen2_audio", "qwen2_5_omni"])
+def test_videos_and_sounds_are_asked_about(tmp_path: Path, family: str) -> None:
+    """The inputs are those of training, which are tested there; the answers those of the untouched class."""
+    (tmp_path / "long.mp4").write_bytes(recordings.video(12, 4))
+    (tmp_path / "long.wav").write_bytes(recordings.sound(1.7))
+    (tmp_path / "short.wav").write_bytes(recordings.sound(0.4, seed=1))
+    path = write_model(tmp_path, family)
+    config, loaded = open_model(path, do_sample=False)
+    rows: list[dict[str, Any]] = [{"prompt": "Nothing?"}]
+    if "audio" not in family:
+        rows.append({"prompt": "<video>What moves?", "videos": ["long.mp4"]})
+    if family in ("qwen2_audio", "qwen2_5_omni"):
+        rows.append({"prompt": "<audio>, then <audio>: what is louder?", "audios": ["long.wav", "short.wav"]})
+    requests = requests_of(loaded, rows, tmp_path)
+    inputs = MediaInputs(loaded.form.media)
+    model: Any = AutoModelForMultimodalLM.from_pretrained(path, attn_implementation="eager").eval()
+    made = []
+    for request in requests:
+        values = inputs.stacked([(request.ids, request.media)])
+        if "mm_token_type_ids" not in inspect.signature(model.forward).parameters:
+            values.pop("mm_token_type_ids", None)
+        ids = torch.tensor([list(request.ids)])
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), **values, do_sample=False, max_new_tokens=NEW, eos_token_id=None,
+            pad_token_id=0,
+        )  # fmt: skip
+        made.append(out[0, ids.shape[1] :].tolist())
+    assert answers(loaded, config, requests) == made

@@ -27,6 +27,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from tutti.core.batch import ALONG_TOKENS
 from tutti.infer.generate import Request
 from tutti.infer.media import MediaInputs
 from tutti.model.positions import depends_on_length
@@ -92,7 +93,10 @@ class GeneratedLogits:
         assert self._loop is None, "no sequence can join those under way"
         config = copy.deepcopy(self._config)
         config.max_new_tokens = max(item.limit for item in requests)
-        values = self._media.stacked([(item.ids, item.media) for item in requests])
+        made = self._media.stacked([(item.ids, item.media) for item in requests])
+        # Some families tell media by their tokens, and generate refuses what they have no use for.
+        taken = inspect.signature(type(self._model).forward).parameters
+        values = {name: value for name, value in made.items() if name not in ALONG_TOKENS or name in taken}
         self._loop = _Loop(self._model, [item.ids for item in requests], values, config)
         self._rows = list(range(len(requests)))
         return self._loop.logits()
