@@ -43,7 +43,7 @@ from tutti.core.tensors import local_part
 from tutti.model.initial import fill_by_rules, materialize, own_block, own_part
 from tutti.model.quantized import Packing, packings
 from tutti.model.speech import THINKER, speech_of
-from tutti.model.structure import head, is_classifier, model_class, weight_conversions
+from tutti.model.structure import ADAPTER_MARK, head, is_classifier, model_class, weight_conversions
 
 log = logging.getLogger(__name__)
 
@@ -292,7 +292,8 @@ def _check(model: PreTrainedModel, plan: _Plan, path: str | Path) -> set[str]:
     targets = _tensors(model)
     given = {name: spec for group in plan.groups for name, spec in group.targets}
     satisfied = {id(targets[name]) for name in given}
-    missing = {name for name, tensor in targets.items() if id(tensor) not in satisfied}
+    # Adapters come from elsewhere, or begin by rules of their own.
+    missing = {name for name, tensor in targets.items() if id(tensor) not in satisfied and ADAPTER_MARK not in name}
     fresh = missing - _without(missing, model._keys_to_ignore_on_load_missing)
     fresh |= {
         name for name in missing if is_classifier(model) and any(targets[name] is t for t in head(model).parameters())
