@@ -97,7 +97,8 @@ def by_transformers(
         chat = [{"role": "user", "content": parts}]
         prompt = processor.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         images = [Image.open(folder / name).convert("RGB") for name in names]
-        inputs = processor(text=[prompt], images=images or None, return_tensors="pt", add_special_tokens=False)
+        nested = [images] if images else None  # of one prompt: some families mind how many it has
+        inputs = processor(text=[prompt], images=nested, return_tensors="pt", add_special_tokens=False)
         out = model.generate(
             **inputs, do_sample=False, max_new_tokens=NEW, eos_token_id=None, pad_token_id=0, output_logits=True,
             return_dict_in_generate=True,
