@@ -10,13 +10,28 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
+from tests.checkpoint.weighing import ONE
 from tests.model.zoo import FAMILIES, tiny
 from tutti.attention.interface import PACKED
+from tutti.checkpoint.hf_load import load_weights
 from tutti.config import Config
 from tutti.config.load import from_dict
-from tutti.model.build import build_model, check_eager, check_packable, load_model_config, turn_off_dropout
+from tutti.model.build import (
+    build_model,
+    check_dtypes,
+    check_eager,
+    check_packable,
+    load_model_config,
+    turn_off_dropout,
+)
 from tutti.model.experts import EAGER, FUSED
 from tutti.model.tokenizer import build_tokenizer
 
@@ -232,3 +247,35 @@ def test_eager_attention_that_looks_across_samples_is_refused(family, kept):
             check_eager(model)
     assert model.config._attn_implementation == "eager"
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def config_with_routers(family: str) -> PreTrainedConfig:
+    if family in FAMILIES:
+        return tiny(family, vocab_size=2048)
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 2048,
+        "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_k": 2,
+        "first_k_dense_replace": 1, "moe_layer_start_index": 1, "pad_token_id": 0,
+    }  # fmt: skip
+    return AutoConfig.for_model(family, **sizes)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "deepseek_v3", "gpt_oss", "ernie4_5_moe", "glm4_moe"])
+def test_parameters_and_buffers_have_the_dtypes_that_from_pretrained_gives(tmp_path, family):
+    config = config_with_routers(family)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    ours = build_model(from_dict({"model": {"model_path": str(tmp_path)}}), dtype=torch.bfloat16)
+    want = {name: tensor.dtype for name, tensor in theirs.state_dict().items()}
+    assert {name: tensor.dtype for name, tensor in ours.state_dict().items()} == want
+    load_weights(ours, tmp_path, world=ONE)
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, theirs.state_dict()[name]), name
+
+
+def test_parameters_of_two_dtypes_are_refused_for_training(tmp_path):
+    config_with_routers("ernie4_5_moe").save_pretrained(tmp_path)
+    config = from_dict({"model": {"config_path": str(tmp_path)}, "train": {"enable_mixed_precision": False}})
+    with pytest.raises(ValueError, match=r"train\.enable_mixed_precision: Ernie4_5_MoeForCausalLM keeps .*gate"):
+        check_dtypes(build_model(config))

@@ -132,6 +132,7 @@ def build_model(
             model = OmniModel._from_config(model_config, **options)
         else:
             model = factory.from_config(model_config, **options, trust_remote_code=False)
+    keep_in_fp32(model)
     add_sparse_attention(model)
     if composed:
         name_sources(model, config.model)
@@ -144,6 +145,32 @@ def build_model(
         log.info("%s: its thinker is trained, what speaks stays as it is", whole.model_type)
         keep_speech(model, Path(config.model.model_path), whole)
     return model.train()
+
+
+def keep_in_fp32(model: PreTrainedModel) -> None:
+    """Have in fp32, on the meta device, what `from_pretrained` leaves in fp32 in a model of bf16: routers, their biases."""
+    kept: Any = model._keep_in_fp32_modules_strict or ()
+    if model.dtype == torch.float32 or not kept:
+        return
+    pattern = re.compile("|".join(re.escape(name).replace(r"\*", ".*") for name in sorted(kept)))
+    for prefix, module in model.named_modules():
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for store in stores:
+            for name, tensor in store.items():
+                path = f"{prefix}.{name}"
+                if tensor is not None and tensor.is_floating_point() and pattern.search(path):
+                    wide = tensor.float()
+                    store[name] = nn.Parameter(wide) if isinstance(tensor, nn.Parameter) else wide
+
+
+def check_dtypes(model: PreTrainedModel) -> None:
+    """Raise ValueError for a model of bf16 some of whose parameters are kept in fp32: they are not sharded together."""
+    wide = [name for name, item in model.named_parameters() if item.dtype == torch.float32]
+    if wide and any(item.dtype == torch.bfloat16 for item in model.parameters()):
+        raise ValueError(
+            f"train.enable_mixed_precision: {type(model).__name__} keeps {wide[0]} in fp32, which is not there yet "
+            "beside parameters in bf16; set true"
+        )
 
 
 def check_packable(model: PreTrainedModel) -> None:

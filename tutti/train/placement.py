@@ -34,7 +34,15 @@ from tutti.core.compute_dtype import compute_dtype
 from tutti.core.dist import World
 from tutti.core.structure import ModelStructure
 from tutti.data.loader import Classes, Data, build_data
-from tutti.model.build import build_model, check_composed, check_eager, check_packable, num_token_ids, turn_off_dropout
+from tutti.model.build import (
+    build_model,
+    check_composed,
+    check_dtypes,
+    check_eager,
+    check_packable,
+    num_token_ids,
+    turn_off_dropout,
+)
 from tutti.model.initial import init_weights
 from tutti.model.lora import adapters, add_adapters, init_adapters
 from tutti.model.multimodal import check_multimodal, make_placing
@@ -218,6 +226,8 @@ def inspect_model(config: Config, layout: Layout, model: PreTrainedModel) -> Mod
     """
     check_packable(model)
     check_eager(model)
+    if config.train.architecture != "lora":  # frozen weights may be of other dtypes than adapters
+        check_dtypes(model)
     structure = read_structure(model, config.model.basic_modules)
     check_multimodal(structure, layout, config.train)
     check_sparse(structure, layout)
