@@ -75,6 +75,15 @@ def test_a_missing_expert_is_refused(folders: Path, tmp_path: Path) -> None:
         load_weights(on_meta("qwen3_moe"), path, world=ONE)
 
 
+def test_what_a_family_lets_its_checkpoints_lack_is_initialised(folders: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.input_layernorm.weight"
+    folder = _damaged(folders, tmp_path, **{name: None})
+    model = on_meta("llama")
+    with patch.object(type(model), "_keys_to_ignore_on_load_missing", [r"layers\.1\.input_layernorm"]):
+        load_weights(model, folder, world=ONE, device=CPU)
+    assert torch.equal(model.state_dict()[name], torch.ones_like(model.state_dict()[name]))
+
+
 def test_tied_weights_that_differ_are_refused(folders: Path, tmp_path: Path) -> None:
     tensors = load_file(folders / "smollm2" / "model.safetensors")
     assert "lm_head.weight" not in tensors

@@ -148,7 +148,7 @@ def build_model(
 
 
 def keep_in_fp32(model: PreTrainedModel) -> None:
-    """Have in fp32, on the meta device, what `from_pretrained` leaves in fp32 in a model of bf16: routers, their biases."""
+    """Have in fp32, on the meta device, what `from_pretrained` leaves in fp32 in a model of bf16, such as routers."""
     kept: Any = model._keep_in_fp32_modules_strict or ()
     if model.dtype == torch.float32 or not kept:
         return
