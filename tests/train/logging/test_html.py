@@ -34,9 +34,14 @@ FLAGS = [
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
     *("--enable-logging=stderr", "--window-size=1280,1600", "--virtual-time-budget=5000", "--dump-dom"),
 ]
+PICTURE = "data:image/png;base64," + (
+    "iVBORw0KGgoAAAANSUhEUgAAAAMAAAACCAIAAAASFvFNAAAAEElEQVR4nGP8zwAFTDAGAwATKQED8NgHhAAAAABJRU5ErkJggg=="
+)
+"""Three by two pixels."""
 PROBE = """
 <script>
 const seen = {resources: performance.getEntriesByType("resource").map((entry) => entry.name)};
+seen.pictures = [...document.images].map((image) => image.naturalWidth);
 const svg = document.querySelector("#chart-loss svg");
 const box = svg.getBoundingClientRect();
 const { place } = Charts.all.find((chart) => chart.spec.id === "loss");
@@ -113,7 +118,7 @@ def make_run(folder: Path, status: str = "finished") -> None:
         if step % (STEPS // EVALS) == 0:
             metrics.log_eval(eval_record(step))
     metrics.log_text(STEPS, "Capital of Peru?", "Lima.", right=True)
-    metrics.log_text(STEPS, "Once upon", f" a time {HOSTILE}")
+    metrics.log_text(STEPS, "Once upon", f" a time {HOSTILE}", pictures=[PICTURE, PICTURE])
     metrics.log_answers(STEPS, 38, 40)
     metrics.close({"status": status, "message": "the disk is full" if status == "failed" else None})
 
@@ -227,6 +232,17 @@ def test_answers_are_counted_and_shown_beside_those_before_training(looked_at: t
     assert len(re.findall("[ML]", page.paths["answers"][0]["d"] or "")) == 2
 
 
+def test_pictures_have_pixels_and_are_kept_once_and_bounded(
+    looked_at: tuple[Page, str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, _ = looked_at
+    assert json.loads(page.texts["probe"])["pictures"] == [3, 3]
+    assert list(json.loads((finished / "run.json").read_text())["pictures"].values()) == [PICTURE]
+    monkeypatch.setattr(module, "MAX_PICTURES", len(PICTURE) - 1)
+    make_run(tmp_path)
+    assert json.loads((tmp_path / "run.json").read_text())["pictures"] == {}
+
+
 def test_tooltip_and_log_scale(looked_at: tuple[Page, str]) -> None:
     page, _ = looked_at
     seen = json.loads(page.texts["probe"])
@@ -245,8 +261,8 @@ def test_no_network_no_errors(looked_at: tuple[Page, str], finished: Path) -> No
     assert json.loads(page.texts["probe"])["resources"] == []
     assert [line for line in logged.splitlines() if "CONSOLE" in line] == []
     for tag, attributes in page.tags:
-        assert tag not in ("img", "iframe", "object", "embed")
-        assert not attributes.get("src")
+        assert tag not in ("iframe", "object", "embed")
+        assert not attributes.get("src") or (tag, attributes["src"]) == ("img", PICTURE)
         assert tag == "a" or (attributes.get("href") or "data:").startswith("data:")
     source = (finished / "report.html").read_text()
     assert "default-src 'none'" in source
