@@ -98,6 +98,8 @@ class CachedLogits:
         self._cache = KVCache(device)
 
     def start(self, requests: Sequence[Request]) -> Tensor:
+        if self._media.masks and len(requests) > 1 and any(item.media for item in requests):
+            return torch.cat([self.start([item]) for item in requests])
         extras, ahead = self._media.packed([(item.ids, item.media) for item in requests])
         inputs = self._cache.prefill([item.ids for item in requests], [item.size for item in requests], ahead)
         return self._forward(inputs, {name: value.to(self._device) for name, value in extras.items()}).logits[0]

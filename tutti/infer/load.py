@@ -38,11 +38,11 @@ from tutti.data.processor import MediaProcessor
 from tutti.data.template import ChatTemplate, read_template
 from tutti.infer.generate import CachedLogits, NextLogits
 from tutti.infer.hf_generate import GeneratedLogits, needs_generate
-from tutti.infer.media import MediaInputs
+from tutti.infer.media import MediaInputs, media_inputs
 from tutti.infer.prompts import PromptFormat
 from tutti.model.build import build_model, load_model_config
 from tutti.model.lora import add_adapters
-from tutti.model.multimodal import MultimodalForward, make_placing
+from tutti.model.multimodal import MultimodalForward
 from tutti.model.omni import OmniModel
 from tutti.model.omni_config import is_composed
 from tutti.model.omni_processor import add_placeholders, write_markers
@@ -234,7 +234,7 @@ def _next_logits(
     return CachedLogits(
         lambda inputs, extras: multimodal.generate(model, inputs, extras),
         device,
-        MediaInputs(processor, make_placing(structure)),
+        media_inputs(structure, processor),
     )
 
 

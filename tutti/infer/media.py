@@ -7,6 +7,7 @@ images are keys and values in the cache like everything else.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,8 +15,10 @@ import numpy as np
 from torch import Tensor
 
 from tutti.core.batch import ALONG_TOKENS, IGNORE, Batch, Media, Sample, pack
+from tutti.core.structure import ModelStructure
 from tutti.data.processor import MediaProcessor
 from tutti.data.rows import RowError
+from tutti.model.multimodal import make_placing
 
 Prompt = tuple[Sequence[int], tuple[Media, ...]]
 """The tokens of a prompt, and its media."""
@@ -24,10 +27,12 @@ Prompt = tuple[Sequence[int], tuple[Media, ...]]
 @dataclass(frozen=True)
 class MediaInputs:
     """Makes the inputs beside tokens. processor: None where the model takes no media. place: gives a batch its media's
-    positions (`tutti.model.multimodal.make_placing`)."""
+    positions (`tutti.model.multimodal.make_placing`). masks: the model attends to prompts with media by a mask of all
+    tokens by all tokens, so that they are better run one by one."""
 
     processor: MediaProcessor | None = None
     place: Callable[[Batch], Batch] = lambda batch: batch
+    masks: bool = False
 
     def packed(self, prompts: Sequence[Prompt]) -> tuple[dict[str, Tensor], list[int]]:
         """The values for prompts that are laid end to end, and by how much the position of what follows each of them
@@ -56,6 +61,12 @@ class MediaInputs:
             return replace(batch, extras=self.processor.values(samples, len(batch.input_ids)))
         except RowError as error:
             raise ValueError(str(error)) from None
+
+
+def media_inputs(structure: ModelStructure, processor: MediaProcessor | None) -> MediaInputs:
+    """What makes the inputs beside tokens for the model of `structure`."""
+    masks = "token_type_ids" in inspect.signature(structure.decoder.forward).parameters
+    return MediaInputs(processor, make_placing(structure), masks)
 
 
 def as_sample(ids: Sequence[int], media: tuple[Media, ...]) -> Sample:

@@ -43,10 +43,9 @@ from tutti.data.template import read_template
 from tutti.data.video import load_video
 from tutti.infer.generate import CachedLogits, Generator, NextLogits, Request, whole_answers
 from tutti.infer.hf_generate import needs_generate
-from tutti.infer.media import MediaInputs, as_sample
+from tutti.infer.media import MediaInputs, as_sample, media_inputs
 from tutti.infer.prompts import PromptFormat, conversation_to_answer, filled, row_request
 from tutti.infer.sampling import Sampler
-from tutti.model.multimodal import make_placing
 from tutti.model.tokenizer import end_ids
 from tutti.parallel.pipeline.executor import Executor
 from tutti.parallel.sequence import sequence_ranks, split_samples, split_tokens
@@ -84,7 +83,7 @@ class Samples:
         self._run, config = run, run.config
         self._prompts = [] if run.placed.structure.classifies else _read(run)
         self._by_cache = bool(self._prompts) and _fits_cache(run)
-        self._media = MediaInputs(_processor(run), make_placing(run.placed.structure))
+        self._media = media_inputs(run.placed.structure, _processor(run))
         self._budget = config.train.micro_batch_size * config.data.max_seq_len
         sizes = [prompt.request.size for prompt in self._prompts]
         # Rows of one length need one compiled program; without compilation, padding would only cost time.
