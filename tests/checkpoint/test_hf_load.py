@@ -79,7 +79,7 @@ def test_what_a_family_lets_its_checkpoints_lack_is_initialised(folders: Path, t
     name = "model.layers.1.input_layernorm.weight"
     folder = _damaged(folders, tmp_path, **{name: None})
     model = on_meta("llama")
-    with patch.object(type(model), "_keys_to_ignore_on_load_missing", [r"layers\.1\.input_layernorm"]):
+    with patch.object(model, "_keys_to_ignore_on_load_missing", [r"layers\.1\.input_layernorm"]):
         load_weights(model, folder, world=ONE, device=CPU)
     assert torch.equal(model.state_dict()[name], torch.ones_like(model.state_dict()[name]))
 

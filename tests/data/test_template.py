@@ -299,6 +299,14 @@ def test_a_template_that_writes_a_piece_of_a_text_is_given_texts() -> None:
     assert template_of(source).render(chat, conversation(*chat)) == '[user]"h"[assistant]"y"'
 
 
+def test_a_template_that_refuses_some_contents_says_that_spans_are_not_exact() -> None:
+    """It renders these, but not the marks by which turns are found."""
+    source = "{% for m in messages %}[{{ m.role }}]{{ m.content if 'a' in m.content else m.content | length | first }}"
+    chat = template_of(f"{source}{{% endfor %}}")
+    with pytest.raises(RowError, match=r"the chat template can't render it: .*can't be exact"):
+        chat(conversation(user("a"), assistant("a")))
+
+
 def test_a_template_that_takes_parts_only_is_given_parts() -> None:
     text, spans = template_of(PARTS_ONLY)(conversation(user("q"), assistant("a")))
     assert bracketed(text, spans) == "<user>q<end><assistant>[[a<end>]]"

@@ -273,6 +273,15 @@ class ChatTemplate:
 
     def _spans(self, conversation: Conversation, text: str, tagged: list[Span]) -> list[Span]:
         """The trained spans of a conversation's text, of which the template has tagged some, by rendering it."""
+        try:
+            return self._find_spans(conversation, text, tagged)
+        except RowError as error:
+            if _INEXACT in str(error):
+                raise
+            # It has rendered these contents, and refuses a part of them, or others in their place.
+            raise RowError(f"{error}; {_INEXACT}") from None
+
+    def _find_spans(self, conversation: Conversation, text: str, tagged: list[Span]) -> list[Span]:
         if self._tagged:
             return self._tagged_spans(conversation, tagged)
         ends: dict[int, int] = {}
