@@ -325,6 +325,11 @@ BAD = [
         "its columns are dialog, id",
     ),
     ("conversation", chat(), "the conversation is empty"),
+    (
+        "conversation",
+        chat({"role": "user", "content": [{"type": "image", "path": "a.png"}]}, ANSWER),
+        "has image, and this model takes none, or its folder has no processor that can be used",
+    ),
     ("conversation", {"messages": 5}, "messages must be a list of messages, not int"),
     ("conversation", {"messages": "Hi"}, "messages is text that is not valid JSON: Expecting value"),
     ("conversation", chat("Hi"), "message 0 must be an object with role and content, not str"),

@@ -29,7 +29,7 @@ from torch import Tensor
 from tutti.config import Config
 from tutti.core.batch import IGNORE, Media, Sample
 from tutti.data.media import MediaFolder, MediaSummary, described
-from tutti.data.parts import with_media
+from tutti.data.parts import not_taken, with_media
 from tutti.data.processor import MediaProcessor, shift
 from tutti.data.rows import RowError, class_of, conversation_of, fill, half_surrogate, text_of
 from tutti.data.source import BadRow, Row, text_columns
@@ -131,16 +131,14 @@ class Encoder:
             if self.row_template:
                 value = fill(self.row_template, value)
             conversation, entries = with_media(conversation_of(value, self.columns), value)
+            if entries and self.media is None:
+                raise not_taken(entries)
             text, spans = self.template(conversation)
-            if not entries:
-                if self.media is not None:
-                    self.media.expand(text, ())  # which minds a marker that a text spells
-                return text, spans, None
             if self.media is None:
-                kinds = " and ".join(sorted({kind for kind, _ in entries}))
-                raise RowError(
-                    f"has {kinds}, and this model takes none, or its folder has no processor that can be used"
-                )
+                return text, spans, None
+            if not entries:
+                self.media.expand(text, ())  # which minds a marker that a text spells
+                return text, spans, None
             folder = MediaFolder(os.path.dirname(row.file), self.media_root)
             found = tuple(self.media.measure(kind, entry, folder) for kind, entry in entries)
             text, places = self.media.expand(text, found)

@@ -79,6 +79,12 @@ def place_media(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> tuple
     return placed, entries
 
 
+def not_taken(entries: list[Entry]) -> RowError:
+    """The error that media are for a model without a processor for them."""
+    kinds = " and ".join(sorted({kind for kind, _ in entries}))
+    return RowError(f"has {kinds}, and this model takes none, or its folder has no processor that can be used")
+
+
 def media_columns(row: Mapping[str, Any]) -> list[str]:
     """The columns of a row that hold media."""
     return [name for kind in KINDS for name in (f"{kind}s", kind) if row.get(name) is not None]

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tutti.core.batch import Media
 from tutti.data.media import MediaFolder
-from tutti.data.parts import Entry, media_columns, with_media
+from tutti.data.parts import Entry, media_columns, not_taken, with_media
 from tutti.data.processor import MediaProcessor
 from tutti.data.rows import Conversation, RowError, conversation_of, fill, half_surrogate
 from tutti.data.template import ChatTemplate
@@ -142,8 +142,7 @@ def chat_tokens(
         raise RowError("the model has no chat template; name one by infer.chat_template (chatml, say)")
     conversation, entries = with_media(conversation, columns or {})
     if entries and form.media is None:
-        kinds = " and ".join(sorted({kind for kind, _ in entries}))
-        raise RowError(f"has {kinds}, and this model takes none, or its folder has no processor that can be used")
+        raise not_taken(entries)
     text = form.template.render(conversation.messages, conversation, prompt=True)
     if form.media is None:
         return _tokens(form, text, special=False), ()
