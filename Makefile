@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help quickstart install dev test test-oldest lint format bench gpu clean
+.PHONY: help quickstart install dev test test-oldest soak lint format bench gpu clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -28,6 +28,15 @@ dev: $(VENV)/.stamp-dev ## Install Tutti and what its tests and checks need into
 
 test: $(VENV)/.stamp-dev ## Run the whole test suite (WORKERS=2 test processes)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# Proofs that grow with the number of tries: crashes, kills, corruption, random rows and templates.
+SOAKED := tests/train/test_killed.py tests/train/test_stop_anywhere.py tests/checkpoint/test_faults.py \
+	tests/checkpoint/test_untrusted.py tests/data/test_formats.py tests/data/test_template_property.py \
+	tests/data/test_no_row_lost.py
+
+soak: $(VENV)/.stamp-dev ## Run the proofs by many tries with many more of them, for hours
+	SOAK=1 TUTTI_EXAMPLES=$${TUTTI_EXAMPLES:-5000} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) \
+		--dist worksteal $(SOAKED)
 
 # The oldest tested torch and transformers lie over .venv, whose other packages serve them as well: some 600 MB.
 OLDEST := $(VENV)/oldest
