@@ -28,6 +28,8 @@ _PRELOAD = [
 _generation = itertools.count()
 """Numbers the process groups that are made one after the other."""
 
+DIED = "died"
+
 MAX_THREADS = 120
 """Threads that a rank may have when its function has ended: those of one layout's groups, and autograd's."""
 
@@ -85,16 +87,23 @@ def _collect(pipes: list, timeout: float) -> list[Any]:
         ready = wait(list(waiting), timeout)
         if not ready:
             raise TimeoutError(f"ranks {sorted(waiting.values())} did not finish in {timeout} s")
-        for pipe in ready:
-            rank = waiting[pipe]
-            try:
-                ok, value = pipe.recv()
-            except EOFError:
-                raise AssertionError(f"rank {rank} died") from None
+        received = [(waiting[pipe], _receive(pipe)) for pipe in ready]
+        # One that died comes first: others fail because of it.
+        for rank, (ok, value) in sorted(received, key=lambda item: item[1][1] is not DIED):
+            if value is DIED:
+                raise AssertionError(f"rank {rank} {DIED}")
             if not ok:
                 raise AssertionError(f"rank {rank} failed:\n{value}")
             results[rank] = value
     return [results[rank] for rank in range(len(pipes))]
+
+
+def _receive(pipe: Any) -> tuple[bool, Any]:
+    """True and what a rank returned, or False and why there is nothing."""
+    try:
+        return pipe.recv()
+    except EOFError:
+        return False, DIED
 
 
 def _rank(sender: Any, rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple) -> None:
