@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help quickstart install dev test test-oldest soak lint format bench gpu clean
+.PHONY: help quickstart install dev test test-oldest soak sweep lint format bench gpu clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -37,6 +37,9 @@ SOAKED := tests/train/test_killed.py tests/train/test_stop_anywhere.py tests/che
 soak: $(VENV)/.stamp-dev ## Run the proofs by many tries with many more of them, for hours
 	SOAK=1 TUTTI_EXAMPLES=$${TUTTI_EXAMPLES:-5000} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) \
 		--dist worksteal $(SOAKED)
+
+sweep: $(VENV)/.stamp-dev ## Compare every family of transformers with its own class, and write the table in docs/models.md
+	$(BIN)/python -m tests.sweep --workers $(WORKERS)
 
 # The oldest tested torch and transformers lie over .venv, whose other packages serve them as well: some 600 MB.
 OLDEST := $(VENV)/oldest

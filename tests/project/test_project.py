@@ -56,7 +56,8 @@ def test_it_trains(project: Path) -> None:
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
     assert (project / "runs/first/hf/final/model.safetensors").exists()
     shown = json.loads((project / "runs/first/run.json").read_text())["texts"]
-    assert [text["prompt"] for text in shown] == (project / "prompts.txt").read_text().splitlines()
+    prompts = (project / "prompts.txt").read_text().splitlines()
+    assert [text["prompt"] for text in shown] == 2 * prompts, "before training and after it"
 
 
 def train_two_steps(folder: str) -> None:

@@ -68,7 +68,7 @@ def parallelize(
     if train.enable_gradient_checkpointing:
         checkpoint_activations(
             (*towers, *blocks),
-            reentrant=train.enable_reentrant and not (_reads_within(root) or _in_parts(train) or _hand_on_keys(blocks)),
+            reentrant=train.enable_reentrant and not (_reads_within(root) or _in_parts(train) or hand_on_keys(blocks)),
         )
     if train.enable_batch_invariant_mode:
         separate_samples(root, blocks)
@@ -102,7 +102,7 @@ def _in_parts(train: TrainConfig) -> bool:
     return postpones(train)
 
 
-def _hand_on_keys(blocks: Sequence[nn.Module]) -> bool:
+def hand_on_keys(blocks: Sequence[nn.Module]) -> bool:
     """True where blocks give later ones their keys and values in a dict, whose gradients reentrant checkpointing does
     not see. Logs a line where it is so."""
     found = any(
