@@ -131,7 +131,7 @@ def build_model(
         if composed:
             model = OmniModel._from_config(model_config, **options)
         else:
-            model = factory.from_config(model_config, **options, trust_remote_code=False)
+            model = instantiate(factory, model_config, **options)
     keep_in_fp32(model)
     add_sparse_attention(model)
     if composed:
@@ -145,6 +145,19 @@ def build_model(
         log.info("%s: its thinker is trained, what speaks stays as it is", whole.model_type)
         keep_speech(model, Path(config.model.model_path), whole)
     return model.train()
+
+
+def instantiate(factory: Any, model_config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """The model of a config; ValueError where its class knows no attention but its own."""
+    try:
+        return factory.from_config(model_config, **options, trust_remote_code=False)
+    except KeyError as error:
+        if str(error).strip("'") != options.get("attn_implementation"):
+            raise
+        raise ValueError(
+            f"{model_config.model_type} has attention of its own alone, which knows no borders of packed samples; it "
+            "cannot be trained"
+        ) from None
 
 
 def keep_in_fp32(model: PreTrainedModel) -> None:

@@ -427,19 +427,27 @@ def count_flops(model: PreTrainedModel) -> FlopCount:
 
 
 def _pair_flops(config: PreTrainedConfig) -> list[tuple[float, int]]:
-    heads = getattr(config, "num_attention_heads", 0) or 0
-    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
-    keys = (getattr(config, "qk_nope_head_dim", None) or 0) + (getattr(config, "qk_rope_head_dim", None) or 0)
-    values = getattr(config, "v_head_dim", None) or width
-    flops = 6.0 * heads * ((keys or width) + values)
+    # Heads may differ from layer to layer (Gemma 4), which such a config's own attributes do not say.
+    by_layer = getattr(config, "per_layer_config", None)
+    numbers = range(config.num_hidden_layers)
+    each = [_flops_of_pair(config if by_layer is None else by_layer[number]) for number in numbers]
     window = getattr(config, "sliding_window", None) or 0
     entry = getattr(config, SPARSE, None)
     if entry is not None:
         sizes = SparseSizes.read(entry)
-        branches = [(flops / sizes.stride, 0), (flops, sizes.reach), (flops, sizes.window)]
-        return branches * config.num_hidden_layers
+        spans = ((sizes.stride, 0), (1, sizes.reach), (1, sizes.window))
+        return [(flops / stride, span) for flops in each for stride, span in spans]
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
-        return [(flops, window)] * config.num_hidden_layers
+        return [(flops, window) for flops in each]
     windows = {"full_attention": 0, "sliding_attention": window}
-    return [(flops, windows[kind]) for kind in kinds if kind in windows]
+    return [(flops, windows[kind]) for flops, kind in zip(each, kinds, strict=False) if kind in windows]
+
+
+def _flops_of_pair(config: PreTrainedConfig) -> float:
+    """The operations of one layer for a query and a key, forward and backward."""
+    heads = getattr(config, "num_attention_heads", 0) or 0
+    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    keys = (getattr(config, "qk_nope_head_dim", None) or 0) + (getattr(config, "qk_rope_head_dim", None) or 0)
+    values = getattr(config, "v_head_dim", None) or width
+    return 6.0 * heads * ((keys or width) + values)

@@ -1,0 +1,268 @@
+"""Every causal language model of transformers at tiny size: packed training equals the untouched class sample by
+sample, or is refused by name. `make sweep` runs all families and writes the table in docs/models.md.
+
+A family's config is its class's default one, made small by one rule for all: sizes that are known by name are set, and
+lists with an entry a layer are cut. Weights are random, with nothing left at zero or one, so that all of them matter.
+
+Columns: *packed*, a batch of ragged samples in one row; *eager*, the same with the model's own attention;
+*checkpointed*, by the default (reentrant) mechanism; *saved*, an export that
+transformers loads bit for bit as what was exported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import multiprocessing
+import re
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+LENGTHS = (7, 23, 12, 40)
+VOCAB = 96
+COLUMNS = ("packed", "eager", "checkpointed", "saved")
+EQUAL, REFUSED, FAILED = "equal", "refused", "**differs**"
+MOST = 5_000_000
+"""Parameters that a tiny model may have."""
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 32, "n_embd": 32, "d_model": 32, "dim": 32, "word_embed_proj_dim": 32,
+    "embedding_size": 32, "emb_dim": 32, "intermediate_size": 48, "ffn_dim": 48, "n_inner": 48, "ffn_hidden_size": 48,
+    "shared_expert_intermediate_size": 16, "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16,
+    "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "num_attention_heads": 4, "n_head": 4,
+    "n_heads": 4, "num_heads": 4, "num_key_value_heads": 2, "num_kv_heads": 2, "head_dim": 8, "global_head_dim": 8,
+    "kv_channels": 8,
+    "max_position_embeddings": 256, "n_positions": 256, "n_ctx": 256, "max_sequence_length": 256, "max_seq_len": 256,
+    "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
+    "moe_topk": 2, "moe_k": 2, "top_k_experts": 2, "num_shared_experts": 1, "n_shared_experts": 1, "n_group": 1,
+    "topk_group": 1, "first_k_dense_replace": 1, "moe_layer_start_index": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "qk_head_dim": 16, "v_head_dim": 8, "rotary_dim": 8,
+    "sliding_window": 8, "attention_window": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8, "laurel_rank": 4, "num_kv_shared_layers": 0,
+}  # fmt: skip
+"""Sizes by the names that configs have for them; only those that a family's config has are set."""
+
+EVEN_IF_NONE = {"head_dim", "num_key_value_heads", "num_experts_per_tok", "n_group", "topk_group"}
+
+OFF = re.compile("drop(out)?(_prob|_p|_rate)?$|pdrop$|layerdrop|jitter|aux_loss_coef|output_router_logits")
+"""Names of what is random or beside the loss of targets, which is turned off."""
+
+
+def families() -> list[str]:
+    """The model types that transformers has a causal language model of, in order."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def tiny_config(family: str) -> PreTrainedConfig:
+    """The default config of a family, made small."""
+    default = AutoConfig.for_model(family)
+    text = default.get_text_config()
+    if text is not default:
+        raise ValueError("takes more than text")
+    values = text.to_dict()
+    layers = next((values[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if values.get(name)), 0)
+    changes = {
+        name: size
+        for name, size in SIZES.items()
+        if values.get(name) is not None or name.endswith("token_id") or (name in values and name in EVEN_IF_NONE)
+    }
+    for name, value in values.items():
+        if isinstance(value, list) and layers > 2 and len(value) == layers:
+            changes[name] = value[-2:] if name == "layer_types" else value[:2]
+        elif OFF.search(name):
+            changes[name] = False if isinstance(value, bool) else 0.0
+    if values.get("num_key_value_heads") == values.get("num_attention_heads"):
+        changes.pop("num_key_value_heads", None)
+        changes["num_key_value_heads"] = 4
+    config = AutoConfig.for_model(family, **changes)
+    config.use_cache = False
+    return config
+
+
+def samples() -> list[tuple[Tensor, Tensor]]:
+    """Token ids and targets of ragged samples."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for length in LENGTHS:
+        ids = torch.randint(3, VOCAB, (length,), generator=generator)
+        labels = torch.cat([ids[1:], torch.tensor([-100])])
+        labels[torch.rand(length, generator=generator) < 0.3] = -100
+        made.append((ids, labels))
+    return made
+
+
+def own_loss(config: PreTrainedConfig, state: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+    """The loss of each sample alone, by a fresh instance of the class, summed over targets; and its gradients."""
+    total, grads = 0.0, {}
+    for ids, labels in samples():
+        plain = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager").eval()
+        plain.load_state_dict(state)
+        logits = plain(input_ids=ids[None], use_cache=False).logits[0].float()
+        loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+        loss.backward()
+        total += loss.item()
+        for name, parameter in plain.named_parameters():
+            if parameter.grad is not None:
+                grads[name] = grads.get(name, 0) + parameter.grad
+    return total, grads
+
+
+def packed_loss(
+    config: PreTrainedConfig, state: dict[str, Tensor], attention: str, prepare: Callable[[Any], None]
+) -> tuple[float, dict[str, Tensor]]:
+    """The loss of all samples in one row as Tutti trains it, summed over targets; and its gradients."""
+    import numpy as np
+
+    from tutti.attention.interface import resolve_attention
+    from tutti.core.batch import Sample, pack
+    from tutti.model.build import check_eager, check_packable, instantiate
+    from tutti.model.experts import resolve_experts
+    from tutti.model.positions import rotate_by_sample
+    from tutti.train.objective import Objective
+
+    model = instantiate(
+        AutoModelForCausalLM,
+        copy.deepcopy(config),
+        attn_implementation=resolve_attention(attention, torch.device("cpu")),
+        experts_implementation=resolve_experts(None),
+    ).eval()
+    model.load_state_dict(state)
+    check_packable(model)
+    check_eager(model)
+    rotate_by_sample(model)
+    objective = Objective(model)
+    prepare(objective)
+    batch = pack([Sample(ids.numpy().astype(np.int32), labels.numpy().astype(np.int32)) for ids, labels in samples()])
+    loss = objective(batch)["loss"]
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def compare(got: tuple[float, dict[str, Tensor]], want: tuple[float, dict[str, Tensor]]) -> str:
+    """Equal, or what differs most."""
+    if abs(got[0] - want[0]) > 1e-5 * abs(want[0]):
+        return f"{FAILED}: loss {got[0]:.6g}, not {want[0]:.6g}"
+    worst, where = 0.0, ""
+    for name, grad in want[1].items():
+        scale = float(want[1].get(name.replace("k_proj.bias", "k_proj.weight"), grad).abs().max())
+        error = float((got[1].get(name, torch.zeros_like(grad)) - grad).abs().max())
+        if scale > 1e-6 and error / scale > worst:
+            worst, where = error / scale, name
+    return EQUAL if worst <= 1e-4 else f"{FAILED}: gradient of {where} by {worst:.1e}"
+
+
+def check(family: str) -> dict[str, str]:
+    """What each column says of a family."""
+    config = tiny_config(family)
+    with torch.device("meta"):
+        count = AutoModelForCausalLM.from_config(copy.deepcopy(config)).num_parameters()
+    if count > MOST:
+        raise ValueError(f"has {count / 1e6:.0f}M parameters where it should be tiny")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    state = model.state_dict()
+    want = own_loss(config, state)
+    found: dict[str, str] = {}
+
+    def run(column: str, action: Callable[[], str]) -> None:
+        try:
+            found[column] = action()
+        except ValueError as error:
+            found[column] = f"{REFUSED}: {error}"
+        except Exception as error:
+            found[column] = f"{FAILED}: {type(error).__name__}: {error}"
+
+    def checkpointed(objective: Any) -> None:
+        from tutti.model.structure import blocks
+        from tutti.parallel.activation_checkpoint import checkpoint_activations
+        from tutti.parallel.apply import hand_on_keys
+
+        units = [block for _, block in blocks(objective.model)]
+        objective.train()
+        checkpoint_activations(units, reentrant=not hand_on_keys(units))
+
+    run("packed", lambda: compare(packed_loss(config, state, "sdpa", lambda _: None), want))
+    run("eager", lambda: compare(packed_loss(config, state, "eager", lambda _: None), want))
+    run("checkpointed", lambda: compare(packed_loss(config, state, "sdpa", checkpointed), want))
+    run("saved", lambda: saved(config, model))
+    return found
+
+
+def saved(config: PreTrainedConfig, model: Any) -> str:
+    """Save with transformers, load and export with ours, load with transformers: what it loads of the first too."""
+    from tests.checkpoint.weighing import CPU, ONE
+    from tutti.checkpoint.hf_load import load_weights
+    from tutti.checkpoint.hf_save import export_hf
+
+    with tempfile.TemporaryDirectory() as place:
+        first, second = Path(place, "first"), Path(place, "second")
+        model.save_pretrained(first)
+        with torch.device("meta"):
+            ours = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        load_weights(ours, first, world=ONE, device=CPU)
+        export_hf(ours, second, _NoTokenizer(), world=ONE)
+        direct, again = (AutoModelForCausalLM.from_pretrained(folder) for folder in (first, second))
+        for name, tensor in direct.state_dict().items():
+            if not torch.equal(again.state_dict()[name], tensor):
+                return f"{FAILED}: {name}"
+    return EQUAL
+
+
+class _NoTokenizer:
+    def save_pretrained(self, folder: Path) -> None:
+        """Write nothing."""
+
+
+def check_quietly(family: str) -> dict[str, str]:
+    """As `check`, in a process that says nothing; a config that can't be made small is told in the first column."""
+    logging.disable(logging.CRITICAL)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    try:
+        return check(family)
+    except Exception as error:
+        return {COLUMNS[0]: f"untested: {type(error).__name__}: {error}"}
+
+
+def table(results: dict[str, dict[str, str]]) -> str:
+    """The results as Markdown, a family a row; the words after a colon are in no cell but the last."""
+    lines = ["| model_type | " + " | ".join(COLUMNS) + " | |", "| --- |" + " --- |" * (len(COLUMNS) + 1)]
+    for family, found in results.items():
+        cells = [found.get(column, "").partition(":")[0] for column in COLUMNS]
+        reasons = dict.fromkeys(text.partition(": ")[2] for text in found.values() if ": " in text)
+        note = "; ".join(" ".join(reason.split())[:120] for reason in reasons).replace("|", "/")
+        lines.append(f"| {family} | " + " | ".join(cells) + f" | {note} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", help="model types (default: all, and the page is written)")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    names = options.families or families()
+    with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=10) as pool:
+        results = dict(zip(names, pool.imap(check_quietly, names), strict=True))
+    print(table(results))
+    if not options.families:
+        begin, end = "<!-- sweep -->\n", "<!-- /sweep -->"
+        head, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
+        PAGE.write_text(head + begin + table(results) + end + rest.partition(end)[2], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""A sample of the sweep over transformers' families (`make sweep`)."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import sweep
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "phi3", "gemma2", "olmo2", "gpt_oss", "qwen3_moe", "deepseek_v3"])
+def test_a_family_is_equal_or_refused(family: str) -> None:
+    found = sweep.check(family)
+    assert set(found) == set(sweep.COLUMNS)
+    assert found["packed"] == found["checkpointed"] == found["saved"] == sweep.EQUAL, found
+    assert found["eager"].startswith((sweep.EQUAL, f"{sweep.REFUSED}: model.attn_implementation")), found
+
+
+def test_what_carries_from_one_sample_into_the_next_is_refused() -> None:
+    found = sweep.check("mamba")
+    assert found["packed"].startswith(f"{sweep.REFUSED}: mamba has layers of type linear_attention"), found
+
+
+def test_a_difference_is_told() -> None:
+    want = (2.0, {"a": sweep.torch.ones(3)})
+    assert sweep.compare((2.0, {"a": sweep.torch.ones(3)}), want) == sweep.EQUAL
+    assert "loss 2.1" in sweep.compare((2.1, want[1]), want)
+    assert "gradient of a" in sweep.compare((2.0, {"a": sweep.torch.tensor([1.0, 1.0, 1.01])}), want)
+    assert "gradient of a" in sweep.compare((2.0, {}), want)
+    page = sweep.table({"x": {"packed": sweep.EQUAL, "eager": f"{sweep.REFUSED}: a | b", "saved": sweep.EQUAL}})
+    assert "| x | equal | refused |  | equal | a / b |" in page
+
+
+def test_every_family_of_transformers_is_on_the_page() -> None:
+    """One that transformers adds shows up as missing here: run `make sweep`."""
+    page = sweep.PAGE.read_text(encoding="utf-8")
+    missing = [family for family in sweep.families() if f"| {family} |" not in page]
+    assert not missing
