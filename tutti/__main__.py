@@ -16,7 +16,7 @@ def run() -> None:
     """Run this process's command line and end the process with its exit status.
 
     Where torch was loaded the process ends without taking the interpreter apart: a thread of torch that still holds
-    Python objects at that moment (of gloo, say) aborts the process, and a finished run would count as failed.
+    Python objects at that moment (of gloo, say) can abort it, and a finished run would count as failed.
     """
     faulthandler.enable()
     status = main()
