@@ -230,7 +230,6 @@ def train_with_unused_layer(config):
         original(model, lora, dtype)
         del model.model.layers[0].mlp.unused_proj.weight
         model.model.layers[0].mlp.unused_proj.bias = None
-        model._keys_to_ignore_on_load_missing.append("unused_proj")
 
     placement.add_adapters = add
     train_quietly(config)

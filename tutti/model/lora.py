@@ -221,7 +221,6 @@ def add_adapters(model: PreTrainedModel, lora: Lora, frozen_dtype: torch.dtype) 
         put_on(module, adapters=extras(module).adapters | {weight: adapter})
         if not is_experts(module):
             wrap_forward(module, "adapter", partial(_adapting, module))
-    model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or ()), ADAPTER_MARK]
     model._keys_to_ignore_on_save = [*(model._keys_to_ignore_on_save or ()), *added]
 
 
