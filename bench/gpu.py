@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from bench import workload
+from bench.workload import run_python
 
 ROOT = Path(__file__).parents[1]
 TESTS = (
@@ -142,7 +143,7 @@ def run_tests(out: Path) -> dict[str, Any]:
 def _guarded(measure: Callable[[Scale], dict[str, Any]], scale: Scale) -> dict[str, Any]:
     try:
         return measure(scale)
-    except RuntimeError as error:  # the other figures are still wanted
+    except (RuntimeError, SystemExit) as error:  # the other figures are still wanted
         return {"error": str(error)[-2000:]}
 
 
@@ -257,7 +258,7 @@ def _tutti(folder: Path, work: workload.Workload, longest: int, **changes: Any) 
         "train.save_epochs": 0,
         "train.save_hf_weights": False,
     } | changes
-    _process("-m", "tutti", "train", *(f"{name}={value}" for name, value in arguments.items()))
+    run_python("-m", "tutti", "train", *(f"{name}={value}" for name, value in arguments.items()))
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "step_seconds" in line]
     timed = sorted(steps[WARMUP_STEPS:] or steps, key=lambda line: line["step_seconds"])
@@ -280,18 +281,11 @@ def _trainer(folder: Path, work: workload.Workload, mode: str) -> dict[str, Any]
         "gradient_checkpointing": True,
     }
     (folder / "workload.json").write_text(json.dumps(plan))
-    result = json.loads(_process("-m", "bench._trainer", str(folder), mode).splitlines()[-1])
+    result = json.loads(run_python("-m", "bench._trainer", str(folder), mode).splitlines()[-1])
     return {
         "tokens_per_second": result["trained_tokens"] / result["seconds"],
         "memory_gib": result["memory_gib"],
     }
-
-
-def _process(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(arguments[:3])} failed:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
-    return done.stdout
 
 
 def _milliseconds(run: Callable[[], torch.Tensor], count: int = 5) -> float:

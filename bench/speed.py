@@ -16,14 +16,13 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench import workload
-from bench.workload import Workload
+from bench.workload import Workload, run_python
 
 ROOT = Path(__file__).parents[1]
 BATCH_SIZE, ACCUMULATION = 10, 2
@@ -91,7 +90,7 @@ def _run_trainer(folder: Path, work: Workload, dtype: str, mode: str) -> float:
         "compute_dtype": dtype,
     }
     (folder / "workload.json").write_text(json.dumps(plan))
-    lines = _process("-m", "bench._trainer", str(folder), mode).splitlines()
+    lines = run_python("-m", "bench._trainer", str(folder), mode).splitlines()
     result = json.loads(lines[-1])
     return result["trained_tokens"] / result["seconds"]
 
@@ -118,7 +117,7 @@ def _run_tutti(folder: Path, work: Workload, dtype: str, *, compile: bool) -> fl
         "train.save_epochs": 0,
         "train.save_hf_weights": False,
     }
-    _process("-m", "tutti", "train", *(f"{name}={value}" for name, value in arguments.items()))
+    run_python("-m", "tutti", "train", *(f"{name}={value}" for name, value in arguments.items()))
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     timed = [line for line in lines if "step_seconds" in line and line["step"] > WARMUP_STEPS]
     shutil.rmtree(folder / "run")
@@ -126,15 +125,7 @@ def _run_tutti(folder: Path, work: Workload, dtype: str, *, compile: bool) -> fl
 
 
 def _matrix_rate(dtype: str) -> float:
-    return float(_process("-c", f"from bench.workload import matrix_rate; print(matrix_rate({dtype!r}))"))
-
-
-def _process(*arguments: str) -> str:
-    """What `python ARGUMENTS` prints, run in the project's root; its own errors are shown when it fails."""
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(arguments[:3])} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-    return done.stdout
+    return float(run_python("-c", f"from bench.workload import matrix_rate; print(matrix_rate({dtype!r}))"))
 
 
 def _table(results: dict[str, list[Result]]) -> str:

@@ -9,6 +9,8 @@ and short ones are there in their right proportion. Every contender gets these s
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+ROOT = Path(__file__).parents[1]
 VOCABULARY = 32_000
 EOS = 0
 MAX_LENGTH = 1024
@@ -134,3 +137,11 @@ def matrix_rate(dtype: str, seconds: float = 4.0) -> float:
         torch.mm(left, right)
         best = min(best, time.perf_counter() - start)
     return 2 * 4096**3 / best
+
+
+def run_python(*arguments: str) -> str:
+    """What `python ARGUMENTS` prints, run in the project's root; its own errors are shown when it fails."""
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(arguments[:3])} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    return done.stdout

@@ -153,12 +153,9 @@ class KVCache:
 
         query [H, B, D] -> [B, H, E].
         """
-        keys, values = self._layers[layer]
+        keys, values = self._write(layer, key, value)
         num_rows, kv_heads = keys.shape[:2]
         heads, longest = query.shape[0], max(self.lengths)
-        rows = torch.arange(num_rows, device=self._device)
-        keys[rows, :, self._places] = key.transpose(0, 1)
-        values[rows, :, self._places] = value.transpose(0, 1)
         weights, _ = probabilities(
             query.transpose(0, 1).reshape(num_rows * kv_heads, heads // kv_heads, -1),
             keys[:, :, :longest].flatten(0, 1),
@@ -172,10 +169,7 @@ class KVCache:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, sparse: NativeSparse, scale: float
     ) -> Tensor:
         """As `attend`, by native sparse attention; row after row, since each selects its own tokens."""
-        keys, values = self._layers[layer]
-        rows = torch.arange(len(self.lengths), device=self._device)
-        keys[rows, :, self._places] = key.transpose(0, 1)
-        values[rows, :, self._places] = value.transpose(0, 1)
+        keys, values = self._write(layer, key, value)
         gates = sparse.take_gates()
         compressed = self._compressed.setdefault(layer, [])
         outs = []
@@ -186,6 +180,14 @@ class KVCache:
             compressed[row] = sparse.compress_new(*held, *compressed[row])
             outs.append(sparse.attend_last(query[:, row : row + 1], *held, *compressed[row], gates[:, row], scale))
         return torch.stack(outs)
+
+    def _write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one more token of every row, key [K, B, D] and value [K, B, E]; all keys and values of the layer."""
+        keys, values = self._layers[layer]
+        rows = torch.arange(len(self.lengths), device=self._device)
+        keys[rows, :, self._places] = key.transpose(0, 1)
+        values[rows, :, self._places] = value.transpose(0, 1)
+        return keys, values
 
     def _bias(self, longest: int, kv_heads: int, spec: AttentionSpec, like: Tensor) -> Tensor:
         """0 where a row's token may look and -inf elsewhere, [B * K, 1, longest]; made once a pass."""

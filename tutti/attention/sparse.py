@@ -478,7 +478,7 @@ def _short_samples(places: list[int], reach: int) -> list[tuple[int, int]]:
 def _dense(query: Tensor, key: Tensor, value: Tensor, samples: list[tuple[int, int]], scale: float) -> Tensor:
     """Causal attention within some of the samples, end to end: [their tokens, H, E]."""
     heads = (query, key, value)
-    if len(samples) > 0 and sum(end - begin for begin, end in samples) < query.shape[1]:
+    if sum(end - begin for begin, end in samples) < query.shape[1]:
         heads = tuple(torch.cat([item[:, begin:end] for begin, end in samples], 1) for item in heads)  # type: ignore[assignment]
     borders = torch.tensor([0, *(end - begin for begin, end in samples)]).cumsum(0)
     return packed_attention(*heads, borders, AttentionSpec(scale))

@@ -133,7 +133,7 @@ def overlap_values(blocks: Iterable[nn.Module], ranks: SequenceRanks) -> None:
 
     Logs a line if none of them can.
     """
-    found = [layer for block in blocks for layer in block.modules() if _projects_values(layer)]
+    found = [layer for block in blocks for layer in block.modules() if projects_values(layer)]
     for layer in found:
         put_on(layer, early_values=EarlyValues(layer, ranks))
     if not found:
@@ -143,7 +143,8 @@ def overlap_values(blocks: Iterable[nn.Module], ranks: SequenceRanks) -> None:
         )
 
 
-def _projects_values(layer: nn.Module) -> bool:
+def projects_values(layer: nn.Module) -> bool:
+    """True if `layer` is attention that projects queries, keys and values each by a module of its own."""
     projections: Sequence[Any] = [getattr(layer, name, None) for name in ("q_proj", "k_proj", "v_proj")]
     return all(isinstance(item, nn.Module) for item in projections) and isinstance(
         getattr(layer, "head_dim", None), int

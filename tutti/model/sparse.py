@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tutti.attention.sparse import NAME, NativeSparse, SparseSizes
+from tutti.attention.ulysses import projects_values
 from tutti.config import ConfigError
 from tutti.config.layout import Layout
 from tutti.core.structure import ModelStructure
@@ -71,9 +72,8 @@ _OTHER_ATTENTION = ("attn_logit_softcapping", "attention_chunk_size", "attention
 
 
 def _is_attention(module: Any) -> bool:
-    projections = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
-    return all(isinstance(item, nn.Linear) for item in projections) and isinstance(
-        getattr(module, "head_dim", None), int
+    return projects_values(module) and all(
+        isinstance(item, nn.Linear) for item in (module.q_proj, module.k_proj, module.v_proj)
     )
 
 
@@ -84,7 +84,7 @@ def is_sparse(config: PreTrainedConfig) -> bool:
 
 def check_sparse(structure: ModelStructure, layout: Layout) -> None:
     """ConfigError for axes that native sparse attention does not run on."""
-    if getattr(structure.config, NAME, None) is None:
+    if not is_sparse(structure.config):
         return
     kv_heads = structure.config.num_key_value_heads
     problems = [
