@@ -5,8 +5,8 @@ A family's config is its class's default one, made small by one rule for all: si
 lists with an entry a layer are cut. Weights are random, with nothing left at zero or one, so that all of them matter.
 
 Columns: *packed*, a batch of ragged samples in one row; *eager*, the same with the model's own attention;
-*checkpointed*, by the default (reentrant) mechanism; *saved*, an export that
-transformers loads bit for bit as what was exported.
+*checkpointed*, by the default (reentrant) mechanism; *saved*, an export that transformers loads bit for bit as it loads
+what was exported.
 """
 
 from __future__ import annotations

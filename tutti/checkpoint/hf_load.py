@@ -142,7 +142,7 @@ class _Spec(NamedTuple):
     packing: Packing | None = None
 
     def held(self) -> _Spec:
-        """The same as the model holds it."""
+        """The shape and dtype that the model holds it in."""
         if self.packing is None:
             return self
         return _Spec((*self.shape[:-1], self.packing.row_bytes), torch.uint8)

@@ -104,7 +104,7 @@ def export_hf(
 
 
 def _open_speech(model: PreTrainedModel) -> Checkpoint | None:
-    """What speaks beside a thinker, in the checkpoint that it came from."""
+    """Open the checkpoint that a thinker came from, for what speaks beside it; None for other models."""
     found = speech_of(model)
     return None if found is None else RestOfCheckpoint(found[0], THINKER)
 

@@ -32,7 +32,7 @@ class Joins(NamedTuple):
 
 
 def joins_of(model: OmniModel, full: Callable[[str], Tensor], world: World) -> Joins:
-    """What joins the parts of `model`, whose full tensors `full` gives by name on rank 0. Collective."""
+    """Collect what joins the parts of `model`, whose full tensors `full` gives by name on rank 0. Collective."""
     projectors: dict[str, dict[str, Tensor]] = {}
     for kind, encoder in model.encoders.items():
         names = list(encoder.projector.state_dict())  # type: ignore[union-attr]

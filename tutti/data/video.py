@@ -81,7 +81,7 @@ def video_source(entry: Any, folder: MediaFolder) -> tuple[Source | tuple[Source
 
 
 def measure_video(source: Source | tuple[Source, ...]) -> Header:
-    """What is known of a video before it is decoded. RowError: it cannot be read."""
+    """Read off a video what is known before it is decoded. RowError: it cannot be read."""
     if isinstance(source, tuple):
         sizes = [measure_image(frame) for frame in source]
         if len(set(sizes)) > 1:

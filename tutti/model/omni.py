@@ -308,7 +308,7 @@ def compose(model: ModelConfig, text: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _settings(kind: str, spec: dict[str, Any], config: Any, text: PreTrainedConfig) -> dict[str, Any]:
-    """What an encoder is built by."""
+    """The settings that an encoder is built by, from its entry in model.encoders."""
     settings: dict[str, Any] = {name: spec.get(name, default) for name, default in SETTINGS.items()}
     argument = f"model.encoders.{kind}"
     try:

@@ -197,7 +197,7 @@ class OmniProcessor:
         return {name: found[name] for name in ("pixel_values", "image_grid_thw") if name in found}
 
     def _numbers(self, values: dict[str, torch.Tensor]) -> list[int]:
-        """How many tokens each image takes."""
+        """Numbers of tokens, of each image."""
         if self.merge:
             return [int(count) // self.merge**2 for count in values["image_grid_thw"].prod(-1)]
         pixels = values["pixel_values"]

@@ -94,7 +94,7 @@ class Metrics:
             sink.text({"step": step, "prompt": prompt, "text": text, "right": right, **seen})
 
     def log_answers(self, step: int, num_right: int, num_expected: int) -> None:
-        """How many of the answers that were expected the model gave after `step`."""
+        """Log the share of expected answers that the model gave after `step`."""
         self.log_eval({"step": step, "sample_accuracy": num_right / num_expected, "sample_answers": num_expected})
 
     def close(self, summary: Record) -> None:
