@@ -406,7 +406,9 @@ def test_settings_of_models_that_take_media(tmp_path: Path) -> None:
     adapted = migrated(tmp_path, f"{factory}finetuning_type: lora\nfreeze_vision_tower: true\nmedia_dir: pictures\n")
     config = loaded(tmp_path, adapted)
     assert (config.train.freeze, config.data.media_root) == ((), "pictures")
-    assert "language model alone" in row(adapted, "freeze_vision_tower").note
+    assert "train.lora_targets names" in row(adapted, "freeze_vision_tower").note
+    open_tower = migrated(tmp_path, f"{factory}finetuning_type: lora\nfreeze_vision_tower: false\n")
+    assert row(open_tower, "freeze_vision_tower").kind == "changed"
 
     axolotl = (
         "base_model: x\noutput_dir: out\nprocessor_type: AutoProcessor\nimage_size: 512\nfreeze_mm_modules: true\n"

@@ -118,6 +118,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 def test_training_lowers_the_loss(exported: Path) -> None:
     losses = [line["loss"] for line in records(config_of(exported))]
     assert len(losses) == 3 and losses[-1] < losses[0]
+    assert '"Qwen3ForCausalLM with SiglipVisionModel"' in (exported / "out" / "run.json").read_text()
 
 
 def test_the_root_of_an_export_is_the_foundation_s_and_a_part_is_the_tower_s(exported: Path) -> None:

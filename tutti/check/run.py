@@ -31,7 +31,7 @@ from tutti.model.stages import describe_stages, stage_blocks
 from tutti.model.structure import is_classifier, num_params, towers
 from tutti.parallel.fsdp import offloads, reshards
 from tutti.parallel.mesh import AXES
-from tutti.train.placement import inspect_model, open_data, read_inputs, tokenizer_and_model
+from tutti.train.placement import inspect_model, model_name, open_data, read_inputs, tokenizer_and_model
 
 SHOWN_SAMPLES = 4
 SHOWN_CHARACTERS = 1200
@@ -59,7 +59,7 @@ def check(config: Config, world: int = 1) -> None:
     _show_samples(out, [half for one in samples for half in _halves(one)], tokenizer, model, data.sources, media)
     out.print(_data_table(data, first))
     out.print(_plan_table(config, layout, model, structure))
-    _show_prediction(out, config, layout, model)
+    _show_prediction(out, config, layout, model, model_name(model, structure))
 
 
 def _samples(batch: Batch) -> Iterator[Sample]:
@@ -156,13 +156,13 @@ def _plan_table(config: Config, layout: Layout, model: PreTrainedModel, structur
     return table
 
 
-def _show_prediction(out: Console, config: Config, layout: Layout, model: PreTrainedModel) -> None:
-    """Print what a step takes of a rank: memory, and traffic along each axis."""
+def _show_prediction(out: Console, config: Config, layout: Layout, model: PreTrainedModel, name: str) -> None:
+    """Print what a step takes of a rank: memory, and traffic along each axis. name: of the model."""
     sizes, memory = num_params(model), _table("Memory per rank")
     active = f" ({sizes.active:,} active)" if sizes.active != sizes.total else ""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     share = f", of which {trained:,} are trained" if trained != sizes.total else ""
-    memory.add_row("model", f"{type(model).__name__}, {sizes.total:,} parameters{active}{share}")
+    memory.add_row("model", f"{name}, {sizes.total:,} parameters{active}{share}")
     try:
         with out.status("rehearsing a step"):
             found = predict(config, model, layout.world)

@@ -142,7 +142,8 @@ def _takes_media(source: Source) -> bool:
 
 def _frozen(value: Any, source: Source) -> Result:
     if _is_adapted(source):
-        return Result(MAPPED, note="adapters are put into the language model alone, as by default here")
+        note = "adapters alone are trained, those of the language model; train.lora_targets names layers of others"
+        return Result(MAPPED if value else CHANGED, note=note)
     return frozen(_FROZEN, _FROZEN_BY_DEFAULT)(value, source)
 
 

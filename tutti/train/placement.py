@@ -55,7 +55,7 @@ from tutti.model.quantized import hold_quantized
 from tutti.model.sparse import check_sparse
 from tutti.model.stage_trace import trace_stages
 from tutti.model.stages import cut_into_stages
-from tutti.model.structure import freeze_parts, num_params, read_structure, towers
+from tutti.model.structure import freeze_parts, model_class, num_params, read_structure, towers
 from tutti.model.tokenizer import build_tokenizer, end_ids, set_chat_template
 from tutti.parallel.apply import parallelize
 from tutti.parallel.batch_invariant import equal_counts
@@ -128,7 +128,7 @@ class Run:
         sizes = num_params(model)
         packages = {name: version(name) for name in ("torch", "transformers")}
         return {
-            "model": f"{self.placed.structure.name} ({model.config.model_type})",
+            "model": model_name(model, self.placed.structure),
             "parameters": sizes.total,
             "trainable_parameters": sum(item.numel() for item in model.parameters() if item.requires_grad),
             "device": _device_name(self.world.device),
@@ -148,6 +148,14 @@ class Run:
         it."""
         digest = hashlib.sha256(to_yaml(asked).encode()).hexdigest()
         return {"layout": asdict(self.layout), "config": digest, "compute_dtype": self.config.train.compute_dtype}
+
+
+def model_name(model: PreTrainedModel, structure: ModelStructure) -> str:
+    """The class of a model and its model_type, as they are shown; of a composed model the classes of its parts."""
+    if not isinstance(model, OmniModel):
+        return f"{structure.name} ({model.config.model_type})"
+    foundation, *others = (model_class(part.module).__name__ for part in model.parts())
+    return f"{foundation} with {' and '.join(others)}"
 
 
 def tokenizer_and_model(config: Config, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:

@@ -221,7 +221,7 @@ def test_wandb_offline_holds_the_history(tmp_path: Path, monkeypatch: pytest.Mon
             metrics.log_step(record(step))
         metrics.log_eval({"step": start + 4, "eval_loss": 2.5, "eval_tokens": 5})
         metrics.log_text(start + 4, "Hi", "Hello.")
-        metrics.log_text(start + 4, "Bye", "Goodbye.")
+        metrics.log_text(start + 4, "Bye", "Goodbye.", right=False)
         metrics.close({"status": "finished", "final_loss": 0.125})
     files = sorted(tmp_path.glob("*/wandb/offline-run-*/run-abc123.wandb"))
     assert files, "no run was recorded"
@@ -237,7 +237,8 @@ def test_wandb_offline_holds_the_history(tmp_path: Path, monkeypatch: pytest.Mon
     tables = [row for row in rows if any(name.startswith("texts") for name in row)]
     assert [row["step"] for row in tables] == [4, 7], "one table for the texts of a step"
     shown = [json.loads(path.read_text()) for path in tmp_path.glob("*/wandb/*/files/media/table/texts_*.json")]
-    assert [4, "Hi", "Hello."] in [line for table in shown for line in table["data"]]
+    lines = [line for table in shown for line in table["data"]]
+    assert [4, "Hi", "Hello.", None] in lines and [7, "Bye", "Goodbye.", False] in lines
     run = next(found.run for found in records if found.WhichOneof("record_type") == "run")
     assert (run.project, run.display_name, run.run_id) == ("songs", "first", "abc123")
     config = {item.key: json.loads(item.value_json) for item in run.config.update}

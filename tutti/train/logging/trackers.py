@@ -198,9 +198,9 @@ class _Wandb:
         import wandb
 
         if self._texts:
-            table = wandb.Table(columns=["step", "prompt", "text"])
+            table = wandb.Table(columns=["step", "prompt", "text", "right"])
             for text in self._texts:
-                table.add_data(text["step"], text["prompt"], text["text"])
+                table.add_data(*(text[str(name)] for name in table.columns))
             self._run.log({"step": self._texts[-1]["step"], "texts": table})
             self._texts = []
 
