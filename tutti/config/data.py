@@ -110,6 +110,13 @@ class DataConfig:
     audio_max_seconds: float | None = arg(
         None, "Longest sound, in seconds; of a longer one its beginning is taken.", low=0.1, added=True
     )
+    media_cache_mb: int = arg(
+        256,
+        "Megabytes of decoded images, videos and sounds that the workers of a rank keep together, the first that come; "
+        "0 keeps none.",
+        low=0,
+        added=True,
+    )
     chat_template: str = arg(
         "default",
         "default (the tokenizer's own, else `Role: content<eos>`), chatml, llama2, or the path of a Jinja file.",

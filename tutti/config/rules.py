@@ -159,9 +159,14 @@ _RULES = (
         "data.data_type is neither " + " nor ".join(name for name, row in TASKS.items() if row.holds_chats),
     ),
     _Rule(
-        ("data.row_template", "data.media_root", *_LIMITS),
+        ("data.row_template",),
         lambda config: config.data.task.rows != "conversations",
         "data.data_type is not conversation",
+    ),
+    _Rule(
+        ("data.media_root", "data.media_cache_mb", *_LIMITS),
+        lambda config: not config.data.task.holds_chats,
+        "data.data_type is neither " + " nor ".join(name for name, row in TASKS.items() if row.holds_chats),
     ),
     _Rule(
         ("train.freeze",),

@@ -29,6 +29,7 @@ from torch import Tensor
 from tutti.config import Config
 from tutti.core.batch import IGNORE, Media, Sample
 from tutti.data.media import MediaFolder, MediaSummary, described
+from tutti.data.media_cache import MediaCache
 from tutti.data.parts import not_taken, with_media
 from tutti.data.processor import MediaProcessor, shift
 from tutti.data.rows import RowError, class_of, conversation_of, fill, half_surrogate, text_of
@@ -264,6 +265,11 @@ def make_encoder(
     if data.max_seq_len < 2 and kind != "labels":
         raise ValueError(f"data.max_seq_len {data.max_seq_len} leaves nothing to predict: give 2 or more")
     template = read_template(tokenizer, data.chat_date) if kind == "conversations" else None
+    media = None
+    if processor is not None:
+        media = MediaProcessor(
+            processor, data, MediaCache(data.media_cache_mb * 2**20) if data.media_cache_mb else None
+        )
     return Encoder(
         tokenize=BatchTokenizer(tokenizer, special=kind == "labels", places=kind == "conversations"),
         rows=kind,
@@ -275,7 +281,7 @@ def make_encoder(
         template=template,
         mends=data.silent_exception,
         notes=Counter() if template is None else template.notes,
-        media=None if processor is None else MediaProcessor(processor, data),
+        media=media,
         media_root=data.media_root,
         row_template=data.row_template,
     )

@@ -311,7 +311,7 @@ def build_data(
     }
     packer = Packer(encoder, recipe.pad_to, pad_id, config.data.silent_exception)
     if streams:
-        part = _streamed_part(config, sources, packer, recipe)
+        part = _streamed_part(config, sources, packer, recipe, decodes=processor is not None)
     else:
         index = _index(config, sources, encoder, world, "data.train_path")
         settings["digest"] = index.digest
@@ -443,7 +443,9 @@ def _indexed_part(config: Config, samples: PackedSamples, supply: MapSource, rec
     )
 
 
-def _streamed_part(config: Config, sources: Sequence[Source], packer: Packer, recipe: BatchingPlan) -> DataSplit:
+def _streamed_part(
+    config: Config, sources: Sequence[Source], packer: Packer, recipe: BatchingPlan, *, decodes: bool
+) -> DataSplit:
     feed = ChunkPrefetcher(
         sources, packer.encoder, loader_options(config, config.data.num_workers) | {"pin_memory": False}
     )
@@ -458,7 +460,7 @@ def _streamed_part(config: Config, sources: Sequence[Source], packer: Packer, re
         return DataSummary(rows, samples, tokens, targets, dropped, _efficiency(given))
 
     names = tuple(source.name for source in sources)
-    return DataSplit(names, planner, fetch_streamed(config, packer), report, feed.close)
+    return DataSplit(names, planner, fetch_streamed(config, packer, decodes=decodes), report, feed.close)
 
 
 def _efficiency(given: np.ndarray) -> float | None:

@@ -142,11 +142,16 @@ class PackedSamples(Dataset):
         self._ends = np.cumsum(index.length)
         self._long = LongRows(index) if index.tokens is None else None
 
-    def __getitems__(self, ids: list[int]) -> Batch:
+    def __getitems__(self, ids: list[int]) -> Batch | ValueError:
+        """The micro batch of these samples, or what is wrong with them: raised in a worker, an error would come with
+        the worker's traceback in its message."""
         tokens = self.index.tokens
         has_media = self.index.num_media[ids].any()
-        samples = self.read(ids) if tokens is None or has_media else self._kept(tokens, ids)
-        return self.packer(samples, lambda number: self._place(ids[number]))
+        try:
+            samples = self.read(ids) if tokens is None or has_media else self._kept(tokens, ids)
+            return self.packer(samples, lambda number: self._place(ids[number]))
+        except ValueError as error:
+            return error
 
     def _place(self, number: int) -> str:
         (row,) = self.sources[int(self.index.source[number])].rows([int(self.index.row[number])])
@@ -218,24 +223,46 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def fetch_indexed(samples: PackedSamples, options: dict[str, Any]) -> Fetch:
-    """Micro batches of an index, by sample numbers."""
+def fetch_indexed(samples: Dataset, options: dict[str, Any]) -> Fetch:
+    """Micro batches that `samples` gives for lists of items, such as an index for numbers of samples."""
 
-    def fetch(batches: Iterator[list[int]]) -> Iterator[Batch]:
+    def fetch(batches: Iterator[list[Any]]) -> Iterator[Batch]:
         with quiet_fork():
-            return iter(DataLoader(samples, batch_sampler=batches, **options))
+            return _raised(iter(DataLoader(samples, batch_sampler=batches, **options)))
 
     return fetch
 
 
-def fetch_streamed(config: Config, packer: Packer) -> Fetch:
-    """Micro batches of samples that are here already."""
-    pins = pins_memory(config)
+def _raised(batches: Iterator[Batch | ValueError]) -> Iterator[Batch]:
+    """The batches, up to one that is an error."""
+    for batch in batches:
+        if isinstance(batch, ValueError):
+            raise batch
+        yield batch
+
+
+class PackedStream(Dataset):
+    """Packs samples of a stream, whose media are decoded then."""
+
+    def __init__(self, packer: Packer) -> None:
+        self.packer = packer
+
+    def __getitems__(self, items: list[StreamSample]) -> Batch | ValueError:
+        """The micro batch of these samples, or what is wrong with them."""
+        try:
+            return self.packer([item.sample for item in items], lambda number: f"row {items[number].row + 1}")
+        except ValueError as error:
+            return error
+
+
+def fetch_streamed(config: Config, packer: Packer, *, decodes: bool = False) -> Fetch:
+    """Micro batches of samples that are here already: packed in this process, unless there are media to decode."""
+    samples, pins = PackedStream(packer), pins_memory(config)
+    if decodes and config.data.num_workers:
+        return fetch_indexed(samples, loader_options(config, config.data.num_workers))
 
     def fetch(batches: Iterator[list[StreamSample]]) -> Iterator[Batch]:
-        for items in batches:
-            rows = [f"row {item.row + 1}" for item in items]
-            batch = packer([item.sample for item in items], rows.__getitem__)
+        for batch in _raised(map(samples.__getitems__, batches)):
             yield batch.pin_memory() if pins else batch
 
     return fetch

@@ -30,7 +30,8 @@ from tutti.config import DataConfig
 from tutti.core.batch import Frames, Media, Sample
 from tutti.core.compat import VideoMetadata
 from tutti.data.audio import decode_sound, load_sound
-from tutti.data.media import MediaFolder, load_image, measure_image, reference, resized
+from tutti.data.media import MediaFolder, identity, load_image, measure_image, reference, resized
+from tutti.data.media_cache import MediaCache
 from tutti.data.rows import KINDS, BrokenMediaError, RowError
 from tutti.data.video import FRAMES_FPS, MAX_VIDEO_PIXELS, Header, load_video, measure_video, video_source
 
@@ -55,10 +56,11 @@ class _Layout(NamedTuple):
 @dataclass
 class MediaProcessor:
     """The processor of a model that takes media; picklable. limits: the data.image_*, video_* and audio_* bounds, which
-    media are cut or resized to."""
+    media are cut or resized to. cache: of what was decoded."""
 
     processor: Any
     limits: DataConfig
+    cache: MediaCache | None = None
     _replacements: dict[Any, list[str]] = field(default_factory=dict, repr=False)
     _layouts: dict[str, _Layout] = field(default_factory=dict, repr=False)
     _mixed: set[frozenset[str]] = field(default_factory=set, repr=False)
@@ -185,13 +187,25 @@ class MediaProcessor:
 
     def _load(self, medium: Media) -> Any:
         """A decoded medium within its bounds, as a processor takes it."""
+        if self.cache is None:
+            found = self._decode(medium)
+        else:
+            name = repr((medium.kind, medium.size)).encode() + identity(medium)
+            kept = self.cache.get(name)
+            found = self._decode(medium) if kept is None else kept
+            if kept is None:
+                self.cache.put(name, found)
+        return Image.fromarray(found) if medium.kind == "image" else found
+
+    def _decode(self, medium: Media) -> np.ndarray:
+        """A medium within its bounds: an image [height, width, 3], a video or a sound as these are loaded."""
         if medium.kind == "audio":
             return load_sound(medium, self._rate, self.limits.audio_max_seconds)
         size = self._size(medium)
         if medium.frames is not None:
             return load_video(medium, size)
         image = load_image(medium)
-        return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+        return np.asarray(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
 
     def _process(self, media: Sequence[Media], contents: Sequence[Any]) -> dict[str, Any]:
         """Run the processor on one sample's media: values as tensors, and how it replaced the placeholders."""
