@@ -1,0 +1,116 @@
+"""A run goes on in any layout from the checkpoint of any other: the same tensors, losses and samples.
+
+Eight layouts, which are 56 ordered pairs. Each layout trains three steps and saves after two; from there each other one
+goes on in a folder of its own. Right after the load it saves again: that checkpoint must hold the tensors of the first,
+bit for bit. The losses must be those of the run that was not moved. Eight pairs, of which each layout is left once and
+entered once, stand for all of them here; `make soak` takes all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint import DefaultLoadPlanner, load
+
+from tests.harness import regroup, run_ranks
+from tests.parallel.grid import HYBRID, ZERO3, Layout, config_of, sizes, write_data
+from tests.train.runs import records, train_quietly
+from tutti.checkpoint import dcp
+from tutti.config import Config
+
+KIND = "experts"
+LAYOUTS = {
+    "one": Layout(KIND, 1, {}),
+    "ddp": Layout(KIND, 2, sizes(replicate=2)),
+    "fsdp2": Layout(KIND, 2, ZERO3),
+    "hsdp": Layout(KIND, 4, HYBRID),
+    "tp": Layout(KIND, 2, sizes(tensor=2)),
+    "pp": Layout(KIND, 2, sizes(pipeline=2)),
+    "ep": Layout(KIND, 2, ZERO3 | sizes(expert=2)),
+    "ulysses": Layout(KIND, 2, sizes(ulysses=2)),
+}
+STEPS, MOVED = 3, 2
+COMMON = {"global_batch_size": 4, "save_steps": MOVED, "max_steps": STEPS, "save_hf_weights": False}
+ALL = list(itertools.permutations(LAYOUTS, 2))
+PAIRS = ALL if os.environ.get("SOAK") else list(zip(LAYOUTS, [*LAYOUTS][1:] + [*LAYOUTS][:1], strict=True))
+
+
+def train_each(configs: list[Config]) -> None:
+    """Train by each of `configs`; what was loaded is saved again at once, to `echo` beside the run's output."""
+    from tutti.checkpoint.manager import Checkpointer
+
+    original = Checkpointer.resume
+
+    def resume(self: Any, path: Any, model: Any, optimizer: Any) -> Any:
+        state = original(self, path, model, optimizer)
+        if state is not None:
+            output = self._root.parent
+            Checkpointer(output.parent / "echo", self._world, save_async=False).save(MOVED, model, optimizer, {})
+        return state
+
+    Checkpointer.resume = resume  # type: ignore[method-assign]
+    for config in configs:
+        regroup()
+        train_quietly(config)
+
+
+def train_all(configs: dict[Any, Config], world_of: dict[Any, int]) -> None:
+    for world in sorted(set(world_of.values())):
+        group = [config for name, config in configs.items() if world_of[name] == world]
+        run_ranks(world, train_each, group, timeout=60 + 30 * len(group))
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory):
+    """The configurations of all runs when they are done: of a layout by its name, of a change by both names."""
+    root = tmp_path_factory.mktemp("elastic")
+    write_data(root)
+
+    def make(names: tuple[str, ...], **changes: Any) -> Config:
+        folder = root / "-".join(names)
+        layout = LAYOUTS[names[-1]]
+        return config_of(folder, root, layout._replace(train=layout.train | COMMON | changes))
+
+    unmoved = {name: make((name,)) for name in LAYOUTS}
+    train_all(unmoved, {name: layout.world for name, layout in LAYOUTS.items()})
+    paths = {name: f"{config.train.output_dir}/checkpoints/global_step_{MOVED}" for name, config in unmoved.items()}
+    changed = {pair: make(pair, load_checkpoint_path=paths[pair[0]]) for pair in PAIRS}
+    train_all(changed, {pair: LAYOUTS[pair[1]].world for pair in PAIRS})
+    return unmoved | changed
+
+
+def digests(checkpoint: Path) -> dict[str, str]:
+    """A hash of each tensor of a checkpoint, by name."""
+    index = dcp.read_index(checkpoint)
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in index.state_dict_metadata.items()
+    }
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    with warnings.catch_warnings(action="ignore"):  # that there is no process group
+        load(tensors, checkpoint_id=checkpoint, planner=planner, no_dist=True)
+    return {
+        name: hashlib.sha256(tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, tensor in tensors.items()
+    }
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
+def test_a_run_moves_to_another_layout(moved, source, target):
+    saved = digests(Path(moved[source].train.output_dir) / f"checkpoints/global_step_{MOVED}")
+    echo = Path(moved[source, target].train.output_dir).with_name("echo")
+    assert digests(echo / f"checkpoints/global_step_{MOVED}") == saved
+    assert any(name.endswith(".exp_avg_sq") for name in saved)
+    want = records(moved[source])[MOVED:]
+    got = records(moved[source, target])
+    assert [line["step"] for line in got] == list(range(MOVED + 1, STEPS + 1))
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6), f"step {ours['step']}"
+        for key in ("epoch", "lr", "tokens", "trained_tokens", "samples"):
+            assert ours[key] == theirs[key], key
