@@ -64,7 +64,7 @@ def configs_of(folder, cases: dict, world: int) -> list[Config]:
             family,
             world,
             DEEP if any(word in name for word in deep) else None,
-            **{"global_batch_size": 16} | changes,
+            **{"global_batch_size": 8} | changes,
         )
         for number, (name, (family, changes)) in enumerate(cases.items())
     ]
@@ -135,12 +135,12 @@ def model_of(config: Config):
 
 
 def pairs(folder, cases: dict, world: int):
-    """For each case and rank: where, what was predicted, and what was seen."""
+    """For each case, of the first and the last rank: where, what was predicted, and what was seen."""
     configs = configs_of(folder, cases, world)
     by_rank = [pickle.loads(seen) for seen in run_ranks(world, real_steps, configs, timeout=400)]
     for number, name in enumerate(cases):
         model = model_of(configs[number])
-        for rank in range(world):
+        for rank in sorted({0, world - 1}):
             seen, batches = by_rank[rank][number]
             yield f"{name}, rank {rank}", predict_rank(configs[number], model, world, rank, batches), seen
 
