@@ -40,6 +40,7 @@ TWO = {
     "ulysses": ("llama", FSDP2 | {"ulysses_parallel_size": 2, "async_enabled": True}),
     "context": ("gemma3", FSDP2 | {"context_parallel_size": 2}),
     "adapters": ("llama", FSDP2 | {"architecture": "lora"}),
+    "muon": ("llama", FSDP2 | {"optimizer": "muon"}),
 }
 FOUR = {
     "hybrid": ("qwen3", FSDP2 | {"data_parallel_replicate_size": 2, "data_parallel_shard_size": 2}),

@@ -18,7 +18,10 @@ ROOT = Path(__file__).parents[2]
 
 
 REFERENCE_TASKS = ("plaintext", "conversation", "classification")
-ADDED_VALUES = {"data.data_type": tuple(name for name in TASKS if name not in REFERENCE_TASKS)}
+ADDED_VALUES = {
+    "data.data_type": tuple(name for name in TASKS if name not in REFERENCE_TASKS),
+    "train.optimizer": ("muon",),
+}
 """What an argument of the contract can be beside."""
 
 

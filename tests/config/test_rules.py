@@ -26,6 +26,7 @@ CASES = [
     (["data.prefetch_factor=5", "data.num_workers=0"], "data.prefetch_factor", "data.num_workers is 0"),
     (["data.chat_template=chatml", "data.data_type=plaintext"], "data.chat_template", "data.data_type"),
     (["data.chat_date=2026-01-31", "data.data_type=plaintext"], "data.chat_date", "data.data_type"),
+    (["train.muon_momentum=0.5"], "train.muon_momentum", "train.optimizer is not muon"),
     (["train.dpo_beta=0.2"], "train.dpo_beta", "data.data_type"),
     (["train.dpo_loss=ipo"], "train.dpo_loss", "data.data_type"),
     (["train.dpo_label_smoothing=0.1"], "train.dpo_label_smoothing", "data.data_type"),

@@ -52,6 +52,8 @@ KINDS = {
     "pairs": Kind("qwen3", {}, {"data.data_type": "dpo", "data.train_path": "preferences", "dyn_bsz": False}),
     "adapters": Kind("qwen3", {}, {"architecture": "lora", "lora_rank": 4}),
     "sources": Kind("qwen3", {}, {"data.train_path": "sources"}),
+    "muon": Kind("llama", {}, {"optimizer": "muon"}),
+    "muon experts": Kind("qwen3_moe", ROUTER, {"optimizer": "muon"}),
     "bf16": Kind("qwen3", {}, {"compute_dtype": "bfloat16"}),
     "bf16 experts": Kind("qwen3_moe", ROUTER, {"compute_dtype": "bfloat16", "lr": 1e-3}),
 }
@@ -133,6 +135,9 @@ LAYOUTS = {
     "expert within zero3 and tensor": Layout("latent", 4, ZERO3 | sizes(expert=4, tensor=2) | REMAT),
     "expert, strided, zero2": Layout("sinks", 4, ZERO2 | sizes(expert=2) | STRIDED),
     "hybrid x expert, built on the cpu": Layout("experts", 4, HYBRID | sizes(expert=2) | {"init_device": "cpu"}),
+    "muon, zero3 x tensor": Layout("muon", 4, ZERO3 | sizes(tensor=2)),
+    "muon, expert within zero3 and tensor": Layout("muon experts", 4, ZERO3 | sizes(expert=2, tensor=2)),
+    "muon, zero3 x pipeline": Layout("muon", 4, ZERO3 | sizes(pipeline=2)),
     "pairs, zero3 x tensor": Layout("pairs", 4, ZERO3 | sizes(tensor=2)),
     "bf16, context x ulysses": Layout("bf16", 4, sizes(context=2, ulysses=2)),
     "bf16, expert x pipeline": Layout("bf16 experts", 4, ZERO3 | sizes(expert=2, pipeline=2)),

@@ -188,6 +188,7 @@ _RULES = (
         _has_fixed_steps,
         "the steps of an epoch are given by data.train_size or data.train_sample, so that nothing remains",
     ),
+    _Rule(("train.muon_momentum",), lambda config: config.train.optimizer != "muon", "train.optimizer is not muon"),
     _Rule(_prefixed("train.dpo_"), lambda config: config.data.data_type != "dpo", "data.data_type is not dpo"),
     _Rule(
         ("train.dpo_label_smoothing",),

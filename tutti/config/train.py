@@ -43,8 +43,10 @@ class TrainConfig:
     weight_decay: float = arg(0.0, "Decoupled weight decay coefficient.", low=0)
     no_decay_modules: tuple[str, ...] = arg((), "Class names of modules whose parameters get no weight decay.")
     no_decay_params: tuple[str, ...] = arg((), "Parameters whose name contains one of these get no weight decay.")
-    optimizer: Literal["adamw", "anyprecision_adamw"] = arg(
-        "adamw", "adamw (torch's, fused), or anyprecision_adamw: bf16 state with Kahan compensation."
+    optimizer: Literal["adamw", "anyprecision_adamw", "muon"] = arg(
+        "adamw",
+        "adamw (torch's, fused), anyprecision_adamw: bf16 state with Kahan compensation, or (added) muon: orthogonal "
+        "updates of the blocks' matrices, adamw for the rest, with the same lr.",
     )
     max_grad_norm: float = arg(
         1.0, "Global gradient norm that gradients are clipped to; 0 measures without clipping.", low=0
@@ -188,6 +190,7 @@ class TrainConfig:
     adam_beta1: float = arg(0.9, "Decay of the optimizer's first moment, per step.", low=0, high=1, added=True)
     adam_beta2: float = arg(0.999, "Decay of the optimizer's second moment, per step.", low=0, high=1, added=True)
     adam_eps: float = arg(1e-8, "Added to the root of the second moment.", low=0, added=True)
+    muon_momentum: float = arg(0.95, "Decay of the matrices' momentum under muon, per step.", low=0, high=1, added=True)
     max_checkpoints: int = arg(0, "Newest checkpoints that are kept; 0 keeps all.", low=0, added=True)
     keep_best: bool = arg(
         False,

@@ -10,6 +10,7 @@ from typing import Any
 from tutti.migrate.rules import (
     CHANGED,
     MAPPED,
+    MUON_NOTE,
     NONE,
     Framework,
     Result,
@@ -223,7 +224,7 @@ _RULES: dict[str, Rule] = {
     "use_galore": off("AdamW is used"),
     "use_badam": off("AdamW is used"),
     "use_apollo": off("AdamW is used"),
-    "use_muon": off("AdamW is used"),
+    "use_muon": switch({"train.optimizer": "muon"}, note=MUON_NOTE),
     "use_adam_mini": off("AdamW is used"),
     "pref_beta": same("train.dpo_beta", float),
     "pref_loss": choice(

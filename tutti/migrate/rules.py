@@ -169,9 +169,14 @@ def accumulation(micro: str, default: int) -> Rule:
     return rule
 
 
+MUON_NOTE = "matrices of the blocks take train.lr, scaled to the size of AdamW's updates: choose it as for AdamW"
+
+
 def optimizer(value: Any, source: Source) -> Result:
-    """Any flavour of AdamW; others are not there."""
+    """Any flavour of AdamW, and Muon; others are not there."""
     name = str(value).lower()
+    if name == "muon":
+        return Result(CHANGED, {"train.optimizer": "muon"}, MUON_NOTE)
     if "anyprecision" in name:
         return Result(MAPPED, {"train.optimizer": "anyprecision_adamw"})
     if name in ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_torch_xla"):

@@ -9,6 +9,7 @@ from tutti.config import ARGUMENTS, GROUPS
 from tutti.migrate.rules import (
     CHANGED,
     MAPPED,
+    MUON_NOTE,
     NONE,
     Framework,
     Result,
@@ -209,7 +210,8 @@ _CHANGES: dict[str, Rule] = {
         {name: {"train.optimizer": name} for name in ("adamw", "anyprecision_adamw")}, "AdamW is used"
     ),
     "train.optimizer.type": choice(
-        {name: {"train.optimizer": name} for name in ("adamw", "anyprecision_adamw")},
+        {name: {"train.optimizer": name} for name in ("adamw", "anyprecision_adamw")}
+        | {"muon": ({"train.optimizer": "muon"}, MUON_NOTE)},
         "AdamW is used; the learning rate may have to be chosen anew",
     ),
     "train.dyn_bsz": _dyn_bsz,

@@ -1,8 +1,8 @@
 """The optimizer: which parameters decay, and AdamW in two precisions.
 
-`adamw` is torch's own, fused. `anyprecision_adamw` keeps momentum and variance in bf16, and for bf16 parameters a bf16
-compensation beside each one: parameter and optimizer state take 8 bytes instead of the 12 of fp32. Two things would go
-wrong in plain bf16, whose neighbouring values lie up to 0.8 % apart:
+`adamw` is torch's own, fused; `muon` is in `tutti.train.muon`. `anyprecision_adamw` keeps momentum and variance in
+bf16, and for bf16 parameters a bf16 compensation beside each one: parameter and optimizer state take 8 bytes instead of
+the 12 of fp32. Two things would go wrong in plain bf16, whose neighbouring values lie up to 0.8 % apart:
 
 1. An update smaller than half that gap is rounded away, and late in training nearly all are. Kahan's remedy
    ("Revisiting BFloat16 Training", arXiv 2010.06192): what rounding took away is kept in the compensation c and counted
@@ -29,9 +29,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from tutti.config import Config, TrainConfig
+from tutti.core.compute_dtype import compute_dtype
 from tutti.core.device import on_accelerator
 from tutti.core.tensors import local_part
 from tutti.model.structure import part_parameters
+from tutti.train.muon import Muon, block_matrices
 
 BUCKET_ON_CPU, BUCKET_ON_DEVICE = 1 << 18, 1 << 24
 """Elements that are widened to fp32 at once: within a CPU's caches; on an accelerator, enough to hide the launches."""
@@ -52,6 +54,9 @@ def build_optimizer(model: nn.Module, config: Config, *, is_complete: bool = Tru
     betas = (train.adam_beta1, train.adam_beta2)
     if train.optimizer == "anyprecision_adamw":
         return AnyPrecisionAdamW(groups, lr=train.lr, betas=betas, eps=train.adam_eps)
+    if train.optimizer == "muon":
+        adam = {"lr": train.lr, "betas": betas, "eps": train.adam_eps}
+        return Muon(groups, momentum=train.muon_momentum, dtype=compute_dtype(train), **adam)
     fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
     kernel: dict[str, Any] = {"fused": True} if fused else {"foreach": True}
     return torch.optim.AdamW(groups, lr=train.lr, betas=betas, eps=train.adam_eps, **kernel)
@@ -65,21 +70,28 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 
 def decay_groups(model: nn.Module, train: TrainConfig, *, is_complete: bool = True) -> list[dict[str, Any]]:
     """Parameter groups by weight decay, by plain tensor or DTensor, which one kernel cannot take together, and by the
-    scale of the learning rate."""
+    scale of the learning rate; with muon also by `matrices`, those that it makes orthogonal."""
     exempt = _exempt_parameters(model, train, is_complete)
     scales = _lr_scales(model, train, is_complete)
-    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+    matrices = block_matrices(model) if train.optimizer == "muon" else set()
+    groups: dict[tuple[bool, bool, float, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            key = (parameter in exempt, isinstance(parameter, DTensor), scales.get(parameter, 1.0))
+            scale = scales.get(parameter, 1.0)
+            key = (parameter in exempt, isinstance(parameter, DTensor), scale, parameter in matrices)
             groups.setdefault(key, []).append(parameter)
     if not groups and is_complete:
         raise ValueError("the model has no trainable parameter: everything is frozen")
     if not groups:
-        groups[True, False, 1.0] = []  # an optimizer is never without a group
+        groups[True, False, 1.0, False] = []  # an optimizer is never without a group
     return [
-        {"params": parameters, "weight_decay": 0.0 if no_decay else train.weight_decay, "lr_scale": scale}
-        for (no_decay, _, scale), parameters in sorted(groups.items(), key=lambda item: item[0])
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if no_decay else train.weight_decay,
+            "lr_scale": scale,
+            "matrices": is_matrices,
+        }
+        for (no_decay, _, scale, is_matrices), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
