@@ -122,6 +122,7 @@ CASES = [
     (["data.video_min_pixels=9", *PLAIN], "data.video_min_pixels", "data.data_type is neither conversation nor dpo"),
     (["data.video_max_pixels=9", *PLAIN], "data.video_max_pixels", "data.data_type is neither conversation nor dpo"),
     (["data.audio_max_seconds=9", *PLAIN], "data.audio_max_seconds", "data.data_type is neither conversation nor dpo"),
+    (["data.audio_in_video=on", *PLAIN], "data.audio_in_video", "data.data_type is neither conversation nor dpo"),
     (["data.media_root=x", *PLAIN], "data.media_root", "data.data_type is neither conversation nor dpo"),
     (["data.media_cache_mb=9", *PLAIN], "data.media_cache_mb", "data.data_type is neither conversation nor dpo"),
     (["data.row_template={user: a}", *PLAIN], "data.row_template", "data.data_type is not conversation"),

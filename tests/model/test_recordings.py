@@ -36,6 +36,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("recordings")
     (made / "long.mp4").write_bytes(recordings.video(20, 4))
     (made / "short.webm").write_bytes(recordings.video(7, 3, (48, 64), form="webm", codec="libvpx"))
+    (made / "heard.mp4").write_bytes(recordings.video(12, 4, sound=True))
+    (made / "uneven.mp4").write_bytes(recordings.video(9, 4, sound=True))
+    (made / "again.mp4").write_bytes(recordings.video(8, 4, (48, 64), sound=True))
     (made / "long.wav").write_bytes(recordings.sound(1.7))
     (made / "high.flac").write_bytes(recordings.sound(0.4, 48000, channels=2, form="flac", codec="flac", seed=1))
     images = [Image.fromarray(one) for one in recordings.frames(6, (40, 40))]
@@ -140,13 +143,13 @@ def encoded(encoder: Encoder, folder: Path, *rows: dict[str, Any]) -> list[Sampl
     return [one[0] for one in found]
 
 
-def own_loss(plain: Any, inputs: dict[str, Any], sample: Sample) -> torch.Tensor:
+def own_loss(plain: Any, inputs: dict[str, Any], sample: Sample, **options: Any) -> torch.Tensor:
     inputs = {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}
     labels = torch.full_like(inputs["input_ids"], IGNORE)
     labels[0, 1:] = torch.from_numpy(sample.labels[:-1].copy()).long()
     if "mm_token_type_ids" not in inspect.signature(plain.forward).parameters:
         inputs.pop("mm_token_type_ids", None)
-    return plain(**inputs, labels=labels, use_cache=False).loss * (labels != IGNORE).sum()
+    return plain(**inputs, **options, labels=labels, use_cache=False).loss * (labels != IGNORE).sum()
 
 
 FAMILIES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
@@ -184,6 +187,94 @@ def test_packed_recordings_equal_the_family_s_own(family: str, folder: Path) -> 
     total.backward()
     assert out["loss"].item() == pytest.approx(total.item(), rel=1e-5)
     assert_same_gradients(packed, plain)
+
+
+HEARD: list[list[tuple[str, str]]] = [
+    [("video", "heard.mp4")],
+    [],
+    [("video", "long.mp4")],
+    [("audio", "high.flac"), ("video", "heard.mp4"), ("image", "still.png")],
+    [("audio", "long.wav")],
+    [("video", "again.mp4"), ("video", "heard.mp4")],
+]
+"""Media of rows, with videos that have sound and that have none."""
+
+
+def heard_inputs(processor: Any, folder: Path, media: list[tuple[str, str]], sample: Sample) -> dict[str, Any]:
+    """What the class's own processor makes of a row whose videos are heard; all have the same frames a second."""
+    of_kind: dict[str, list[Any]] = {kind: [] for kind in MARKS}
+    slots: list[int | None] = []
+    metadata = []
+    for (kind, name), medium in zip(media, sample.media, strict=True):
+        if kind == "audio" or medium.sound:
+            of_kind["audio"].append(decode_sound(str(folder / name), 16000, None))
+            slots.append(None if kind == "audio" else len(of_kind["video"]))
+        if kind == "image":
+            of_kind[kind].append(Image.open(folder / name).convert("RGB"))
+        if (frames := medium.frames) is not None:
+            of_kind[kind].append(decoded(folder, name)[list(frames.indices)])
+            metadata.append({"fps": frames.fps, "total_num_frames": frames.total, "frames_indices": frames.indices,
+                             "duration": frames.total / frames.fps})  # fmt: skip
+    options: dict[str, Any] = {}
+    if metadata:
+        (rate,) = {len(one["frames_indices"]) / one["duration"] for one in metadata}
+        options = {"video_metadata": [metadata], "do_sample_frames": False, "fps": rate}
+    if any(slot is not None for slot in slots):
+        options |= {"load_audio_from_video": True, "audio_from_video_indices": slots}
+    between = [{"type": "text", "text": " and "}]
+    parts = [part for kind, _ in media for part in ({"type": kind}, *between)][:-1]
+    parts.append({"type": "text", "text": "What do you see?"})
+    text = processor.tokenizer.apply_chat_template([{"role": "user", "content": parts}, ANSWER], tokenize=False)
+    return processor(
+        text=[text], images=[of_kind["image"]] if of_kind["image"] else None,
+        videos=[of_kind["video"]] if metadata else None, audio=of_kind["audio"] or None, return_tensors="pt",
+        add_special_tokens=False, return_mm_token_type_ids=True, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_omni", "qwen3_omni"])
+def test_the_sound_of_a_video_lies_between_its_frames(family: str, folder: Path) -> None:
+    processor = PROCESSORS[family]()
+    plain, packed = build(family, processor)
+    encoder = encoder_of(processor, audio_in_video=True, video_fps=2)
+    rows = [row(*media) for media in HEARD]
+    samples = encoded(encoder, folder, *rows)
+    assert [[one.sound > 0 for one in sample.media if one.kind == "video"] for sample in samples] == [
+        [True], [], [False], [True], [], [True, True],
+    ]  # fmt: skip
+    total = torch.zeros(())
+    for names, sample in zip(HEARD, samples, strict=True):
+        inputs = heard_inputs(processor, folder, names, sample)
+        assert inputs["input_ids"][0].tolist() == sample.input_ids.tolist()
+        for name, value in encoder.extras([sample], len(sample)).items():
+            assert value.equal(torch.as_tensor(inputs[name])), name
+        flag = {"use_audio_in_video": True} if any(one.sound for one in sample.media) else {}
+        total = total + own_loss(plain, dict(inputs), sample, **flag)
+    batch = pack(samples, pad_to=sum(map(len, samples)) + 3)
+    batch = replace(batch, extras=encoder.extras(samples, len(batch.input_ids)))
+    out = Objective(packed)(make_placing(read_structure(packed))(batch))
+    out["loss"].backward()
+    total.backward()
+    assert out["loss"].item() == pytest.approx(total.item(), rel=1e-5)
+    assert_same_gradients(packed, plain)
+    alone = encoded(encoder, folder, row(("video", "uneven.mp4")), row(("video", "heard.mp4")))
+    (both,) = encoded(encoder, folder, row(("video", "uneven.mp4"), ("video", "heard.mp4")))
+    text = processor.tokenizer.decode
+    inside = [text(one.input_ids).split("<|vision_bos|>")[1].split("<|vision_eos|>")[0] for one in alone]
+    assert all(part in text(both.input_ids) for part in inside) and inside[0] != inside[1]
+    values = [encoder.extras([one], len(one))["video_second_per_grid"] for one in (*alone, both)]
+    assert torch.cat(values[:2]).equal(values[2]) and values[0] != values[1]
+    without = encoded(encoder_of(processor, video_fps=2), folder, rows[0])[0]
+    assert len(without) < len(samples[0]) and not without.media[0].sound
+
+
+def test_videos_with_sound_and_without_are_not_mixed_in_a_row_and_others_hear_none(folder: Path) -> None:
+    chat = row(("video", "heard.mp4"), ("video", "long.mp4"))
+    encoder = encoder_of(PROCESSORS["qwen2_5_omni"](), audio_in_video=True)
+    (bad,) = encoder([Row(chat, str(folder / "rows.jsonl"), 1)])
+    assert "has videos with sound and without" in bad.reason  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"data\.audio_in_video: Qwen2VLProcessor takes no sound of a video"):
+        encoder_of(PROCESSORS["qwen2_vl"](), audio_in_video=True)
 
 
 def test_limits_on_videos_reach_the_tokens_and_the_values(folder: Path) -> None:

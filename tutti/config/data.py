@@ -110,6 +110,9 @@ class DataConfig:
     audio_max_seconds: float | None = arg(
         None, "Longest sound, in seconds; of a longer one its beginning is taken.", low=0.1, added=True
     )
+    audio_in_video: bool = arg(
+        False, "Give the model the sound that a video has, together with its frames (Qwen-Omni models).", added=True
+    )
     media_cache_mb: int = arg(
         256,
         "Megabytes of decoded images, videos and sounds that the workers of a rank keep together, the first that come; "

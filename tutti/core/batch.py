@@ -48,13 +48,14 @@ class Media(NamedTuple):
 
     kind: image, video or audio. source: a path, or the encoded bytes; of a video also those of each of its frames.
     size: of an image or a video (width, height), upright; of a sound its number of samples, at the rate of the model's
-    processor. frames: of a video.
+    processor. frames: of a video. sound: number of samples of a video's own sound, if that is heard with it.
     """
 
     kind: str
     source: str | bytes | tuple[str | bytes, ...]
     size: tuple[int, ...]
     frames: Frames | None = None
+    sound: int = 0
 
 
 @dataclass(frozen=True, slots=True)

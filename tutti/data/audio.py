@@ -13,7 +13,7 @@ import av
 import numpy as np
 
 from tutti.core.batch import Media
-from tutti.data.media import Source, name_of, readable
+from tutti.data.media import Source, is_image, name_of, readable
 from tutti.data.rows import RowError
 from tutti.data.video import open_av
 
@@ -22,12 +22,22 @@ MAX_AUDIO_SECONDS = 3 * 3600
 
 
 def load_sound(medium: Media, rate: int, max_seconds: float | None) -> np.ndarray:
-    """The samples of a sound, as `decode_sound` gives them. RowError: it cannot be decoded, or has changed."""
+    """The samples of a sound, or of a video's own, as `decode_sound` gives them. RowError: it cannot be decoded, or has
+    changed."""
     assert not isinstance(medium.source, tuple)
     samples = decode_sound(medium.source, rate, max_seconds)
-    if samples.shape != medium.size:
+    if len(samples) != (medium.size[0] if medium.kind == "audio" else medium.sound):
         raise RowError(f"{name_of(medium.source)} has changed during the run")
     return samples
+
+
+def has_sound(source: Source | tuple[Source, ...]) -> bool:
+    """True if a video is a file with a track of sound; a list of frames and an animated image have none. RowError: it
+    cannot be read."""
+    if isinstance(source, tuple) or is_image(source):
+        return False
+    with readable(source, "a video"), open_av(source) as container:
+        return bool(container.streams.audio)
 
 
 def decode_sound(source: Source, rate: int, max_seconds: float | None) -> np.ndarray:

@@ -131,6 +131,15 @@ def measure_image(source: Source) -> tuple[int, int]:
         return (height, width) if turned else (width, height)
 
 
+def is_image(source: Source) -> bool:
+    """True if pillow reads a file, animated or not."""
+    try:
+        with opened(source):
+            return True
+    except UnidentifiedImageError:
+        return False
+
+
 def decode_image(source: Source) -> Image.Image:
     """The decoded image, upright, in RGB. RowError: it cannot be decoded."""
     with readable(source), opened(source) as image:

@@ -17,8 +17,9 @@ data.video_fps says otherwise: of what processors do with files themselves, noth
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ from torch import Tensor
 from tutti.config import DataConfig
 from tutti.core.batch import Frames, Media, Sample
 from tutti.core.compat import VideoMetadata
-from tutti.data.audio import decode_sound, load_sound
+from tutti.data.audio import decode_sound, has_sound, load_sound
 from tutti.data.media import MediaFolder, identity, load_image, measure_image, reference, resized
 from tutti.data.media_cache import MediaCache
 from tutti.data.rows import KINDS, BrokenMediaError, RowError
@@ -75,6 +76,8 @@ class MediaProcessor:
         self._placeholders = [token for token in ids if token is not None]
         sounds = getattr(self.processor, "audio_processor", None) or getattr(self.processor, "feature_extractor", None)
         self._rate = int(getattr(sounds, "sampling_rate", 0))
+        if self.limits.audio_in_video and not _hears_videos(self.processor):
+            raise ValueError(f"data.audio_in_video: {self.name} takes no sound of a video; set false")
 
     def measure(self, kind: str, entry: Any, folder: MediaFolder) -> Media:
         """The medium of an entry, with its size. RowError: it cannot be read, or the model takes none of its kind."""
@@ -85,6 +88,10 @@ class MediaProcessor:
             header = measure_video(source)
             medium = Media(kind, source, header.size, self._frames(header, fps, listed=isinstance(source, tuple)))
             self._check_decodes(medium)
+            if self.limits.audio_in_video and has_sound(source):
+                assert not isinstance(source, tuple)
+                sound = decode_sound(source, self._rate, self.limits.audio_max_seconds)
+                return medium._replace(sound=len(sound))
             return medium
         source = reference(entry, folder)
         if kind == "audio":
@@ -142,6 +149,8 @@ class MediaProcessor:
         kinds = [match.lastgroup for match in found]
         if kinds != [medium.kind for medium in media]:
             raise RowError(_mismatch(kinds, media))
+        if len({medium.sound > 0 for medium in media if medium.kind == "video"}) > 1:
+            raise RowError(f"has videos with sound and without, of which {self.name} takes one kind in a row")
         parts: list[str] = []
         places, last, length = [], 0, 0
         for match, replacement in zip(found, self._replaced(media), strict=True):
@@ -156,8 +165,10 @@ class MediaProcessor:
         """The text that takes the place of each medium's placeholder."""
         if not media:
             return []
+        if len(groups := _groups(media)) > 1:
+            return [text for group in groups for text in self._replaced(group)]
         key = tuple(
-            (medium.kind, medium.size if medium.kind == "audio" else self._size(medium), medium.frames)
+            (medium.kind, medium.size if medium.kind == "audio" else self._size(medium), medium.frames, medium.sound)
             for medium in media
         )
         if key not in self._replacements:
@@ -182,25 +193,33 @@ class MediaProcessor:
             return np.zeros(medium.size, np.float32)
         width, height = self._size(medium)
         if medium.frames is not None:
-            return np.zeros((len(medium.frames.indices), 3, height, width), np.uint8)
+            pixels = np.zeros((len(medium.frames.indices), 3, height, width), np.uint8)
+            return _Video(pixels, np.zeros(medium.sound, np.float32))
         return Image.new("RGB", (width, height))
 
     def _load(self, medium: Media) -> Any:
         """A decoded medium within its bounds, as a processor takes it."""
+        if medium.kind == "audio":
+            return self._kept("audio", medium, self._decode_sound)
+        pixels = self._kept(medium.kind, medium, self._decode)
+        if medium.kind == "image":
+            return Image.fromarray(pixels)
+        return _Video(pixels, self._kept("its sound", medium, self._decode_sound) if medium.sound else None)
+
+    def _kept(self, what: str, medium: Media, decode: Callable[[Media], np.ndarray]) -> np.ndarray:
+        """The result of `decode`, from the cache if it is there. what: of the medium it is."""
         if self.cache is None:
-            found = self._decode(medium)
-        else:
-            name = repr((medium.kind, medium.size)).encode() + identity(medium)
-            kept = self.cache.get(name)
-            found = self._decode(medium) if kept is None else kept
-            if kept is None:
-                self.cache.put(name, found)
-        return Image.fromarray(found) if medium.kind == "image" else found
+            return decode(medium)
+        name = f"{what} {medium.size}".encode() + identity(medium)
+        if (found := self.cache.get(name)) is None:
+            self.cache.put(name, found := decode(medium))
+        return found
+
+    def _decode_sound(self, medium: Media) -> np.ndarray:
+        return load_sound(medium, self._rate, self.limits.audio_max_seconds)
 
     def _decode(self, medium: Media) -> np.ndarray:
-        """A medium within its bounds: an image [height, width, 3], a video or a sound as these are loaded."""
-        if medium.kind == "audio":
-            return load_sound(medium, self._rate, self.limits.audio_max_seconds)
+        """An image [height, width, 3] or the frames of a video, within its bounds."""
         size = self._size(medium)
         if medium.frames is not None:
             return load_video(medium, size)
@@ -216,14 +235,21 @@ class MediaProcessor:
         if of_kind["video"]:
             metadata = [_metadata(medium) for medium in media if medium.frames is not None]
             options |= {"video_metadata": [metadata], "do_sample_frames": False}
-        if of_kind["audio"]:
+        sounds = of_kind["audio"]
+        if any(medium.sound for medium in media):
+            heard = [one for medium, one in zip(media, contents, strict=True) if medium.kind != "image"]
+            sounds = [one.sound if isinstance(one, _Video) else one for one in heard]
+            number = count()
+            owners = [next(number) if isinstance(one, _Video) else None for one in heard]
+            options |= {"load_audio_from_video": True, "audio_from_video_indices": owners, "fps": _rates(media)[0]}
+        if sounds:
             options["sampling_rate"] = self._rate
         try:
             found = self.processor(
                 text=["".join(self.markers[medium.kind] for medium in media)],
                 images=[of_kind["image"]] if of_kind["image"] else None,  # those of one sample
-                videos=[of_kind["video"]] if of_kind["video"] else None,
-                audio=of_kind["audio"] or None,
+                videos=[[video.pixels for video in of_kind["video"]]] if of_kind["video"] else None,
+                audio=sounds or None,
                 return_text_replacement_offsets=True,
                 return_mm_token_type_ids=True,
                 return_tensors="pt",
@@ -242,8 +268,7 @@ class MediaProcessor:
         if (seconds := made.get("video_second_per_grid")) is not None:
             # These processors take it from an argument that is one for all videos, and else for a constant.
             patch = self.processor.video_processor.temporal_patch_size
-            rates = [len(one.indices) / one.total * one.fps for one in (medium.frames for medium in media) if one]
-            made["video_second_per_grid"] = torch.tensor([patch / rate for rate in rates]).to(seconds)
+            made["video_second_per_grid"] = torch.tensor([patch / rate for rate in _rates(media)]).to(seconds)
         return made
 
     def _layout(self, kind: str) -> _Layout:
@@ -328,9 +353,9 @@ class MediaProcessor:
                     made += self._each(sample)
                 except RowError as error:
                     raise BrokenMediaError(str(error), number) from None
-        layouts = [
-            self._layout(kind) for kind in sorted({medium.kind for sample in samples for medium in sample.media})
-        ]
+        media = [medium for sample in samples for medium in sample.media]
+        kinds = {medium.kind for medium in media} | {"audio" for medium in media if medium.sound}
+        layouts = [self._layout(kind) for kind in sorted(kinds)]
         dims: dict[str, int] = {}
         for name, dim in (pair for layout in layouts for pair in layout.dims.items()):
             dims[name] = min(dim, dims.get(name, dim))
@@ -355,7 +380,7 @@ class MediaProcessor:
     def _each(self, sample: Sample) -> list[Mapping[str, Any]]:
         """The processor's outputs for the media of each of a sample's sequences."""
         halves = self._halves(sample)
-        return [self._values(halves[0])] * len(halves)
+        return [self._values(group) for group in _groups(halves[0])] * len(halves)
 
     def _values(self, media: Sequence[Media]) -> Mapping[str, Any]:
         """The processor's outputs for a sample's media."""
@@ -373,6 +398,32 @@ _BLANKS: dict[str, tuple[Any, ...]] = {
     "video": ((64, 48), Frames((0, 1, 2, 3), 4, 2.0)),
 }
 """Size and frames of the media that a processor is tried with; of a sound one second."""
+
+
+class _Video(NamedTuple):
+    """A decoded video: frames uint8 [frames, 3, height, width], and the samples of its sound, if that is heard."""
+
+    pixels: np.ndarray
+    sound: np.ndarray | None
+
+
+def _hears_videos(processor: Any) -> bool:
+    """True if a processor puts the sound of a video between its frames."""
+    method = getattr(type(processor), "replace_video_with_audio_token", None)
+    return method is not None and not method.__qualname__.startswith("OmniModalProcessorMixin")
+
+
+def _groups(media: Sequence[Media]) -> list[tuple[Media, ...]]:
+    """A row's media in the groups that a processor is given: all together, unless there are videos that are heard, of
+    different rates. How a sound lies between frames depends on their rate, of which a processor takes one for all; so
+    it is given each medium alone."""
+    alone = any(medium.sound for medium in media) and len(set(_rates(media))) > 1
+    return [(medium,) for medium in media] if alone else [tuple(media)]
+
+
+def _rates(media: Sequence[Media]) -> list[float]:
+    """For each video the frames a second that are taken of it."""
+    return [len(one.indices) / one.total * one.fps for one in (medium.frames for medium in media) if one]
 
 
 def _unlike(value: Tensor, other: Tensor) -> list[int]:

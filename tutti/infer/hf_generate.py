@@ -96,7 +96,9 @@ class GeneratedLogits:
         made = self._media.stacked([(item.ids, item.media) for item in requests])
         # Some families tell media by their tokens, and generate refuses what they have no use for.
         taken = inspect.signature(type(self._model).forward).parameters
-        values = {name: value for name, value in made.items() if name not in ALONG_TOKENS or name in taken}
+        values: dict[str, Any] = {key: value for key, value in made.items() if key not in ALONG_TOKENS or key in taken}
+        if any(medium.sound for item in requests for medium in item.media):
+            values["use_audio_in_video"] = True
         self._loop = _Loop(self._model, [item.ids for item in requests], values, config)
         self._rows = list(range(len(requests)))
         return self._loop.logits()
@@ -126,7 +128,7 @@ class _Loop:
         self,
         model: PreTrainedModel,
         prompts: Sequence[Sequence[int]],
-        values: Mapping[str, Tensor],
+        values: Mapping[str, Any],
         config: GenerationConfig,
     ) -> None:
         self.num_rows = len(prompts)
@@ -134,7 +136,7 @@ class _Loop:
         self._chosen: queue.Queue[Sequence[int] | None] = queue.Queue()
         self._stopped = False
         ids = torch.tensor([list(prompt) for prompt in prompts], device=model.device)
-        values = {name: value.to(model.device) for name, value in values.items()}
+        values = {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in values.items()}
         self._thread = threading.Thread(target=self._run, args=(model, ids, values, config), daemon=True)
         self._thread.start()
 
@@ -151,7 +153,7 @@ class _Loop:
         self._chosen.put(None)
         self._thread.join()
 
-    def _run(self, model: Any, ids: Tensor, values: Mapping[str, Tensor], config: GenerationConfig) -> None:
+    def _run(self, model: Any, ids: Tensor, values: Mapping[str, Any], config: GenerationConfig) -> None:
         try:
             model.generate(
                 ids,

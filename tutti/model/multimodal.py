@@ -28,7 +28,7 @@ Shapes: T tokens in the row, t of them this rank's, H hidden size.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -284,6 +284,7 @@ def make_placing(structure: ModelStructure) -> Callable[[Batch], Batch]:
     if index is None:
         return lambda batch: batch
     name, taken = structure.name, set(inspect.signature(index).parameters)
+    config: Any = structure.decoder.config
 
     def place(batch: Batch) -> Batch:
         media = [key for key in batch.extras if key.endswith("_grid_thw") or key == "feature_attention_mask"]
@@ -311,9 +312,39 @@ def make_placing(structure: ModelStructure) -> Callable[[Batch], Batch]:
             inputs["audio_seqlens"] = batch.extras["feature_attention_mask"].sum(-1)
         if "second_per_grids" in taken and "video_second_per_grid" in batch.extras:
             inputs["second_per_grids"] = batch.extras["video_second_per_grid"]
-        padded = index(**inputs)[0]
-        rows = torch.cat([padded[:, number, :length] for number, length in enumerate(lengths)], dim=-1)
+        if "use_audio_in_video" in taken and (heard := _heard(batch.input_ids, lengths, config)).any():
+            rows = torch.cat([index(**one)[0][:, 0] for one in _each_sample(inputs, lengths, heard, config)], dim=-1)
+        else:
+            padded = index(**inputs)[0]
+            rows = torch.cat([padded[:, number, :length] for number, length in enumerate(lengths)], dim=-1)
         positions = torch.cat([batch.position_ids[None], rows])[:, None]
         return replace(batch, extras={**batch.extras, "position_ids": positions})
 
     return place
+
+
+def _heard(ids: Tensor, lengths: Sequence[int], config: Any) -> Tensor:
+    """bool [samples]: which of the samples laid end to end have a video with its sound, which begins in it."""
+    begins = (ids[:-1] == config.vision_start_token_id) & (ids[1:] == config.audio_start_token_id)
+    return torch.stack([part.any() for part in torch.cat([begins, begins.new_zeros(1)]).split(list(lengths))])
+
+
+def _each_sample(
+    inputs: Mapping[str, Any], lengths: Sequence[int], heard: Tensor, config: Any
+) -> Iterator[dict[str, Any]]:
+    """The arguments of a family's `get_rope_index` for each sample alone, of those for all: whether sounds belong to
+    videos is one switch for all that it is given. heard: of each sample."""
+    rest = {key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask")}
+    used = dict.fromkeys(rest, 0)
+    for number, length in enumerate(lengths):
+        ids = inputs["input_ids"][number : number + 1, :length]
+        follows = ids[0, 1:][ids[0, :-1] == config.vision_start_token_id]
+        sounds = int((ids == config.audio_start_token_id).sum())
+        images = int((follows == config.image_token_id).sum())
+        counts = {"image_grid_thw": images, "audio_seqlens": sounds}
+        own = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_audio_in_video": bool(heard[number])}
+        for key, value in rest.items():
+            count = counts.get(key, len(follows) - images)
+            own[key] = value[used[key] : used[key] + count] if count else None
+            used[key] += count
+        yield own
