@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.harness import run_ranks
-from tests.train.runs import records, run, tiny_config, train_quietly, write_model_config
+from tests.train.runs import QUICKSTART, records, run, tiny_config, train_quietly, write_model_config
 from tutti.config import Config
 
 
@@ -147,6 +148,75 @@ def test_a_save_under_way_survives_that_training_fails(tmp_path):
     assert run_ranks(1, fails_while_saving, config) == ["in step 3"]
     resumed = run(tiny_config(tmp_path, **{"train.load_checkpoint_path": "auto"}))
     assert [line["step"] for line in resumed] == [1, 2, 3, 4]
+
+
+def fails_in_the_background(config: Config) -> str:
+    from tutti.core import files
+    from tutti.train.step import TrainStep
+
+    original, write = TrainStep.step, files.write_synced
+
+    def step_slowly(self: Any, batch: Any, totals: Any) -> None:
+        time.sleep(0.2)
+        original(self, batch, totals)
+
+    def write_or_fail(path: Path, text: str) -> None:
+        if path.name == "rng_1.json" and "global_step_4" in path.parent.name:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, text)
+
+    TrainStep.step, files.write_synced = step_slowly, write_or_fail  # type: ignore[method-assign]
+    try:
+        train_quietly(config)
+    except ValueError as error:
+        return str(error)
+    return "went on"
+
+
+def test_a_save_that_fails_in_the_background_ends_the_run_on_all_ranks_soon(tmp_path):
+    settings: dict[str, Any] = {"train.save_steps": 4, "train.save_async": True, "train.max_steps": 30}
+    config = tiny_config(tmp_path, world=2, **settings)
+    for message in run_ranks(2, fails_in_the_background, config):
+        assert "could not save" in message and "global_step_4" in message
+        assert "rng_1.json: No space left on device" in message
+    assert records(config)[-1]["step"] in (4, 5, 6, 7), "not only with the next save"
+    checkpoints = Path(config.train.output_dir or "") / "checkpoints"
+    assert not list(checkpoints.glob("*global_step_*"))
+
+
+def stopped_in_evaluation(config: Config) -> None:
+    """Train, and be asked to stop once the second evaluation has begun."""
+    from tutti.parallel.pipeline.executor import SequentialExecutor
+
+    original, seen = SequentialExecutor.evaluate, []
+
+    def evaluate(self: Any, *args: Any, **options: Any) -> Any:
+        seen.append(1)
+        if len(seen) == 4 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **options)
+
+    SequentialExecutor.evaluate = evaluate  # type: ignore[method-assign]
+    train_quietly(config)
+
+
+def test_an_evaluation_that_was_left_is_made_up_for(tmp_path):
+    """Three batches an evaluation; the stop comes with the first one of the second, on one rank."""
+    rows = (QUICKSTART / "chat_eval.jsonl").read_text().splitlines()
+    (tmp_path / "eval.jsonl").write_text("\n".join(rows[:24]))
+    settings: dict[str, Any] = {
+        "data.eval_path": str(tmp_path / "eval.jsonl"), "train.eval_steps": 1, "train.max_steps": 3,
+        "train.dyn_bsz": False, "train.enable_full_determinism": True,
+    }  # fmt: skip
+    whole = run(tiny_config(tmp_path / "whole", world=2, **settings), 2)
+    config = tiny_config(tmp_path / "half", world=2, **settings)
+    run_ranks(2, stopped_in_evaluation, config)
+    assert [line["step"] for line in records(config)] == [1, 1, 2]
+    resumed = run(tiny_config(tmp_path / "half", world=2, **settings, **{"train.load_checkpoint_path": "auto"}), 2)
+    kept = ("step", "loss", "grad_norm", "eval_loss", "eval_tokens")
+    assert [{key: line.get(key) for key in kept} for line in resumed] == [
+        {key: line.get(key) for key in kept} for line in whole
+    ]
 
 
 def test_two_runs_in_one_folder(tmp_path):

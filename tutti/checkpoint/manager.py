@@ -159,6 +159,11 @@ class Checkpointer:
         if background is not None:
             background.join()
 
+    def has_failed(self) -> bool:
+        """True once a save under way has failed, as far as this rank knows; `save` and `wait` raise why. No collective
+        call."""
+        return self._background is not None and self._background.error is not None
+
     def latest(self) -> Path | None:
         """The checkpoint committed last that is whole; damaged ones are passed over with a warning that says why."""
         self.wait()
@@ -373,11 +378,11 @@ class _Snapshot:
 
 
 class _Background:
-    """A thread whose error is raised where it is joined."""
+    """A thread whose `error` is raised where it is joined."""
 
     def __init__(self, action: Callable[[], None]) -> None:
         self._action = action
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -385,12 +390,12 @@ class _Background:
         try:
             self._action()
         except BaseException as error:
-            self._error = error
+            self.error = error
 
     def join(self) -> None:
         self._thread.join()
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
 
 
 def _rng_file(rank: int) -> str:

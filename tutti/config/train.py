@@ -221,6 +221,13 @@ class TrainConfig:
         128, "Steps that spikes are measured by; none is found before half of them are known.", low=4, added=True
     )
     skip_spikes: bool = arg(False, "Leave out the updates of steps that are spikes.", added=True)
+    hang_timeout: int = arg(
+        1800,
+        "Seconds without progress (a step, a batch of an evaluation, a checkpoint, an export) after which the run ends "
+        "and says which rank hangs, in which phase and where in the code; 0 never.",
+        low=0,
+        added=True,
+    )
     compute_dtype: Literal["auto", "bfloat16", "float32"] = arg(
         "auto",
         "Dtype of the forward and backward pass (parameters: see enable_mixed_precision); auto: bfloat16 on "

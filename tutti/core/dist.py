@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from tutti.core.compat import clear_sharding_cache
+from tutti.core.files import describe_error
 
 
 class OtherRankError(ValueError):
@@ -85,7 +86,7 @@ class World:
             if error is not None:
                 raise error
             return result
-        described = None if error is None else (isinstance(error, (ValueError, OSError)), str(error))
+        described = None if error is None else (isinstance(error, (ValueError, OSError)), describe_error(error))
         for rank, failed in enumerate(self.gather(described)):
             if failed is None:
                 continue
@@ -96,11 +97,14 @@ class World:
         return result
 
 
-def init_world(device: torch.device, *, timeout_minutes: int = 30) -> World:
+def init_world(device: torch.device, *, timeout_seconds: float = 0) -> World:
     """Join the process group that torchrun's environment describes, or make one of a single process.
 
-    On CUDA collectives over host tensors go through gloo beside NCCL.
+    On CUDA collectives over host tensors go through gloo beside NCCL. A collective that takes half an hour fails, and
+    no earlier than a minute after `timeout_seconds`, when a watchdog will have said why. What collectives there were is
+    recorded for that (TORCH_FR_BUFFER_SIZE, how many).
     """
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     backend = {"cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}.get(device.type, "gloo")
@@ -108,7 +112,7 @@ def init_world(device: torch.device, *, timeout_minutes: int = 30) -> World:
         device = torch.device(device.type, local_rank)
         torch.accelerator.set_device_index(local_rank)
     if not dist.is_initialized():
-        timeout = datetime.timedelta(minutes=timeout_minutes)
+        timeout = datetime.timedelta(seconds=max(1800, timeout_seconds + 60))
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:

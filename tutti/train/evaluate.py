@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,23 +15,35 @@ from tutti.train.objective import Objective
 from tutti.train.step import add_sums, losses_by_source, reduce_sums, zero_sums
 
 
-def evaluate(objective: Objective, batches: Iterable[GlobalBatch], executor: Executor, world: World) -> dict[str, Any]:
+def evaluate(
+    objective: Objective,
+    batches: Iterable[GlobalBatch],
+    executor: Executor,
+    world: World,
+    *,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
     """`eval_loss` (mean over targets), `eval_tokens` and, where the task counts what is correct, `eval_accuracy`.
 
     If the evaluation data has several sources, the loss of each as well: `eval_source_loss/<name>`. Leaves the model in
-    training mode. A collective call.
+    training mode. interrupted: asked before each batch, alike on all ranks; once it is True, None is returned.
+    A collective call.
     """
     total = zero_sums(objective.sizes, world.device)
     targets: Counter[str] = Counter()
-    trained_tokens = 0
+    trained_tokens, is_over = 0, False
     objective.eval()
     with torch.no_grad():
         for batch in batches:
+            if is_over := interrupted():
+                break
             targets.update(batch.source_targets)
             trained_tokens += batch.trained_tokens
             for sums in executor.evaluate(batch.micro_batches):
                 add_sums(total, sums)
     objective.train()
+    if is_over:
+        return None
     reduced = reduce_sums(total, world)
     num_targets = targets.total()
     result: dict[str, Any] = {"eval_loss": reduced["loss"] / num_targets, "eval_tokens": trained_tokens}

@@ -9,11 +9,13 @@ kernel, which layout) was decided when the parts were built.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+from torch.optim import Optimizer
 
 from tutti.checkpoint.adapter import base_of, require_base
 from tutti.checkpoint.export import export_trained
@@ -24,8 +26,10 @@ from tutti.config.layout import fit
 from tutti.core.batch import GlobalBatch
 from tutti.core.compute_dtype import settle_compute_dtype
 from tutti.core.dist import World, init_world, shutdown_world
+from tutti.core.watchdog import Watchdog
 from tutti.model.lora import lora_of, require_gradients
 from tutti.parallel.mesh import build_mesh
+from tutti.parallel.pipeline.executor import Executor
 from tutti.train.evaluate import evaluate
 from tutti.train.guard import SpikeGuard
 from tutti.train.logging.metrics import Metrics
@@ -59,7 +63,7 @@ def train(config: Config) -> None:
     ValueError and OSError: what the user can mend, the same on every rank. SIGTERM and SIGINT end the run normally
     once a checkpoint is saved.
     """
-    world = init_world(prepare_process(config))
+    world = init_world(prepare_process(config), timeout_seconds=config.train.hang_timeout)
     output = Path(config.train.output_dir or "")
     try:
         with claim_output(output, world, fresh=config.train.load_checkpoint_path is None):
@@ -126,49 +130,129 @@ def _run(config: Config, world: World, *, asked: Config) -> None:
         checkpoints,
         Metrics(shown, world, total_steps=data.total_steps, run_info=run_info, start_step=step) as metrics,
         make_profiler(config.train, world, start_step=step) as profiler,
-        StopSignal(world) as stop,
+        StopSignal(world, checkpoints.has_failed) as stop,
+        Watchdog(world, config.train.hang_timeout) as watchdog,
     ):
-        if not step:
-            samples.show(step, metrics, executor)
         logger = StepLogger(run, metrics)
         load_states({"totals": logger}, state)
-        resumed["totals"] = logger
-        for batch in () if early.reason else prepare(logger.clock.waiting(data.train()), "train"):
+        loop = _Loop(
+            run, executor, optimizer, train_step, checkpoints, samples, prepare, logger, metrics, early, stop, watchdog,
+            resumed=resumed | {"totals": logger}, base=base,
+        )  # fmt: skip
+        if not step:
+            samples.show(step, metrics, executor)
+        elif not (state or {}).get("evaluated", True) and loop.evaluate(step) is None:
+            loop.end_stopped(step)
+            return
+        loop.run_from(step, profiler)
+
+
+class Stateful(Protocol):
+    """A part of a run that a checkpoint holds as plain data, the same on every rank."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """The loop over the steps of a run, and what it works with.
+
+    prepare: gives batches what the task needs of another model. resumed: what checkpoints hold as plain data. base: the
+    facts of the base model of adapters.
+    """
+
+    run: Run
+    executor: Executor
+    optimizer: Optimizer
+    train_step: TrainStep
+    checkpoints: Checkpointer
+    samples: Samples
+    prepare: Callable[[Iterable[GlobalBatch], Literal["train", "eval"]], Iterator[GlobalBatch]]
+    logger: StepLogger
+    metrics: Metrics
+    early: EarlyStopping
+    stop: StopSignal
+    watchdog: Watchdog
+    resumed: Mapping[str, Stateful]
+    base: dict[str, str] | None
+
+    def run_from(self, step: int, profiler: Any) -> None:
+        """Take the steps after `step` until the run is over or asked to stop, with all that happens between them."""
+        config, data, early, logger = self.run.config, self.run.data, self.early, self.logger
+        batches = () if early.reason else self.prepare(logger.clock.waiting(data.train()), "train")
+        is_evaluated = True
+        for batch in self.watchdog.during(batches, "loading the next batch"):
             step = batch.step
+            self.watchdog.enter(f"step {step}")
             rate = learning_rate(step - 1, data.total_steps, config.train)
-            set_lr(optimizer, rate)
-            train_step.step(batch, logger.totals)
+            set_lr(self.optimizer, rate)
+            self.train_step.step(batch, logger.totals)
             logger.after_step(batch, rate)
             profiler.step()
             housekeeping(step, config)
             logger.clock.pause()
-            found: dict[str, Any] = {}
+            loss = None
             if config.data.eval_path and due(batch, config.train.eval_steps, config.train.eval_epochs):
-                found = evaluate(placed.objective, prepare(data.evaluate(), "eval"), executor, world)
-                metrics.log_eval({"step": step, **found})
-                early.add(step, found["eval_loss"])
-                samples.show(step, metrics, executor)
-            stopping = stop.requested() or early.reason is not None
+                loss = self.evaluate(step)
+                is_evaluated = loss is not None
+            stopping = self.stop.requested() or early.reason is not None
             if stopping or due(batch, config.train.save_steps, config.train.save_epochs):
-                state = {"step": step, "epoch": batch.epoch, "base": base}
-                state |= {name: part.state_dict() for name, part in resumed.items()}
-                checkpoints.save(step, model, optimizer, state, found.get("eval_loss"))
+                self.save(batch, loss, is_evaluated)
             if due(batch, config.train.hf_save_steps, config.train.hf_save_epochs):
-                _export(run, output / "hf" / f"global_step_{step}")
+                self.export(f"global_step_{step}")
             if stopping:
                 break
             logger.clock.go_on()
-        checkpoints.wait()
+        self.watchdog.enter("the end of the last checkpoint")
+        self.checkpoints.wait()
         data.close()
-        if step < data.total_steps and early.reason is None:
-            metrics.close({"status": "stopped", "message": f"asked to stop after step {step}"})
-            log.info("stopped after step %d; go on with --train.load_checkpoint_path auto", step)
+        if (step < data.total_steps and early.reason is None) or not is_evaluated:
+            self.end_stopped(step)
             return
-        samples.show(step, metrics, executor)
+        self.samples.show(step, self.metrics, self.executor)
         if config.train.save_hf_weights:
-            _export(run, output / "hf" / "final")
-        metrics.close({"status": "finished", "message": early.reason})
-    log.info("report: %s", output / "report.html")
+            self.export("final")
+        self.metrics.close({"status": "finished", "message": early.reason})
+        log.info("report: %s", Path(config.train.output_dir or "") / "report.html")
+
+    def end_stopped(self, step: int) -> None:
+        """Say that the run was asked to stop after `step`."""
+        self.metrics.close({"status": "stopped", "message": f"asked to stop after step {step}"})
+        log.info("stopped after step %d; go on with --train.load_checkpoint_path auto", step)
+
+    def evaluate(self, step: int) -> float | None:
+        """Evaluate after `step`; the loss, or None if a stop was asked for meanwhile."""
+        batches = self.prepare(self.run.data.evaluate(), "eval")
+        found = evaluate(
+            self.run.placed.objective,
+            self.watchdog.during(batches, f"the evaluation after step {step}"),
+            self.executor,
+            self.run.world,
+            interrupted=self.stop.requested,
+        )
+        if found is None:
+            return None
+        self.metrics.log_eval({"step": step, **found})
+        self.early.add(step, found["eval_loss"])
+        self.samples.show(step, self.metrics, self.executor)
+        return found["eval_loss"]
+
+    def save(self, batch: GlobalBatch, eval_loss: float | None, is_evaluated: bool) -> None:
+        """Save the run after `batch`. is_evaluated: no evaluation that was due then is left to do."""
+        self.watchdog.enter(f"the checkpoint of step {batch.step}")
+        state = {"step": batch.step, "epoch": batch.epoch, "base": self.base, "evaluated": is_evaluated}
+        state |= {name: part.state_dict() for name, part in self.resumed.items()}
+        self.checkpoints.save(batch.step, self.run.placed.model, self.optimizer, state, eval_loss)
+
+    def export(self, name: str) -> None:
+        """Write the model as a Hugging Face folder of this name."""
+        self.watchdog.enter(f"the export hf/{name}")
+        run, placed = self.run, self.run.placed
+        folder = Path(run.config.train.output_dir or "") / "hf" / name
+        tokenizer = run.inputs.processor or run.inputs.tokenizer
+        export_trained(run.config, placed.model, tokenizer, folder, run.world, placed.full_model)
+        log.info("wrote the %s to %s", "model" if lora_of(placed.model) is None else "adapter", folder)
 
 
 def _checkpointer(run: Run, output: Path, asked: Config) -> Checkpointer:
@@ -185,13 +269,6 @@ def _checkpointer(run: Run, output: Path, asked: Config) -> Checkpointer:
     )
 
 
-class Stateful(Protocol):
-    """A part of a run that a checkpoint holds as plain data, the same on every rank."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
 def load_states(parts: Mapping[str, Stateful], state: Mapping[str, Any] | None) -> None:
     """Give each of `parts` what a checkpoint's state holds of it; one from before there was such a part lacks it."""
     for name in parts.keys() & (state or {}).keys():
@@ -202,16 +279,3 @@ def due(batch: GlobalBatch, steps: int, epochs: int) -> bool:
     """True if something that happens every `steps` steps or `epochs` epochs (0: never) happens after `batch`."""
     by_step = steps > 0 and batch.step % steps == 0
     return by_step or (epochs > 0 and batch.epoch_end and (batch.epoch + 1) % epochs == 0)
-
-
-def _export(run: Run, folder: Path) -> None:
-    placed = run.placed
-    export_trained(
-        run.config,
-        placed.model,
-        run.inputs.processor or run.inputs.tokenizer,
-        folder,
-        run.world,
-        placed.full_model,
-    )
-    log.info("wrote the %s to %s", "model" if lora_of(placed.model) is None else "adapter", folder)

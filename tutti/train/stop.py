@@ -13,7 +13,7 @@ import logging
 import math
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
@@ -29,14 +29,16 @@ log = logging.getLogger(__name__)
 class StopSignal:
     """Within its `with` block SIGTERM and SIGINT ask the run to stop, once, however many of them come.
 
+    failed: True where this rank has another reason to end the run, as a save in the background that failed.
+
     After a run that was asked to stop they stay ignored: the process is about to end, and a signal that comes late must
     not turn its exit status 0 into another.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self, world: World) -> None:
-        self._world = world
+    def __init__(self, world: World, failed: Callable[[], bool] = lambda: False) -> None:
+        self._world, self._failed = world, failed
         self._seen = False
         self._before: dict[signal.Signals, Any] = {}
 
@@ -50,10 +52,12 @@ class StopSignal:
             signal.signal(number, signal.SIG_IGN if self._seen else handler)
 
     def requested(self) -> bool:
-        """True if any rank was asked to stop. A collective call, over host memory: it does not wait for the device."""
+        """True if any rank was asked to stop, or has failed. A collective call, over host memory: it does not wait for
+        the device."""
+        stops = self._seen or self._failed()
         if self._world.size == 1:
-            return self._seen
-        flag = torch.tensor(int(self._seen))
+            return stops
+        flag = torch.tensor(int(stops))
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
 

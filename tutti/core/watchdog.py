@@ -1,0 +1,182 @@
+"""Hung ranks: noticed, named, and ended, so that a job does not hold its machines for hours and do nothing.
+
+A rank that stops (a dead disk, a lost worker, a lock) keeps all others waiting in their next collective. Which one it
+is cannot be seen from outside: none of them does anything. So every rank says where it is (`Watchdog.enter`), and a
+thread of each rank looks at that:
+
+1. A rank that has entered nothing new for so many seconds raises the alarm, in the store that torch's process group
+   was made with. Time during which the process itself was stopped does not count.
+2. On the alarm every rank puts down where it is: its phase, its stack, and the collectives that it waits in (torch's
+   flight recorder knows them, also those that run on a device).
+3. Whoever raised the alarm first collects that, and says which ranks hang: those that do not answer; else those that
+   wait in no collective; else those that are farthest behind.
+4. All ranks end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from tutti.core import compat
+from tutti.core.dist import World
+from tutti.core.launch import ERROR_FILE
+
+Item = TypeVar("Item")
+
+_POLL_SECONDS, _ANSWER_SECONDS = 0.5, 3.0
+_FRAMES, _STACKS = 8, 3
+"""Of a stack that is shown the innermost frames; and of how many ranks it is shown."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is. count: of the phases it has entered. seconds: since the last one. stack: of its main thread, a
+    line for each frame, the innermost last. waits: the collectives that it waits in."""
+
+    rank: int
+    host: str
+    phase: str
+    count: int
+    seconds: float
+    stack: list[str]
+    waits: list[str]
+
+
+class Watchdog:
+    """Ends all ranks, with a report, when this one has entered no phase for `seconds`; 0 never. A context manager."""
+
+    def __init__(self, world: World, seconds: float) -> None:
+        self._world, self._seconds = world, seconds
+        self._phase, self._count, self._idle = "the start", 0, 0.0
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Watchdog:
+        if self._seconds:
+            store = compat.default_store().clone()
+            main = threading.get_ident()
+            self._thread = threading.Thread(target=self._look, args=(store, main), name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def enter(self, phase: str) -> None:
+        """Say that this rank now begins `phase`, a noun: it makes progress."""
+        self._phase, self._count, self._idle = phase, self._count + 1, 0.0
+
+    def during(self, items: Iterable[Item], phase: str) -> Iterator[Item]:
+        """Yield `items`, of which each one is a phase while it is waited for."""
+        iterator = iter(items)
+        while True:
+            self.enter(phase)
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            yield item
+
+    def _look(self, store: Any, main: int) -> None:
+        last = time.monotonic()
+        while not self._over.wait(_POLL_SECONDS):
+            now = time.monotonic()
+            self._idle += min(now - last, 2 * _POLL_SECONDS)
+            last = now
+            try:
+                late = self._idle >= self._seconds
+                first = late and store.add("hang", 1) == 1
+                if late or store.check(["hang"]):
+                    store.set(f"hang/{self._world.rank}", json.dumps(asdict(self._place(main))))
+                    self._end(self._report(store) if first else None, store)
+            except RuntimeError as error:  # the store is gone, and with it the rank or the machine that kept it
+                if self._idle >= self._seconds:
+                    place = self._place(main)
+                    text = f"the store of the process group does not answer either: {str(error).splitlines()[0]}"
+                    self._end(f"{describe([place], self._world.size, silent_known=False)}; {text}\n", None)
+
+    def _place(self, main: int) -> Place:
+        frames = traceback.extract_stack(sys._current_frames()[main])
+        stack = [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in frames[-_FRAMES:]]
+        host = socket.gethostname()
+        return Place(self._world.rank, host, self._phase, self._count, self._idle, stack, pending_collectives())
+
+    def _report(self, store: Any) -> str:
+        """Collect where all ranks are, for so long as those that live need to answer; the report."""
+        keys = [f"hang/{rank}" for rank in range(self._world.size)]
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        while not store.check(keys) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        places = [Place(**json.loads(store.get(key))) for key in keys if store.check([key])]
+        return describe(places, self._world.size) + "\n"
+
+    def _end(self, report: str | None, store: Any) -> None:
+        """Write the report, or wait until it is written, and end this process."""
+        if report is None:
+            deadline = time.monotonic() + _ANSWER_SECONDS + 1
+            while not store.check(["hang/told"]) and time.monotonic() < deadline:
+                time.sleep(0.1)
+        elif ERROR_FILE in os.environ:
+            Path(os.environ[ERROR_FILE]).write_text(report, encoding="utf-8")
+        else:
+            sys.stderr.write(report)
+            sys.stderr.flush()
+        if report is not None and store is not None:
+            store.set("hang/told", "1")
+        os._exit(1)
+
+
+def pending_collectives() -> list[str]:
+    """The collectives that this process has begun and that have not ended, as torch's flight recorder has them."""
+    dumps = (compat.dump_flight_recorder(), compat.dump_nccl_flight_recorder())
+    entries = [entry for dump in dumps for entry in json.loads(dump).get("entries", ())]
+    return [
+        f"{entry['profiling_name']} {entry.get('input_sizes')} in {entry['process_group'][-1]}"
+        for entry in entries
+        if not entry.get("retired") and entry.get("state") != "completed"
+    ]
+
+
+def describe(places: list[Place], size: int, *, silent_known: bool = True) -> str:
+    """The report on `size` ranks of which `places` are known: stacks first, and in its last line which ranks hang.
+
+    silent_known: a rank that is not among `places` has not answered.
+    """
+    answered = {place.rank for place in places}
+    silent = [rank for rank in range(size) if rank not in answered] if silent_known else []
+    running = [place for place in places if not place.waits and not _in_collective(place.stack)]
+    behind = [place for place in places if place.count == min(other.count for other in places)]
+    suspects = [] if silent else running or behind
+    lines = []
+    for place in sorted(places, key=lambda place: place not in suspects)[:_STACKS]:
+        lines.append(f"  {_named(place)}, in {place.phase} for {place.seconds:.0f} s:")
+        lines += [f"    {frame}" for frame in place.stack]
+        lines += [f"    waits in {name}" for name in place.waits[-2:]]
+    told = [f"rank {rank} does not answer" for rank in silent[:_STACKS]]
+    told += [f"{_named(place)} hangs in {place.phase}, at {place.stack[-1]}" for place in suspects[:_STACKS]]
+    more = len(silent) + len(suspects) - len(told)
+    text = "; ".join(told) + (f"; and {more} more" if more > 0 else "")
+    longest = max(place.seconds for place in places)
+    lines.append(f"tutti: error: no progress for {longest:.0f} s (train.hang_timeout): {text}")
+    return "\n".join(lines)
+
+
+def _named(place: Place) -> str:
+    return f"rank {place.rank} ({place.host})"
+
+
+def _in_collective(stack: list[str]) -> bool:
+    return any(f"{os.sep}torch{os.sep}distributed{os.sep}" in frame for frame in stack[-3:])
