@@ -128,6 +128,7 @@ def test_train_alone_says_what_is_needed(capsys: pytest.CaptureFixture[str]) -> 
         (["train", *NEEDED, "-x"], "-x: unknown option; an argument is written --a.b VALUE or a.b=VALUE"),
         (["train", "--nproc", "0"], "--nproc: expects a number of ranks, 1 or more, got '0'"),
         (["train", "--nproc"], "--nproc: expects a number of ranks, 1 or more, got ''"),
+        (["train", "--max-restarts", "x"], "--max-restarts: expects a number of restarts, 0 or more, got 'x'"),
         (["args", "--nproc=2"], "--nproc: only train, check, infer and migrate take it, args does not"),
         (["train", *NEEDED, "--train.lrr=1"], "train.lrr: unknown argument; did you mean train.lr?"),
         (["train", "none.yaml"], "none.yaml: No such file or directory"),
@@ -315,6 +316,41 @@ def test_nproc_starts_ranks(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (1, "tutti: error: train.seed: unlucky\n")
     done = run(*argv[:-1], "--train.seed", "13", "--debug", PYTHONPATH=str(package))
     assert done.stderr.count("Traceback") == 1
+
+
+def test_a_crash_is_followed_by_a_restart_from_the_newest_checkpoint(tmp_path: Path) -> None:
+    """Ranks of a stand-in for the run: it crashes before it begins, crashes after, and then fails for good."""
+    package = tmp_path / "stand_in"
+    package.mkdir()
+    (package / "sitecustomize.py").write_text(
+        "import os, pathlib, sys, types\n"
+        "module = types.ModuleType('tutti.train.run')\n"
+        "def train(config):\n"
+        "    from tutti.checkpoint.lineage import Start, write_start\n"
+        "    tries = pathlib.Path(config.train.output_dir, 'tries')\n"
+        "    with tries.open('a') as stream:\n"
+        "        stream.write(f'{config.train.load_checkpoint_path} ')\n"
+        "    number = len(tries.read_text().split())\n"
+        "    if number == config.train.seed:\n"
+        "        raise ValueError('data.train_path: bad')\n"
+        "    if number == 2:\n"
+        "        write_start(pathlib.Path(config.train.output_dir, 'checkpoints'), Start())\n"
+        "    if number < 4:\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "module.train = train\n"
+        "sys.modules['tutti.train.run'] = module\n"
+    )
+    argv = ["train", *NEEDED, f"train.output_dir={tmp_path}", "--max-restarts", "3"]
+    done = run(*argv, PYTHONPATH=str(package))
+    assert done.returncode == 0 and (tmp_path / "tries").read_text() == "None None auto auto "
+    lines = done.stderr.splitlines()
+    assert lines[1] == "tutti: restart 1 of 3: it had not begun"
+    assert lines[3] == f"tutti: restart 2 of 3: going on from the newest checkpoint in {tmp_path}/checkpoints"
+    # What says before it begins what is wrong is not tried again, and no more restarts are made than asked for.
+    for options, tries, status in ((["train.seed=1"], 1, 1), (["--max-restarts=1"], 2, 137)):
+        (tmp_path / "tries").unlink()
+        done = run(*argv, *options, PYTHONPATH=str(package))
+        assert (done.returncode, len((tmp_path / "tries").read_text().split())) == (status, tries)
 
 
 def test_args_in_a_terminal_is_a_table_that_fits() -> None:

@@ -12,9 +12,11 @@ Exit status: 0 done; 1 the run failed; 2 the command or the configuration is wro
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -53,17 +55,18 @@ _SETTINGS = "[FILE.yaml] [--a.b VALUE | a.b=VALUE ...]"
 _MEDIA = ("image", "video", "audio")
 """The kinds of media that `tutti infer` takes by an option."""
 
-_VALUED = ("--prompt", *(f"--{kind}" for kind in _MEDIA), "--input", "--output", "--nproc", "-o")
+_VALUED = ("--prompt", *(f"--{kind}" for kind in _MEDIA), "--input", "--output", "--nproc", "--max-restarts", "-o")
 """Options that take the next word as their value, whatever it is."""
 
 
 class _Command(NamedTuple):
-    """A command line, taken apart. words: all but --nproc. rest: those that are no options of the verb."""
+    """A command line, taken apart. words: all but the launcher's. rest: those that are no options of the verb."""
 
     words: list[str]
     rest: list[str]
     options: argparse.Namespace
     nproc: int | None
+    max_restarts: int = 0
 
 
 class _Verb(NamedTuple):
@@ -113,11 +116,12 @@ def _dispatch(argv: list[str]) -> int:
     if options.help:
         options.parser.print_help()
         return 0
-    nproc = None if options.nproc is None else _number(options.nproc)
+    nproc = None if options.nproc is None else _number("--nproc", options.nproc, "a number of ranks", 1)
     if nproc is not None and "--nproc" not in _VERBS[name].options:
         raise ConfigError([f"--nproc: only train, check, infer and migrate take it, {name} does not"])
-    kept = [word for word in words if not word.startswith("--nproc=")]
-    return _VERBS[name].run(_Command([name, *kept], rest, options, nproc))
+    restarts = _number("--max-restarts", getattr(options, "max_restarts", "0"), "a number of restarts", 0)
+    kept = [word for word in words if not word.startswith(("--nproc=", "--max-restarts="))]
+    return _VERBS[name].run(_Command([name, *kept], rest, options, nproc, restarts))
 
 
 def _with_values_bound(argv: list[str]) -> list[str]:
@@ -127,7 +131,7 @@ def _with_values_bound(argv: list[str]) -> list[str]:
         word = left.popleft()
         argument = ARGUMENTS.get(word.removeprefix("--"))
         if word in _VALUED:
-            if not left and word != "--nproc":
+            if not left and word not in ("--nproc", "--max-restarts"):
                 raise ConfigError([f"{word}: needs a value"])
             word += "=" + (left.popleft() if left else "")
         elif argument is not None and argument.kind is not bool and left and re.match("-[^-]", left[0]):
@@ -170,17 +174,20 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError([message])
 
 
-def _number(value: str) -> int:
-    if not value.isdecimal() or int(value) < 1:
-        raise ConfigError([f"--nproc: expects a number of ranks, 1 or more, got {value!r}"])
+def _number(option: str, value: str, what: str, low: int) -> int:
+    if not value.isdecimal() or int(value) < low:
+        raise ConfigError([f"{option}: expects {what}, {low} or more, got {value!r}"])
     return int(value)
 
 
 def _train(command: _Command) -> int:
     _refuse_nproc_in_rank(command)
     config = _configure(command, command.nproc or _world())
-    if command.nproc is not None and command.nproc > 1:
-        return _launch(command)
+    if (command.nproc or 1) > 1 or command.max_restarts:
+        from tutti.train.restart import restarts
+
+        again = restarts(_as_rank(command), Path(config.train.output_dir or ""), command.max_restarts)
+        return launch(_as_rank(command), command.nproc or 1, again)
 
     from tutti.train.run import train
 
@@ -254,7 +261,7 @@ def _infer(command: _Command) -> int:
         raise ConfigError(problems)
     _warn(config)
     if command.nproc is not None and command.nproc > 1:
-        return _launch(command)
+        return launch(_as_rank(command), command.nproc)
     _world()
 
     from tutti.infer.run import Job, infer
@@ -314,11 +321,18 @@ def _nproc(text: str) -> dict[str, dict[str, Any]]:
 _VERBS = {
     "train": _Verb(
         run=_train,
-        usage=f"{_SETTINGS} [--nproc N]",
+        usage=f"{_SETTINGS} [--nproc N] [--max-restarts N]",
         brief="train a model",
         text="Train a model, and write metrics, a report, checkpoints and a Hugging Face folder to train.output_dir.\n"
         + _CONFIGURED,
-        options=_nproc("start N ranks on this machine; for several machines use torchrun ... -m tutti train"),
+        options={
+            **_nproc("start N ranks on this machine; for several machines see tutti launch"),
+            "--max-restarts": {
+                "metavar": "N",
+                "default": "0",
+                "help": "start again up to N times after a crash, from the newest checkpoint",
+            },
+        },
         examples=(
             "run.yaml",
             "--model.model_path Qwen/Qwen3-0.6B --data.train_path chat.jsonl --train.output_dir runs/first",
@@ -449,14 +463,16 @@ pipe in a message a line.
 
 
 def _refuse_nproc_in_rank(command: _Command) -> None:
-    if command.nproc is not None and "RANK" in os.environ:
-        raise ConfigError(["--nproc: this process is a rank already (RANK is set); use torchrun or --nproc, not both"])
+    for option, value in (("--nproc", command.nproc), ("--max-restarts", command.max_restarts)):
+        if value and "RANK" in os.environ:
+            raise ConfigError(
+                [f"{option}: this process is a rank already (RANK is set); use torchrun or {option}, not both"]
+            )
 
 
-def _launch(command: _Command) -> int:
-    """Run the command as its number of ranks on this machine; the exit status."""
-    assert command.nproc is not None
-    return launch([sys.executable, "-m", "tutti", *command.words], command.nproc)
+def _as_rank(command: _Command) -> list[str]:
+    """The command line of one rank of the command."""
+    return [sys.executable, "-m", "tutti", *command.words]
 
 
 def _world() -> int:
@@ -515,6 +531,9 @@ def _report(error: Exception, *, debug: bool) -> None:
     text = "".join(f"tutti: error: {problem}\n" for problem in problems)
     if debug or not isinstance(error, ValueError | OSError):
         text = "".join(traceback.format_exception(error)) + text
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # of which torchrun shows the earliest, and passes it on
+        known = {"message": text.strip(), "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": known}), encoding="utf-8")
     if ERROR_FILE in os.environ:
         Path(os.environ[ERROR_FILE]).write_text(text, encoding="utf-8")
     elif _speaks() or not isinstance(error, ConfigError):

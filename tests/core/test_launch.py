@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tutti.core.launch import _watch
+from tutti.core.launch import _watch, launch
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = "import sys; from tutti.core.launch import launch; sys.exit(launch(sys.argv[2:], int(sys.argv[1])))"
@@ -125,6 +127,42 @@ def test_a_killed_rank_is_named(tmp_path: Path) -> None:
     status, errors = finish(start(tmp_path, 1, script))
     assert status == 128 + signal.SIGKILL
     assert errors == "tutti: error: rank 0 was ended by SIGKILL (out of memory?)\n"
+
+
+def test_a_killed_rank_is_the_cause_and_not_the_connection_that_others_lost(tmp_path: Path) -> None:
+    script = """
+        if rank == 1:
+            (here / "gone").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        while not (here / "gone").exists():
+            time.sleep(0.001)
+        say("connection closed by peer\\n")
+        sys.exit(1)
+        """
+    for _ in range(3):
+        (tmp_path / "gone").unlink(missing_ok=True)
+        status, errors = finish(start(tmp_path, 2, script))
+        assert (status, errors) == (137, "tutti: error: rank 1 was ended by SIGKILL (out of memory?)\n")
+
+
+def again(tmp_path: Path, status: int) -> list[str] | None:
+    with (tmp_path / "asked").open("a") as asked:
+        asked.write(f"{status} ")
+    tries = len((tmp_path / "asked").read_text().split())
+    return [sys.executable, "-c", f"import sys; sys.exit({0 if tries == 2 else 7})"] if tries < 3 else None
+
+
+def test_what_failed_is_run_again_as_long_as_asked(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch([sys.executable, "-c", "import sys; sys.exit(3)"], 2, partial(again, tmp_path)) == 0
+    assert (tmp_path / "asked").read_text() == "3 7 " and "exit status 7" in capfd.readouterr().err
+
+
+def test_what_was_told_to_end_is_not_run_again(tmp_path: Path) -> None:
+    timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    timer.start()
+    assert launch(["sleep", "60"], 1, partial(again, tmp_path)) == 128 + signal.SIGTERM
+    timer.join()
+    assert not (tmp_path / "asked").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

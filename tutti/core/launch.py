@@ -6,7 +6,9 @@ One process is started for each rank, with the environment that torchrun would g
 2. When a rank fails, the others get a moment to fail by themselves (most do, in their next collective), then are killed
    together with the processes that they started.
 3. Ranks leave their last words in files (`ERROR_FILE`) instead of on the terminal. The earliest is the cause, and is
-   shown once; its rank's exit status is the launcher's.
+   shown once; its rank's exit status is the launcher's. A rank that the kernel ended (out of memory) left no words, and
+   is the cause itself: the words of the others are of the connection that they lost.
+4. On request what failed is started again, unless someone asked for the end.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -30,30 +32,40 @@ ERROR_FILE = "TUTTI_ERROR_FILE"
 _GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1
+_BY_KERNEL = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 
 
-def launch(command: Sequence[str], nproc: int) -> int:
+def launch(
+    command: Sequence[str], nproc: int, again: Callable[[int], Sequence[str] | None] = lambda status: None
+) -> int:
     """Run `command` as `nproc` ranks and wait for them; the exit status of the first that failed, else 0.
 
-    A rank that a signal ended counts as 128 + the signal's number. Call it from the main thread.
+    A rank that a signal ended counts as 128 + the signal's number. again: given the exit status of ranks that failed,
+    the command to run next, or None to end; not asked when this process was told to end. Call it from the main thread.
     """
+    with _noting_signals() as signals:
+        following: Sequence[str] | None = command
+        while following is not None:
+            status = _run_once(following, nproc, signals)
+            following = again(status) if status and not signals else None
+    return status
+
+
+def _run_once(command: Sequence[str], nproc: int, signals: list[int]) -> int:
     with tempfile.TemporaryDirectory(prefix="tutti-") as folder:
         notes = [Path(folder, f"rank{rank}") for rank in range(nproc)]
         ranks: list[subprocess.Popen] = []
-        with _noting_signals() as signals:
-            port = _free_port()
-            try:
-                for rank in range(nproc):
-                    environment = _environment(rank, nproc, port) | {ERROR_FILE: str(notes[rank])}
-                    ranks.append(
-                        subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
-                    )
-                failed = _watch(ranks, signals)
-            finally:
-                _kill(ranks)
-        if failed is None:
-            return 0
-        return _explain(ranks, notes, failed)
+        port = _free_port()
+        try:
+            for rank in range(nproc):
+                environment = _environment(rank, nproc, port) | {ERROR_FILE: str(notes[rank])}
+                ranks.append(
+                    subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
+                )
+            failed = _watch(ranks, signals)
+        finally:
+            _kill(ranks)
+        return 0 if failed is None else _explain(ranks, notes, failed)
 
 
 def _environment(rank: int, nproc: int, port: int) -> dict[str, str]:
@@ -108,10 +120,10 @@ def _watch(ranks: list[subprocess.Popen], signals: list[int]) -> int | None:
     """Pass `signals` on as they arrive, until all ranks have ended, or one has failed and the others had their moment;
     the rank that failed first."""
     first: int | None = None
-    deadline = float("inf")
+    deadline, num_passed = float("inf"), 0
     while _running(ranks) and time.monotonic() < deadline:
-        while signals:
-            number = signals.pop(0)
+        while num_passed < len(signals):
+            number, num_passed = signals[num_passed], num_passed + 1
             for process in ranks:
                 with suppress(ProcessLookupError):
                     process.send_signal(number)
@@ -126,7 +138,9 @@ def _running(ranks: list[subprocess.Popen]) -> list[subprocess.Popen]:
 
 
 def _failed(ranks: list[subprocess.Popen]) -> int | None:
-    return next((rank for rank, process in enumerate(ranks) if process.returncode), None)
+    """A rank that has failed; of several one that the kernel ended, which the others can't have brought about."""
+    failed = [rank for rank, process in enumerate(ranks) if process.returncode]
+    return min(failed, key=lambda rank: -ranks[rank].returncode not in _BY_KERNEL, default=None)
 
 
 def _kill(ranks: list[subprocess.Popen]) -> None:
@@ -138,8 +152,13 @@ def _kill(ranks: list[subprocess.Popen]) -> None:
 
 
 def _explain(ranks: list[subprocess.Popen], notes: list[Path], failed: int) -> int:
-    """Show why the ranks ended, once: the earliest note of any, else how rank `failed` ended; the exit status."""
+    """Show why the ranks ended, once: the earliest note of any, else how rank `failed` ended; the exit status.
+
+    failed: the rank that was seen to end first.
+    """
     written = [rank for rank, note in enumerate(notes) if note.exists()]
+    if -ranks[failed].returncode in _BY_KERNEL and failed not in written:
+        written = []
     if written:
         failed = min(written, key=lambda rank: notes[rank].stat().st_mtime_ns)
     code = ranks[failed].returncode
