@@ -285,6 +285,20 @@ def _init(command: _Command) -> int:
     return 0
 
 
+def _launch(command: _Command) -> int:
+    from tutti.cluster.job import read_job
+    from tutti.cluster.render import RENDER
+
+    asked = [name for name in RENDER if getattr(command.options, name)]
+    if len(command.rest) != 1 or command.rest[0].startswith("-") or len(asked) != 1:
+        given = " ".join(command.words[1:]) or "neither"
+        raise ConfigError(
+            [f"launch: takes JOB.yaml and one of {', '.join(f'--{name}' for name in RENDER)}, got {given}"]
+        )
+    print(RENDER[asked[0]](read_job(command.rest[0])), end="")
+    return 0
+
+
 def _migrate(command: _Command) -> int:
     out = command.options.o
     if len(command.rest) != 1 or command.rest[0].startswith("-") or len(out) > 1:
@@ -376,6 +390,21 @@ Write a small project to start from: a commented config.yaml, conversations to t
 runs as it is, on a CPU, in about a minute.""",
         options={},
         examples=("songs && cd songs && tutti train config.yaml",),
+    ),
+    "launch": _Verb(
+        run=_launch,
+        usage="JOB.yaml --slurm | --k8s | --sky",
+        brief="make the job file of a cluster",
+        text="""\
+Make the file by which a scheduler runs a training on several machines, from one YAML that says what it takes of them:
+a script for Slurm, a TrainJob for Kubeflow Trainer, or a task for SkyPilot. It goes to standard output, and nothing is
+submitted. docs/cluster.md lists the keys.""",
+        options={
+            "--slurm": {"action": "store_true", "help": "a script for sbatch"},
+            "--k8s": {"action": "store_true", "help": "a TrainJob for kubectl apply"},
+            "--sky": {"action": "store_true", "help": "a task for sky jobs launch"},
+        },
+        examples=("job.yaml --slurm > job.sh && sbatch job.sh",),
     ),
     "migrate": _Verb(
         run=_migrate,

@@ -1,8 +1,8 @@
 """YAML as configurations are written in it: read with line numbers and without surprises, and written back.
 
-Three things differ from PyYAML's own reading: `5e-5` is a float (YAML 1.1 wants `5.0e-5`), dates stay strings, and a
-key given twice is an error. The file is parsed into nodes first, which know their lines; `lines` keeps them by dotted
-path, so that a wrong value is reported with the place it stands in.
+Four things differ from PyYAML's own reading: `5e-5` is a float (YAML 1.1 wants `5.0e-5`), dates stay strings, times do
+too (YAML 1.1 takes `1:30` for 90), and a key given twice is an error. The file is parsed into nodes first, which know
+their lines; `lines` keeps them by dotted path, so that a wrong value is reported with the place it stands in.
 """
 
 import re
@@ -13,12 +13,16 @@ import yaml
 
 from tutti.config import FOLLOW_WORLD, GROUPS, Config, ConfigError, get
 
-_FLOAT = re.compile(r"[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+$|[-+]?(?:\d[\d_]*)?\.\d[\d_]*(?:[eE][-+]?\d+)?$")
+_FLOAT = re.compile(
+    r"[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+$|[-+]?(?:\d[\d_]*)?\.\d[\d_]*(?:[eE][-+]?\d+)?$"
+    r"|[-+]?\d[\d_]*\.$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
+)
+_INT = re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][\d_]*)$")
 _MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads `5e-5` as a float and dates as strings."""
+    """Reads `5e-5` as a float, and dates and times as strings."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -30,9 +34,10 @@ class _Dumper(yaml.SafeDumper):
 
 for _class in (_Loader, _Dumper):
     _class.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":int", ":float"))]
         for first, resolvers in _class.yaml_implicit_resolvers.items()
     }
+    _class.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
