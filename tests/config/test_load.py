@@ -205,6 +205,19 @@ def test_a_name_like_no_other() -> None:
             "data.video_min_pixels: must not be above data.video_max_pixels (8), got 9",
         ),
         (
+            {"train": {"loss_weights": {"mse": 2}}},
+            "train.loss_weights: data_type conversation has one loss alone, none of mse",
+        ),
+        (
+            {"train": {"loss_weights": {"mse": -1}}, "data": {"data_type": "image"}},
+            "train.loss_weights: mse must have a weight of 0 or more, got -1",
+        ),
+        (
+            {"train": {"tensor_parallel_size": 2}, "data": {"data_type": "image"}},
+            "train.tensor_parallel_size: a model of data_type image is trained whole, by data parallelism (ddp, fsdp1, "
+            "fsdp2); leave it at its default",
+        ),
+        (
             {"train": {"enable_profiling": True, "profile_start_step": 5}},
             "train.profile_end_step: must be above 1, which is the first step, and above train.profile_start_step (5), "
             "got 2",

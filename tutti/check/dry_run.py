@@ -88,6 +88,8 @@ def predict(config: Config, model: PreTrainedModel, world: int) -> Prediction:
 
     There must be no process group. ConfigError, ValueError: sizes that do not fit. Unpredictable: why.
     """
+    if not config.data.task.has_tokens:
+        raise Unpredictable(f"not predicted for data.data_type {config.data.data_type}")
     layout = fit(config, world)
     firsts = range(0, world, world // layout.pipeline)
     return max((predict_rank(config, model, world, rank) for rank in firsts), key=lambda found: found.peak)

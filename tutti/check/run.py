@@ -31,7 +31,7 @@ from tutti.model.stages import describe_stages, stage_blocks
 from tutti.model.structure import is_classifier, num_params, towers
 from tutti.parallel.fsdp import offloads, reshards
 from tutti.parallel.mesh import AXES
-from tutti.train.placement import inspect_model, model_name, open_data, read_inputs, tokenizer_and_model
+from tutti.train.placement import Inputs, inspect_model, model_name, open_data, read_inputs, tokenizer_and_model
 
 SHOWN_SAMPLES = 4
 SHOWN_CHARACTERS = 1200
@@ -52,14 +52,23 @@ def check(config: Config, world: int = 1) -> None:
     if first is None:
         raise ValueError("the data gives no global batch: see data.train_size, data.train_sample and data.drop_last")
     out = Console(highlight=False)
+    if config.data.task.has_tokens:
+        _show_data(out, config, data, first, inputs, model)
+    out.print(_data_table(data, first))
+    out.print(_plan_table(config, layout, model, structure))
+    _show_prediction(out, config, layout, model, model_name(model, structure))
+
+
+def _show_data(
+    out: Console, config: Config, data: Data, first: GlobalBatch, inputs: Inputs, model: PreTrainedModel
+) -> None:
+    """Print samples of the first micro batch as the model sees them."""
     media = None if inputs.processor is None else MediaProcessor(inputs.processor, config.data)
     samples = (data.read(first.names[0]) if media and data.has_media else None) or list(
         _samples(first.micro_batches[0])
     )
-    _show_samples(out, [half for one in samples for half in _halves(one)], tokenizer, model, data.sources, media)
-    out.print(_data_table(data, first))
-    out.print(_plan_table(config, layout, model, structure))
-    _show_prediction(out, config, layout, model, model_name(model, structure))
+    halves = [half for one in samples for half in _halves(one)]
+    _show_samples(out, halves, inputs.tokenizer, model, data.sources, media)
 
 
 def _samples(batch: Batch) -> Iterator[Sample]:

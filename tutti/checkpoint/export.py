@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tutti.checkpoint.adapter import export_adapter
+from tutti.checkpoint.autoencoder import export_autoencoder
 from tutti.checkpoint.hf_files import find_index
 from tutti.checkpoint.hf_save import export_hf, gather_full_tensors
 from tutti.checkpoint.hub import with_local_paths
@@ -19,6 +20,7 @@ from tutti.config import Config
 from tutti.core.dist import World, init_world, shutdown_world
 from tutti.core.hub import name_in_cache
 from tutti.core.log import setup_logging
+from tutti.model.autoencoder import Autoencoder
 from tutti.model.initial import give_storage
 from tutti.model.lora import lora_of, merge
 from tutti.model.processor import build_processor
@@ -49,11 +51,14 @@ def export(source: str, out: str, *, merge_adapters: bool = False) -> None:
             trained = replace(trained, config=replace(trained.config, train=exact))
         tokenizer, model = tokenizer_and_model(trained.config, world.device)
         # The files of a processor belong to a model that takes images.
-        tokenizer = build_processor(trained.config, tokenizer) or tokenizer
+        if trained.config.data.task.has_tokens:
+            tokenizer = build_processor(trained.config, tokenizer) or tokenizer
         lora = lora_of(model)
         if merge_adapters and lora is None:
             raise ValueError(f"--merge: {source} is of a model that was trained whole, there is nothing to merge")
-        if lora is None:
+        if isinstance(model, Autoencoder):
+            export_autoencoder(model, Path(out), world, model_reader(trained.folder, model, world))
+        elif lora is None:
             full = model_reader(trained.folder, model, world)
             export_hf(model, out, tokenizer, world=world, full=full, index_path=_index_path(trained.config))
         elif merge_adapters or lora.dora:
@@ -88,6 +93,9 @@ def export_trained(
         export_adapter(model, folder, tokenizer, world=world, base=base, revision=revision, full_model=full_model)
         return
     complete = full_model or model
+    if isinstance(model, Autoencoder):
+        export_autoencoder(model, folder, world, gather_full_tensors(model, model, world))
+        return
     full = gather_full_tensors(model, complete, world)
     export_hf(complete, folder, tokenizer, world=world, full=full, index_path=_index_path(config))
 

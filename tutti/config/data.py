@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tutti.config.argument import Open, arg
 from tutti.config.tasks import TASKS, TaskRow
@@ -16,6 +16,11 @@ class DataConfig:
     def task(self) -> TaskRow:
         """The row of data_type in the table of tasks."""
         return TASKS[self.data_type]
+
+    @property
+    def sample_tokens(self) -> int:
+        """The most tokens of a sample: L, or 1 where a sample is an image."""
+        return self.max_seq_len if self.task.has_tokens else 1
 
     train_path: str | None = arg(
         None,
@@ -118,6 +123,13 @@ class DataConfig:
         "Megabytes of decoded images, videos and sounds that the workers of a rank keep together, the first that come; "
         "0 keeps none.",
         low=0,
+        added=True,
+    )
+    augment: Mapping[str, Any] = arg(
+        {},
+        "How training images vary, with data_type image: {flip: true, shift: 0.1, scale: 0.1} mirrors every other one, "
+        "moves each by up to a tenth of its side and scales it by up to 1.1; drawn by sample and epoch.",
+        shown="{}",
         added=True,
     )
     chat_template: str = arg(

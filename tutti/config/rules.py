@@ -77,15 +77,12 @@ def contradictions(config: Config) -> list[str]:
             f"train.lora_base_dtype: {train.lora_base_dtype} is what weights are quantized to as they are read, and "
             "random ones are not read; set model.model_path, or leave it at compute"
         )
-    for part, rate in train.part_lr.items():
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < float("inf"):
-            problems.append(f"train.part_lr: {part} must have a learning rate of 0 or more, got {rate!r}")
-    if train.part_lr and train.lr == 0:
-        problems.append("train.part_lr: rates of parts follow train.lr's course, which is 0; set train.lr")
+    problems += _of_numbers_by_name(config)
     for kind in ("image", "video"):
         least, most = (getattr(config.data, f"{kind}_{bound}_pixels") for bound in ("min", "max"))
         if least is not None and most is not None and least > most:
             problems.append(f"data.{kind}_min_pixels: must not be above data.{kind}_max_pixels ({most}), got {least}")
+    problems += _of_pixels(config) if not config.data.task.has_tokens else []
     if train.enable_profiling and train.profile_end_step <= max(1, train.profile_start_step):
         problems.append(
             f"train.profile_end_step: must be above 1, which is the first step, and above train.profile_start_step "
@@ -95,6 +92,55 @@ def contradictions(config: Config) -> list[str]:
         date.fromisoformat(config.data.chat_date or "2000-01-01")
     except ValueError:
         problems.append(f"data.chat_date: {config.data.chat_date!r} is no date; write it as 2026-01-31")
+    return problems
+
+
+def _of_numbers_by_name(config: Config) -> list[str]:
+    """One problem for each number that is given by name and cannot be used."""
+    train, known = config.train, config.data.task.losses
+    problems = []
+    for argument, numbers in (("part_lr", train.part_lr), ("loss_weights", train.loss_weights)):
+        what = "learning rate" if argument == "part_lr" else "weight"
+        for name, number in numbers.items():
+            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < float("inf"):
+                problems.append(f"train.{argument}: {name} must have a {what} of 0 or more, got {number!r}")
+    if train.part_lr and train.lr == 0:
+        problems.append("train.part_lr: rates of parts follow train.lr's course, which is 0; set train.lr")
+    for kind in sorted(train.loss_weights.keys() - known):
+        has = f"losses of {', '.join(known)}" if known else "one loss alone"
+        problems.append(f"train.loss_weights: data_type {config.data.data_type} has {has}, none of {kind}")
+    return problems
+
+
+_NEEDS_TOKENS = (
+    "model.adapter_path",
+    "model.encoders",
+    "model.basic_modules",
+    "train.freeze",
+    "train.part_lr",
+    "train.enable_compile",
+    "train.enable_activation_offload",
+    "train.enable_batch_invariant_mode",
+    "train.pipeline_parallel_size",
+    "train.context_parallel_size",
+    "train.ulysses_parallel_size",
+    "train.tensor_parallel_size",
+    "train.expert_parallel_size",
+)
+"""Arguments that are about the layers or the tokens of a language model."""
+
+
+def _of_pixels(config: Config) -> list[str]:
+    """One problem for each argument that a model of pixels has nothing for."""
+    kind = config.data.data_type
+    problems = [
+        f"{name}: a model of data_type {kind} is trained whole, by data parallelism (ddp, fsdp1, fsdp2); leave it at "
+        "its default"
+        for name in _NEEDS_TOKENS
+        if away_from_default(config, name)
+    ]
+    if config.train.architecture == "lora":
+        problems.append(f"train.architecture: a model of data_type {kind} is trained in full; leave lora out")
     return problems
 
 
@@ -164,9 +210,21 @@ _RULES = (
         "data.data_type is not conversation",
     ),
     _Rule(
-        ("data.media_root", "data.media_cache_mb", *_LIMITS),
+        _LIMITS,
         lambda config: not config.data.task.holds_chats,
         "data.data_type is neither " + " nor ".join(name for name, row in TASKS.items() if row.holds_chats),
+    ),
+    _Rule(
+        ("data.media_root", "data.media_cache_mb"),
+        lambda config: not config.data.task.holds_chats and config.data.task.has_tokens,
+        "data.data_type is neither "
+        + " nor ".join(name for name, row in TASKS.items() if row.holds_chats or not row.has_tokens),
+    ),
+    _Rule(("data.augment",), lambda config: config.data.task.rows != "images", "data.data_type is not image"),
+    _Rule(
+        ("data.max_seq_len", "train.pad_to_length", "model.tokenizer_path", "model.attn_implementation"),
+        lambda config: not config.data.task.has_tokens,
+        "the model of this data.data_type has no tokens",
     ),
     _Rule(
         ("train.freeze",),

@@ -5,7 +5,8 @@ names; how rows are read and what kind of head the model gets follows from the o
 module (`tutti.train.tasks`) and its row here.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -15,19 +16,27 @@ class TaskRow:
 
     module: where `make_task(config)` is. doc: a row of its data, for the reference of arguments. columns: default of
     data.text_keys. rows: the shape of its rows, and so the encoder. head: what the model ends in: logits of tokens,
-    logits of model.num_labels classes, or one number; the last two are computed at the last token of a sequence.
+    logits of model.num_labels classes, or one number; the last two are computed at the last token of a sequence. A
+    model of pixels is no language model: it has neither tokens nor a tokenizer, and an image counts as one token.
+    losses: where the loss is a sum of several kinds, the weights that these have by default.
     """
 
     module: str
     doc: str
     columns: str
-    rows: Literal["documents", "conversations", "labels", "pairs"]
-    head: Literal["tokens", "classes", "scalar"] = "tokens"
+    rows: Literal["documents", "conversations", "labels", "pairs", "images"]
+    head: Literal["tokens", "classes", "scalar", "pixels"] = "tokens"
+    losses: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def holds_chats(self) -> bool:
         """True if rows are rendered by a chat template."""
         return self.rows in ("conversations", "pairs")
+
+    @property
+    def has_tokens(self) -> bool:
+        """True if the model is a language model, whose rows become tokens."""
+        return self.head != "pixels"
 
 
 TASKS: dict[str, TaskRow] = {
@@ -62,5 +71,13 @@ TASKS: dict[str, TaskRow] = {
         columns="prompt",
         rows="pairs",
         head="scalar",
+    ),
+    "image": TaskRow(
+        module="tutti.train.tasks.image",
+        doc="an image, which an autoencoder of diffusers (VQModel, AutoencoderKL) learns to reconstruct",
+        columns="image",
+        rows="images",
+        head="pixels",
+        losses={"l1": 1.0, "mse": 1.0, "commitment": 1.0, "kl": 1e-6},
     ),
 }

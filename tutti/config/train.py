@@ -40,6 +40,13 @@ class TrainConfig:
         "which the last that fits counts. Warmup and decay are those of lr, scaled.",
         added=True,
     )
+    loss_weights: Mapping[str, float] = arg(
+        {},
+        "Weights of a step's losses by kind: l1 (1), mse (1), commitment (1) and kl (1e-6) with data_type image; the "
+        "default of each in brackets.",
+        shown="{}",
+        added=True,
+    )
     weight_decay: float = arg(0.0, "Decoupled weight decay coefficient.", low=0)
     no_decay_modules: tuple[str, ...] = arg((), "Class names of modules whose parameters get no weight decay.")
     no_decay_params: tuple[str, ...] = arg((), "Parameters whose name contains one of these get no weight decay.")

@@ -26,6 +26,7 @@ from tutti.config import Config
 from tutti.core.batch import Batch, GlobalBatch, Sample
 from tutti.core.dist import World
 from tutti.data.encode import make_encoder
+from tutti.data.images import make_image_encoder
 from tutti.data.index import CHUNK, Index, MapSource, build_index, encode_chunk
 from tutti.data.media import MediaSummary
 from tutti.data.mix import Weights
@@ -271,29 +272,27 @@ def build_data(
     """Open data.train_path (and data.eval_path), see what is in them and plan the run. A collective: all ranks call it.
 
     dp_rank, dp_size: this rank's place along the data-parallel axes; ranks that share a place get the same batches.
-    vocab_size: rows of the model's embedding. processor: the Hugging Face processor of a model that takes
-    images. ValueError, on all ranks: data that is missing, empty or bad, or too little for one global batch.
+    vocab_size: rows of the model's embedding. processor: the Hugging Face processor of a model that takes images; of a
+    model of pixels their `Square`. ValueError, on all ranks: data that is missing, empty or bad, or too little for one
+    global batch.
     """
-    pairs = config.data.task.rows == "pairs"
+    rows = config.data.task.rows
+    pairs = rows == "pairs"
     elsewhere = fetch_data(config, world)
+
+    def find_encoder() -> Any:
+        if rows == "images":
+            return make_image_encoder(config, processor)
+        options: dict[str, Any] = {"vocab_size": vocab_size, "processor": processor}
+        if pairs:
+            return make_pair_encoder(config, tokenizer, **options)
+        return make_encoder(config, tokenizer, num_labels=classes.number, label_names=classes.names, **options)
+
     encoder, sources, held_out = world.run_on_all_ranks(
-        lambda: (
-            make_pair_encoder(config, tokenizer, vocab_size=vocab_size, processor=processor)
-            if pairs
-            else make_encoder(
-                config,
-                tokenizer,
-                vocab_size=vocab_size,
-                num_labels=classes.number,
-                label_names=classes.names,
-                processor=processor,
-            ),
-            open_sources(config, elsewhere=elsewhere),
-            _held_out(config, elsewhere),
-        )
+        lambda: (find_encoder(), open_sources(config, elsewhere=elsewhere), _held_out(config, elsewhere))
     )
     if ":" in config.data.datasets_type:
-        encoder = ReadyMade(encoder, config.data.max_seq_len, vocab_size, pairs=pairs)
+        encoder = ReadyMade(encoder, config.data.sample_tokens, vocab_size, pairs=pairs)
     pad_id = _pad_id(tokenizer, vocab_size)
     streams = config.data.datasets_type == "iterable" or not all(source.mapping for source in sources)
     _require_same_rows(config, sources, encoder, world)
@@ -302,7 +301,7 @@ def build_data(
     names = [source.name for source in sources]
     settings: dict[str, Any] = {
         "train.seed": config.train.seed,
-        "data.max_seq_len": config.data.max_seq_len,
+        "data.max_seq_len": config.data.sample_tokens,
         "data.shuffle": config.data.shuffle,
         "data.datasets_type iterable": streams,
         "data.chat_date": config.data.chat_date if config.data.task.holds_chats and is_dated(tokenizer) else None,

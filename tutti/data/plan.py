@@ -159,13 +159,13 @@ def make_batching_plan(config: Config, *, dp_size: int, by_formula: bool) -> Bat
     steps = None
     if by_formula and train.dyn_bsz:
         grown = data.train_size * (1 + train.bsz_warmup_ratio / 2)
-        steps = math.ceil(grown / (global_batch_size * data.max_seq_len))
+        steps = math.ceil(grown / (global_batch_size * data.sample_tokens))
     elif by_formula:
         steps = math.ceil(data.train_sample / global_batch_size)
     return BatchingPlan(
         micro_batches=global_batch_size // train.micro_batch_size,
         micro_batch_size=train.micro_batch_size,
-        budget=train.micro_batch_size * data.max_seq_len,
+        budget=train.micro_batch_size * data.sample_tokens,
         dynamic=train.dyn_bsz,
         pad=train.pad_to_length,
         buffer_size=data.dyn_bsz_buffer_size,

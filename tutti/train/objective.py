@@ -23,16 +23,17 @@ from tutti.core.batch import Batch
 from tutti.core.collectives import RankGroup, gather_tensor
 from tutti.core.structure import ModelStructure
 from tutti.model.multimodal import MultimodalForward
-from tutti.model.structure import causal_lm, count_flops, read_structure
+from tutti.model.structure import FlopCount, causal_lm, count_flops, read_structure
 from tutti.parallel.pipeline.stage import Passed, Stage, by_layer, hand_on
 from tutti.parallel.sequence import gather_tokens
 from tutti.train.head import Head
 from tutti.train.loss import VocabularyShard
-from tutti.train.tasks import Sums, Task
+from tutti.train.tasks import Sums, Task, WholeModelTask
 from tutti.train.tasks.language import LanguageModelling
 
-Compute = Callable[[Tensor, Head], Any]
-"""From the hidden states at a batch's targets [N, H] and the head to what is wanted of them."""
+Compute = Callable[[Any, Any], Any]
+"""From the hidden states at a batch's targets [N, H] and the head to what is wanted of them; of a model without a head,
+from the model and the batch."""
 
 
 class Objective(nn.Module):
@@ -56,7 +57,8 @@ class Objective(nn.Module):
         self.model = model
         self.task = task or LanguageModelling()
         self.structure = structure or read_structure(model)
-        self.flops = count_flops(model)
+        whole = self.task if isinstance(self.task, WholeModelTask) else None
+        self.flops = count_flops(model) if whole is None else FlopCount(0.0, (), whole.flops_per_value(model))
         self._by_sample = by_sample
         self._tensor = tensor
         self._shard: VocabularyShard | None = None
@@ -64,7 +66,7 @@ class Objective(nn.Module):
             rows = self.structure.head.out_features
             self._shard = VocabularyShard(tensor.start(rows), tensor.group, tensor.size)
         self._multimodal = MultimodalForward(self.structure, tensor) if self.structure.towers else None
-        self._router_loss = _router_loss(model)
+        self._router_loss = _router_loss(model) if whole is None else None
         self.has_router_loss = self._router_loss is not None
         self.sizes = self.task.sizes() | ({"router_loss": 1} if self.has_router_loss else {})
 
@@ -82,6 +84,8 @@ class Objective(nn.Module):
         stage: the part of the model's depth to run, on what was `received` from the stage before. Unless it is the
         last one, what the next is to receive is returned.
         """
+        if isinstance(self.task, WholeModelTask):
+            return self.task.run(self.model, batch) if compute is None else compute(self.model, batch)
         if batch.extras and self._multimodal is None:
             name = self.structure.name
             raise ValueError(f"{name} has nothing beside a language model that could take {', '.join(batch.extras)}")

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from tutti import __version__
 from tutti.checkpoint.adapter import load_adapter, plan_adapters
+from tutti.checkpoint.autoencoder import load_autoencoder
 from tutti.checkpoint.hf_load import load_weights
 from tutti.checkpoint.manager import foresee
 from tutti.checkpoint.omni import load_parts
@@ -33,7 +34,9 @@ from tutti.core.batch import Batch
 from tutti.core.compute_dtype import compute_dtype
 from tutti.core.dist import World
 from tutti.core.structure import ModelStructure
+from tutti.data.images import Square
 from tutti.data.loader import Classes, Data, build_data
+from tutti.model.autoencoder import Autoencoder, AutoencoderConfig, autoencoder_structure, build_autoencoder
 from tutti.model.build import (
     build_model,
     check_composed,
@@ -101,12 +104,15 @@ class Inputs(NamedTuple):
     """The means of turning rows into inputs of the model. processor: of one that takes media, where its folder has
     one."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     processor: Any = None
 
 
-def read_inputs(config: Config, tokenizer: PreTrainedTokenizerBase, structure: ModelStructure) -> Inputs:
-    """The tokenizer, and the processor of a model with towers, if one can be used."""
+def read_inputs(config: Config, tokenizer: Any, structure: ModelStructure) -> Inputs:
+    """The tokenizer, and the processor of a model with towers, if one can be used, or the size of an autoencoder's
+    images."""
+    if isinstance(structure.config, AutoencoderConfig):
+        return Inputs(tokenizer, Square(structure.config.side))
     return Inputs(tokenizer, build_processor(config, tokenizer) if structure.towers else None)
 
 
@@ -158,9 +164,11 @@ def model_name(model: PreTrainedModel, structure: ModelStructure) -> str:
     return f"{foundation} with {' and '.join(others)}"
 
 
-def tokenizer_and_model(config: Config, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def tokenizer_and_model(config: Config, device: torch.device) -> tuple[Any, PreTrainedModel]:
     """The tokenizer, with the chat template that data.chat_template names, and the model on the meta device, adapted
-    with train.architecture lora."""
+    with train.architecture lora. A model of pixels has no tokenizer."""
+    if not config.data.task.has_tokens:
+        return None, build_autoencoder(config)
     check_composed(config)
     tokenizer = build_tokenizer(config)
     if is_composed(config.model):
@@ -204,11 +212,11 @@ def open_data(config: Config, inputs: Inputs, model: PreTrainedModel, world: Wor
         world=world,
         dp_rank=dp_rank,
         dp_size=dp_size,
-        vocab_size=num_token_ids(model.config),
+        vocab_size=num_token_ids(model.config) if config.data.task.has_tokens else 1,
         classes=Classes(model.config.num_labels, () if numbered else tuple(names)),
         processor=inputs.processor,
     )
-    if data.has_media is False:
+    if data.has_media is False and config.data.task.has_tokens:
         _leave_towers(model)
     return data
 
@@ -232,6 +240,9 @@ def inspect_model(config: Config, layout: Layout, model: PreTrainedModel) -> Mod
 
     ValueError: it cannot be trained packed, or `layout` does not divide it evenly.
     """
+    if isinstance(model, Autoencoder):
+        fit(config, layout.world)
+        return autoencoder_structure(model)
     check_packable(model)
     check_eager(model)
     if config.train.architecture != "lora":  # frozen weights may be of other dtypes than adapters
@@ -303,7 +314,9 @@ def load_parameters(config: Config, placed: PlacedModel, mesh: Mesh, world: Worl
         "index_path": config.model.safetensor_idx_path,
         "seed": train.seed,
     }
-    if isinstance(model, OmniModel):
+    if isinstance(model, Autoencoder):
+        load_autoencoder(model, config.model.model_path, seed=train.seed, device=device, world=world)
+    elif isinstance(model, OmniModel):
         load_parts(model, config.model.model_path, **options, full_model=placed.full_model)  # type: ignore[arg-type]
     elif config.model.model_path is None:
         init_weights(model, train.seed, device)

@@ -49,10 +49,9 @@ from tutti.train.placement import (
 )
 from tutti.train.process import housekeeping, prepare_process
 from tutti.train.profile import make_profiler
-from tutti.train.samples import Samples
 from tutti.train.step import TrainStep
 from tutti.train.stop import EarlyStopping, StopSignal
-from tutti.train.tasks import make_task
+from tutti.train.tasks import Shows, make_task
 
 log = logging.getLogger(__name__)
 
@@ -99,11 +98,11 @@ def _run(config: Config, world: World, *, asked: Config) -> None:
     be passed back in."""
     output = Path(config.train.output_dir or "")
     run = assemble(config, world)
-    data, placed, model = run.data, run.placed, run.placed.model
-    samples = world.run_on_all_ranks(lambda: Samples(run))
+    data, placed, model, task = run.data, run.placed, run.placed.model, run.placed.objective.task
+    samples = world.run_on_all_ranks(lambda: task.make_samples(run))
     load_parameters(config, placed, run.mesh, world)
     executor = make_executor(config.train, placed, run.mesh, world.device)
-    prepare = placed.objective.task.prepare(run, executor)
+    prepare = task.prepare(run, executor)
     optimizer = build_optimizer(model, config, is_complete=placed.is_complete)
     checkpoints = _checkpointer(run, output, asked)
     state = checkpoints.resume(config.train.load_checkpoint_path, model, optimizer)
@@ -167,7 +166,7 @@ class _Loop:
     optimizer: Optimizer
     train_step: TrainStep
     checkpoints: Checkpointer
-    samples: Samples
+    samples: Shows
     prepare: Callable[[Iterable[GlobalBatch], Literal["train", "eval"]], Iterator[GlobalBatch]]
     logger: StepLogger
     metrics: Metrics
@@ -180,6 +179,7 @@ class _Loop:
     def run_from(self, step: int, profiler: Any) -> None:
         """Take the steps after `step` until the run is over or asked to stop, with all that happens between them."""
         config, data, early, logger = self.run.config, self.run.data, self.early, self.logger
+        placed = self.run.placed
         batches = () if early.reason else self.prepare(logger.clock.waiting(data.train()), "train")
         is_evaluated = True
         for batch in self.watchdog.during(batches, "loading the next batch"):
@@ -188,6 +188,7 @@ class _Loop:
             rate = learning_rate(step - 1, data.total_steps, config.train)
             set_lr(self.optimizer, rate)
             self.train_step.step(batch, logger.totals)
+            placed.objective.task.after_step(placed.model, batch, self.run.world)
             logger.after_step(batch, rate)
             profiler.step()
             housekeeping(step, config)

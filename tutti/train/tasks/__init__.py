@@ -13,17 +13,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
 from tutti.config import Config
-from tutti.core.batch import GlobalBatch
+from tutti.core.batch import Batch, GlobalBatch
+from tutti.core.dist import World
 from tutti.data.loader import Data
 from tutti.train.head import Head
 
 if TYPE_CHECKING:
     from tutti.parallel.pipeline.executor import Executor
+    from tutti.train.logging.metrics import Metrics
     from tutti.train.placement import Run
 
 Sums = dict[str, Tensor]
@@ -34,6 +36,14 @@ Split = Literal["train", "eval"]
 
 Prepare = Callable[[Iterable[GlobalBatch], Split], Iterator[GlobalBatch]]
 """The same global batches with what the task's loss needs beside the tokens."""
+
+
+class Shows(Protocol):
+    """Shows what the model does by now, in the log and the report."""
+
+    def show(self, step: int, metrics: Metrics, executor: Executor) -> None:
+        """Show it after `step` (0: before training), once. A collective call."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,17 @@ class Task(ABC):
         has its weights, and before a checkpoint is loaded. A collective call."""
         return lambda batches, split: iter(batches)
 
+    def after_step(self, model: Any, batch: GlobalBatch, world: World) -> None:
+        """Change `model` beyond what the optimizer did in the step of `batch`, before anything is saved. Collective."""
+        return
+
+    def make_samples(self, run: Run) -> Shows:
+        """What is shown of the model as it is trained: how it answers the prompts of the configuration. ValueError:
+        one of them cannot be used."""
+        from tutti.train.samples import Samples  # which looks at runs, and so imports the tasks
+
+        return Samples(run)
+
     def by_source(self, losses: Tensor, sources: Tensor) -> Sums:
         """Detached losses [n] summed by their data sources [n]; nothing where all are of one source."""
         if self.num_sources == 1:
@@ -75,6 +96,21 @@ class Task(ABC):
         """The number of values under each name that `loss` returns."""
         by_source = {"source_loss": self.num_sources} if self.num_sources > 1 else {}
         return {"loss": 1, **self.sums, **by_source}
+
+
+class WholeModelTask(Task):
+    """An objective of a model that is no language model: it is given the model itself, and no hidden states."""
+
+    @abstractmethod
+    def run(self, model: Any, batch: Batch) -> Sums:
+        """The sums of a micro batch."""
+
+    @abstractmethod
+    def flops_per_value(self, model: Any) -> float:
+        """The operations of a training step for one value of a batch's extras."""
+
+    def loss(self, hidden: Tensor, head: Head) -> Sums:
+        raise AssertionError("a model without a head has no hidden states")
 
 
 def make_task(config: Config, num_sources: int = 1) -> Task:

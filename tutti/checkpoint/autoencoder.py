@@ -1,0 +1,91 @@
+"""Folders of diffusers' autoencoders: reading one into a model, wherever its parts lie, and writing one.
+
+A folder has a config.json and the weights in diffusion_pytorch_model.safetensors, by the names that they have within
+the class, so that diffusers' `from_pretrained` reads what is written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tutti.checkpoint.hf_save import prepare_folder, put_in_place
+from tutti.core.dist import World
+from tutti.core.files import describe_error, write_synced
+from tutti.core.tensors import local_part
+from tutti.model.autoencoder import Autoencoder
+from tutti.model.initial import init_weights, materialize, own_part
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+_PREFIX = "net."
+
+
+def load_autoencoder(
+    model: Autoencoder, path: str | Path | None, *, seed: int, device: torch.device, world: World
+) -> None:
+    """Fill `model` with the weights in the folder `path`; None draws them from `seed`. Every rank reads them.
+
+    ValueError, on all ranks: there are none, or they are of another model.
+    """
+    if path is None:
+        init_weights(model, seed, device)
+        return
+    materialize(model, device)
+    wanted = {name: item for name, item in model.named_parameters()}
+    shapes = {name.removeprefix(_PREFIX): item.shape for name, item in wanted.items()}
+    found = world.run_on_all_ranks(lambda: read_weights(Path(path), shapes))
+    with torch.no_grad():
+        for name, item in wanted.items():
+            local_part(item).copy_(own_part(found[name.removeprefix(_PREFIX)], item))
+        for buffer in model.buffers():
+            buffer.zero_()
+
+
+def read_weights(folder: Path, shapes: dict[str, torch.Size], argument: str = "model.model_path") -> dict[str, Tensor]:
+    """The tensors in the folder of an autoencoder. ValueError, in the name of `argument`: they cannot be read, or are
+    not of these names and shapes."""
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise ValueError(f"{argument}: there is no {WEIGHTS} in {folder}")
+    try:
+        found = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{argument}: {file} cannot be read: {error}") from None
+    if {name: item.shape for name, item in found.items()} != shapes:
+        odd = sorted(name for name in shapes.keys() | found.keys() if name not in found or name not in shapes)
+        odd = odd or sorted(name for name, item in found.items() if item.shape != shapes[name])
+        raise ValueError(f"{argument}: {file} is of another model than its config.json: {', '.join(odd[:5])}")
+    return found
+
+
+def export_autoencoder(model: Autoencoder, folder: Path, world: World, full: Callable[[str], Tensor]) -> None:
+    """Write `model`, whose full tensors `full` gives by name on rank 0, to `folder`, which is replaced. Collective.
+
+    ValueError, on all ranks: it cannot be written.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    world.run_on_all_ranks(lambda: prepare_folder(partial) if world.is_main else None)
+    tensors = {name: full(_PREFIX + name) for name in model.net.state_dict()}
+
+    def finish() -> None:
+        try:
+            write_net(model.config.net, tensors, partial)
+            put_in_place(partial, folder)
+        except OSError as error:
+            raise ValueError(f"could not write {folder}: {describe_error(error)}") from error
+
+    world.run_on_all_ranks(lambda: finish() if world.is_main else None)
+
+
+def write_net(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write the config and the full tensors of an autoencoder into `folder`, which is there."""
+    write_synced(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})

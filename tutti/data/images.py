@@ -1,0 +1,128 @@
+"""Rows that are an image each, for models of pixels: measured when rows are read, decoded when they are trained on.
+
+A sample counts as one token, which is trained on: its number and labels say nothing, its one medium everything. Images
+are scaled until their shorter side fits the model's size, and the middle is cut out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tutti.config import Config
+from tutti.core.batch import IGNORE, Media, Sample
+from tutti.data.media import MediaFolder, MediaSummary, described, identity, load_image, measure_image, reference
+from tutti.data.media_cache import MediaCache
+from tutti.data.rows import BrokenMediaError, RowError
+from tutti.data.source import BadRow, Row, text_columns
+
+PIXELS = "pixel_values"
+"""The name, among a batch's extras, of its images: fp32 [N, 3, S, S] in [-1, 1], one for each target."""
+
+
+@dataclass(frozen=True)
+class Square:
+    """The images that a model takes: squares of `side` pixels."""
+
+    side: int
+
+    def cut(self, image: Image.Image) -> Image.Image:
+        """The middle of the image, scaled to the size."""
+        scale = self.side / min(image.size)
+        width, height = (max(self.side, round(length * scale)) for length in image.size)
+        left, top = (width - self.side) // 2, (height - self.side) // 2
+        scaled = image.resize((width, height), Image.Resampling.LANCZOS)
+        return scaled.crop((left, top, left + self.side, top + self.side))
+
+
+def to_values(pixels: np.ndarray) -> Tensor:
+    """The values fp32 [C, height, width] in [-1, 1] of pixels, uint8 [height, width, C]."""
+    return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """The picture of values [3, S, S] in [-1, 1]."""
+    scaled = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(scaled.permute(1, 2, 0).numpy())
+
+
+@dataclass
+class ImageEncoder:
+    """Turns rows into samples of one image; picklable. columns: that may hold it, first choice first. cache: of what was
+    decoded. notes: how many rows had other columns, which are not read, by their names."""
+
+    columns: tuple[str, ...]
+    size: Square
+    media_root: str | None = None
+    cache: MediaCache | None = None
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def __call__(self, rows: Sequence[Row | BadRow], source: int = 0) -> list[list[Sample] | BadRow]:
+        """Per row its sample, or why there is none. `source`: its index."""
+        results: list[Any] = list(rows)
+        for number, row in enumerate(rows):
+            if isinstance(row, BadRow):
+                continue
+            try:
+                results[number] = [self._sample(row, source)]
+            except RowError as error:
+                results[number] = BadRow(row.file, row.line, str(error))
+        return results
+
+    def _sample(self, row: Row, source: int) -> Sample:
+        column = next((name for name in self.columns if row.value.get(name) is not None), None)
+        if column is None:
+            raise RowError(f"has no image: no column {' or '.join(self.columns)} (data.text_keys)")
+        if others := sorted(name for name, value in row.value.items() if name != column and value is not None):
+            self.notes[f"an image alone is read; left aside were {', '.join(others)}"] += 1
+        found = reference(row.value[column], MediaFolder(os.path.dirname(row.file), self.media_root))
+        one = np.zeros(1, np.int32)
+        return Sample(one, one.copy(), source, media=(Media("image", found, measure_image(found)),))
+
+    def extras(self, samples: Sequence[Sample], length: int) -> dict[str, Tensor]:
+        """The images of samples, by the name `PIXELS`. BrokenMediaError: one of them cannot be decoded."""
+        values = []
+        for number, sample in enumerate(samples):
+            if sample.labels[0] == IGNORE:
+                continue
+            try:
+                values.append(to_values(self._pixels(sample.media[0])))
+            except RowError as error:
+                raise BrokenMediaError(str(error), number) from None
+        return {PIXELS: torch.stack(values)} if values else {}
+
+    def _pixels(self, medium: Media) -> np.ndarray:
+        """The middle of an image, uint8 [S, S, 3]."""
+        name = b"%s\0%d" % (identity(medium), self.size.side)
+        if self.cache is not None and (found := self.cache.get(name)) is not None:
+            return found
+        pixels = np.asarray(self.size.cut(load_image(medium)))
+        if self.cache is not None:
+            self.cache.put(name, pixels)
+        return pixels
+
+    def summarize_media(self, samples: Sequence[Sample]) -> MediaSummary:
+        """The images of samples in numbers."""
+        summary = MediaSummary()
+        for medium in (medium for sample in samples for medium in sample.media):
+            summary.numbers["image"] += 1
+            summary.tokens["image"] += 1
+            name = Path(medium.source).name if isinstance(medium.source, str) else ""
+            summary.largest.append((1, "image", f"{described(medium)} {name}".strip()))
+        return summary.shortened()
+
+
+def make_image_encoder(config: Config, size: Square) -> ImageEncoder:
+    """The encoder of rows with images that become squares of `size`."""
+    megabytes = config.data.media_cache_mb
+    cache = MediaCache(megabytes * 2**20) if megabytes else None
+    return ImageEncoder(text_columns(config), size, config.data.media_root, cache)
