@@ -57,8 +57,8 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 @dataclass
 class ImageEncoder:
-    """Turns rows into samples of one image; picklable. columns: that may hold it, first choice first. cache: of what was
-    decoded. notes: how many rows had other columns, which are not read, by their names."""
+    """Turns rows into samples of one image; picklable. columns: that may hold it, first choice first. cache: of decoded
+    images. notes: how many rows had other columns, which are not read, by their names."""
 
     columns: tuple[str, ...]
     size: Square
