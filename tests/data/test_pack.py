@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutti.data.pack import RESERVE, BestFit, Fixed, budget_at, deal_samples, deal_tokens
+from tutti.data.pack import RESERVE, BestFit, Fixed, budget_at, deal_samples, deal_tokens, deal_work
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=120)
 
@@ -163,3 +163,35 @@ def test_budget_grows_linearly(step, expected):
 def test_budget_never_exceeds_its_end():
     assert budget_at(0, budget=100, initial=200, warmup_steps=10) == 100
     assert budget_at(0, budget=100, initial=20, warmup_steps=0) == 100
+
+
+@given(st.lists(st.floats(0, 100), min_size=8, max_size=8), st.sampled_from([1, 2, 4, 8]))
+def test_each_rank_gets_as_many_micro_batches(works, ranks):
+    dealt = deal_work(works, ranks)
+    assert sorted(number for own in dealt for number in own) == list(range(8))
+    assert {len(own) for own in dealt} == {8 // ranks}
+    if ranks == 1:
+        assert dealt == [list(range(8))]
+
+
+def test_ranks_get_as_much_work_also_where_images_differ_widely_in_size():
+    random, ranks, a_rank = np.random.default_rng(5), 8, 8
+    values = random.lognormal(9.0, 1.0, 4_000)
+    lengths = np.ceil(values / 256).astype(int) + random.integers(20, 200, len(values))
+    of = BestFit(200, 4096, seed=1)
+    batches = list(packed(of, source(lengths.tolist()), 4096))[:-1]
+
+    def work(batch):
+        numbers = [number for _, number in batch]
+        return 6e6 * lengths[numbers].sum() + 5e3 * (lengths[numbers] ** 2).sum() + 2e6 * values[numbers].sum()
+
+    by_turns, by_work, waits = [], [], []
+    for start in range(0, len(batches) - ranks * a_rank, ranks * a_rank):
+        works = np.array([work(batch) for batch in batches[start : start + ranks * a_rank]])
+        dealt = works[deal_work(works.tolist(), ranks)]
+        by_work.append(dealt.sum(1).max() / dealt.sum(1).mean())
+        by_turns.append(works.reshape(a_rank, ranks).sum(0).max() / dealt.sum(1).mean())
+        # What ranks that wait for one another at each micro batch take, beside what they would if all were alike.
+        waits.append((dealt.max(0).sum() / works.mean(), works.reshape(a_rank, ranks).max(1).sum() / works.mean()))
+    assert len(by_work) >= 2 and max(by_work) <= 1.15 < max(by_turns)
+    assert all(now < before for now, before in waits)

@@ -66,7 +66,8 @@ class Sample:
     on, else IGNORE; the last entry is always IGNORE. For classification the last entry is the class, all others IGNORE.
     source: index of the data source the sample came from.
     split: where the rejected one of a pair of answers begins, each a sequence of its own; 0 for a single sequence.
-    media: what stands in the place of some of its tokens, in their order.
+    media: what stands in the place of some of its tokens, in their order. num_values: the numbers (of pixels, or of a
+    sound's features) that these become.
     """
 
     input_ids: np.ndarray
@@ -74,6 +75,7 @@ class Sample:
     source: int = 0
     split: int = 0
     media: tuple[Media, ...] = ()
+    num_values: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)

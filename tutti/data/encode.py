@@ -151,7 +151,8 @@ class Encoder:
     def _with_media(self, sample: Sample, media: tuple[Media, ...], ids: np.ndarray) -> Sample:
         """The sample with its media. ids: of the whole row. RowError: it was cut, and lacks some of their tokens."""
         self.require_media(media, ids, sample.input_ids, self.max_seq_len)
-        return replace(sample, media=media)
+        values = 0 if self.media is None else self.media.num_values(media)
+        return replace(sample, media=media, num_values=values)
 
     def require_media(self, media: tuple[Media, ...], ids: np.ndarray, kept: np.ndarray, max_seq_len: int) -> None:
         """RowError if `kept`, what max_seq_len leaves of the tokens `ids` of a row, lacks some of its media's."""

@@ -58,7 +58,8 @@ _LOG_SECONDS = 5.0
 class Chunk:
     """Consecutive rows of one source, encoded: n samples of T tokens in all.
 
-    row, piece, length, targets, split: int64 [n]; targets counts the trained tokens, split is as in Sample.
+    row, piece, length, targets, split, num_values: int64 [n]; targets counts the trained tokens, the last two are as in
+    Sample.
     media: [n] as in Sample, or empty where no sample has any.
     tokens: int32 [2, T], ids above labels, or None where only the numbers are wanted. bad: the rows left out.
     bad_numbers: their row numbers. rows: how many there were. first: the number of the first. crc: of the tokens.
@@ -71,6 +72,7 @@ class Chunk:
     length: np.ndarray
     targets: np.ndarray
     split: np.ndarray
+    num_values: np.ndarray
     media: list[tuple[Media, ...]]
     tokens: np.ndarray | None
     bad: tuple[Any, ...]
@@ -86,10 +88,11 @@ class Chunk:
         assert self.tokens is not None
         end = 0
         media = self.media or [()] * len(self.length)
-        for length, split, found in zip(self.length.tolist(), self.split.tolist(), media, strict=True):
+        columns = (self.length.tolist(), self.split.tolist(), self.num_values.tolist())
+        for length, split, values, found in zip(*columns, media, strict=True):
             start, end = end, end + length
             ids, labels = self.tokens[:, start:end].copy()
-            yield Sample(ids, labels, self.source, split, found)
+            yield Sample(ids, labels, self.source, split, found, values)
 
 
 def encode_chunk(encoder: Any, source: int, numbers: Sequence[int], rows: Sequence[Any]) -> Chunk:
@@ -118,6 +121,7 @@ def encode_chunk(encoder: Any, source: int, numbers: Sequence[int], rows: Sequen
         length=length,
         targets=_sums(tokens[1] != IGNORE, length),
         split=np.array([sample.split for _, _, sample in found], np.int64),
+        num_values=np.array([sample.num_values for _, _, sample in found], np.int64),
         media=media if any(media) else [],
         tokens=tokens,
         bad=tuple(bad),
@@ -142,7 +146,8 @@ class Index:
     """Every sample of the data, by source and row: n samples; `tokens` and `notes` as in Chunk, but no tokens when
     there are too many.
 
-    num_media: the number of media of each sample, whose row is read again when it is trained on; media: all in numbers.
+    num_media: the number of media of each sample, whose row is read again when it is trained on; num_values: of these;
+    media: all in numbers.
     """
 
     source: np.ndarray
@@ -152,6 +157,7 @@ class Index:
     targets: np.ndarray
     split: np.ndarray
     num_media: np.ndarray
+    num_values: np.ndarray
     tokens: np.ndarray | None
     rows: int
     dropped: dict[str, int]
@@ -188,6 +194,9 @@ class MapSource:
     def facts(self, items: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         ids = np.asarray(items, np.int64)
         return self.index.targets[ids], self.index.source[ids]
+
+    def num_values(self, items: Sequence[int]) -> int:
+        return int(self.index.num_values[np.asarray(items, np.int64)].sum())
 
     def name(self, item: int) -> int:
         return item
@@ -265,6 +274,7 @@ def _join(chunks: list[Chunk], dropped: dict[str, int]) -> Index:
         "targets": np.concatenate([chunk.targets for chunk in chunks]),
         "split": np.concatenate([chunk.split for chunk in chunks]),
         "num_media": np.concatenate([_num_media(chunk) for chunk in chunks]),
+        "num_values": np.concatenate([chunk.num_values for chunk in chunks]),
     }
     digest = hashlib.sha256(np.array([chunk.crc for chunk in chunks], np.int64).tobytes())
     for column in columns.values():

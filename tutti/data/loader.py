@@ -29,8 +29,18 @@ from tutti.data.encode import make_encoder
 from tutti.data.images import make_image_encoder
 from tutti.data.index import CHUNK, Index, MapSource, build_index, encode_chunk
 from tutti.data.media import MediaSummary
-from tutti.data.mix import Weights
-from tutti.data.plan import BatchingPlan, Planner, StepPlan, describe_steps, make_batching_plan, one_pass
+from tutti.data.mix import SampleRef, Weights
+from tutti.data.pack import deal_work
+from tutti.data.plan import (
+    BatchingPlan,
+    MicroBatches,
+    Planner,
+    SampleSource,
+    StepPlan,
+    describe_steps,
+    make_batching_plan,
+    one_pass,
+)
 from tutti.data.preference import make_pair_encoder
 from tutti.data.prefetch import Fetch, PackedSamples, Packer, fetch_indexed, fetch_streamed, loader_options
 from tutti.data.ready import ReadyMade
@@ -40,6 +50,14 @@ from tutti.data.stream import ChunkPrefetcher, StreamSource, data_changed, row_c
 from tutti.data.template import is_dated
 
 log = logging.getLogger(__name__)
+
+Work = Callable[[Sequence[int], int], float]
+"""A measure of what a micro batch takes, by the lengths of its samples and the number of its media's values."""
+
+
+def num_tokens(lengths: Sequence[int], num_values: int) -> float:
+    """The work of a model whose parts cost the same for each token."""
+    return float(sum(lengths))
 
 
 @dataclass(frozen=True)
@@ -83,47 +101,66 @@ class DataSplit:
 
 @dataclass(frozen=True)
 class DataRank:
-    """This rank's micro batches: which they are, whether a sample is a pair of answers, and whether this rank logs."""
+    """This rank's micro batches: which they are, whether a sample is a pair of answers, and whether this rank logs.
+
+    work: what a micro batch of samples of these lengths, and of so many values of media, takes; by it micro batches are
+    dealt to ranks.
+    """
 
     dp_rank: int
     dp_size: int
     pairs: bool
     is_main: bool
+    work: Work = num_tokens
+
+    def micro_batches(self, plan: StepPlan, source: SampleSource, number: int) -> MicroBatches:
+        """This rank's of the `number` micro batches of a step, of which the last may be missing: these are empty."""
+        planned = plan.micro_batches + [[]] * (number - len(plan.micro_batches))
+        if self.dp_size == 1:
+            return planned
+        works = [self._work_of(batch, source) for batch in planned]
+        return [planned[k] for k in deal_work(works, self.dp_size)[self.dp_rank]]
+
+    def _work_of(self, batch: Sequence[SampleRef], source: SampleSource) -> float:
+        items = [item for _, item in batch]
+        return self.work([length for length, _ in batch], source.num_values(items)) if items else 0.0
 
 
 def global_batches(planner: Planner, split: DataSplit, share: DataRank) -> Iterator[tuple[StepPlan, GlobalBatch]]:
     """Follow `planner`, which plans batches of `split`; fetching may run ahead, the plans wait for its batches."""
-    planned: deque[StepPlan] = deque()
+    planned: deque[tuple[StepPlan, MicroBatches]] = deque()
     micro_batches = planner.batching.micro_batches
 
     def mine() -> Iterator[list[Any]]:
         for plan in planner.steps():
-            planned.append(plan)
-            for k in range(share.dp_rank, micro_batches, share.dp_size):
-                yield [item for _, item in plan.micro_batches[k]] if k < len(plan.micro_batches) else []
+            own = share.micro_batches(plan, planner.source, micro_batches)
+            planned.append((plan, own))
+            for batch in own:
+                yield [item for _, item in batch]
 
     batches = split.fetch(mine())
     while batch := tuple(islice(batches, micro_batches // share.dp_size)):
-        plan = planned.popleft()
+        plan, own = planned.popleft()
         for reason in (reason for one in batch for reason in one.broken):
             if not split.broken[reason]:
                 log.warning("left out, with padding in its place: %s", reason)
             split.broken[reason] += 1
-        yield plan, _with_totals(plan, batch, split, share)
+        yield plan, _with_totals(plan, own, batch, split, share.pairs)
 
 
-def _with_totals(plan: StepPlan, batch: tuple[Batch, ...], split: DataSplit, share: DataRank) -> GlobalBatch:
+def _with_totals(
+    plan: StepPlan, own: MicroBatches, batch: tuple[Batch, ...], split: DataSplit, pairs: bool
+) -> GlobalBatch:
     supply = split.planner.source
     drawn = [one for micro_batch in plan.micro_batches for one in micro_batch]
     tokens, sources = supply.facts([item for _, item in drawn])
-    targets = np.ones_like(tokens) if share.pairs else tokens
+    targets = np.ones_like(tokens) if pairs else tokens
 
     def by_source(counts: np.ndarray) -> dict[str, int]:
         sums = np.bincount(sources, weights=counts, minlength=len(split.sources))
         return {name: int(count) for name, count in zip(split.sources, sums, strict=True)}
 
     source_tokens = by_source(tokens)
-    mine = [plan.micro_batches[k : k + 1] for k in range(share.dp_rank, share.dp_size * len(batch), share.dp_size)]
     return GlobalBatch(
         micro_batches=batch,
         num_targets=int(targets.sum()),
@@ -131,9 +168,9 @@ def _with_totals(plan: StepPlan, batch: tuple[Batch, ...], split: DataSplit, sha
         num_tokens=sum(length for length, _ in drawn),
         num_samples=len(drawn),
         num_slots=plan.slots,
-        source_targets=by_source(targets) if share.pairs else source_tokens,
+        source_targets=by_source(targets) if pairs else source_tokens,
         source_tokens=source_tokens,
-        names=tuple(tuple(supply.name(item) for one in found for _, item in one) for found in mine),
+        names=tuple(tuple(supply.name(item) for _, item in one) for one in own),
         step=plan.step,
         epoch=plan.epoch,
         epoch_end=plan.epoch_end,
@@ -224,6 +261,10 @@ class Data:
         planner.count()
         for _, batch in global_batches(planner, self._train, self._share):
             yield batch
+
+    def deal_by(self, work: Work) -> None:
+        """Deal the micro batches of each step to ranks by this measure, rather than by their tokens."""
+        self._share = replace(self._share, work=work)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what it holds for (data, seed, order)."""

@@ -247,3 +247,24 @@ def budget_at(step: int, *, budget: int, initial: int, warmup_steps: int) -> int
     if step >= warmup_steps or initial >= budget:
         return budget
     return initial + (budget - initial) * step // warmup_steps
+
+
+def deal_work(works: Sequence[float], ranks: int) -> list[list[int]]:
+    """The numbers of the micro batches that each of `ranks` runs, in their order, as many for each; one rank runs all
+    as they come.
+
+    works: what each micro batch takes, by any measure. They are dealt in rounds, the longest first, and in each round
+    the longest to the rank with the least so far. So micro batches that run at the same time, which ranks wait for one
+    another at where parameters are gathered, take about as long, and so do all of each rank's.
+    """
+    if ranks == 1:
+        return [list(range(len(works)))]
+    longest = sorted(range(len(works)), key=lambda number: -works[number])
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0.0] * ranks
+    for start in range(0, len(longest), ranks):
+        least = sorted(range(ranks), key=loads.__getitem__)
+        for rank, number in zip(least, longest[start : start + ranks], strict=True):
+            dealt[rank].append(number)
+            loads[rank] += works[number]
+    return dealt

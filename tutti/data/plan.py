@@ -1,8 +1,9 @@
 """Planning: from an order of samples to optimizer steps, their number, and the position to resume from.
 
 Everything here is global: each rank plans the same micro batches for all ranks, from lengths alone, and runs its own.
-Micro batch k of a step belongs to data-parallel rank k % dp as its accumulation index k // dp, so that any number of
-ranks trains on the same samples at the same step, and totals over all ranks are known without communication.
+A step's micro batches are the same for any number of ranks, and are dealt to these by their work, as many to each
+(`pack.deal_work`): so all train on the same samples at the same step, and totals over all ranks are known without
+communication.
 
 A step takes M = train.global_batch_size / train.micro_batch_size micro batches. How long an epoch is:
 
@@ -66,6 +67,9 @@ class SampleSource(Protocol):
 
     def facts(self, items: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
         """Trained tokens and source of each item."""
+
+    def num_values(self, items: Sequence[Any]) -> int:
+        """The values of all media of these items."""
 
     def name(self, item: Any) -> Any:
         """Plain data that finds the item again."""

@@ -118,6 +118,7 @@ class PairEncoder:
             chosen.source,
             split=len(chosen) - cut,
             media=chosen.media + rejected.media,
+            num_values=chosen.num_values + rejected.num_values,
         )
 
 

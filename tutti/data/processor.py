@@ -62,7 +62,7 @@ class MediaProcessor:
     processor: Any
     limits: DataConfig
     cache: MediaCache | None = None
-    _replacements: dict[Any, list[str]] = field(default_factory=dict, repr=False)
+    _replacements: dict[Any, tuple[list[str], int]] = field(default_factory=dict, repr=False)
     _layouts: dict[str, _Layout] = field(default_factory=dict, repr=False)
     _mixed: set[frozenset[str]] = field(default_factory=set, repr=False)
 
@@ -165,8 +165,14 @@ class MediaProcessor:
         """The text that takes the place of each medium's placeholder."""
         if not media:
             return []
-        if len(groups := _groups(media)) > 1:
-            return [text for group in groups for text in self._replaced(group)]
+        return [text for group in _groups(media) for text in self._measured(group)[0]]
+
+    def num_values(self, media: Sequence[Media]) -> int:
+        """The numbers that a row's media become, such as the pixels of patches; padding beside others not counted."""
+        return sum(self._measured(group)[1] for group in _groups(media)) if media else 0
+
+    def _measured(self, media: Sequence[Media]) -> tuple[list[str], int]:
+        """For media that are processed together, the text in the place of each, and the number of their values."""
         key = tuple(
             (medium.kind, medium.size if medium.kind == "audio" else self._size(medium), medium.frames, medium.sound)
             for medium in media
@@ -177,7 +183,8 @@ class MediaProcessor:
             made = self._made_of_blanks(*media)
             if len(self._replacements) >= REMEMBERED:
                 del self._replacements[next(iter(self._replacements))]
-            self._replacements[key] = [item["replacement"] for item in made["text_replacement_offsets"]]
+            values = sum(one.numel() for one in made.values() if isinstance(one, Tensor) and one.is_floating_point())
+            self._replacements[key] = [item["replacement"] for item in made["text_replacement_offsets"]], values
         return self._replacements[key]
 
     def _size(self, medium: Media) -> tuple[int, int]:

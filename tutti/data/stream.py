@@ -350,6 +350,9 @@ class StreamSource:
         targets = np.array([item.targets for item in items], np.int64)
         return targets, np.array([item.sample.source for item in items], np.int64)
 
+    def num_values(self, items: Sequence[StreamSample]) -> int:
+        return sum(item.sample.num_values for item in items)
+
     def name(self, item: StreamSample) -> list[int]:
         return [item.sample.source, item.row, item.piece, item.crc]
 

@@ -58,7 +58,7 @@ from tutti.model.quantized import hold_quantized
 from tutti.model.sparse import check_sparse
 from tutti.model.stage_trace import trace_stages
 from tutti.model.stages import cut_into_stages
-from tutti.model.structure import freeze_parts, model_class, num_params, read_structure, towers
+from tutti.model.structure import count_flops, freeze_parts, model_class, num_params, read_structure, towers
 from tutti.model.tokenizer import build_tokenizer, end_ids, set_chat_template
 from tutti.parallel.apply import parallelize
 from tutti.parallel.batch_invariant import equal_counts
@@ -216,8 +216,10 @@ def open_data(config: Config, inputs: Inputs, model: PreTrainedModel, world: Wor
         classes=Classes(model.config.num_labels, () if numbered else tuple(names)),
         processor=inputs.processor,
     )
-    if data.has_media is False and config.data.task.has_tokens:
-        _leave_towers(model)
+    if config.data.task.has_tokens:
+        data.deal_by(count_flops(model).batch)
+        if data.has_media is False:
+            _leave_towers(model)
     return data
 
 
