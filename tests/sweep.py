@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-LENGTHS = (7, 23, 12, 40)
+LENGTHS = (7, 1, 23, 2, 12, 40)
 VOCAB = 96
 COLUMNS = ("packed", "eager", "checkpointed", "saved")
 EQUAL, REFUSED, FAILED = "equal", "refused", "**differs**"
@@ -50,8 +50,26 @@ SIZES: dict[str, Any] = {
     "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "qk_head_dim": 16, "v_head_dim": 8, "rotary_dim": 8,
     "sliding_window": 8, "attention_window": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8, "laurel_rank": 4, "num_kv_shared_layers": 0,
+    "mamba_n_heads": 4, "mamba_num_heads": 4, "n_mamba_heads": 4, "mamba_head_dim": 16, "mamba_d_state": 8,
+    "ssm_state_size": 8, "state_size": 8, "n_groups": 1, "mamba_chunk_size": 16, "chunk_size": 16, "lru_width": 32,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_head_dim": 8, "linear_num_heads": 4, "shared_intermediate_size": 16, "attention_window_size": 8,
 }  # fmt: skip
 """Sizes by the names that configs have for them; only those that a family's config has are set."""
+
+PARTICULAR: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
+    "kimi_linear": {"num_experts_per_token": 2},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"], "num_hidden_layers": 3},
+    "mamba2": {"head_dim": 16},
+    "recurrent_gemma": {"num_hidden_layers": 3, "num_key_value_heads": 4},
+    "zamba": {"n_mamba_heads": 2, "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
+    "zamba2": {"num_key_value_heads": 4, "num_mem_blocks": 1},
+    "zaya": {"num_experts_per_tok": 1},
+}
+"""What else the configs of some families need."""
 
 EVEN_IF_NONE = {"head_dim", "num_key_value_heads", "num_experts_per_tok", "n_group", "topk_group"}
 
@@ -78,16 +96,25 @@ def tiny_config(family: str) -> PreTrainedConfig:
         if values.get(name) is not None or name.endswith("token_id") or (name in values and name in EVEN_IF_NONE)
     }
     for name, value in values.items():
-        if isinstance(value, list) and layers > 2 and len(value) == layers:
-            changes[name] = value[-2:] if name == "layer_types" else value[:2]
+        if name in ("layer_types", "layers_block_type") and isinstance(value, list):
+            changes[name] = kinds_of(value)
+            changes["num_hidden_layers"] = len(changes[name])
+        elif isinstance(value, list) and layers > 2 and len(value) == layers:
+            changes[name] = value[:2]
         elif OFF.search(name):
             changes[name] = False if isinstance(value, bool) else 0.0
     if values.get("num_key_value_heads") == values.get("num_attention_heads"):
         changes.pop("num_key_value_heads", None)
         changes["num_key_value_heads"] = 4
-    config = AutoConfig.for_model(family, **changes)
+    config = AutoConfig.for_model(family, **(changes | PARTICULAR.get(family, {})))
     config.use_cache = False
     return config
+
+
+def kinds_of(layer_types: list[str]) -> list[str]:
+    """The types of a tiny model's layers: the last one of each, and at least two."""
+    last = {kind: number for number, kind in enumerate(layer_types)}
+    return [layer_types[number] for number in sorted(last.values())] if len(last) > 1 else layer_types[-2:]
 
 
 def samples() -> list[tuple[Tensor, Tensor]]:
@@ -128,6 +155,7 @@ def packed_loss(
     from tutti.core.batch import Sample, pack
     from tutti.model.build import check_eager, check_packable, instantiate
     from tutti.model.experts import resolve_experts
+    from tutti.model.mixers import separate_mixers
     from tutti.model.positions import rotate_by_sample
     from tutti.train.objective import Objective
 
@@ -142,6 +170,7 @@ def packed_loss(
     check_eager(model)
     rotate_by_sample(model)
     objective = Objective(model)
+    separate_mixers(objective.structure)
     prepare(objective)
     batch = pack([Sample(ids.numpy().astype(np.int32), labels.numpy().astype(np.int32)) for ids, labels in samples()])
     loss = objective(batch)["loss"]
@@ -155,7 +184,8 @@ def compare(got: tuple[float, dict[str, Tensor]], want: tuple[float, dict[str, T
         return f"{FAILED}: loss {got[0]:.6g}, not {want[0]:.6g}"
     worst, where = 0.0, ""
     for name, grad in want[1].items():
-        scale = float(want[1].get(name.replace("k_proj.bias", "k_proj.weight"), grad).abs().max())
+        like = name.replace("k_proj.bias", "k_proj.weight").replace("dt_bias", "A_log")  # sums that cancel out
+        scale = float(want[1].get(like, grad).abs().max())
         error = float((got[1].get(name, torch.zeros_like(grad)) - grad).abs().max())
         if scale > 1e-6 and error / scale > worst:
             worst, where = error / scale, name

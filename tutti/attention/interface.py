@@ -171,6 +171,10 @@ def _show_mask(*, mask_function: Callable[..., Any], **kwargs: Any) -> None:
     raise MaskSeen("packed_sequence_mask_function" in _mask_kinds(mask_function))
 
 
+FOREIGN = frozenset({"position_bias", "indices", "block_indices"})
+"""The arguments of some families' attention that change its scores or choose its keys."""
+
+
 def packed_forward(
     module: nn.Module,
     query: Tensor,
@@ -197,6 +201,12 @@ def packed_forward(
         raise ValueError(
             f"{type(module).__name__} hands on a mask of its own making, whose meaning is not known, and which knows "
             "no borders of samples; its model cannot be trained"
+        )
+    foreign = sorted(name for name in FOREIGN if kwargs.get(name) is not None)
+    if foreign:
+        raise ValueError(
+            f"{type(module).__name__} hands {foreign[0]} to its attention, which packed attention does not know; set "
+            "model.attn_implementation=eager"
         )
     spec = spec_of(module, query, scaling, kwargs)
     sinks = kwargs.get("s_aux")

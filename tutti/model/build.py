@@ -10,9 +10,11 @@ Everything is read from local paths, which `tutti.checkpoint.hub` has made of na
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import re
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,18 +32,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tutti.attention.interface import PROBE, MaskSeen, attention_by_part, register_probe, resolve_attention
+from tutti.attention.interface import FOREIGN, PROBE, MaskSeen, attention_by_part, register_probe, resolve_attention
 from tutti.checkpoint.hf_files import read_index
 from tutti.config import Config
 from tutti.core.compat import model_mapping
 from tutti.core.device import pick_device
 from tutti.model.experts import resolve_experts
+from tutti.model.mixers import mixers, names_read
 from tutti.model.omni import OmniModel, compose, name_sources
 from tutti.model.omni_config import OmniConfig, is_composed
 from tutti.model.omni_processor import placeholders
 from tutti.model.sparse import add_sparse_attention, is_sparse, take_sparse_sizes
 from tutti.model.speech import keep_speech, thinker_config
-from tutti.model.structure import decoder, experts, text_model
+from tutti.model.structure import blocks, decoder, experts, text_model
 from tutti.model.tokenizer import first_line, local_path
 
 log = logging.getLogger(__name__)
@@ -188,15 +191,46 @@ def check_dtypes(model: PreTrainedModel) -> None:
 
 def check_packable(model: PreTrainedModel) -> None:
     """Raise ValueError for a model that would carry something from one packed sample into the next."""
-    known = {"full_attention", "sliding_attention"}
-    others = sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - known)
     language: Any = text_model(model)
-    if others or language._is_stateful or not language._supports_attention_backend:
-        kind = f"of type {', '.join(others)}" if others else "that mix tokens otherwise than by attention"
+    units = [block for _, block in blocks(model)]
+    mixing = mixers(units)
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    unknown = set(kinds) - {"full_attention", "sliding_attention", "mlp", "moe"}
+    if len(kinds) == len(units):
+        unknown -= {kind for kind, block in zip(kinds, units, strict=True) if mixers([block])}
+    if unknown or (language._is_stateful and not mixing) or not _attends_by_interface(language, units, mixing):
+        kind = f"of type {', '.join(sorted(unknown))}" if unknown else "that mix tokens otherwise than by attention"
         raise ValueError(
             f"{model.config.model_type} has layers {kind}, which would leak from one packed sample into the next; "
-            "models of full and sliding-window attention can be trained"
+            "models of full and sliding-window attention, gated delta nets, Mamba and short convolutions can be trained"
         )
+
+
+def _attends_by_interface(language: Any, units: Sequence[nn.Module], mixing: Sequence[nn.Module]) -> bool:
+    """True if all attention in the blocks of a language model runs on what is registered for it, at given positions.
+
+    Hybrid models do not say so themselves (`_supports_attention_backend`), but their classes show it.
+    """
+    if language._supports_attention_backend:
+        return True
+    attention = attention_classes(units, mixing)
+    if not attention:
+        return bool(mixing)
+    positions = "position_ids" in inspect.signature(language.forward).parameters
+    return positions and all(
+        "ALL_ATTENTION_FUNCTIONS" in names_read(kind) and FOREIGN.isdisjoint(names_read(kind)) for kind in attention
+    )
+
+
+def attention_classes(units: Iterable[nn.Module], mixing: Iterable[nn.Module]) -> set[type]:
+    """The classes of the attention layers in blocks, what is around attention and the blocks' mixers not among them."""
+    known = {*units, *(part for mixer in mixing for part in mixer.modules())}
+    parts = [part for block in units for part in block.modules() if part not in known]
+    return {type(part) for part in parts if _is_attention(part) and not any(map(_is_attention, part.children()))}
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return "Attention" in type(module).__name__
 
 
 def check_eager(model: PreTrainedModel) -> None:
@@ -206,7 +240,8 @@ def check_eager(model: PreTrainedModel) -> None:
     positions on to be masked by: the masks that it asks for are looked at, and no further is it run.
     """
     config: Any = model.config.get_text_config()
-    if config._attn_implementation != "eager":
+    units = [block for _, block in blocks(model)]
+    if config._attn_implementation != "eager" or not attention_classes(units, mixers(units)):
         return
     language: Any = text_model(model)
     rows = (4, 1) if hasattr(decoder(model), "get_rope_index") else (1,)

@@ -48,6 +48,7 @@ from tutti.model.build import (
 )
 from tutti.model.initial import init_weights
 from tutti.model.lora import adapters, add_adapters, init_adapters
+from tutti.model.mixers import check_mixers, separate_mixers
 from tutti.model.multimodal import check_multimodal, make_placing
 from tutti.model.omni import OmniModel
 from tutti.model.omni_config import is_composed
@@ -253,6 +254,7 @@ def inspect_model(config: Config, layout: Layout, model: PreTrainedModel) -> Mod
     check_multimodal(structure, layout, config.train)
     check_sparse(structure, layout)
     check_rotary(structure, layout)
+    check_mixers(structure, layout)
     check_positions(structure, config.data.max_seq_len)
     fit(config, layout.world, read_facts(structure, layout))
     return structure
@@ -268,7 +270,7 @@ def read_facts(structure: ModelStructure, layout: Layout) -> ModelFacts:
         pieces.setdefault(linear.piece[1:], linear.piece)
     return ModelFacts(
         blocks=num_blocks,
-        heads=(structure.config.num_attention_heads,),
+        heads=(heads,) if (heads := getattr(structure.config, "num_attention_heads", 0)) else (),
         experts=tuple({int(module.num_experts) for module in structure.experts}),  # type: ignore[arg-type]
         pieces=tuple(pieces.values()),
         vocabulary=plan.embedding.weight.shape[0] if plan else 0,
@@ -289,13 +291,16 @@ def place_model(
     plan = read_plan(structure) if layout.tensor > 1 else None
     if layout.pipeline == 1:
         rotate_by_sample(model)
+        separate_mixers(structure)
         return PlacedModel(objective, structure, plan=plan)
     full_model, per_rank = copy.deepcopy(model), config.train.pipeline_stages_per_rank
     pipeline = cut_into_stages(
         objective, model, structure, layout, mesh, per_rank, has_router_loss=objective.has_router_loss
     )
+    left = structure.within(model)
     rotate_by_sample(model)
-    return PlacedModel(objective, structure.within(model), pipeline, full_model, plan)
+    separate_mixers(left)
+    return PlacedModel(objective, left, pipeline, full_model, plan)
 
 
 def load_parameters(config: Config, placed: PlacedModel, mesh: Mesh, world: World) -> None:

@@ -1,0 +1,209 @@
+"""Layers that carry something along the tokens otherwise than by attention, in a packed row of samples.
+
+Hybrid models have such layers beside attention, or in its place: gated delta nets (Qwen3-Next, Qwen3.5, OLMo-hybrid),
+Mamba (Granite 4, Bamba, Nemotron-H, Jamba), linear attention (MiniMax), short convolutions (LFM2). Which modules of a
+model they are is read off its classes: those that keep a convolution's or a recurrence's state in transformers' cache,
+or hold a convolution over tokens.
+
+Here a *mixer* is the outermost such module in a block. It knows nothing of packed samples, so it is given them as a
+batch of its own: `separate_mixers` wraps its forward, cuts the row at the samples' borders, and runs samples of about
+one length together, padded behind their ends. Nothing is lost by that: a mixer is causal, so that padding behind a
+sample does not reach it. The projections around the recurrence are a part of the mixer, and see the padding too, which
+is why lengths that differ by more than a fifth run apart.
+
+Borders reach a mixer through its block, as a keyword argument of the block's forward: so they are those of the micro
+batch also when the block runs again in the backward pass. Without borders (in transformers' `generate`) mixers run as
+they are.
+
+Shapes: T tokens of a packed row, of samples in groups of n, padded to L tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache, partial, wraps
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tutti.config import ConfigError
+from tutti.config.layout import Layout
+from tutti.core.compat import tree_flatten, tree_unflatten
+from tutti.core.modules import Forward, wrap_forward
+from tutti.core.structure import ModelStructure
+
+_STATES = {"get_conv_state", "update_conv_state", "get_recurrent_state", "update_recurrent_state", "get_linear_cache"}
+"""The methods of transformers' caches by which a layer keeps more than keys and values."""
+
+_BORDERS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "borders", "whole", "cache"}
+"""The arguments about a packed row, which are not those of a mixer's batch."""
+
+
+def mixers(blocks: Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules of `blocks` that carry a state along the tokens; the outermost, each once."""
+    found: dict[nn.Module, None] = {}
+    for block in blocks:
+        for child in block.children():
+            found |= dict.fromkeys(_outermost(child))
+    return list(found)
+
+
+def _outermost(module: nn.Module) -> list[nn.Module]:
+    if _carries(module):
+        return [module]
+    return [found for child in module.children() for found in _outermost(child)]
+
+
+def _carries(module: nn.Module) -> bool:
+    return bool(_STATES & names_read(type(module))) or any(isinstance(child, nn.Conv1d) for child in module.children())
+
+
+@lru_cache(maxsize=1024)
+def names_read(cls: type) -> frozenset[str]:
+    """The names of the attributes and globals that the methods of a class of transformers' models look up, and of the
+    arguments that they pass by name."""
+    functions = [
+        inspect.unwrap(item)
+        for kind in cls.__mro__
+        if kind.__module__.startswith("transformers.models.")
+        for item in vars(kind).values()
+        if callable(item)
+    ]
+    codes = [item.__code__ for item in functions if hasattr(item, "__code__")]
+    passed = [item for code in codes for item in code.co_consts if isinstance(item, tuple)]
+    texts = {item for names in passed for item in names if isinstance(item, str)}
+    return frozenset({name for code in codes for name in code.co_names} | texts)
+
+
+def check_mixers(structure: ModelStructure, layout: Layout) -> None:
+    """ConfigError for axes that divide a sample's tokens among ranks, which its recurrences run through."""
+    if not mixers(block for _, block in structure.blocks):
+        return
+    problems = [
+        f"train.{name}: {structure.name} has layers that carry a state from token to token, which ranks with parts of "
+        "a sample cannot compute at once; set 1"
+        for name, size in (("ulysses_parallel_size", layout.ulysses), ("context_parallel_size", layout.context))
+        if size > 1
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def separate_mixers(structure: ModelStructure) -> None:
+    """Have the mixers of a model treat each sample of a packed row by itself, in place."""
+    blocks = [block for _, block in structure.blocks]
+    found = mixers(blocks)
+    if not found:
+        return
+    row = _Row()
+    structure.text_model.register_forward_pre_hook(row.note, with_kwargs=True)
+    for block in blocks:
+        block.register_forward_pre_hook(row.tell, with_kwargs=True)
+        kinds = [item.kind for item in inspect.signature(block.forward).parameters.values()]
+        takes = inspect.Parameter.VAR_KEYWORD in kinds
+        wrap_forward(block, "borders", partial(_told, row=row, takes=takes))
+    for mixer in found:
+        wrap_forward(mixer, "samples", partial(_by_group, row=row))
+
+
+class _Row:
+    """The borders of the row that is being run: as the language model was given them, and those of the block now."""
+
+    def __init__(self) -> None:
+        self.given: Tensor | None = None
+        self.borders: Tensor | None = None
+
+    def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward hook of the language model."""
+        self.given = kwargs.get("borders")
+
+    def tell(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A forward hook of a block. Not every model hands on to its blocks what it does not know."""
+        return args, {"borders": self.given, **kwargs}
+
+
+def _told(forward: Forward, row: _Row, takes: bool) -> Forward:
+    @wraps(forward)
+    def run(*args: Any, borders: Tensor | None = None, **kwargs: Any) -> Any:
+        row.borders = borders
+        return forward(*args, **(kwargs | {"borders": borders} if takes and borders is not None else kwargs))
+
+    return run
+
+
+def _by_group(forward: Forward, row: _Row) -> Forward:
+    @torch.compiler.disable
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        kwargs = {name: value for name, value in kwargs.items() if name not in _BORDERS}
+        if row.borders is None or len(row.borders) == 2:
+            return forward(*args, **kwargs)
+        leaves, spec = tree_flatten((args, kwargs))
+        lengths = tuple(row.borders.diff().tolist())
+        device = next(leaf.device for leaf in leaves if _lies_along(leaf, 1, sum(lengths)))
+        groups = _group(lengths, device)
+        cut = [groups.cut(leaf) if _lies_along(leaf, 1, sum(lengths)) else [leaf] * len(groups.shapes) for leaf in leaves]
+        outputs = []
+        for own in zip(*cut, strict=True):
+            own_args, own_kwargs = tree_unflatten(list(own), spec)
+            outputs.append(tree_flatten(forward(*own_args, **own_kwargs)))
+        columns = zip(*(made for made, _ in outputs), strict=True)
+        return tree_unflatten([groups.join(column) for column in columns], outputs[0][1])
+
+    return run
+
+
+def _lies_along(leaf: Any, rows: int, length: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim >= 2 and leaf.shape[:2] == (rows, length)
+
+
+class _Groups(NamedTuple):
+    """The samples of a row in groups of about one length.
+
+    shapes: (n, L) of each group. places: int64, the place in the row of each token of all groups, that of padding being
+    T. back: int64 [T], the place among these of each token of the row.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    places: Tensor
+    back: Tensor
+
+    def cut(self, row: Tensor) -> list[Tensor]:
+        """What lies along the tokens [1, T, ..] -> [n, L, ..] of each group; zero where there is padding."""
+        padded = torch.cat([row[0], row.new_zeros(1, *row.shape[2:])])
+        parts = padded.index_select(0, self.places).split([count * length for count, length in self.shapes])
+        return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def join(self, column: Sequence[Any]) -> Any:
+        """What the groups' outputs are for the row: [n, L, ..] of each -> [1, T, ..]; None for anything else."""
+        if not all(_lies_along(part, *shape) for part, shape in zip(column, self.shapes, strict=True)):
+            return None
+        return torch.cat([part.flatten(0, 1) for part in column]).index_select(0, self.back)[None]
+
+
+@lru_cache(maxsize=64)
+def _group(lengths: tuple[int, ...], device: torch.device) -> _Groups:
+    begins = [sum(lengths[:number]) for number in range(len(lengths))]
+    members: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        longest = lengths[members[-1][0]] if members else 0
+        if not members or lengths[number] < 0.8 * longest - _FREE:
+            members.append([])
+        members[-1].append(number)
+    total = sum(lengths)
+    places: list[int] = []
+    back = [0] * total
+    for group in members:
+        longest = lengths[group[0]]
+        for number in group:
+            begin, length = begins[number], lengths[number]
+            back[begin : begin + length] = range(len(places), len(places) + length)
+            places += [*range(begin, begin + length), *[total] * (longest - length)]
+    shapes = tuple((len(group), lengths[group[0]]) for group in members)
+    return _Groups(shapes, torch.tensor(places, device=device), torch.tensor(back, device=device))
+
+
+_FREE = 32
+"""Tokens of padding that cost less than a run of their own: recurrences are computed in chunks of 64 or more."""
