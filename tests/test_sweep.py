@@ -7,7 +7,10 @@ import pytest
 from tests import sweep
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "phi3", "gemma2", "olmo2", "gpt_oss", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "opt", "phi3", "gemma2", "olmo2", "gpt_oss", "qwen3_moe", "deepseek_v3", "qwen3_next", "nemotron_h"],
+)
 def test_a_family_is_equal_or_refused(family: str) -> None:
     found = sweep.check(family)
     assert set(found) == set(sweep.COLUMNS)
@@ -16,8 +19,10 @@ def test_a_family_is_equal_or_refused(family: str) -> None:
 
 
 def test_what_carries_from_one_sample_into_the_next_is_refused() -> None:
-    found = sweep.check("mamba")
-    assert found["packed"].startswith(f"{sweep.REFUSED}: mamba has layers of type linear_attention"), found
+    found = sweep.check("deepseek_v32")
+    assert found["packed"].startswith(f"{sweep.REFUSED}: deepseek_v32 has layers of type indexed_attention"), found
+    found = sweep.check("rwkv")
+    assert found["packed"].startswith(f"{sweep.REFUSED}: rwkv has layers that mix tokens otherwise"), found
 
 
 def test_a_difference_is_told() -> None:

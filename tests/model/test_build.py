@@ -214,11 +214,10 @@ def test_nothing_is_dropped_once_dropout_is_off(family):
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
-        ("mamba", {}),
-        ("mamba2", {}),
-        ("jamba", {}),
-        ("lfm2", {"layer_types": ["conv", "full_attention"]}),
-        ("qwen3_next", {"layer_types": ["linear_attention", "full_attention"]}),
+        ("rwkv", {}),
+        ("xlstm", {}),
+        ("deepseek_v32", {}),
+        ("inkling_text", {}),
         ("bloom", {}),
     ],
 )

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tests.model.zoo import FAMILIES, tiny
+from tests.model.zoo import FAMILIES, HYBRIDS, tiny
 from tutti.model import structure as plan
 
 IDS = torch.tensor([[5, 17, 3, 99, 42, 7, 250, 11, 64, 8, 9, 31]])
@@ -147,6 +147,21 @@ def test_flops_equal_what_torch_counts(name: str) -> None:
     assert counter.get_total_flops() == pytest.approx(count.per_token * length + square, rel=0.02)
     causal = sum(flops for flops, _ in count.pairs) * (10 * 11 + 6 * 7) / 2
     assert count.batch([10, 6]) == count.per_token * 16 + causal
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_flops_of_recurrences_equal_what_torch_counts(name: str) -> None:
+    """Of the forward pass, and twice that backward, where torch counts a depthwise convolution as a dense one."""
+    length = 512
+    torch.manual_seed(0)
+    changes = {"num_experts_per_tok": 4} if name == "qwen3_next" else {}
+    config = tiny(name, **changes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randint(0, 256, (1, length)), use_cache=False)
+    count = plan.count_flops(model)
+    square = sum(flops for flops, _ in count.pairs) * length * length
+    assert 3 * counter.get_total_flops() == pytest.approx(count.per_token * length + square, rel=0.02)
 
 
 def test_windows_bound_the_pairs() -> None:

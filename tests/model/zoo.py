@@ -104,11 +104,43 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Family name -> (model_type, what its config sets)."""
 
+_MAMBA: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_chunk_size": 16}
+
+HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_next": (
+        "qwen3_next",
+        {
+            **_MOE,
+            "head_dim": 16,
+            "num_experts": 4,
+            "shared_expert_intermediate_size": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+    ),
+    "granite4": (
+        "granitemoehybrid",
+        {
+            **BASE,
+            **_MAMBA,
+            "layer_types": ["linear_attention", "full_attention"],
+            "shared_intermediate_size": 48,
+            "num_local_experts": 0,
+        },
+    ),
+    "lfm2": ("lfm2", {**BASE, "layer_types": ["conv", "full_attention"]}),
+    "mamba": ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
+}
+"""The same for models with layers that mix tokens otherwise than by attention."""
+
 EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
 """The families with experts."""
 
 
 def tiny(name: str, **overrides: Any) -> PreTrainedConfig:
-    """The tiny config of family `name` (a key of FAMILIES), with `overrides` set on it; the vocabulary is VOCAB."""
-    model_type, values = FAMILIES[name]
+    """The tiny config of family `name` (a key of FAMILIES or HYBRIDS), with `overrides` set on it; the vocabulary is VOCAB."""
+    model_type, values = (FAMILIES | HYBRIDS)[name]
     return AutoConfig.for_model(model_type, **{"vocab_size": VOCAB, **values, **overrides})

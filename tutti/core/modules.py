@@ -21,10 +21,10 @@ Forward = Callable[..., Any]
 WRAPPERS = (
     "adapter",  # a trained change beside a frozen weight
     "samples",  # a mixer's own batch of the samples in a packed row
+    "borders",  # where samples begin, for mixers within a block
     "shard",  # this rank's part of a matrix or table that tensor parallelism splits
     "tokens",  # from and to a rank's own tokens, around a part that is given all of them
     "early values",  # values that are sent while queries and keys are made
-    "borders",  # where samples begin, for mixers within a block
     "compile",
     "local parameters",  # plain tensors in the place of DTensors
     "checkpoint",  # run again in the backward pass

@@ -20,19 +20,25 @@ Shapes: T tokens of a packed row, of samples in groups of n, padded to L tokens.
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial, wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from tutti.config import ConfigError
 from tutti.config.layout import Layout
 from tutti.core.compat import tree_flatten, tree_unflatten
 from tutti.core.modules import Forward, wrap_forward
 from tutti.core.structure import ModelStructure
+
+log = logging.getLogger(__name__)
 
 _STATES = {"get_conv_state", "update_conv_state", "get_recurrent_state", "update_recurrent_state", "get_linear_cache"}
 """The methods of transformers' caches by which a layer keeps more than keys and values."""
@@ -79,7 +85,7 @@ def names_read(cls: type) -> frozenset[str]:
 
 def check_mixers(structure: ModelStructure, layout: Layout) -> None:
     """ConfigError for axes that divide a sample's tokens among ranks, which its recurrences run through."""
-    if not mixers(block for _, block in structure.blocks):
+    if not structure.mixers:
         return
     problems = [
         f"train.{name}: {structure.name} has layers that carry a state from token to token, which ranks with parts of "
@@ -93,19 +99,54 @@ def check_mixers(structure: ModelStructure, layout: Layout) -> None:
 
 def separate_mixers(structure: ModelStructure) -> None:
     """Have the mixers of a model treat each sample of a packed row by itself, in place."""
-    blocks = [block for _, block in structure.blocks]
-    found = mixers(blocks)
-    if not found:
+    if not structure.mixers:
         return
     row = _Row()
     structure.text_model.register_forward_pre_hook(row.note, with_kwargs=True)
-    for block in blocks:
+    for _, block in structure.blocks:
         block.register_forward_pre_hook(row.tell, with_kwargs=True)
         kinds = [item.kind for item in inspect.signature(block.forward).parameters.values()]
         takes = inspect.Parameter.VAR_KEYWORD in kinds
         wrap_forward(block, "borders", partial(_told, row=row, takes=takes))
+    for mixer in structure.mixers:
+        wrap_forward(mixer, "samples", partial(_by_group, mixer=mixer, row=row))
+
+
+def recurrence_flops(found: Iterable[nn.Module], width: int) -> float:
+    """The operations for a token, forward and backward, of mixers' products that no parameter takes part in.
+
+    width: of the hidden states. They are counted on the meta device, as they are computed in chunks without other
+    packages' kernels. Recurrences that are computed element by element (Mamba's first kind) are no products.
+    """
+    counts: dict[Any, float] = {}
+    total = 0.0
     for mixer in found:
-        wrap_forward(mixer, "samples", partial(_by_group, row=row))
+        key = (type(mixer), *(item.shape for item in mixer.parameters()))
+        if key not in counts:
+            counts[key] = _count_products(mixer, width)
+        total += counts[key]
+    return total
+
+
+def _count_products(mixer: nn.Module, width: int) -> float:
+    if not all(item.is_meta for item in mixer.parameters()):
+        mixer = copy.deepcopy(mixer).to("meta")
+    _, *others = inspect.signature(mixer.forward).parameters.values()
+    needed = {item.name: None for item in others if item.default is item.empty and item.kind is not item.VAR_KEYWORD}
+    known = {"position_ids": torch.zeros(1, _COUNTED, dtype=torch.int64, device="meta"), "use_cache": False}
+    given = needed | {item.name: known[item.name] for item in others if item.name in known}
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            mixer(torch.empty(1, _COUNTED, width, device="meta", dtype=next(mixer.parameters()).dtype), **given)
+    except Exception as error:
+        log.debug("the products of %s are not counted: %s", type(mixer).__name__, error)
+        return 0.0
+    weights = sum(2 * item.numel() for item in mixer.parameters() if item.ndim > 1)
+    return 3.0 * max(0.0, counter.get_total_flops() / _COUNTED - weights)
+
+
+_COUNTED = 256
+"""The tokens that a mixer's products are counted for: a multiple of the chunks that recurrences are computed in."""
 
 
 class _Row:
@@ -133,7 +174,7 @@ def _told(forward: Forward, row: _Row, takes: bool) -> Forward:
     return run
 
 
-def _by_group(forward: Forward, row: _Row) -> Forward:
+def _by_group(forward: Forward, mixer: Any, row: _Row) -> Forward:
     @torch.compiler.disable
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -144,15 +185,30 @@ def _by_group(forward: Forward, row: _Row) -> Forward:
         lengths = tuple(row.borders.diff().tolist())
         device = next(leaf.device for leaf in leaves if _lies_along(leaf, 1, sum(lengths)))
         groups = _group(lengths, device)
-        cut = [groups.cut(leaf) if _lies_along(leaf, 1, sum(lengths)) else [leaf] * len(groups.shapes) for leaf in leaves]
+        count = len(groups.shapes)
+        cut = [groups.cut(leaf) if _lies_along(leaf, 1, sum(lengths)) else [leaf] * count for leaf in leaves]
         outputs = []
-        for own in zip(*cut, strict=True):
-            own_args, own_kwargs = tree_unflatten(list(own), spec)
-            outputs.append(tree_flatten(forward(*own_args, **own_kwargs)))
+        for (_, longest), *own in zip(groups.shapes, *cut, strict=True):
+            own_args, own_kwargs = tree_unflatten(own, spec)
+            with _chunks_of(mixer, longest):
+                outputs.append(tree_flatten(forward(*own_args, **own_kwargs)))
         columns = zip(*(made for made, _ in outputs), strict=True)
         return tree_unflatten([groups.join(column) for column in columns], outputs[0][1])
 
     return run
+
+
+@contextmanager
+def _chunks_of(mixer: Any, length: int) -> Iterator[None]:
+    """Have a mixer compute short samples in short chunks: it pads to whole ones, of 256 tokens in Mamba 2."""
+    own = vars(mixer).get("chunk_size")
+    if isinstance(own, int):
+        mixer.chunk_size = min(own, max(16, 1 << (length - 1).bit_length()))
+    try:
+        yield
+    finally:
+        if isinstance(own, int):
+            mixer.chunk_size = own
 
 
 def _lies_along(leaf: Any, rows: int, length: int) -> bool:

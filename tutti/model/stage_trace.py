@@ -43,7 +43,7 @@ def trace_stages(structure: ModelStructure) -> StageTrace:
         trace = _Trace(gives_tuple)
         try:
             with _unfrozen(inner), _stand_ins(inner, lists[0], trace):
-                output = _run(inner)
+                output = _run(inner, bool(structure.mixers))
         except Exception as error:  # whatever the class does with what it does not expect
             problem = problem or f"its forward fails: {str(error).splitlines()[0] if str(error) else error!r}"
             continue
@@ -172,7 +172,9 @@ def _note(key: str, trace: _Trace) -> Any:
     return note
 
 
-def _run(inner: nn.Module) -> Any:
+def _run(inner: nn.Module, mixing: bool) -> Any:
     tokens = torch.zeros(1, 4, dtype=torch.int64, device="meta")
-    # With a mask transformers does not look for borders in the positions, of which there are none on meta.
-    return inner(input_ids=tokens, position_ids=tokens, attention_mask=tokens.bool(), use_cache=False)
+    # With a mask transformers does not look for borders in the positions, of which there are none on meta; nor for
+    # padding, which mixers are not to see, in a mask of pairs.
+    mask = torch.ones(1, 1, 4, 4, device="meta") if mixing else torch.ones(1, 4, device="meta")
+    return inner(input_ids=tokens, position_ids=tokens, attention_mask=mask.bool(), use_cache=False)

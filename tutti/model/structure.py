@@ -30,6 +30,7 @@ from tutti.attention.sparse import NAME as SPARSE
 from tutti.attention.sparse import SparseSizes
 from tutti.core.compat import get_model_conversion_mapping
 from tutti.core.structure import LogitTransform, ModelStructure
+from tutti.model.mixers import mixers, recurrence_flops
 from tutti.model.quantized import num_weights
 
 HEAD_NAMES = ("score",)
@@ -57,6 +58,7 @@ def read_structure(model: PreTrainedModel, basic: Iterable[str] = ()) -> ModelSt
         towers=tuple(towers(model)),
         tower_blocks=tuple(tower_blocks(model)),
         experts=tuple(experts(model)),
+        mixers=tuple(mixers(block for _, block in blocks(model))),
     )
 
 
@@ -379,7 +381,8 @@ def is_experts(module: nn.Module) -> bool:
 class FlopCount:
     """Floating-point operations of training on a batch, forward and backward, recomputation not counted.
 
-    per_token: matrix products with parameters, 6 for each active one (4 if it is frozen). pairs: for every attention
+    per_token: matrix products with parameters, 6 for each active one (4 if it is frozen), and those of recurrences
+    (`tutti.model.mixers`). pairs: for every attention
     layer the operations for one query-key pair, and the layer's window (0 = none). per_value: the towers' matrix
     products (their attention is not counted), by the values of images that they are given: one patch, of so many
     values, is one of a tower's tokens.
@@ -423,7 +426,9 @@ def count_flops(model: PreTrainedModel) -> FlopCount:
     # What embeds patches is the towers' one convolution.
     patch = next((p[0].numel() for p in beside.values() if p.ndim > 3), 0)
     per_value = per_patch / patch if patch else 0.0
-    return FlopCount(per_token, tuple(_pair_flops(model.config.get_text_config())), per_value)
+    config = model.config.get_text_config()
+    per_token += recurrence_flops(mixers(block for _, block in blocks(model)), config.hidden_size)
+    return FlopCount(per_token, tuple(_pair_flops(config)), per_value)
 
 
 def _pair_flops(config: PreTrainedConfig) -> list[tuple[float, int]]:
@@ -440,7 +445,7 @@ def _pair_flops(config: PreTrainedConfig) -> list[tuple[float, int]]:
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         return [(flops, window) for flops in each]
-    windows = {"full_attention": 0, "sliding_attention": window}
+    windows = {"full_attention": 0, "hybrid": 0, "sliding_attention": window, "hybrid_sliding": window}
     return [(flops, windows[kind]) for flops, kind in zip(each, kinds, strict=False) if kind in windows]
 
 

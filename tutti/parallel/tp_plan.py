@@ -8,6 +8,7 @@ before anything is built:
 - `Region`: a part of a block that mixes tokens or splits features (attention, MLP). It is given all tokens, and its
   output is brought back to a rank's own; everything else in a block (norms, residuals) runs on the rank's own tokens.
   A part with matrices that the plan does not split is a region too: every rank computes it for all tokens.
+- Mixers (`tutti.model.mixers`) are regions that every rank computes, whatever the plan says of their matrices.
 - Experts are not split, and are no region: they look at one token at a time, so each rank sends its own through them
   (see `tutti.parallel.expert` for dividing whole experts among ranks).
 - The input embedding and the output head are split by the vocabulary, whatever the plan says of them.
@@ -108,7 +109,7 @@ def read_plan(structure: ModelStructure) -> TensorPlan:
     refuse = f"train.tensor_parallel_size: {structure.name} cannot be split into tensors: "
     names = {module: path for path, module in decoder.named_modules()}
     inner = [block for block in blocks if block in names]
-    heads = (config.num_attention_heads,)
+    heads = (getattr(config, "num_attention_heads", 0),)
     embedding: Any = decoder.get_input_embeddings()  # type: ignore[operator]
     if not isinstance(embedding, nn.Embedding):
         raise ValueError(f"{refuse}its tokens are not embedded by a table; leave it at 1")
@@ -124,11 +125,15 @@ def read_plan(structure: ModelStructure) -> TensorPlan:
     linears: list[Linear] = []
     regions: list[Region] = []
     per_head: list[nn.Parameter] = []
-    on_own_tokens: list[str] = []
+    not_split: list[str] = []
     for block in inner:
         for region in _regions(block):
             if any(path.startswith(_wildcards(names[region]) + ".") for path in sparse) and _has_experts(region):
-                on_own_tokens.append(names[region] + ".")
+                not_split.append(names[region] + ".")
+                continue
+            if any(module in structure.mixers for module in region.modules()):
+                not_split.append(names[region] + ".")
+                regions.append(Region(region, False))
                 continue
             found = [
                 _linear(names[module], module, style, region, config)
@@ -147,7 +152,7 @@ def read_plan(structure: ModelStructure) -> TensorPlan:
         for path in names.values()
         if styles.get(_wildcards(path)) in _SPLITTING
         and path not in planned
-        and not path.startswith(tuple(on_own_tokens))
+        and not path.startswith(tuple(not_split))
     ]
     if missed or not linears:
         raise ValueError(f"{refuse}its plan splits {', '.join(missed[:4]) or 'nothing'} outside of its blocks")
