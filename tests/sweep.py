@@ -279,19 +279,26 @@ def table(results: dict[str, dict[str, str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def rewrite(page: str, results: dict[str, dict[str, str]]) -> str:
+    """`page` with the rows of its table that there are new results of, and in order."""
+    begin, end = "<!-- sweep -->\n", "<!-- /sweep -->"
+    head, _, rest = page.partition(begin)
+    old, _, rest = rest.partition(end)
+    first, second, *new = table(results).splitlines()
+    rows = {row.split(" | ")[0]: row for row in [*old.splitlines()[2:], *new]}
+    return "\n".join([head + begin + first, second, *(rows[key] for key in sorted(rows))]) + "\n" + end + rest
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", help="model types (default: all, and the page is written)")
+    parser.add_argument("families", nargs="*", help="model types, whose rows of the page are written (default: all)")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     names = options.families or families()
     with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=10) as pool:
         results = dict(zip(names, pool.imap(check_quietly, names), strict=True))
     print(table(results))
-    if not options.families:
-        begin, end = "<!-- sweep -->\n", "<!-- /sweep -->"
-        head, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
-        PAGE.write_text(head + begin + table(results) + end + rest.partition(end)[2], encoding="utf-8")
+    PAGE.write_text(rewrite(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,14 @@ def test_a_difference_is_told() -> None:
     assert "| x | equal | refused |  | equal | a / b |" in page
 
 
+def test_rows_of_the_page_are_replaced() -> None:
+    old = sweep.table({"b": {"packed": sweep.EQUAL}, "c": {"packed": sweep.EQUAL}})
+    page = f"x\n<!-- sweep -->\n{old}<!-- /sweep -->\ny"
+    new = sweep.rewrite(page, {"c": {"packed": f"{sweep.REFUSED}: so"}, "a": {"packed": sweep.EQUAL}})
+    rows = {"a": {"packed": sweep.EQUAL}, "b": {"packed": sweep.EQUAL}, "c": {"packed": f"{sweep.REFUSED}: so"}}
+    assert new == f"x\n<!-- sweep -->\n{sweep.table(rows)}<!-- /sweep -->\ny"
+
+
 def test_every_family_of_transformers_is_on_the_page() -> None:
     """One that transformers adds shows up as missing here: run `make sweep`."""
     page = sweep.PAGE.read_text(encoding="utf-8")

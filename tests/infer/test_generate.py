@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.infer.models import ONE, PROMPTS, infer_config, open_model, write_model
-from tests.model.zoo import FAMILIES
+from tests.model.zoo import HYBRIDS
 from tutti.attention.kv_cache import CACHED
 from tutti.infer import load as load_module
 from tutti.infer.generate import Generator, Request
@@ -169,15 +169,14 @@ def test_stop_tokens_and_limits_end_an_answer(qwen):
 
 
 OTHERS = {
-    "states": ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "eos_token_id": 2}),
+    **{family: (family, {}) for family in HYBRIDS},
     "coupled rotary": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}),
 }
 
 
 @pytest.mark.parametrize("kind", [*OTHERS, "penalty"])
-def test_other_models_run_by_transformers_generate(tmp_path, monkeypatch, kind):
+def test_other_models_run_by_transformers_generate(tmp_path, kind):
     family, overrides = OTHERS.get(kind, ("qwen3", {}))
-    monkeypatch.setitem(FAMILIES, "mamba", ("mamba", {}))
     path = write_model(tmp_path, family, **overrides)
     if kind == "penalty":
         (tmp_path / "generation_config.json").write_text('{"repetition_penalty": 1.3, "eos_token_id": 2}')

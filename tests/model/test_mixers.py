@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from tutti.attention.interface import resolve_attention
 from tutti.config import ConfigError
 from tutti.config.layout import Layout
 from tutti.core.batch import Batch, Sample, pack
+from tutti.core.modules import wrap_forward
 from tutti.model.build import check_packable
 from tutti.model.mixers import _group, check_mixers, separate_mixers
 from tutti.model.structure import blocks, read_structure
@@ -78,6 +80,15 @@ def test_blocks_that_run_again_see_the_borders_of_their_own_batch(reentrant: boo
             checkpoint_activations([block for _, block in blocks(model)], reentrant=reentrant)
 
         assert_alike(gradients(separated(built(family), wrap), batches), want)
+
+
+def test_compiled_blocks_give_the_same() -> None:
+    def wrap(model: Any) -> None:
+        for _, block in blocks(model):
+            wrap_forward(block, "compile", partial(torch.compile, dynamic=True, backend="eager"))
+
+    batches = [packed(3, 20, 1, 9), packed(18, 2, 13, seed=1)]
+    assert_alike(gradients(separated(built("lfm2"), wrap), batches), gradients(separated(built("lfm2")), batches))
 
 
 def test_a_row_is_what_its_samples_are() -> None:
