@@ -95,7 +95,9 @@ def test_a_row_is_what_its_samples_are() -> None:
     row, lengths = packed(5, 1, 70, 30, 2), (5, 1, 70, 30, 2)
     for family in HYBRIDS:
         objective = separated(built(family))
-        alone = [packed_one(row, begin, length) for begin, length in zip(np.cumsum((0, *lengths)), lengths, strict=False)]
+        alone = [
+            packed_one(row, begin, length) for begin, length in zip(np.cumsum((0, *lengths)), lengths, strict=False)
+        ]
         assert_alike(gradients(objective, [row]), gradients(objective, alone))
 
 
@@ -147,7 +149,7 @@ def test_mixers_are_found_in_the_classes(family: str) -> None:
     kinds = getattr(model.config, "layer_types", ["linear_attention"] * 2)
     assert len(structure.mixers) == sum(kind != "full_attention" for kind in kinds)
     check_packable(model)
-    with pytest.raises(ConfigError, match="ulysses_parallel_size: .* carry a state .*\n.*context_parallel_size"):
+    with pytest.raises(ConfigError, match=r"ulysses_parallel_size: .* carry a state .*\n.*context_parallel_size"):
         check_mixers(structure, replace(ONE, ulysses=2, context=2))
     check_mixers(structure, replace(ONE, tensor=2, pipeline=2))
 

@@ -141,6 +141,6 @@ EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
 
 
 def tiny(name: str, **overrides: Any) -> PreTrainedConfig:
-    """The tiny config of family `name` (a key of FAMILIES or HYBRIDS), with `overrides` set on it; the vocabulary is VOCAB."""
+    """The tiny config of family `name` (of FAMILIES or HYBRIDS), with `overrides`; the vocabulary is VOCAB."""
     model_type, values = (FAMILIES | HYBRIDS)[name]
     return AutoConfig.for_model(model_type, **{"vocab_size": VOCAB, **values, **overrides})

@@ -37,8 +37,8 @@ class ModelStructure:
     blocks: the language model's repeated units with their names, in the order they run. basic: further units that FSDP
     gathers separately, inner ones first. head: the linear layer from hidden states to logits; classifies: these are of
     classes rather than tokens; transform: what is done to them. towers: encoders of images, video and audio and their
-    projectors; tower_blocks: the repeated units of these. experts: the stacks of experts, in the order they run. mixers:
-    what carries a state along the tokens in the blocks (`tutti.model.mixers`).
+    projectors; tower_blocks: the repeated units of these. experts: the stacks of experts, in the order they run.
+    mixers: the layers that carry a state along the tokens (`tutti.model.mixers`).
     """
 
     name: str
@@ -53,7 +53,7 @@ class ModelStructure:
     towers: tuple[nn.Module, ...]
     tower_blocks: tuple[nn.Module, ...]
     experts: tuple[nn.Module, ...]
-    mixers: tuple[nn.Module, ...]
+    mixers: tuple[nn.Module, ...] = ()
 
     def within(self, model: nn.Module) -> ModelStructure:
         """The structure of what is left in `model` once other ranks have taken over stages of it. Its decoder and head

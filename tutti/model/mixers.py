@@ -63,11 +63,12 @@ def _outermost(module: nn.Module) -> list[nn.Module]:
 
 
 def _carries(module: nn.Module) -> bool:
-    return bool(_STATES & names_read(type(module))) or any(isinstance(child, nn.Conv1d) for child in module.children())
+    kind: Any = type(module)
+    return bool(_STATES & names_read(kind)) or any(isinstance(child, nn.Conv1d) for child in module.children())
 
 
 @lru_cache(maxsize=1024)
-def names_read(cls: type) -> frozenset[str]:
+def names_read(cls: Any) -> frozenset[str]:
     """The names of the attributes and globals that the methods of a class of transformers' models look up, and of the
     arguments that they pass by name."""
     functions = [

@@ -150,9 +150,7 @@ def read_plan(structure: ModelStructure) -> TensorPlan:
     missed = [
         path
         for path in names.values()
-        if styles.get(_wildcards(path)) in _SPLITTING
-        and path not in planned
-        and not path.startswith(tuple(not_split))
+        if styles.get(_wildcards(path)) in _SPLITTING and path not in planned and not path.startswith(tuple(not_split))
     ]
     if missed or not linears:
         raise ValueError(f"{refuse}its plan splits {', '.join(missed[:4]) or 'nothing'} outside of its blocks")
