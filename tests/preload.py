@@ -6,12 +6,20 @@ What is there then is left out of garbage collections, which in a rank would tak
 import gc
 
 import transformers.models.qwen3.modeling_qwen3
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tutti.infer.run
 import tutti.train.run
 
-__all__ = ["AutoModelForCausalLM", "AutoTokenizer", "transformers", "tutti"]
+__all__ = [
+    "AutoModelForCausalLM",
+    "AutoTokenizer",
+    "SD3Transformer2DModel",
+    "StableDiffusion3Pipeline",
+    "transformers",
+    "tutti",
+]
 
 gc.collect()
 gc.freeze()

@@ -8,6 +8,7 @@ from tutti.config.rules import _RULES, warnings, warnings_on_cpu
 
 EVALUATED = ["data.eval_path=x", "train.eval_steps=5"]
 PLAIN = ["data.data_type=plaintext"]
+DRAWS = ["data.data_type=diffusion"]
 CASES = [
     *(
         (["infer.do_sample=no", f"infer.{name}=0.5"], f"infer.{name}", "infer.do_sample")
@@ -125,6 +126,26 @@ CASES = [
     (["data.audio_in_video=on", *PLAIN], "data.audio_in_video", "data.data_type is neither conversation nor dpo"),
     (["data.media_root=x", *PLAIN], "data.media_root", "data.data_type is neither conversation nor dpo nor"),
     (["data.augment={flip: true}"], "data.augment", "data.data_type is not image"),
+    *(
+        ([f"{name}={value}"], name, "data.data_type is not diffusion")
+        for name, value in (
+            ("train.flow_time_mean", 1),
+            ("train.flow_time_std", 2),
+            ("train.flow_shift", 3),
+            ("train.cfg_dropout", 0.5),
+            ("train.cache_latents", "no"),
+            ("train.sample_steps", 5),
+            ("train.sample_guidance", 2),
+            ("model.condition_model_path", "x"),
+        )
+    ),
+    ([*DRAWS, "train.sample_steps=5"], "train.sample_steps", "there are no train.sample_prompts"),
+    ([*DRAWS, "data.audio_max_seconds=5"], "data.audio_max_seconds", "data.data_type is diffusion"),
+    (
+        [*DRAWS, "train.broadcast_model_weights_from_rank0=no", "model.model_path=x"],
+        "train.broadcast_model_weights_from_rank0",
+        "which every rank reads its own slices of",
+    ),
     (["data.max_seq_len=9", "data.data_type=image"], "data.max_seq_len", "has no tokens"),
     (["train.pad_to_length=yes", "data.data_type=image"], "train.pad_to_length", "has no tokens"),
     (["model.tokenizer_path=x", "data.data_type=image"], "model.tokenizer_path", "has no tokens"),
@@ -161,6 +182,8 @@ def test_no_effect(argv: list[str], name: str, why: str) -> None:
         ["train.ep_outside=yes", "train.expert_parallel_size=2", "train.data_parallel_mode=fsdp2"],
         ["train.async_enabled=yes", "train.ulysses_parallel_size=2"],
         ["train.save_async=yes"],
+        [*DRAWS, "train.flow_shift=3", "data.image_max_pixels=9", "data.media_root=x", "data.max_seq_len=9"],
+        [*DRAWS, "train.sample_prompts=x", "train.sample_steps=9", "train.sample_guidance=2"],
         ["model.safetensor_idx_path=x", "train.save_hf_weights=no"],
         ["infer.temperature=0.5", "infer.top_p=0.5", "infer.seed=5"],
         ["train.architecture=lora", "train.lora_rank=8", "train.lora_targets=q_proj"],

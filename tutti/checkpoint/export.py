@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tutti.checkpoint.adapter import export_adapter
 from tutti.checkpoint.autoencoder import export_autoencoder
+from tutti.checkpoint.denoiser import export_pipeline
 from tutti.checkpoint.hf_files import find_index
 from tutti.checkpoint.hf_save import export_hf, gather_full_tensors
 from tutti.checkpoint.hub import with_local_paths
@@ -21,8 +22,10 @@ from tutti.core.dist import World, init_world, shutdown_world
 from tutti.core.hub import name_in_cache
 from tutti.core.log import setup_logging
 from tutti.model.autoencoder import Autoencoder
+from tutti.model.denoiser import Denoiser
 from tutti.model.initial import give_storage
 from tutti.model.lora import lora_of, merge
+from tutti.model.pipeline_folder import open_folder
 from tutti.model.processor import build_processor
 from tutti.train.placement import tokenizer_and_model
 
@@ -56,7 +59,11 @@ def export(source: str, out: str, *, merge_adapters: bool = False) -> None:
         lora = lora_of(model)
         if merge_adapters and lora is None:
             raise ValueError(f"--merge: {source} is of a model that was trained whole, there is nothing to merge")
-        if isinstance(model, Autoencoder):
+        if isinstance(model, Denoiser):
+            full = model_reader(trained.folder, model, world)
+            source_folder, seed = open_folder(trained.config), trained.config.train.seed
+            export_pipeline(model, source_folder, Path(out), world, full, seed=seed)
+        elif isinstance(model, Autoencoder):
             export_autoencoder(model, Path(out), world, model_reader(trained.folder, model, world))
         elif lora is None:
             full = model_reader(trained.folder, model, world)
@@ -95,6 +102,10 @@ def export_trained(
     complete = full_model or model
     if isinstance(model, Autoencoder):
         export_autoencoder(model, folder, world, gather_full_tensors(model, model, world))
+        return
+    if isinstance(model, Denoiser):
+        full = gather_full_tensors(model, model, world)
+        export_pipeline(model, open_folder(config), folder, world, full, seed=config.train.seed)
         return
     full = gather_full_tensors(model, complete, world)
     export_hf(complete, folder, tokenizer, world=world, full=full, index_path=_index_path(config))

@@ -42,6 +42,7 @@ from tutti.checkpoint import dcp, manifest
 from tutti.checkpoint.lineage import Start, read_start, write_start
 from tutti.checkpoint.manifest import File, Manifest
 from tutti.checkpoint.state import (
+    AVERAGE,
     create_optimizer_state,
     derive_rng,
     model_entries,
@@ -339,16 +340,19 @@ def foresee(path: str | None, output: Path) -> Foreseen:
 
 
 def read_model(folder: Path, model: nn.Module, world: World) -> None:
-    """Fill `model`, which must have its storage, from a checkpoint that `find_checkpoint` found. Collective.
+    """Fill `model`, which must have its storage, from a checkpoint that `find_checkpoint` found: with the averages of
+    its weights, where it has such. Collective.
 
     ValueError, on every rank: it is of another model.
     """
-    _read(folder, model_tensors(model), model, world, prefixes=("model.",))
+    tensors = model_tensors(model)
+    index = _fitting_index(folder, tensors, model, world, prefixes=("model.",))
+    dcp.read(folder, index, {_averaged(name, index): tensor for name, tensor in tensors.items()}, world.group)
 
 
 def model_reader(folder: Path, model: nn.Module, world: World) -> Callable[[str], Tensor]:
-    """A function that reads a full tensor of `model`, which needs no storage, by name, from a checkpoint that
-    `find_checkpoint` found. Collective, as is what it returns; ValueError as in `read_model`."""
+    """A function that reads a full tensor of `model`, which needs no storage, or its average, by name, from a
+    checkpoint that `find_checkpoint` found. Collective, as is what it returns; ValueError as in `read_model`."""
     tensors = model_tensors(model)
     entries = model_entries(model)
     first = {id(entry): f"model.{name}" for name, entry in reversed(entries.items())}
@@ -357,10 +361,16 @@ def model_reader(folder: Path, model: nn.Module, world: World) -> Callable[[str]
     def read(name: str) -> Tensor:
         stored = first[id(entries[name])]
         tensor = torch.empty(tensors[stored].shape, dtype=tensors[stored].dtype)
-        dcp.read(folder, index, {stored: tensor}, world.group)
+        dcp.read(folder, index, {_averaged(stored, index): tensor}, world.group)
         return tensor
 
     return read
+
+
+def _averaged(name: str, index: Metadata) -> str:
+    """The name in a checkpoint of the average of the tensor `model.<name>`; its own where there is none."""
+    average = f"optimizer.{name.removeprefix('model.')}.{AVERAGE}"
+    return average if average in index.state_dict_metadata else name
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,9 @@ from tutti.core.tensors import local_part, seed_of
 from tutti.model.lora import listed, lora_of
 from tutti.train.optim import set_lr
 
+AVERAGE = "average"
+"""The name, among a parameter's optimizer state, of the moving average of the weights (`tutti.train.average`)."""
+
 
 def model_entries(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and persistent buffer of `model`, tied ones under each of their names.

@@ -76,6 +76,12 @@ class ModelConfig:
         added=True,
         path=True,
     )
+    condition_model_path: str | None = arg(
+        None,
+        "data_type diffusion: folder of vae, text_encoder, tokenizer and scheduler, where the model's own has none.",
+        added=True,
+        path=True,
+    )
     num_labels: int | None = arg(
         None,
         "Number of classes when data.data_type is classification; none takes the config's.",

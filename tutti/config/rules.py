@@ -130,16 +130,23 @@ _NEEDS_TOKENS = (
 """Arguments that are about the layers or the tokens of a language model."""
 
 
+_OF_BUCKETS = ("train.dyn_bsz", "train.pad_to_length", "train.lora_base_dtype", "train.lora_dora")
+"""Arguments that diffusion training has nothing for: its micro batches are so many pictures of one size."""
+
+
 def _of_pixels(config: Config) -> list[str]:
     """One problem for each argument that a model of pixels has nothing for."""
-    kind = config.data.data_type
+    kind, draws = config.data.data_type, config.data.task.rows == "captions"
+    ways = "whole, by data parallelism (ddp, fsdp1, fsdp2)" + (" and Ulysses" if draws else "")
+    refused: tuple[str, ...] = _NEEDS_TOKENS
+    if draws:
+        refused = (*(name for name in _NEEDS_TOKENS if name != "train.ulysses_parallel_size"), *_OF_BUCKETS)
     problems = [
-        f"{name}: a model of data_type {kind} is trained whole, by data parallelism (ddp, fsdp1, fsdp2); leave it at "
-        "its default"
-        for name in _NEEDS_TOKENS
+        f"{name}: a model of data_type {kind} is trained {ways}; leave it at its default"
+        for name in refused
         if away_from_default(config, name)
     ]
-    if config.train.architecture == "lora":
+    if config.train.architecture == "lora" and not draws:
         problems.append(f"train.architecture: a model of data_type {kind} is trained in full; leave lora out")
     return problems
 
@@ -159,6 +166,18 @@ def _has_fixed_steps(config: Config) -> bool:
     return config.data.datasets_type == "iterable" or size in config.explicit
 
 
+def _draws(config: Config) -> bool:
+    return config.data.task.rows == "captions"
+
+
+_OF_DIFFUSION = (
+    *_prefixed("train.flow_"),
+    "train.cfg_dropout",
+    "train.cache_latents",
+    "train.sample_steps",
+    "train.sample_guidance",
+    "model.condition_model_path",
+)
 _LIMITS = (*_prefixed("data.image_"), *_prefixed("data.video_"), *_prefixed("data.audio_"))
 _OF_ADAPTERS = tuple(name for name in _prefixed("train.lora_") if name != "train.lora_base_dtype")
 
@@ -211,8 +230,29 @@ _RULES = (
     ),
     _Rule(
         _LIMITS,
-        lambda config: not config.data.task.holds_chats,
-        "data.data_type is neither " + " nor ".join(name for name, row in TASKS.items() if row.holds_chats),
+        lambda config: not config.data.task.holds_chats and not _draws(config),
+        "data.data_type is neither "
+        + " nor ".join(name for name, row in TASKS.items() if row.holds_chats or row.rows == "captions"),
+    ),
+    _Rule(
+        (*_prefixed("data.audio_"), "data.media_cache_mb", "train.sample_tokens"),
+        lambda config: _draws(config),
+        "data.data_type is diffusion",
+    ),
+    _Rule(
+        ("train.broadcast_model_weights_from_rank0",),
+        lambda config: _draws(config) and config.model.model_path is not None,
+        "data.data_type is diffusion: weights are files which every rank reads its own slices of",
+    ),
+    _Rule(
+        _OF_DIFFUSION,
+        lambda config: not _draws(config),
+        "data.data_type is not diffusion",
+    ),
+    _Rule(
+        ("train.sample_steps", "train.sample_guidance"),
+        lambda config: _draws(config) and not (config.train.sample_prompts or config.train.sample_prompts_path),
+        "there are no train.sample_prompts",
     ),
     _Rule(
         ("data.media_root", "data.media_cache_mb"),
@@ -222,8 +262,13 @@ _RULES = (
     ),
     _Rule(("data.augment",), lambda config: config.data.task.rows != "images", "data.data_type is not image"),
     _Rule(
-        ("data.max_seq_len", "train.pad_to_length", "model.tokenizer_path", "model.attn_implementation"),
+        ("train.pad_to_length", "model.tokenizer_path", "model.attn_implementation"),
         lambda config: not config.data.task.has_tokens,
+        "the model of this data.data_type has no tokens",
+    ),
+    _Rule(
+        ("data.max_seq_len",),
+        lambda config: not config.data.task.has_tokens and not _draws(config),
         "the model of this data.data_type has no tokens",
     ),
     _Rule(
@@ -365,8 +410,8 @@ _RULES = (
         "the adapter at model.adapter_path has its own",
     ),
     _Rule(
-        _prefixed("train.sample_"),
-        lambda config: config.data.task.head != "tokens",
+        tuple(name for name in _prefixed("train.sample_") if name not in _OF_DIFFUSION),
+        lambda config: config.data.task.head != "tokens" and not _draws(config),
         "the model of this data.data_type gives numbers, and writes nothing",
     ),
     _Rule(

@@ -24,7 +24,7 @@ class TaskRow:
     module: str
     doc: str
     columns: str
-    rows: Literal["documents", "conversations", "labels", "pairs", "images"]
+    rows: Literal["documents", "conversations", "labels", "pairs", "images", "captions"]
     head: Literal["tokens", "classes", "scalar", "pixels"] = "tokens"
     losses: Mapping[str, float] = field(default_factory=dict)
 
@@ -79,5 +79,12 @@ TASKS: dict[str, TaskRow] = {
         rows="images",
         head="pixels",
         losses={"l1": 1.0, "mse": 1.0, "commitment": 1.0, "kl": 1e-6},
+    ),
+    "diffusion": TaskRow(
+        module="tutti.train.tasks.diffusion",
+        doc="a picture or video with a caption, which a diffusion transformer learns to draw",
+        columns="prompt,text,caption",
+        rows="captions",
+        head="pixels",
     ),
 }

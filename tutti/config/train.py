@@ -293,6 +293,40 @@ class TrainConfig:
         path=True,
     )
     sample_tokens: int = arg(48, "Most tokens of each of these answers.", low=1, added=True)
+    sample_steps: int = arg(20, "data_type diffusion: steps in which such a prompt is drawn.", low=1, added=True)
+    sample_guidance: float = arg(
+        4.0,
+        "data_type diffusion: how strongly a prompt leads what is drawn for it; 1 not beyond what was learned.",
+        low=1,
+        added=True,
+    )
+    flow_time_mean: float = arg(
+        0.0, "data_type diffusion: mean of the logit-normal times of training; above 0 more noise.", added=True
+    )
+    flow_time_std: float = arg(1.0, "data_type diffusion: their standard deviation.", low=0.01, added=True)
+    flow_shift: float = arg(
+        1.0, "data_type diffusion: shift of these times towards noise, s t / (1 + (s - 1) t).", low=0.01, added=True
+    )
+    cfg_dropout: float = arg(
+        0.1,
+        "data_type diffusion: probability that a caption is left out, which guidance needs in sampling.",
+        low=0,
+        high=1,
+        added=True,
+    )
+    ema_decay: float = arg(
+        0.0,
+        "Decay, per step, of a moving average of the weights, which is sampled from and exported; 0 keeps none.",
+        low=0,
+        high=0.999999,
+        added=True,
+    )
+    cache_latents: bool = arg(
+        True,
+        "data_type diffusion: encode all pictures and captions once, before training, into output_dir/cache; false: in "
+        "each step.",
+        added=True,
+    )
     trackers: tuple[TrackerName, ...] = arg(
         (),
         "Services that follow the run with the numbers of metrics.jsonl, through accelerate (wandb: as use_wandb); one "

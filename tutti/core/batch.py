@@ -43,6 +43,20 @@ class Frames(NamedTuple):
     fps: float
 
 
+class Grid(NamedTuple):
+    """How pixels become latents: the pixels a side of one, the frames of a video to each beyond the first (0: of models
+    of pictures), and the latents a side that make a token."""
+
+    pixels: int
+    frames: int
+    patch: int
+
+    @property
+    def step(self) -> int:
+        """The pixels that the sides of a picture are multiples of."""
+        return self.pixels * self.patch
+
+
 class Media(NamedTuple):
     """An image, a video or a sound of a sample: where it is found, and its size.
 
@@ -68,6 +82,7 @@ class Sample:
     split: where the rejected one of a pair of answers begins, each a sequence of its own; 0 for a single sequence.
     media: what stands in the place of some of its tokens, in their order. num_values: the numbers (of pixels, or of a
     sound's features) that these become.
+    bucket: samples of different buckets (sizes of pictures) are never in one micro batch.
     """
 
     input_ids: np.ndarray
@@ -76,6 +91,7 @@ class Sample:
     split: int = 0
     media: tuple[Media, ...] = ()
     num_values: int = 0
+    bucket: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)

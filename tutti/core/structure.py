@@ -39,6 +39,7 @@ class ModelStructure:
     classes rather than tokens; transform: what is done to them. towers: encoders of images, video and audio and their
     projectors; tower_blocks: the repeated units of these. experts: the stacks of experts, in the order they run.
     mixers: the layers that carry a state along the tokens (`tutti.model.mixers`).
+    by_keyword: blocks are given tensors that need gradients by keyword.
     """
 
     name: str
@@ -54,6 +55,7 @@ class ModelStructure:
     tower_blocks: tuple[nn.Module, ...]
     experts: tuple[nn.Module, ...]
     mixers: tuple[nn.Module, ...] = ()
+    by_keyword: bool = False
 
     def within(self, model: nn.Module) -> ModelStructure:
         """The structure of what is left in `model` once other ranks have taken over stages of it. Its decoder and head

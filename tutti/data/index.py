@@ -58,8 +58,8 @@ _LOG_SECONDS = 5.0
 class Chunk:
     """Consecutive rows of one source, encoded: n samples of T tokens in all.
 
-    row, piece, length, targets, split, num_values: int64 [n]; targets counts the trained tokens, the last two are as in
-    Sample.
+    row, piece, length, targets, split, num_values, bucket: int64 [n]; targets counts the trained tokens, the last three
+    are as in Sample.
     media: [n] as in Sample, or empty where no sample has any.
     tokens: int32 [2, T], ids above labels, or None where only the numbers are wanted. bad: the rows left out.
     bad_numbers: their row numbers. rows: how many there were. first: the number of the first. crc: of the tokens.
@@ -73,6 +73,7 @@ class Chunk:
     targets: np.ndarray
     split: np.ndarray
     num_values: np.ndarray
+    bucket: np.ndarray
     media: list[tuple[Media, ...]]
     tokens: np.ndarray | None
     bad: tuple[Any, ...]
@@ -88,11 +89,11 @@ class Chunk:
         assert self.tokens is not None
         end = 0
         media = self.media or [()] * len(self.length)
-        columns = (self.length.tolist(), self.split.tolist(), self.num_values.tolist())
-        for length, split, values, found in zip(*columns, media, strict=True):
+        columns = (column.tolist() for column in (self.length, self.split, self.num_values, self.bucket))
+        for length, split, values, bucket, found in zip(*columns, media, strict=True):
             start, end = end, end + length
             ids, labels = self.tokens[:, start:end].copy()
-            yield Sample(ids, labels, self.source, split, found, values)
+            yield Sample(ids, labels, self.source, split, found, values, bucket)
 
 
 def encode_chunk(encoder: Any, source: int, numbers: Sequence[int], rows: Sequence[Any]) -> Chunk:
@@ -122,6 +123,7 @@ def encode_chunk(encoder: Any, source: int, numbers: Sequence[int], rows: Sequen
         targets=_sums(tokens[1] != IGNORE, length),
         split=np.array([sample.split for _, _, sample in found], np.int64),
         num_values=np.array([sample.num_values for _, _, sample in found], np.int64),
+        bucket=np.array([sample.bucket for _, _, sample in found], np.int64),
         media=media if any(media) else [],
         tokens=tokens,
         bad=tuple(bad),
@@ -156,6 +158,7 @@ class Index:
     length: np.ndarray
     targets: np.ndarray
     split: np.ndarray
+    bucket: np.ndarray
     num_media: np.ndarray
     num_values: np.ndarray
     tokens: np.ndarray | None
@@ -197,6 +200,9 @@ class MapSource:
 
     def num_values(self, items: Sequence[int]) -> int:
         return int(self.index.num_values[np.asarray(items, np.int64)].sum())
+
+    def bucket(self, item: int) -> int:
+        return int(self.index.bucket[item])
 
     def name(self, item: int) -> int:
         return item
@@ -273,11 +279,12 @@ def _join(chunks: list[Chunk], dropped: dict[str, int]) -> Index:
         "length": length,
         "targets": np.concatenate([chunk.targets for chunk in chunks]),
         "split": np.concatenate([chunk.split for chunk in chunks]),
+        "bucket": np.concatenate([chunk.bucket for chunk in chunks]),
         "num_media": np.concatenate([_num_media(chunk) for chunk in chunks]),
         "num_values": np.concatenate([chunk.num_values for chunk in chunks]),
     }
     digest = hashlib.sha256(np.array([chunk.crc for chunk in chunks], np.int64).tobytes())
-    for column in columns.values():
+    for column in (columns[name] for name in columns if name != "bucket"):  # which follows from the others
         digest.update(column.tobytes())
     return Index(
         **columns,

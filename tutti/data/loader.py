@@ -18,7 +18,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -212,9 +212,16 @@ class Data:
         """True if training samples have images; None where they are streamed, and nobody knows."""
         return self._train.has_media
 
-    def read(self, names: Sequence[Any]) -> list[Sample] | None:
-        """The training samples of a micro batch by their names in it, with their media; None where it is streamed."""
-        return None if self._train.read is None else self._train.read(list(names))
+    def read(self, names: Sequence[Any], split: Literal["train", "eval"] = "train") -> list[Sample] | None:
+        """The samples of a micro batch by their names in it, with their media; None where the data is streamed, and
+        of evaluation data that there is none of."""
+        part = self._train if split == "train" else self._evaluation
+        return None if part is None or part.read is None else part.read(list(names))
+
+    def size(self, split: Literal["train", "eval"]) -> int:
+        """The number of samples that can be read; 0 where the data is streamed."""
+        part = self._train if split == "train" else self._evaluation
+        return 0 if part is None or part.read is None else part.planner.source.size or 0
 
     @property
     def steps_reason(self) -> str:
@@ -322,6 +329,8 @@ def build_data(
     elsewhere = fetch_data(config, world)
 
     def find_encoder() -> Any:
+        if rows == "captions":
+            return processor
         if rows == "images":
             return make_image_encoder(config, processor)
         options: dict[str, Any] = {"vocab_size": vocab_size, "processor": processor}

@@ -18,7 +18,8 @@ in step 4 is random (the first micro batches of a window had more to choose from
 While the budget grows, micro batches are made one at a time. A sample longer than the budget goes alone; none is
 dropped or split.
 
-Packers see only lengths: they are the same on every rank, and their whole state is the samples they hold.
+Packers see only lengths, and buckets where a micro batch must hold pictures of one size: they are the same on every
+rank, and their whole state is the samples they hold.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ import heapq
 from abc import ABC, abstractmethod
 from bisect import bisect_right, insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 from tutti.data.mix import Draw, SampleRef, permutation
 
@@ -210,6 +212,58 @@ class Fixed(Packer):
 
     def _hold_loose(self, samples: Sequence[SampleRef]) -> None:
         self._loose = deque(samples)
+
+
+class Bucketed(Packer):
+    """Micro batches of `size` samples of one bucket each, complete in the order in which they fill up.
+
+    What fills none at the end of a pass waits for the next pass, or is dealt by `deal_buckets`.
+    """
+
+    def __init__(self, size: int, bucket: Callable[[Any], int]) -> None:
+        super().__init__()
+        self.size, self.bucket = size, bucket
+        self._waiting: dict[int, list[SampleRef]] = {}
+        self._loose: deque[SampleRef] = deque()
+
+    def _pack(self, draw: Draw, budget: int, step: int) -> list[list[SampleRef]]:
+        self._loose.extendleft(reversed(self.open))
+        self.open = []
+        while (drawn := self._loose.popleft() if self._loose else draw()) is not None:
+            batch = self._waiting.setdefault(self.bucket(drawn[1]), [])
+            batch.append(drawn)
+            if len(batch) == self.size:
+                return [self._waiting.pop(self.bucket(drawn[1]))]
+        self.open = [drawn for batch in self._waiting.values() for drawn in batch]
+        self._waiting = {}
+        return []
+
+    def _loose_samples(self) -> list[SampleRef]:
+        return [*(drawn for batch in self._waiting.values() for drawn in batch), *self._loose]
+
+    def _hold_loose(self, samples: Sequence[SampleRef]) -> None:
+        self._waiting, self._loose = {}, deque(samples)
+
+
+def deal_buckets(
+    samples: Sequence[SampleRef], steps: int, micro_batches: int, size: int, bucket: Callable[[Any], int]
+) -> list[list[SampleRef]]:
+    """All of `samples` as `steps` times `micro_batches` micro batches of at most `size` samples of one bucket each,
+    some of them empty; none where that are too few."""
+    groups: dict[int, list[SampleRef]] = {}
+    for drawn in samples:
+        groups.setdefault(bucket(drawn[1]), []).append(drawn)
+    batches = [part for group in groups.values() for part in _cut(group, -(-len(group) // size))]
+    room = steps * micro_batches
+    if len(batches) > room:
+        return []
+    while len(batches) < room and len(largest := max(batches, key=len, default=[])) > 1:
+        place = next(number for number, batch in enumerate(batches) if batch is largest)
+        batches[place : place + 1] = _cut(largest, 2)
+    batches += [[] for _ in range(room - len(batches))]
+    # Every step gets about as many samples: its micro batches are every steps-th of all, the largest first.
+    order = sorted(batches, key=len, reverse=True)
+    return [batch for step in range(steps) for batch in order[step::steps]]
 
 
 def deal_tokens(samples: Sequence[SampleRef], steps: int, micro_batches: int, budget: int) -> list[list[SampleRef]]:

@@ -29,7 +29,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
@@ -39,7 +39,7 @@ import numpy as np
 from tutti.config import Config
 from tutti.core.batch import EMPTY_LENGTH
 from tutti.data.mix import Mix, SampleRef
-from tutti.data.pack import BestFit, Fixed, Packer, budget_at, deal_samples, deal_tokens
+from tutti.data.pack import BestFit, Bucketed, Fixed, Packer, budget_at, deal_buckets, deal_samples, deal_tokens
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,9 @@ class SampleSource(Protocol):
     def num_values(self, items: Sequence[Any]) -> int:
         """The values of all media of these items."""
 
+    def bucket(self, item: Any) -> int:
+        """Its bucket: items of others are never in one micro batch."""
+
     def name(self, item: Any) -> Any:
         """Plain data that finds the item again."""
 
@@ -84,7 +87,7 @@ class BatchingPlan:
 
     micro_batches: M, over all ranks. budget: B tokens. seed: of the order in which micro batches packed together come;
     None keeps the order of the samples. even_end: the rest of a run is dealt over its last steps. epoch_steps: if by
-    formula.
+    formula. bucketed: samples are of several buckets.
     """
 
     micro_batches: int
@@ -101,6 +104,7 @@ class BatchingPlan:
     epochs: int
     epoch_steps: int | None
     max_steps: int | None
+    bucketed: bool = False
 
     @property
     def pad_to(self) -> int | None:
@@ -110,7 +114,10 @@ class BatchingPlan:
     def global_batch_size(self) -> int:
         return self.micro_batches * self.micro_batch_size
 
-    def packer(self) -> Packer:
+    def packer(self, bucket: Callable[[Any], int]) -> Packer:
+        """The packer of items. bucket: gives the bucket of each."""
+        if self.bucketed:
+            return Bucketed(self.micro_batch_size, bucket)
         return BestFit(self.buffer_size, self.budget, self.seed) if self.dynamic else Fixed(self.micro_batch_size)
 
     def slots(self, budget: int, batch: Sequence[SampleRef]) -> int:
@@ -133,12 +140,17 @@ class BatchingPlan:
         """Slots of several micro batches."""
         return sum([self.slots(budget, batch) for batch in batches])
 
-    def deal(self, budget: int, batches: MicroBatches, steps: int) -> MicroBatches:
+    def deal(
+        self, budget: int, batches: MicroBatches, steps: int, bucket: Callable[[Any], int] | None = None
+    ) -> MicroBatches:
         """The samples of `batches`, which are the last of a run, as M micro batches for each of `steps` steps.
 
-        Empty if there is no way. One step of at most M micro batches always is one.
+        bucket: gives the bucket of each, where these matter. Empty if there is no way. One step of at most M micro
+        batches always is one.
         """
         samples = [drawn for batch in batches for drawn in batch]
+        if self.bucketed and bucket is not None:
+            return deal_buckets(samples, steps, self.micro_batches, self.micro_batch_size, bucket)
         if not self.dynamic:
             return deal_samples(samples, steps, self.micro_batches)
         dealt = deal_tokens(samples, steps, self.micro_batches, budget)
@@ -181,6 +193,7 @@ def make_batching_plan(config: Config, *, dp_size: int, by_formula: bool) -> Bat
         epochs=train.num_train_epochs,
         epoch_steps=steps,
         max_steps=train.max_steps,
+        bucketed=data.task.rows == "captions",
     )
 
 
@@ -228,7 +241,7 @@ class Planner:
 
     def __init__(self, source: SampleSource, batching: BatchingPlan) -> None:
         self.source, self.batching = source, batching
-        self.mix, self.packer = source.mix(), batching.packer()
+        self.mix, self.packer = source.mix(), batching.packer(source.bucket)
         self.step = self.epoch = self.step_in_epoch = self.passes = 0
         self.warmup_steps = 0
         self._set_counted(Count(()))
@@ -301,7 +314,7 @@ class Planner:
         """Deal all samples that are left over the steps that are left."""
         budget = self._budget_at(self.step)
         batches = [*self._micro_batches(budget), self.packer.open]
-        dealt = self.batching.deal(budget, batches, self.counted.rest_steps)
+        dealt = self.batching.deal(budget, batches, self.counted.rest_steps, self.source.bucket)
         self.packer.hold([drawn for batch in dealt for drawn in batch], [*map(len, dealt), 0])
 
     def _say_restarts(self, before: Sequence[int]) -> None:
@@ -390,16 +403,20 @@ class Planner:
         """The count of all steps: `so_far` is that of the full ones, `last` are the last of these, `rest` is left."""
         batching, each = self.batching, self.batching.micro_batches
         rest = [batch for batch in rest if batch]
+        if not rest:
+            return so_far
         least, steps, dealt = 0.0, 0, []
         for number in range(1, 2 + (len(last) if batching.even_end and not batching.drop_last else 0)):
             budget = self._budget_at(self.step + 1 - number)
             pool = [batch for planned in last[len(last) + 1 - number :] for batch in planned.batches] + rest
-            found = batching.deal(budget, pool, number)
+            found = batching.deal(budget, pool, number, self.source.bucket)
             smallest = min((batching.fullness(budget, step) for step in _chunks(found, each)), default=0.0)
             if smallest > least:
                 least, steps, dealt = smallest, number, found
             if least >= _LEAST:
                 break
+        if not steps and batching.bucketed and not batching.drop_last:
+            return self._count_buckets(rest, so_far)
         dropped = not batching.dynamic or len(rest) < each or (least < _LEAST and self.step > 0)
         if not steps or (batching.drop_last and dropped):
             return replace(so_far, left_out=sum(map(len, rest)))
@@ -412,6 +429,17 @@ class Planner:
         for number, batches in enumerate(_chunks(dealt, each)):
             slots += batching.room(self._budget_at(begin + number), batches)
         return Count(tuple(counts), steps, 0, so_far.tokens + _tokens(rest), slots)
+
+    def _count_buckets(self, rest: MicroBatches, so_far: Count) -> Count:
+        """The count of all steps where the `rest` is of more buckets than a step has micro batches: it takes as many
+        steps as it needs."""
+        batching, steps, dealt = self.batching, 0, MicroBatches()
+        while not dealt:
+            steps += 1
+            dealt = batching.deal(batching.budget, rest, steps, self.source.bucket)
+        counts = (*so_far.epoch_steps[:-1], so_far.epoch_steps[-1] + steps)
+        slots = so_far.slots + batching.room(batching.budget, dealt)
+        return Count(counts, steps, 0, so_far.tokens + _tokens(rest), slots)
 
     def position(self) -> dict[str, Any]:
         """Plain data from which planning goes on: on the same plan exactly, on another one with what is left."""

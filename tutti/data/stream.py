@@ -353,6 +353,9 @@ class StreamSource:
     def num_values(self, items: Sequence[StreamSample]) -> int:
         return sum(item.sample.num_values for item in items)
 
+    def bucket(self, item: StreamSample) -> int:
+        return item.sample.bucket
+
     def name(self, item: StreamSample) -> list[int]:
         return [item.sample.source, item.row, item.piece, item.crc]
 

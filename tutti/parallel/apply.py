@@ -68,7 +68,8 @@ def parallelize(
     if train.enable_gradient_checkpointing:
         checkpoint_activations(
             (*towers, *blocks),
-            reentrant=train.enable_reentrant and not (_reads_within(root) or _in_parts(train) or hand_on_keys(blocks)),
+            reentrant=train.enable_reentrant
+            and not (_reads_within(root) or _in_parts(train) or hand_on_keys(blocks) or structure.by_keyword),
         )
     if train.enable_batch_invariant_mode:
         separate_samples(root, blocks)

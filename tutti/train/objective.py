@@ -23,7 +23,7 @@ from tutti.core.batch import Batch
 from tutti.core.collectives import RankGroup, gather_tensor
 from tutti.core.structure import ModelStructure
 from tutti.model.multimodal import MultimodalForward
-from tutti.model.structure import FlopCount, causal_lm, count_flops, read_structure
+from tutti.model.structure import causal_lm, count_flops, read_structure
 from tutti.parallel.pipeline.stage import Passed, Stage, by_layer, hand_on
 from tutti.parallel.sequence import gather_tokens
 from tutti.train.head import Head
@@ -58,7 +58,7 @@ class Objective(nn.Module):
         self.task = task or LanguageModelling()
         self.structure = structure or read_structure(model)
         whole = self.task if isinstance(self.task, WholeModelTask) else None
-        self.flops = count_flops(model) if whole is None else FlopCount(0.0, (), whole.flops_per_value(model))
+        self.flops = count_flops(model) if whole is None else whole.count_flops(model)
         self._by_sample = by_sample
         self._tensor = tensor
         self._shard: VocabularyShard | None = None

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from tutti import __version__
 from tutti.checkpoint.adapter import load_adapter, plan_adapters
 from tutti.checkpoint.autoencoder import load_autoencoder
+from tutti.checkpoint.denoiser import load_denoiser
 from tutti.checkpoint.hf_load import load_weights
 from tutti.checkpoint.manager import foresee
 from tutti.checkpoint.omni import load_parts
@@ -34,8 +35,10 @@ from tutti.core.batch import Batch
 from tutti.core.compute_dtype import compute_dtype
 from tutti.core.dist import World
 from tutti.core.structure import ModelStructure
+from tutti.data.captions import CaptionEncoder
 from tutti.data.images import Square
 from tutti.data.loader import Classes, Data, build_data
+from tutti.data.source import text_columns
 from tutti.model.autoencoder import Autoencoder, AutoencoderConfig, autoencoder_structure, build_autoencoder
 from tutti.model.build import (
     build_model,
@@ -46,6 +49,9 @@ from tutti.model.build import (
     num_token_ids,
     turn_off_dropout,
 )
+from tutti.model.conditions import read_grid
+from tutti.model.denoiser import Denoiser, DenoiserConfig, build_denoiser, denoiser_structure
+from tutti.model.diffusion import latent_patch
 from tutti.model.initial import init_weights
 from tutti.model.lora import adapters, add_adapters, init_adapters
 from tutti.model.mixers import check_mixers, separate_mixers
@@ -53,6 +59,7 @@ from tutti.model.multimodal import check_multimodal, make_placing
 from tutti.model.omni import OmniModel
 from tutti.model.omni_config import is_composed
 from tutti.model.omni_processor import add_placeholders, write_markers
+from tutti.model.pipeline_folder import open_folder
 from tutti.model.positions import check_positions, check_rotary, rotate_by_sample
 from tutti.model.processor import build_processor
 from tutti.model.quantized import hold_quantized
@@ -111,7 +118,11 @@ class Inputs(NamedTuple):
 
 def read_inputs(config: Config, tokenizer: Any, structure: ModelStructure) -> Inputs:
     """The tokenizer, and the processor of a model with towers, if one can be used, or the size of an autoencoder's
-    images."""
+    images, or the encoder of captions and pictures of a diffusion model."""
+    if isinstance(structure.config, DenoiserConfig):
+        folder = open_folder(config)
+        grid = read_grid(folder, latent_patch(folder.family, structure.text_model.net.config))  # type: ignore[union-attr]
+        return Inputs(tokenizer, CaptionEncoder(text_columns(config), grid, config.data))
     if isinstance(structure.config, AutoencoderConfig):
         return Inputs(tokenizer, Square(structure.config.side))
     return Inputs(tokenizer, build_processor(config, tokenizer) if structure.towers else None)
@@ -168,6 +179,8 @@ def model_name(model: PreTrainedModel, structure: ModelStructure) -> str:
 def tokenizer_and_model(config: Config, device: torch.device) -> tuple[Any, PreTrainedModel]:
     """The tokenizer, with the chat template that data.chat_template names, and the model on the meta device, adapted
     with train.architecture lora. A model of pixels has no tokenizer."""
+    if config.data.task.rows == "captions":
+        return None, build_denoiser(config, open_folder(config).transformer)
     if not config.data.task.has_tokens:
         return None, build_autoencoder(config)
     check_composed(config)
@@ -243,9 +256,9 @@ def inspect_model(config: Config, layout: Layout, model: PreTrainedModel) -> Mod
 
     ValueError: it cannot be trained packed, or `layout` does not divide it evenly.
     """
-    if isinstance(model, Autoencoder):
+    if isinstance(model, Autoencoder | Denoiser):
         fit(config, layout.world)
-        return autoencoder_structure(model)
+        return autoencoder_structure(model) if isinstance(model, Autoencoder) else denoiser_structure(model)
     check_packable(model)
     check_eager(model)
     if config.train.architecture != "lora":  # frozen weights may be of other dtypes than adapters
@@ -321,7 +334,10 @@ def load_parameters(config: Config, placed: PlacedModel, mesh: Mesh, world: Worl
         "index_path": config.model.safetensor_idx_path,
         "seed": train.seed,
     }
-    if isinstance(model, Autoencoder):
+    if isinstance(model, Denoiser):
+        source = open_folder(config).weights if config.model.model_path is not None else None
+        load_denoiser(model, source, seed=train.seed, device=device, world=world)
+    elif isinstance(model, Autoencoder):
         load_autoencoder(model, config.model.model_path, seed=train.seed, device=device, world=world)
     elif isinstance(model, OmniModel):
         load_parts(model, config.model.model_path, **options, full_model=placed.full_model)  # type: ignore[arg-type]
@@ -359,7 +375,12 @@ def make_executor(train: TrainConfig, placed: PlacedModel, mesh: Mesh, device: t
         others = (mesh.group("replicate"), mesh.group("shard"))
         return split_samples(equal_counts(place(micro), others, device), sharing).to(device)
 
-    if train.enable_batch_invariant_mode:
+    def prepare_whole(micro: Batch) -> Batch:
+        return micro.to(device)
+
+    if isinstance(placed.model, Denoiser):  # which divides latents itself
+        prepare = prepare_whole
+    elif train.enable_batch_invariant_mode:
         prepare = prepare_samples
     if placed.pipeline is None:
         return SequentialExecutor(placed.objective, sync, prepare)

@@ -30,6 +30,7 @@ from tutti.core.watchdog import Watchdog
 from tutti.model.lora import lora_of, require_gradients
 from tutti.parallel.mesh import build_mesh
 from tutti.parallel.pipeline.executor import Executor
+from tutti.train.average import averaged, keep_average
 from tutti.train.evaluate import evaluate
 from tutti.train.guard import SpikeGuard
 from tutti.train.logging.metrics import Metrics
@@ -104,6 +105,7 @@ def _run(config: Config, world: World, *, asked: Config) -> None:
     executor = make_executor(config.train, placed, run.mesh, world.device)
     prepare = task.prepare(run, executor)
     optimizer = build_optimizer(model, config, is_complete=placed.is_complete)
+    keep_average(optimizer, config.train.ema_decay)
     checkpoints = _checkpointer(run, output, asked)
     state = checkpoints.resume(config.train.load_checkpoint_path, model, optimizer)
     step = state["step"] if state else 0
@@ -211,7 +213,7 @@ class _Loop:
         if (step < data.total_steps and early.reason is None) or not is_evaluated:
             self.end_stopped(step)
             return
-        self.samples.show(step, self.metrics, self.executor)
+        self.show_samples(step)
         if config.train.save_hf_weights:
             self.export("final")
         self.metrics.close({"status": "finished", "message": early.reason})
@@ -236,8 +238,13 @@ class _Loop:
             return None
         self.metrics.log_eval({"step": step, **found})
         self.early.add(step, found["eval_loss"])
-        self.samples.show(step, self.metrics, self.executor)
+        self.show_samples(step)
         return found["eval_loss"]
+
+    def show_samples(self, step: int) -> None:
+        """Show what the model does after `step`: with its averaged weights, where there are such."""
+        with averaged(self.run.placed.objective, self.optimizer):
+            self.samples.show(step, self.metrics, self.executor)
 
     def save(self, batch: GlobalBatch, eval_loss: float | None, is_evaluated: bool) -> None:
         """Save the run after `batch`. is_evaluated: no evaluation that was due then is left to do."""
@@ -252,7 +259,8 @@ class _Loop:
         run, placed = self.run, self.run.placed
         folder = Path(run.config.train.output_dir or "") / "hf" / name
         tokenizer = run.inputs.processor or run.inputs.tokenizer
-        export_trained(run.config, placed.model, tokenizer, folder, run.world, placed.full_model)
+        with averaged(placed.objective, self.optimizer):
+            export_trained(run.config, placed.model, tokenizer, folder, run.world, placed.full_model)
         log.info("wrote the %s to %s", "model" if lora_of(placed.model) is None else "adapter", folder)
 
 

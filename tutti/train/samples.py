@@ -218,7 +218,7 @@ def _read(run: Run) -> list[_Prompt]:
     form: PromptFormat | None = None
     folder = str(Path(config.train.sample_prompts_path or ".").parent)
     prompts = []
-    for number, (place, row) in enumerate(_rows(config)):
+    for number, (place, row) in enumerate(prompt_rows(config)):
         form = form or PromptFormat(
             tokenizer,
             read_template(tokenizer, run.data.chat_date) if chat else None,
@@ -240,7 +240,7 @@ def _read(run: Run) -> list[_Prompt]:
     return prompts
 
 
-def _rows(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
+def prompt_rows(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows to answer, each with the name of its place."""
     for text in config.train.sample_prompts:
         yield f"train.sample_prompts {text!r}", {"prompt": text}

@@ -21,6 +21,7 @@ from tutti.config import Config
 from tutti.core.batch import Batch, GlobalBatch
 from tutti.core.dist import World
 from tutti.data.loader import Data
+from tutti.model.structure import FlopCount
 from tutti.train.head import Head
 
 if TYPE_CHECKING:
@@ -106,8 +107,8 @@ class WholeModelTask(Task):
         """The sums of a micro batch."""
 
     @abstractmethod
-    def flops_per_value(self, model: Any) -> float:
-        """The operations of a training step for one value of a batch's extras."""
+    def count_flops(self, model: Any) -> FlopCount:
+        """The work of a training step."""
 
     def loss(self, hidden: Tensor, head: Head) -> Sums:
         raise AssertionError("a model without a head has no hidden states")

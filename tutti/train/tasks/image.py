@@ -36,6 +36,7 @@ from tutti.data.augment import Augment, warp
 from tutti.data.images import PIXELS, to_image
 from tutti.model.autoencoder import Autoencoder, AutoencoderConfig, flops_per_value, load_autoencoder_config
 from tutti.model.initial import own_part
+from tutti.model.structure import FlopCount
 from tutti.train.tasks import Prepare, Shows, Split, Sums, WholeModelTask
 
 if TYPE_CHECKING:
@@ -71,8 +72,8 @@ class Reconstructing(WholeModelTask):
         usage = {"usage": self.codes} if self.codes else {}
         return {**super().sizes(), **dict.fromkeys(self.kinds, 1), **usage}
 
-    def flops_per_value(self, model: Autoencoder) -> float:
-        return flops_per_value(model)
+    def count_flops(self, model: Autoencoder) -> FlopCount:
+        return FlopCount(0.0, (), flops_per_value(model))
 
     def run(self, model: Autoencoder, batch: Batch) -> Sums:
         pixels, share = _pixels(model, batch)

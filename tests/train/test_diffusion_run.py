@@ -1,0 +1,345 @@
+"""Diffusion training: the loss, caches, layouts, resume, averages, sizes of pictures, exports and the report."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.diffusion import make_data, make_folder, write_json
+from tests.train.runs import run, tiny_config
+from tests.train.test_run import assert_same_training
+from tutti.checkpoint.denoiser import WEIGHTS
+from tutti.checkpoint.export import export
+from tutti.config import Config
+from tutti.core.batch import Grid
+from tutti.core.draws import generator
+from tutti.data.captions import LATENT, PIXELS, CaptionEncoder, captions_of
+from tutti.data.source import BadRow, Row, text_columns
+from tutti.model.conditions import Conditions, read_grid
+from tutti.model.denoiser import DenoiserConfig, random_net
+from tutti.model.diffusion import Guided, flow_time, predict, sample
+from tutti.model.pipeline_folder import PipelineFolder, open_folder, read_folder, read_scheduler
+from tutti.train.average import averaged, keep_average
+from tutti.train.tasks.diffusion import make_task
+
+SD3 = "SD3Transformer2DModel"
+NAMES = (SD3, "FluxTransformer2DModel", "QwenImageTransformer2DModel", "WanTransformer3DModel")
+
+
+def config_of(folder: Path, name: str = SD3, *, world: int = 1, **changes: Any) -> Config:
+    model, data = folder / "diffusion", folder / "pictures"
+    if not model.exists():
+        make_folder(model, name)
+        make_data(data)
+    values = {
+        "model.config_path": str(model),
+        "model.tokenizer_path": None,
+        "data.train_path": str(data / "data.jsonl"),
+        "data.data_type": "diffusion",
+        "data.max_seq_len": 8,
+        "train.dyn_bsz": None,
+        "train.micro_batch_size": 1,
+        "train.global_batch_size": 4,
+        "train.num_train_epochs": 2,
+        "train.max_steps": None,
+        "train.lr": 3e-3,
+        "data.drop_last": False,
+    }
+    return tiny_config(folder, world=world, **values | changes)
+
+
+def losses(lines: list[dict[str, Any]], name: str = "loss") -> list[float]:
+    return [line[name] for line in lines if name in line]
+
+
+def by_hand(folder: PipelineFolder, config: Config, step: int, names: list[int]) -> float:
+    """The loss of samples by their numbers at a step, from the definitions, before any training."""
+    family, train = folder.family, config.train
+    net = random_net(DenoiserConfig(net=json.loads((folder.transformer / "config.json").read_text())), train.seed)
+    conditions = Conditions(folder, torch.device("cpu"), torch.float32, max_length=8, seed=train.seed)
+    rows = [json.loads(line) for line in Path(config.data.train_path or "").read_text().splitlines()]
+    total = 0.0
+    for name in names:
+        from PIL import Image
+        from torchvision.transforms.functional import pil_to_tensor
+
+        image = Image.open(Path(config.data.train_path or "").parent / rows[name]["image"]).convert("RGB")
+        pixels = pil_to_tensor(image)
+        latents = conditions.encode_pixels(pixels.unsqueeze(1) if family.video else pixels)
+        key = ("train", step, name)
+        noise = torch.randn(latents.shape, generator=generator(train.seed, *key, "noise"))
+        uniform = torch.rand((), dtype=torch.float64, generator=generator(train.seed, *key, "time")).item()
+        s = flow_time(uniform, 0.0, 1.0, 1.0)
+        dropped = torch.rand((), generator=generator(train.seed, *key, "dropout")).item() < train.cfg_dropout
+        text = conditions.encode_text("" if dropped else rows[name]["caption"]).map(lambda part: part.unsqueeze(0))
+        noisy = (1 - s) * latents + s * noise
+        with torch.no_grad():
+            made = predict(family, net, noisy.unsqueeze(0), torch.tensor([1000 * s]), text)[0]
+        total += (made - (noise - latents)).square().mean().item()
+    return total / len(names)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_is_that_of_flow_matching(tmp_path: Path, name: str) -> None:
+    changes = {"train.global_batch_size": 6, "train.micro_batch_size": 3, "train.num_train_epochs": 1}
+    config = config_of(tmp_path, name, **changes, **{"train.cfg_dropout": 0.3})
+    (first,) = losses(run(config))
+    folder = read_folder(tmp_path / "diffusion", "x")
+    assert first == pytest.approx(by_hand(folder, config, 1, list(range(6))), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """A run in one process, and its folder."""
+    folder = tmp_path_factory.mktemp("one")
+    data = str(folder / "pictures" / "data.jsonl")
+    config = config_of(folder, **{"data.eval_path": data, "train.eval_epochs": 1, "train.ema_decay": 0.9})
+    return folder, run(config)
+
+
+def assert_same(got: list[dict[str, Any]], want: list[dict[str, Any]]) -> None:
+    assert_same_training(*([line for line in lines if "loss" in line] for lines in (got, want)))
+    assert losses(got, "eval_loss") == pytest.approx(losses(want, "eval_loss"), rel=1e-5)
+
+
+def like_one(folder: Path, *, world: int = 1, **changes: Any) -> Config:
+    data = str(folder / "pictures" / "data.jsonl")
+    config = config_of(folder, world=world, **{"data.eval_path": data, "train.eval_epochs": 1, **changes})
+    return replace(config, train=replace(config.train, ema_decay=0.9))
+
+
+def test_evaluation_is_the_same_however_often(one: Any) -> None:
+    evaluated = losses(one[1], "eval_loss")
+    assert len(evaluated) == 2 and evaluated[1] < evaluated[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train.micro_batch_size": 2},
+        {"train.micro_batch_size": 4, "train.enable_gradient_checkpointing": True},
+        {"train.cache_latents": False},
+        {"train.init_device": "cpu"},
+    ],
+    ids=["accumulation", "checkpointing", "uncached", "init on the CPU"],
+)
+def test_one_process_equals_another(tmp_path: Path, one: Any, changes: Mapping[str, Any]) -> None:
+    found = run(like_one(tmp_path, **changes))
+    assert_same(found, one[1])
+    if "train.cache_latents" in changes:
+        assert losses(found) == losses(one[1]), "cached and encoded in the step are not equal bit for bit"
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_two_ranks_equal_one(tmp_path: Path, one: Any, mode: str) -> None:
+    config = like_one(tmp_path, world=2, **{"train.data_parallel_mode": mode, "train.micro_batch_size": 1})
+    assert_same(run(config, 2), one[1])
+
+
+def test_a_run_that_goes_on_is_the_same(tmp_path: Path, one: Any) -> None:
+    """Also the average of the weights, which the last evaluation's samples and the export are of."""
+    config = like_one(tmp_path, **{"train.save_steps": 1, "train.save_hf_weights": True})
+    run(config)
+    whole = load_file(tmp_path / "out/hf/final/transformer" / WEIGHTS)
+    checkpoint = tmp_path / "out/checkpoints/global_step_2"
+    again = replace(config.train, output_dir=str(tmp_path / "again"), load_checkpoint_path=str(checkpoint))
+    lines = run(replace(config, train=again))
+    assert losses(lines) == losses(one[1])[2:]
+    resumed = load_file(tmp_path / "again/hf/final/transformer" / WEIGHTS)
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+    export(str(tmp_path / "out/checkpoints/global_step_3"), str(tmp_path / "later"))
+    exported = load_file(tmp_path / "later/transformer" / WEIGHTS)
+    assert all(torch.equal(whole[name], exported[name]) for name in whole)
+
+
+def test_the_average_follows_the_weights(tmp_path: Path) -> None:
+    """A decay that is reached at the first step makes it the mean of two weights."""
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.1)
+    root = torch.nn.Module()
+    root.weight = weight
+    keep_average(optimizer, 0.15)
+    expected = torch.zeros(2)
+    for number in range(3):
+        weight.grad = torch.tensor([1.0, -1.0])
+        optimizer.step()
+        now = weight.detach().clone()
+        # (1 + 1) / (10 + 1) is above the decay, so that it counts from the second step on.
+        expected = now if number == 0 else 0.15 * expected + 0.85 * now
+    last = weight.detach().clone()
+    with averaged(root, optimizer):
+        torch.testing.assert_close(weight.detach(), expected)
+    assert torch.equal(weight.detach(), last)
+
+
+def test_the_export_is_a_pipeline_that_draws_the_same(tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+
+    config = config_of(tmp_path, **{"train.save_hf_weights": True, "train.num_train_epochs": 1})
+    run(config)
+    # A real SD3 has three text encoders; this one has a language model in the place of the first.
+    lacking = {f"{part}_{number}": None for part in ("text_encoder", "tokenizer") for number in (2, 3)}
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out/hf/final", **lacking)
+    assert isinstance(pipeline, StableDiffusion3Pipeline)
+    folder = read_folder(tmp_path / "out/hf/final", "x")
+    conditions = Conditions(folder, torch.device("cpu"), torch.float32, max_length=8, seed=0)
+    text, empty = (conditions.encode_text(caption).map(lambda part: part.unsqueeze(0)) for caption in ("picture 1", ""))
+    noise = torch.randn(1, 4, 8, 8)
+    pipeline.set_progress_bar_config(disable=True)
+    (theirs,) = pipeline(
+        prompt_embeds=text.embeds,
+        negative_prompt_embeds=empty.embeds,
+        pooled_prompt_embeds=text.pooled,
+        negative_pooled_prompt_embeds=empty.pooled,
+        latents=noise,
+        height=16,
+        width=16,
+        num_inference_steps=2,
+        guidance_scale=2.0,
+        output_type="pt",
+        return_dict=False,
+    )
+    family = folder.family
+    ours = sample(family, pipeline.transformer, read_scheduler(folder), text, empty, noise, Guided(2, 2.0))
+    expected = (theirs[0] * 255).round()
+    assert (conditions.decode(ours[0]).float() - expected).abs().max() <= 1
+
+
+def test_pictures_of_several_sizes_are_trained_on_apart(tmp_path: Path) -> None:
+    make_folder(tmp_path / "diffusion")
+    make_data(tmp_path / "pictures", 7, ((16, 16), (24, 16), (16, 26)))
+    config = config_of(tmp_path, **{"train.global_batch_size": 2, "train.micro_batch_size": 2})
+    lines = run(config)
+    assert sum(line["samples"] for line in lines if "loss" in line) == 14
+    two = config_of(tmp_path / "two", world=2, **{"train.global_batch_size": 4, "train.micro_batch_size": 2})
+    make_data(tmp_path / "two/pictures", 7, ((16, 16), (24, 16), (16, 26)))
+    assert sum(line["samples"] for line in run(two, 2) if "loss" in line) == 14
+
+
+def test_prompts_are_drawn_into_the_report(tmp_path: Path) -> None:
+    changes = {"train.sample_prompts": ["picture 1", "a cat"], "train.sample_steps": 2, "train.num_train_epochs": 1}
+    config = config_of(tmp_path, **changes)
+    lines = run(config)
+    assert [line["sample_answers"] for line in lines if "sample_answers" in line] == [1, 1]
+    shown = json.loads((tmp_path / "out/run.json").read_text())
+    assert [text["prompt"] for text in shown["texts"]] == ["picture 1", "a cat"] * 2
+    assert all(url.startswith("data:image/png;base64,") for url in shown["pictures"].values())
+    assert len(shown["pictures"]) == 4
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"caption": "a cat"}, "has no picture"),
+        ({"image": "0.png"}, "has no caption under prompt or text or caption"),
+        ({"image": "0.png", "caption": ["a", 1]}, "caption must be a text or a list of texts"),
+        ({"image": "none.png", "caption": "a cat"}, "none.png is not a file below"),
+        ({"messages": [{"role": "user", "content": "a cat"}]}, "has 0 pictures in its messages"),
+    ],
+    ids=["no picture", "no caption", "captions", "no file", "messages"],
+)
+def test_bad_rows_are_named(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+    (found,) = _encoder(tmp_path)([Row(row, str(tmp_path / "pictures/data.jsonl"), 3)])
+    assert isinstance(found, BadRow) and reason in str(found)
+
+
+def test_pickles_are_refused(tmp_path: Path) -> None:
+    row = {"latents": pickle.dumps([1.0]), "context": pickle.dumps([2.0])}
+    (found,) = _encoder(tmp_path)([Row(row, str(tmp_path / "pictures/data.jsonl"), 1)])
+    assert isinstance(found, BadRow) and "holds pickles (latents, context)" in str(found)
+    assert "train.cache_latents" in str(found)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"image": "0.png", "caption": ["a cat", "ein Kätzchen"]},
+        {"image_path": "0.png", "text": ["a cat", "ein Kätzchen"]},
+        {"target_image": "0.png", "prompt": ["a cat", "ein Kätzchen"]},
+        {"image_bytes": b"", "prompt": ["a cat", "ein Kätzchen"]},
+    ],
+    ids=["image", "image_path", "target_image", "image_bytes"],
+)
+def test_rows_of_pictures(tmp_path: Path, row: dict[str, Any]) -> None:
+    encoder = _encoder(tmp_path)
+    if "image_bytes" in row:
+        row = {**row, "image_bytes": (tmp_path / "pictures/0.png").read_bytes()}
+    ((sample,),) = encoder([Row(row, str(tmp_path / "pictures/data.jsonl"), 1)])
+    assert captions_of(sample.input_ids) == ["a cat", "ein Kätzchen"]
+    assert (sample.input_ids == LATENT).sum() == 16
+    assert encoder.extras([sample], len(sample))[PIXELS].shape == (1, 3, 16, 16)
+
+
+def test_a_conversation_is_drawn(tmp_path: Path) -> None:
+    picture = {"type": "image", "path": "0.png"}
+    row = {"messages": [{"role": "user", "content": "a cat"}, {"role": "assistant", "content": [picture]}]}
+    ((sample,),) = _encoder(tmp_path)([Row(row, str(tmp_path / "pictures/data.jsonl"), 1)])
+    assert captions_of(sample.input_ids) == ["a cat"] and sample.media[0].size == (16, 16)
+
+
+def test_limits_on_pixels_change_the_latents(tmp_path: Path) -> None:
+    encoder = _encoder(tmp_path, **{"data.image_max_pixels": 64})
+    row = {"image": "0.png", "caption": "a cat"}
+    ((sample,),) = encoder([Row(row, str(tmp_path / "pictures/data.jsonl"), 1)])
+    assert (sample.input_ids == LATENT).sum() == 4
+    assert encoder.extras([sample], len(sample))[PIXELS].shape == (1, 3, 8, 8)
+
+
+def _encoder(folder: Path, **changes: Any) -> CaptionEncoder:
+    config = config_of(folder, **changes)
+    found = read_folder(folder / "diffusion", "x")
+    grid = read_grid(found, 2)
+    assert grid == Grid(2, 0, 2)
+    return CaptionEncoder(text_columns(config), grid, config.data)
+
+
+def test_a_class_that_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
+    write_json(tmp_path / "model/transformer/config.json", {"_class_name": "UNet2DConditionModel"})
+    with pytest.raises(ValueError, match="UNet2DConditionModel cannot be trained"):
+        open_folder(config_of(tmp_path, **{"model.config_path": str(tmp_path / "model")}))
+
+
+def test_settings_of_the_times_change_what_is_trained(tmp_path: Path) -> None:
+    task = make_task(config_of(tmp_path))
+    assert task.time_at(0.5) == 0.5
+    for name, value in (("flow_time_mean", 1.0), ("flow_shift", 3.0)):
+        assert make_task(config_of(tmp_path, **{f"train.{name}": value})).time_at(0.5) > 0.7
+    assert make_task(config_of(tmp_path, **{"train.flow_time_std": 0.1})).time_at(0.9) < task.time_at(0.9)
+
+
+def test_all_captions_are_dropped_with_certainty(tmp_path: Path) -> None:
+    """Then those of the data count for nothing."""
+    changes = {"train.cfg_dropout": 1.0, "train.num_train_epochs": 1}
+    first = losses(run(config_of(tmp_path, **changes)))
+    path = tmp_path / "pictures/data.jsonl"
+    path.write_text(path.read_text().replace("picture", "painting"))
+    assert losses(run(config_of(tmp_path, **changes, **{"train.output_dir": str(tmp_path / "second")}))) == first
+
+
+def test_conditions_may_lie_in_another_folder(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    model = tmp_path / "diffusion"
+    (model / "transformer").rename(tmp_path / "alone")
+    apart = {"model.config_path": str(tmp_path / "alone"), "model.condition_model_path": str(model)}
+    found = open_folder(config_of(tmp_path, **apart))
+    assert found.transformer == tmp_path / "alone" and found.parts["vae"] == model / "vae"
+    with pytest.raises(ValueError, match="has no text_encoder"):
+        open_folder(replace(config, model=replace(config.model, config_path=str(tmp_path / "alone"))))
+
+
+def test_a_part_may_be_a_link(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    (tmp_path / "diffusion/vae").rename(tmp_path / "vae")
+    write_json(tmp_path / "diffusion/model_index.json", {"vae": "../vae"})
+    assert open_folder(config).parts["vae"] == tmp_path / "diffusion/../vae"
+    write_json(tmp_path / "diffusion/model_index.json", {"vae": "../none"})
+    with pytest.raises(ValueError, match=r"vae is \.\./none, which is no folder"):
+        open_folder(config)

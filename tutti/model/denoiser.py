@@ -1,0 +1,147 @@
+"""The model that diffusion training trains: a transformer of diffusers, wrapped as other models are.
+
+`net` is the class that the folder's config.json names, built and called as diffusers does. Its parameters begin without
+storage; buffers and tables, which these classes compute as they are built, are there at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from tutti.config import Config
+from tutti.core.structure import LogitTransform, ModelStructure
+from tutti.core.tensors import seed_of
+from tutti.model.diffusion import Family, family_of, require_diffusers
+from tutti.model.structure import FlopCount
+
+
+class DenoiserConfig(PreTrainedConfig):
+    """The config of a diffusion transformer. net: what its folder's config.json holds, with `_class_name`."""
+
+    model_type = "tutti_denoiser"
+
+    def __init__(self, net: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.net = net or {}
+
+
+class Denoiser(PreTrainedModel):
+    """A diffusion transformer, `net`, as a model that a run can train."""
+
+    config: DenoiserConfig
+    config_class = DenoiserConfig
+    net: Any
+    base_model_prefix = "net"
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__(config)
+        self.net = make_net(config.net)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave `module` as its class made it."""
+
+    def forward(self, **inputs: Any) -> Any:
+        """The transformer's output."""
+        return self.net(**inputs)
+
+    @property
+    def family(self) -> Family:
+        """The row of its class."""
+        return family_of(self.config.net["_class_name"])
+
+
+def make_net(net: dict[str, Any]) -> Any:
+    """A module of the diffusers class that a config names. ValueError: the class refuses it."""
+    name = net["_class_name"]
+    factory = getattr(require_diffusers(), name)
+    try:
+        return factory.from_config({key: value for key, value in net.items() if not key.startswith("_")})
+    except (ValueError, TypeError, AssertionError, ZeroDivisionError) as error:
+        raise ValueError(f"{name} cannot be made of its config.json: {error}") from None
+
+
+def build_denoiser(config: Config, folder: Path) -> Denoiser:
+    """The transformer in `folder`, its parameters on the meta device, in training mode: in fp32, or (without
+    train.enable_mixed_precision) in bf16."""
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    net = {name: value for name, value in content.items() if name != "_name_or_path"}
+    with parameters_on_meta():
+        model = Denoiser(DenoiserConfig(net=net))
+    if not config.train.enable_mixed_precision:
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                module._parameters[name] = nn.Parameter(parameter.detach().to(torch.bfloat16))
+    return model.train()
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Have modules that are built get parameters without storage, and all else as ever."""
+    register = nn.Module.register_parameter
+
+    def without_storage(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+    nn.Module.register_parameter = without_storage  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def random_net(config: DenoiserConfig, seed: int) -> nn.Module:
+    """A transformer of this config on the CPU, with the random weights of its class, which `seed` determines."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(f"{seed} net"))
+        return make_net(config.net)
+
+
+def denoiser_structure(model: Denoiser) -> ModelStructure:
+    """The structure of a diffusion transformer: its repeated blocks, and no head (a layer stands in for it)."""
+    net: Any = model.net
+    names = {*(net._repeated_blocks or ()), *(net._no_split_modules or ())}
+    lists = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList)]
+    blocks = [
+        (f"{name}.{number}", block)
+        for name, part in lists
+        for number, block in part.named_children()
+        if type(block).__name__ in names
+    ]
+    return ModelStructure(
+        name=model.config.net["_class_name"],
+        config=model.config,
+        decoder=model,
+        text_model=model,
+        blocks=tuple(blocks),
+        basic=(),
+        head=nn.Linear(1, 1, bias=False, device="meta"),
+        classifies=False,
+        transform=LogitTransform(),
+        towers=(),
+        tower_blocks=(),
+        experts=(),
+        by_keyword=True,
+    )
+
+
+def count_flops(model: Denoiser) -> FlopCount:
+    """The work of a training step for one token, text or latent: the matrix products of the blocks, attention left
+    out."""
+    work = sum(
+        (6.0 if item.requires_grad else 4.0) * item.numel()
+        for _, block in denoiser_structure(model).blocks
+        for item in block.parameters()
+        if item.ndim >= 2
+    )
+    return FlopCount(work, ())

@@ -1,0 +1,304 @@
+"""Diffusion transformers of diffusers: what their classes differ in, the loss they are trained by, and a sampler.
+
+A sample's latents x0 are mixed with noise e by a time s between 0 (no noise) and 1: x_s = (1 - s) x0 + s e. A *flow
+matching* model predicts the velocity e - x0 (Lipman et al., arXiv 2210.02747; Esser et al., arXiv 2403.03206); an *eps*
+model predicts e from sqrt(a) x0 + sqrt(1 - a) e, with a from the scheduler's table (Ho et al., arXiv 2006.11239).
+Latents are [B, C, H, W] everywhere here, or [B, C, F, H, W] of videos; `FAMILIES` says what each class makes of them,
+and is all that is written for a family. Its proof is the family's own pipeline in diffusers, which `sample` equals.
+
+Sampling goes down the scheduler's own times, a step of the scheduler each, with classifier-free guidance (Ho and
+Salimans, arXiv 2207.12598): the prediction is led away from that for an empty prompt.
+
+Shapes: B samples, C channels, F frames, H and W of latents, L text tokens, D width of text, P width of pooled text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+TIMES = 1000
+"""Times of a schedule, as all these models count them."""
+
+
+class Text(NamedTuple):
+    """What prompts were encoded to: embeds [B, L, D], mask bool [B, L] (None: all tokens count), pooled [B, P]."""
+
+    embeds: Tensor
+    mask: Tensor | None = None
+    pooled: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Text:
+        return Text(*(None if part is None else change(part) for part in self))  # type: ignore[arg-type]
+
+
+Extra = Callable[[Tensor, Text, Any], dict[str, Any]]
+"""Further arguments of a class, from latents, text and the model's config."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one class takes and gives.
+
+    pipeline: its pipeline in diffusers. patch: its hidden states are tokens of so many latents a side (0: latents as
+    they are). video: latents have frames. time_scale: of the times 0 to 1. pooled: it takes pooled text. mask: the
+    argument for the text's mask. prediction: what it gives. encoded: what the pipeline's encode_prompt returns.
+    by_sigmas: its schedule begins as evenly spaced sigmas. rescales: guidance keeps the prediction's norm (Qwen-Image).
+    """
+
+    pipeline: str
+    patch: int = 0
+    video: bool = False
+    time_scale: float = TIMES
+    pooled: bool = False
+    mask: str | None = None
+    prediction: Literal["velocity", "eps"] = "velocity"
+    encoded: tuple[str, ...] = ("embeds", "mask")
+    by_sigmas: bool = False
+    rescales: bool = False
+    extra: Extra = lambda latents, text, config: {}
+
+
+def _flux_places(latents: Tensor, text: Text, config: Any) -> dict[str, Any]:
+    height, width = (size // 2 for size in latents.shape[-2:])
+    places = latents.new_zeros(height, width, 3)
+    places[..., 1] += torch.arange(height, device=latents.device)[:, None]
+    places[..., 2] += torch.arange(width, device=latents.device)[None, :]
+    return {"img_ids": places.view(-1, 3), "txt_ids": latents.new_zeros(text.embeds.shape[1], 3)}
+
+
+def _qwen_shapes(latents: Tensor, text: Text, config: Any) -> dict[str, Any]:
+    height, width = (size // 2 for size in latents.shape[-2:])
+    return {"img_shapes": [[(1, height, width)]] * len(latents)}
+
+
+def _ltx_sizes(latents: Tensor, text: Text, config: Any) -> dict[str, Any]:
+    frames, height, width = latents.shape[2:]
+    # LTX's autoencoder: 8 frames and 32 pixels to a latent; its pipeline takes videos for 25 frames a second.
+    return {"num_frames": frames, "height": height, "width": width, "rope_interpolation_scale": (8 / 25, 32, 32)}
+
+
+def _pixart_conditions(latents: Tensor, text: Text, config: Any) -> dict[str, Any]:
+    return {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+
+
+FAMILIES: dict[str, Family] = {
+    "FluxTransformer2DModel": Family(
+        "FluxPipeline",
+        patch=2,
+        time_scale=1,
+        pooled=True,
+        encoded=("embeds", "pooled"),
+        by_sigmas=True,
+        extra=_flux_places,
+    ),
+    "SD3Transformer2DModel": Family(
+        "StableDiffusion3Pipeline", pooled=True, encoded=("embeds", "", "pooled"), by_sigmas=False
+    ),
+    "QwenImageTransformer2DModel": Family(
+        "QwenImagePipeline",
+        patch=2,
+        time_scale=1,
+        mask="encoder_hidden_states_mask",
+        by_sigmas=True,
+        rescales=True,
+        extra=_qwen_shapes,
+    ),
+    "WanTransformer3DModel": Family("WanPipeline", video=True, encoded=("embeds",)),
+    "LTXVideoTransformer3DModel": Family(
+        "LTXPipeline", patch=1, video=True, mask="encoder_attention_mask", by_sigmas=True, extra=_ltx_sizes
+    ),
+    "SanaTransformer2DModel": Family("SanaPipeline", mask="encoder_attention_mask"),
+    "PixArtTransformer2DModel": Family(
+        "PixArtSigmaPipeline", mask="encoder_attention_mask", prediction="eps", extra=_pixart_conditions
+    ),
+}
+"""By the name of the transformer's class."""
+
+
+def require_diffusers() -> Any:
+    """The module diffusers. ValueError: it is not installed."""
+    try:
+        import diffusers
+    except ImportError:
+        raise ValueError("this needs diffusers: pip install tutti-train[diffusion]") from None
+    diffusers.utils.logging.set_verbosity_error()
+    return diffusers
+
+
+def class_named_in(folder: Path, argument: str) -> str:
+    """The class that the config.json in `folder` names. ValueError: there is none."""
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{argument}: there is no config.json of a diffusers model in {folder}") from None
+
+
+def family_of(name: str, argument: str = "model.config_path") -> Family:
+    """The row of a transformer's class. ValueError: there is none."""
+    if name not in FAMILIES:
+        raise ValueError(f"{argument}: {name} cannot be trained by data.data_type diffusion; {', '.join(FAMILIES)} can")
+    return FAMILIES[name]
+
+
+def latent_patch(family: Family, config: Any) -> int:
+    """The latents a side that make a token: a picture's must be a multiple of it."""
+    if family.patch:
+        return family.patch
+    size = config.patch_size
+    return int(size if isinstance(size, int) else size[-1])
+
+
+def latent_channels(family: Family, config: Any) -> int:
+    """The channels of the latents that a model takes."""
+    return int(config.in_channels) // (4 if family.patch == 2 else 1)
+
+
+def predict(
+    family: Family, model: nn.Module, latents: Tensor, times: Tensor, text: Text, guidance: float = 1.0
+) -> Tensor:
+    """The model's prediction for noisy latents, of their shape: velocities, or noise of an eps model.
+
+    times: [B], from 0 (no noise) to TIMES. guidance: for models that have it as an input.
+    """
+    config: Any = model.config
+    arguments: dict[str, Any] = {
+        "hidden_states": to_tokens(latents, family),
+        "timestep": times / TIMES * family.time_scale * (getattr(config, "timestep_scale", None) or 1.0),
+        "encoder_hidden_states": text.embeds,
+        "return_dict": False,
+        **family.extra(latents, text, config),
+    }
+    if family.prediction == "eps":
+        arguments["timestep"] = times.round().long()
+    if family.pooled:
+        arguments["pooled_projections"] = text.pooled
+    if family.mask is not None:
+        arguments[family.mask] = _mask(family, text)
+    if takes_guidance(config):
+        arguments["guidance"] = torch.full_like(times, guidance)
+    out = model(**arguments)[0]
+    if family.patch == 0 and out.shape[1] == 2 * latents.shape[1]:  # variances beside
+        out = out.chunk(2, dim=1)[0]
+    return from_tokens(out, latents, family)
+
+
+def takes_guidance(config: Any) -> bool:
+    """True for a distilled model, which takes the strength of guidance as an input."""
+    return bool(getattr(config, "guidance_embeds", False))
+
+
+def _mask(family: Family, text: Text) -> Tensor | None:
+    if text.mask is not None or family.rescales:
+        return text.mask
+    return torch.ones(text.embeds.shape[:2], dtype=torch.bool, device=text.embeds.device)
+
+
+def to_tokens(latents: Tensor, family: Family) -> Tensor:
+    """Latents as tokens [B, T, C p p], where the family's model takes these."""
+    if not family.patch:
+        return latents
+    if family.video:
+        return latents.flatten(2).transpose(1, 2)
+    batch, channels, height, width = latents.shape
+    cut = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return cut.reshape(batch, height * width // 4, channels * 4)
+
+
+def from_tokens(tokens: Tensor, latents: Tensor, family: Family) -> Tensor:
+    """The latents, of the shape of `latents`, that `to_tokens` made `tokens` of."""
+    if not family.patch:
+        return tokens
+    if family.video:
+        return tokens.transpose(1, 2).reshape(latents.shape)
+    batch, channels, height, width = latents.shape
+    cut = tokens.view(batch, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return cut.reshape(batch, channels, height, width)
+
+
+class Noised(NamedTuple):
+    """Latents as they are given to a model, their times 0 to TIMES [B], and what is to be predicted."""
+
+    latents: Tensor
+    times: Tensor
+    target: Tensor
+
+
+def add_noise(family: Family, scheduler: Any, latents: Tensor, noise: Tensor, times: Tensor) -> Noised:
+    """Mix latents with noise. times: [B], from 0 to 1; an eps model has whole times of its scheduler's table."""
+    if family.prediction == "velocity":
+        s = times.view(-1, *[1] * (latents.ndim - 1))
+        return Noised((1 - s) * latents + s * noise, times * TIMES, noise - latents)
+    steps = (times * TIMES).long().clamp(max=TIMES - 1)
+    kept = scheduler.alphas_cumprod.to(latents)[steps].view(-1, *[1] * (latents.ndim - 1))
+    return Noised(kept.sqrt() * latents + (1 - kept).sqrt() * noise, steps.to(times), noise)
+
+
+def flow_time(uniform: float, mean: float, std: float, shift: float) -> float:
+    """A time in (0, 1) from a uniform number: logit-normal with `mean` and `std`, then shifted towards noise."""
+    normal = math.sqrt(2) * float(torch.erfinv(torch.tensor(2 * uniform - 1, dtype=torch.float64)))
+    time = 1 / (1 + math.exp(-(mean + std * normal)))
+    return shift * time / (1 + (shift - 1) * time)
+
+
+def squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
+    """The mean squared error of each sample, fp32 [B]."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+
+
+class Guided(NamedTuple):
+    """The settings of sampling: steps of the scheduler, and the strength of guidance (1: none)."""
+
+    steps: int
+    guidance: float
+
+
+@torch.no_grad()
+def sample(
+    family: Family, model: nn.Module, scheduler: Any, text: Text, empty: Text | None, noise: Tensor, settings: Guided
+) -> Tensor:
+    """Latents that the model makes of `noise`, both of one shape, for encoded prompts. empty: encoded empty prompts,
+    for guidance; not looked at where that is 1, or an input of the model."""
+    scheduler = type(scheduler).from_config(scheduler.config)
+    _set_times(family, scheduler, noise, model.config, settings.steps)
+    distilled = takes_guidance(model.config)
+    latents = noise
+    for time in scheduler.timesteps:
+        times = time.expand(len(latents)).to(latents)
+        given = scheduler.scale_model_input(latents, time) if hasattr(scheduler, "scale_model_input") else latents
+        out = predict(family, model, given.to(text.embeds.dtype), times, text, settings.guidance).float()
+        if settings.guidance != 1 and empty is not None and not distilled:
+            away = predict(family, model, given.to(text.embeds.dtype), times, empty).float()
+            led = away + settings.guidance * (out - away)
+            out = _with_norm_of(led, out, family) if family.rescales else led
+        latents = scheduler.step(out, time, latents, return_dict=False)[0]
+    return latents
+
+
+def _set_times(family: Family, scheduler: Any, latents: Tensor, config: Any, steps: int) -> None:
+    options: dict[str, Any] = {}
+    settings: Mapping[str, Any] = scheduler.config
+    if settings.get("use_dynamic_shifting"):
+        tokens = latents[0, 0].numel() // latent_patch(family, config) ** 2
+        low, high = settings.get("base_image_seq_len", 256), settings.get("max_image_seq_len", 4096)
+        least, most = settings.get("base_shift", 0.5), settings.get("max_shift", 1.15)
+        options["mu"] = least + (most - least) * (tokens - low) / (high - low)
+    if family.by_sigmas and not settings.get("use_flow_sigmas"):
+        options["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+    else:
+        options["num_inference_steps"] = steps
+    scheduler.set_timesteps(device=latents.device, **options)
+
+
+def _with_norm_of(led: Tensor, plain: Tensor, family: Family) -> Tensor:
+    """The guided prediction with each token's norm as it was without guidance."""
+    tokens, before = to_tokens(led, family), to_tokens(plain, family)
+    return from_tokens(tokens * (before.norm(dim=-1, keepdim=True) / tokens.norm(dim=-1, keepdim=True)), led, family)

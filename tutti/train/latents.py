@@ -1,0 +1,323 @@
+"""Latents, encoded captions and noise for the micro batches of diffusion training.
+
+What is not trained (autoencoder, text encoders) is run outside the step. With train.cache_latents, and data that is not
+streamed, that happens once: before training, every rank encodes its share of all pictures and of all captions into
+files below `output_dir/cache/KEY`, where KEY is a digest of the data, of the encoders' weights and of the settings that
+count; then the encoders leave memory, and pictures are decoded no more. Files hold tensors by name and are read one
+tensor at a time. A run that finds the folder complete encodes nothing. Otherwise each micro batch is encoded when its
+turn comes. Either way a picture and a caption are encoded by themselves, so that the numbers are the same.
+
+Each micro batch then gets a payload: latents, noise, times, captions' embeddings, and a weight for each sample. A rank
+that has no samples in a step gets one of weight 0, so that it runs the model as others do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tutti.checkpoint.hf_files import weights_digest
+from tutti.core.batch import Batch, GlobalBatch
+from tutti.core.compute_dtype import compute_dtype
+from tutti.core.draws import generator
+from tutti.core.files import replace_file
+from tutti.data.captions import PIXELS, captions_of
+from tutti.model.conditions import Conditions
+from tutti.model.denoiser import Denoiser
+from tutti.model.diffusion import Text, latent_channels
+from tutti.model.pipeline_folder import PipelineFolder, open_folder
+from tutti.train.placement import Run
+from tutti.train.tasks import Split
+from tutti.train.tasks.diffusion import EVAL_TIMES, LATENTS, NOISE, SOURCES, TEXT, TIMES, WEIGHTS, Denoising
+
+log = logging.getLogger(__name__)
+
+CACHE = "cache"
+_COMPLETE = "complete.json"
+_FILE_BYTES = 2**28
+"""Bytes of tensors that are held before they are written to a file."""
+
+
+class Store(Protocol):
+    """Where latents and encoded captions come from."""
+
+    def latents(self, split: Split, name: Any, pixels: Tensor | None) -> Tensor | None:
+        """The latents of a sample by its name, or of its pixels; None of one whose picture is broken."""
+        ...
+
+    def text(self, caption: str) -> Text:
+        """An encoded caption, without the dimension of the batch."""
+        ...
+
+
+@dataclass(frozen=True)
+class Live:
+    """Encodes what is asked for when it is asked for; captions are remembered."""
+
+    conditions: Conditions
+    texts: dict[str, Text]
+    dtype: torch.dtype
+
+    def latents(self, split: Split, name: Any, pixels: Tensor | None) -> Tensor | None:
+        return None if pixels is None else self.conditions.encode_pixels(pixels).to(self.dtype).float()
+
+    def text(self, caption: str) -> Text:
+        if caption not in self.texts:
+            if len(self.texts) >= 4096:
+                self.texts.clear()
+            self.texts[caption] = self.conditions.encode_text(caption)
+        return self.texts[caption]
+
+
+class Cached:
+    """Tensors in the files of a folder, by name."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Any] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            file = safe_open(path, "pt")
+            self._files |= dict.fromkeys(file.keys(), file)
+
+    def _get(self, name: str) -> Tensor | None:
+        file = self._files.get(name)
+        return None if file is None else file.get_tensor(name)
+
+    def latents(self, split: Split, name: Any, pixels: Tensor | None) -> Tensor | None:
+        found = self._get(f"{split}/{name}")
+        return None if found is None else found.float()
+
+    def text(self, caption: str) -> Text:
+        parts = [self._get(f"{part}/{_short(caption)}") for part in TEXT]
+        if parts[0] is None:
+            raise ValueError(f"train.cache_latents: the caption {caption!r} is not in the cache")
+        return Text(*parts)  # type: ignore[arg-type]
+
+
+def _short(caption: str) -> str:
+    return hashlib.sha256(caption.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Completes global batches. smallest: the shape of the smallest latents."""
+
+    store: Store
+    task: Denoising
+    smallest: tuple[int, ...]
+
+    def __call__(self, batches: Iterable[GlobalBatch], split: Split) -> Iterator[GlobalBatch]:
+        for batch in batches:
+            pairs = zip(batch.micro_batches, batch.names, strict=True)
+            yield replace(batch, micro_batches=tuple(self._complete(*pair, batch, split) for pair in pairs))
+
+    def _complete(self, micro: Batch, names: Sequence[Any], batch: GlobalBatch, split: Split) -> Batch:
+        rows: list[dict[str, Any]] = []
+        trained = set(micro.target_segment.tolist())
+        for place, (name, ids) in enumerate(zip(names, _segments(micro), strict=True)):
+            pixels = micro.extras[PIXELS][place] if PIXELS in micro.extras and place in trained else None
+            found = self.store.latents(split, name, pixels) if place in trained else None
+            if found is not None:
+                source = int(micro.segment_sources[place])
+                rows += self._rows(found, captions_of(ids), source, name, batch.step, split)
+        payload = _joined(rows or [self._nothing()])
+        if micro.input_ids.is_pinned():
+            payload = {name: value.pin_memory() for name, value in payload.items()}
+        # The pictures have done their part: only latents go to the device.
+        return replace(micro, extras={}, payload={**micro.payload, **payload})
+
+    def _rows(
+        self, latents: Tensor, captions: Sequence[str], source: int, name: Any, step: int, split: Split
+    ) -> list[dict[str, Any]]:
+        """A sample as it is trained on, or the several of it that are evaluated."""
+        task = self.task
+        if split == "eval":
+            keys: list[tuple[Any, ...]] = [("eval", name, part) for part in range(EVAL_TIMES)]
+            times = [task.eval_time(part, *key) for part, key in enumerate(keys)]
+            caption = captions[0]
+        else:
+            key = ("train", step, name)
+            keys, times = [key], [task.training_time(*key)]
+            caption = captions[_drawn(task.seed, len(captions), *key)]
+            dropped = torch.rand((), generator=generator(task.seed, *key, "dropout")).item() < task.dropout
+            caption = "" if dropped else caption
+        text = self.store.text(caption)
+        return [
+            {
+                LATENTS: latents,
+                NOISE: torch.randn(latents.shape, generator=generator(task.seed, *key, "noise")),
+                TIMES: time,
+                WEIGHTS: 1 / len(keys),
+                SOURCES: source,
+                "text": text,
+            }
+            for key, time in zip(keys, times, strict=True)
+        ]
+
+    def _nothing(self) -> dict[str, Any]:
+        blank = torch.zeros(self.smallest)
+        return {LATENTS: blank, NOISE: blank, TIMES: 0.5, WEIGHTS: 0.0, SOURCES: 0, "text": self.store.text("")}
+
+
+def _drawn(seed: int, count: int, *key: object) -> int:
+    """A number below `count`."""
+    return int(torch.randint(count, (), generator=generator(seed, *key, "caption"))) if count > 1 else 0
+
+
+def _segments(micro: Batch) -> Iterator[Any]:
+    """The tokens of each sample of a micro batch, int64 [n]."""
+    borders, ids = micro.cu_seqlens.tolist(), micro.input_ids.numpy()
+    for begin, end in islice(pairwise(borders), micro.num_sequences):  # padding comes last
+        yield ids[begin:end]
+
+
+def _joined(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """The payload of samples."""
+    return {
+        **{name: torch.stack([row[name] for row in rows]) for name in (LATENTS, NOISE)},
+        **{name: torch.tensor([row[name] for row in rows], dtype=torch.float32) for name in (TIMES, WEIGHTS)},
+        SOURCES: torch.tensor([row[SOURCES] for row in rows]),
+        **join_texts([row["text"] for row in rows]),
+    }
+
+
+def join_texts(texts: Sequence[Text]) -> dict[str, Tensor]:
+    """Encoded captions as one batch, shorter ones filled up with zeros that the mask leaves out; no mask where it would
+    leave out nothing."""
+    longest = max(len(text.embeds) for text in texts)
+    masks = [
+        torch.ones(len(text.embeds), dtype=torch.bool) if text.mask is None else text.mask.bool() for text in texts
+    ]
+    found = {
+        "embeds": torch.stack([_filled(text.embeds, longest) for text in texts]),
+        "mask": torch.stack([_filled(mask, longest) for mask in masks]),
+    }
+    if found["mask"].all():
+        del found["mask"]
+    if texts[0].pooled is not None:
+        found["pooled"] = torch.stack([text.pooled for text in texts])  # type: ignore[misc]
+    return found
+
+
+def _filled(values: Tensor, length: int) -> Tensor:
+    return torch.cat([values, values.new_zeros(length - len(values), *values.shape[1:])])
+
+
+def make_latents(run: Run, task: Denoising) -> Latents:
+    """The function that completes the global batches of `run`. A collective call."""
+    config, world = run.config, run.world
+    folder = open_folder(config)
+    conditions = Conditions(
+        folder,
+        world.device,
+        compute_dtype(config.train),
+        max_length=config.data.max_seq_len,
+        seed=config.train.seed,
+    )
+    encoder, model, side = run.inputs.processor, run.placed.model, run.inputs.processor.grid.patch
+    assert isinstance(model, Denoiser)
+    smallest = (latent_channels(model.family, model.net.config), *([1] if model.family.video else []), side, side)
+    if not config.train.cache_latents or run.data.digest is None:
+        reason = "train.cache_latents is off" if run.data.digest is not None else "the data is streamed"
+        log.info("latents and captions are encoded in each step, since %s", reason)
+        task.held["store"] = Live(conditions, {}, task.dtype)
+        return Latents(task.held["store"], task, smallest)
+    place = Path(config.train.output_dir or "") / CACHE / _key(run, folder)
+    done = world.broadcast((place / _COMPLETE).is_file() if world.is_main else None)
+    if not done:
+        _build(run, conditions, place, task.dtype)
+    encoder.decodes = False
+    log.info("latents and captions: %s %s; their encoders leave memory", "taken from" if done else "kept in", place)
+    task.held["store"] = Cached(place)
+    return Latents(task.held["store"], task, smallest)
+
+
+def _build(run: Run, conditions: Conditions, place: Path, dtype: torch.dtype) -> None:
+    """Encode all pictures and captions into files in the folder `place`. A collective call."""
+    world = run.world
+
+    def begin() -> None:
+        if world.is_main:
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(parents=True)
+
+    world.run_on_all_ranks(begin)
+    writer = _Writer(place, world.rank)
+    captions: dict[str, None] = dict.fromkeys(["", *run.config.train.sample_prompts])
+    splits: dict[Split, Iterable[GlobalBatch]] = {"train": run.data.scan()}
+    if run.data.evaluation_sources:
+        splits["eval"] = run.data.evaluate()
+    for split, batches in splits.items():
+        for batch in batches:
+            for micro, names in zip(batch.micro_batches, batch.names, strict=True):
+                trained = set(micro.target_segment.tolist())
+                for number, (name, ids) in enumerate(zip(names, _segments(micro), strict=True)):
+                    if number in trained:
+                        latents = conditions.encode_pixels(micro.extras[PIXELS][number])
+                        writer.add({f"{split}/{name}": latents.to(dtype)})
+                        captions |= dict.fromkeys(captions_of(ids))
+    every = dict.fromkeys(caption for found in world.gather(list(captions)) for caption in found)
+    for caption in list(every)[world.rank :: world.size]:
+        text = conditions.encode_text(caption)
+        parts = zip(TEXT, text, strict=True)
+        writer.add({f"{part}/{_short(caption)}": value for part, value in parts if value is not None})
+    writer.flush()
+    world.gather(None)  # all files are there
+    if world.is_main:
+        replace_file(place / _COMPLETE, json.dumps({"ranks": world.size, "captions": len(every)}) + "\n")
+    world.gather(None)
+
+
+class _Writer:
+    """Writes tensors to files of a bounded size, this rank's."""
+
+    def __init__(self, place: Path, rank: int) -> None:
+        self._place, self._rank, self._number = place, rank, 0
+        self._held: dict[str, Tensor] = {}
+        self._bytes = 0
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        self._held |= {name: tensor.contiguous() for name, tensor in tensors.items()}
+        self._bytes += sum(tensor.nbytes for tensor in tensors.values())
+        if self._bytes > _FILE_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._held:
+            save_file(self._held, self._place / f"{self._rank:04d}-{self._number:05d}.safetensors")
+            self._held, self._bytes, self._number = {}, 0, self._number + 1
+
+
+def _key(run: Run, folder: PipelineFolder) -> str:
+    """A digest of all that the cache depends on."""
+    config = run.config
+    encoders = {name: path for name, path in folder.parts.items() if name.startswith(("vae", "text_", "tokenizer"))}
+    parts = {name: _digest(path) for name, path in encoders.items()}
+    limits = [getattr(config.data, name) for name in dir(config.data) if name.startswith(("image_", "video_"))]
+    what = (
+        run.data.digest,
+        parts,
+        folder.class_name,
+        config.data.max_seq_len,
+        limits,
+        sorted(config.train.sample_prompts),
+        config.train.compute_dtype,
+        config.train.seed,
+    )
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+
+
+def _digest(path: Path) -> str:
+    config = "".join(file.read_text(encoding="utf-8") for file in sorted(path.glob("*.json")))
+    return hashlib.sha256(f"{weights_digest(path)} {config}".encode()).hexdigest()

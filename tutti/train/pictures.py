@@ -1,0 +1,213 @@
+"""Pictures: what a diffusion model draws for prompts before training, at each evaluation and when training ends.
+
+All ranks draw the same pictures, from noise that a prompt and the seed determine, so that those of one step differ from
+those of another by the model alone; nothing that training uses is touched. Rank 0 decodes and shows them.
+
+A prompt that is a caption of the data is a test as well: of all pictures there, is the one that is nearest to what was
+drawn (by the mean squared difference of pixels) one with this caption? Captions that were trained on and those of the
+evaluation data are counted apart, as `sample_accuracy` and `unseen_accuracy`. The first tells memory: a small set can
+be learned by heart.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tutti.core.compute_dtype import compute_dtype
+from tutti.core.draws import generator
+from tutti.data.captions import Extent, captions_of
+from tutti.model.conditions import Conditions
+from tutti.model.denoiser import Denoiser
+from tutti.model.diffusion import Guided, latent_channels, sample
+from tutti.model.pipeline_folder import open_folder, read_scheduler
+from tutti.parallel.pipeline.executor import Executor
+from tutti.train.latents import join_texts
+from tutti.train.logging.metrics import Metrics
+from tutti.train.placement import Run
+from tutti.train.samples import prompt_rows
+from tutti.train.tasks import Split
+from tutti.train.tasks.diffusion import Denoising, text_of
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 12
+"""Prompts whose pictures are shown, the first of them; all are counted."""
+_SIDE = 96
+"""Most pixels along a side of a picture in the report."""
+_COMPARED = 2000
+"""Most pictures of the training and of the evaluation data that what was drawn is compared with."""
+_SPLITS: tuple[Split, Split] = ("train", "eval")
+_AT_ONCE = 32
+"""Prompts that are drawn together."""
+
+
+class Originals(NamedTuple):
+    """Pictures of the data that have the size of what is drawn: their pixels fp32 [N, values], and the captions."""
+
+    pixels: Tensor
+    captions: tuple[frozenset[str], ...]
+    known: frozenset[str]
+    unseen: frozenset[str]
+
+
+class Pictures:
+    """The prompts of train.sample_prompts and train.sample_prompts_path, and what the model draws for them.
+
+    ValueError: the file is not there, or a row has no text under "prompt".
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run, config = run, run.config
+        self._prompts = read_prompts(config)
+        self._shown = -1
+        self._originals: Originals | None = None
+        if self._prompts:
+            self._folder = open_folder(config)
+            self._scheduler = read_scheduler(self._folder)
+
+    def show(self, step: int, metrics: Metrics, executor: Executor) -> None:
+        """Draw the prompts after `step` into the log, the report and the other places, once. A collective call."""
+        if not self._prompts or step == self._shown:
+            return
+        self._shown = step
+        run, train = self._run, self._run.config.train
+        extent = self._extent()
+        drawn = torch.cat([self._draw(part, extent) for part in _cut(self._prompts)])
+        if not run.world.is_main:
+            return
+        conditions = Conditions(
+            self._folder,
+            run.world.device,
+            compute_dtype(train),
+            max_length=run.config.data.max_seq_len,
+            seed=train.seed,
+        )
+        pixels = [conditions.decode(latents) for latents in drawn]
+        self._originals = self._originals or self._find_originals(extent)
+        rights = [self._is_right(prompt, found) for prompt, found in zip(self._prompts, pixels, strict=True)]
+        for prompt, found, right in list(zip(self._prompts, pixels, rights, strict=True))[:_SHOWN]:
+            metrics.log_text(step, prompt, "", right, [data_url(found)])
+        self._count(step, metrics, rights)
+
+    def _draw(self, prompts: Sequence[str], extent: Extent) -> Tensor:
+        """The latents, on the host, of what the model draws for `prompts`. A collective call."""
+        run, train = self._run, self._run.config.train
+        objective, device = run.placed.objective, run.world.device
+        task, model = objective.task, objective.model
+        assert isinstance(model, Denoiser) and isinstance(task, Denoising)
+        store = task.held["store"]
+        text, empty = (
+            text_of(join_texts([store.text(caption) for caption in captions])).map(lambda part: part.to(device))
+            for captions in (prompts, [""] * len(prompts))
+        )
+        shape = latent_shape(model, run.inputs.processor.grid, extent)
+        noise = torch.stack([torch.randn(shape, generator=generator(train.seed, "sample", one)) for one in prompts])
+        settings = Guided(train.sample_steps, train.sample_guidance)
+
+        def compute(model: Any, batch: Any) -> Tensor:
+            return sample(model.family, model.net, self._scheduler, text, empty, noise.to(device), settings)
+
+        objective.eval()
+        with torch.no_grad():
+            found: Tensor = objective(None, compute=compute)
+        objective.train()
+        return found.cpu()
+
+    def _extent(self) -> Extent:
+        """The size of what is drawn: that of the first picture of the data, or of streamed data what the model's config
+        says."""
+        encoder = self._run.inputs.processor
+        first = self._run.data.read([0])
+        if first is not None:
+            return encoder.extent(first[0].media[0])
+        net: Any = self._run.placed.model.net
+        size = getattr(net.config, "sample_size", None) or 32
+        return Extent(size * encoder.grid.pixels, size * encoder.grid.pixels)
+
+    def _find_originals(self, extent: Extent) -> Originals:
+        encoder, data = self._run.inputs.processor, self._run.data
+        pixels, captions = [], []
+        named: list[set[str]] = [set(), set()]
+        for number, split in enumerate(_SPLITS):
+            for item in data.read(range(min(data.size(split), _COMPARED)), split) or ():
+                found = captions_of(item.input_ids)
+                named[number] |= set(found)
+                if encoder.extent(item.media[0]) == extent:
+                    pixels.append(encoder.pixels(item.media[0]).float().flatten())
+                    captions.append(frozenset(found))
+        known, unseen = frozenset(named[0]), frozenset(named[1] - named[0])
+        return Originals(torch.stack(pixels) if pixels else torch.empty(0), tuple(captions), known, unseen)
+
+    def _is_right(self, prompt: str, drawn: Tensor) -> bool | None:
+        """True if the nearest picture has the caption `prompt`; None where no picture has."""
+        originals = self._originals
+        assert originals is not None
+        if not any(prompt in captions for captions in originals.captions):
+            return None
+        apart = (originals.pixels - drawn.float().flatten()).square().mean(1)
+        return prompt in originals.captions[int(apart.argmin())]
+
+    def _count(self, step: int, metrics: Metrics, rights: Sequence[bool | None]) -> None:
+        originals = self._originals
+        assert originals is not None
+        known, unseen = (
+            [right for prompt, right in zip(self._prompts, rights, strict=True) if right is not None and prompt in of]
+            for of in (originals.known, originals.unseen)
+        )
+        record: dict[str, Any] = {"step": step}
+        for name, found in (("sample", known), ("unseen", unseen)):
+            if found:
+                record |= {f"{name}_accuracy": sum(found) / len(found), f"{name}_answers": len(found)}
+        if len(record) > 1:
+            log.info(
+                "step %d: the nearest picture is the right one for %d of %d known captions, and %d of %d unseen ones",
+                *(step, sum(known), len(known), sum(unseen), len(unseen)),
+            )
+            metrics.log_eval(record)
+
+
+def read_prompts(config: Any) -> list[str]:
+    """The prompts of train.sample_prompts and train.sample_prompts_path, each once."""
+    prompts: dict[str, None] = {}
+    for place, row in prompt_rows(config):
+        text = row.get("prompt")
+        if not isinstance(text, str):
+            raise ValueError(f'{place}: has no text under "prompt"')
+        prompts[text] = None
+    return list(prompts)
+
+
+def latent_shape(model: Any, grid: Any, extent: Extent) -> tuple[int, ...]:
+    """The shape of the latents of a picture or video of a size."""
+    channels = latent_channels(model.family, model.net.config)
+    sides = (extent.height // grid.pixels, extent.width // grid.pixels)
+    frames = (1 + (extent.frames - 1) // grid.frames,) if model.family.video else ()
+    return (channels, *frames, *sides)
+
+
+def _cut(prompts: Sequence[str]) -> Iterator[Sequence[str]]:
+    yield from (prompts[start : start + _AT_ONCE] for start in range(0, len(prompts), _AT_ONCE))
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """A picture, or the first frame of a video, uint8 [3, (frames,) height, width]."""
+    picture = pixels[:, 0] if pixels.ndim == 4 else pixels
+    return Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy()))
+
+
+def data_url(pixels: Tensor) -> str:
+    """A small PNG of a picture, or of a video's first frame."""
+    image = to_image(pixels)
+    image.thumbnail((_SIDE, _SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

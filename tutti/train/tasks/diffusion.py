@@ -1,0 +1,117 @@
+"""Diffusion: a transformer learns to tell noise from pictures, given their captions.
+
+The loss of a sample is the mean squared error of the model's prediction over the values of its latents
+(`tutti.model.diffusion`); it is summed over samples and divided by the samples of the global batch. In training each
+sample has one time: logit-normal (train.flow_time_mean, train.flow_time_std) and shifted (train.flow_shift) for flow
+matching, even for an eps model. In evaluation it has `EVAL_TIMES`, one in each of as many parts of that distribution.
+With probability train.cfg_dropout the caption of a training sample is the empty one, which guidance needs later.
+
+Everything that is drawn (time, noise, which of several captions, whether it is dropped) is drawn by a key of the seed,
+the step and the sample, so that it is the same whatever the layout.
+
+Shapes: B samples of a micro batch, C channels of latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tutti.config import Config
+from tutti.core.batch import Batch
+from tutti.core.compute_dtype import compute_dtype
+from tutti.core.draws import generator
+from tutti.model.denoiser import Denoiser, count_flops
+from tutti.model.diffusion import Text, add_noise, flow_time, predict, squared_errors
+from tutti.model.pipeline_folder import open_folder, read_scheduler
+from tutti.model.structure import FlopCount
+from tutti.train.tasks import Prepare, Shows, Sums, WholeModelTask
+
+if TYPE_CHECKING:
+    from tutti.parallel.pipeline.executor import Executor
+    from tutti.train.placement import Run
+
+EVAL_TIMES = 4
+"""Times at which a sample is evaluated."""
+
+LATENTS, NOISE, TIMES, WEIGHTS, SOURCES = "latents", "noise", "times", "weights", "sources"
+TEXT = ("embeds", "mask", "pooled")
+"""The names of a micro batch's payload."""
+
+
+@dataclass(frozen=True)
+class Denoising(WholeModelTask):
+    """Sums over samples. ranks: that share a micro batch and compute its loss alike, each for its own tokens.
+    scheduler: with the table of an eps model. held: the `store` of latents and captions, once `prepare` has made it."""
+
+    seed: int = 0
+    dtype: torch.dtype = torch.float32
+    mean: float = 0.0
+    std: float = 1.0
+    shift: float = 1.0
+    dropout: float = 0.0
+    ranks: int = 1
+    scheduler: Any = field(default=None, compare=False, repr=False)
+    held: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def run(self, model: Denoiser, batch: Batch) -> Sums:
+        given = batch.payload
+        text = text_of(given).map(lambda part: part.to(self.dtype) if part.is_floating_point() else part)
+        noised = add_noise(model.family, self.scheduler, given[LATENTS], given[NOISE], given[TIMES])
+        found = predict(model.family, model.net, noised.latents.to(self.dtype), noised.times, text)
+        losses = squared_errors(found, noised.target) * given[WEIGHTS]
+        own = losses.sum()
+        # Ranks that share tokens all have the whole loss, and each the gradients of its own tokens.
+        loss = own - own.detach() * (1 - 1 / self.ranks)
+        return {"loss": loss, **self.by_source(losses.detach() / self.ranks, given[SOURCES])}
+
+    def count_flops(self, model: Denoiser) -> FlopCount:
+        return count_flops(model)
+
+    def prepare(self, run: Run, executor: Executor) -> Prepare:
+        from tutti.train.latents import make_latents  # which looks at runs, and so imports the tasks
+
+        return make_latents(run, self)
+
+    def make_samples(self, run: Run) -> Shows:
+        from tutti.train.pictures import Pictures
+
+        return Pictures(run)
+
+    def training_time(self, *key: object) -> float:
+        """The time in (0, 1) of the training sample with this key."""
+        drawn = torch.rand((), dtype=torch.float64, generator=generator(self.seed, *key, "time")).item()
+        return self.time_at(drawn)
+
+    def eval_time(self, part: int, *key: object) -> float:
+        """The time in (0, 1) of the evaluation sample with this key in one of the EVAL_TIMES parts."""
+        drawn = torch.rand((), dtype=torch.float64, generator=generator(self.seed, *key, "time")).item()
+        return self.time_at((part + drawn) / EVAL_TIMES)
+
+    def time_at(self, uniform: float) -> float:
+        """The time below which a part `uniform` of all times lies."""
+        uniform = min(max(uniform, 1e-9), 1 - 1e-9)
+        return uniform if self.scheduler is not None else flow_time(uniform, self.mean, self.std, self.shift)
+
+
+def text_of(payload: Mapping[str, Tensor]) -> Text:
+    """The encoded captions in a payload."""
+    return Text(*(payload.get(name) for name in TEXT))  # type: ignore[arg-type]
+
+
+def make_task(config: Config) -> Denoising:
+    train, folder = config.train, open_folder(config)
+    return Denoising(
+        seed=train.seed,
+        dtype=compute_dtype(train),
+        mean=train.flow_time_mean,
+        std=train.flow_time_std,
+        shift=train.flow_shift,
+        dropout=train.cfg_dropout,
+        ranks=train.ulysses_parallel_size,
+        scheduler=read_scheduler(folder) if folder.family.prediction == "eps" else None,
+    )
