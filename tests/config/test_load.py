@@ -206,7 +206,7 @@ def test_a_name_like_no_other() -> None:
         ),
         (
             {"train": {"loss_weights": {"mse": 2}}},
-            "train.loss_weights: data_type conversation has one loss alone, none of mse",
+            "train.loss_weights: data_type conversation has losses of text, code, none of mse",
         ),
         (
             {"train": {"loss_weights": {"mse": -1}}, "data": {"data_type": "image"}},

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from tutti.core.batch import pack
+from tutti.core.pixels import Square, to_image
 from tutti.data.augment import Augment, warp
-from tutti.data.images import ImageEncoder, Square, to_image
+from tutti.data.images import ImageEncoder
 from tutti.data.media_cache import MediaCache
 from tutti.data.source import BadRow, Row
 

@@ -22,8 +22,8 @@ from tutti.core.files import describe_error, write_synced
 from tutti.core.tensors import local_part
 from tutti.model.autoencoder import Autoencoder
 from tutti.model.initial import init_weights, materialize, own_part
+from tutti.model.vq import WEIGHTS
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 _PREFIX = "net."
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tutti.checkpoint.hf_files import PartOfCheckpoint
 from tutti.checkpoint.hf_load import load_opened, load_weights
-from tutti.checkpoint.omni_files import PROJECTOR
+from tutti.checkpoint.omni_files import CODE_DECODER, PROJECTOR
 from tutti.core.dist import World
 from tutti.core.tensors import local_part
 from tutti.model.initial import fill_by_rules, materialize, own_part
@@ -64,6 +64,7 @@ def load_parts(
             raise ValueError(str(error).replace("model.model_path", f"model.encoders.{kind}.model_path")) from error
         left = {name for name in left if not name.startswith(f"encoders.{kind}.tower.")}
         left -= _load_projector(model, complete, kind, folder, world)
+    left -= _load_code_decoder(model, complete, world)
     if left:
         log.info("new, drawn from train.seed: %s", ", ".join(sorted({_part_of(name) for name in left})))
         fill_by_rules(model, left & set(model.state_dict()), seed)
@@ -82,17 +83,28 @@ def _part_of(name: str) -> str:
     return parts[0] if parts[0] == "foundation" else ".".join(parts[:3])
 
 
+def _load_code_decoder(model: OmniModel, complete: OmniModel, world: World) -> set[str]:
+    """Fill what the model has for codes of pictures from the file beside their tokenizer, as `_load_projector` does."""
+    if complete.drawing_folder is None:
+        return set()
+    return _load_file(model, complete, "decoders.image.", complete.drawing_folder / CODE_DECODER, world)
+
+
 def _load_projector(model: OmniModel, complete: OmniModel, kind: str, folder: Path, world: World) -> set[str]:
     """Fill an encoder's projector from the file beside its tower, if that fits; the names of what was filled, of the
     complete model. Collective."""
-    prefix = f"encoders.{kind}.projector."
+    return _load_file(model, complete, f"encoders.{kind}.projector.", folder / PROJECTOR, world)
+
+
+def _load_file(model: OmniModel, complete: OmniModel, prefix: str, file: Path, world: World) -> set[str]:
+    """Fill the parameters below `prefix` from a file, if that is there and fits; the names of what was filled, of the
+    complete model. Collective."""
     wanted = {name: item.shape for name, item in complete.named_parameters() if name.startswith(prefix)}
-    file = folder / PROJECTOR
     found: dict[str, Tensor] = world.run_on_all_ranks(lambda: load_file(file) if file.is_file() else {})
     if not wanted or not found:
         return set()
     if {prefix + name: tensor.shape for name, tensor in found.items()} != wanted:
-        log.warning("%s joins other widths than these parts have: the projector is new", file)
+        log.warning("%s joins other widths than these parts have: what it holds is new", file)
         return set()
     with torch.no_grad():
         for name, item in model.named_parameters():

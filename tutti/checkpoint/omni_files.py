@@ -4,10 +4,13 @@ final/                 the foundation's own complete folder, with the tokenizer
   omni.yaml            the encoders' settings, by kind
   encoders/image/      the tower's own complete folder, with its image processor
     projector.safetensors
+  decoders/image/        the tokenizer of pictures that it draws by, as it was
+    codes.safetensors    the codes' embeddings and head
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,16 +22,24 @@ from torch import Tensor
 from tutti.core.dist import World
 from tutti.core.files import write_synced
 from tutti.model.omni import OmniModel
-from tutti.model.omni_config import OMNI, SETTINGS
+from tutti.model.omni_config import DECODER, OMNI, SETTINGS
+from tutti.model.vq import WEIGHTS
 
 PROJECTOR = "projector.safetensors"
 
 
+CODE_DECODER = "codes.safetensors"
+
+
 class Joins(NamedTuple):
-    """settings: of each encoder, by kind. projectors: the tensors of each encoder's projector, by name within it."""
+    """settings: of each encoder, by kind. projectors: the tensors of each encoder's projector, by name within it.
+    drawing_folder, codes: of a model that draws, the folder of its tokenizer of pictures, and the tensors of what it
+    has for their codes."""
 
     settings: Mapping[str, Mapping[str, Any]]
     projectors: Mapping[str, Mapping[str, Tensor]]
+    drawing_folder: Path | None = None
+    codes: Mapping[str, Tensor] = {}
 
 
 def joins_of(model: OmniModel, full: Callable[[str], Tensor], world: World) -> Joins:
@@ -39,12 +50,22 @@ def joins_of(model: OmniModel, full: Callable[[str], Tensor], world: World) -> J
         projectors[kind] = {name: full(f"encoders.{kind}.projector.{name}") for name in names}
     encoders: Any = model.config.encoders
     settings = {kind: {name: encoders[kind][name] for name in SETTINGS} for kind in projectors}
-    return Joins(settings, projectors)
+    codes = {name: full(f"decoders.{name}") for name in model.decoders.state_dict()}
+    return Joins(settings, projectors, model.drawing_folder, codes)
 
 
 def write_joins(joins: Joins, folder: Path) -> None:
     """Write them to the folder of an export, which has those of its parts."""
-    write_synced(folder / OMNI, yaml.safe_dump({"encoders": dict(joins.settings)}, sort_keys=False))
+    content: dict[str, Any] = {"encoders": dict(joins.settings)}
+    if joins.drawing_folder is not None:
+        content["decoders"] = {"image": {}}
+        place = folder / DECODER
+        place.mkdir(parents=True, exist_ok=True)
+        for name in ("config.json", WEIGHTS):
+            shutil.copyfile(joins.drawing_folder / name, place / name)
+        codes = {name.removeprefix("image."): tensor.contiguous() for name, tensor in joins.codes.items()}
+        save_file(codes, place / CODE_DECODER, metadata={"format": "pt"})
+    write_synced(folder / OMNI, yaml.safe_dump(content, sort_keys=False))
     for kind, tensors in joins.projectors.items():
         if tensors:
             contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}

@@ -12,10 +12,7 @@ from tutti.config import ARGUMENTS, Config, away_from_default, get
 from tutti.config.tasks import TASKS
 
 NOT_YET: dict[str, str] = {
-    "model.decoders": "models that draw pictures",
-    "model.input_encoder": "models that draw pictures",
-    "model.output_encoder": "models that draw pictures",
-    "model.encode_target": "models that draw pictures",
+    "model.output_encoder=encoder": "pictures as features; model.decoders.image has codes",
 }
 """Arguments (refused when away from their default) or `argument=value` (that one value is refused), and what they
 belong to. Whoever brings the machinery deletes the row."""

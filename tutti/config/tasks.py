@@ -51,6 +51,7 @@ TASKS: dict[str, TaskRow] = {
         doc="a chat trained on its assistant turns",
         columns="messages",
         rows="conversations",
+        losses={"text": 1.0, "code": 1.0},
     ),
     "classification": TaskRow(
         module="tutti.train.tasks.classification",

@@ -42,9 +42,17 @@ class TrainConfig:
     )
     loss_weights: Mapping[str, float] = arg(
         {},
-        "Weights of a step's losses by kind: l1 (1), mse (1), commitment (1) and kl (1e-6) with data_type image; the "
-        "default of each in brackets.",
+        "Weights of a step's losses by kind, with their defaults: text (1) and code (1) of models that draw; l1 (1), "
+        "mse (1), commitment (1) and kl (1e-6) with data_type image.",
         shown="{}",
+        added=True,
+    )
+    cfg_dropout: float = arg(
+        0.0,
+        "Share of the pictures that a model learns to draw from nothing: their prompt's text is hidden, by sample and "
+        "epoch, so that infer.image_guidance can push away from what it draws then.",
+        low=0,
+        high=1,
         added=True,
     )
     weight_decay: float = arg(0.0, "Decoupled weight decay coefficient.", low=0)

@@ -35,6 +35,10 @@ ALONG_TOKENS = ("position_ids", "mm_token_type_ids", "token_type_ids")
 the model rotates by (mrope)."""
 
 
+DRAWN_PIXELS = "drawn_pixels"
+"""The extra, fp32 [N, 3, S, S] in [-1, 1], that holds the pictures of which a model that draws gets the codes."""
+
+
 class Frames(NamedTuple):
     """The frames that are taken of a video: their indices among how many, and how many a second there are."""
 
@@ -60,9 +64,10 @@ class Grid(NamedTuple):
 class Media(NamedTuple):
     """An image, a video or a sound of a sample: where it is found, and its size.
 
-    kind: image, video or audio. source: a path, or the encoded bytes; of a video also those of each of its frames.
-    size: of an image or a video (width, height), upright; of a sound its number of samples, at the rate of the model's
-    processor. frames: of a video. sound: number of samples of a video's own sound, if that is heard with it.
+    kind: image, video, audio, or drawn: an image that comes as the codes that it is drawn by. source: a path, or the
+    encoded bytes; of a video also those of each of its frames. size: of an image or a video (width, height), upright;
+    of a sound its number of samples, at the rate of the model's processor. frames: of a video. sound: number of samples
+    of a video's own sound, if that is heard with it.
     """
 
     kind: str

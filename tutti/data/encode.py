@@ -39,6 +39,7 @@ from tutti.data.tokenize import BatchTokenizer, Tokens
 
 _LIMITS = {
     "image": "data.image_max_pixels",
+    "drawn": "the sample_size of model.decoders.image",
     "video": "data.video_max_frames and data.video_max_pixels",
     "audio": "data.audio_max_seconds",
 }
@@ -134,6 +135,8 @@ class Encoder:
             conversation, entries = with_media(conversation_of(value, self.columns), value)
             if entries and self.media is None:
                 raise not_taken(entries)
+            if self.media is not None:
+                conversation, entries = self.media.place(conversation, entries)
             text, spans = self.template(conversation)
             if self.media is None:
                 return text, spans, None
@@ -143,7 +146,7 @@ class Encoder:
             folder = MediaFolder(os.path.dirname(row.file), self.media_root)
             found = tuple(self.media.measure(kind, entry, folder) for kind, entry in entries)
             text, places = self.media.expand(text, found)
-            return text, shift(spans, places), found
+            return text, shift(spans, places, found), found
         if self.rows == "labels":
             return text_of(value, self.columns), class_of(value, self.num_labels, self.label_names), None
         return text_of(value, self.columns), None, None

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from tutti.config import Config
 from tutti.core.batch import IGNORE, Media, Sample
+from tutti.core.pixels import Square, to_values
 from tutti.data.media import MediaFolder, MediaSummary, described, identity, load_image, measure_image, reference
 from tutti.data.media_cache import MediaCache
 from tutti.data.rows import BrokenMediaError, RowError
@@ -27,32 +27,6 @@ from tutti.data.source import BadRow, Row, text_columns
 
 PIXELS = "pixel_values"
 """The name, among a batch's extras, of its images: fp32 [N, 3, S, S] in [-1, 1], one for each target."""
-
-
-@dataclass(frozen=True)
-class Square:
-    """The images that a model takes: squares of `side` pixels."""
-
-    side: int
-
-    def cut(self, image: Image.Image) -> Image.Image:
-        """The middle of the image, scaled to the size."""
-        scale = self.side / min(image.size)
-        width, height = (max(self.side, round(length * scale)) for length in image.size)
-        left, top = (width - self.side) // 2, (height - self.side) // 2
-        scaled = image.resize((width, height), Image.Resampling.LANCZOS)
-        return scaled.crop((left, top, left + self.side, top + self.side))
-
-
-def to_values(pixels: np.ndarray) -> Tensor:
-    """The values fp32 [C, height, width] in [-1, 1] of pixels, uint8 [height, width, C]."""
-    return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
-
-
-def to_image(pixels: Tensor) -> Image.Image:
-    """The picture of values [3, S, S] in [-1, 1]."""
-    scaled = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return Image.fromarray(scaled.permute(1, 2, 0).numpy())
 
 
 @dataclass

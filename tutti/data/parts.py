@@ -79,6 +79,24 @@ def place_media(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> tuple
     return placed, entries
 
 
+def as_drawn(conversation: Conversation, entries: list[Entry], *, everyone: bool) -> tuple[Conversation, list[Entry]]:
+    """The conversation with its images as pictures that a model draws, of kind `drawn`: those of the assistant, or of
+    everyone; and the entries of all media likewise."""
+    kinds: list[str] = []
+    messages = []
+    for message in conversation.messages:
+        content = message.get("content")
+        if not isinstance(content, list):
+            messages.append(message)
+            continue
+        draws = everyone or message["role"] == "assistant"
+        parts = [{"type": "drawn"} if draws and part["type"] == "image" else part for part in content]
+        kinds += [part["type"] for part in parts if part["type"] != "text"]
+        messages.append({**message, "content": parts})
+    renamed = [(kind, entry) for kind, (_, entry) in zip(kinds, entries, strict=True)]
+    return replace(conversation, messages=messages), renamed
+
+
 def not_taken(entries: list[Entry]) -> RowError:
     """The error that media are for a model without a processor for them."""
     kinds = " and ".join(sorted({kind for kind, _ in entries}))

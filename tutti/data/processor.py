@@ -33,12 +33,15 @@ from tutti.core.compat import VideoMetadata
 from tutti.data.audio import decode_sound, has_sound, load_sound
 from tutti.data.media import MediaFolder, identity, load_image, measure_image, reference, resized
 from tutti.data.media_cache import MediaCache
-from tutti.data.rows import KINDS, BrokenMediaError, RowError
+from tutti.data.parts import Entry, as_drawn
+from tutti.data.rows import KINDS, BrokenMediaError, Conversation, RowError
 from tutti.data.video import FRAMES_FPS, MAX_VIDEO_PIXELS, Header, load_video, measure_video, video_source
 
 _OF_TEXT = ("input_ids", "attention_mask", "text_replacement_offsets", "labels")
 
 Span = tuple[int, int]
+
+_KINDS = (*KINDS, "drawn")
 
 REMEMBERED = 1024
 """Tuples of sizes whose replacements are kept: those of a long video may take 100 KB."""
@@ -69,15 +72,22 @@ class MediaProcessor:
     def __post_init__(self) -> None:
         self.name = type(self.processor).__name__
         self.markers = {
-            kind: token for kind in KINDS if isinstance(token := getattr(self.processor, f"{kind}_token", None), str)
+            kind: token for kind in _KINDS if isinstance(token := getattr(self.processor, f"{kind}_token", None), str)
         }
         self._marker = re.compile("|".join(f"(?P<{kind}>{re.escape(token)})" for kind, token in self.markers.items()))
-        ids = [token for kind in KINDS for token in getattr(self.processor, f"{kind}_token_ids", None) or ()]
+        ids = [token for kind in _KINDS for token in getattr(self.processor, f"{kind}_token_ids", None) or ()]
         self._placeholders = [token for token in ids if token is not None]
         sounds = getattr(self.processor, "audio_processor", None) or getattr(self.processor, "feature_extractor", None)
         self._rate = int(getattr(sounds, "sampling_rate", 0))
         if self.limits.audio_in_video and not _hears_videos(self.processor):
             raise ValueError(f"data.audio_in_video: {self.name} takes no sound of a video; set false")
+
+    def place(self, conversation: Conversation, entries: list[Entry]) -> tuple[Conversation, list[Entry]]:
+        """The conversation and its media's entries with the pictures that the model draws as such: the assistant's, and
+        all of a model that sees pictures as it draws them."""
+        if not entries or "drawn" not in self.markers:
+            return conversation, entries
+        return as_drawn(conversation, entries, everyone=bool(getattr(self.processor, "draws_all", False)))
 
     def measure(self, kind: str, entry: Any, folder: MediaFolder) -> Media:
         """The medium of an entry, with its size. RowError: it cannot be read, or the model takes none of its kind."""
@@ -209,7 +219,7 @@ class MediaProcessor:
         if medium.kind == "audio":
             return self._kept("audio", medium, self._decode_sound)
         pixels = self._kept(medium.kind, medium, self._decode)
-        if medium.kind == "image":
+        if medium.kind in ("image", "drawn"):
             return Image.fromarray(pixels)
         return _Video(pixels, self._kept("its sound", medium, self._decode_sound) if medium.sound else None)
 
@@ -236,7 +246,7 @@ class MediaProcessor:
     def _process(self, media: Sequence[Media], contents: Sequence[Any]) -> dict[str, Any]:
         """Run the processor on one sample's media: values as tensors, and how it replaced the placeholders."""
         of_kind = {
-            kind: [one for medium, one in zip(media, contents, strict=True) if medium.kind == kind] for kind in KINDS
+            kind: [one for medium, one in zip(media, contents, strict=True) if medium.kind == kind] for kind in _KINDS
         }
         options: dict[str, Any] = {}
         if of_kind["video"]:
@@ -249,6 +259,8 @@ class MediaProcessor:
             number = count()
             owners = [next(number) if isinstance(one, _Video) else None for one in heard]
             options |= {"load_audio_from_video": True, "audio_from_video_indices": owners, "fps": _rates(media)[0]}
+        if of_kind["drawn"]:
+            options["drawn"] = of_kind["drawn"]
         if sounds:
             options["sampling_rate"] = self._rate
         try:
@@ -402,6 +414,7 @@ _FPS = 2.0
 
 _BLANKS: dict[str, tuple[Any, ...]] = {
     "image": ((64, 48),),
+    "drawn": ((64, 48),),
     "video": ((64, 48), Frames((0, 1, 2, 3), 4, 2.0)),
 }
 """Size and frames of the media that a processor is tried with; of a sound one second."""
@@ -450,14 +463,15 @@ def _evenly(number: int, total: int) -> list[int]:
     return [int(index) for index in np.linspace(0, total - 1, number).round()]
 
 
-def shift(spans: Sequence[Span], places: Sequence[tuple[int, int, int]]) -> list[Span]:
-    """Spans of a text as spans of the text with replacements at `places` (from `MediaProcessor.expand`).
+def shift(spans: Sequence[Span], places: Sequence[tuple[int, int, int]], media: Sequence[Media]) -> list[Span]:
+    """Spans of a text as spans of the text with replacements at `places` (from `MediaProcessor.expand`) of `media`.
 
-    RowError: a span has a replacement within it, which cannot be trained on.
+    RowError: a span has a replacement within it, of what is not drawn, which cannot be trained on.
     """
     moved = []
+    seen = [place for place, medium in zip(places, media, strict=True) if medium.kind != "drawn"]
     for begin, end in spans:
-        if any(start < end and begin < stop for start, stop, _ in places):
+        if any(start < end and begin < stop for start, stop, _ in seen):
             raise RowError("an assistant message has media, which only models with a decoder for them are trained on")
         moved.append(tuple(_moved(place, places) for place in (begin, end)))
     return moved  # type: ignore[return-value]
@@ -481,9 +495,9 @@ def _join(values: Sequence[Tensor], dim: int) -> Tensor:
 
 
 def _mismatch(kinds: Sequence[str | None], media: Sequence[Media]) -> str:
-    said = {kind: kinds.count(kind) for kind in KINDS}
-    given = {kind: sum(medium.kind == kind for medium in media) for kind in KINDS}
-    for kind in KINDS:
+    said = {kind: kinds.count(kind) for kind in _KINDS}
+    given = {kind: sum(medium.kind == kind for medium in media) for kind in _KINDS}
+    for kind in _KINDS:
         if said[kind] != given[kind]:
             return f"the text has {said[kind]} places for {kind}s, and the row has {given[kind]}"
     return "images, videos and sounds come in another order in the text than in the row"

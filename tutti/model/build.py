@@ -40,8 +40,8 @@ from tutti.core.device import pick_device
 from tutti.model.experts import resolve_experts
 from tutti.model.mixers import mixers, names_read
 from tutti.model.omni import OmniModel, compose, name_sources
-from tutti.model.omni_config import OmniConfig, is_composed
-from tutti.model.omni_processor import placeholders
+from tutti.model.omni_config import OmniConfig, decoder_folder, is_composed
+from tutti.model.omni_processor import make_room, placeholders
 from tutti.model.sparse import add_sparse_attention, is_sparse, take_sparse_sizes
 from tutti.model.speech import keep_speech, thinker_config
 from tutti.model.structure import blocks, decoder, experts, text_model
@@ -108,6 +108,10 @@ def build_model(
     if tokenizer is not None:
         if isinstance(model_config, OmniConfig):
             model_config.placeholders = placeholders(tokenizer, model_config)
+            if model_config.num_codes:
+                text = language_config(model_config)
+                make_room(tokenizer, text, is_new=config.model.model_path is None)
+            model_config.first_code = max(num_token_ids(model_config), max(tokenizer.get_vocab().values()) + 1)
         _check_vocabulary(model_config, tokenizer)
         if config.model.model_path is None:
             _take_special_tokens(language_config(model_config), tokenizer)
@@ -316,14 +320,46 @@ def num_token_ids(model_config: PreTrainedConfig) -> int:
 
 
 def check_composed(config: Config) -> None:
-    """ValueError for what cannot be done with a composed model."""
+    """ValueError for what cannot be done with a composed model, or needs one."""
+    if decoder_folder(config.model) is None:
+        chats = config.data.data_type == "conversation"
+        of_codes = {
+            "model.input_encoder": config.model.input_encoder == "decoder",
+            "model.encode_target": config.model.encode_target,
+            "train.cfg_dropout": config.train.cfg_dropout > 0,
+            "train.loss_weights": bool(config.train.loss_weights) and chats,
+        }
+        for name in (name for name, asked in of_codes.items() if asked):
+            raise ValueError(
+                f"{name}: is about codes of images, and there is no model.decoders.image to make them; set that, or "
+                "leave this at its default"
+            )
     if not is_composed(config.model):
         return
     refuse = "model.encoders: a model with encoders beside it cannot be trained"
+    if decoder_folder(config.model) is not None:
+        _check_drawing(config)
     if not config.data.task.holds_chats or config.data.task.head != "tokens":
         raise ValueError(f"{refuse} with data.data_type {config.data.data_type} (choose conversation or dpo)")
     if config.train.architecture == "lora":
         raise ValueError(f"{refuse} by adapters yet; set train.architecture to full, and train.freeze as needed")
+
+
+def _check_drawing(config: Config) -> None:
+    """ValueError for what cannot be done with a model that draws."""
+    if config.data.data_type != "conversation":
+        raise ValueError(
+            f"model.decoders: a model that draws is not trained with data.data_type {config.data.data_type}; choose "
+            "conversation"
+        )
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        if getattr(config.train, name) > 1:
+            raise ValueError(f"train.{name}: a model that draws is not divided along this axis yet; set 1")
+    if config.model.encode_target and config.data.datasets_type != "mapping":
+        raise ValueError(
+            "model.encode_target: goes over the data beforehand, and streamed data (data.datasets_type) is read as it "
+            "is trained on: leave it false"
+        )
 
 
 def _check_vocabulary(model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

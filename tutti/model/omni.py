@@ -35,7 +35,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tutti.config import ModelConfig
 from tutti.core.compat import model_mapping
-from tutti.model.omni_config import SETTINGS, OmniConfig, encoder_specs, part_config, tower_config
+from tutti.model.omni_config import (
+    SETTINGS,
+    OmniConfig,
+    decoder_folder,
+    encoder_specs,
+    part_config,
+    tower_config,
+)
+from tutti.model.vq import read_codes
 
 log = logging.getLogger(__name__)
 
@@ -135,15 +143,45 @@ def features(tower: nn.Module, pixel_values: Tensor, grid: Tensor | None, layer:
     return cells.flatten(1, 2)
 
 
+class CodeDecoder(nn.Module):
+    """What a model that draws has for the codes of pictures: their embeddings, and their head.
+
+    Code c is the token `first` + c, beyond the vocabulary; the hidden state before it predicts it.
+    """
+
+    def __init__(self, first: int, number: int, hidden_size: int) -> None:
+        super().__init__()
+        self.first, self.number = first, number
+        self.embed = nn.Embedding(number, hidden_size)
+        self.middle = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.GELU())
+        self.head = nn.Linear(hidden_size, number)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits of the codes [..., K]."""
+        return self.head(self.middle(hidden))
+
+    def put(self, ids: Tensor, embedded: Tensor) -> Tensor:
+        """The embeddings [B, T, H] of tokens, those of codes put in their places."""
+        vectors = self.embed((ids - self.first).clamp(min=0)).to(embedded.dtype)
+        return torch.where((ids >= self.first)[..., None], vectors, embedded)
+
+
 class OuterDecoder(nn.Module):
     """The decoder around a composed model's language model, from tokens and images to `last_hidden_state`."""
 
-    def __init__(self, config: OmniConfig, language_model: PreTrainedModel, encoders: nn.ModuleDict) -> None:
+    def __init__(
+        self,
+        config: OmniConfig,
+        language_model: PreTrainedModel,
+        encoders: nn.ModuleDict,
+        codes: CodeDecoder | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.language_model = language_model
         for kind, encoder in encoders.items():
             self.add_module(kind, encoder)
+        self.codes = codes
 
     def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, **kwargs: Any) -> Any:
         """The images' features as `pooler_output`, [N, n, H], or [R, H] of images as patches."""
@@ -176,7 +214,10 @@ class OuterDecoder(nn.Module):
         for where in places.values():
             # Whatever is looked up for a placeholder is overwritten, and its number may be beyond the table.
             ids = ids.masked_fill(where, 0)
-        embedded = table(ids)
+        if self.codes is None:
+            embedded = table(ids)
+        else:
+            embedded = self.codes.put(ids, table(ids.masked_fill(ids >= self.codes.first, 0)))
         for kind, found in made.items():
             rows = found.pooler_output.reshape(-1, embedded.shape[-1]).to(embedded.dtype)
             if (count := int(places[kind].sum())) != len(rows):
@@ -224,8 +265,9 @@ class Part(NamedTuple):
 
 
 class OmniModel(PreTrainedModel, GenerationMixin):
-    """A causal language model that takes images by encoders beside it. weights: by kind of encoder, the folder that its
-    weights are read from, None where they start random."""
+    """A causal language model that takes images by encoders beside it, or draws. weights: by kind of encoder, the
+    folder that its weights are read from, None where they start random. drawing_folder: that of the tokenizer of
+    pictures that it draws by, None if it draws none."""
 
     config_class = OmniConfig
     base_model_prefix = "outer"
@@ -243,14 +285,26 @@ class OmniModel(PreTrainedModel, GenerationMixin):
             made[kind] = Encoder(part_config(config, kind), settings, text.hidden_size)
         self.encoders = nn.ModuleDict(made)
         self.weights: dict[str, Path | None] = dict.fromkeys(made)
+        self.decoders = nn.ModuleDict()
+        self.drawing_folder: Path | None = None
+        if config.num_codes:
+            self.decoders["image"] = CodeDecoder(config.first_code, config.num_codes, text.hidden_size)
         # Not registered as a module: its modules are those above, under names of their own.
-        self.__dict__["outer"] = OuterDecoder(config, self.foundation.get_decoder(), self.encoders)
+        outer = OuterDecoder(config, self.foundation.get_decoder(), self.encoders, self.code_decoder)
+        self.__dict__["outer"] = outer
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=getattr(self.config.text_config, "initializer_range", 0.02))
             nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=getattr(self.config.text_config, "initializer_range", 0.02))
+
+    @property
+    def code_decoder(self) -> Any:
+        """What it has for codes of pictures; None if it draws none."""
+        return getattr(self.decoders, "image", None)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.foundation.get_input_embeddings()
@@ -271,14 +325,28 @@ class OmniModel(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        """The foundation's output, logits and all. kwargs: media's values, and what else the foundation takes."""
+        """The foundation's output, logits and all; of a model that draws those of codes come behind them, at the places
+        of their tokens. kwargs: media's values, and what else the foundation takes."""
         values = {name: kwargs.pop(name, None) for names in _MEDIA.values() for name in names}
         given = {name: value for name, value in values.items() if value is not None}
-        if given and input_ids is not None:
+        codes = self.code_decoder
+        if (given or codes is not None) and input_ids is not None:
             outer: Any = self.outer
             inputs_embeds, input_ids = outer.embed(input_ids, **given), None
         kwargs |= {"position_ids": position_ids, "logits_to_keep": logits_to_keep}
-        return self.foundation(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        if codes is None:
+            return self.foundation(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        hidden: list[Tensor] = []
+        head: Any = self.foundation.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
+        try:
+            found = self.foundation(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        finally:
+            handle.remove()
+        between = codes.first - found.logits.shape[-1]
+        text = nn.functional.pad(found.logits, (0, between), value=-torch.inf)
+        found.logits = torch.cat([text, codes(hidden[0]).to(text.dtype)], dim=-1)
+        return found
 
 
 def compose(model: ModelConfig, text: PreTrainedConfig) -> PreTrainedConfig:
@@ -286,8 +354,8 @@ def compose(model: ModelConfig, text: PreTrainedConfig) -> PreTrainedConfig:
 
     ValueError: parts that cannot be used, or do not fit together.
     """
-    specs = encoder_specs(model)
-    if not specs:
+    specs, folder = encoder_specs(model), decoder_folder(model)
+    if not specs and folder is None:
         return text
     if text.get_text_config() is not text:
         raise ValueError(
@@ -303,6 +371,7 @@ def compose(model: ModelConfig, text: PreTrainedConfig) -> PreTrainedConfig:
         vision_config=towers.get("image"),
         audio_config=towers.get("audio"),
         encoders=settings,
+        num_codes=read_codes(folder, "model.decoders.image.model_path").number if folder is not None else 0,
         dtype=text.dtype,
     )
 
@@ -359,6 +428,7 @@ def mel_stride(tower: nn.Module) -> int:
 def name_sources(model: OmniModel, settings: ModelConfig) -> None:
     """Note in `model` where the weights of its encoders are, and freeze what its features do not depend on (a pooling
     head, a mask token): no gradient would move it, and weight decay would wear it away."""
+    model.drawing_folder = decoder_folder(settings)
     for kind, spec in encoder_specs(settings).items():
         found = spec.get("model_path")
         model.weights[kind] = None if found is None else Path(found).expanduser()

@@ -27,6 +27,9 @@ from tutti.model.tokenizer import first_line, local_path
 OMNI = "omni.yaml"
 """The file in the folder of an export that says what lies beside the foundation."""
 
+DECODER = "decoders/image"
+"""The folder, below that of an export, of what it draws by."""
+
 KINDS = ("image", "audio")
 """The media that an encoder can be given for."""
 
@@ -59,6 +62,8 @@ class OmniConfig(PreTrainedConfig):
 
     encoders: by kind, the settings of `SETTINGS` and `width`, the tower's features. placeholders: by kind of media, the
     id of the token in whose place features come; it may be beyond the embedding, since it is never looked up.
+    num_codes: of the pictures that it draws, 0 if it draws none. first_code: the id that code 0 has among tokens,
+    beyond all of the tokenizer's.
     """
 
     model_type = "tutti_omni"
@@ -69,6 +74,8 @@ class OmniConfig(PreTrainedConfig):
     audio_config: dict | PreTrainedConfig | None = None
     encoders: dict | None = None
     placeholders: dict | None = None
+    num_codes: int = 0
+    first_code: int = 0
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -85,18 +92,42 @@ def part_config(config: OmniConfig, kind: str) -> Any:
 
 
 def is_composed(model: ModelConfig) -> bool:
-    """True if `model` describes a language model with encoders beside it."""
-    return bool(encoder_specs(model))
+    """True if `model` describes a language model with encoders beside it, or a decoder."""
+    return bool(encoder_specs(model)) or decoder_folder(model) is not None
+
+
+def _exported(model: ModelConfig) -> dict[str, Any]:
+    """The content of omni.yaml in the export at model.model_path; nothing where there is none."""
+    file = Path(model.model_path or "") / OMNI
+    if model.model_path is None or not file.is_file():
+        return {}
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def decoder_folder(model: ModelConfig) -> Path | None:
+    """The folder of the tokenizer of pictures that `model` draws by: that of model.decoders.image, or of the export at
+    model.model_path; None where it draws nothing. ValueError: a description that cannot be used."""
+    for kind, spec in model.decoders.items():
+        if kind != "image":
+            raise ValueError(f"model.decoders.{kind}: not available yet; there are decoders for image")
+        if not isinstance(spec, Mapping) or not isinstance(spec.get("model_path"), str):
+            raise ValueError(
+                "model.decoders.image: needs model_path, the folder of a VQModel; codes of one that is not trained say "
+                "nothing, so config_path alone is not enough"
+            )
+        if others := sorted(set(spec) - {"model_path"}):
+            raise ValueError(f"model.decoders.image.{others[0]}: a decoder is used as it is; give model_path alone")
+        return local_path(spec["model_path"], "model.decoders.image.model_path")
+    return Path(model.model_path or "") / DECODER if _exported(model).get("decoders") else None
 
 
 def encoder_specs(model: ModelConfig) -> dict[str, dict[str, Any]]:
     """The description of each encoder, by kind: those of the export at model.model_path, as model.encoders changes
     them. ValueError: one that cannot be used."""
-    specs: dict[str, dict[str, Any]] = {}
-    folder = Path(model.model_path or "")
-    if model.model_path and (folder / OMNI).is_file():
-        known = yaml.safe_load((folder / OMNI).read_text(encoding="utf-8"))["encoders"]
-        specs = {kind: {"model_path": str(folder / "encoders" / kind), **known[kind]} for kind in known}
+    folder, known = Path(model.model_path or ""), _exported(model).get("encoders", {})
+    specs: dict[str, dict[str, Any]] = {
+        kind: {"model_path": str(folder / "encoders" / kind), **known[kind]} for kind in known
+    }
     for kind, spec in model.encoders.items():
         if kind not in KINDS:
             raise ValueError(f"model.encoders.{kind}: not available yet; there are encoders for {', '.join(KINDS)}")

@@ -18,7 +18,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,9 +33,12 @@ from transformers import (
 )
 
 from tutti.config import ModelConfig
+from tutti.core.batch import DRAWN_PIXELS
+from tutti.core.pixels import to_values
 from tutti.model.omni import features, mel_stride, takes_grid, tower_class, try_features
-from tutti.model.omni_config import PLACES, SETTINGS, OmniConfig, encoder_specs, tower_config
+from tutti.model.omni_config import PLACES, SETTINGS, OmniConfig, decoder_folder, encoder_specs, tower_config
 from tutti.model.tokenizer import first_line
+from tutti.model.vq import PictureCodes, read_codes
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +72,48 @@ _FLATTENED = (
 """Jinja that makes each message's parts one text; MARKS: by kind of media, what stands for one."""
 
 
+DRAWN, _CODE = "drawn", "<|image_code|>"
+"""The kind of media that a model draws, and the token that stands for a code until there is one."""
+
+
+class Marks(NamedTuple):
+    """The tokens before and after a picture that is drawn."""
+
+    start: int
+    end: int
+
+
+def drawing_marks(tokenizer: PreTrainedTokenizerBase) -> Marks:
+    """The tokens that begin and end a picture, which the tokenizer is given if it has none."""
+    known = tokenizer.get_vocab()
+    start, _, end = next((one for one in _TRIPLES["image"] if {one[0], one[2]} <= known.keys()), _TRIPLES["image"][-1])
+    if start not in known or end not in known:
+        tokenizer.add_tokens([start, end], special_tokens=True)
+        known = tokenizer.get_vocab()
+        log.info("%s and %s are new in the tokenizer, as ids %d and %d", start, end, known[start], known[end])
+    return Marks(known[start], known[end])
+
+
+def make_room(tokenizer: PreTrainedTokenizerBase, text: Any, *, is_new: bool) -> None:
+    """Have the embedding of a language model, whose config is `text`, as many rows as the tokens that begin and end a
+    picture need. is_new: it starts from random weights. ValueError: it does not, and lacks rows."""
+    needed = max(drawing_marks(tokenizer)) + 1
+    if needed <= text.vocab_size:
+        return
+    if not is_new:
+        raise ValueError(
+            f"model.decoders.image: the tokenizer has no tokens that begin and end an image, and the model's "
+            f"{text.vocab_size} embeddings have no room for new ones; resize them to {needed} (transformers' "
+            "resize_token_embeddings) and add the tokens, or choose a model that has them"
+        )
+    log.info("the embedding has %d rows, for the tokens that begin and end a picture", needed)
+    text.vocab_size = needed
+
+
 def placeholder(tokenizer: PreTrainedTokenizerBase, kind: str) -> str:
     """The token that stands for a feature of a medium of this kind."""
+    if kind == DRAWN:
+        return _CODE
     known, triples = tokenizer.get_vocab(), _TRIPLES[kind]
     return next((token for _, token, _ in triples if token in known), triples[-1][1])
 
@@ -78,31 +121,44 @@ def placeholder(tokenizer: PreTrainedTokenizerBase, kind: str) -> str:
 def placeholders(tokenizer: PreTrainedTokenizerBase, config: OmniConfig) -> dict[str, int]:
     """The ids of the placeholders of a model's media, by kind. Those that the tokenizer lacks are left out."""
     known = tokenizer.get_vocab()
-    kinds = [kind for encoder in config.encoders or () for kind in PLACES[encoder]]
+    kinds = [kind for encoder in config.encoders or () for kind in PLACES[encoder]] + [DRAWN] * bool(config.num_codes)
     return {kind: known[token] for kind in kinds if (token := placeholder(tokenizer, kind)) in known}
 
 
 def add_placeholders(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> None:
-    """Give the tokenizer a token for each kind of media that `model` has an encoder for, if it has none. Logs a line
-    where it does."""
-    for encoder in encoder_specs(model):
-        for kind in PLACES[encoder]:
-            token = placeholder(tokenizer, kind)
-            if token not in tokenizer.get_vocab():
-                tokenizer.add_tokens([token], special_tokens=True)
-                number = tokenizer.get_vocab()[token]
-                log.info("model.encoders.%s: %s is new in the tokenizer, as id %d", encoder, token, number)
+    """Give the tokenizer a token for each kind of media that `model` takes or draws, if it has none. Logs a line where
+    it does."""
+    kinds = _kinds(model)
+    if DRAWN in kinds:
+        drawing_marks(tokenizer)  # first, since these have embeddings, and placeholders none
+    for kind in kinds:
+        token = placeholder(tokenizer, kind)
+        if token not in tokenizer.get_vocab():
+            tokenizer.add_tokens([token], special_tokens=True)
+            log.info("%s is new in the tokenizer, as id %d", token, tokenizer.get_vocab()[token])
+
+
+def _kinds(model: ModelConfig) -> list[str]:
+    """The kinds of media that a composed model takes, and those that it draws."""
+    taken = [kind for encoder in encoder_specs(model) for kind in PLACES[encoder]]
+    return taken if decoder_folder(model) is None else [*taken, DRAWN]
 
 
 def write_markers(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> None:
     """Have the chat template write the placeholders for media among a message's parts, if it does not."""
-    source, known = tokenizer.chat_template, set(tokenizer.get_vocab())
+    source, known = tokenizer.chat_template, tokenizer.get_vocab()
     if not isinstance(source, str):
         return
     marks: dict[str, str] = {}
-    for kind in (kind for encoder in encoder_specs(model) for kind in PLACES[encoder]):
+    for kind in _kinds(model):
         token = placeholder(tokenizer, kind)
-        around = next((triple for triple in _TRIPLES[kind] if triple[1] == token and set(triple) <= known), (token,))
+        if kind == DRAWN:
+            start, end = drawing_marks(tokenizer)
+            marks[kind] = "".join(tokenizer.convert_ids_to_tokens([start, known[token], end]))
+            continue
+        around = next(
+            (triple for triple in _TRIPLES[kind] if triple[1] == token and set(triple) <= set(known)), (token,)
+        )
         marks[kind] = "".join(around)
     if any(not _writes(tokenizer, kind, placeholder(tokenizer, kind)) for kind in marks):
         tokenizer.chat_template = _FLATTENED.replace("MARKS", repr(marks)) + source
@@ -124,7 +180,8 @@ class OmniProcessor:
 
     image_processor: of its images, with counts: by height and width of their pixels how many tokens one takes; or
     merge: of a tower that takes patches, how many by how many of them make a token. feature_extractor: of its sounds,
-    with frames: how many mel frames make a token, and window: how many tokens there are of one sound at most.
+    with frames: how many mel frames make a token, and window: how many tokens there are of one sound at most. drawn:
+    the codes of pictures that the model draws; draws_all: it also sees pictures as such.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -134,10 +191,13 @@ class OmniProcessor:
     feature_extractor: Any = None
     frames: int = 0
     window: int = 0
+    drawn: PictureCodes | None = None
+    draws_all: bool = False
 
     def __post_init__(self) -> None:
         kinds = [] if self.image_processor is None else ["image"] if self.merge else ["image", "video"]
         kinds += [] if self.feature_extractor is None else ["audio"]
+        kinds += [] if self.drawn is None else [DRAWN]
         self._tokens = {kind: placeholder(self.tokenizer, kind) for kind in kinds}
         for kind, token in self._tokens.items():
             setattr(self, f"{kind}_token", token)
@@ -148,12 +208,19 @@ class OmniProcessor:
         return self.tokenizer.chat_template
 
     def __call__(
-        self, text: Sequence[str], images: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+        self,
+        text: Sequence[str],
+        images: Any = None,
+        videos: Any = None,
+        audio: Any = None,
+        drawn: Sequence[Image.Image] = (),
+        **kwargs: Any,
     ) -> Any:
         """Ids and values of one text with its media, as tensors, and `text_replacement_offsets`. ValueError: media that
         the towers do not take.
 
-        images: those of the text, or a list of that; videos the same, of frames [F, 3, height, width]; audio: waves.
+        images: those of the text, or a list of that; videos the same, of frames [F, 3, height, width]; audio: waves;
+        drawn: pictures that become codes.
         """
         (source,) = text
         values: dict[str, torch.Tensor] = {}
@@ -170,6 +237,11 @@ class OmniProcessor:
         if audio:
             values |= self._mel(audio)
             numbers["audio"] = values["audio_tokens"].tolist()
+        if drawn:
+            assert self.drawn is not None
+            pixels = [to_values(np.asarray(self.drawn.size.cut(picture))) for picture in drawn]
+            values[DRAWN_PIXELS] = torch.stack(pixels)
+            numbers[DRAWN] = [self.drawn.tokens] * len(drawn)
         written, offsets = self._replace(source, numbers)
         ids = self.tokenizer([written], return_tensors="pt", add_special_tokens=False)
         return {**ids, **values, "text_replacement_offsets": [offsets]}
@@ -250,6 +322,9 @@ def compose_processor(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) ->
                 f"model.encoders.{kind}.processor_path: makes nothing that {type(config).__name__} takes: "
                 f"{first_line(error)}"
             ) from error
+    if (folder := decoder_folder(model)) is not None:
+        made["drawn"] = read_codes(folder, "model.decoders.image.model_path")
+        made["draws_all"] = model.input_encoder == "decoder"
     return OmniProcessor(tokenizer, **made)
 
 

@@ -179,14 +179,16 @@ def part_parameters(
     named = dict(model.named_parameters())
     beside = {id(item) for tower in towers(model) for item in tower.parameters()}
     drawing = {id(item) for module in drawing_parts(model) for item in module.parameters()}
-    beside -= drawing
+    codes = {id(item) for item in getattr(model, "decoders", nn.Module()).parameters()}
+    beside -= drawing | codes
     # Within a tower's blocks some call a matrix of their attention a projection.
     outer = {name: re.split(r"\.(?:layers|blocks)\.", name)[0] for name, item in named.items() if id(item) in beside}
     joins = {name for name, stem in outer.items() if _PROJECTOR.search(stem)}
     groups = {
         "towers": outer.keys() - joins,
         "projectors": joins,
-        "language_model": {name for name, item in named.items() if id(item) not in beside | drawing},
+        "language_model": {name for name, item in named.items() if id(item) not in beside | drawing | codes},
+        "decoders": {name for name, item in named.items() if id(item) in codes},
     }
     found = groups.get(part) or set(fnmatch.filter(named, part))
     if not found and is_complete:

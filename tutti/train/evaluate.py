@@ -46,7 +46,8 @@ def evaluate(
         return None
     reduced = reduce_sums(total, world)
     num_targets = targets.total()
-    result: dict[str, Any] = {"eval_loss": reduced["loss"] / num_targets, "eval_tokens": trained_tokens}
+    loss = objective.task.mean_loss(reduced, num_targets)
+    result: dict[str, Any] = {"eval_loss": loss, "eval_tokens": trained_tokens}
     if "correct" in reduced:
         result["eval_accuracy"] = reduced["correct"] / num_targets
     if len(targets) > 1:

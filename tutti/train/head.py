@@ -28,7 +28,8 @@ class Head:
     """A model's head for one micro batch.
 
     tensor: the ranks that split the model's matrices; they have the same targets. shard: this rank's rows of the
-    vocabulary, where they split the head as well. pieces: how many targets each segment on this rank has, where the
+    vocabulary, where they split the head as well. codes: what the model has for codes of pictures (`CodeDecoder`), if
+    it draws. pieces: how many targets each segment on this rank has, where the
     head is applied to each apart from the others.
     """
 
@@ -38,6 +39,7 @@ class Head:
     tensor: RankGroup | None = None
     shard: VocabularyShard | None = None
     pieces: list[int] | None = None
+    codes: Any = None
 
     @property
     def share(self) -> float:
@@ -56,6 +58,17 @@ class Head:
         if self.shard is None and self.tensor is not None:
             loss, losses = loss * self.share, losses * self.share
         return loss, losses
+
+    def cross_entropy_of(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """As `cross_entropy`, of some of the targets alone, int64 [n], from the hidden states [n, H] that predict them;
+        where no matrices are split."""
+        weight, bias = self.layer.weight, self.layer.bias
+        return linear_cross_entropy(hidden, weight, targets, bias=bias, transform=self.transform)
+
+    def code_cross_entropy(self, hidden: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """As `cross_entropy_of`, of codes of pictures, int64 [n]."""
+        head = self.codes.head
+        return linear_cross_entropy(self.codes.middle(hidden), head.weight, codes, bias=head.bias)
 
     def target_losses(self, hidden: Tensor) -> Tensor:
         """Each target's cross-entropy, fp32 [N], to differentiate; the same on all tensor ranks."""

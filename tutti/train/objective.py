@@ -122,7 +122,8 @@ class Objective(nn.Module):
             sample = torch.bucketize(batch.target_index, batch.cu_seqlens[1:], right=True)
             pieces = sample.bincount(minlength=len(batch.cu_seqlens) - 1).tolist()
         structure = self.structure
-        return Head(structure.head, structure.transform, batch, self._tensor, self._shard, pieces)
+        codes = getattr(self.model, "code_decoder", None)
+        return Head(structure.head, structure.transform, batch, self._tensor, self._shard, pieces, codes)
 
     def _routed(self, states: Any, batch: Batch) -> tuple[Tensor, ...]:
         """The routers' logits of each layer for all of the batch's tokens that are not padding [T, E]."""

@@ -34,9 +34,9 @@ from tutti.config.yamlfile import to_yaml
 from tutti.core.batch import Batch
 from tutti.core.compute_dtype import compute_dtype
 from tutti.core.dist import World
+from tutti.core.pixels import Square
 from tutti.core.structure import ModelStructure
 from tutti.data.captions import CaptionEncoder
-from tutti.data.images import Square
 from tutti.data.loader import Classes, Data, build_data
 from tutti.data.source import text_columns
 from tutti.model.autoencoder import Autoencoder, AutoencoderConfig, autoencoder_structure, build_autoencoder

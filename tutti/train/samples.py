@@ -15,8 +15,6 @@ one is enough. Such rows are counted: the share of right answers is logged and r
 
 from __future__ import annotations
 
-import base64
-import io
 import logging
 import re
 import unicodedata
@@ -35,6 +33,7 @@ from tutti.attention.interface import PACKED, attention_by_part
 from tutti.attention.kv_cache import register
 from tutti.config import Config
 from tutti.core.batch import Media, Sample, pack
+from tutti.core.pixels import to_data_url
 from tutti.data.formats import BadRow, JsonLines, Row
 from tutti.data.media import load_image
 from tutti.data.processor import MediaProcessor
@@ -307,7 +306,4 @@ def _picture(medium: Media) -> str | None:
         picture = Image.fromarray(load_video(first, (medium.size[0], medium.size[1]))[0].transpose(1, 2, 0))
     else:
         return None
-    picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return to_data_url(picture, _PICTURE_SIDE)

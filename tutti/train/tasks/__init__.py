@@ -63,6 +63,10 @@ class Task(ABC):
     def loss(self, hidden: Tensor, head: Head) -> Sums:
         """The sums of the micro batch `head.batch`, from its hidden states at the N targets [N, H]."""
 
+    def mean_loss(self, sums: Mapping[str, Any], num_targets: int) -> float:
+        """The loss of all evaluation data, from sums over all ranks and batches."""
+        return sums["loss"] / num_targets
+
     def metrics(self, sums: Mapping[str, Any], num_targets: int) -> dict[str, float]:
         """Further figures of a line of metrics, from sums over all ranks (numbers, or lists of them)."""
         return {}

@@ -16,8 +16,6 @@ Shapes: N images, K codes, D their width.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -31,9 +29,10 @@ from tutti.config import Config
 from tutti.core.batch import Batch, GlobalBatch
 from tutti.core.dist import World
 from tutti.core.draws import generator
+from tutti.core.pixels import to_data_url, to_image
 from tutti.core.tensors import local_part
 from tutti.data.augment import Augment, warp
-from tutti.data.images import PIXELS, to_image
+from tutti.data.images import PIXELS
 from tutti.model.autoencoder import Autoencoder, AutoencoderConfig, flops_per_value, load_autoencoder_config
 from tutti.model.initial import own_part
 from tutti.model.structure import FlopCount
@@ -232,10 +231,7 @@ def _above(first: Image.Image, second: Image.Image) -> str:
     both = Image.new("RGB", (first.width, 2 * first.height))
     both.paste(first, (0, 0))
     both.paste(second, (0, first.height))
-    both.thumbnail((_SHOWN_SIDE, 2 * _SHOWN_SIDE))
-    buffer = io.BytesIO()
-    both.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return to_data_url(both, 2 * _SHOWN_SIDE)
 
 
 def make_task(config: Config) -> Reconstructing:

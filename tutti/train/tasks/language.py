@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tutti.config import Config
+from tutti.model.omni_config import decoder_folder
 from tutti.train.head import Head
 from tutti.train.tasks import Sums, Task
 
@@ -17,5 +18,9 @@ class LanguageModelling(Task):
         return {"loss": loss, **self.by_source(losses, head.batch.segment_sources[head.batch.target_segment])}
 
 
-def make_task(config: Config) -> LanguageModelling:
-    return LanguageModelling()
+def make_task(config: Config) -> Task:
+    if decoder_folder(config.model) is None:
+        return LanguageModelling()
+    from tutti.train.tasks.drawing import Drawing  # which needs what language modelling alone does not
+
+    return Drawing.of(config)
