@@ -318,7 +318,7 @@ def test_defaults_that_follow_others() -> None:
 @pytest.mark.parametrize(
     ("override", "part"),
     [
-        ("model.decoders.image.model_path=x", "models that draw pictures"),
+        ("model.output_encoder=encoder", "pictures as features; model.decoders.image has codes"),
     ],
 )
 def test_what_is_not_available_yet_is_refused(override: str, part: str) -> None:

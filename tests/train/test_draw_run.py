@@ -8,15 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from diffusers.models.autoencoders.vq_model import VQModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from tests.harness import run_ranks
 from tests.model.composed import write_foundation, write_tower
-from tests.train.runs import QUICKSTART, records, run, tiny_config, train_quietly
+from tests.train.runs import QUICKSTART, run, tiny_config, train_quietly
 from tests.train.tasks.test_image import write_net
 from tests.train.test_run import assert_same_training
-from tutti.config import Config
+from tutti.checkpoint.omni_files import CODE_DECODER
+from tutti.config import Config, ConfigError
+from tutti.config.load import load
 from tutti.model.autoencoder import make_net
-from tutti.model.vq import WEIGHTS
+from tutti.model.vq import WEIGHTS, read_codes
+from tutti.train.placement import tokenizer_and_model
+from tutti.train.tasks.drawing import Hidden
 
 
 def write_tokenizer(folder: Path) -> str:
@@ -64,3 +71,118 @@ def test_both_kinds_of_loss_are_told_of_and_fall(one: list[dict[str, Any]]) -> N
     for kind in ("text", "code"):
         assert one[-1][f"loss/{kind}"] < one[0][f"loss/{kind}"] and one[0][f"targets/{kind}"] > 0
     assert one[0]["loss"] == pytest.approx(one[0]["loss/text"] + one[0]["loss/code"], rel=1e-5)
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "ddp": {"data_parallel_mode": "ddp"},
+    "fsdp2, remat": {"data_parallel_mode": "fsdp2", "enable_gradient_checkpointing": True},
+    "ulysses": {"ulysses_parallel_size": 2},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_ranks_equal_one(tmp_path: Path, one: list[dict[str, Any]], layout: str) -> None:
+    sizes = {f"train.{name}": value for name, value in LAYOUTS[layout].items()}
+    assert_same_training(run(config_of(tmp_path, world=2, **sizes), 2), one)
+
+
+def test_codes_that_are_made_before_training_are_those_of_each_step(tmp_path: Path, one: list[dict[str, Any]]) -> None:
+    made = run(config_of(tmp_path, **{"model.encode_target": True}))
+    assert [line["loss"] for line in made] == [line["loss"] for line in one]
+    assert [line["grad_norm"] for line in made] == [line["grad_norm"] for line in one]
+
+
+def exported(folder: Path, **changes: Any) -> None:
+    torch.set_num_threads(1)
+    train_quietly(config_of(folder, **{"train.save_steps": 1, "train.save_hf_weights": True}, **changes))
+
+
+def resumed(folder: Path, start: str) -> None:
+    exported(folder, **{"train.load_checkpoint_path": start})
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{file.relative_to(folder)}: {name}": item
+        for file in sorted(folder.rglob("*.safetensors"))
+        for name, item in load_file(file).items()
+    }
+
+
+def reloaded(folder: Path, start: Path) -> None:
+    """The export of a model that is read from the export at `start`, and does not learn."""
+    changes: dict[str, Any] = {"model.model_path": str(start), "model.decoders": {}, "model.encoders": {}}
+    changes |= {"train.lr": 0.0, "train.lr_min": 0.0}
+    exported(folder, **changes, **{"model.tokenizer_path": str(start), "model.config_path": None})
+
+
+def test_parts_are_saved_resumed_and_read_back(tmp_path: Path) -> None:
+    run_ranks(1, exported, tmp_path / "whole")
+    whole = weights_of(tmp_path / "whole" / "out" / "hf" / "final")
+    start = tmp_path / "whole" / "out" / "checkpoints" / "global_step_2"
+    run_ranks(1, resumed, tmp_path / "resumed", str(start))
+    again = weights_of(tmp_path / "resumed" / "out" / "hf" / "final")
+    assert whole.keys() == again.keys() and all(item.equal(again[name]) for name, item in whole.items())
+    folder = tmp_path / "whole" / "out" / "hf" / "final"
+    assert VQModel.from_pretrained(folder / "decoders" / "image").config.num_vq_embeddings == 16
+    assert (folder / "decoders" / "image" / CODE_DECODER).is_file()
+    assert type(AutoModelForCausalLM.from_pretrained(folder)).__name__ == "Qwen3ForCausalLM"
+    run_ranks(1, reloaded, tmp_path / "read", folder)
+    read = weights_of(tmp_path / "read" / "out" / "hf" / "final")
+    assert whole.keys() == read.keys() and all(item.equal(read[name]) for name, item in whole.items())
+
+
+def test_a_model_that_sees_by_codes_has_no_tower(tmp_path: Path, one: list[dict[str, Any]]) -> None:
+    """Pictures of the user's come as codes as well, and are not trained on."""
+    made = run(config_of(tmp_path, **{"model.encoders": {}, "model.input_encoder": "decoder"}))
+    assert made[0]["targets/code"] == one[0]["targets/code"]
+    assert made[-1]["loss"] < made[0]["loss"] != one[0]["loss"]
+
+
+def test_hidden_prompts_are_drawn_by_key_and_keep_media(tmp_path: Path, one: list[dict[str, Any]]) -> None:
+    plain = run(config_of(tmp_path, **{"train.cfg_dropout": 0.0, "train.max_steps": 1}))
+    assert plain[0]["loss"] != one[0]["loss"] and plain[0]["targets/code"] == one[0]["targets/code"]
+    assert Hidden(0, frozenset({7}))(torch.tensor([5, 7, 6])).tolist() == [0, 7, 0]
+
+
+REFUSED = {
+    "no tokenizer of pictures": ({"model.decoders": {}, "model.encode_target": True}, "there is no model.decoders"),
+    "none that is trained": ({"model.decoders": {"image": {"config_path": "x"}}}, "needs model_path"),
+    "of sounds": ({"model.decoders": {"audio": {"model_path": "x"}}}, "there are decoders for image"),
+    "split matrices": ({"train.tensor_parallel_size": 2}, "train.tensor_parallel_size: a model that draws"),
+    "stages": ({"train.pipeline_parallel_size": 2}, "train.pipeline_parallel_size: a model that draws"),
+    "pairs": ({"data.data_type": "dpo", "train.cfg_dropout": 0.0}, "not trained with data.data_type dpo"),
+    "streams": ({"data.datasets_type": "iterable", "model.encode_target": True}, "goes over the data beforehand"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_done_is_refused_by_name(tmp_path: Path, case: str) -> None:
+    changes, message = REFUSED[case]
+    world = changes.get("train.tensor_parallel_size", changes.get("train.pipeline_parallel_size", 1))
+    with pytest.raises(ValueError, match=message):
+        tokenizer_and_model(config_of(tmp_path, world=world, **changes), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "config.json",
+            {"_class_name": "SD3Transformer2DModel"},
+            "is of SD3Transformer2DModel",
+        ),
+        ("model_index.json", {"_class_name": "FluxPipeline"}, "is of FluxPipeline"),
+        ("config.json", {"model_type": "janus_vqgan"}, "is of JanusVQVAE"),
+        ("config.json", {"model_type": "movqgan"}, "is of movqgan"),
+    ],
+)
+def test_other_decoders_are_refused_by_name(tmp_path: Path, name: str, content: dict, message: str) -> None:
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{message}.*give the folder of a diffusers VQModel"):
+        read_codes(tmp_path, "model.decoders.image.model_path")
+
+
+def test_features_as_targets_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.output_encoder: not available yet"):
+        load(["model.config_path=x", "model.output_encoder=encoder", "data.train_path=x"], "train")
