@@ -132,7 +132,6 @@ CASES = [
             ("train.flow_time_mean", 1),
             ("train.flow_time_std", 2),
             ("train.flow_shift", 3),
-            ("train.cfg_dropout", 0.5),
             ("train.cache_latents", "no"),
             ("train.sample_steps", 5),
             ("train.sample_guidance", 2),
@@ -152,6 +151,7 @@ CASES = [
     (["model.attn_implementation=sdpa", "data.data_type=image"], "model.attn_implementation", "has no tokens"),
     (["data.media_cache_mb=9", *PLAIN], "data.media_cache_mb", "neither conversation nor dpo nor"),
     (["data.row_template={user: a}", *PLAIN], "data.row_template", "data.data_type is not conversation"),
+    (["train.cfg_dropout=0.3", *PLAIN], "train.cfg_dropout", "neither diffusion nor conversation"),
     (["train.profile_end_step=9"], "train.profile_end_step", "train.enable_profiling is off"),
     (["train.profile_with_stack=no"], "train.profile_with_stack", "train.enable_profiling is off"),
 ]

@@ -169,7 +169,6 @@ def _draws(config: Config) -> bool:
 
 _OF_DIFFUSION = (
     *_prefixed("train.flow_"),
-    "train.cfg_dropout",
     "train.cache_latents",
     "train.sample_steps",
     "train.sample_guidance",
@@ -240,6 +239,11 @@ _RULES = (
         ("train.broadcast_model_weights_from_rank0",),
         lambda config: _draws(config) and config.model.model_path is not None,
         "data.data_type is diffusion: weights are files which every rank reads its own slices of",
+    ),
+    _Rule(
+        ("train.cfg_dropout",),
+        lambda config: config.data.data_type not in ("diffusion", "conversation"),
+        "data.data_type is neither diffusion nor conversation",
     ),
     _Rule(
         _OF_DIFFUSION,

@@ -47,14 +47,6 @@ class TrainConfig:
         shown="{}",
         added=True,
     )
-    cfg_dropout: float = arg(
-        0.0,
-        "Share of the pictures that a model learns to draw from nothing: their prompt's text is hidden, by sample and "
-        "epoch, so that infer.image_guidance can push away from what it draws then.",
-        low=0,
-        high=1,
-        added=True,
-    )
     weight_decay: float = arg(0.0, "Decoupled weight decay coefficient.", low=0)
     no_decay_modules: tuple[str, ...] = arg((), "Class names of modules whose parameters get no weight decay.")
     no_decay_params: tuple[str, ...] = arg((), "Parameters whose name contains one of these get no weight decay.")
@@ -317,7 +309,8 @@ class TrainConfig:
     )
     cfg_dropout: float = arg(
         0.1,
-        "data_type diffusion: probability that a caption is left out, which guidance needs in sampling.",
+        "data_type diffusion, and models that draw: probability that a caption (the text before a picture) is left "
+        "out, which guidance needs in sampling.",
         low=0,
         high=1,
         added=True,

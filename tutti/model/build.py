@@ -326,7 +326,7 @@ def check_composed(config: Config) -> None:
         of_codes = {
             "model.input_encoder": config.model.input_encoder == "decoder",
             "model.encode_target": config.model.encode_target,
-            "train.cfg_dropout": config.train.cfg_dropout > 0,
+            "train.cfg_dropout": chats and "train.cfg_dropout" in config.explicit,
             "train.loss_weights": bool(config.train.loss_weights) and chats,
         }
         for name in (name for name, asked in of_codes.items() if asked):
