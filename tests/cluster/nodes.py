@@ -47,11 +47,15 @@ class Nodes:
         for number, name in enumerate(self.names, start=1):
             space, outer, inner = self._space(name), f"tv{self.tag}n{number}", f"tw{self.tag}n{number}"
             self._ip(
-                f"netns add {space}", f"link add {outer} type veth peer name {inner}", f"link set {inner} netns {space}",
-                f"link set {outer} master tb{self.tag} up", f"-n {space} link set {inner} name eth0",
-                f"-n {space} addr add {self.address(name)}/24 dev eth0", f"-n {space} link set eth0 up",
+                f"netns add {space}",
+                f"link add {outer} type veth peer name {inner}",
+                f"link set {inner} netns {space}",
+                f"link set {outer} master tb{self.tag} up",
+                f"-n {space} link set {inner} name eth0",
+                f"-n {space} addr add {self.address(name)}/24 dev eth0",
+                f"-n {space} link set eth0 up",
                 f"-n {space} link set lo up",
-            )  # fmt: skip
+            )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -68,7 +72,7 @@ class Nodes:
         self._ip(f"link set tv{self.tag}n{name.removeprefix('node')} {state}")
 
     def slow(self, name: str, shaping: str) -> None:
-        """Shape what the machine sends, in tc's words: `netem delay 20ms rate 10mbit`."""
+        """Shape what the machine sends, in tc's words: `tbf rate 8mbit burst 16kbit latency 200ms`."""
         command = [
             "ip",
             "netns",

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from tests.cluster.nodes import Nodes, available
 from tests.train.runs import tiny_config
@@ -106,7 +105,7 @@ def test_a_cut_link_is_noticed_and_the_rest_goes_on(tmp_path, arguments):
 def test_a_slow_link_is_no_fault(tmp_path, arguments):
     words, output = arguments
     with Nodes(2, tmp_path) as nodes:
-        nodes.slow("node2", "netem delay 15ms 5ms rate 20mbit")
+        nodes.slow("node2", "tbf rate 8mbit burst 16kbit latency 200ms")
         for name in nodes.names:
             nodes.start(name, "2:2", words)
         assert [nodes.wait(name, 180) for name in nodes.names] == [0, 0], said(nodes)

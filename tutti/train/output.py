@@ -122,14 +122,18 @@ os.register_at_fork(after_in_child=_drop_locks)
 
 def _lock(path: Path, *, first: bool) -> int:
     """Lock the file `path`, at first for this process alone, then together with the ranks that join; returns the
-    descriptor that holds the lock."""
+    descriptor that holds the lock.
+
+    Ranks of this job from before a restart, on machines that were cut off, are given time to end.
+    """
+    deadline = time.monotonic() + _RESTART_SECONDS
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o640)
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_EX if first else fcntl.LOCK_SH) | fcntl.LOCK_NB)
             if first:
                 holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-                holder["id"] = secrets.token_hex(4)
+                holder |= {"id": secrets.token_hex(4), "job": _job()}
                 os.truncate(descriptor, 0)
                 os.write(descriptor, json.dumps(holder).encode())
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -137,6 +141,9 @@ def _lock(path: Path, *, first: bool) -> int:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 text = os.read(descriptor, 1000).decode(errors="replace")
                 os.close(descriptor)
+                if _job() and f'"job": {json.dumps(_job())}' in text and time.monotonic() < deadline:
+                    time.sleep(0.5)
+                    continue
                 raise ValueError(
                     f"train.output_dir {path.parent}: another run is going on there ({_named(text)}); stop it first, "
                     "or choose another folder"
@@ -151,6 +158,15 @@ def _lock(path: Path, *, first: bool) -> int:
         # Whoever held the lock has just removed the file, and a lock on it keeps nobody out.
         _LOCKS.discard(descriptor)
         os.close(descriptor)
+
+
+_RESTART_SECONDS = 120.0
+
+
+def _job() -> str | None:
+    """The id of the job that torchrun gives to all its machines, before and after a restart."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if name == "none" else name
 
 
 def _named(text: str) -> str:
