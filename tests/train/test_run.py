@@ -124,6 +124,8 @@ def test_exported_model_loads_in_transformers_and_continues_the_loss(tmp_path):
         tmp_path / "first", **{"train.save_hf_weights": True, "train.hf_save_steps": 2, "train.max_steps": 3}
     )
     run(config)
+    made = list(Path(config.train.output_dir).rglob("*"))
+    assert len(made) > 15 and all(path.stat().st_mode & 0o027 == 0 for path in made), "others may not read it"
     final = Path(config.train.output_dir) / "hf" / "final"
     assert (Path(config.train.output_dir) / "hf" / "global_step_2" / "config.json").exists()
     AutoModelForCausalLM.from_pretrained(final)
