@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -54,16 +55,19 @@ class Place:
 
 
 class Watchdog:
-    """Ends all ranks, with a report, when this one has entered no phase for `seconds`; 0 never. A context manager."""
+    """Ends all ranks, with a report, when this one has entered no phase for `seconds`; 0 never. A context manager that
+    all ranks enter together."""
 
     def __init__(self, world: World, seconds: float) -> None:
         self._world, self._seconds = world, seconds
         self._phase, self._count, self._idle = "the start", 0, 0.0
-        self._over = threading.Event()
+        self._over, self._alarm = threading.Event(), ""
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Watchdog:
         if self._seconds:
+            # A store may outlive the ranks, and hold the alarm of those before a restart.
+            self._alarm = f"hang/{self._world.broadcast(secrets.token_hex(8))}"
             main = threading.get_ident()
             watch = threading.Thread(target=self._watch, args=(main,), name="watchdog", daemon=True)
             answer = threading.Thread(
@@ -111,13 +115,13 @@ class Watchdog:
         while not self._over.wait(_POLL_SECONDS):
             late = self._idle >= self._seconds
             try:
-                if late or store.check(["hang"]):
-                    first = late and store.add("hang", 1) == 1
-                    store.set(f"hang/{self._world.rank}", json.dumps(asdict(self._place(main))))
+                if late or store.check([self._alarm]):
+                    first = late and store.add(self._alarm, 1) == 1
+                    store.set(f"{self._alarm}/{self._world.rank}", json.dumps(asdict(self._place(main))))
                     if first:
                         _write(self._report(store))
-                        store.set("hang/told", "1")
-                    _wait_for(store, ["hang/told"])
+                        store.set(f"{self._alarm}/told", "1")
+                    _wait_for(store, [f"{self._alarm}/told"])
                     os._exit(1)
             except RuntimeError:  # the store is gone, and with it a rank or a machine: the next collective will tell
                 continue
@@ -130,7 +134,7 @@ class Watchdog:
 
     def _report(self, store: Any) -> str:
         """Collect where all ranks are, for so long as those that live need to answer; the report."""
-        keys = [f"hang/{rank}" for rank in range(self._world.size)]
+        keys = [f"{self._alarm}/{rank}" for rank in range(self._world.size)]
         _wait_for(store, keys)
         places = [Place(**json.loads(store.get(key))) for key in keys if store.check([key])]
         return describe(places, self._world.size) + "\n"
