@@ -24,7 +24,7 @@ def arguments(tmp_path):
     """The command line of a run, and its output folder; every step is saved, and takes a while."""
     settings: dict[str, Any] = {
         "train.max_steps": STEPS, "train.save_steps": 1, "train.max_checkpoints": 3, "data.max_seq_len": 64,
-        "train.global_batch_size": 4, "train.micro_batch_size": 1, "train.hang_timeout": HANG,
+        "train.global_batch_size": 6, "train.micro_batch_size": 1, "train.hang_timeout": HANG,
         "train.load_checkpoint_path": "auto", "train.data_parallel_mode": "fsdp2",
     }  # fmt: skip
     config = tiny_config(tmp_path, **settings)
