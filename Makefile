@@ -33,7 +33,7 @@ test: $(VENV)/.stamp-dev ## Run the whole test suite (WORKERS=2 test processes)
 SOAKED := tests/train/test_killed.py tests/train/test_stop_anywhere.py tests/train/test_elastic.py tests/cluster/test_nodes.py \
 	tests/checkpoint/test_faults.py \
 	tests/checkpoint/test_untrusted.py tests/data/test_formats.py tests/data/test_template_property.py \
-	tests/data/test_no_row_lost.py
+	tests/data/test_no_row_lost.py tests/parallel/test_mixed_steps.py
 
 soak: $(VENV)/.stamp-dev ## Run the proofs by many tries with many more of them, for hours
 	SOAK=1 TUTTI_EXAMPLES=$${TUTTI_EXAMPLES:-5000} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) \

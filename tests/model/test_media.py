@@ -49,8 +49,9 @@ def make_rows(counts: tuple[int, ...]) -> list[dict[str, Any]]:
     return rows
 
 
-def build(family: str, processor: Any) -> tuple[Any, Any]:
-    config = copy.deepcopy(gallery.tiny((CONFIGS | OTHERS)[family], vocab_size=len(processor.tokenizer) + 8))
+def fitted_config(name: str, processor: Any) -> Any:
+    """The tiny config of that name in the gallery, with the tokens of a processor."""
+    config = copy.deepcopy(gallery.tiny(name, vocab_size=len(processor.tokenizer) + 8))
     for kind in ("image", "video", "audio"):
         for name in (f"{kind}_token_id", f"{kind}_token_index"):
             if hasattr(config, name) and (ids := getattr(processor, f"{kind}_token_ids", None)) and ids[0] is not None:
@@ -62,6 +63,11 @@ def build(family: str, processor: Any) -> tuple[Any, Any]:
             names = (name, f"{kind}_{ends[end]}_token_id")
             token = next((token for each in names if (token := getattr(processor.tokenizer, each, None))), None)
             setattr(config, name, len(processor.tokenizer) + 1 if token is None else token)
+    return config
+
+
+def build(family: str, processor: Any) -> tuple[Any, Any]:
+    config = fitted_config((CONFIGS | OTHERS)[family], processor)
     torch.manual_seed(0)
     plain = AutoModelForMultimodalLM.from_config(copy.deepcopy(config), attn_implementation="eager").eval()
     packed = AutoModelForMultimodalLM.from_config(

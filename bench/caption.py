@@ -1,0 +1,273 @@
+"""Captioning pictures: a vision-language model in transformers' Trainer and in Tutti, and what the data takes.
+
+`python -m bench.caption [--part speed,index,memory]`. The model is a Qwen2.5-VL of 2 million parameters (about 220 of
+its tokens a picture); pictures are JPEGs of 448 pixels along their longer side, in four shapes; captions are log-normal
+in length (mean 200 tokens, at most 1,024), short labels and long descriptions mixed.
+
+- speed: trained tokens a second. Trainer pads batches of 8 random samples, Tutti packs as many tokens on average. Both
+  decode and process pictures by the same class in as many worker processes, and see each picture once. Contenders run
+  in turns, each in a process of its own. `data wait`: the share of a step that Tutti waits for its workers.
+- index: rows a second whose pictures are measured by their headers and whose texts are tokenised.
+- memory: what each worker holds over 500 micro batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.workload import run_python
+
+ROOT = Path(__file__).parents[1]
+TOKENIZER = ROOT / "data" / "quickstart" / "tokenizer.json"
+QUESTION = "What is shown?"
+SHAPES = ((448, 448), (448, 336), (336, 448), (448, 252))
+BATCH_SIZE, ACCUMULATION = 8, 1
+MAX_LENGTH, MICRO_BATCH = 1344, 3
+WARMUP_STEPS, WAIT_FROM = 2, 3
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_model(folder: Path) -> None:
+    """A model folder without weights: config.json and the processor."""
+    from transformers import (
+        PreTrainedTokenizerFast,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    names = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    names |= {"vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(TOKENIZER), eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=names
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": list(names.values())})
+    tokenizer.chat_template = TEMPLATE
+    processor = Qwen2_5_VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), TEMPLATE)
+    processor.save_pretrained(folder)
+    ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 10, 10]}
+    Qwen2_5_VLConfig(
+        architectures=["Qwen2_5_VLForConditionalGeneration"],
+        text_config={
+            "vocab_size": len(tokenizer), "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "rope_parameters": rope,
+            "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "depth": 2, "hidden_size": 96, "intermediate_size": 192, "num_heads": 2, "out_hidden_size": 192,
+            "fullatt_block_indexes": [1],
+        },
+        **ids,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def write_pictures(folder: Path, count: int, seed: int) -> list[str]:
+    """`count` JPEGs of 448 pixels along the longer side, of noise at several scales; their names."""
+    from PIL import Image
+
+    random, names = np.random.default_rng(seed), []
+    for number in range(count):
+        width, height = SHAPES[number % len(SHAPES)]
+        coarse, fine = (
+            Image.fromarray(random.integers(0, 255, (side, side, 3), np.uint8)).resize((width, height), 3)
+            for side in (7, 60)
+        )
+        names.append(f"{seed}-{number}.jpg")
+        Image.blend(coarse, fine, 0.3).save(folder / names[-1], quality=85)
+    return names
+
+
+def captions(count: int, seed: int) -> Iterator[str]:
+    """Captions of random words, log-normal in length."""
+    random = np.random.default_rng(seed)
+    rows = (ROOT / "data" / "quickstart" / "images.jsonl").read_text().splitlines()
+    words = [word for row in rows for word in json.loads(row)["caption"].split()]
+    # About 1.9 tokens a word, by the tokenizer of the quickstart.
+    lengths = np.exp(random.normal(np.log(105) - 0.5, 1.0, count)).round().clip(2, 500).astype(int)
+    return (" ".join(random.choice(words, length)) for length in lengths)
+
+
+def write_rows(folder: Path, count: int, pictures: int, seed: int) -> Path:
+    """`count` rows about `pictures` pictures, in turns."""
+    names = write_pictures(folder, pictures, seed)
+    path = folder / f"rows{seed}.jsonl"
+    made = zip(range(count), captions(count, seed), strict=True)
+    path.write_text("".join(json.dumps({"image": names[n % pictures], "caption": text}) + "\n" for n, text in made))
+    return path
+
+
+def settings(folder: Path, rows: Path, workers: int) -> dict[str, Any]:
+    """The arguments of a run of Tutti on `rows`."""
+    return {
+        "model.config_path": folder / "config.json",
+        "model.tokenizer_path": folder,
+        "data.train_path": rows,
+        "data.row_template": {"user": f"<image>{QUESTION}", "assistant": "{caption}"},
+        "data.max_seq_len": MAX_LENGTH,
+        "data.num_workers": workers,
+        "data.drop_last": False,
+        "train.output_dir": folder / "run",
+        "train.dyn_bsz": True,
+        "train.micro_batch_size": MICRO_BATCH,
+        "train.global_batch_size": MICRO_BATCH * ACCUMULATION,
+        "train.compute_dtype": "float32",
+        "train.lr": 1e-4,
+        "train.enable_gradient_checkpointing": False,
+        "train.save_epochs": 0,
+        "train.save_hf_weights": False,
+    }
+
+
+def run_tutti(folder: Path, rows: Path, workers: int) -> dict[str, float]:
+    """Trained tokens and seconds of the timed steps of Tutti, and its wait for data."""
+    given = {name: json.dumps(value) if isinstance(value, dict) else value
+             for name, value in settings(folder, rows, workers).items()}  # fmt: skip
+    run_python("-m", "tutti", "train", *(f"{name}={value}" for name, value in given.items()))
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    timed = [line for line in lines if "step_seconds" in line and line["step"] > WARMUP_STEPS]
+    late = [line for line in timed if line["step"] > WAIT_FROM]
+    return {
+        "trained_tokens": sum(line["trained_tokens"] for line in timed),
+        "seconds": sum(line["step_seconds"] for line in timed),
+        "wait": sum(line["data_seconds"] for line in late) / sum(line["step_seconds"] for line in late),
+        "trained": sum(line["trained_tokens"] for line in lines if "step_seconds" in line),
+    }
+
+
+def run_trainer(folder: Path, rows: Path, workers: int) -> dict[str, float]:
+    """The same of transformers' Trainer."""
+    return json.loads(run_python("-m", "bench._caption_trainer", str(folder), str(rows), str(workers)).splitlines()[-1])
+
+
+def speed(rounds: int, steps: int, workers: int) -> None:
+    """Print the table of trained tokens a second."""
+    contenders = {"Trainer, padded": run_trainer, "Tutti": run_tutti}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
+    count = (WARMUP_STEPS + steps) * BATCH_SIZE * ACCUMULATION
+    for number in range(rounds):
+        for name, run in contenders.items():
+            with tempfile.TemporaryDirectory() as place:
+                folder = Path(place)
+                write_model(folder)
+                found[name].append(run(folder, write_rows(folder, count, count, seed=number), workers))
+            print(f"round {number + 1}/{rounds}  {name:18} {_rate(found[name][-1]):8.1f} tokens/s, load "
+                  f"{os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)  # fmt: skip
+    print("| | trained tokens/s | to Trainer, padded | data wait |\n| --- | ---: | ---: | ---: |")
+    for name, results in found.items():
+        ratios = [_rate(ours) / _rate(theirs) for ours, theirs in zip(results, found["Trainer, padded"], strict=True)]
+        wait = f"{statistics.median(one['wait'] for one in results):.1%}" if "wait" in results[0] else ""
+        rate = statistics.median(map(_rate, results))
+        print(f"| {name} | {rate:.0f} | {statistics.median(ratios):.2f} | {wait} |")
+    trained = {name: [int(one["trained"]) for one in results] for name, results in found.items()}
+    print(f"\n{rounds} rounds, {workers} workers; trained tokens of each: {trained}")
+
+
+def _rate(result: dict[str, float]) -> float:
+    return result["trained_tokens"] / result["seconds"]
+
+
+def open_data(folder: Path, rows: Path, workers: int) -> Any:
+    """The data of a run of Tutti, indexed."""
+    import torch
+    from transformers import AutoProcessor
+
+    from tutti.config.load import from_dict
+    from tutti.core.dist import World
+    from tutti.data.loader import build_data
+
+    tree: dict[str, dict[str, Any]] = {}
+    for name, value in settings(folder, rows, workers).items():
+        group, _, leaf = name.partition(".")
+        tree.setdefault(group, {})[leaf] = str(value) if isinstance(value, Path) else value
+    processor = AutoProcessor.from_pretrained(folder)
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    size = len(processor.tokenizer)
+    return build_data(
+        from_dict(tree), processor.tokenizer, world=world, dp_rank=0, dp_size=1, vocab_size=size, processor=processor
+    )
+
+
+def index(count: int, workers: int) -> None:
+    """Print how many rows are indexed a second."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        write_model(folder)
+        rows = write_rows(folder, count, pictures=1000, seed=0)
+        start = time.perf_counter()
+        found = open_data(folder, rows, workers)
+        seconds = time.perf_counter() - start
+    print(f"index: {count / seconds:,.0f} rows/s ({found.report.rows:,} rows in {seconds:.1f} s, {workers} workers)")
+
+
+def memory(steps: int, workers: int) -> None:
+    """Print what workers hold over so many micro batches, from when each of them has made a few."""
+    import multiprocessing
+
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        write_model(folder)
+        rows = write_rows(folder, steps * BATCH_SIZE, pictures=400, seed=0)
+        seen: list[list[tuple[float, float]]] = []
+        done = 0
+        for step in open_data(folder, rows, workers).train():
+            done += len(step.micro_batches)
+            if done > 20 * workers:
+                seen.append([_resident(child.pid) for child in multiprocessing.active_children()])
+            if done >= steps:
+                break
+    for name, part in (("of its own", 0), ("with the shared cache", 1)):
+        for worker in range(workers):
+            held = [step[worker][part] for step in seen]
+            middle = statistics.median(held)
+            print(f"worker {worker + 1}, {name}: {middle:.0f} MiB, {min(held) / middle - 1:+.1%} to "
+                  f"{max(held) / middle - 1:+.1%} over {done} micro batches")  # fmt: skip
+
+
+def _resident(pid: int | None) -> tuple[float, float]:
+    """MiB of a process that are its own, and all that it has in memory."""
+    lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    found = {line[0]: int(line[1]) / 1024 for line in lines if line and line[0] in ("VmRSS:", "RssAnon:")}
+    return found["RssAnon:"], found["VmRSS:"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", default="speed,index,memory", help="comma list of what to measure (all)")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds of the contenders (3)")
+    parser.add_argument("--steps", type=int, default=8, help="timed optimizer steps a round (8)")
+    parser.add_argument("--rows", type=int, default=20_000, help="rows to index (20,000)")
+    parser.add_argument("--batches", type=int, default=500, help="micro batches to watch the memory over (500)")
+    parser.add_argument("--workers", type=int, default=2, help="worker processes (2)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of each process that trains (2)")
+    options = parser.parse_args()
+    os.environ.update(OMP_NUM_THREADS=str(options.threads), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    parts = options.part.split(",")
+    print(f"load {os.getloadavg()[0]:.1f}, {options.threads} threads")
+    if "speed" in parts:
+        speed(options.rounds, options.steps, options.workers)
+    if "index" in parts:
+        index(options.rows, options.workers)
+    if "memory" in parts:
+        memory(options.batches, options.workers)
+
+
+if __name__ == "__main__":
+    main()
