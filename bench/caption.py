@@ -68,8 +68,9 @@ def write_model(folder: Path) -> None:
         architectures=["Qwen2_5_VLForConditionalGeneration"],
         text_config={
             "vocab_size": len(tokenizer), "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "rope_parameters": rope,
-            "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+            "rope_parameters": rope, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
         },
         vision_config={
             "depth": 2, "hidden_size": 96, "intermediate_size": 192, "num_heads": 2, "out_hidden_size": 192,

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.harness import run_ranks
+from tests.train.runs import train_quietly
 from tutti.config.load import load
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +29,27 @@ def test_recipe_starts_with_its_launch_line(recipe: Path) -> None:
     lines = recipe.read_text().splitlines()
     comment = lines[: next(index for index, line in enumerate(lines) if not line.startswith("#"))]
     assert any(f"tutti train configs/{recipe.name}" in line for line in comment)
+
+
+@pytest.mark.parametrize("name", ["spoken", "animations"])
+def test_what_is_seen_and_heard_is_learned_from_and_asked_about(name: str, tmp_path: Path) -> None:
+    """Two steps of a recipe with media: known and unseen ones are told apart, and each known one is asked about."""
+    config = load([
+        str(ROOT / "configs" / f"{name}.yaml"), f"train.output_dir={tmp_path}", "train.max_steps=2",
+        "train.num_train_epochs=1", "train.eval_epochs=1", "train.save_hf_weights=off", "data.num_workers=0",
+        "train.sample_tokens=1",
+    ])  # fmt: skip
+    rows, unseen = (
+        [json.loads(line) for line in (ROOT / str(path)).read_text().splitlines()]
+        for path in (config.data.train_path, config.data.eval_path)
+    )
+    (medium,) = {"image", "audio", "video"} & rows[0].keys()
+    assert not {row[medium] for row in rows} & {row[medium] for row in unseen}
+    run_ranks(1, train_quietly, config)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+    assert [line["sample_answers"] for line in lines if "sample_answers" in line] == [len(rows)] * 2
+    assert all(line["eval_loss"] > 0 for line in lines if "eval_loss" in line)
 
 
 def test_model_configs_fit_the_quickstart_tokenizer() -> None:

@@ -22,6 +22,7 @@ from tutti.core.batch import IGNORE, Sample, pack
 from tutti.data.encode import make_encoder
 from tutti.data.formats import BadRow, Row
 from tutti.data.preference import make_pair_encoder
+from tutti.model.build import build_model
 from tutti.model.multimodal import make_placing
 from tutti.model.processor import build_processor
 from tutti.model.structure import read_structure
@@ -187,3 +188,11 @@ def test_a_processor_that_cannot_be_used_is_a_warning(tmp_path: Path, caplog: py
     with caplog.at_level("WARNING", logger="tutti"):
         assert build_processor(config, tokenizer) is None
     assert f"the processor in {tmp_path} cannot be used" in caplog.text
+
+
+def test_a_fresh_model_without_a_beginning_of_text_in_its_config(tmp_path: Path) -> None:
+    processor = PROCESSORS["qwen2_5_vl"]()
+    fitted_config("qwen2_5_vl", processor).save_pretrained(tmp_path)
+    config = from_dict({"model": {"config_path": str(tmp_path)}})
+    model = build_model(config, tokenizer=processor.tokenizer, device=CPU)
+    assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id

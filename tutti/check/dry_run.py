@@ -10,9 +10,10 @@ cut, divided and stepped by the very functions that a run calls, as a rehearsal:
 3. every collective is counted by the axis that it runs along (`tutti.check.comm_volume`).
 
 The micro batches are as full as the configuration lets them be, each token a target, and experts are chosen evenly.
-Kernels are an accelerator's: attention keeps no probabilities. Compilation is left out, and so are images and a
-reference model beside the trained one. All micro batches of a step are alike, so a long step is told from short ones:
-traffic grows by the same amount with each, and memory no longer once as many are under way at once as ever will be.
+Kernels are an accelerator's: attention keeps no probabilities. Compilation is left out, and so is a reference model
+beside the trained one. Where data has media, a micro batch is that of the first epoch which has most of them, filled up
+with text. All micro batches of a step are alike, so a long step is told from short ones: traffic grows by the same
+amount with each, and memory no longer once as many are under way at once as ever will be.
 
 Ranks differ in what they hold only along the pipeline, or by the remainder of what does not divide evenly, which the
 first ones have: of each pipeline rank the first is rehearsed, and the fullest is told of.
@@ -48,6 +49,7 @@ from tutti.core.compat import (
 )
 from tutti.core.dist import World
 from tutti.core.tensors import local_part
+from tutti.data.processor import MediaProcessor
 from tutti.model.initial import give_storage
 from tutti.model.structure import is_classifier, read_structure
 from tutti.parallel.apply import parallelize
@@ -83,22 +85,30 @@ class Unpredictable(ValueError):
     """A step of this model goes by what is in its tensors."""
 
 
-def predict(config: Config, model: PreTrainedModel, world: int) -> Prediction:
+def predict(config: Config, model: PreTrainedModel, world: int, full: Batch | None = None) -> Prediction:
     """Predict what training `model`, which is whole and on the meta device, takes of the fullest of `world` ranks.
 
-    There must be no process group. ConfigError, ValueError: sizes that do not fit. Unpredictable: why.
+    full: the largest micro batch, where it is not to be that of `full_batch`. There must be no process group.
+    ConfigError, ValueError: sizes that do not fit. Unpredictable: why.
     """
     if not config.data.task.has_tokens:
         raise Unpredictable(f"not predicted for data.data_type {config.data.data_type}")
     layout = fit(config, world)
     firsts = range(0, world, world // layout.pipeline)
-    return max((predict_rank(config, model, world, rank) for rank in firsts), key=lambda found: found.peak)
+    found = (predict_rank(config, model, world, rank, full=full) for rank in firsts)
+    return max(found, key=lambda one: one.peak)
 
 
 def predict_rank(
-    config: Config, model: PreTrainedModel, world: int, rank: int, batches: Sequence[Batch] = ()
+    config: Config,
+    model: PreTrainedModel,
+    world: int,
+    rank: int,
+    batches: Sequence[Batch] = (),
+    full: Batch | None = None,
 ) -> Prediction:
-    """Predict what it takes of one rank. batches: its micro batches of a step, where they are not to be full ones."""
+    """Predict what it takes of one rank. batches: its micro batches of a step, where they are not to be full ones.
+    full: as in `predict`."""
     layout = fit(config, world)
     train = replace(config.train, enable_compile=False)
     config = replace(config, train=train)
@@ -125,8 +135,8 @@ def predict_rank(
                 return _combined(traffic.sent, before, lambda after, so_far: after - so_far)
 
             if batches:
-                return sizes.prediction(rank, sent_by(batches))
-            full, count = full_batch(config, model), layout.accumulation
+                return sizes.prediction(rank, sent_by([_without_values(batch) for batch in batches]))
+            full, count = _without_values(full or full_batch(config, model)), layout.accumulation
             few, many = _short_steps(count, layout, train, mesh.rank("pipeline"))
             sent = sent_by([full] * many)
             found = sizes.prediction(rank, sent)
@@ -208,6 +218,30 @@ class _Sizes:
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _without_values(batch: Batch) -> Batch:
+    """The batch with the shapes alone of its media's values, in a rehearsal."""
+    shapes = {
+        key: torch.empty(value.shape, dtype=value.dtype) if value.is_floating_point() else value
+        for key, value in batch.extras.items()
+    }
+    return replace(batch, extras=shapes)
+
+
+def full_batch_of(config: Config, samples: Sequence[Sample], media: MediaProcessor) -> Batch:
+    """A micro batch of these samples with their media, and as many more trained tokens as there may be.
+
+    BrokenMediaError: a medium cannot be decoded.
+    """
+    left = config.train.micro_batch_size * config.data.max_seq_len - sum(map(len, samples))
+    longest = config.data.max_seq_len
+    rest = [min(longest, left - start) for start in range(0, left, longest)]
+    fillers = [Sample(np.zeros(length, np.int32), np.zeros(length, np.int32)) for length in rest]
+    for filler in fillers:
+        filler.labels[-1] = IGNORE
+    batch = pack([*samples, *fillers])
+    return replace(batch, extras=media.values([*samples, *fillers], len(batch.input_ids)))
 
 
 def full_batch(config: Config, model: PreTrainedModel) -> Batch:

@@ -174,6 +174,8 @@ class _Rehearsal(TorchDispatchMode):
             with self:
                 return body_of(func)(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if func in _INDEXING:
+            args = (args[0], _as_places(args[1]), *args[2:])
         if any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in tensors):
             convention = _CONVENTIONS.get(func)
             return self._fake.dispatch(func, types, args, kwargs) if convention is None else convention(*args, **kwargs)
@@ -182,6 +184,20 @@ class _Rehearsal(TorchDispatchMode):
             return func(*args, **kwargs)
         with self._fake:
             return func(*args, **kwargs)
+
+
+_INDEXING = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default}
+
+
+def _as_places(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """Indices with the places that a mask chooses in place of the mask, where it has values."""
+    places: list[Tensor | None] = []
+    for index in indices:
+        if index is None or index.dtype != torch.bool or isinstance(index, FakeTensor):
+            places.append(index)
+        else:
+            places += index.nonzero().unbind(-1)
+    return places
 
 
 def _arrived() -> Any:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tutti.check.dry_run import Unpredictable, predict
+from tutti.check.dry_run import Unpredictable, full_batch_of, predict
 from tutti.checkpoint.hub import with_local_paths
 from tutti.config import Config
 from tutti.config.layout import Layout, fit
@@ -26,6 +26,7 @@ from tutti.core.structure import ModelStructure
 from tutti.data.encode import describe
 from tutti.data.loader import Data
 from tutti.data.processor import MediaProcessor
+from tutti.data.rows import RowError
 from tutti.model.stage_trace import trace_stages
 from tutti.model.stages import describe_stages, stage_blocks
 from tutti.model.structure import is_classifier, num_params, towers
@@ -56,7 +57,7 @@ def check(config: Config, world: int = 1) -> None:
         _show_data(out, config, data, first, inputs, model)
     out.print(_data_table(data, first))
     out.print(_plan_table(config, layout, model, structure))
-    _show_prediction(out, config, layout, model, model_name(model, structure))
+    _show_prediction(out, config, layout, model, model_name(model, structure), _largest(config, data, inputs))
 
 
 def _show_data(
@@ -165,8 +166,20 @@ def _plan_table(config: Config, layout: Layout, model: PreTrainedModel, structur
     return table
 
 
-def _show_prediction(out: Console, config: Config, layout: Layout, model: PreTrainedModel, name: str) -> None:
-    """Print what a step takes of a rank: memory, and traffic along each axis. name: of the model."""
+def _largest(config: Config, data: Data, inputs: Inputs) -> Batch | None:
+    """The largest micro batch with media; None: there is none, or a medium in it cannot be decoded."""
+    samples = data.largest() if inputs.processor is not None else []
+    try:
+        return full_batch_of(config, samples, MediaProcessor(inputs.processor, config.data)) if samples else None
+    except RowError:
+        return None
+
+
+def _show_prediction(
+    out: Console, config: Config, layout: Layout, model: PreTrainedModel, name: str, largest: Batch | None
+) -> None:
+    """Print what a step takes of a rank: memory, and traffic along each axis. name: of the model. largest: the micro
+    batch that it takes most for, where that has media."""
     sizes, memory = num_params(model), _table("Memory per rank")
     active = f" ({sizes.active:,} active)" if sizes.active != sizes.total else ""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -174,7 +187,7 @@ def _show_prediction(out: Console, config: Config, layout: Layout, model: PreTra
     memory.add_row("model", f"{name}, {sizes.total:,} parameters{active}{share}")
     try:
         with out.status("rehearsing a step"):
-            found = predict(config, model, layout.world)
+            found = predict(config, model, layout.world, largest)
     except Unpredictable as error:
         memory.add_row("", str(error))
         out.print(memory)
@@ -190,7 +203,7 @@ def _show_prediction(out: Console, config: Config, layout: Layout, model: PreTra
     device = found.gathered + found.activations if held else found.peak
     memory.add_row("together", f"{_size(device)} of the device, at the peak of a full step")
     compares = config.data.data_type == "dpo" and config.train.dpo_reference == "on_the_fly"
-    left_out = ["images"] * bool(towers(model)) + ["the reference model"] * compares
+    left_out = ["images"] * (largest is None and bool(towers(model))) + ["the reference model"] * compares
     if left_out:
         memory.add_row("not counted", " and ".join(left_out))
     out.print(memory)

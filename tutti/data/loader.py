@@ -17,7 +17,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -222,6 +222,17 @@ class Data:
         """The number of samples that can be read; 0 where the data is streamed."""
         part = self._train if split == "train" else self._evaluation
         return 0 if part is None or part.read is None else part.planner.source.size or 0
+
+    def largest(self) -> list[Sample]:
+        """The samples of the micro batch, of those planned for the first epoch, whose media have most values; none
+        where there are no media, or data is streamed."""
+        if not self._train.has_media or self._train.read is None:
+            return []
+        planner = Planner(self._train.planner.source, self._train.planner.batching)
+        planner.count()
+        plans = takewhile(lambda plan: plan.epoch == 0, planner.steps())
+        batches = ([item for _, item in batch] for plan in plans for batch in plan.micro_batches)
+        return self._train.read(max(batches, key=planner.source.num_values))
 
     @property
     def steps_reason(self) -> str:

@@ -377,14 +377,16 @@ def _take_special_tokens(model_config: PreTrainedConfig, tokenizer: PreTrainedTo
 
     The padding token stays: it is the embedding's row that is never trained, and padding is often end of text.
     """
+    ends = []
     for role in ("bos_token_id", "eos_token_id"):
         mine, theirs = getattr(model_config, role, None), getattr(tokenizer, role)
+        ends.append(theirs)
         if mine != theirs:
             log.info("the model's %s is %s as in the tokenizer (the config has %s)", role, theirs, mine)
             setattr(model_config, role, theirs)
     vocab_size = model_config.get_text_config().vocab_size
     padding = getattr(model_config, "pad_token_id", None)
-    if padding in (model_config.eos_token_id, model_config.bos_token_id) or (padding or 0) >= vocab_size:
+    if padding in ends or (padding or 0) >= vocab_size:
         model_config.pad_token_id = None
 
 
