@@ -246,7 +246,7 @@ def _infer(command: _Command) -> int:
     _refuse_nproc_in_rank(command)
     options = command.options
     problems = [f"--{name}: can be given once" for name in ("input", "output") if len(getattr(options, name)) > 1]
-    if bool(options.input) != bool(options.output):
+    if bool(options.input) != bool(options.output) and not options.prompt:
         problems.append("--input and --output belong together: the rows to answer, and where the answers go")
     if options.prompt and options.input:
         problems.append("--prompt: either prompts or --input, not both")
@@ -478,7 +478,12 @@ pipe in a message a line.
                 "help": 'answer its rows ({"prompt": ...} or {"messages": [...]}) into the file given by --output; '
                 "when interrupted, the same command goes on",
             },
-            "--output": {"metavar": "FILE", "action": "append", "default": [], "help": "the new file of answers"},
+            "--output": {
+                "metavar": "FILE",
+                "action": "append",
+                "default": [],
+                "help": "the new file of answers; of a diffusion model, which draws --prompt, the folder of pictures",
+            },
             **_nproc("divide a model that is too large for one device among N ranks"),
         },
         examples=(

@@ -14,20 +14,24 @@ import torch
 from safetensors.torch import load_file
 
 from tests.diffusion import make_data, make_folder, write_json
+from tests.harness import run_ranks
 from tests.train.runs import run, tiny_config
 from tests.train.test_run import assert_same_training
-from tutti.checkpoint.denoiser import WEIGHTS
+from tutti.checkpoint.denoiser import WEIGHTS, load_denoiser
 from tutti.checkpoint.export import export
+from tutti.checkpoint.manager import read_model
 from tutti.config import Config
 from tutti.core.batch import Grid
+from tutti.core.dist import init_world
 from tutti.core.draws import generator
 from tutti.data.captions import LATENT, PIXELS, CaptionEncoder, captions_of
 from tutti.data.source import BadRow, Row, text_columns
 from tutti.model.conditions import Conditions, read_grid
 from tutti.model.denoiser import DenoiserConfig, random_net
-from tutti.model.diffusion import Guided, flow_time, predict, sample
+from tutti.model.diffusion import Guided, Text, flow_time, predict, sample
 from tutti.model.pipeline_folder import PipelineFolder, open_folder, read_folder, read_scheduler
 from tutti.train.average import averaged, keep_average
+from tutti.train.placement import tokenizer_and_model
 from tutti.train.tasks.diffusion import make_task
 
 SD3 = "SD3Transformer2DModel"
@@ -343,3 +347,61 @@ def test_a_part_may_be_a_link(tmp_path: Path) -> None:
     write_json(tmp_path / "diffusion/model_index.json", {"vae": "../none"})
     with pytest.raises(ValueError, match=r"vae is \.\./none, which is no folder"):
         open_folder(config)
+
+
+def test_adapters_are_read_by_diffusers(tmp_path: Path) -> None:
+    from diffusers import StableDiffusion3Pipeline
+
+    changes = {"train.architecture": "lora", "train.lora_rank": 2, "train.lora_alpha": 6.0, "train.lr": 0.1}
+    config = config_of(
+        tmp_path, **changes, **{"train.lora_targets": ["to_q", "to_out.0"], "train.save_hf_weights": True}
+    )
+    config = replace(config, train=replace(config.train, save_steps=3))
+    lines = run(config)
+    assert losses(lines)[-1] < losses(lines)[0]
+    folder = read_folder(tmp_path / "diffusion", "x")
+    content = json.loads((folder.transformer / "config.json").read_text())
+    net = random_net(DenoiserConfig(net=content), config.train.seed)
+    latents, times, pooled = torch.randn(1, 4, 8, 8), torch.tensor([300.0]), torch.randn(1, 16)
+    text = Text(torch.randn(1, 8, 16), None, pooled)
+    family = folder.family
+    before = predict(family, net, latents, times, text)
+    lacking = {f"{part}{number}": None for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")}
+    pipeline = StableDiffusion3Pipeline(net, read_scheduler(folder), None, **lacking)
+    pipeline.load_lora_weights(tmp_path / "out/hf/final")
+    theirs = predict(family, pipeline.transformer, latents, times, text)
+    assert (theirs - before).abs().max() > 1e-2
+    # The same by the checkpoint's own adapters.
+    run_ranks(
+        1,
+        _predict_adapted,
+        config,
+        str(tmp_path / "out/checkpoints/global_step_3"),
+        (latents, times, text),
+        str(tmp_path / "ours.pt"),
+    )
+    ours = torch.load(tmp_path / "ours.pt")
+    torch.testing.assert_close(ours, theirs.detach(), rtol=1e-4, atol=1e-5)
+
+
+def _predict_adapted(config: Config, checkpoint: str, given: Any, out: str) -> None:
+    world = init_world(torch.device("cpu"))
+    _, model = tokenizer_and_model(config, world.device)
+    load_denoiser(model, None, seed=config.train.seed, device=world.device, world=world)
+    read_model(Path(checkpoint), model, world)
+    with torch.no_grad():
+        torch.save(predict(model.family, model.eval().net, *given), out)
+
+
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel", "QwenImageTransformer2DModel"])
+def test_ranks_that_share_tokens_equal_one(tmp_path: Path, name: str) -> None:
+    changes = {"train.num_train_epochs": 1, "train.micro_batch_size": 2, "train.enable_gradient_checkpointing": True}
+    want = run(config_of(tmp_path / "one", name, **changes))
+    two = config_of(tmp_path / "two", name, world=2, **changes, **{"train.ulysses_parallel_size": 2})
+    assert_same(run(two, 2), want)
+
+
+def test_sharing_tokens_is_refused_by_name_where_diffusers_has_no_plan(tmp_path: Path) -> None:
+    config = config_of(tmp_path, world=2, **{"train.ulysses_parallel_size": 2})
+    with pytest.raises(AssertionError, match="no plan to share the tokens of SD3Transformer2DModel"):
+        run(config, 2)

@@ -29,10 +29,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tutti.checkpoint.hf_files import Checkpoint, weights_digest
-from tutti.checkpoint.hf_save import first_holders, gather_from, prepare_folder
+from tutti.checkpoint.hf_save import first_holders, gather_from, prepare_folder, put_in_place
 from tutti.config import Config
 from tutti.core.dist import World
-from tutti.core.files import put_folder
 from tutti.core.modules import extras
 from tutti.core.tensors import local_part
 from tutti.model.initial import own_part
@@ -47,6 +46,7 @@ from tutti.model.lora import (
     modules_to_save,
     row_norms,
 )
+from tutti.model.pipeline_folder import open_folder
 from tutti.model.structure import ADAPTER_MARK, is_classifier, is_experts
 
 CONFIG = "adapter_config.json"
@@ -188,7 +188,7 @@ def export_adapter(
     """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
-    world.run_on_all_ranks(lambda: prepare_folder(folder, partial) if world.is_main else None)
+    world.run_on_all_ranks(lambda: prepare_folder(partial) if world.is_main else None)
     held = {item.key: item for item in _items(model)}
     holders = first_holders(set(held), world)
     tensors: dict[str, Tensor] = {}
@@ -208,7 +208,7 @@ def export_adapter(
                 json.dumps(_config(full_model or model, base, revision), indent=2, sort_keys=True) + "\n"
             )
             tokenizer.save_pretrained(partial)
-            put_folder(partial, folder)
+            put_in_place(partial, folder)
 
     world.run_on_all_ranks(write)
 
@@ -238,9 +238,12 @@ def _fingerprint(config: Config) -> dict[str, str]:
     path = Path(name)
     if config.model.model_path is None:
         file = path if path.is_file() else path / "config.json"
+        if config.data.task.rows == "captions":
+            file = open_folder(config).transformer / "config.json"
         digest.update(f"{config.train.seed} {json.dumps(json.loads(file.read_text()), sort_keys=True)}".encode())
         return {"path": name, "digest": digest.hexdigest()}
-    digest.update(weights_digest(path).encode())
+    weights = open_folder(config).weights if config.data.task.rows == "captions" else path
+    digest.update(weights_digest(weights).encode())
     return {"path": name, "digest": digest.hexdigest()}
 
 

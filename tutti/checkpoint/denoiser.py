@@ -2,7 +2,8 @@
 
 A transformer's weights are one `diffusion_pytorch_model.safetensors`, or several files with an index, by the names that
 they have within the class. Every rank reads its own slices of them. An export has all parts of the folder that was
-trained from beside the new transformer, so that `DiffusionPipeline.from_pretrained` loads it.
+trained from beside the new transformer, so that `DiffusionPipeline.from_pretrained` loads it. Adapters are written
+alone, in the file that diffusers has for them.
 """
 
 from __future__ import annotations
@@ -19,18 +20,20 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from tutti.checkpoint.hf_files import read_index
-from tutti.checkpoint.hf_save import prepare_folder
+from tutti.checkpoint.hf_save import gather_full, prepare_folder, put_in_place
 from tutti.core.dist import World
-from tutti.core.files import describe_error, put_folder, write_synced
+from tutti.core.files import describe_error, write_synced
 from tutti.core.tensors import local_part
 from tutti.model.conditions import write_part
 from tutti.model.denoiser import Denoiser, random_net
 from tutti.model.diffusion import require_diffusers
 from tutti.model.initial import give_storage, own_part
+from tutti.model.lora import adapters, lora_of
 from tutti.model.pipeline_folder import CONDITIONS, INDEX, TRANSFORMER, PipelineFolder, read_scheduler
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
+ADAPTERS = "pytorch_lora_weights.safetensors"
 _PREFIX = "net."
 _FILE_BYTES = 5 * 10**9
 
@@ -43,9 +46,8 @@ def load_denoiser(model: Denoiser, folder: Path | None, *, seed: int, device: to
     give_storage(model, device)
     targets = {name.removeprefix(_PREFIX): item for name, item in model.state_dict(keep_vars=True).items()}
     if folder is None:
-        drawn = random_net(model.config, seed).state_dict()
-        for name, target in targets.items():
-            local_part(target).copy_(own_part(drawn[name], target))
+        for name, value in random_net(model.config, seed).state_dict().items():
+            local_part(targets[name]).copy_(own_part(value, targets[name]))
         return
     world.run_on_all_ranks(lambda: _fill(targets, folder, model))
 
@@ -99,7 +101,7 @@ def export_pipeline(
     which is replaced. seed: of parts that have no weights. Collective. ValueError, on all ranks: it cannot be written.
     """
     partial = folder.with_name(f".{folder.name}.partial")
-    world.run_on_all_ranks(lambda: prepare_folder(folder, partial) if world.is_main else None)
+    world.run_on_all_ranks(lambda: prepare_folder(partial) if world.is_main else None)
     place = partial / TRANSFORMER
     if world.is_main:
         place.mkdir()
@@ -124,11 +126,41 @@ def export_pipeline(
             _finish_weights(held, index, len(files), place)
             write_synced(place / "config.json", json.dumps(model.config.net, indent=2, sort_keys=True) + "\n")
             _copy_parts(source, partial, seed)
-            put_folder(partial, folder)
+            put_in_place(partial, folder)
         except OSError as error:
             raise ValueError(f"could not write {folder}: {describe_error(error)}") from error
 
     world.run_on_all_ranks(lambda: finish() if world.is_main else None)
+
+
+def export_adapters(model: Denoiser, folder: Path, world: World) -> None:
+    """Write the adapters of `model` to `folder`, which is replaced, as diffusers' `load_lora_weights` reads them.
+    Collective. ValueError, on all ranks: it cannot be written."""
+    lora = lora_of(model)
+    assert lora is not None
+    partial = folder.with_name(f".{folder.name}.partial")
+    world.run_on_all_ranks(lambda: prepare_folder(partial) if world.is_main else None)
+    tensors: dict[str, Tensor] = {}
+    names = []
+    for module, adapter in adapters(model):
+        name = adapter.name.removeprefix(_PREFIX)
+        names.append(name)
+        factors = adapter.factors(module)
+        for part, tensor in (("A", factors.A), ("B", factors.B)):
+            full = gather_full(tensor, keep=world.is_main)
+            if world.is_main:
+                tensors[f"{TRANSFORMER}.{name}.lora_{part}.weight"] = full.contiguous()
+    settings = {"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora, "target_modules": names}
+    described = json.dumps({f"{TRANSFORMER}.{name}": value for name, value in settings.items()}, sort_keys=True)
+
+    def write() -> None:
+        try:
+            save_file(tensors, partial / ADAPTERS, metadata={"format": "pt", "lora_adapter_metadata": described})
+            put_in_place(partial, folder)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"could not write {folder}: {describe_error(error)}") from error
+
+    world.run_on_all_ranks(lambda: write() if world.is_main else None)
 
 
 def _numbered(number: int) -> str:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tutti.checkpoint.adapter import export_adapter
 from tutti.checkpoint.autoencoder import export_autoencoder
-from tutti.checkpoint.denoiser import export_pipeline
+from tutti.checkpoint.denoiser import export_adapters, export_pipeline
 from tutti.checkpoint.hf_files import find_index
 from tutti.checkpoint.hf_save import export_hf, gather_full_tensors
 from tutti.checkpoint.hub import with_local_paths
@@ -19,7 +19,6 @@ from tutti.checkpoint.manager import model_reader, read_model
 from tutti.checkpoint.trained import find_trained, load_trained
 from tutti.config import Config
 from tutti.core.dist import World, init_world, shutdown_world
-from tutti.core.files import close_new_files_to_others
 from tutti.core.hub import name_in_cache
 from tutti.core.log import setup_logging
 from tutti.model.autoencoder import Autoencoder
@@ -42,7 +41,6 @@ def export(source: str, out: str, *, merge_adapters: bool = False) -> None:
     ValueError: there is no checkpoint, it is damaged, or `out` exists or cannot be written.
     """
     setup_logging(0)
-    close_new_files_to_others()
     if Path(out).exists():
         raise ValueError(f"{out} exists already: give the name of a new folder")
     world = init_world(torch.device("cpu"))
@@ -61,7 +59,9 @@ def export(source: str, out: str, *, merge_adapters: bool = False) -> None:
         lora = lora_of(model)
         if merge_adapters and lora is None:
             raise ValueError(f"--merge: {source} is of a model that was trained whole, there is nothing to merge")
-        if isinstance(model, Denoiser):
+        if isinstance(model, Denoiser) and merge_adapters:
+            raise ValueError("--merge: diffusers merges a diffusion model's adapters itself (fuse_lora)")
+        if isinstance(model, Denoiser) and lora is None:
             full = model_reader(trained.folder, model, world)
             source_folder, seed = open_folder(trained.config), trained.config.train.seed
             export_pipeline(model, source_folder, Path(out), world, full, seed=seed)
@@ -96,6 +96,9 @@ def export_trained(
 
     full_model: the complete model, without storage, where the ranks' models are parts of it.
     """
+    if isinstance(model, Denoiser) and lora_of(model) is not None:
+        export_adapters(model, folder, world)
+        return
     if lora_of(model) is not None:
         path = config.model.model_path or config.model.config_path
         base, revision = (path and name_in_cache(path)) or (path and str(Path(path).absolute()), None)

@@ -35,6 +35,19 @@ class InferConfig:
         added=True,
         path=True,
     )
+    image_steps: int = arg(28, "Steps in which a diffusion model draws a picture.", low=1, added=True)
+    image_guidance: float = arg(
+        4.0,
+        "How strongly the prompt leads what a diffusion model draws; 1 not beyond what was learned.",
+        low=1,
+        added=True,
+    )
+    image_size: str | None = arg(
+        None,
+        "Width and height of what a diffusion model draws, in pixels (512x512); by default the size of its config.",
+        added=True,
+    )
+    video_frames: int = arg(17, "Most frames of a video that a diffusion model draws.", low=1, added=True)
     batch_tokens: int = arg(
         32768, "Most tokens that the sequences generated together may take, prompts and answers.", low=1, added=True
     )

@@ -60,13 +60,15 @@ class Extent(NamedTuple):
 class CaptionEncoder:
     """Turns rows into samples, and samples into pixels.
 
-    columns: that may hold the caption. limits: the data's bounds on pixels and frames. decodes: whether batches get
-    pixels; False once all latents are cached. notes: as other encoders have them.
+    columns: that may hold the caption. limits: the data's bounds on pixels and frames. ranks: that share the latent
+    tokens of a sample. decodes: whether batches get pixels; False once all latents are cached. notes: as other encoders
+    have them.
     """
 
     columns: tuple[str, ...]
     grid: Grid
     limits: DataConfig
+    ranks: int = 1
     decodes: bool = True
     notes: Counter[str] = field(default_factory=Counter)
 
@@ -88,6 +90,11 @@ class CaptionEncoder:
         captions, kind, entry = self._read(row.value)
         medium = self._measure(kind, entry, MediaFolder(os.path.dirname(row.file), self.limits.media_root))
         extent = self.extent(medium)
+        if (number := self._num_latents(extent)) % self.ranks:
+            raise RowError(
+                f"{described(medium)} makes {number} latent tokens, which train.ulysses_parallel_size "
+                f"{self.ranks} does not divide"
+            )
         tokens = np.frombuffer(b"".join(caption.encode() + b"\0" for caption in captions), np.uint8).astype(np.int32)
         ids = np.append(tokens, np.full(self._num_latents(extent), LATENT, np.int32))
         labels = np.full(len(ids), IGNORE, np.int32)

@@ -14,12 +14,13 @@ from pathlib import Path
 
 from tutti.config import Config
 from tutti.core.device import keep_freed_memory, limit_threads, pick_device
-from tutti.core.dist import init_world, shutdown_world
+from tutti.core.dist import World, init_world, shutdown_world
 from tutti.core.log import setup_logging
 from tutti.data.parts import Entry
 from tutti.data.rows import RowError
 from tutti.infer.batch import answer_rows, read_rows
 from tutti.infer.chat import chat
+from tutti.infer.diffusion import Source, draw, find_denoiser
 from tutti.infer.generate import Generator, Request
 from tutti.infer.load import LoadedModel, load_model
 from tutti.infer.prompts import prompt_request
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Job:
     """The prompts to answer, or the rows of `input`, into `output`; with neither, a conversation.
+    Or the prompts to draw into the folder `output`.
 
     media: kinds and files of media that come before each prompt, or the first message.
     """
@@ -53,6 +55,14 @@ def infer(config: Config, job: Job) -> None:
     keep_freed_memory()
     world = init_world(pick_device("cpu"))
     try:
+        denoiser = find_denoiser(Path(config.infer.model_path or "").expanduser(), world)
+        if denoiser is not None:
+            _draw(config, denoiser, job, world)
+            return
+        if job.output and not job.input:
+            raise ValueError(
+                "--output: goes with --input, or with a diffusion model, which draws; this one writes text"
+            )
         rows = world.run_on_all_ranks(lambda: read_rows(Path(job.input)) if job.input else {})
         loaded = load_model(config, world)
         sampler = Sampler.of(config.infer)
@@ -65,6 +75,13 @@ def infer(config: Config, job: Job) -> None:
             chat(config, loaded, generator, job.media)
     finally:
         shutdown_world()
+
+
+def _draw(config: Config, denoiser: Source, job: Job, world: World) -> None:
+    """Draw the prompts of `job`. ValueError: it asks for something else."""
+    if job.input or job.media or not job.prompts or not job.output:
+        raise ValueError("infer.model_path is a diffusion model, which draws: give --prompt TEXT ... --output FOLDER")
+    draw(config, denoiser, job.prompts, Path(job.output), world)
 
 
 def _answer_prompts(config: Config, loaded: LoadedModel, generator: Generator, job: Job) -> None:

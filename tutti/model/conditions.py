@@ -23,8 +23,10 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
+import numpy as np
 import torch
 import transformers
+from PIL import Image
 from torch import Tensor, nn
 
 from tutti.core.batch import Grid
@@ -120,10 +122,19 @@ class Conditions:
         return ((values[0].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
+def to_image(pixels: Tensor) -> Image.Image:
+    """A picture, or the first frame of a video, uint8 [3, (frames,) height, width]."""
+    picture = pixels[:, 0] if pixels.ndim == 4 else pixels
+    return Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy()))
+
+
 def write_part(folder: PipelineFolder, name: str, place: Path, seed: int) -> None:
     """Write a part that is not trained into `place`: a copy of its folder, or where that has no weights the part as
     `seed` draws it."""
     path = folder.parts[name]
+    if name.startswith("tokenizer"):
+        transformers.AutoTokenizer.from_pretrained(path, local_files_only=True).save_pretrained(place)
+        return
     shutil.copytree(path, place, ignore=shutil.ignore_patterns(".*"))
     if name in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3") and not any(path.glob("*.safetensors")):
         load: Any = _load_autoencoder if name == "vae" else _load_text_encoder

@@ -44,6 +44,7 @@ class Denoiser(PreTrainedModel):
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__(config)
         self.net = make_net(config.net)
+        self._no_split_modules = [*(self.net._repeated_blocks or ()), *(self.net._no_split_modules or ())]
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -52,6 +53,10 @@ class Denoiser(PreTrainedModel):
     def forward(self, **inputs: Any) -> Any:
         """The transformer's output."""
         return self.net(**inputs)
+
+    def get_output_embeddings(self) -> None:
+        """None: a diffusion transformer has no head."""
+        return
 
     @property
     def family(self) -> Family:
@@ -109,8 +114,7 @@ def random_net(config: DenoiserConfig, seed: int) -> nn.Module:
 
 def denoiser_structure(model: Denoiser) -> ModelStructure:
     """The structure of a diffusion transformer: its repeated blocks, and no head (a layer stands in for it)."""
-    net: Any = model.net
-    names = {*(net._repeated_blocks or ()), *(net._no_split_modules or ())}
+    names = set(model._no_split_modules or ())
     lists = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList)]
     blocks = [
         (f"{name}.{number}", block)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,6 +24,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from tutti.core.batch import Grid
 
 TIMES = 1000
 """Times of a schedule, as all these models count them."""
@@ -160,6 +162,14 @@ def latent_patch(family: Family, config: Any) -> int:
 def latent_channels(family: Family, config: Any) -> int:
     """The channels of the latents that a model takes."""
     return int(config.in_channels) // (4 if family.patch == 2 else 1)
+
+
+def latent_shape(family: Family, config: Any, grid: Grid, extent: tuple[int, int, int]) -> tuple[int, ...]:
+    """The shape of the latents of a picture or video of so many pixels (width, height) and frames."""
+    width, height, frames = extent
+    sides = (height // grid.pixels, width // grid.pixels)
+    times = (1 + (frames - 1) // grid.frames,) if family.video else ()
+    return (latent_channels(family, config), *times, *sides)
 
 
 def predict(
@@ -302,3 +312,25 @@ def _with_norm_of(led: Tensor, plain: Tensor, family: Family) -> Tensor:
     """The guided prediction with each token's norm as it was without guidance."""
     tokens, before = to_tokens(led, family), to_tokens(plain, family)
     return from_tokens(tokens * (before.norm(dim=-1, keepdim=True) / tokens.norm(dim=-1, keepdim=True)), led, family)
+
+
+def join_texts(texts: Sequence[Text], multiple: int = 1) -> dict[str, Tensor]:
+    """Encoded captions as one batch, shorter ones filled up with zeros that the mask leaves out; no mask where it would
+    leave out nothing. multiple: of which their length is one."""
+    longest = -(-max(len(text.embeds) for text in texts) // multiple) * multiple
+    masks = [
+        torch.ones(len(text.embeds), dtype=torch.bool) if text.mask is None else text.mask.bool() for text in texts
+    ]
+    found = {
+        "embeds": torch.stack([_filled(text.embeds, longest) for text in texts]),
+        "mask": torch.stack([_filled(mask, longest) for mask in masks]),
+    }
+    if found["mask"].all():
+        del found["mask"]
+    if texts[0].pooled is not None:
+        found["pooled"] = torch.stack([text.pooled for text in texts])  # type: ignore[misc]
+    return found
+
+
+def _filled(values: Tensor, length: int) -> Tensor:
+    return torch.cat([values, values.new_zeros(length - len(values), *values.shape[1:])])

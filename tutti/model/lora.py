@@ -361,7 +361,7 @@ def _freeze(model: nn.Module, trained: set[nn.Parameter], dtype: torch.dtype) ->
 def _candidates(model: PreTrainedModel) -> dict[str, tuple[nn.Module, str]]:
     """Everything that can have an adapter, by name: linear layers but for the head, and stacks of experts."""
     found: dict[str, tuple[nn.Module, str]] = {}
-    output = head(model)
+    output = model.get_output_embeddings() and head(model)
     for name, module in model.named_modules():
         if is_experts(module):
             stacks = [leaf for leaf, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]

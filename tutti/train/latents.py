@@ -36,7 +36,7 @@ from tutti.core.files import replace_file
 from tutti.data.captions import PIXELS, captions_of
 from tutti.model.conditions import Conditions
 from tutti.model.denoiser import Denoiser
-from tutti.model.diffusion import Text, latent_channels
+from tutti.model.diffusion import Text, join_texts, latent_channels
 from tutti.model.pipeline_folder import PipelineFolder, open_folder
 from tutti.train.placement import Run
 from tutti.train.tasks import Split
@@ -131,7 +131,7 @@ class Latents:
             if found is not None:
                 source = int(micro.segment_sources[place])
                 rows += self._rows(found, captions_of(ids), source, name, batch.step, split)
-        payload = _joined(rows or [self._nothing()])
+        payload = _joined(rows or [self._nothing()], self.task.text_multiple)
         if micro.input_ids.is_pinned():
             payload = {name: value.pin_memory() for name, value in payload.items()}
         # The pictures have done their part: only latents go to the device.
@@ -182,36 +182,14 @@ def _segments(micro: Batch) -> Iterator[Any]:
         yield ids[begin:end]
 
 
-def _joined(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """The payload of samples."""
+def _joined(rows: Sequence[Mapping[str, Any]], multiple: int) -> dict[str, Tensor]:
+    """The payload of samples. multiple: of which the length of captions is one."""
     return {
         **{name: torch.stack([row[name] for row in rows]) for name in (LATENTS, NOISE)},
         **{name: torch.tensor([row[name] for row in rows], dtype=torch.float32) for name in (TIMES, WEIGHTS)},
         SOURCES: torch.tensor([row[SOURCES] for row in rows]),
-        **join_texts([row["text"] for row in rows]),
+        **join_texts([row["text"] for row in rows], multiple),
     }
-
-
-def join_texts(texts: Sequence[Text]) -> dict[str, Tensor]:
-    """Encoded captions as one batch, shorter ones filled up with zeros that the mask leaves out; no mask where it would
-    leave out nothing."""
-    longest = max(len(text.embeds) for text in texts)
-    masks = [
-        torch.ones(len(text.embeds), dtype=torch.bool) if text.mask is None else text.mask.bool() for text in texts
-    ]
-    found = {
-        "embeds": torch.stack([_filled(text.embeds, longest) for text in texts]),
-        "mask": torch.stack([_filled(mask, longest) for mask in masks]),
-    }
-    if found["mask"].all():
-        del found["mask"]
-    if texts[0].pooled is not None:
-        found["pooled"] = torch.stack([text.pooled for text in texts])  # type: ignore[misc]
-    return found
-
-
-def _filled(values: Tensor, length: int) -> Tensor:
-    return torch.cat([values, values.new_zeros(length - len(values), *values.shape[1:])])
 
 
 def make_latents(run: Run, task: Denoising) -> Latents:
@@ -231,16 +209,26 @@ def make_latents(run: Run, task: Denoising) -> Latents:
     if not config.train.cache_latents or run.data.digest is None:
         reason = "train.cache_latents is off" if run.data.digest is not None else "the data is streamed"
         log.info("latents and captions are encoded in each step, since %s", reason)
-        task.held["store"] = Live(conditions, {}, task.dtype)
-        return Latents(task.held["store"], task, smallest)
+        return _latents(Live(conditions, {}, task.dtype), task, smallest)
     place = Path(config.train.output_dir or "") / CACHE / _key(run, folder)
     done = world.broadcast((place / _COMPLETE).is_file() if world.is_main else None)
     if not done:
         _build(run, conditions, place, task.dtype)
     encoder.decodes = False
     log.info("latents and captions: %s %s; their encoders leave memory", "taken from" if done else "kept in", place)
-    task.held["store"] = Cached(place)
-    return Latents(task.held["store"], task, smallest)
+    return _latents(Cached(place), task, smallest)
+
+
+def _latents(store: Store, task: Denoising, smallest: tuple[int, ...]) -> Latents:
+    """What completes batches from `store`. ValueError: captions cannot be shared by the task's ranks."""
+    length = len(store.text("").embeds)
+    if task.text_multiple == 1 and length % task.ranks:  # a family without a mask, whose captions cannot be filled up
+        raise ValueError(
+            f"train.ulysses_parallel_size: {task.ranks} does not divide the {length} tokens that captions have; with a "
+            "language model as text_encoder these are data.max_seq_len"
+        )
+    task.held["store"] = store
+    return Latents(store, task, smallest)
 
 
 def _build(run: Run, conditions: Conditions, place: Path, dtype: torch.dtype) -> None:

@@ -17,20 +17,17 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from tutti.core.compute_dtype import compute_dtype
 from tutti.core.draws import generator
 from tutti.data.captions import Extent, captions_of
-from tutti.model.conditions import Conditions
+from tutti.model.conditions import Conditions, to_image
 from tutti.model.denoiser import Denoiser
-from tutti.model.diffusion import Guided, latent_channels, sample
+from tutti.model.diffusion import Guided, join_texts, latent_shape, sample
 from tutti.model.pipeline_folder import open_folder, read_scheduler
 from tutti.parallel.pipeline.executor import Executor
-from tutti.train.latents import join_texts
 from tutti.train.logging.metrics import Metrics
 from tutti.train.placement import Run
 from tutti.train.samples import prompt_rows
@@ -106,10 +103,12 @@ class Pictures:
         assert isinstance(model, Denoiser) and isinstance(task, Denoising)
         store = task.held["store"]
         text, empty = (
-            text_of(join_texts([store.text(caption) for caption in captions])).map(lambda part: part.to(device))
+            text_of(join_texts([store.text(caption) for caption in captions], task.text_multiple)).map(
+                lambda part: part.to(device)
+            )
             for captions in (prompts, [""] * len(prompts))
         )
-        shape = latent_shape(model, run.inputs.processor.grid, extent)
+        shape = latent_shape(model.family, model.net.config, run.inputs.processor.grid, extent)
         noise = torch.stack([torch.randn(shape, generator=generator(train.seed, "sample", one)) for one in prompts])
         settings = Guided(train.sample_steps, train.sample_guidance)
 
@@ -186,22 +185,8 @@ def read_prompts(config: Any) -> list[str]:
     return list(prompts)
 
 
-def latent_shape(model: Any, grid: Any, extent: Extent) -> tuple[int, ...]:
-    """The shape of the latents of a picture or video of a size."""
-    channels = latent_channels(model.family, model.net.config)
-    sides = (extent.height // grid.pixels, extent.width // grid.pixels)
-    frames = (1 + (extent.frames - 1) // grid.frames,) if model.family.video else ()
-    return (channels, *frames, *sides)
-
-
 def _cut(prompts: Sequence[str]) -> Iterator[Sequence[str]]:
     yield from (prompts[start : start + _AT_ONCE] for start in range(0, len(prompts), _AT_ONCE))
-
-
-def to_image(pixels: Tensor) -> Image.Image:
-    """A picture, or the first frame of a video, uint8 [3, (frames,) height, width]."""
-    picture = pixels[:, 0] if pixels.ndim == 4 else pixels
-    return Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy()))
 
 
 def data_url(pixels: Tensor) -> str:

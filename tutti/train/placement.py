@@ -51,6 +51,7 @@ from tutti.model.build import (
 )
 from tutti.model.conditions import read_grid
 from tutti.model.denoiser import Denoiser, DenoiserConfig, build_denoiser, denoiser_structure
+from tutti.model.denoiser_parallel import check_shares, share_tokens
 from tutti.model.diffusion import latent_patch
 from tutti.model.initial import init_weights
 from tutti.model.lora import adapters, add_adapters, init_adapters
@@ -122,7 +123,8 @@ def read_inputs(config: Config, tokenizer: Any, structure: ModelStructure) -> In
     if isinstance(structure.config, DenoiserConfig):
         folder = open_folder(config)
         grid = read_grid(folder, latent_patch(folder.family, structure.text_model.net.config))  # type: ignore[union-attr]
-        return Inputs(tokenizer, CaptionEncoder(text_columns(config), grid, config.data))
+        ranks = config.train.ulysses_parallel_size
+        return Inputs(tokenizer, CaptionEncoder(text_columns(config), grid, config.data, ranks))
     if isinstance(structure.config, AutoencoderConfig):
         return Inputs(tokenizer, Square(structure.config.side))
     return Inputs(tokenizer, build_processor(config, tokenizer) if structure.towers else None)
@@ -180,7 +182,10 @@ def tokenizer_and_model(config: Config, device: torch.device) -> tuple[Any, PreT
     """The tokenizer, with the chat template that data.chat_template names, and the model on the meta device, adapted
     with train.architecture lora. A model of pixels has no tokenizer."""
     if config.data.task.rows == "captions":
-        return None, build_denoiser(config, open_folder(config).transformer)
+        denoiser = build_denoiser(config, open_folder(config).transformer)
+        if (lora := plan_adapters(config, denoiser)) is not None:
+            add_adapters(denoiser, lora, compute_dtype(config.train))
+        return None, denoiser
     if not config.data.task.has_tokens:
         return None, build_autoencoder(config)
     check_composed(config)
@@ -258,7 +263,10 @@ def inspect_model(config: Config, layout: Layout, model: PreTrainedModel) -> Mod
     """
     if isinstance(model, Autoencoder | Denoiser):
         fit(config, layout.world)
-        return autoencoder_structure(model) if isinstance(model, Autoencoder) else denoiser_structure(model)
+        if isinstance(model, Autoencoder):
+            return autoencoder_structure(model)
+        check_shares(model, layout.ulysses)
+        return denoiser_structure(model)
     check_packable(model)
     check_eager(model)
     if config.train.architecture != "lora":  # frozen weights may be of other dtypes than adapters
@@ -323,6 +331,8 @@ def load_parameters(config: Config, placed: PlacedModel, mesh: Mesh, world: Worl
     A collective call.
     """
     model, train = placed.model, config.train
+    if isinstance(model, Denoiser):
+        share_tokens(model, mesh, world)
     on_meta = train.init_device == "meta"
     if on_meta:
         parallelize(placed.objective, placed.structure, mesh, train, placed.plan)

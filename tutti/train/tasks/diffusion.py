@@ -46,6 +46,7 @@ TEXT = ("embeds", "mask", "pooled")
 @dataclass(frozen=True)
 class Denoising(WholeModelTask):
     """Sums over samples. ranks: that share a micro batch and compute its loss alike, each for its own tokens.
+    text_multiple: of which the length of captions is one.
     scheduler: with the table of an eps model. held: the `store` of latents and captions, once `prepare` has made it."""
 
     seed: int = 0
@@ -55,6 +56,7 @@ class Denoising(WholeModelTask):
     shift: float = 1.0
     dropout: float = 0.0
     ranks: int = 1
+    text_multiple: int = 1
     scheduler: Any = field(default=None, compare=False, repr=False)
     held: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -113,5 +115,6 @@ def make_task(config: Config) -> Denoising:
         shift=train.flow_shift,
         dropout=train.cfg_dropout,
         ranks=train.ulysses_parallel_size,
+        text_multiple=train.ulysses_parallel_size if folder.family.mask else 1,
         scheduler=read_scheduler(folder) if folder.family.prediction == "eps" else None,
     )

@@ -1,0 +1,143 @@
+"""Drawing: pictures or videos that a diffusion model makes of prompts, into a folder.
+
+The model is a folder laid out as diffusers' pipelines are (an export of a run, or one of diffusers), a run's output
+folder, or a checkpoint; of the last the averaged weights where there are such. Prompts are dealt out over the ranks,
+each of which has the whole model. The noise that a picture begins as is drawn from infer.seed and the prompt, so that
+the same command makes the same pictures on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tutti.checkpoint.adapter import plan_adapters
+from tutti.checkpoint.denoiser import load_denoiser
+from tutti.checkpoint.manager import read_model
+from tutti.checkpoint.trained import TrainedModel, find_trained, is_of_run, load_trained
+from tutti.config import Config
+from tutti.core.batch import Grid
+from tutti.core.dist import World
+from tutti.core.draws import generator
+from tutti.model.conditions import Conditions, read_grid, to_image
+from tutti.model.denoiser import Denoiser, build_denoiser
+from tutti.model.diffusion import Guided, Text, join_texts, latent_patch, latent_shape, sample
+from tutti.model.lora import add_adapters, lora_of
+from tutti.model.pipeline_folder import TRANSFORMER, PipelineFolder, open_folder, read_folder, read_scheduler
+
+log = logging.getLogger(__name__)
+
+_FPS = 16
+"""Frames a second of a video that is written."""
+
+
+class Source(NamedTuple):
+    """A diffusion model: the parts of its folder, and the checkpoint that holds its weights, if one does."""
+
+    folder: PipelineFolder
+    trained: TrainedModel | None
+
+
+def find_denoiser(path: Path, world: World) -> Source | None:
+    """The diffusion model at `path`; None where that is another kind of model. Collective."""
+    for folder in (path, path / "hf" / "final"):
+        if (folder / TRANSFORMER / "config.json").is_file():
+            return Source(world.run_on_all_ranks(partial(read_folder, folder, "infer.model_path")), None)
+    if not path.is_dir() or not is_of_run(path) or (path / "hf" / "final" / "config.json").is_file():
+        return None
+    trained = find_trained(path, world)
+    if trained.config.data.task.rows != "captions":
+        return None
+    return Source(world.run_on_all_ranks(lambda: open_folder(trained.config)), trained)
+
+
+def draw(config: Config, source: Source, prompts: Sequence[str], output: Path, world: World) -> list[Path]:
+    """Write a picture (.png) or video (.webp) for each of `prompts` to the folder `output`; this rank's files.
+
+    Collective. ValueError, on all ranks: what the user can mend.
+    """
+    settings = config.infer
+    dtype = torch.float32 if world.device.type == "cpu" else torch.bfloat16
+    model = world.run_on_all_ranks(lambda: _build(config, source))
+    _load(model, source, world)
+    model.to(world.device).eval().net.to(dtype)
+    family, folder = model.family, source.folder
+    grid = world.run_on_all_ranks(lambda: read_grid(folder, latent_patch(family, model.net.config)))
+    width, height = world.run_on_all_ranks(lambda: _size(config, model, grid))
+    frames = 1 + (settings.video_frames - 1) // grid.frames * grid.frames if family.video else 1
+    lengths = source.trained.config.data.max_seq_len if source.trained else config.data.max_seq_len
+    seed = source.trained.config.train.seed if source.trained else config.train.seed
+    conditions = Conditions(folder, world.device, dtype, max_length=lengths, seed=seed)
+    world.run_on_all_ranks(lambda: _make(output) if world.is_main else None)
+    scheduler, written = read_scheduler(folder), []
+    shape = latent_shape(family, model.net.config, grid, (width, height, frames))
+    for number in range(world.rank, len(prompts), world.size):
+        text, empty = (
+            Text(**join_texts([conditions.encode_text(caption)])).map(lambda part: part.to(world.device))
+            for caption in (prompts[number], "")
+        )
+        noise = torch.randn(shape, generator=generator(settings.seed, "sample", prompts[number])).unsqueeze(0)
+        guided = Guided(settings.image_steps, settings.image_guidance)
+        latents = sample(family, model.net, scheduler, text, empty, noise.to(world.device), guided)
+        written.append(write_picture(conditions.decode(latents[0]), output / f"{number + 1}"))
+        log.info("%s: %s", written[-1], prompts[number])
+    return written
+
+
+def _build(config: Config, source: Source) -> Denoiser:
+    trained = config if source.trained is None else source.trained.config
+    model = build_denoiser(trained, source.folder.transformer)
+    if (lora := plan_adapters(trained, model)) is not None:
+        add_adapters(model, lora, torch.float32)
+    return model
+
+
+def _load(model: Denoiser, source: Source, world: World) -> None:
+    """Fill `model` from its folder, or from a checkpoint; of adapters the base from its folder, or drawn."""
+    trained, cpu = source.trained, torch.device("cpu")
+    if trained is None:
+        load_denoiser(model, source.folder.transformer, seed=0, device=cpu, world=world)
+    elif lora_of(model) is None:
+        load_trained(trained, model, world)
+    else:
+        base = source.folder.weights if trained.config.model.model_path is not None else None
+        load_denoiser(model, base, seed=trained.config.train.seed, device=cpu, world=world)
+        read_model(trained.folder, model, world)
+
+
+def _size(config: Config, model: Denoiser, grid: Grid) -> tuple[int, int]:
+    """The width and height to draw, which infer.image_size says, or else the model's config."""
+    side = getattr(model.net.config, "sample_size", None) or 32
+    asked = config.infer.image_size or f"{side * grid.pixels}x{side * grid.pixels}"
+    found = re.fullmatch(r"(\d+)x(\d+)", asked)
+    if found is None or not all(int(part) > 0 and int(part) % grid.step == 0 for part in found.groups()):
+        raise ValueError(f"infer.image_size: {asked} must be a width and a height such as 512x512, of {grid.step} each")
+    return int(found[1]), int(found[2])
+
+
+def _make(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output: {output} cannot be made: {error.strerror}") from error
+
+
+def write_picture(pixels: Tensor, stem: Path) -> Path:
+    """Write a picture as PNG, or a video as animated WebP, and return its path."""
+    if pixels.ndim == 3:
+        path = stem.with_suffix(".png")
+        to_image(pixels).save(path)
+        return path
+    path = stem.with_suffix(".webp")
+    first, *rest = (to_image(frame) for frame in pixels.transpose(0, 1))
+    options: dict[str, Any] = {"save_all": True, "append_images": rest, "duration": 1000 // _FPS, "lossless": True}
+    Image.Image.save(first, path, **options)
+    return path
