@@ -80,6 +80,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
         | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
         "vision_config": _QWEN3_VISION,
     },
+    "qwen3_5": _QWEN
+    | {
+        "text_config": _TEXT
+        | _mrope(3, 3, 2)
+        | {
+            "head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+        "vision_config": {key: value for key, value in _QWEN3_VISION.items() if key != "deepstack_visual_indexes"},
+    },
     "glm4v": {
         "text_config": _TEXT | _mrope(1, 1, 2),
         "vision_config": _GRID | {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "image_size": 16},
@@ -174,7 +188,7 @@ FROM_FILES: dict[str, dict[str, Any]] = {
 }
 """Families that are tried with files and their own processor alone."""
 
-GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v")
+GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v")
 """The families that take images as patches of any number, and positions of three rows."""
 
 
