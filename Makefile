@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help quickstart install dev test test-oldest soak sweep lint format bench gpu clean
+.PHONY: help quickstart install dev test test-oldest soak sweep sweep-layouts lint format bench gpu clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -41,6 +41,9 @@ soak: $(VENV)/.stamp-dev ## Run the proofs by many tries with many more of them,
 
 sweep: $(VENV)/.stamp-dev ## Compare every family of transformers with its own class, and write the table in docs/models.md
 	$(BIN)/python -m tests.sweep --workers $(WORKERS)
+
+sweep-layouts: $(VENV)/.stamp-dev ## The same in layouts of two ranks, and write the second table there
+	$(BIN)/python -m tests.sweep_layouts
 
 # The oldest tested torch and transformers lie over .venv, whose other packages serve them as well: some 600 MB.
 OLDEST := $(VENV)/oldest

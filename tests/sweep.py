@@ -18,7 +18,7 @@ import multiprocessing
 import re
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -268,23 +268,25 @@ def check_quietly(family: str) -> dict[str, str]:
         return {COLUMNS[0]: f"untested: {type(error).__name__}: {error}"}
 
 
-def table(results: dict[str, dict[str, str]]) -> str:
+def table(results: dict[str, dict[str, str]], columns: Sequence[str] = COLUMNS) -> str:
     """The results as Markdown, a family a row; the words after a colon are in no cell but the last."""
-    lines = ["| model_type | " + " | ".join(COLUMNS) + " | |", "| --- |" + " --- |" * (len(COLUMNS) + 1)]
+    lines = ["| model_type | " + " | ".join(columns) + " | |", "| --- |" + " --- |" * (len(columns) + 1)]
     for family, found in results.items():
-        cells = [found.get(column, "").partition(":")[0] for column in COLUMNS]
+        cells = [found.get(column, "").partition(":")[0] for column in columns]
         reasons = dict.fromkeys(text.partition(": ")[2] for text in found.values() if ": " in text)
         note = "; ".join(" ".join(reason.split())[:120] for reason in reasons).replace("|", "/")
         lines.append(f"| {family} | " + " | ".join(cells) + f" | {note} |")
     return "\n".join(lines) + "\n"
 
 
-def rewrite(page: str, results: dict[str, dict[str, str]]) -> str:
-    """`page` with the rows of its table that there are new results of, and in order."""
-    begin, end = "<!-- sweep -->\n", "<!-- /sweep -->"
+def rewrite(
+    page: str, results: dict[str, dict[str, str]], columns: Sequence[str] = COLUMNS, mark: str = "sweep"
+) -> str:
+    """`page` with the rows of its table at `mark` that there are new results of, and in order."""
+    begin, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
     head, _, rest = page.partition(begin)
     old, _, rest = rest.partition(end)
-    first, second, *new = table(results).splitlines()
+    first, second, *new = table(results, columns).splitlines()
     rows = {row.split(" | ")[0]: row for row in [*old.splitlines()[2:], *new]}
     return "\n".join([head + begin + first, second, *(rows[key] for key in sorted(rows))]) + "\n" + end + rest
 

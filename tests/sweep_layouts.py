@@ -1,0 +1,181 @@
+"""The sweep over transformers' families, in layouts: two steps on two ranks equal those of one process, or are refused
+by name before the first. `make sweep-layouts` runs all families and writes the second table in docs/models.md.
+
+A family is made small as in `tests.sweep`, and starts from the random weights of its class, so that what it takes to
+initialise them is tried too. Columns: *trained*, one process, with activation checkpointing; *adapters*, by LoRA;
+*generated*, greedy answers as transformers gives them for what the run exported; and an axis of two ranks each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import multiprocessing
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import run_ranks
+from tests.sweep import EQUAL, FAILED, PAGE, REFUSED, families, rewrite, tiny_config
+from tests.train.runs import QUICKSTART, records, tiny_config as run_config, train_quietly
+
+ZERO3 = {"data_parallel_mode": "fsdp2"}
+AXES: dict[str, dict[str, Any]] = {
+    "fsdp2": ZERO3,
+    "tensor": {"tensor_parallel_size": 2},
+    "pipeline": {"pipeline_parallel_size": 2},
+    "ulysses": {"ulysses_parallel_size": 2},
+    "context": {"context_parallel_size": 2},
+    "expert": ZERO3 | {"expert_parallel_size": 2},
+}
+COLUMNS = ("trained", "adapters", "generated", *AXES)
+MARK = "layouts"
+USERS = ("ConfigError: ", "ValueError: ", "OtherRankError: ")
+"""The errors that a user is told by name."""
+
+VOCAB = 2048
+
+
+def write_family(family: str, folder: Path) -> Path:
+    """The tiny config of a family, for texts of the quickstart's tokenizer, in a folder with this."""
+    config = tiny_config(family)
+    config.vocab_size = VOCAB
+    if hasattr(config, "vocab_size_per_layer_input"):
+        config.vocab_size_per_layer_input = VOCAB
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = None, 2, 0
+    config.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(QUICKSTART / name, folder)
+    return folder
+
+
+def outcome(config: Any, world: int) -> tuple[str, list[dict[str, Any]]]:
+    """Equal as far as it ran, or why it did not; and its lines of metrics."""
+    try:
+        run_ranks(world, train_quietly, config, timeout=100)
+    except (AssertionError, TimeoutError) as error:
+        last = str(error).strip().splitlines()[-1].split(" [rank")[0]
+        metrics = Path(config.train.output_dir or "") / "metrics.jsonl"
+        begun = metrics.is_file() and "grad_norm" in metrics.read_text()
+        name = next((name for name in USERS if name in last), None)
+        if name is not None and not begun:
+            return f"{REFUSED}: {last.partition(name)[2]}", []
+        return f"{FAILED}: {last}", []
+    return EQUAL, records(config)
+
+
+def compare(got: list[dict[str, Any]], want: list[dict[str, Any]]) -> str:
+    """Equal, or what differs first in two runs' lines of metrics."""
+    for ours, theirs in zip(got, want, strict=True):
+        for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):
+            if ours[key] != pytest.approx(theirs[key], rel=tolerance):
+                return f"{FAILED}: {key} of step {ours['step']} is {ours[key]:.7g}, not {theirs[key]:.7g}"
+    return EQUAL
+
+
+def check(family: str, columns: tuple[str, ...] = COLUMNS) -> dict[str, str]:
+    """What each column says of a family."""
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        model = write_family(family, root / "model")
+        found: dict[str, str] = {}
+
+        def run(name: str, world: int, where: dict[str, Any], **train: Any) -> tuple[str, list[dict[str, Any]], Any]:
+            (root / name).mkdir()
+            changes = {f"train.{key}": value for key, value in ({"max_steps": 2} | train).items()}
+            made = run_config(root / name, world=world, **where, **changes)
+            return *outcome(made, world), made
+
+        start = {"model.config_path": str(model)}
+        found["trained"], want, alone = run("trained", 1, start, save_hf_weights=True)
+        if found["trained"] != EQUAL:
+            return found
+        remat, lines, _ = run("again", 1, start, enable_gradient_checkpointing=True)
+        found["trained"] = remat if remat != EQUAL else compare(lines, want)
+        exported = Path(alone.train.output_dir or "") / "hf" / "final"
+        if "adapters" in columns:
+            given = {"model.config_path": None, "model.model_path": str(exported)}
+            found["adapters"] = run("adapters", 1, given, architecture="lora", lora_rank=4)[0]
+        if "generated" in columns:
+            found["generated"] = _said(lambda: generated(exported))
+        for name in AXES:
+            if name not in columns or (name == "expert" and not _has_experts(exported)):
+                continue
+            said, lines, _ = run(name, 2, start, **AXES[name])
+            found[name] = said if said != EQUAL else compare(lines, want)
+        return found
+
+
+def _said(action: Callable[[], str]) -> str:
+    try:
+        return action()
+    except ValueError as error:
+        return f"{REFUSED}: {error}"
+    except Exception as error:
+        return f"{FAILED}: {type(error).__name__}: {error}"
+
+
+def _has_experts(folder: Path) -> bool:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tutti.model.structure import experts
+
+    with torch.device("meta"):
+        return bool(experts(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))))
+
+
+def generated(folder: Path) -> str:
+    """Greedy answers to prompts of two lengths, beside transformers' own to each alone."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tests.infer.models import ONE, open_model
+    from tutti.infer.generate import Generator, Request
+    from tutti.infer.sampling import Sampler
+
+    config, loaded = open_model(str(folder), do_sample=False)
+    prompts = [[5, 9, 200, 31], [17, 40, 41, 300, 301, 77, 5, 9, 13, 800]]
+    generator = Generator(loaded.logits, Sampler.of(config.infer), frozenset(), ONE, 10_000)
+    made: dict[int, list[int]] = {0: [], 1: []}
+    for token in generator.stream([Request(number, ids, 6) for number, ids in enumerate(prompts)]):
+        made[token.number].append(token.id)
+    plain: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for number, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt])
+        own = plain.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6, eos_token_id=None, pad_token_id=0
+        )
+        if own[0, len(prompt) :].tolist() != made[number]:
+            return f"{FAILED}: {made[number]}, not {own[0, len(prompt) :].tolist()}"
+    return EQUAL
+
+
+def check_quietly(family: str) -> dict[str, str]:
+    """As `check`; a config that can't be made small is told in the first column."""
+    logging.disable(logging.CRITICAL)
+    warnings.filterwarnings("ignore")
+    try:
+        return check(family)
+    except Exception as error:
+        return {COLUMNS[0]: f"untested: {type(error).__name__}: {error}"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", help="model types, whose rows of the page are written (default: all)")
+    names = parser.parse_args().families or families()
+    for name in names:
+        found = check_quietly(name)
+        print(name, found, flush=True)
+        PAGE.write_text(rewrite(PAGE.read_text(encoding="utf-8"), {name: found}, COLUMNS, MARK), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("forkserver")
+    main()
