@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from tests import sweep
 from tests.model.zoo import FAMILIES, HYBRIDS, tiny
 from tutti.model import structure as plan
 
@@ -162,6 +163,36 @@ def test_flops_of_recurrences_equal_what_torch_counts(name: str) -> None:
     count = plan.count_flops(model)
     square = sum(flops for flops, _ in count.pairs) * length * length
     assert 3 * counter.get_total_flops() == pytest.approx(count.per_token * length + square, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("jetmoe", {}),
+        ("longcat_flash", {"num_layers": 1, "expert_ffn_hidden_size": 16}),
+        ("hrm_text", {}),
+        ("zamba", {}),
+    ],
+)
+def test_flops_of_what_runs_otherwise_than_once(name: str, changes: dict[str, Any]) -> None:
+    """Stacks of experts of a class's own, experts that compute nothing, loops with and without gradients, and blocks
+    that share their weights."""
+    length = 256
+    torch.manual_seed(0)
+    config = sweep.tiny_config(name)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+    forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with forward:
+        out = model(torch.randint(0, 90, (1, length)), use_cache=False).logits.sum()
+    with backward:
+        out.backward()
+    # torch counts a depthwise convolution backward as a dense one.
+    rest = backward.get_total_flops() if name == "hrm_text" else 2 * forward.get_total_flops()
+    count = plan.count_flops(model)
+    square = sum(flops for flops, _ in count.pairs) * length * length
+    assert forward.get_total_flops() + rest == pytest.approx(count.per_token * length + square, rel=0.02)
 
 
 def test_windows_bound_the_pairs() -> None:

@@ -95,9 +95,9 @@ class EarlyValues:
     """
 
     def __init__(self, layer: nn.Module, ranks: SequenceRanks) -> None:
-        self._width: int = layer.head_dim  # type: ignore[assignment]
         self._ranks = ranks
         project: Any = layer.v_proj
+        self._width = _value_width(layer)
         self._project = project.forward
         self._hidden: Tensor | None = None
         self._values: Tensor | None = None
@@ -126,6 +126,12 @@ class EarlyValues:
         laid_out = value.data_ptr() == values.data_ptr() and value.transpose(0, 1).is_contiguous()
         same = laid_out and value.shape[-1] == self._width and values._version == self._version
         return arrived if same else None
+
+
+def _value_width(layer: Any) -> int:
+    """The width of a head's values, of which there are as many as keys, in attention with `projects_values`."""
+    keys, values = (getattr(item, "out_features", None) for item in (layer.k_proj, layer.v_proj))
+    return layer.head_dim if keys is None or values is None else values // (keys // layer.head_dim)
 
 
 def overlap_values(blocks: Iterable[nn.Module], ranks: SequenceRanks) -> None:

@@ -111,6 +111,10 @@ class _Probe(nn.Module):
 class _Positions(nn.Module):
     """Stands for a module that only computes (rotary frequencies), which might look at values that are not there."""
 
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.__dict__.update(plain_attributes(module))
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return args[0].detach()
 
@@ -140,7 +144,8 @@ def _stand_ins(inner: nn.Module, path: str, trace: _Trace) -> Iterator[None]:
             continue
         if not any(True for _ in child.parameters()):
             if any(True for _ in child.buffers()):
-                inner._modules[key] = _Positions()
+                is_list = isinstance(child, nn.ModuleList)
+                inner._modules[key] = nn.ModuleList(map(_Positions, child)) if is_list else _Positions(child)
             continue
         handles.append(child.register_forward_pre_hook(_note(key, trace)))
     inner._modules[path] = nn.ModuleList(_Probe(number, block, trace) for number, block in enumerate(original))

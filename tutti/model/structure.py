@@ -16,9 +16,12 @@ Beside it, `num_params` and `count_flops`: sizes and work, for the log and for t
 from __future__ import annotations
 
 import fnmatch
+import logging
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -32,6 +35,8 @@ from tutti.core.compat import get_model_conversion_mapping
 from tutti.core.structure import LogitTransform, ModelStructure
 from tutti.model.mixers import mixers, recurrence_flops
 from tutti.model.quantized import num_weights
+
+log = logging.getLogger(__name__)
 
 HEAD_NAMES = ("score",)
 """Where sequence classifiers on a decoder keep the linear layer that gives the classes' logits."""
@@ -356,16 +361,27 @@ def part_sizes(model: PreTrainedModel, parts: Iterable[nn.Module]) -> list[Param
 
 
 def _active_share(model: PreTrainedModel) -> dict[int, float]:
-    """The share of each expert parameter, by its id, that one token runs through."""
+    """The share of each expert parameter, by its id, that one token runs through.
+
+    Experts that compute nothing (LongCat's) are chosen among the others, and not all of a stack's matrices have a slice
+    for them.
+    """
     shares: dict[int, float] = {}
     config = model.config.get_text_config()
     names = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "experts_per_token")
     chosen = next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
+    counts = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
+    known = {value for name in counts if isinstance(value := getattr(config, name, None), int)}
     for module in model.modules():
-        if chosen is not None and is_experts(module):
+        stacks = [item for item in module.parameters(recurse=False) if item.ndim == 3]
+        if chosen is None or isinstance(module, nn.Conv1d):
+            continue
+        if is_experts(module):
             num_experts: Any = module.num_experts
-            share = chosen / num_experts
-            shares.update((id(parameter), share) for parameter in module.parameters(recurse=False))
+            shares.update((id(parameter), chosen / num_experts) for parameter in module.parameters(recurse=False))
+        elif stacks and known & {len(item) for item in stacks}:
+            computing, every = min(map(len, stacks)), max(map(len, stacks))
+            shares.update((id(item), chosen * computing / every / len(item)) for item in stacks)
     return shares
 
 
@@ -422,6 +438,11 @@ def count_flops(model: PreTrainedModel) -> FlopCount:
         if p.ndim >= 2
     }
     lookups -= {id(head(model).weight)}
+    uses, runs = _uses(model), defaultdict[int, float](float)
+    for (_, block), times in zip(blocks(model), uses, strict=True):
+        for parameter in block.parameters():  # which several blocks may share (Zamba)
+            runs[id(parameter)] += times
+    work = {key: flops * runs.get(key, 1.0) for key, flops in work.items()}
     beside = {id(p): p for tower in towers(model) for p in tower.parameters()}
     per_token = sum(flops for key, flops in work.items() if key not in lookups and key not in beside)
     per_patch = sum(flops for key, flops in work.items() if key not in lookups and key in beside)
@@ -430,7 +451,44 @@ def count_flops(model: PreTrainedModel) -> FlopCount:
     per_value = per_patch / patch if patch else 0.0
     config = model.config.get_text_config()
     per_token += recurrence_flops(mixers(block for _, block in blocks(model)), config.hidden_size)
-    return FlopCount(per_token, tuple(_pair_flops(config)), per_value)
+    pairs = _pair_flops(config)
+    if any(times != 1.0 for times in uses):
+        pairs = [(pairs[0][0] * times, pairs[0][1]) for times in uses]
+    return FlopCount(per_token, tuple(pairs), per_value)
+
+
+def _uses(model: PreTrainedModel) -> list[float]:
+    """How often each block of a model runs: more than once where it is a loop (HRM). What is not trained through, since
+    it runs without gradients, is a third of a run.
+
+    The model's own forward runs with stand-ins for its blocks, if these are not as many as its layers.
+    """
+    units, language = [block for _, block in blocks(model)], text_model(model)
+    counts = dict.fromkeys(units, 0.0)
+    if len(units) == getattr(model.config.get_text_config(), "num_hidden_layers", None):
+        return [1.0] * len(units)
+
+    def stand_in(unit: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        counts[unit] += 1.0 if torch.is_grad_enabled() else 1 / 3
+        return hidden
+
+    held = [vars(unit).get("forward") for unit in units]
+    tokens = torch.zeros(1, 4, dtype=torch.int64, device=next(language.parameters()).device)
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool, device=tokens.device)
+    try:
+        for unit in units:
+            vars(unit)["forward"] = partial(stand_in, unit)
+        with torch.enable_grad():
+            language(input_ids=tokens, position_ids=tokens, attention_mask=mask, use_cache=False)
+    except Exception as error:
+        log.debug("how often the blocks of %s run is not known: %s", _class_name(model), error)
+        return [1.0] * len(units)
+    finally:
+        for unit, forward in zip(units, held, strict=True):
+            vars(unit).pop("forward", None)
+            if forward is not None:
+                vars(unit)["forward"] = forward
+    return list(counts.values())
 
 
 def _pair_flops(config: PreTrainedConfig) -> list[tuple[float, int]]:

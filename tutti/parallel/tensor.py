@@ -125,7 +125,8 @@ def split_tensors(root: nn.Module, plan: TensorPlan, mesh: Mesh) -> None:
         _localize_linear(linear, ranks)
     for region in plan.regions:
         wrap_forward(region.module, "tokens", partial(_on_all_tokens, ranks=ranks, reduces=region.reduces))
-    wrap_forward(plan.first, "tokens", partial(_from_own_tokens, ranks=ranks))
+    for number, block in enumerate(plan.blocks):
+        wrap_forward(block, "tokens", partial(_from_own_tokens, ranks=ranks, is_first=number == 0))
     _divide(root, split, mesh.grid["tensor"])
 
 
@@ -250,12 +251,21 @@ def _on_all_tokens(forward: Forward, ranks: RankGroup, *, reduces: bool) -> Forw
     return run
 
 
-def _from_own_tokens(forward: Forward, ranks: RankGroup) -> Forward:
-    """The first block's forward, on this rank's tokens, cut from the whole row [1, T, H]."""
+def _from_own_tokens(forward: Forward, ranks: RankGroup, *, is_first: bool) -> Forward:
+    """A block's forward, on this rank's tokens: of the first one, cut from the whole row [1, T, H]; and so is what
+    blocks are given beside hidden states and positions (embeddings of each layer), which lies along the tokens too."""
 
     @wraps(forward)
     def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return forward(ranks.own(hidden, _TOKENS), *args, **kwargs)
+        own = ranks.own(hidden, _TOKENS) if is_first else hidden
+        length = own.shape[_TOKENS] * ranks.size
+
+        def cut(item: Any) -> Any:
+            along = isinstance(item, Tensor) and item.ndim == 3 and item.shape[1] == length
+            return ranks.own(item, _TOKENS) if along and item.is_floating_point() else item
+
+        given = {name: item if name.startswith("position") else cut(item) for name, item in kwargs.items()}
+        return forward(own, *map(cut, args), **given)
 
     return run
 

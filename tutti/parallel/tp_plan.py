@@ -38,8 +38,9 @@ _SPLITTING = {COLWISE, ROWWISE, *GATHERED, *SLICED}
 _EXPERTS = {"moe_tp_experts", "packed_colwise", "packed_rowwise", "moe_identity_expert"}
 """Styles that splitting experts takes, which mark a part of a block as one of experts."""
 
-_REPLICATED = {"replicated_with_grad_allreduce", "mla_kv_a_proj", "sequence_parallel", "replicate"}
-"""Styles of modules that every rank holds whole: gradients of such parameters are summed over the ranks anyway."""
+_REPLICATED = {"replicated_with_grad_allreduce", "mla_kv_a_proj", "sequence_parallel", "replicate", "local_params"}
+"""Styles of modules that every rank holds whole: gradients of such parameters are summed over the ranks anyway; and of
+attention whose numbers for each head (sinks) go with the heads."""
 
 _USUAL = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), COLWISE) | dict.fromkeys(
     ("o_proj", "down_proj"), ROWWISE
@@ -86,8 +87,8 @@ class Region(NamedTuple):
 class TensorPlan:
     """The parts of one model that are split. head: None where it is small and stays whole (a classifier's).
 
-    per_head: parameters of one number for each query head. first: the first block, where the row of tokens is cut among
-    the ranks.
+    per_head: parameters of one number for each query head. blocks: in order; the row of tokens is cut among the ranks
+    at the first.
     """
 
     embedding: nn.Embedding
@@ -95,7 +96,7 @@ class TensorPlan:
     linears: tuple[Linear, ...]
     regions: tuple[Region, ...]
     per_head: tuple[nn.Parameter, ...]
-    first: nn.Module
+    blocks: tuple[nn.Module, ...]
 
 
 def read_plan(structure: ModelStructure) -> TensorPlan:
@@ -113,6 +114,8 @@ def read_plan(structure: ModelStructure) -> TensorPlan:
     embedding: Any = decoder.get_input_embeddings()  # type: ignore[operator]
     if not isinstance(embedding, nn.Embedding):
         raise ValueError(f"{refuse}its tokens are not embedded by a table; leave it at 1")
+    if len({name.rpartition(".")[0] for name, _ in structure.blocks}) > 1:
+        raise ValueError(f"{refuse}its blocks are not one list, at whose begin tokens are divided; leave it at 1")
     # The table is split in any case; since transformers 5.24 plans name it, and some nothing else.
     given = {path: style for path, style in (config.base_model_tp_plan or {}).items() if path != names[embedding]}
     styles: dict[str, str] = given or _usual_plan(inner, names, heads)
@@ -154,7 +157,7 @@ def read_plan(structure: ModelStructure) -> TensorPlan:
     ]
     if missed or not linears:
         raise ValueError(f"{refuse}its plan splits {', '.join(missed[:4]) or 'nothing'} outside of its blocks")
-    return TensorPlan(embedding, head, tuple(linears), tuple(regions), tuple(per_head), inner[0])
+    return TensorPlan(embedding, head, tuple(linears), tuple(regions), tuple(per_head), tuple(inner))
 
 
 def _usual_plan(blocks: Sequence[nn.Module], names: Mapping[nn.Module, str], heads: tuple[int]) -> dict[str, str]:

@@ -1,0 +1,28 @@
+"""A sample of the sweep over transformers' families in layouts (`make sweep-layouts`)."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import sweep_layouts
+from tests.sweep import EQUAL, REFUSED
+
+
+@pytest.mark.parametrize(
+    ("family", "columns"), [("gemma4_text", ("tensor",)), ("granite_swa", ("tensor", "pipeline", "generated"))]
+)
+def test_a_family_trains_alike_in_layouts(family, columns):
+    assert sweep_layouts.check(family, columns) == dict.fromkeys(("trained", *columns), EQUAL)
+
+
+def test_blocks_that_are_not_one_list_are_refused_before_a_step():
+    found = sweep_layouts.check("hrm_text", ("tensor",))
+    assert found["trained"] == EQUAL
+    assert found["tensor"].startswith(f"{REFUSED}: train.tensor_parallel_size: HrmText") and "one list" in found["tensor"]
+
+
+def test_a_difference_is_told():
+    want = [{"step": 1, "loss": 2.0, "grad_norm": 1.0}]
+    assert sweep_layouts.compare(want, want) == EQUAL
+    assert "loss of step 1 is 2.1, not 2" in sweep_layouts.compare([want[0] | {"loss": 2.1}], want)
+    assert "grad_norm" in sweep_layouts.compare([want[0] | {"grad_norm": 1.001}], want)
