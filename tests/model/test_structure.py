@@ -177,7 +177,7 @@ def test_flops_of_recurrences_equal_what_torch_counts(name: str) -> None:
 def test_flops_of_what_runs_otherwise_than_once(name: str, changes: dict[str, Any]) -> None:
     """Stacks of experts of a class's own, experts that compute nothing, loops with and without gradients, and blocks
     that share their weights."""
-    length = 256
+    length = 64
     torch.manual_seed(0)
     config = sweep.tiny_config(name)
     for key, value in changes.items():
@@ -186,10 +186,11 @@ def test_flops_of_what_runs_otherwise_than_once(name: str, changes: dict[str, An
     forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
     with forward:
         out = model(torch.randint(0, 90, (1, length)), use_cache=False).logits.sum()
-    with backward:
-        out.backward()
-    # torch counts a depthwise convolution backward as a dense one.
-    rest = backward.get_total_flops() if name == "hrm_text" else 2 * forward.get_total_flops()
+    rest = 2 * forward.get_total_flops()  # torch counts a depthwise convolution backward as a dense one
+    if name == "hrm_text":
+        with backward:
+            out.backward()
+        rest = backward.get_total_flops()
     count = plan.count_flops(model)
     square = sum(flops for flops, _ in count.pairs) * length * length
     assert forward.get_total_flops() + rest == pytest.approx(count.per_token * length + square, rel=0.02)
