@@ -22,7 +22,8 @@ import pytest
 
 from tests.harness import run_ranks
 from tests.sweep import EQUAL, FAILED, PAGE, REFUSED, families, rewrite, tiny_config
-from tests.train.runs import QUICKSTART, records, tiny_config as run_config, train_quietly
+from tests.train.runs import QUICKSTART, records, train_quietly
+from tests.train.runs import tiny_config as run_config
 
 ZERO3 = {"data_parallel_mode": "fsdp2"}
 AXES: dict[str, dict[str, Any]] = {
@@ -88,7 +89,9 @@ def check(family: str, columns: tuple[str, ...] = COLUMNS) -> dict[str, str]:
         # With a smaller adam_eps, steps depend on the signs of gradients that are zero but for rounding.
         def run(name: str, world: int, where: dict[str, Any], **train: Any) -> tuple[str, list[dict[str, Any]], Any]:
             (root / name).mkdir()
-            changes = {f"train.{key}": value for key, value in ({"max_steps": 2, "adam_eps": 1e-4, "lr": 1e-3} | train).items()}
+            changes = {
+                f"train.{key}": value for key, value in ({"max_steps": 2, "adam_eps": 1e-4, "lr": 1e-3} | train).items()
+            }
             made = run_config(root / name, world=world, **where, **changes)
             return *outcome(made, world), made
 
@@ -150,7 +153,12 @@ def generated(folder: Path) -> str:
     for number, prompt in enumerate(prompts):
         ids = torch.tensor([prompt])
         own = plain.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6, eos_token_id=None, pad_token_id=0
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=6,
+            eos_token_id=None,
+            pad_token_id=0,
         )
         if own[0, len(prompt) :].tolist() != made[number]:
             return f"{FAILED}: {made[number]}, not {own[0, len(prompt) :].tolist()}"

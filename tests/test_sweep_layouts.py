@@ -18,7 +18,9 @@ def test_a_family_trains_alike_in_layouts(family, columns):
 def test_blocks_that_are_not_one_list_are_refused_before_a_step():
     found = sweep_layouts.check("hrm_text", ("tensor",))
     assert found["trained"] == EQUAL
-    assert found["tensor"].startswith(f"{REFUSED}: train.tensor_parallel_size: HrmText") and "one list" in found["tensor"]
+    assert (
+        found["tensor"].startswith(f"{REFUSED}: train.tensor_parallel_size: HrmText") and "one list" in found["tensor"]
+    )
 
 
 def test_a_difference_is_told():

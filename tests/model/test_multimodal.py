@@ -60,7 +60,7 @@ def assert_same_gradients(packed: Any, plain: Any) -> None:
         if want[name] is None:
             assert parameter.grad is None or not parameter.grad.any(), name
             continue
-        # Keys' biases cancel out in the softmax: their gradient is rounding alone. The steps' of a recurrence nearly do.
+        # Keys' biases cancel out in the softmax: their gradient is rounding alone. Those of steps nearly do.
         scale = want[name.replace("k_proj.bias", "k_proj.weight").replace("dt_bias", "A_log")].abs().max().item()
         error = (parameter.grad - want[name]).abs().max().item()
         assert error <= 1e-4 * scale, f"{name} is off by {error:.2e} of {scale:.2e}"

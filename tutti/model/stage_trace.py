@@ -144,8 +144,8 @@ def _stand_ins(inner: nn.Module, path: str, trace: _Trace) -> Iterator[None]:
             continue
         if not any(True for _ in child.parameters()):
             if any(True for _ in child.buffers()):
-                is_list = isinstance(child, nn.ModuleList)
-                inner._modules[key] = nn.ModuleList(map(_Positions, child)) if is_list else _Positions(child)
+                each = [_Positions(part) for part in child] if isinstance(child, nn.ModuleList) else None
+                inner._modules[key] = _Positions(child) if each is None else nn.ModuleList(each)
             continue
         handles.append(child.register_forward_pre_hook(_note(key, trace)))
     inner._modules[path] = nn.ModuleList(_Probe(number, block, trace) for number, block in enumerate(original))
