@@ -2,9 +2,9 @@
 
 import pytest
 
-from tutti.config import ARGUMENTS
+from tutti.config import ARGUMENTS, ConfigError
 from tutti.config.load import from_dict, load, to_yaml
-from tutti.config.rules import _RULES, warnings, warnings_on_cpu
+from tutti.config.rules import _RULES, contradictions, warnings, warnings_on_cpu
 
 EVALUATED = ["data.eval_path=x", "train.eval_steps=5"]
 PLAIN = ["data.data_type=plaintext"]
@@ -194,6 +194,29 @@ def test_no_effect(argv: list[str], name: str, why: str) -> None:
 )
 def test_an_effect_or_the_default(argv: list[str]) -> None:
     assert warnings(load(argv, None)) == []
+
+
+@pytest.mark.parametrize(
+    ("url", "is_refused"),
+    [
+        ("s3://user:hunter2@bucket/rows.jsonl", True),
+        ("https://host/rows.jsonl?X-Amz-Date=1&X-Amz-Signature=abc", True),
+        ("https://host/rows.jsonl?sv=2&sig=abc", True),
+        ("https://host/rows.jsonl?access_token=abc", True),
+        ("s3://bucket/a:b@c/rows.jsonl", False),
+        ("hf://datasets/org/name@main/rows.jsonl", False),
+        ("https://host/rows.jsonl?download=true", False),
+    ],
+)
+def test_a_secret_in_a_url_is_refused_and_not_shown(url: str, is_refused: bool) -> None:
+    for name in ("data.train_path", "data.eval_path", "model.model_path"):
+        problems = contradictions(load([f"{name}={url}"], None)) if not is_refused else []
+        if is_refused:
+            with pytest.raises(ConfigError) as error:
+                load([f"{name}={url}"], None)
+            problems = error.value.problems
+            assert len(problems) == 1 and "hunter2" not in problems[0] and "abc" not in problems[0]
+        assert any(f"{name}: holds a password or a signature" in line for line in problems) == is_refused
 
 
 def test_what_is_about_an_accelerator_has_no_effect_on_a_cpu() -> None:

@@ -94,6 +94,34 @@ def test_resuming_at_every_step_equals_going_on(tmp_path, kind, sources):
 
 
 @kinds
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_a_finished_run_that_is_made_longer_goes_on_as_the_longer_one(path, kind, drop_last):
+    data, train = KINDS[kind]
+    short, longer = (
+        build(configure(path, data=data | {"drop_last": drop_last}, num_train_epochs=epochs, **train))
+        for epochs in (2, 3)
+    )
+    done = record(short.train())
+    state = json.loads(json.dumps(short.state_dict()))
+    finished = build(configure(path, data=data | {"drop_last": drop_last}, num_train_epochs=2, **train))
+    finished.load_state_dict(state)
+    assert record(finished.train()) == []
+    resumed = build(configure(path, data=data | {"drop_last": drop_last}, num_train_epochs=3, **train))
+    resumed.load_state_dict(state)
+    expected = record(longer.train())
+    rest = record(resumed.train())
+    assert len(done) + len(rest) in (len(expected), len(expected) + 1), "the end of a run may fill up a step"
+    assert rest[0][0] == len(done) + 1 and len(rest) > 3
+    given = Counter(ids_of(done + rest))
+    if "streamed" not in kind and not drop_last:
+        assert set(given.values()) == {3} and len(given) == 150, "every sample once an epoch"
+
+
+def ids_of(batches):
+    return [one for *_, micro_batches in batches for micro_batch in micro_batches for one in micro_batch]
+
+
+@kinds
 def test_workers_change_nothing(path, kind, monkeypatch):
     monkeypatch.setattr(index, "KEEP_TOKENS", 0)
     data, train = KINDS[kind]

@@ -3,8 +3,11 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -106,6 +109,49 @@ def test_every_rank_holds_the_lock(tmp_path):
     """The ranks of a run that lost its first one may still write: the folder stays closed until they are gone."""
     for message in run_ranks(2, claim_while_the_first_rank_dies, tmp_path):
         assert "another run is going on there" in message
+
+
+def test_a_restart_waits_for_the_ranks_before_it(tmp_path, one_rank, monkeypatch):
+    """Of the same job; another one is refused at once."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    child = int(holder.stdout.readline())
+    threading.Timer(1.5, holder.kill).start()
+    began = time.monotonic()
+    with claim_output(tmp_path, one_rank, fresh=False):
+        assert time.monotonic() - began > 1
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+        with pytest.raises(ValueError, match="another run"), claim_output(tmp_path, one_rank, fresh=False):
+            pass
+    assert time.monotonic() - began < 5
+    os.kill(child, signal.SIGKILL)
+    holder.wait()
+    holder.stdout.close()
+
+
+def claim_where_folders_differ(folder: Path) -> str:
+    world = init_world(torch.device("cpu"))
+    output = folder / ("first" if world.is_main else "other")
+    socket.gethostname = lambda: f"node{world.rank}"
+    try:
+        with claim_output(output, world, fresh=True):
+            return "claimed"
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_machines_that_see_other_folders_are_named(tmp_path, stale):
+    """Also where a folder of the same name, with the lock of a run before, lies on their own disks."""
+    if stale:
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other/.lock").write_text('{"pid": 1, "host": "node1", "since": "yesterday"}')
+    for message in run_ranks(3, claim_where_folders_differ, tmp_path):
+        assert message.startswith(f"train.output_dir {tmp_path}/")
+        assert message.endswith(
+            ", as rank 0 has it on node0, is not there on node1, node2: all machines must see the same folder"
+        )
 
 
 class Run:

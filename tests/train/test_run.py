@@ -98,6 +98,35 @@ def test_resume_on_another_layout_goes_on(tmp_path, reference):
     assert_same_training(run(tiny_config(tmp_path, **{"train.load_checkpoint_path": "auto"})), reference)
 
 
+def test_a_finished_run_is_done_and_a_longer_one_goes_on_by_its_own_schedule(tmp_path):
+    settings = {"train.save_steps": 2, "train.lr_decay_style": "linear", "train.lr_min": 0.0}
+    short = tiny_config(tmp_path, **settings)
+    run(short)
+    before = records(short)
+    again = {**settings, "train.load_checkpoint_path": "auto"}
+    assert run(tiny_config(tmp_path, **again)) == before
+    longer = tiny_config(tmp_path, **again, **{"train.max_steps": 8})
+    (said,) = run_ranks(1, train_and_listen, longer)
+    assert "the run has 8 steps now, and had 4 when the checkpoint was made: from step 5 the learning rate" in said
+    lines = records(longer)
+    assert [line["step"] for line in lines] == list(range(1, 9)) and lines[:4] == before
+    straight = run(tiny_config(tmp_path / "straight", **settings, **{"train.max_steps": 8}))
+    assert [line["lr"] for line in lines[4:]] == [line["lr"] for line in straight[4:]]
+    assert [line["samples"] for line in lines] == [line["samples"] for line in straight]
+
+
+def train_and_listen(config):
+    """Train; what was logged."""
+    import contextlib
+    import io
+
+    from tutti.train.run import train
+
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        train(config)
+    return said.getvalue()
+
+
 def train_until(config, step):
     """Train, and be asked to stop (as by SIGTERM, on the last rank alone) within `step`."""
     import os
@@ -124,6 +153,8 @@ def test_exported_model_loads_in_transformers_and_continues_the_loss(tmp_path):
         tmp_path / "first", **{"train.save_hf_weights": True, "train.hf_save_steps": 2, "train.max_steps": 3}
     )
     run(config)
+    made = list(Path(config.train.output_dir).rglob("*"))
+    assert len(made) > 15 and all(path.stat().st_mode & 0o027 == 0 for path in made), "others may not read it"
     final = Path(config.train.output_dir) / "hf" / "final"
     assert (Path(config.train.output_dir) / "hf" / "global_step_2" / "config.json").exists()
     AutoModelForCausalLM.from_pretrained(final)

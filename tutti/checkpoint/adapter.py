@@ -29,9 +29,10 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tutti.checkpoint.hf_files import Checkpoint, weights_digest
-from tutti.checkpoint.hf_save import first_holders, gather_from, prepare_folder, put_in_place
+from tutti.checkpoint.hf_save import first_holders, gather_from, prepare_folder
 from tutti.config import Config
 from tutti.core.dist import World
+from tutti.core.files import put_folder
 from tutti.core.modules import extras
 from tutti.core.tensors import local_part
 from tutti.model.initial import own_part
@@ -188,7 +189,7 @@ def export_adapter(
     """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
-    world.run_on_all_ranks(lambda: prepare_folder(partial) if world.is_main else None)
+    world.run_on_all_ranks(lambda: prepare_folder(folder, partial) if world.is_main else None)
     held = {item.key: item for item in _items(model)}
     holders = first_holders(set(held), world)
     tensors: dict[str, Tensor] = {}
@@ -208,7 +209,7 @@ def export_adapter(
                 json.dumps(_config(full_model or model, base, revision), indent=2, sort_keys=True) + "\n"
             )
             tokenizer.save_pretrained(partial)
-            put_in_place(partial, folder)
+            put_folder(partial, folder)
 
     world.run_on_all_ranks(write)
 

@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tutti.checkpoint.hf_save import prepare_folder, put_in_place
+from tutti.checkpoint.hf_save import prepare_folder
 from tutti.core.dist import World
-from tutti.core.files import describe_error, write_synced
+from tutti.core.files import describe_error, put_folder, write_synced
 from tutti.core.tensors import local_part
 from tutti.model.autoencoder import Autoencoder
 from tutti.model.initial import init_weights, materialize, own_part
@@ -71,13 +71,13 @@ def export_autoencoder(model: Autoencoder, folder: Path, world: World, full: Cal
     ValueError, on all ranks: it cannot be written.
     """
     partial = folder.with_name(f".{folder.name}.partial")
-    world.run_on_all_ranks(lambda: prepare_folder(partial) if world.is_main else None)
+    world.run_on_all_ranks(lambda: prepare_folder(folder, partial) if world.is_main else None)
     tensors = {name: full(_PREFIX + name) for name in model.net.state_dict()}
 
     def finish() -> None:
         try:
             write_net(model.config.net, tensors, partial)
-            put_in_place(partial, folder)
+            put_folder(partial, folder)
         except OSError as error:
             raise ValueError(f"could not write {folder}: {describe_error(error)}") from error
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from tutti.checkpoint.hf_files import read_index
-from tutti.checkpoint.hf_save import gather_full, prepare_folder, put_in_place
+from tutti.checkpoint.hf_save import gather_full, prepare_folder
 from tutti.core.dist import World
-from tutti.core.files import describe_error, write_synced
+from tutti.core.files import describe_error, put_folder, write_synced
 from tutti.core.tensors import local_part
 from tutti.model.conditions import write_part
 from tutti.model.denoiser import Denoiser, random_net
@@ -101,7 +101,7 @@ def export_pipeline(
     which is replaced. seed: of parts that have no weights. Collective. ValueError, on all ranks: it cannot be written.
     """
     partial = folder.with_name(f".{folder.name}.partial")
-    world.run_on_all_ranks(lambda: prepare_folder(partial) if world.is_main else None)
+    world.run_on_all_ranks(lambda: prepare_folder(folder, partial) if world.is_main else None)
     place = partial / TRANSFORMER
     if world.is_main:
         place.mkdir()
@@ -126,7 +126,7 @@ def export_pipeline(
             _finish_weights(held, index, len(files), place)
             write_synced(place / "config.json", json.dumps(model.config.net, indent=2, sort_keys=True) + "\n")
             _copy_parts(source, partial, seed)
-            put_in_place(partial, folder)
+            put_folder(partial, folder)
         except OSError as error:
             raise ValueError(f"could not write {folder}: {describe_error(error)}") from error
 
@@ -139,7 +139,7 @@ def export_adapters(model: Denoiser, folder: Path, world: World) -> None:
     lora = lora_of(model)
     assert lora is not None
     partial = folder.with_name(f".{folder.name}.partial")
-    world.run_on_all_ranks(lambda: prepare_folder(partial) if world.is_main else None)
+    world.run_on_all_ranks(lambda: prepare_folder(folder, partial) if world.is_main else None)
     tensors: dict[str, Tensor] = {}
     names = []
     for module, adapter in adapters(model):
@@ -156,7 +156,7 @@ def export_adapters(model: Denoiser, folder: Path, world: World) -> None:
     def write() -> None:
         try:
             save_file(tensors, partial / ADAPTERS, metadata={"format": "pt", "lora_adapter_metadata": described})
-            put_in_place(partial, folder)
+            put_folder(partial, folder)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"could not write {folder}: {describe_error(error)}") from error
 

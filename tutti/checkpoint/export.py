@@ -19,6 +19,7 @@ from tutti.checkpoint.manager import model_reader, read_model
 from tutti.checkpoint.trained import find_trained, load_trained
 from tutti.config import Config
 from tutti.core.dist import World, init_world, shutdown_world
+from tutti.core.files import close_new_files_to_others
 from tutti.core.hub import name_in_cache
 from tutti.core.log import setup_logging
 from tutti.model.autoencoder import Autoencoder
@@ -41,6 +42,7 @@ def export(source: str, out: str, *, merge_adapters: bool = False) -> None:
     ValueError: there is no checkpoint, it is damaged, or `out` exists or cannot be written.
     """
     setup_logging(0)
+    close_new_files_to_others()
     if Path(out).exists():
         raise ValueError(f"{out} exists already: give the name of a new folder")
     world = init_world(torch.device("cpu"))

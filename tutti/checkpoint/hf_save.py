@@ -15,7 +15,6 @@ import copy
 import functools
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -38,7 +37,7 @@ from tutti.core.compat import (
     dot_natural_key,
 )
 from tutti.core.dist import World
-from tutti.core.files import describe_error, sync_folder, write_synced
+from tutti.core.files import describe_error, put_back_folder, put_folder, write_synced
 from tutti.model.omni import OmniModel
 from tutti.model.speech import THINKER, speech_of, whole_config
 from tutti.model.structure import is_classifier, model_class, weight_conversions
@@ -68,7 +67,7 @@ def export_hf(
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     full = full or gather_full_tensors(model, model, world)
-    world.run_on_all_ranks(lambda: prepare_folder(partial) if world.is_main else None)
+    world.run_on_all_ranks(lambda: prepare_folder(folder, partial) if world.is_main else None)
     if isinstance(model, OmniModel):
         parts = [(part.module, partial / part.folder, _below(full, part.name)) for part in model.parts()]
         model.foundation.generation_config = model.generation_config
@@ -96,7 +95,7 @@ def export_hf(
             if joins is not None:
                 write_joins(joins, partial)
             tokenizer.save_pretrained(partial)
-            put_in_place(partial, folder)
+            put_folder(partial, folder)
         except OSError as error:
             raise ValueError(f"could not write {folder}: {describe_error(error)}") from error
 
@@ -290,9 +289,10 @@ class _Writer:
         write_synced(self._folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def prepare_folder(partial: Path) -> None:
-    """Make the folder, empty, that is to be put in place when it is complete."""
+def prepare_folder(folder: Path, partial: Path) -> None:
+    """Make the folder `partial`, empty, that is to become `folder` when it is complete."""
     try:
+        put_back_folder(folder)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     except OSError as error:
@@ -313,15 +313,3 @@ def _finish(model: PreTrainedModel, folder: Path, tokenizer: Any, writer: _Write
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.to_json_file(folder / "generation_config.json")
-
-
-def put_in_place(partial: Path, folder: Path) -> None:
-    """Give a complete folder its name, in place of what had it."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    sync_folder(partial)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)

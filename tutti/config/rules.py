@@ -4,6 +4,7 @@ Each of the three says what it refuses or warns of in one line that begins with 
 something else than the default is worth a warning, and nothing is accepted and silently ignored.
 """
 
+import re
 from collections.abc import Callable
 from datetime import date
 from typing import NamedTuple
@@ -16,6 +17,9 @@ NOT_YET: dict[str, str] = {
 }
 """Arguments (refused when away from their default) or `argument=value` (that one value is refused), and what they
 belong to. Whoever brings the machinery deletes the row."""
+
+_CREDENTIALS = re.compile(r"://[^/?#\s]*:[^/?#\s]*@|[?&](sig|[\w-]*(signature|token|secret|password|api_?key))=", re.I)
+"""Secrets in a URL: user:password@host, and the parameters that sign one."""
 
 NOT_TOGETHER: tuple[tuple[str, str], ...] = (("train.lora_base_dtype", "train.tensor_parallel_size"),)
 """Pairs of arguments (or `argument=value`) that work, but not both at once."""
@@ -43,7 +47,12 @@ def _is_set(config: Config, row: str) -> bool:
 def contradictions(config: Config) -> list[str]:
     """One problem for each set of values that are right by themselves and cannot go together."""
     train = config.train
-    problems = []
+    problems = [
+        f"{name}: holds a password or a signature, which the run would write into its files; leave it out, and give it "
+        "by the environment of the storage's package"
+        for name, argument in ARGUMENTS.items()
+        if argument.kind is str and name in config.explicit and _CREDENTIALS.search(str(get(config, name)))
+    ]
     if train.ulysses_parallel_size * train.context_parallel_size > 1 and config.model.attn_implementation == "eager":
         problems.append(
             "model.attn_implementation: eager attention sees the tokens of one rank alone, and with "

@@ -7,10 +7,13 @@ write a draft beside it, flush, rename over it. A reader sees the old file or th
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import json
 import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +55,11 @@ def replace_file(path: Path, text: str, *, durable: bool = True) -> None:
         stream.write(text)
 
 
+def close_new_files_to_others() -> None:
+    """Have this process make its files with mode 0640 or tighter, and its folders with 0750."""
+    os.umask(os.umask(0o027) | 0o027)
+
+
 def cache_folder() -> Path:
     """The folder of copies that several runs share: `$TUTTI_CACHE`, by default `~/.cache/tutti`."""
     return Path(os.environ.get("TUTTI_CACHE") or "~/.cache/tutti").expanduser()
@@ -65,6 +73,46 @@ def make_once(path: str | Path, write: Callable[[str], None]) -> None:
         if not os.path.exists(path):
             write(f"{path}.part")
             os.replace(f"{path}.part", path)
+
+
+def put_folder(made: Path, folder: Path) -> None:
+    """Give the complete folder `made` the name of `folder`, in one step also where there is one, which is removed.
+
+    Linux exchanges two names at once. Where the system or its file system can't, there is a moment in which the old
+    folder has been taken away (as `put_back_folder` finds it) and the new one is not there yet.
+    """
+    sync_folder(made)
+    old = made
+    if not folder.exists():
+        os.replace(made, folder)
+    elif not _exchange(made, folder):
+        old = _set_aside(folder)
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+        os.replace(made, folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def put_back_folder(folder: Path) -> None:
+    """Undo a replacement by `put_folder` that ended when the old folder had lost its name and the new one had none."""
+    old = _set_aside(folder)
+    if old.exists() and not folder.exists():
+        os.replace(old, folder)
+
+
+def _set_aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+_AT_WORKING_FOLDER, _RENAME_EXCHANGE = -100, 2  # of fcntl.h and stdio.h
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders; False where that is not possible, and nothing was done."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here = _AT_WORKING_FOLDER
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), _RENAME_EXCHANGE) == 0
 
 
 def sync_folder(folder: Path) -> None:

@@ -10,13 +10,14 @@ thread of each rank looks at that:
    flight recorder knows them, also those that run on a device).
 3. Whoever raised the alarm first collects that, and says which ranks hang: those that do not answer; else those that
    wait in no collective; else those that are farthest behind.
-4. All ranks end.
+4. All ranks end. One that cannot reach the store (its machine was cut off) ends by itself.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -34,7 +35,7 @@ from tutti.core.launch import ERROR_FILE
 
 Item = TypeVar("Item")
 
-_POLL_SECONDS, _ANSWER_SECONDS = 0.5, 3.0
+_POLL_SECONDS, _ANSWER_SECONDS, _ALONE_SECONDS = 0.5, 2.5, 4.0
 _FRAMES, _STACKS = 8, 3
 """Of a stack that is shown the innermost frames; and of how many ranks it is shown."""
 
@@ -54,26 +55,33 @@ class Place:
 
 
 class Watchdog:
-    """Ends all ranks, with a report, when this one has entered no phase for `seconds`; 0 never. A context manager."""
+    """Ends all ranks, with a report, when this one has entered no phase for `seconds`; 0 never. A context manager that
+    all ranks enter together."""
 
     def __init__(self, world: World, seconds: float) -> None:
         self._world, self._seconds = world, seconds
         self._phase, self._count, self._idle = "the start", 0, 0.0
-        self._over = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._over, self._alarm = threading.Event(), ""
+        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Watchdog:
         if self._seconds:
-            store = compat.default_store().clone()
+            # A store may outlive the ranks, and hold the alarm of those before a restart.
+            self._alarm = f"hang/{self._world.broadcast(secrets.token_hex(8))}"
             main = threading.get_ident()
-            self._thread = threading.Thread(target=self._look, args=(store, main), name="watchdog", daemon=True)
-            self._thread.start()
+            watch = threading.Thread(target=self._watch, args=(main,), name="watchdog", daemon=True)
+            answer = threading.Thread(
+                target=self._answer, args=(compat.default_store().clone(), main), name="watchdog-store", daemon=True
+            )
+            self._threads = [watch, answer]
+            for thread in self._threads:
+                thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._over.set()
-        if self._thread is not None:
-            self._thread.join()
+        for thread in self._threads[:1]:  # the other one may be waiting for a store that is gone
+            thread.join()
 
     def enter(self, phase: str) -> None:
         """Say that this rank now begins `phase`, a noun: it makes progress."""
@@ -90,23 +98,33 @@ class Watchdog:
                 return
             yield item
 
-    def _look(self, store: Any, main: int) -> None:
+    def _watch(self, main: int) -> None:
+        """Count the time without progress, and end this process should the store not answer in time."""
         last = time.monotonic()
         while not self._over.wait(_POLL_SECONDS):
             now = time.monotonic()
             self._idle += min(now - last, 2 * _POLL_SECONDS)
             last = now
+            if self._idle >= self._seconds + _ALONE_SECONDS:
+                told = describe([self._place(main)], self._world.size, silent_known=False)
+                _write(f"{told}; nor does the store of the process group answer\n")
+                os._exit(1)
+
+    def _answer(self, store: Any, main: int) -> None:
+        """Raise the alarm when this rank is late, answer that of another, and then end this process."""
+        while not self._over.wait(_POLL_SECONDS):
+            late = self._idle >= self._seconds
             try:
-                late = self._idle >= self._seconds
-                first = late and store.add("hang", 1) == 1
-                if late or store.check(["hang"]):
-                    store.set(f"hang/{self._world.rank}", json.dumps(asdict(self._place(main))))
-                    self._end(self._report(store) if first else None, store)
-            except RuntimeError as error:  # the store is gone, and with it the rank or the machine that kept it
-                if self._idle >= self._seconds:
-                    place = self._place(main)
-                    text = f"the store of the process group does not answer either: {str(error).splitlines()[0]}"
-                    self._end(f"{describe([place], self._world.size, silent_known=False)}; {text}\n", None)
+                if late or store.check([self._alarm]):
+                    first = late and store.add(self._alarm, 1) == 1
+                    store.set(f"{self._alarm}/{self._world.rank}", json.dumps(asdict(self._place(main))))
+                    if first:
+                        _write(self._report(store))
+                        store.set(f"{self._alarm}/told", "1")
+                    _wait_for(store, [f"{self._alarm}/told"])
+                    os._exit(1)
+            except RuntimeError:  # the store is gone, and with it a rank or a machine: the next collective will tell
+                continue
 
     def _place(self, main: int) -> Place:
         frames = traceback.extract_stack(sys._current_frames()[main])
@@ -116,27 +134,26 @@ class Watchdog:
 
     def _report(self, store: Any) -> str:
         """Collect where all ranks are, for so long as those that live need to answer; the report."""
-        keys = [f"hang/{rank}" for rank in range(self._world.size)]
-        deadline = time.monotonic() + _ANSWER_SECONDS
-        while not store.check(keys) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        keys = [f"{self._alarm}/{rank}" for rank in range(self._world.size)]
+        _wait_for(store, keys)
         places = [Place(**json.loads(store.get(key))) for key in keys if store.check([key])]
         return describe(places, self._world.size) + "\n"
 
-    def _end(self, report: str | None, store: Any) -> None:
-        """Write the report, or wait until it is written, and end this process."""
-        if report is None:
-            deadline = time.monotonic() + _ANSWER_SECONDS + 1
-            while not store.check(["hang/told"]) and time.monotonic() < deadline:
-                time.sleep(0.1)
-        elif ERROR_FILE in os.environ:
-            Path(os.environ[ERROR_FILE]).write_text(report, encoding="utf-8")
-        else:
-            sys.stderr.write(report)
-            sys.stderr.flush()
-        if report is not None and store is not None:
-            store.set("hang/told", "1")
-        os._exit(1)
+
+def _wait_for(store: Any, keys: list[str]) -> None:
+    """Wait until `keys` are in the store, for so long as ranks that live need for that."""
+    deadline = time.monotonic() + _ANSWER_SECONDS
+    while not store.check(keys) and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def _write(report: str) -> None:
+    """Leave `report` to the launcher, or show it."""
+    if ERROR_FILE in os.environ:
+        Path(os.environ[ERROR_FILE]).write_text(report, encoding="utf-8")
+    else:
+        sys.stderr.write(report)
+        sys.stderr.flush()
 
 
 def pending_collectives() -> list[str]:

@@ -17,6 +17,7 @@ import fcntl
 import json
 import logging
 import os
+import secrets
 import shutil
 import socket
 import time
@@ -32,6 +33,7 @@ from tutti.config import Config
 from tutti.config.yamlfile import to_yaml
 from tutti.core.dist import World
 from tutti.core.files import replace_file, sync_folder
+from tutti.model.lora import listed
 from tutti.train.logging.history import METRICS, cut_back, step_range
 from tutti.train.logging.html import REPORT, RUN
 
@@ -51,7 +53,7 @@ def claim_output(output: Path, world: World, *, fresh: bool) -> Iterator[None]:
     locks: list[int] = []
     made = False
 
-    def first() -> bool:
+    def first() -> tuple[bool, str]:
         missing = not output.exists()
         try:
             output.mkdir(parents=True, exist_ok=True)
@@ -63,19 +65,12 @@ def claim_output(output: Path, world: World, *, fresh: bool) -> Iterator[None]:
                 f"train.output_dir {output} holds a run already: go on with it by --train.load_checkpoint_path auto, "
                 "or choose another folder"
             )
-        return missing
-
-    def join() -> None:
-        if not (output / LOCK).exists():
-            raise ValueError(
-                f"train.output_dir: {output}, which rank 0 made, is not there on rank {world.rank} "
-                f"({socket.gethostname()}): all machines must see the same folder"
-            )
-        locks.append(_lock(output / LOCK, first=False))
+        return missing, (output / LOCK).read_text(encoding="utf-8")
 
     try:
-        made = world.run_on_all_ranks(lambda: first() if world.is_main else False)
-        world.run_on_all_ranks(lambda: None if world.is_main else join())
+        made, holder = world.broadcast(world.run_on_all_ranks(lambda: first() if world.is_main else None))
+        _require_shared(output, holder, world)
+        world.run_on_all_ranks(lambda: None if world.is_main else locks.append(_lock(output / LOCK, first=False)))
         yield
     finally:
         if world.is_main and locks:
@@ -86,6 +81,32 @@ def claim_output(output: Path, world: World, *, fresh: bool) -> Iterator[None]:
             _LOCKS.discard(lock)
             os.close(lock)
 
+
+def _require_shared(output: Path, holder: str, world: World) -> None:
+    """ValueError, on every rank, unless all of them find in `output` the lock that rank 0 has just written."""
+
+    def sees() -> bool:
+        # A network file system may take a moment to show what another machine has written.
+        for _ in range(_PATIENCE):
+            try:
+                if (output / LOCK).read_text(encoding="utf-8", errors="replace") == holder:
+                    return True
+            except OSError:
+                pass
+            time.sleep(0.1)
+        return False
+
+    found = world.gather((socket.gethostname(), sees()))
+    blind = list(dict.fromkeys(host for host, saw in found if not saw))
+    if blind:
+        raise ValueError(
+            f"train.output_dir {output}, as rank 0 has it on {found[0][0]}, is not there on {listed(blind)}: all "
+            "machines must see the same folder"
+        )
+
+
+_PATIENCE = 30
+"""Tenths of a second."""
 
 _LOCKS: set[int] = set()
 """Locks that this process holds. A child must not keep them when the process is gone, and closes its copies."""
@@ -101,13 +122,18 @@ os.register_at_fork(after_in_child=_drop_locks)
 
 def _lock(path: Path, *, first: bool) -> int:
     """Lock the file `path`, at first for this process alone, then together with the ranks that join; returns the
-    descriptor that holds the lock."""
+    descriptor that holds the lock.
+
+    Ranks of this job from before a restart, on machines that were cut off, are given time to end.
+    """
+    deadline = time.monotonic() + _RESTART_SECONDS
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o640)
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_EX if first else fcntl.LOCK_SH) | fcntl.LOCK_NB)
             if first:
                 holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+                holder |= {"id": secrets.token_hex(4), "job": _job()}
                 os.truncate(descriptor, 0)
                 os.write(descriptor, json.dumps(holder).encode())
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -115,6 +141,9 @@ def _lock(path: Path, *, first: bool) -> int:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 text = os.read(descriptor, 1000).decode(errors="replace")
                 os.close(descriptor)
+                if _job() and f'"job": {json.dumps(_job())}' in text and time.monotonic() < deadline:
+                    time.sleep(0.5)
+                    continue
                 raise ValueError(
                     f"train.output_dir {path.parent}: another run is going on there ({_named(text)}); stop it first, "
                     "or choose another folder"
@@ -129,6 +158,15 @@ def _lock(path: Path, *, first: bool) -> int:
         # Whoever held the lock has just removed the file, and a lock on it keeps nobody out.
         _LOCKS.discard(descriptor)
         os.close(descriptor)
+
+
+_RESTART_SECONDS = 120.0
+
+
+def _job() -> str | None:
+    """The id of the job that torchrun gives to all its machines, before and after a restart."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if name == "none" else name
 
 
 def _named(text: str) -> str:

@@ -13,15 +13,17 @@ from tutti.config import Config
 from tutti.config.rules import warnings_on_cpu
 from tutti.core.compat import untested
 from tutti.core.device import keep_freed_memory, limit_threads, pick_device
+from tutti.core.files import close_new_files_to_others
 from tutti.core.log import setup_logging
 
 log = logging.getLogger(__name__)
 
 
 def prepare_process(config: Config) -> torch.device:
-    """Set up logging, threads, memory, seeds and determinism of this process; the device it computes on."""
+    """Set up logging, file modes, threads, memory, seeds and determinism of this process; the device it computes on."""
     rank, local_world = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     setup_logging(rank)
+    close_new_files_to_others()
     disable_progress_bar()
     limit_threads(local_world)
     keep_freed_memory()

@@ -112,6 +112,13 @@ def _run(config: Config, world: World, *, asked: Config) -> None:
     base = base_of(config, world)
     if state:
         require_base(state.get("base"), base)
+        planned = state.get("total_steps", data.total_steps)
+        if planned != data.total_steps:
+            log.warning(
+                "the run has %d steps now, and had %d when the checkpoint was made: from step %d the learning rate "
+                "follows the schedule of %d",
+                data.total_steps, planned, step + 1, data.total_steps,
+            )  # fmt: skip
     guard, early = SpikeGuard(config.train, world), EarlyStopping(config.train)
     resumed: dict[str, Stateful] = {"data": data, "guard": guard, "early_stopping": early}
     load_states(resumed, state)
@@ -250,6 +257,7 @@ class _Loop:
         """Save the run after `batch`. is_evaluated: no evaluation that was due then is left to do."""
         self.watchdog.enter(f"the checkpoint of step {batch.step}")
         state = {"step": batch.step, "epoch": batch.epoch, "base": self.base, "evaluated": is_evaluated}
+        state["total_steps"] = self.run.data.total_steps
         state |= {name: part.state_dict() for name, part in self.resumed.items()}
         self.checkpoints.save(batch.step, self.run.placed.model, self.optimizer, state, eval_loss)
 

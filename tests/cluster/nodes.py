@@ -1,0 +1,137 @@
+"""Machines for tests: network namespaces of this one, joined by a bridge, each with a name and an address of its own.
+
+They share the file system, but for folders that a machine is given privately. Needs root and iproute2.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+
+ROOT = Path(__file__).parents[2]
+PORT = 29411
+
+
+def available() -> bool:
+    """True if this process may make namespaces, links between them and mounts in them."""
+    if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "unshare", "mount", "hostname"))):
+        return False
+    probe = f"tutti-{os.getpid()}"
+    steps = (
+        f"ip netns add {probe}",
+        f"ip netns exec {probe} unshare -m -u true",
+        f"ip link add {probe[:15]} type bridge",
+    )
+    worked = all(subprocess.run(step.split(), capture_output=True).returncode == 0 for step in steps)
+    for step in (f"ip link del {probe[:15]}", f"ip netns del {probe}"):
+        subprocess.run(step.split(), capture_output=True)
+    return worked
+
+
+class Nodes:
+    """`count` machines node1, node2, ... at 10.77.X.1, 10.77.X.2, ...; gone with all their processes when left."""
+
+    def __init__(self, count: int, folder: Path) -> None:
+        self.tag = os.getpid() % 250
+        self.folder = folder
+        self.names = [f"node{number}" for number in range(1, count + 1)]
+        self.processes: dict[str, subprocess.Popen] = {}
+
+    def __enter__(self) -> Nodes:
+        self._ip(f"link add tb{self.tag} type bridge", f"link set tb{self.tag} up")
+        for number, name in enumerate(self.names, start=1):
+            space, outer, inner = self._space(name), f"tv{self.tag}n{number}", f"tw{self.tag}n{number}"
+            self._ip(
+                f"netns add {space}",
+                f"link add {outer} type veth peer name {inner}",
+                f"link set {inner} netns {space}",
+                f"link set {outer} master tb{self.tag} up",
+                f"-n {space} link set {inner} name eth0",
+                f"-n {space} addr add {self.address(name)}/24 dev eth0",
+                f"-n {space} link set eth0 up",
+                f"-n {space} link set lo up",
+            )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        for name in self.names:
+            self.kill(name)
+            subprocess.run(["ip", "netns", "del", self._space(name)], capture_output=True)
+        subprocess.run(["ip", "link", "del", f"tb{self.tag}"], capture_output=True)
+
+    def address(self, name: str) -> str:
+        return f"10.77.{self.tag}.{name.removeprefix('node')}"
+
+    def link(self, name: str, state: str) -> None:
+        """Cut the cable of a machine (`down`), or plug it in again (`up`)."""
+        self._ip(f"link set tv{self.tag}n{name.removeprefix('node')} {state}")
+
+    def slow(self, name: str, shaping: str) -> None:
+        """Shape what the machine sends, in tc's words: `tbf rate 8mbit burst 16kbit latency 200ms`."""
+        command = [
+            "ip",
+            "netns",
+            "exec",
+            self._space(name),
+            "tc",
+            "qdisc",
+            "add",
+            "dev",
+            "eth0",
+            "root",
+            *shaping.split(),
+        ]
+        subprocess.run(command, check=True, capture_output=True)
+
+    def start(self, name: str, nnodes: str, arguments: list[str], *, private: Path | None = None) -> None:
+        """Have the machine run torchrun with one rank, and under it `tutti train` with these arguments.
+
+        private: a folder that this machine does not share.
+        """
+        first = self.names[0]
+        conf = f"is_host={int(name == first)},last_call_timeout=1,join_timeout=60,keep_alive_interval=1"
+        words = [
+            "-m", "torch.distributed.run", f"--nnodes={nnodes}", "--nproc-per-node=1", "--max-restarts=3",
+            "--rdzv-backend=c10d", "--rdzv-id=test", f"--rdzv-endpoint={self.address(first)}:{PORT}",
+            f"--rdzv-conf={conf}", f"--local-addr={self.address(name)}", "--monitor-interval=0.1",
+            "-m", "tutti", "train", *arguments,
+        ]  # fmt: skip
+        mount = f"mount -t tmpfs none {private} && " if private is not None else ""
+        script = f'hostname {name} && {mount}exec "$0" "$@"'
+        inside = ["ip", "netns", "exec", self._space(name), "unshare", "-m", "-u", "bash", "-c", script]
+        environment = os.environ | {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        with self.log(name).open("w") as log:
+            self.processes[name] = subprocess.Popen(
+                [*inside, sys.executable, *words],
+                cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def log(self, name: str) -> Path:
+        """All that the machine's processes say."""
+        return self.folder / f"{name}.log"
+
+    def kill(self, name: str) -> None:
+        """Take the power from a machine: every process in its namespace ends at once."""
+        found = subprocess.run(["ip", "netns", "pids", self._space(name)], capture_output=True, text=True)
+        for pid in found.stdout.split():
+            try:
+                os.kill(int(pid), signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        if name in self.processes:
+            self.processes.pop(name).wait()
+
+    def wait(self, name: str, timeout: float) -> int:
+        return self.processes[name].wait(timeout)
+
+    def _space(self, name: str) -> str:
+        return f"tutti{self.tag}-{name}"
+
+    def _ip(self, *commands: str) -> None:
+        for command in commands:
+            subprocess.run(["ip", *command.split()], check=True, capture_output=True)

@@ -1,0 +1,128 @@
+"""Runs on several machines: what is left of them goes on from the newest checkpoint, and says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.nodes import Nodes, available
+from tests.train.runs import tiny_config
+from tutti.config.yamlfile import to_yaml
+
+pytestmark = pytest.mark.skipif(not available(), reason="needs root and network namespaces")
+STEPS, HANG = 12, 8
+soak = pytest.mark.skipif(not os.environ.get("SOAK"), reason="runs with make soak")
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """The command line of a run, and its output folder; every step is saved, and takes a while."""
+    settings: dict[str, Any] = {
+        "train.max_steps": STEPS, "train.save_steps": 1, "train.max_checkpoints": 3, "data.max_seq_len": 64,
+        "train.global_batch_size": 6, "train.micro_batch_size": 1, "train.hang_timeout": HANG,
+        "train.load_checkpoint_path": "auto", "train.data_parallel_mode": "fsdp2",
+    }  # fmt: skip
+    config = tiny_config(tmp_path, **settings)
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    return [str(tmp_path / "run.yaml")], Path(config.train.output_dir)
+
+
+def wait_for_step(nodes: Nodes, output: Path, step: int, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not (output / "checkpoints" / f"global_step_{step}").exists():
+        assert time.monotonic() < deadline, said(nodes)
+        time.sleep(0.05)
+
+
+def said(nodes: Nodes) -> str:
+    return "\n".join(
+        f"{name}: {nodes.log(name).read_text()[-3000:]}" for name in nodes.names if nodes.log(name).exists()
+    )
+
+
+def lines(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def all_steps_once(output: Path) -> bool:
+    return [line["step"] for line in lines(output)] == list(range(1, STEPS + 1))
+
+
+def test_a_machine_that_dies_is_gone_on_without(tmp_path, arguments):
+    words, output = arguments
+    with Nodes(2, tmp_path) as nodes:
+        for name in nodes.names:
+            nodes.start(name, "1:2", words)
+        wait_for_step(nodes, output, 2)
+        nodes.kill("node2")
+        assert nodes.wait("node1", 90) == 0, said(nodes)
+        log = nodes.log("node1").read_text()
+    assert "saved by 2 ranks" in log and "parallelize: one rank" in log
+    assert all_steps_once(output)
+
+
+@soak
+def test_a_machine_that_comes_back_is_taken_in(tmp_path, arguments):
+    """Three machines, of which one loses its power and starts anew: the run ends on three again."""
+    words, output = arguments
+    with Nodes(3, tmp_path) as nodes:
+        for name in nodes.names:
+            nodes.start(name, "3:3", words)
+        wait_for_step(nodes, output, 2)
+        nodes.kill("node3")
+        nodes.start("node3", "3:3", words)
+        assert [nodes.wait(name, 180) for name in nodes.names] == [0, 0, 0], said(nodes)
+        log = nodes.log("node1").read_text()
+    assert log.count("saved by 3 ranks") == 1 and log.count("parallelize: shard 3") == 2
+    assert all_steps_once(output)
+
+
+@soak
+def test_a_cut_link_is_noticed_and_the_rest_goes_on(tmp_path, arguments):
+    """No connection is closed: only that nothing comes any more tells of it."""
+    words, output = arguments
+    with Nodes(2, tmp_path) as nodes:
+        for name in nodes.names:
+            nodes.start(name, "1:2", words)
+        wait_for_step(nodes, output, 2)
+        nodes.link("node2", "down")
+        cut = time.monotonic()
+        while "no progress for" not in nodes.log("node1").read_text():
+            assert time.monotonic() - cut < HANG + 5 + 2, said(nodes)
+            time.sleep(0.1)
+        assert nodes.wait("node1", 180) == 0, said(nodes)
+        log = nodes.log("node1").read_text()
+    assert "rank 1 does not answer" in log and "saved by 2 ranks" in log
+    assert all_steps_once(output)
+
+
+@soak
+def test_a_slow_link_is_no_fault(tmp_path, arguments):
+    words, output = arguments
+    with Nodes(2, tmp_path) as nodes:
+        nodes.slow("node2", "tbf rate 8mbit burst 16kbit latency 200ms")
+        for name in nodes.names:
+            nodes.start(name, "2:2", words)
+        assert [nodes.wait(name, 180) for name in nodes.names] == [0, 0], said(nodes)
+        assert "no progress" not in said(nodes) and "Traceback" not in said(nodes)
+    assert all_steps_once(output)
+
+
+@soak
+def test_a_machine_that_does_not_see_the_output_folder_is_named(tmp_path, arguments):
+    words, output = arguments
+    output.mkdir()
+    with Nodes(2, tmp_path) as nodes:
+        nodes.start("node1", "2:2", [*words, "--train.load_checkpoint_path=none"])
+        nodes.start("node2", "2:2", [*words, "--train.load_checkpoint_path=none"], private=output)
+        deadline = time.monotonic() + 120
+        while "all machines must see the same folder" not in said(nodes):
+            assert time.monotonic() < deadline, said(nodes)
+            time.sleep(0.1)
+        text = said(nodes)
+    assert f"tutti: error: train.output_dir {output}, as rank 0 has it on node" in text
