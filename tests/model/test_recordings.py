@@ -338,6 +338,13 @@ def test_kinds_that_a_processor_does_not_take_together_or_at_all_are_bad_rows(fo
     )
     (bad,) = encoder_of(voxtral)([Row(row(("audio", "long.wav")), str(folder / "rows.jsonl"), 1)])
     assert "VoxtralProcessor cannot take its audios" in bad.reason  # type: ignore[union-attr]
+    seen = transformers.SiglipImageProcessor(size={"height": 16, "width": 16})
+    seen.image_seq_length = 16
+    tokenizer = make_tokenizer("<image>")
+    tokenizer.bos_token = "<|im_start|>"
+    paligemma = encoder_of(transformers.PaliGemmaProcessor(seen, tokenizer))
+    (bad,) = paligemma([Row(row(("image", "still.png")), str(folder / "rows.jsonl"), 1)])
+    assert "PaliGemmaProcessor writes more into a text than its media" in bad.reason  # type: ignore[union-attr]
     wanted = "set data.video_max_frames, of which every video"
     assert wanted in reason("llava_onevision", VIDEOS["a file"])
     assert wanted in reason("llava_onevision", VIDEOS["a file"], video_max_frames=3, video_fps=1)

@@ -93,6 +93,7 @@ class MediaProcessor:
         """The medium of an entry, with its size. RowError: it cannot be read, or the model takes none of its kind."""
         if kind not in self.markers or (kind == "audio" and not self._rate):
             raise RowError(f"has {kind}, which {self.name} does not take")
+        self._layout(kind)  # which refuses a processor that cannot be trained with
         if kind == "video":
             source, fps = video_source(entry, folder)
             header = measure_video(source)
@@ -295,6 +296,7 @@ class MediaProcessor:
         if kind not in self._layouts:
             blank = self._small(kind)
             one, two = self._made_of_blanks(blank), self._made_of_blanks(blank, blank)
+            self._check_text(one)
             length = one["input_ids"].shape[-1]
             dims: dict[str, int] = {}
             along: dict[str, dict[int, int]] = {}
@@ -308,6 +310,14 @@ class MediaProcessor:
                 dims[name] = next(iter(_unlike(value, two[name])), 0)
             self._layouts[kind] = _Layout(dims, along, kind == "video" and self._stacks(blank, one, dims))
         return self._layouts[kind]
+
+    def _check_text(self, made: Mapping[str, Any]) -> None:
+        """RowError: the processor puts more into a text than what takes the place of media, as do those that write
+        prompts of their own; a chat would then not be what it is when the model is asked."""
+        (item,) = made["text_replacement_offsets"]
+        tokens = self.processor.tokenizer(item["replacement"])["input_ids"]
+        if made["input_ids"].flatten().tolist() != tokens:
+            raise RowError(f"{self.name} writes more into a text than its media: it cannot be trained with")
 
     def _stacks(self, video: Media, made: Mapping[str, Any], dims: Mapping[str, int]) -> bool:
         """True if videos are stacked with a dimension of frames that the processor does not pad."""
