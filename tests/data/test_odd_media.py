@@ -170,7 +170,12 @@ def batches(folder: Path, num_workers: int, **data: Any) -> tuple[Any, list[Any]
     processor = PROCESSORS["qwen2_5_vl"]()
     found = build_data(tiny_config(folder, **values), processor.tokenizer, world=ALONE, dp_rank=0, dp_size=1,
                        vocab_size=4096, processor=processor)  # fmt: skip
-    return found, [micro for step in found.train() for micro in step.micro_batches]
+    micro_batches = []
+    for step in found.train():
+        trained = sum(len(micro.target_index) for micro in step.micro_batches)
+        assert step.num_targets == step.trained_tokens == sum(step.source_targets.values()) == trained > 0
+        micro_batches += step.micro_batches
+    return found, micro_batches
 
 
 @pytest.mark.parametrize("options", [{}, {"data.datasets_type": "iterable", "data.train_sample": 6}],

@@ -83,6 +83,26 @@ def test_layouts_equal_one_process(
     assert_same_training(run(config_of(tmp_path, model, rows, world=2, **sizes), 2), reference)
 
 
+def test_what_is_lost_to_broken_images_is_not_divided_by(tmp_path: Path, model: str) -> None:
+    for number in range(8):
+        buffer = io.BytesIO()
+        Image.effect_noise((90 + 8 * number, 90), 90).save(buffer, "JPEG")
+        data = buffer.getvalue()
+        (tmp_path / f"{number}.jpg").write_bytes(data[: len(data) // 2] if number in (2, 5) else data)
+    lines = [{"image": f"{number}.jpg", "caption": f"Number {number}." * (1 + number)} for number in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = {
+        "data.silent_exception": True, "data.media_root": None, "data.shuffle": False, "train.dyn_bsz": False,
+        "train.global_batch_size": 4, "train.max_steps": None,
+    }  # fmt: skip
+    alone, two = (
+        run(config_of(tmp_path / str(world), model, str(tmp_path / "rows.jsonl"), world=world, **options), world)
+        for world in (1, 2)
+    )
+    assert_same_training(two, alone)
+    assert [one["trained_tokens"] for one in two] == [one["trained_tokens"] for one in alone] and len(alone) == 2
+
+
 def batches(config: Any, model: str) -> list[Any]:
     processor = AutoProcessor.from_pretrained(model)
     data = build_data(config, processor.tokenizer, world=ALONE, dp_rank=0, dp_size=1, vocab_size=4096,

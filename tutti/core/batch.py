@@ -102,6 +102,14 @@ class Sample:
         return len(self.input_ids)
 
 
+class LostSample(NamedTuple):
+    """A sample whose media cannot be decoded: why, the data source that it came from, and the targets that it had."""
+
+    reason: str
+    source: int
+    targets: int
+
+
 class SequenceRanks(NamedTuple):
     """The ranks that split the tokens of one batch, and this rank's place among them.
 
@@ -197,7 +205,7 @@ class Batch:
     are then the pieces of samples that lie on this rank, and a piece's positions go on from where it was cut.
     payload: tensors about the batch as a whole that its task laid beside it, by name; they are moved with it, and
     are the same for all ranks that share it.
-    broken: why samples had to be left out when their media were decoded; padding lies in their place.
+    broken: samples that had to be left out when their media were decoded; padding lies in their place.
     """
 
     input_ids: Tensor
@@ -214,7 +222,7 @@ class Batch:
     sequence: GlobalSequence | None = None
     payload: Mapping[str, Tensor] = field(default_factory=dict)
     borders: Tensor | None = None
-    broken: tuple[str, ...] = ()
+    broken: tuple[LostSample, ...] = ()
 
     def lengths(self) -> list[int]:
         """The segments' lengths, padding left out; for a whole batch on the host."""

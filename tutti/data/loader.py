@@ -84,7 +84,7 @@ class DataSplit:
     sources: their names, by which a batch's counts are told. report: from the samples, tokens, trained tokens and slots
     given out so far. digest, scan: of indexed data, what stands for it, and a planner of one pass over it in
     order. has_media: None where data is streamed. read: of indexed data, samples by their names in a batch. broken: how
-    often this rank left samples out whose media cannot be decoded, by reason.
+    often this rank left samples out whose media cannot be decoded, by reason. may_lose: whether it does.
     """
 
     sources: tuple[str, ...]
@@ -97,11 +97,12 @@ class DataSplit:
     has_media: bool | None = None
     broken: Counter[str] = field(default_factory=Counter)
     read: Callable[[list[int]], list[Sample]] | None = None
+    may_lose: bool = False
 
 
 @dataclass(frozen=True)
 class DataRank:
-    """This rank's micro batches: which they are, whether a sample is a pair of answers, and whether this rank logs.
+    """This rank's micro batches: which they are, and whether a sample is a pair of answers.
 
     work: what a micro batch of samples of these lengths, and of so many values of media, takes; by it micro batches are
     dealt to ranks.
@@ -110,7 +111,7 @@ class DataRank:
     dp_rank: int
     dp_size: int
     pairs: bool
-    is_main: bool
+    world: World
     work: Work = num_tokens
 
     def micro_batches(self, plan: StepPlan, source: SampleSource, number: int) -> MicroBatches:
@@ -120,6 +121,15 @@ class DataRank:
             return planned
         works = [self._work_of(batch, source) for batch in planned]
         return [planned[k] for k in deal_work(works, self.dp_size)[self.dp_rank]]
+
+    def lost(self, batch: Sequence[Batch], num_sources: int) -> np.ndarray:
+        """The targets of all ranks' samples of a step that were left out, by their source. batch: this rank's micro
+        batches. A collective call."""
+        own = np.zeros(num_sources, np.int64)
+        for sample in (sample for micro in batch for sample in micro.broken):
+            own[sample.source] += sample.targets
+        by_rank = dict(self.world.gather((self.dp_rank, own)))  # ranks of one place have the same
+        return sum(by_rank.values(), np.zeros_like(own))
 
     def _work_of(self, batch: Sequence[SampleRef], source: SampleSource) -> float:
         items = [item for _, item in batch]
@@ -141,30 +151,36 @@ def global_batches(planner: Planner, split: DataSplit, share: DataRank) -> Itera
     batches = split.fetch(mine())
     while batch := tuple(islice(batches, micro_batches // share.dp_size)):
         plan, own = planned.popleft()
-        for reason in (reason for one in batch for reason in one.broken):
+        for reason in (lost.reason for one in batch for lost in one.broken):
             if not split.broken[reason]:
                 log.warning("left out, with padding in its place: %s", reason)
             split.broken[reason] += 1
-        yield plan, _with_totals(plan, own, batch, split, share.pairs)
+        yield plan, _with_totals(plan, own, batch, split, share)
 
 
 def _with_totals(
-    plan: StepPlan, own: MicroBatches, batch: tuple[Batch, ...], split: DataSplit, pairs: bool
+    plan: StepPlan, own: MicroBatches, batch: tuple[Batch, ...], split: DataSplit, share: DataRank
 ) -> GlobalBatch:
+    pairs = share.pairs
     supply = split.planner.source
     drawn = [one for micro_batch in plan.micro_batches for one in micro_batch]
     tokens, sources = supply.facts([item for _, item in drawn])
     targets = np.ones_like(tokens) if pairs else tokens
 
-    def by_source(counts: np.ndarray) -> dict[str, int]:
-        sums = np.bincount(sources, weights=counts, minlength=len(split.sources))
+    lost = np.zeros(len(split.sources), np.int64)
+    if split.may_lose and split.has_media is not False:
+        lost = share.lost(batch, len(split.sources))
+
+    def by_source(counts: np.ndarray, lost: np.ndarray | int = 0) -> dict[str, int]:
+        sums = np.bincount(sources, weights=counts, minlength=len(split.sources)) - lost
         return {name: int(count) for name, count in zip(split.sources, sums, strict=True)}
 
-    source_tokens = by_source(tokens)
+    source_tokens, num_lost = by_source(tokens, lost), int(lost.sum())
     return GlobalBatch(
         micro_batches=batch,
-        num_targets=int(targets.sum()),
-        trained_tokens=int(tokens.sum()),
+        # A step that has lost all of its samples trains on nothing, and divides no loss.
+        num_targets=int(targets.sum()) if pairs else max(1, int(tokens.sum()) - num_lost),
+        trained_tokens=int(tokens.sum()) - num_lost,
         num_tokens=sum(length for length, _ in drawn),
         num_samples=len(drawn),
         num_slots=plan.slots,
@@ -259,7 +275,7 @@ class Data:
     def close(self) -> None:
         """End the training data. Log how many rows of streams were left out; those of an index are logged before."""
         self._train.close()
-        if self._train.digest is None and self._share.is_main:
+        if self._train.digest is None and self._share.world.is_main:
             log_left_out("data.train_path", self.report.rows, self.report.dropped)
 
     def evaluate(self) -> Iterator[GlobalBatch]:
@@ -382,7 +398,9 @@ def build_data(
         index = _index(config, held_out, encoder, world, "data.eval_path")
         supply = MapSource(index, None, [source.name for source in held_out], config.train.seed, shuffle=False)
         evaluation = _indexed_part(config, PackedSamples(index, held_out, packer), supply, one_pass(recipe))
-    return Data(part, evaluation, DataRank(dp_rank, dp_size, pairs, world.is_main), settings)
+    may_lose = config.data.silent_exception and processor is not None
+    part, evaluation = replace(part, may_lose=may_lose), evaluation and replace(evaluation, may_lose=may_lose)
+    return Data(part, evaluation, DataRank(dp_rank, dp_size, pairs, world), settings)
 
 
 def _require_same_rows(config: Config, sources: Sequence[Source], encoder: Any, world: World) -> None:

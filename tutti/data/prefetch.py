@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tutti.config import Config
-from tutti.core.batch import IGNORE, Batch, Sample, pack
+from tutti.core.batch import IGNORE, Batch, LostSample, Sample, pack
 from tutti.core.files import cache_folder
 from tutti.data.index import Index, encode_chunk
 from tutti.data.rows import BrokenMediaError
@@ -58,7 +58,7 @@ class Packer:
         A sample whose media turn out broken when they are decoded is left out, where that is wanted: tokens of padding,
         none of them trained on, take its place, so that the step is what was planned. ValueError: it is not wanted.
         """
-        samples, broken = list(samples), list[str]()
+        samples, broken = list(samples), list[LostSample]()
         while True:
             batch = pack(samples, pad_to=self.pad_to, pad_id=self.pad_id)
             if not any(sample.media for sample in samples):
@@ -69,8 +69,8 @@ class Packer:
                 reason = f"{find(error.number)}: {error}"
                 if not self.silent:
                     raise ValueError(f"{reason}; data.silent_exception: true skips bad rows") from None
-                broken.append(reason)
                 lost = samples[error.number]
+                broken.append(LostSample(reason, lost.source, int((lost.labels != IGNORE).sum())))
                 nothing = np.full(len(lost), IGNORE, np.int32)
                 samples[error.number] = Sample(np.full_like(nothing, self.pad_id), nothing, lost.source, lost.split)
             else:
