@@ -418,3 +418,17 @@ def test_settings_of_models_that_take_media(tmp_path: Path) -> None:
     config = loaded(tmp_path, migration)
     assert (config.data.image_max_pixels, config.train.freeze) == (512 * 512, ("towers", "projectors"))
     assert row(migration, "processor_type").kind == "mapped"
+
+
+def test_veomni_diffusion(tmp_path: Path) -> None:
+    text = (
+        "model: {model_path: ./wan/transformer, condition_model_path: ./wan}\n"
+        "data: {train_path: x.jsonl, data_type: diffusion}\n"
+        "train: {training_task: offline_training, micro_batch_size: 1, output_dir: o}\n"
+    )
+    migration = migrated(tmp_path, text)
+    config = loaded(tmp_path, migration)
+    assert config.data.data_type == "diffusion" and config.model.condition_model_path == "./wan"
+    assert "pickles are not read" in row(migration, "train.training_task").note and config.train.cache_latents
+    online = migrated(tmp_path, text.replace("offline", "online"))
+    assert not loaded(tmp_path, online).train.cache_latents

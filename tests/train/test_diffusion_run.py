@@ -21,6 +21,8 @@ from tutti.checkpoint.denoiser import WEIGHTS, load_denoiser
 from tutti.checkpoint.export import export
 from tutti.checkpoint.manager import read_model
 from tutti.config import Config
+from tutti.config.layout import resolve_sizes
+from tutti.config.load import load
 from tutti.core.batch import Grid
 from tutti.core.dist import init_world
 from tutti.core.draws import generator
@@ -405,3 +407,14 @@ def test_sharing_tokens_is_refused_by_name_where_diffusers_has_no_plan(tmp_path:
     config = config_of(tmp_path, world=2, **{"train.ulysses_parallel_size": 2})
     with pytest.raises(AssertionError, match="no plan to share the tokens of SD3Transformer2DModel"):
         run(config, 2)
+
+
+def test_the_recipe_takes_two_steps(tmp_path: Path) -> None:
+    given = ["configs/diffusion.yaml", "train.max_steps=2", "train.num_train_epochs=1", "train.micro_batch_size=8"]
+    given += ["train.sample_prompts_path=none", "train.save_epochs=0", "train.eval_epochs=0", "data.num_workers=0"]
+    config = load(
+        [*given, "data.eval_path=none", f"train.output_dir={tmp_path / 'out'}", "train.compute_dtype=float32"]
+    )
+    lines = run(resolve_sizes(config, 1))
+    assert len(losses(lines)) == 2
+    assert (tmp_path / "out/hf/final/text_encoder/model.safetensors").is_file()

@@ -171,6 +171,16 @@ def _media(value: Any, source: Source) -> Result:
     return Result(CHANGED if left else MAPPED, ours, note)
 
 
+def _diffusion_task(value: Any, source: Source) -> Result:
+    """train.training_task: where a diffusion model's latents come from."""
+    if value == "online_training":
+        return Result(MAPPED, {"train.cache_latents": False})
+    if value == "offline_training":
+        note = "latents are encoded once, by the run itself: name the pictures and captions, since pickles are not read"
+        return Result(CHANGED, {"train.cache_latents": True}, note)
+    return Result(NONE, note="latents are encoded by the run that trains on them (train.cache_latents)")
+
+
 _FREEZES = {
     "train.freeze_vit": ("towers",),
     "train.freeze_audio_tower": ("towers",),
@@ -200,7 +210,7 @@ def _rules() -> dict[str, Rule]:
     for group in ("model.ops_implementation", "model.network"):
         rules[f"{group}.attn_implementation"] = _attention
         rules[f"{group}.moe_implementation"] = _experts
-    for path in ("model_path", "config_path", "tokenizer_path"):
+    for path in ("model_path", "config_path", "tokenizer_path", "condition_model_path"):
         rules[f"model.{path}"] = same(f"model.{path}")
     return rules | dict.fromkeys(_FREEZES, frozen(_FREEZES)) | _CHANGES
 
@@ -262,6 +272,7 @@ _CHANGES: dict[str, Rule] = {
     "data.dataloader.use_background_prefetcher": needless("workers prepare data.prefetch_factor batches ahead"),
     "data.dataloader.worker_num_threads": needless("a worker has one thread"),
     "data.mm_configs": _media,
+    "train.training_task": _diffusion_task,
     "train.vit_lr": same("train.part_lr", lambda value: {"towers": float(value)}),
     "train.freeze_decoder": off("there are no decoders of images yet"),
     "model.model_config": off("change the model's config.json instead, and name it as model.config_path"),
