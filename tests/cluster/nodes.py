@@ -45,7 +45,7 @@ class Nodes:
     def __enter__(self) -> Nodes:
         self._ip(f"link add tb{self.tag} type bridge", f"link set tb{self.tag} up")
         for number, name in enumerate(self.names, start=1):
-            space, outer, inner = self._space(name), f"tv{self.tag}n{number}", f"tw{self.tag}n{number}"
+            space, outer, inner = self.space(name), f"tv{self.tag}n{number}", f"tw{self.tag}n{number}"
             self._ip(
                 f"netns add {space}",
                 f"link add {outer} type veth peer name {inner}",
@@ -61,7 +61,7 @@ class Nodes:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         for name in self.names:
             self.kill(name)
-            subprocess.run(["ip", "netns", "del", self._space(name)], capture_output=True)
+            subprocess.run(["ip", "netns", "del", self.space(name)], capture_output=True)
         subprocess.run(["ip", "link", "del", f"tb{self.tag}"], capture_output=True)
 
     def address(self, name: str) -> str:
@@ -77,7 +77,7 @@ class Nodes:
             "ip",
             "netns",
             "exec",
-            self._space(name),
+            self.space(name),
             "tc",
             "qdisc",
             "add",
@@ -103,7 +103,7 @@ class Nodes:
         ]  # fmt: skip
         mount = f"mount -t tmpfs none {private} && " if private is not None else ""
         script = f'hostname {name} && {mount}exec "$0" "$@"'
-        inside = ["ip", "netns", "exec", self._space(name), "unshare", "-m", "-u", "bash", "-c", script]
+        inside = ["ip", "netns", "exec", self.space(name), "unshare", "-m", "-u", "bash", "-c", script]
         environment = os.environ | {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         with self.log(name).open("w") as log:
             self.processes[name] = subprocess.Popen(
@@ -117,7 +117,7 @@ class Nodes:
 
     def kill(self, name: str) -> None:
         """Take the power from a machine: every process in its namespace ends at once."""
-        found = subprocess.run(["ip", "netns", "pids", self._space(name)], capture_output=True, text=True)
+        found = subprocess.run(["ip", "netns", "pids", self.space(name)], capture_output=True, text=True)
         for pid in found.stdout.split():
             try:
                 os.kill(int(pid), signal.SIGKILL)
@@ -129,7 +129,8 @@ class Nodes:
     def wait(self, name: str, timeout: float) -> int:
         return self.processes[name].wait(timeout)
 
-    def _space(self, name: str) -> str:
+    def space(self, name: str) -> str:
+        """The name of the machine's network namespace."""
         return f"tutti{self.tag}-{name}"
 
     def _ip(self, *commands: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -11,23 +13,29 @@ from typing import Any
 import pytest
 
 from tests.cluster.nodes import Nodes, available
-from tests.train.runs import tiny_config
+from tests.harness import run_ranks
+from tests.train.runs import tiny_config, train_quietly
+from tutti.config import Config
 from tutti.config.yamlfile import to_yaml
+from tutti.core.dist import shutdown_world
+from tutti.core.launch import ERROR_FILE
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs root and network namespaces")
 STEPS, HANG = 12, 8
 soak = pytest.mark.skipif(not os.environ.get("SOAK"), reason="runs with make soak")
 
 
+SETTINGS: dict[str, Any] = {
+    "train.max_steps": STEPS, "train.save_steps": 1, "train.max_checkpoints": 3, "data.max_seq_len": 64,
+    "train.global_batch_size": 6, "train.micro_batch_size": 1, "train.hang_timeout": HANG,
+    "train.load_checkpoint_path": "auto", "train.data_parallel_mode": "fsdp2",
+}  # fmt: skip
+
+
 @pytest.fixture
 def arguments(tmp_path):
-    """The command line of a run, and its output folder; every step is saved, and takes a while."""
-    settings: dict[str, Any] = {
-        "train.max_steps": STEPS, "train.save_steps": 1, "train.max_checkpoints": 3, "data.max_seq_len": 64,
-        "train.global_batch_size": 6, "train.micro_batch_size": 1, "train.hang_timeout": HANG,
-        "train.load_checkpoint_path": "auto", "train.data_parallel_mode": "fsdp2",
-    }  # fmt: skip
-    config = tiny_config(tmp_path, **settings)
+    """The command line of a run that saves after every step, and its output folder."""
+    config = tiny_config(tmp_path, **SETTINGS)
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     return [str(tmp_path / "run.yaml")], Path(config.train.output_dir)
 
@@ -53,6 +61,40 @@ def all_steps_once(output: Path) -> bool:
     return [line["step"] for line in lines(output)] == list(range(1, STEPS + 1))
 
 
+def train_there(spaces: list[str], address: str, config: Config, folder: Path) -> None:
+    """Train as this rank from now on in the network namespace of its number, with the first one's at `address`."""
+    rank = int(os.environ["RANK"])
+    shutdown_world()
+    with open(f"/var/run/netns/{spaces[rank]}") as space:
+        assert ctypes.CDLL(None).setns(space.fileno(), 0) == 0
+    os.environ |= {"GLOO_SOCKET_IFNAME": "eth0", "MASTER_ADDR": address, "MASTER_PORT": "29455"}
+    os.environ[ERROR_FILE] = str(folder / f"said-{rank}")
+    train_quietly(config)
+
+
+def test_a_cut_link_ends_the_ranks_on_both_sides_in_time(tmp_path):
+    config = tiny_config(tmp_path, world=2, **SETTINGS | {"train.max_steps": 200, "train.hang_timeout": 3})
+    output = Path(config.train.output_dir)
+    cut: list[float] = []
+    with Nodes(2, tmp_path) as nodes:
+
+        def cut_later() -> None:
+            wait_for_step(nodes, output, 2)
+            nodes.link("node2", "down")
+            cut.append(time.time())
+
+        thread = threading.Thread(target=cut_later)
+        thread.start()
+        spaces = [nodes.space(name) for name in nodes.names]
+        with pytest.raises(AssertionError, match="died"):
+            run_ranks(2, train_there, spaces, nodes.address("node1"), config, tmp_path)
+        thread.join()
+    said = tmp_path / "said-0"
+    assert said.read_text().endswith("rank 1 does not answer\n"), said.read_text()
+    assert said.stat().st_mtime - cut[0] < 3 + 5
+
+
+@soak
 def test_a_machine_that_dies_is_gone_on_without(tmp_path, arguments):
     words, output = arguments
     with Nodes(2, tmp_path) as nodes:
