@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -161,6 +162,43 @@ def test_async_save_is_of_the_moment_it_was_asked_for(tmp_path, one_rank, monkey
     again, resumed = build("shard", seed=1)
     keeper.resume("auto", again, resumed)
     assert_same(everything(again, resumed), asked)
+
+
+def test_async_saves_share_their_memory(tmp_path, one_rank):
+    model, optimizer = build("plain")
+    keeper = checkpointer(tmp_path, one_rank, save_async=True)
+    places = []
+    for step in (1, 2, 3):
+        train(model, optimizer, 1)
+        keeper.save(step, model, optimizer, {"step": step})
+        places.append({name: copy.data_ptr() for name, copy in keeper._copies.items()})
+    keeper.wait()
+    assert places[0] == places[1] == places[2]
+    again, resumed = build("plain", seed=1)
+    keeper.resume("auto", again, resumed)
+    assert_same(everything(again, resumed), everything(model, optimizer))
+
+
+@pytest.mark.skipif(not os.environ.get("SOAK"), reason="a measurement for a machine that does nothing else")
+def test_async_save_blocks_for_a_tenth_of_what_a_save_takes(tmp_path, one_rank):
+    """The best of several, since other processes take their share; the first one also gets its memory."""
+    model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8)))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    blocked = {}
+    for save_async in (False, True):
+        keeper = checkpointer(tmp_path / str(save_async), one_rank, save_async=save_async, max_checkpoints=1)
+        seconds = []
+        for step in range(1, 5):
+            began = time.perf_counter()
+            keeper.save(step, model, optimizer, {})
+            seconds.append(time.perf_counter() - began)
+            keeper.wait()
+        blocked[save_async] = min(seconds)
+    assert blocked[True] < 0.1 * blocked[False], blocked
 
 
 def test_async_error_is_raised_by_wait_and_by_the_next_save(tmp_path, one_rank, monkeypatch):

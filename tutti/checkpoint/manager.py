@@ -95,6 +95,7 @@ class Checkpointer:
         self._facts = {"world": world.size, "versions": versions, **(facts or {})}
         self._documents = dict(documents or {})
         self._background: _Background | None = None
+        self._copies: dict[str, Tensor] = {}
         self._start = Start()
         self._parent: dict[str, Any] | None = None
 
@@ -140,11 +141,13 @@ class Checkpointer:
         self.wait()
         tensors = {**model_tensors(model), **optimizer_tensors(model, optimizer)}
         self._world.run_on_all_ranks(lambda: require_finite(model, optimizer, step, self._world.device))
+        if self._save_async:
+            dcp.copy_to_host(tensors, self._copies)
         snapshot = _Snapshot(
             step=step,
             eval_loss=eval_loss,
             tensors=tensors,
-            copies=dcp.copy_to_host(tensors) if self._save_async else None,
+            copies=self._copies if self._save_async else None,
             state=_plain(state),
             unstepped=unstepped(model, optimizer),
             rng=json.dumps(rng_state(self._world.device)),
