@@ -101,8 +101,8 @@ def captions(count: int, seed: int) -> Iterator[str]:
     random = np.random.default_rng(seed)
     rows = (ROOT / "data" / "quickstart" / "images.jsonl").read_text().splitlines()
     words = [word for row in rows for word in json.loads(row)["caption"].split()]
-    # About 1.9 tokens a word, by the tokenizer of the quickstart.
-    lengths = np.exp(random.normal(np.log(105) - 0.5, 1.0, count)).round().clip(2, 500).astype(int)
+    # Three tokens a word, by the tokenizer of the quickstart.
+    lengths = np.exp(random.normal(np.log(67) - 0.5, 1.0, count)).round().clip(1, 330).astype(int)
     return (" ".join(random.choice(words, length)) for length in lengths)
 
 

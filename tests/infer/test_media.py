@@ -27,10 +27,11 @@ from tutti.config.load import from_dict
 from tutti.infer.generate import CachedLogits, Generator, Request
 from tutti.infer.hf_generate import GeneratedLogits
 from tutti.infer.load import load_model
-from tutti.infer.media import MediaInputs
+from tutti.infer.media import MediaInputs, encoded_once
 from tutti.infer.prompts import row_request
 from tutti.infer.run import Job, infer
 from tutti.infer.sampling import Sampler
+from tutti.model.structure import read_structure
 
 NEW = 20
 PICTURES = [json.loads(line)["image"] for line in (QUICKSTART / "images.jsonl").read_text().splitlines()[:9]]
@@ -256,3 +257,23 @@ def test_a_video_is_asked_about_with_its_sound(tmp_path: Path) -> None:
     loaded.model.set_attn_implementation("eager")
     generated = replace(loaded, logits=GeneratedLogits(loaded.model, frozenset(), MediaInputs(loaded.form.media)))
     assert answers(generated, config, [request]) == want
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava", "gemma3"])
+def test_features_are_computed_once_where_rows_are_run_anew(tmp_path: Path, family: str) -> None:
+    _, loaded = open_model(write_model(tmp_path, family), do_sample=False)
+    decoder: Any = read_structure(loaded.model).decoder
+    requests = requests_of(loaded, make_pictures(tmp_path), tmp_path)
+    inputs = MediaInputs(loaded.form.media)
+    values = [inputs.stacked([(item.ids, item.media)])["pixel_values"] for item in (requests[0], requests[2])]
+    grids = [inputs.stacked([(item.ids, item.media)]).get("image_grid_thw") for item in (requests[0], requests[2])]
+    arguments = [({} if grid is None else {"image_grid_thw": grid}) for grid in grids]
+    runs: list[int] = []
+    read_structure(loaded.model).towers[0].register_forward_hook(lambda *_: runs.append(1))
+    with torch.no_grad(), encoded_once(decoder):
+        first = decoder.get_image_features(values[0], **arguments[0]).pooler_output
+        again = decoder.get_image_features(values[0].clone(), **arguments[0]).pooler_output
+        other = decoder.get_image_features(values[1], **arguments[1]).pooler_output
+    assert len(runs) == 2 and "get_image_features" not in vars(decoder)
+    assert all(one.equal(two) for one, two in zip(first, again, strict=True))
+    assert sum(map(len, other)) != sum(map(len, first))

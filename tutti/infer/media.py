@@ -8,17 +8,25 @@ images are keys and values in the cache like everything else.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tutti.core.batch import ALONG_TOKENS, IGNORE, Batch, Media, Sample, pack
+from tutti.core.compat import tree_leaves
 from tutti.core.structure import ModelStructure
 from tutti.data.processor import MediaProcessor
-from tutti.data.rows import RowError
+from tutti.data.rows import KINDS, RowError
 from tutti.model.multimodal import make_placing
+
+_KEPT = 8
+"""Calls of encoders that are remembered."""
 
 Prompt = tuple[Sequence[int], tuple[Media, ...]]
 """The tokens of a prompt, and its media."""
@@ -67,6 +75,43 @@ def media_inputs(structure: ModelStructure, processor: MediaProcessor | None) ->
     """What makes the inputs beside tokens for the model of `structure`."""
     masks = "token_type_ids" in inspect.signature(structure.decoder.forward).parameters
     return MediaInputs(processor, make_placing(structure), masks)
+
+
+@contextmanager
+def encoded_once(decoder: Any) -> Iterator[None]:
+    """Within it an outer decoder computes the features of media once for the same values, where rows are run anew for
+    each token."""
+    kept: list[tuple[Any, Any]] = []
+
+    def remembering(method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            given = (method, *tree_leaves((args, kwargs)))
+            for before, features in kept:
+                if _same(before, given):
+                    return features
+            kept.append((given, method(*args, **kwargs)))
+            del kept[:-_KEPT]
+            return kept[-1][1]
+
+        return run
+
+    names = [name for kind in KINDS if hasattr(decoder, name := f"get_{kind}_features")]
+    for name in names:
+        decoder.__dict__[name] = remembering(getattr(decoder, name))
+    try:
+        yield
+    finally:
+        for name in names:
+            del decoder.__dict__[name]
+
+
+def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    def alike(mine: Any, theirs: Any) -> bool:
+        both = isinstance(mine, Tensor) and isinstance(theirs, Tensor)
+        return torch.equal(mine, theirs) if both else type(mine) is type(theirs) and bool(mine == theirs)
+
+    return len(one) == len(other) and all(alike(mine, theirs) for mine, theirs in zip(one, other, strict=True))
 
 
 def as_sample(ids: Sequence[int], media: tuple[Media, ...]) -> Sample:

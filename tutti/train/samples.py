@@ -36,13 +36,14 @@ from tutti.core.batch import Media, Sample, pack
 from tutti.core.pixels import to_data_url
 from tutti.data.formats import BadRow, JsonLines, Row
 from tutti.data.media import load_image
+from tutti.data.media_cache import MediaCache
 from tutti.data.processor import MediaProcessor
 from tutti.data.rows import MEDIA_PARTS, RowError
 from tutti.data.template import read_template
 from tutti.data.video import load_video
 from tutti.infer.generate import CachedLogits, Generator, NextLogits, Request, whole_answers
 from tutti.infer.hf_generate import needs_generate
-from tutti.infer.media import MediaInputs, as_sample, media_inputs
+from tutti.infer.media import MediaInputs, as_sample, encoded_once, media_inputs
 from tutti.infer.prompts import PromptFormat, conversation_to_answer, filled, row_request
 from tutti.infer.sampling import Sampler
 from tutti.model.tokenizer import end_ids
@@ -59,6 +60,8 @@ _SHOWN = 8
 """Most rows with an expected answer whose answers are shown, the first of them; all are counted."""
 _PICTURE_SIDE = 96
 """Most pixels along a side of a picture in the report."""
+_CACHE_BYTES = 2**26
+"""Memory for the decoded media of prompts, which are needed anew for each token where there is no cache."""
 _CACHEABLE = (PACKED, "flash_attention_2", "flash_attention_3")
 
 
@@ -123,7 +126,8 @@ class Samples:
     def _next_logits(self, executor: Executor) -> Iterator[NextLogits]:
         objective, world = self._run.placed.objective, self._run.world
         if not self._by_cache:
-            yield RecomputedLogits(self._run, executor, self._media, pad_to=self._pad_to)
+            with encoded_once(self._run.placed.structure.decoder):
+                yield RecomputedLogits(self._run, executor, self._media, pad_to=self._pad_to)
             return
         register_fsdp_forward_method(objective, "run_model")
         config = objective.model.config
@@ -206,7 +210,7 @@ def _last_labelled(number: int, ids: list[int], media: tuple[Media, ...]) -> Sam
 
 def _processor(run: Run) -> MediaProcessor | None:
     found, data = run.inputs.processor, run.config.data
-    return None if found is None else MediaProcessor(found, data)
+    return None if found is None else MediaProcessor(found, data, MediaCache(_CACHE_BYTES))
 
 
 def _read(run: Run) -> list[_Prompt]:
