@@ -109,6 +109,14 @@ _STATISTICS = {"latents_mean": [0.1, 0.0, -0.1, 0.0], "latents_std": [1.0, 2.0, 
 AUTOENCODERS: dict[str, dict[str, Any]] = {
     "QwenImageTransformer2DModel": {"_class_name": "AutoencoderKLQwenImage", **_OF_VIDEOS, **_STATISTICS},
     "WanTransformer3DModel": {"_class_name": "AutoencoderKLWan", **_OF_VIDEOS, **_STATISTICS},
+    "LTXVideoTransformer3DModel": {
+        "_class_name": "AutoencoderKLLTXVideo",
+        "latent_channels": 4,
+        "block_out_channels": [4] * 4,
+        "decoder_block_out_channels": [4] * 4,
+        "layers_per_block": [1] * 5,
+        "decoder_layers_per_block": [1] * 5,
+    },
 }
 
 

@@ -418,3 +418,30 @@ def test_the_recipe_takes_two_steps(tmp_path: Path) -> None:
     lines = run(resolve_sizes(config, 1))
     assert len(losses(lines)) == 2
     assert (tmp_path / "out/hf/final/text_encoder/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["SanaTransformer2DModel", "PixArtTransformer2DModel", "LTXVideoTransformer3DModel"])
+def test_further_classes_learn_and_draw(tmp_path: Path, name: str) -> None:
+    make_folder(tmp_path / "diffusion", name)
+    make_data(tmp_path / "pictures", 4, ((64, 64),))
+    changes = {
+        "train.num_train_epochs": 5,
+        "train.lr": 2e-2,
+        "train.sample_prompts": ["a cat"],
+        "train.sample_steps": 2,
+    }
+    config = config_of(tmp_path, name, **changes, **{"data.eval_path": str(tmp_path / "pictures/data.jsonl")})
+    evaluated = losses(run(replace(config, train=replace(config.train, eval_epochs=1))), "eval_loss")
+    assert evaluated[-1] < evaluated[0] - 0.01
+    assert json.loads((tmp_path / "out/run.json").read_text())["pictures"]
+
+
+def test_a_broken_picture_is_left_out_where_that_is_wanted(tmp_path: Path) -> None:
+    config = config_of(tmp_path, **{"data.silent_exception": True})
+    picture = tmp_path / "pictures/3.png"
+    picture.write_bytes(picture.read_bytes()[:60])
+    cached = losses(run(config))
+    second = {"data.silent_exception": True, "train.output_dir": str(tmp_path / "second"), "train.cache_latents": False}
+    assert losses(run(config_of(tmp_path, **second))) == cached
+    with pytest.raises(AssertionError, match=r"data.jsonl, line 4: 3.png cannot be read as an image"):
+        run(config_of(tmp_path, **{"train.output_dir": str(tmp_path / "third")}))
