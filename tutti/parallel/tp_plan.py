@@ -13,7 +13,9 @@ before anything is built:
   (see `tutti.parallel.expert` for dividing whole experts among ranks).
 - The input embedding and the output head are split by the vocabulary, whatever the plan says of them.
 
-A config without a plan is taken to mean the usual one, if the model's blocks are made of nothing unusual.
+A config without a plan, or with one for its experts alone, is taken to mean the usual one, if the model's blocks are
+made of nothing unusual. Matrices that are parts of a block themselves are not split (OPT's MLP), and run on a rank's own
+tokens.
 
 A projection of heads is split between heads, never within one. Where key/value heads are fewer than the ranks, several
 ranks hold the same one. Parameters of one number for each query head (sinks) go with the head, planned or not.
@@ -22,7 +24,7 @@ ranks hold the same one. Parameters of one number for each query head (sinks) go
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -42,8 +44,8 @@ _REPLICATED = {"replicated_with_grad_allreduce", "mla_kv_a_proj", "sequence_para
 """Styles of modules that every rank holds whole: gradients of such parameters are summed over the ranks anyway; and of
 attention whose numbers for each head (sinks) go with the heads."""
 
-_USUAL = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), COLWISE) | dict.fromkeys(
-    ("o_proj", "down_proj"), ROWWISE
+_USUAL = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "w1", "w3"), COLWISE) | dict.fromkeys(
+    ("o_proj", "out_proj", "down_proj", "w2"), ROWWISE
 )
 """What projections of most families are called, and how these are split."""
 
@@ -118,7 +120,8 @@ def read_plan(structure: ModelStructure) -> TensorPlan:
         raise ValueError(f"{refuse}its blocks are not one list, at whose begin tokens are divided; leave it at 1")
     # The table is split in any case; since transformers 5.24 plans name it, and some nothing else.
     given = {path: style for path, style in (config.base_model_tp_plan or {}).items() if path != names[embedding]}
-    styles: dict[str, str] = given or _usual_plan(inner, names, heads)
+    splits = any(style in _SPLITTING and ".experts." not in path for path, style in given.items())
+    styles: dict[str, str] = given if splits else given | _usual_plan(structure, names, heads)
     if not styles:
         raise ValueError(f"{refuse}its config has no base_model_tp_plan; leave it at 1")
     unknown = sorted(set(styles.values()) - _SPLITTING - _REPLICATED - _EXPERTS)
@@ -131,13 +134,15 @@ def read_plan(structure: ModelStructure) -> TensorPlan:
     not_split: list[str] = []
     for block in inner:
         for region in _regions(block):
-            if any(path.startswith(_wildcards(names[region]) + ".") for path in sparse) and _has_experts(region):
-                not_split.append(names[region] + ".")
-                continue
             if any(module in structure.mixers for module in region.modules()):
                 not_split.append(names[region] + ".")
                 regions.append(Region(region, False))
                 continue
+            if any(path.startswith(_wildcards(names[region]) + ".") for path in sparse) and _has_experts(region):
+                not_split.append(names[region] + ".")
+                continue
+            if isinstance(region, nn.Linear) and _wildcards(names[region]) not in styles:
+                continue  # a matrix of the block itself looks at one token at a time
             found = [
                 _linear(names[module], module, style, region, config)
                 for module in region.modules()
@@ -160,12 +165,14 @@ def read_plan(structure: ModelStructure) -> TensorPlan:
     return TensorPlan(embedding, head, tuple(linears), tuple(regions), tuple(per_head), tuple(inner))
 
 
-def _usual_plan(blocks: Sequence[nn.Module], names: Mapping[nn.Module, str], heads: tuple[int]) -> dict[str, str]:
+def _usual_plan(structure: ModelStructure, names: Mapping[nn.Module, str], heads: tuple[int]) -> dict[str, str]:
     """The plan of blocks that are made of the usual projections, norms of tokens or of heads, numbers for each of the
-    query `heads`, and experts; an empty one for blocks with anything else."""
+    query `heads`, experts, mixers and matrices of their own; an empty one for blocks with anything else."""
     plan: dict[str, str] = {}
-    for block in blocks:
+    for block in (block for _, block in structure.blocks if block in names):
         for region in _regions(block):
+            if isinstance(region, nn.Linear) or any(module in structure.mixers for module in region.modules()):
+                continue
             width = (getattr(region, "head_dim", 0),)
             for module in region.modules():
                 path, own = _wildcards(names[module]), list(module.parameters(recurse=False))
