@@ -89,8 +89,8 @@ class Region(NamedTuple):
 class TensorPlan:
     """The parts of one model that are split. head: None where it is small and stays whole (a classifier's).
 
-    per_head: parameters of one number for each query head. blocks: in order; the row of tokens is cut among the ranks
-    at the first.
+    per_head: parameters of one number for each query head. counting: attention that lays heads out by a number of its
+    own, `num_heads`. blocks: in order; the row of tokens is cut among the ranks at the first.
     """
 
     embedding: nn.Embedding
@@ -98,6 +98,7 @@ class TensorPlan:
     linears: tuple[Linear, ...]
     regions: tuple[Region, ...]
     per_head: tuple[nn.Parameter, ...]
+    counting: tuple[nn.Module, ...]
     blocks: tuple[nn.Module, ...]
 
 
@@ -162,7 +163,12 @@ def read_plan(structure: ModelStructure) -> TensorPlan:
     ]
     if missed or not linears:
         raise ValueError(f"{refuse}its plan splits {', '.join(missed[:4]) or 'nothing'} outside of its blocks")
-    return TensorPlan(embedding, head, tuple(linears), tuple(regions), tuple(per_head), tuple(inner))
+    # Classes with a plan of their own lay heads out by their width, so that there may be fewer.
+    split = {linear.region for linear in linears if linear.units == heads[0]}
+    counting = [] if splits else [region for region in split if getattr(region, "num_heads", None) == heads[0]]
+    return TensorPlan(
+        embedding, head, tuple(linears), tuple(regions), tuple(per_head), tuple(counting), blocks=tuple(inner)
+    )
 
 
 def _usual_plan(structure: ModelStructure, names: Mapping[nn.Module, str], heads: tuple[int]) -> dict[str, str]:
