@@ -116,9 +116,9 @@ def split_tensors(root: nn.Module, plan: TensorPlan, mesh: Mesh) -> None:
     for attention, num_heads in attentions.items():
         if hasattr(attention, "num_key_value_groups"):  # what the model's own attention repeats keys and values by
             attention.num_key_value_groups = attention.num_key_value_groups * num_heads // ranks.size
-    for region in plan.counting:
-        count: Any = region.num_heads
-        region.num_heads = count // ranks.size
+    counting: tuple[Any, ...] = plan.counting
+    for attention in counting:
+        attention.num_heads = attention.num_heads // ranks.size
     for linear in plan.linears:
         if linear in shared:
             continue

@@ -14,8 +14,8 @@ before anything is built:
 - The input embedding and the output head are split by the vocabulary, whatever the plan says of them.
 
 A config without a plan, or with one for its experts alone, is taken to mean the usual one, if the model's blocks are
-made of nothing unusual. Matrices that are parts of a block themselves are not split (OPT's MLP), and run on a rank's own
-tokens.
+made of nothing unusual. Matrices that are parts of a block themselves are not split (OPT's MLP), and run on a rank's
+own tokens.
 
 A projection of heads is split between heads, never within one. Where key/value heads are fewer than the ranks, several
 ranks hold the same one. Parameters of one number for each query head (sinks) go with the head, planned or not.
