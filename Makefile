@@ -8,11 +8,11 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help quickstart install dev test test-oldest soak sweep sweep-layouts lint format bench gpu clean
+.PHONY: help quickstart install dev test test-versions test-oldest test-newest soak sweep sweep-layouts lint format bench gpu clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
 quickstart: $(VENV)/.stamp ## Install, then train a small language model on data/quickstart (minutes, no GPU needed)
 	rm -rf runs/quickstart
@@ -46,20 +46,22 @@ sweep: $(VENV)/.stamp-dev ## Compare every family of transformers with its own c
 sweep-layouts: $(VENV)/.stamp-dev ## The same in layouts of two ranks, and write the second table there
 	$(BIN)/python -m tests.sweep_layouts
 
-# The oldest tested torch and transformers lie over .venv, whose other packages serve them as well: some 600 MB.
-OLDEST := $(VENV)/oldest
+# The oldest and the newest tested torch and transformers lie over .venv, whose other packages serve them as well: some
+# 600 MB each.
 SMOKE := tests/core/test_compat.py tests/checkpoint/test_hf_load.py tests/model/test_build.py tests/model/test_initial.py \
 	tests/attention/test_ring.py tests/parallel/test_mesh.py tests/check/test_comm_volume.py tests/train/test_golden.py
 
-test-oldest: $(OLDEST)/.stamp ## Run a short selection of tests with the oldest torch and transformers that are supported
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(SMOKE)
+test-versions: test-oldest test-newest ## Run a short selection with the oldest and the newest torch and transformers
 
-$(OLDEST)/.stamp: $(VENV)/.stamp-dev tutti/core/compat.py
-	$(BIN)/python -m venv --clear --without-pip $(OLDEST)
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(OLDEST)/base
-	cp $(OLDEST)/base "$$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
-	$(BIN)/python -m pip --python $(OLDEST)/bin/python install --disable-pip-version-check --quiet --no-deps --force-reinstall \
-		$$($(BIN)/python -m tutti.core.compat oldest)
+test-oldest test-newest: test-%: $(VENV)/%/.stamp
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/$*/bin/python -m pytest -n $(WORKERS) --dist worksteal $(SMOKE)
+
+$(VENV)/oldest/.stamp $(VENV)/newest/.stamp: $(VENV)/%/.stamp: $(VENV)/.stamp-dev tutti/core/compat.py
+	$(BIN)/python -m venv --clear --without-pip $(@D)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(@D)/base
+	cp $(@D)/base "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	$(BIN)/python -m pip --python $(@D)/bin/python install --disable-pip-version-check --quiet --no-deps --force-reinstall \
+		$$($(BIN)/python -m tutti.core.compat $*)
 	@touch $@
 
 lint: $(VENV)/.stamp-dev ## Check format, style, types, import directions, sizes and wording
