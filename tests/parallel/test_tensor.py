@@ -28,7 +28,7 @@ from tutti.model.experts import resolve_experts
 from tutti.model.initial import init_weights
 from tutti.model.structure import is_classifier, read_structure
 from tutti.parallel.apply import parallelize
-from tutti.parallel.fsdp import GradientSync
+from tutti.parallel.fsdp import GradientSync, gradient_sync
 from tutti.parallel.grads import gradient_norm
 from tutti.parallel.mesh import build_mesh
 from tutti.parallel.sequence import sequence_ranks, split_tokens
@@ -97,7 +97,7 @@ def run_split(
     objective = Objective(model, task_of(model), tensor_ranks(mesh), structure=structure)
     parallelize(objective, structure, mesh, config.train, plan)
     init_weights(model, 0, CPU)
-    sync = GradientSync(objective, mesh, config.train)
+    sync = gradient_sync(objective, mesh, config.train)
     own = [split_tokens(batch, sequence_ranks(mesh)) for batch in batches[mesh.dp_rank :: mesh.dp_size]]
     sums = _sums(objective, own, [sync])
     values = torch.tensor(list(sums.values()), dtype=torch.float64)

@@ -77,7 +77,7 @@ def ignore(*_: Any, **__: Any) -> None:
 class Watcher:
     """Notes what a run does.
 
-    seen, as it is at the first step: share (of all parameters, that this rank holds), dtypes, units (of FSDP), decay
+    seen, as it is at the first step: share (of all parameters, that this rank holds), dtypes, units (of parameters, on one rank), decay
     (parameters by their weight decay), collects_by_itself, deterministic; mesh, experts (ranks of this one's group).
     sharded: whether parameters were DTensors when they got their values. reads: tensors read from weight files.
     passes: for each time the first block ran, whether a graph was made of it. tokens: this rank's, of each micro batch.
@@ -125,7 +125,7 @@ class Watcher:
         self.seen["decay"] = {group["weight_decay"]: len(group["params"]) for group in optimizer.param_groups}
 
     def steps(self, *_: Any) -> None:
-        from tutti.parallel.fsdp import fsdp_modules
+        from tutti.core.modules import extras
 
         if self.block is not None:
             return
@@ -138,7 +138,7 @@ class Watcher:
         self.seen.update(
             share=sum(item.numel() for item in local) / sum(item.numel() for item in parameters),
             dtypes={str(item.dtype) for item in parameters},
-            units=Counter(type(module).__name__ for module in fsdp_modules(self.root)),
+            units=Counter(type(m).__name__ for m in self.root.modules() if "local parameters" in extras(m).wrappers),
             collects_by_itself=gc.isenabled(),
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
@@ -355,8 +355,8 @@ def test_blocks_are_compiled_when_asked(by_steps, by_epochs):
 
 
 def test_basic_modules_are_units_of_their_own(by_steps, by_epochs):
-    common = {"FSDPObjective": 1, "FSDPQwen3DecoderLayer": 2}
-    assert by_steps[1]["units"] == {**common, "FSDPQwen3MLP": 2} and by_epochs[1]["units"] == common
+    common = {"Objective": 1, "Qwen3DecoderLayer": 2}
+    assert by_steps[1]["units"] == {**common, "Qwen3MLP": 2} and by_epochs[1]["units"] == common
 
 
 def test_a_larger_buffer_fills_batches_better(by_steps, by_epochs):

@@ -51,6 +51,7 @@ KEEP_TOKENS = 32_000_000
 _POOL_SECONDS = 2.0
 """Encoding that takes no longer than this is not worth starting processes for."""
 
+_LONG_SECONDS = 120.0
 _LOG_SECONDS = 5.0
 
 
@@ -318,7 +319,8 @@ def _encode_spans(
                 stream = pool.map(_encode_in_pool, spans[len(chunks) :], chunksize=4)
             if now - shown > _LOG_SECONDS:
                 shown, done = now, sum(stop - start for _, start, stop in spans[: len(chunks)])
-                log.info("tokenising: %d of %d rows, about %.0f s left", done, rows, left)
+                hint = "; data.datasets_type iterable would begin at once" if left > _LONG_SECONDS else ""
+                log.info("tokenising: %d of %d rows, about %.0f s left%s", done, rows, left, hint)
     return chunks
 
 

@@ -36,7 +36,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed.fsdp import FSDPModule
 
 from tutti.core.compat import is_traceable_wrapper_subclass, tree_leaves
 from tutti.core.modules import Forward, wrap_forward
@@ -82,18 +81,14 @@ class _Storages(frozenset[int]):
 
 
 class _Staying:
-    """The storages that stay on the device: those of a block's parameters and of what all blocks are given."""
+    """The storages that stay on the device: those of a block's parameters, as they are while it runs, and of what all
+    blocks are given."""
 
     def __init__(self, block: nn.Module, shared: _Storages) -> None:
         self._block, self._shared = block, shared
-        # Units of FSDP within the block are gathered as they run, and not before.
-        self._changes = any(isinstance(module, FSDPModule) for module in block.modules() if module is not block)
-        self._parameters = _Storages(block.parameters())
 
     def __contains__(self, address: int) -> bool:
-        if self._changes:
-            self._parameters = _Storages(self._block.parameters())
-        return address in self._parameters or address in self._shared
+        return address in self._shared or address in _Storages(self._block.parameters())
 
 
 class _Stored:

@@ -7,7 +7,8 @@
 5. Activation checkpointing around it.
 6. Batch invariance: with train.enable_batch_invariant_mode, samples go through it one by one.
 7. Activation offload: tensors that are still kept for the backward pass go to host memory.
-8. FSDP: parameters are sharded or copied, in mixed precision, a unit a block. It gathers outside of all the above.
+8. FSDP: parameters are sharded or copied, in mixed precision, a unit a block. It gathers outside of all the above. Where
+   one rank holds the whole model, step 4's local parameters in the compute dtype take its place: nothing is gathered.
 
 Steps 2 to 7 wrap forwards, in the order of `tutti.core.modules`; the log says how. The model may be on the meta device;
 weights are loaded afterwards, each rank reading its own slices.
@@ -26,16 +27,17 @@ from torch import nn
 from tutti.attention.ulysses import overlap_values
 from tutti.config import TrainConfig
 from tutti.core.compat import pick_vec_isa
+from tutti.core.compute_dtype import compute_dtype
 from tutti.core.modules import describe_wrappers, wrap_forward
 from tutti.core.structure import ModelStructure
 from tutti.parallel.activation_checkpoint import checkpoint_activations
 from tutti.parallel.activation_offload import offload_activations
 from tutti.parallel.batch_invariant import separate_samples
 from tutti.parallel.expert import divide_experts, divided_experts, undivided_parts
-from tutti.parallel.fsdp import postpones, shard
+from tutti.parallel.fsdp import holds_whole, postpones, shard
 from tutti.parallel.mesh import Mesh
 from tutti.parallel.sequence import sequence_ranks
-from tutti.parallel.tensor import split_tensors, use_local
+from tutti.parallel.tensor import divide, split_tensors, use_local
 from tutti.parallel.tp_plan import TensorPlan
 
 log = logging.getLogger(__name__)
@@ -62,9 +64,16 @@ def parallelize(
         for block in blocks:
             # Packed batches differ in length from one to the next, unless they are padded.
             wrap_forward(block, "compile", partial(torch.compile, dynamic=None if train.pad_to_length else True))
-    if plan is not None:
+    alone = holds_whole(mesh, train)
+    if alone:
+        divide(root, {}, mesh.fsdp)
+    if plan is not None or alone:
         divided = divided_experts(root)
-        use_local((*undivided_parts(divided), *basic, *towers, *blocks, root), skip=divided)
+        use_local(
+            (*undivided_parts(divided), *basic, *towers, *blocks, root),
+            skip=divided,
+            dtype=compute_dtype(train) if alone else None,
+        )
     if train.enable_gradient_checkpointing:
         checkpoint_activations(
             (*towers, *blocks),
@@ -75,7 +84,8 @@ def parallelize(
         separate_samples(root, blocks)
     if train.enable_activation_offload:
         offload_activations(root, blocks, mesh.grid.device_type, train.activation_gpu_limit)
-    shard(root, (*basic, *blocks), mesh, train)
+    if not alone:
+        shard(root, (*basic, *blocks), mesh, train)
     if blocks:
         worn = describe_wrappers(blocks[0]) or "nothing"
         log.info("parallelize: %s; around the first of %d blocks: %s", mesh, len(blocks), worn)

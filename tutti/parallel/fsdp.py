@@ -1,7 +1,7 @@
 """Data parallelism and mixed precision, all of it on one engine: torch's `fully_shard` (FSDP2).
 
-ddp is a mesh of copies with one shard each, ZeRO-2 and ZeRO-3 shard, hybrid sharding does both; a single process is a
-mesh of one. So parameters are fp32 DTensors everywhere, cast to bf16 to compute with, their gradients reduced in fp32,
+ddp is a mesh of copies with one shard each, ZeRO-2 and ZeRO-3 shard, hybrid sharding does both. A single process is a
+mesh of one, whose parameters need no engine, since nothing is gathered or reduced. So parameters are fp32 DTensors everywhere, cast to bf16 to compute with, their gradients reduced in fp32,
 and a checkpoint looks the same whatever made it. Each block is a unit that is gathered (and cast) just before it runs;
 all other parameters (embedding, final norm, head) belong to the root. Experts that are divided among ranks are units of
 their own, on a mesh of their own.
@@ -27,6 +27,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -110,6 +111,11 @@ def postpones(train: TrainConfig) -> bool:
     return train.pipeline_parallel_size > 1 and train.pipeline_schedule == "zero_bubble"
 
 
+def holds_whole(mesh: Mesh, train: TrainConfig) -> bool:
+    """True where this rank is the only one and its parameters stay where they are: there is nothing for FSDP to do."""
+    return mesh.grid.size() == 1 and not offloads(train)
+
+
 def offloads(train: TrainConfig) -> bool:
     """True where parameters, gradients and optimizer state live in host memory."""
     return train.data_parallel_mode != "ddp" and train.enable_fsdp_offload
@@ -119,7 +125,34 @@ def fsdp_modules(root: nn.Module) -> list[FSDPModule]:
     return [module for module in root.modules() if isinstance(module, FSDPModule)]
 
 
-class GradientSync:
+class GradientSync(Protocol):
+    """What gathers parameters and reduces gradients, as far as a step's executor has to tell it something."""
+
+    def before(self, *, last: bool) -> None:
+        """Called before each forward and backward pass of a micro batch. last: it is the step's last one."""
+        ...
+
+    def finish(self) -> None:
+        """Complete the step's gradients, once its last backward pass is over. A collective call."""
+        ...
+
+
+def gradient_sync(root: nn.Module, mesh: Mesh, train: TrainConfig) -> GradientSync:
+    """The synchronisation of gradients over the ranks that `parallelize` has prepared `root` for."""
+    return NoSync() if holds_whole(mesh, train) else FSDPSync(root, mesh, train)
+
+
+class NoSync:
+    """Of a rank that is alone: gradients are complete as they are."""
+
+    def before(self, *, last: bool) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+class FSDPSync:
     """Tells FSDP before each micro batch of a step whether to reduce its gradients over the ranks, and ends the step.
 
     With fsdp2's ZeRO-3, and where gradients are offloaded, each micro batch's are reduced, so that only shards of them

@@ -130,7 +130,7 @@ def split_tensors(root: nn.Module, plan: TensorPlan, mesh: Mesh) -> None:
         wrap_forward(region.module, "tokens", partial(_on_all_tokens, ranks=ranks, reduces=region.reduces))
     for number, block in enumerate(plan.blocks):
         wrap_forward(block, "tokens", partial(_from_own_tokens, ranks=ranks, is_first=number == 0))
-    _divide(root, split, mesh.grid["tensor"])
+    divide(root, split, mesh.grid["tensor"])
 
 
 def _split_parameters(linear: Linear) -> Iterator[Tensor]:
@@ -151,8 +151,9 @@ def _project(module: Any, hidden: Tensor, share: LinearShard) -> Tensor:
     return change.product(module, hidden, share)
 
 
-def _divide(root: nn.Module, split: dict[int, Placement], mesh: DeviceMesh) -> None:
-    """Make every parameter below `root` a DTensor, split as `split` says by its id, or else replicated.
+def divide(root: nn.Module, split: dict[int, Placement], mesh: DeviceMesh) -> None:
+    """Make every parameter below `root` a DTensor, split along the last axis of `mesh` as `split` says by its id, or
+    else replicated.
 
     Divided experts are DTensors already, and left alone. Tied parameters stay one.
     """
@@ -170,12 +171,13 @@ def _divide(root: nn.Module, split: dict[int, Placement], mesh: DeviceMesh) -> N
 def _divided(parameter: nn.Parameter, placement: Placement, mesh: DeviceMesh) -> nn.Parameter:
     whole = parameter.detach()
     if isinstance(placement, Shard):
-        parts = whole.chunk(mesh.size(), placement.dim)
-        own = parts[mesh.get_local_rank()].clone(memory_format=torch.contiguous_format)
+        parts = whole.chunk(mesh.size(-1), placement.dim)
+        own = parts[mesh.get_local_rank(mesh.ndim - 1)].clone(memory_format=torch.contiguous_format)
     else:
         own = whole
+    placements = [*[Replicate()] * (mesh.ndim - 1), placement]
     tensor = DTensor.from_local(
-        own, mesh, [placement], run_check=False, shape=whole.shape, stride=whole.contiguous().stride()
+        own, mesh, placements, run_check=False, shape=whole.shape, stride=whole.contiguous().stride()
     )
     return nn.Parameter(tensor, requires_grad=parameter.requires_grad)
 
@@ -273,17 +275,17 @@ def _from_own_tokens(forward: Forward, ranks: RankGroup, *, is_first: bool) -> F
     return run
 
 
-def use_local(units: Iterable[nn.Module], skip: Iterable[nn.Module]) -> None:
+def use_local(units: Iterable[nn.Module], skip: Iterable[nn.Module] = (), dtype: torch.dtype | None = None) -> None:
     """Have the parameters of each of `units` (inner ones before outer ones) be plain tensors while it runs.
 
     A parameter belongs to the innermost unit around it, as with FSDP, which gathers it just before the unit runs.
-    skip: modules within units that see to their own parameters.
+    skip: modules within units that see to their own parameters. dtype: what they are cast to, if not left as they are.
     """
     taken = set(skip)
     for unit in units:
         modules = list(_outside_of(unit, taken))
         taken.add(unit)
-        wrap_forward(unit, "local parameters", partial(_with_local_parameters, modules=modules))
+        wrap_forward(unit, "local parameters", partial(_with_local_parameters, modules=modules, dtype=dtype))
 
 
 def _outside_of(module: nn.Module, units: set[nn.Module]) -> Iterator[nn.Module]:
@@ -294,18 +296,18 @@ def _outside_of(module: nn.Module, units: set[nn.Module]) -> Iterator[nn.Module]
             yield from _outside_of(child, units)
 
 
-def _with_local_parameters(forward: Forward, modules: Sequence[nn.Module]) -> Forward:
+def _with_local_parameters(forward: Forward, modules: Sequence[nn.Module], dtype: torch.dtype | None) -> Forward:
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with local_parameters(modules):
+        with local_parameters(modules, dtype):
             return forward(*args, **kwargs)
 
     return run
 
 
 @contextmanager
-def local_parameters(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Put the local parts of the modules' DTensors in their place; tied ones are one tensor."""
+def local_parameters(modules: Iterable[nn.Module], dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Put the local parts of the modules' DTensors in their place, floats cast to `dtype`; tied ones are one tensor."""
     replaced: list[tuple[dict[str, Any], str, Any]] = []
     made: dict[int, Tensor] = {}
     for module in modules:
@@ -313,7 +315,8 @@ def local_parameters(modules: Iterable[nn.Module]) -> Iterator[None]:
             if isinstance(parameter, DTensor):
                 replaced.append((module._parameters, name, parameter))
                 if id(parameter) not in made:
-                    made[id(parameter)] = parameter.to_local()
+                    local = parameter.to_local()
+                    made[id(parameter)] = local.to(dtype) if dtype and local.is_floating_point() else local
     try:
         for parameters, name, parameter in replaced:
             parameters[name] = made[id(parameter)]

@@ -71,7 +71,7 @@ from tutti.model.structure import count_flops, freeze_parts, model_class, num_pa
 from tutti.model.tokenizer import build_tokenizer, end_ids, set_chat_template
 from tutti.parallel.apply import parallelize
 from tutti.parallel.batch_invariant import equal_counts
-from tutti.parallel.fsdp import GradientSync, offloads, postpones
+from tutti.parallel.fsdp import gradient_sync, offloads, postpones
 from tutti.parallel.mesh import Mesh
 from tutti.parallel.pipeline.executor import Executor, PipelineExecutor, SequentialExecutor
 from tutti.parallel.pipeline.stage import Pipeline
@@ -374,7 +374,7 @@ def load_parameters(config: Config, placed: PlacedModel, mesh: Mesh, world: Worl
 
 def make_executor(train: TrainConfig, placed: PlacedModel, mesh: Mesh, device: torch.device) -> Executor:
     """The executor of a step's micro batches on the parallelized model. A collective call."""
-    sync = GradientSync(placed.objective, mesh, train)
+    sync = gradient_sync(placed.objective, mesh, train)
     sharing, place = sequence_ranks(mesh), make_placing(placed.structure)
 
     def prepare(micro: Batch) -> Batch:
