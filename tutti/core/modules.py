@@ -11,6 +11,7 @@ and `describe_wrappers` prints what a module and its parts wear.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,7 +43,8 @@ class Extras:
     (`tutti.model.lora`). packed: how its quantized weights are read, by name (`tutti.model.quantized`). exchange: the
     way to experts that other ranks hold (`tutti.parallel.expert`). expert_load: counts of the tokens that chose each
     expert (`tutti.model.experts`). early_values: the exchange of an attention layer's values
-    (`tutti.attention.ulysses`). lora: of a model, which layers are adapted and how.
+    (`tutti.attention.ulysses`). lora: of a model, which layers are adapted and how. local_parameters: puts plain tensors in
+    the place of a unit's DTensors (`tutti.parallel.tensor`).
     """
 
     wrappers: tuple[str, ...] = ()
@@ -52,6 +54,7 @@ class Extras:
     expert_load: Any = None
     early_values: Any = None
     lora: Any = None
+    local_parameters: Callable[[], AbstractContextManager[None]] | None = None
 
 
 _NONE = Extras()

@@ -31,7 +31,14 @@ from typing import Protocol
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import Shard
 
 from tutti.config import TrainConfig
@@ -40,6 +47,7 @@ from tutti.core.compute_dtype import compute_dtype
 from tutti.parallel.expert import divided_experts, shard_dim, undivided_parts
 from tutti.parallel.grads import sum_replicated
 from tutti.parallel.mesh import Mesh
+from tutti.parallel.tensor import with_local_parameters
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +127,14 @@ def holds_whole(mesh: Mesh, train: TrainConfig) -> bool:
 def offloads(train: TrainConfig) -> bool:
     """True where parameters, gradients and optimizer state live in host memory."""
     return train.data_parallel_mode != "ddp" and train.enable_fsdp_offload
+
+
+def run_as_forward(root: nn.Module, method: str) -> None:
+    """Have the parameters of `root` be there for `method` as they are for its forward."""
+    if isinstance(root, FSDPModule):
+        register_fsdp_forward_method(root, method)
+    elif method not in root.__dict__:
+        setattr(root, method, with_local_parameters(getattr(root, method), root))
 
 
 def fsdp_modules(root: nn.Module) -> list[FSDPModule]:

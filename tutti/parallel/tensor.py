@@ -37,7 +37,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from tutti.core.collectives import RankGroup, gather_rows, gather_tensor, scatter_tensor
-from tutti.core.modules import Forward, extras, wrap_forward
+from tutti.core.modules import Forward, extras, put_on, wrap_forward
 from tutti.parallel.mesh import Mesh
 from tutti.parallel.tp_plan import GATHERED, SLICED, Linear, TensorPlan
 
@@ -285,7 +285,8 @@ def use_local(units: Iterable[nn.Module], skip: Iterable[nn.Module] = (), dtype:
     for unit in units:
         modules = list(_outside_of(unit, taken))
         taken.add(unit)
-        wrap_forward(unit, "local parameters", partial(_with_local_parameters, modules=modules, dtype=dtype))
+        put_on(unit, local_parameters=partial(local_parameters, modules, dtype))
+        wrap_forward(unit, "local parameters", partial(with_local_parameters, unit=unit))
 
 
 def _outside_of(module: nn.Module, units: set[nn.Module]) -> Iterator[nn.Module]:
@@ -296,10 +297,14 @@ def _outside_of(module: nn.Module, units: set[nn.Module]) -> Iterator[nn.Module]
             yield from _outside_of(child, units)
 
 
-def _with_local_parameters(forward: Forward, modules: Sequence[nn.Module], dtype: torch.dtype | None) -> Forward:
+def with_local_parameters(forward: Forward, unit: nn.Module) -> Forward:
+    """`forward` with the parameters of `unit`, which has been told to `use_local`, as plain tensors."""
+    localize = extras(unit).local_parameters
+    assert localize is not None, f"{type(unit).__name__} is no unit"
+
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with local_parameters(modules, dtype):
+        with localize():
             return forward(*args, **kwargs)
 
     return run

@@ -27,7 +27,6 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
-from torch.distributed.fsdp import register_fsdp_forward_method
 
 from tutti.attention.interface import PACKED, attention_by_part
 from tutti.attention.kv_cache import register
@@ -47,6 +46,7 @@ from tutti.infer.media import MediaInputs, as_sample, encoded_once, media_inputs
 from tutti.infer.prompts import PromptFormat, conversation_to_answer, filled, row_request
 from tutti.infer.sampling import Sampler
 from tutti.model.tokenizer import end_ids
+from tutti.parallel.fsdp import run_as_forward
 from tutti.parallel.pipeline.executor import Executor
 from tutti.parallel.sequence import sequence_ranks, split_samples, split_tokens
 from tutti.train.logging.metrics import Metrics
@@ -129,7 +129,7 @@ class Samples:
             with encoded_once(self._run.placed.structure.decoder):
                 yield RecomputedLogits(self._run, executor, self._media, pad_to=self._pad_to)
             return
-        register_fsdp_forward_method(objective, "run_model")
+        run_as_forward(objective, "run_model")
         config = objective.model.config
         before = attention_by_part(config, config.get_text_config()._attn_implementation)
         objective.model.set_attn_implementation(attention_by_part(config, register()))
