@@ -77,8 +77,8 @@ def ignore(*_: Any, **__: Any) -> None:
 class Watcher:
     """Notes what a run does.
 
-    seen, as it is at the first step: share (of all parameters, that this rank holds), dtypes, units (of parameters, on one rank), decay
-    (parameters by their weight decay), collects_by_itself, deterministic; mesh, experts (ranks of this one's group).
+    seen, as it is at the first step: share (of all parameters, that this rank holds), dtypes, units (on one rank),
+    decay (parameters by their weight decay), collects_by_itself, deterministic; mesh, experts (this rank's group).
     sharded: whether parameters were DTensors when they got their values. reads: tensors read from weight files.
     passes: for each time the first block ran, whether a graph was made of it. tokens: this rank's, of each micro batch.
     gathered: whether the first block's parameters were whole after each forward, after each backward pass, in turn.

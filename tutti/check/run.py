@@ -159,9 +159,13 @@ def _plan_table(config: Config, layout: Layout, model: PreTrainedModel, structur
         )
         where = f"{len(stages)} on {layout.pipeline} ranks ({train.pipeline_schedule})"
         table.add_row("stages", f"{where}: blocks {describe_stages(stages)}")
-    kept = "freed after the forward pass" if reshards(train) and layout.shard > 1 else "kept until the backward pass"
-    table.add_row("parameters", f"{'fp32' if train.enable_mixed_precision else 'bf16'}, computed with in "
-                  f"{train.compute_dtype}, {kept}")  # fmt: skip
+    stored = "fp32" if train.enable_mixed_precision else "bf16"
+    kept = ", kept until the backward pass"
+    if layout.world == 1 and not offloads(train):
+        kept = ""
+    elif reshards(train) and layout.shard > 1:
+        kept = ", freed after the forward pass"
+    table.add_row("parameters", f"{stored}, computed with in {train.compute_dtype}{kept}")
     table.add_row("activations", "recomputed block by block" if train.enable_gradient_checkpointing else "kept")
     return table
 

@@ -43,8 +43,8 @@ class Extras:
     (`tutti.model.lora`). packed: how its quantized weights are read, by name (`tutti.model.quantized`). exchange: the
     way to experts that other ranks hold (`tutti.parallel.expert`). expert_load: counts of the tokens that chose each
     expert (`tutti.model.experts`). early_values: the exchange of an attention layer's values
-    (`tutti.attention.ulysses`). lora: of a model, which layers are adapted and how. local_parameters: puts plain tensors in
-    the place of a unit's DTensors (`tutti.parallel.tensor`).
+    (`tutti.attention.ulysses`). lora: of a model, which layers are adapted and how. local_parameters: puts plain
+    tensors in the place of a unit's DTensors (`tutti.parallel.tensor`).
     """
 
     wrappers: tuple[str, ...] = ()

@@ -7,8 +7,8 @@
 5. Activation checkpointing around it.
 6. Batch invariance: with train.enable_batch_invariant_mode, samples go through it one by one.
 7. Activation offload: tensors that are still kept for the backward pass go to host memory.
-8. FSDP: parameters are sharded or copied, in mixed precision, a unit a block. It gathers outside of all the above. Where
-   one rank holds the whole model, step 4's local parameters in the compute dtype take its place: nothing is gathered.
+8. FSDP: parameters are sharded or copied, in mixed precision, a unit a block. It gathers outside of all the above. A
+   rank that is alone needs none of it: its local parameters (step 4) are cast as they are used.
 
 Steps 2 to 7 wrap forwards, in the order of `tutti.core.modules`; the log says how. The model may be on the meta device;
 weights are loaded afterwards, each rank reading its own slices.

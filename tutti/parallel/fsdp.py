@@ -1,10 +1,10 @@
 """Data parallelism and mixed precision, all of it on one engine: torch's `fully_shard` (FSDP2).
 
 ddp is a mesh of copies with one shard each, ZeRO-2 and ZeRO-3 shard, hybrid sharding does both. A single process is a
-mesh of one, whose parameters need no engine, since nothing is gathered or reduced. So parameters are fp32 DTensors everywhere, cast to bf16 to compute with, their gradients reduced in fp32,
-and a checkpoint looks the same whatever made it. Each block is a unit that is gathered (and cast) just before it runs;
-all other parameters (embedding, final norm, head) belong to the root. Experts that are divided among ranks are units of
-their own, on a mesh of their own.
+mesh of one, whose parameters need no engine, since nothing is gathered or reduced. So parameters are fp32 DTensors
+everywhere, cast to bf16 to compute with, their gradients reduced in fp32, and a checkpoint looks the same whatever made
+it. Each block is a unit that is gathered (and cast) just before it runs; all other parameters (embedding, final norm,
+head) belong to the root. Experts that are divided among ranks are units of their own, on a mesh of their own.
 
 fsdp1 is a mode of this engine rather than torch's first FSDP, whose flat parameters would need a second way of loading,
 saving and exporting everything. It has what distinguishes the first generation in use: one switch, full sharding or

@@ -26,7 +26,7 @@ Shapes: G ranks, T tokens (a multiple of G), t = T / G of a rank, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any, NamedTuple, Protocol
