@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Trainer
 
-from bench._trainer import IGNORE, Timer
+from bench._trainer import IGNORE, Timer, training_arguments
 from bench.caption import ACCUMULATION, BATCH_SIZE, QUESTION, WARMUP_STEPS
 
 
@@ -50,23 +50,7 @@ def main(folder: Path, path: Path, workers: int) -> None:
     config = AutoConfig.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     collate, timer = Collator(folder), Timer(after=WARMUP_STEPS)
-    arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"),
-        use_cpu=not torch.accelerator.is_available(),
-        per_device_train_batch_size=BATCH_SIZE,
-        gradient_accumulation_steps=ACCUMULATION,
-        train_sampling_strategy="sequential",
-        learning_rate=1e-4,
-        optim="adamw_torch_fused",
-        num_train_epochs=1,
-        dataloader_num_workers=workers,
-        dataloader_pin_memory=False,
-        save_strategy="no",
-        logging_steps=1_000_000,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-    )
+    arguments = training_arguments(folder, BATCH_SIZE, ACCUMULATION, dataloader_num_workers=workers)
     Trainer(model, arguments, train_dataset=rows, data_collator=collate, callbacks=[timer]).train()
     counts = [len(collate.processor.tokenizer(row["caption"])["input_ids"]) + 1 for row in rows]
     timed = counts[WARMUP_STEPS * BATCH_SIZE * ACCUMULATION :]

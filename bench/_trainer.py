@@ -45,6 +45,27 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     }
 
 
+def training_arguments(folder: Path, batch_size: int, accumulation: int, **options: Any) -> TrainingArguments:
+    """The settings that all benches train with."""
+    return TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        use_cpu=not torch.accelerator.is_available(),
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        train_sampling_strategy="sequential",
+        learning_rate=1e-4,
+        optim="adamw_torch_fused",
+        num_train_epochs=1,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        logging_steps=1_000_000,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        **options,
+    )
+
+
 def main(folder: Path, mode: str) -> None:
     plan = json.loads((folder / "workload.json").read_text())
     measured = plan["measured"]
@@ -55,23 +76,12 @@ def main(folder: Path, mode: str) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
     timer = Timer(after=1)
-    arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"),
-        use_cpu=not torch.accelerator.is_available(),
+    arguments = training_arguments(
+        folder,
+        plan["batch_size"],
+        plan["accumulation"],
         bf16=plan["compute_dtype"] == "bfloat16",
-        per_device_train_batch_size=plan["batch_size"],
-        gradient_accumulation_steps=plan["accumulation"],
-        train_sampling_strategy="sequential",
-        learning_rate=1e-4,
-        optim="adamw_torch_fused",
-        num_train_epochs=1,
         gradient_checkpointing=plan.get("gradient_checkpointing", False),
-        dataloader_pin_memory=False,
-        save_strategy="no",
-        logging_steps=1_000_000,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
     )
     Trainer(model, arguments, train_dataset=rows, data_collator=collate, callbacks=[timer]).train()
     trained = sum(len(ids) - 1 for ids in measured)

@@ -152,6 +152,17 @@ def own_loss(plain: Any, inputs: dict[str, Any], sample: Sample, **options: Any)
     return plain(**inputs, **options, labels=labels, use_cache=False).loss * (labels != IGNORE).sum()
 
 
+def assert_packed_equals(packed: Any, plain: Any, encoder: Encoder, samples: list[Sample], total: torch.Tensor) -> None:
+    """Loss and gradients of samples packed into one batch are those of `total`, the loss of the class on each."""
+    batch = pack(samples, pad_to=sum(map(len, samples)) + 3)
+    batch = replace(batch, extras=encoder.extras(samples, len(batch.input_ids)))
+    out = Objective(packed)(make_placing(read_structure(packed))(batch))
+    out["loss"].backward()
+    total.backward()
+    assert out["loss"].item() == pytest.approx(total.item(), rel=1e-5)
+    assert_same_gradients(packed, plain)
+
+
 FAMILIES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "qwen2_vl": ({"video_max_frames": 6}, [*VIDEOS.values(), TWO, MIXED]),
     "qwen2_5_vl": ({"video_max_frames": 6}, [*VIDEOS.values(), TWO, MIXED]),
@@ -183,13 +194,7 @@ def test_packed_recordings_equal_the_family_s_own(family: str, folder: Path) -> 
             sample = replace(sample, num_values=measured)
         assert sample.num_values == 0
         total = total + own_loss(plain, inputs, sample)
-    batch = pack(samples, pad_to=sum(map(len, samples)) + 3)
-    batch = replace(batch, extras=encoder.extras(samples, len(batch.input_ids)))
-    out = Objective(packed)(make_placing(read_structure(packed))(batch))
-    out["loss"].backward()
-    total.backward()
-    assert out["loss"].item() == pytest.approx(total.item(), rel=1e-5)
-    assert_same_gradients(packed, plain)
+    assert_packed_equals(packed, plain, encoder, samples, total)
 
 
 HEARD: list[list[tuple[str, str]]] = [
@@ -253,13 +258,7 @@ def test_the_sound_of_a_video_lies_between_its_frames(family: str, folder: Path)
             assert value.equal(torch.as_tensor(inputs[name])), name
         flag = {"use_audio_in_video": True} if any(one.sound for one in sample.media) else {}
         total = total + own_loss(plain, dict(inputs), sample, **flag)
-    batch = pack(samples, pad_to=sum(map(len, samples)) + 3)
-    batch = replace(batch, extras=encoder.extras(samples, len(batch.input_ids)))
-    out = Objective(packed)(make_placing(read_structure(packed))(batch))
-    out["loss"].backward()
-    total.backward()
-    assert out["loss"].item() == pytest.approx(total.item(), rel=1e-5)
-    assert_same_gradients(packed, plain)
+    assert_packed_equals(packed, plain, encoder, samples, total)
     alone = encoded(encoder, folder, row(("video", "uneven.mp4")), row(("video", "heard.mp4")))
     (both,) = encoded(encoder, folder, row(("video", "uneven.mp4"), ("video", "heard.mp4")))
     text = processor.tokenizer.decode
