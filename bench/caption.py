@@ -144,7 +144,7 @@ def run_tutti(folder: Path, rows: Path, workers: int) -> dict[str, float]:
     run_python("-m", "tutti", "train", *(f"{name}={value}" for name, value in given.items()))
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     timed = [line for line in lines if "step_seconds" in line and line["step"] > WARMUP_STEPS]
-    late = [line for line in timed if line["step"] > WAIT_FROM]
+    late = [line for line in timed if line["step"] > WAIT_FROM] or timed
     return {
         "trained_tokens": sum(line["trained_tokens"] for line in timed),
         "seconds": sum(line["step_seconds"] for line in timed),
