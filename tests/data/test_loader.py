@@ -117,6 +117,24 @@ def test_a_finished_run_that_is_made_longer_goes_on_as_the_longer_one(path, kind
         assert set(given.values()) == {3} and len(given) == 150, "every sample once an epoch"
 
 
+@kinds
+@pytest.mark.parametrize("change", [{"max_steps": 6}, {"max_steps": None}, {"num_train_epochs": 3}])
+def test_a_run_that_max_steps_ended_goes_on_as_one_with_more(path, kind, change):
+    data, train = KINDS[kind]
+    train = {**train, "max_steps": 3, "num_train_epochs": 1}
+    short = build(configure(path, data=data, **train))
+    done = record(short.train())
+    assert len(done) == 3
+    state = json.loads(json.dumps(short.state_dict()))
+    same, resumed, straight = (build(configure(path, data=data, **train | changes)) for changes in ({}, change, change))
+    same.load_state_dict(state)
+    assert record(same.train()) == []
+    resumed.load_state_dict(state)
+    rest, expected = record(resumed.train()), record(straight.train())
+    assert resumed.total_steps == straight.total_steps == len(expected) > 3
+    assert [one[3:] for one in done + rest] == [one[3:] for one in expected]
+
+
 def ids_of(batches):
     return [one for *_, micro_batches in batches for micro_batch in micro_batches for one in micro_batch]
 

@@ -243,6 +243,7 @@ class Planner:
         self.source, self.batching = source, batching
         self.mix, self.packer = source.mix(), batching.packer(source.bucket)
         self.step = self.epoch = self.step_in_epoch = self.passes = 0
+        self._cut_at = 0  # steps of the epoch that has just ended, if train.max_steps ended it and no new one has begun
         self.warmup_steps = 0
         self._set_counted(Count(()))
         self._formula_steps = batching.epoch_steps
@@ -328,13 +329,17 @@ class Planner:
 
     def _end_epoch(self) -> None:
         """Go to the next epoch. One that train.max_steps cut short leaves nothing to it."""
-        cut = self._is_cut()
+        cut, limit = self._is_cut(), self.batching.max_steps
+        self._cut_at = self.step_in_epoch if limit is not None and self.step_in_epoch >= limit else 0
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
         self._formula_steps = self.batching.epoch_steps
         if cut and self.epoch < self.batching.epochs:
-            self.packer.hold(())
-            self.passes = self.epoch
-            self._begin_pass()
+            self._begin_epoch_anew()
+
+    def _begin_epoch_anew(self) -> None:
+        self.packer.hold(())
+        self.passes, self._cut_at = self.epoch, 0
+        self._begin_pass()
 
     def _is_cut(self) -> bool:
         limit = self.batching.max_steps
@@ -456,6 +461,7 @@ class Planner:
             "mix": self.mix.state_dict(),
             "held": [self.source.name(item) for _, item in held],
             "held_sizes": sizes,
+            "cut_at": self._cut_at,
         }
 
     def load_position(self, position: dict[str, Any]) -> None:
@@ -465,8 +471,18 @@ class Planner:
         self.mix.load_state_dict(position["mix"])
         same = position["batching"] == self._batching
         self.packer.hold(self.source.find(position["held"]), position["held_sizes"] if same else ())
+        self._reopen(position.get("cut_at", 0))
         self.warmup_steps = position["warmup_steps"] if same else 0
         self._set_counted(Count(**position["counted"]) if same else Count(()))
+
+    def _reopen(self, cut_at: int) -> None:
+        """Go on with the last epoch, which train.max_steps ended after `cut_at` steps, if it may now be longer; or with
+        the next one, if there is one now. 0: it was not ended so."""
+        limit, self._cut_at = self.batching.max_steps, cut_at
+        if cut_at and (limit is None or limit > cut_at):
+            self.epoch, self.step_in_epoch, self._cut_at = self.epoch - 1, cut_at, 0
+        elif cut_at and self.batching.epoch_steps is None and self.epoch < self.batching.epochs:
+            self._begin_epoch_anew()
 
 
 def _tokens(batches: MicroBatches) -> int:
