@@ -112,7 +112,6 @@ def test_a_finished_run_is_done_and_a_longer_one_goes_on_by_its_own_schedule(tmp
     assert [line["step"] for line in lines] == list(range(1, 9)) and lines[:4] == before
     straight = run(tiny_config(tmp_path / "straight", **settings, **{"train.max_steps": 8}))
     assert [line["lr"] for line in lines[4:]] == [line["lr"] for line in straight[4:]]
-    assert [line["samples"] for line in lines] == [line["samples"] for line in straight]
 
 
 def train_and_listen(config):
