@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import profile
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from tests import sweep
 from tests.harness import regroup, run_ranks
 from tests.model.zoo import tiny
 from tests.parallel.layouts import assert_same, family_config, train_all
@@ -149,6 +150,23 @@ def compare_all(cases: list[tuple[str, Any, str, dict[str, Any]]]) -> None:
 
 def config_for(folder: Any, world: int, **train: Any) -> Any:
     return tiny_config(folder, world=world, **{f"train.{name}": value for name, value in train.items()})
+
+
+@pytest.mark.parametrize(
+    ("family", "linears"), [("opt", 8), ("granitemoe", 8), ("phimoe", 8), ("lfm2", 14), ("nemotron_h", 6)]
+)
+def test_configs_without_a_plan_of_their_own_have_the_usual_one(family, linears):
+    """Experts run on a rank's own tokens, and so do matrices of the block itself; mixers run whole on all tokens."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(sweep.tiny_config(family))
+    structure = read_structure(model)
+    plan = read_plan(structure)
+    assert len(plan.linears) == linears and len(plan.counting) == (2 if family == "opt" else 0)
+    reduces = {region.module: region.reduces for region in plan.regions}
+    assert all(reduces[mixer] is False for mixer in structure.mixers)
+    inside = {part for region in reduces for part in region.modules()}
+    own = [part for _, block in structure.blocks for part in block.children() if isinstance(part, torch.nn.Linear)]
+    assert inside.isdisjoint([*structure.experts, *own])
 
 
 def test_two_ranks_give_every_family_s_loss_and_gradients(tmp_path):
