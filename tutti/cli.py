@@ -267,7 +267,7 @@ def _infer(command: _Command) -> int:
     from tutti.infer.run import Job, infer
 
     source, output = (expand_path(files[0]) if files else None for files in (options.input, options.output))
-    job = Job(tuple(options.prompt), source, output, tuple(options.media))
+    job = Job(tuple(options.prompt), source, output, tuple(options.media), options.draw)
     infer(config, job)
     return 0
 
@@ -444,7 +444,7 @@ name within its group (lr).""",
         run=_infer,
         usage="""\
 [FILE.yaml] --infer.model_path PATH [--a.b VALUE | a.b=VALUE ...] [--nproc N]
-                   [[--image FILE ...] [--prompt TEXT ...] | --input FILE.jsonl --output FILE.jsonl]""",
+                   [[--image FILE ...] [--prompt TEXT ...] | --input FILE.jsonl --output FILE.jsonl] [--draw]""",
         brief="talk to a model, or let it answer prompts",
         text="""\
 Generate text with a model: a Hugging Face folder, an adapter folder (on the base that it names, or model.model_path),
@@ -484,6 +484,7 @@ pipe in a message a line.
                 "default": [],
                 "help": "the new file of answers; of a diffusion model, which draws --prompt, the folder of pictures",
             },
+            "--draw": {"action": "store_true", "help": "begin each answer with a picture, of a language model that draws"},
             **_nproc("divide a model that is too large for one device among N ranks"),
         },
         examples=(

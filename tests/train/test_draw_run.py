@@ -20,10 +20,10 @@ from tests.train.test_run import assert_same_training
 from tutti.checkpoint.omni_files import CODE_DECODER
 from tutti.config import Config, ConfigError
 from tutti.config.load import load
+from tutti.infer.drawing import Hidden
 from tutti.model.autoencoder import make_net
 from tutti.model.vq import WEIGHTS, read_codes
 from tutti.train.placement import tokenizer_and_model
-from tutti.train.tasks.drawing import Hidden
 
 
 def write_tokenizer(folder: Path) -> str:
@@ -142,7 +142,7 @@ def test_a_model_that_sees_by_codes_has_no_tower(tmp_path: Path, one: list[dict[
 def test_hidden_prompts_are_drawn_by_key_and_keep_media(tmp_path: Path, one: list[dict[str, Any]]) -> None:
     plain = run(config_of(tmp_path, **{"train.cfg_dropout": 0.0, "train.max_steps": 1}))
     assert plain[0]["loss"] != one[0]["loss"] and plain[0]["targets/code"] == one[0]["targets/code"]
-    assert Hidden(0, frozenset({7}))(torch.tensor([5, 7, 6])).tolist() == [0, 7, 0]
+    assert Hidden(0, frozenset({7}))([5, 7, 6]) == [0, 7, 0]
 
 
 REFUSED = {

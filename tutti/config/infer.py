@@ -38,8 +38,14 @@ class InferConfig:
     image_steps: int = arg(28, "Steps in which a diffusion model draws a picture.", low=1, added=True)
     image_guidance: float = arg(
         4.0,
-        "How strongly the prompt leads what a diffusion model draws; 1 not beyond what was learned.",
+        "How strongly the prompt leads what a model draws (train.cfg_dropout); 1 not beyond what was learned.",
         low=1,
+        added=True,
+    )
+    image_temperature: float = arg(
+        1.0,
+        "Divides the logits of a picture's codes, beside infer.temperature, where a language model draws.",
+        low=0.01,
         added=True,
     )
     image_size: str | None = arg(

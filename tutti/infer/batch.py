@@ -21,6 +21,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich import progress
 from rich.console import Console
 
@@ -29,11 +30,15 @@ from tutti.core.files import replacing
 from tutti.data.formats import BadRow, JsonLines
 from tutti.data.media import identity
 from tutti.data.rows import RowError
+from tutti.infer.drawing import Pictures
 from tutti.infer.generate import Generator, Request, Token, whole_answers
 from tutti.infer.load import LoadedModel
-from tutti.infer.prompts import PromptFormat, row_request
+from tutti.infer.prompts import PromptFormat, row_request, to_draw
 
 log = logging.getLogger(__name__)
+
+PICTURES = "pictures"
+"""The column of the pictures that an answer has."""
 
 RESPONSE = "response"
 """The column that the answer is put in."""
@@ -69,10 +74,18 @@ def read_rows(path: Path) -> Rows:
 
 
 def answer_rows(
-    config: Config, loaded: LoadedModel, generator: Generator, rows: Rows, source: Path, output: Path
+    config: Config,
+    loaded: LoadedModel,
+    generator: Generator,
+    rows: Rows,
+    source: Path,
+    output: Path,
+    *,
+    draw: bool = False,
 ) -> None:
     """Answer `rows`, which are those of `source`, into `output`, going on from what an earlier run left. Collective.
 
+    draw: each answer begins with a picture. Pictures are files in a folder beside the output, which their row names.
     ValueError, on all ranks: rows that can't be asked, with their places; an output that belongs to something else.
     """
     world = generator.world
@@ -84,16 +97,24 @@ def answer_rows(
         return
     day = world.broadcast(world.run_on_all_ranks(lambda: _date(journal)))
     form = loaded.form.dated(day)
-    requests = world.run_on_all_ranks(lambda: _requests(config, form, rows, source))
+    requests = world.run_on_all_ranks(lambda: _requests(config, form, rows, source, draw=draw))
     header = _header(config, loaded, rows, requests) | {"date": day}
     answers: dict[int, str] = world.run_on_all_ranks(lambda: _read_journal(journal, header))
     if answers:
         log.info("going on from %s: %d of %d rows are answered", journal, len(answers), len(rows))
     left = sorted((item for item in requests if item.number not in answers), key=lambda item: -len(item.ids))
+    folder = output.with_name(f"{output.stem}_pictures")
+
+    def keep(number: int, place: int, picture: Image.Image) -> None:
+        if world.is_main:
+            folder.mkdir(exist_ok=True)
+            picture.save(folder / f"{number}_{place}.png")
+
+    pictures = Pictures(generator.drawing, keep)
     world.barrier()
     with _writing(journal, header, active=world.is_main) as write, _Progress(len(left), active=world.is_main) as bar:
         try:
-            for number, text in whole_answers(bar.watch(generator.stream(left)), left, form.tokenizer):
+            for number, text in whole_answers(pictures.watch(bar.watch(generator.stream(left))), left, form.tokenizer):
                 answers[number] = text
                 write({"line": number, RESPONSE: text})
         except KeyboardInterrupt:
@@ -103,11 +124,19 @@ def answer_rows(
     def finish() -> None:
         if world.is_main:
             with replacing(output) as file:
-                file.writelines(_line({**row, RESPONSE: answers[number]}) for number, row in rows.items())
+                for number, row in rows.items():
+                    drawn = {} if generator.drawing is None else {PICTURES: _pictures(folder, number)}
+                    file.write(_line({**row, RESPONSE: answers[number], **drawn}))
             journal.unlink()
 
     world.run_on_all_ranks(finish)
     log.info("wrote %d answers to %s", len(rows), output)
+
+
+def _pictures(folder: Path, number: int) -> list[dict[str, str]]:
+    """The pictures of the answer to a row, in their order, as parts of a message; paths beside the output."""
+    files = sorted(folder.glob(f"{number}_*.png"), key=lambda file: int(file.stem.partition("_")[2]))
+    return [{"type": "image", "path": f"{folder.name}/{file.name}"} for file in files]
 
 
 def _date(journal: Path) -> str:
@@ -118,11 +147,12 @@ def _date(journal: Path) -> str:
         return date.today().isoformat()
 
 
-def _requests(config: Config, form: PromptFormat, rows: Rows, source: Path) -> list[Request]:
+def _requests(config: Config, form: PromptFormat, rows: Rows, source: Path, *, draw: bool) -> list[Request]:
     requests, problems = [], []
     for number, row in rows.items():
         try:
-            requests.append(row_request(form, row, number, config.infer.max_tokens, str(source.parent)))
+            request = row_request(form, row, number, config.infer.max_tokens, str(source.parent))
+            requests.append(to_draw(form, request) if draw else request)
         except RowError as error:
             problems.append(f"{source}:{number}: {error}")
     if problems:
@@ -139,6 +169,7 @@ def _is_done(output: Path, rows: Rows) -> bool:
         return False
     try:
         there = [json.loads(line) for line in output.read_bytes().splitlines() if line.strip()]
+        there = [{name: value for name, value in row.items() if name != PICTURES} for row in there]
         asked = [[_line({**row, RESPONSE: ""}) for row in part] for part in (there, rows.values())]
         same = asked[0] == asked[1] and all(isinstance(row.get(RESPONSE), str) for row in there)
     except (ValueError, TypeError, AttributeError, OSError):

@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from tutti.attention.kv_cache import KVCache
 from tutti.core.batch import Media
 from tutti.core.dist import World
+from tutti.infer.drawing import Drawing, DrawingState
 from tutti.infer.media import MediaInputs
 from tutti.infer.sampling import Sampler
 from tutti.infer.stream import NO_EDGES, Edges, answer_text
@@ -36,13 +37,15 @@ from tutti.infer.stream import NO_EDGES, Edges, answer_text
 
 class Request(NamedTuple):
     """A prompt to continue. number: names the sequence and seeds its sampling. limit: most tokens of the answer. edges:
-    the blanks around the answer that are no part of it. media: what stands in the place of some of its tokens."""
+    the blanks around the answer that are no part of it. media: what stands in the place of some of its tokens. drawn:
+    the answer begins with a picture, whose first token is the last of `ids`."""
 
     number: int
     ids: Sequence[int]
     limit: int
     edges: Edges = NO_EDGES
     media: tuple[Media, ...] = ()
+    drawn: bool = False
 
     @property
     def size(self) -> int:
@@ -113,10 +116,12 @@ class CachedLogits:
 
 @dataclass
 class _Row:
-    """A sequence under way. last: its newest token. made: how many the answer has. end: as in `Token`."""
+    """A sequence under way. last: its newest token. made: how many the answer has. end: as in `Token`. state: where its
+    pictures are."""
 
     request: Request
     random: torch.Generator
+    state: DrawingState
     last: int = -1
     made: int = 0
     end: str | None = None
@@ -132,7 +137,8 @@ class Generator:
     """Generates with the model behind `logits`.
 
     stop_ids: tokens that end an answer. batch_tokens: most sequences under way times the size of the largest of them,
-    unless it is one alone. interrupted: asked once a round; true (on rank 0) ends the streams.
+    unless it is one alone. interrupted: asked once a round; true (on rank 0) ends the streams. drawing: of a model that
+    draws.
     """
 
     logits: NextLogits
@@ -141,6 +147,7 @@ class Generator:
     world: World
     batch_tokens: int
     interrupted: Callable[[], bool] = field(default=lambda: False)
+    drawing: Drawing | None = None
 
     @torch.no_grad()
     def stream(self, requests: Iterable[Request]) -> Iterator[Token]:
@@ -163,6 +170,8 @@ class Generator:
                 if tokens is None:
                     return
                 for row, token in zip(active, tokens, strict=True):
+                    if self.drawing is not None:
+                        row.state.add(token, self.drawing)
                     yield row.add(token, self.stop_ids)
                 kept = [place for place, row in enumerate(rows) if not row.end]
                 if len(kept) < len(rows):
@@ -187,12 +196,16 @@ class Generator:
             count = len(rows) + len(joining) + 1
             if count > 1 and count * largest > self.batch_tokens:
                 break
-            joining.append(_Row(waiting.popleft(), self.sampler.generator(request.number)))
+            request = waiting.popleft()
+            state = DrawingState.of(request, self.drawing)
+            joining.append(_Row(request, self.sampler.generator(request.number), state))
         waiting.extendleft(reversed(passed_over))
         return joining
 
     def _choose(self, logits: Tensor, rows: Sequence[_Row]) -> list[int] | None:
         """Rank 0's choice for each of `rows` from logits [B, V]; None if it was interrupted."""
+        if self.drawing is not None:
+            logits = self.drawing.allow(logits, [row.state for row in rows])
         tokens = self.sampler.pick(logits, [row.random for row in rows])
         if self.world.size > 1:
             shared = torch.cat([tokens, tokens.new_tensor([self.interrupted()])])

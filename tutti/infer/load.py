@@ -36,6 +36,7 @@ from tutti.core.dist import World
 from tutti.core.files import sha256
 from tutti.data.processor import MediaProcessor
 from tutti.data.template import ChatTemplate, read_template
+from tutti.infer.drawing import Drawing, GuidedLogits, drawing_of, hiding
 from tutti.infer.generate import CachedLogits, NextLogits
 from tutti.infer.hf_generate import GeneratedLogits, needs_generate
 from tutti.infer.media import MediaInputs, media_inputs
@@ -60,7 +61,7 @@ class LoadedModel:
     """A model, ready to generate.
 
     logits: computes its next logits. form: how its prompts are written. stop_ids: tokens that end an answer. weights: a
-    digest of its weights and their dtype.
+    digest of its weights and their dtype. drawing: of a model that draws.
     """
 
     model: PreTrainedModel
@@ -68,6 +69,7 @@ class LoadedModel:
     form: PromptFormat
     stop_ids: frozenset[int]
     weights: str
+    drawing: Drawing | None = None
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,29 @@ def load_model(config: Config, world: World) -> LoadedModel:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     log.info("%s: %s, %s", named, _described(model), world.device)
     stop_ids = frozenset(end_ids(tokenizer, model.generation_config))
+    logits = _next_logits(model, stop_ids, processor, world.device)
+    found = world.run_on_all_ranks(lambda: _drawing(config, model, tokenizer, world))
+    drawing, encode = (None, None) if found is None else (found[0], found[1].encode)
+    if drawing is not None and config.infer.image_guidance != 1.0:
+        hide = hiding(tokenizer, model.config)
+        logits = GuidedLogits(logits, drawing.first, config.infer.image_guidance, hide)
+    folders = data.media_root, data.row_template
     return LoadedModel(
         model=model,
-        logits=_next_logits(model, stop_ids, processor, world.device),
-        form=PromptFormat(tokenizer, template, is_chat, context, processor, data.media_root, data.row_template),
+        logits=logits,
+        form=PromptFormat(tokenizer, template, is_chat, context, processor, *folders, drawing, encode),
         stop_ids=stop_ids,
         weights=f"{weights} {model.dtype}",
+        drawing=drawing,
     )
+
+
+def _drawing(config: Config, model: Any, tokenizer: Any, world: World) -> Any:
+    """How the model draws, with its tokenizer of pictures; None if it does not."""
+    found = drawing_of(model, tokenizer, world.device, config.infer.image_temperature)
+    if found is not None and needs_generate(model):
+        raise ValueError("infer.model_path: a model of this family draws in training alone yet")
+    return found
 
 
 def _find(config: Config, world: World) -> _Source:

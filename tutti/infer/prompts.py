@@ -9,7 +9,7 @@ place of the template's markers as in training (`tutti.data.processor`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
@@ -24,7 +24,9 @@ from tutti.data.parts import Entry, media_columns, not_taken, with_media
 from tutti.data.processor import MediaProcessor
 from tutti.data.rows import Conversation, RowError, conversation_of, fill, half_surrogate
 from tutti.data.template import ChatTemplate
+from tutti.infer.drawing import Drawing
 from tutti.infer.generate import Request
+from tutti.infer.media import as_sample
 from tutti.infer.stream import NO_EDGES, Edges, edges_of
 
 _TEXTS = ("content_split", "text")
@@ -37,7 +39,8 @@ class PromptFormat:
     template: renders conversations; None where none is known. is_chat: a bare prompt is a user's message, rather than a
     text to continue. context: most tokens of prompt and answer together; None: no limit known. media: the processor of
     a model that takes images and more. media_root: a folder in which files of media may lie, beside that of the rows
-    (data.media_root). row_template: the messages of a row without any, by role (data.row_template).
+    (data.media_root). row_template: the messages of a row without any, by role (data.row_template). drawing: of a model
+    that draws; encode: makes codes [N, n] of pictures, for one that sees them as it draws them.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -47,6 +50,8 @@ class PromptFormat:
     media: MediaProcessor | None = None
     media_root: str | None = None
     row_template: Mapping[str, str] = field(default_factory=dict)
+    drawing: Drawing | None = None
+    encode: Callable[[Any], Any] | None = None
 
     def dated(self, day: str) -> PromptFormat:
         """The format with a template that is told `day`, YYYY-MM-DD, when it asks for the date."""
@@ -109,7 +114,28 @@ def row_request(form: PromptFormat, row: dict[str, Any], number: int, max_tokens
 def filled(form: PromptFormat, row: dict[str, Any]) -> dict[str, Any]:
     """The row with the messages of data.row_template that come before the answer, unless it asks by itself."""
     asked = {role: text for role, text in form.row_template.items() if role != "assistant"}
-    return fill(asked, row) if asked and row.get("prompt") is None else row
+    if not asked or row.get("prompt") is not None:
+        return row
+    if is_target(form.row_template):
+        row = {name: value for name, value in row.items() if name not in ("image", "images")}
+    return fill(asked, row)
+
+
+def is_target(row_template: Mapping[str, str]) -> bool:
+    """True if a row's image is what its assistant is to draw."""
+    others = "".join(text for role, text in row_template.items() if role != "assistant")
+    return "<image>" in row_template.get("assistant", "") and "<image>" not in others
+
+
+def to_draw(form: PromptFormat, request: Request) -> Request:
+    """The request with an answer that begins with a picture. RowError: the model draws none, or has no room for it."""
+    drawing = form.drawing
+    if drawing is None:
+        raise RowError("this model draws no pictures (model.decoders)")
+    room = form.context - len(request.ids) if form.context else drawing.room
+    if room < drawing.room:
+        raise RowError(f"the prompt leaves no room for the {drawing.room} tokens of a picture; shorten it")
+    return request._replace(ids=[*request.ids, drawing.start], limit=max(request.limit, drawing.room), drawn=True)
 
 
 def conversation_to_answer(row: dict[str, Any]) -> Conversation:
@@ -143,12 +169,25 @@ def chat_tokens(
     conversation, entries = with_media(conversation, columns or {})
     if entries and form.media is None:
         raise not_taken(entries)
+    if form.media is not None:
+        conversation, entries = form.media.place(conversation, entries)
     text = form.template.render(conversation.messages, conversation, prompt=True)
     if form.media is None:
         return _tokens(form, text, special=False), ()
     places = MediaFolder(folder, form.media_root)
     media = tuple(form.media.measure(kind, entry, places) for kind, entry in entries)
-    return _tokens(form, form.media.expand(text, media)[0], special=False), media
+    ids = _tokens(form, form.media.expand(text, media)[0], special=False)
+    return _with_codes(form, ids, media) if any(medium.kind == "drawn" for medium in media) else (ids, media)
+
+
+def _with_codes(form: PromptFormat, ids: list[int], media: tuple[Media, ...]) -> tuple[list[int], tuple[Media, ...]]:
+    """The tokens with the codes of pictures that the model sees as it draws them, and the other media."""
+    assert form.media is not None and form.drawing is not None and form.encode is not None
+    pixels = form.media.values([as_sample(ids, media)], len(ids))["drawn_pixels"]
+    codes = iter((form.encode(pixels).flatten() + form.drawing.first).tolist())
+    (placeholder,) = form.media.processor.drawn_token_ids
+    filled = [next(codes) if token == placeholder else token for token in ids]
+    return filled, tuple(medium for medium in media if medium.kind != "drawn")
 
 
 def _tokens(form: PromptFormat, text: str, *, special: bool) -> list[int]:

@@ -9,8 +9,10 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from PIL import Image
 
 from tutti.config import Config
 from tutti.core.device import keep_freed_memory, limit_threads, pick_device
@@ -21,9 +23,10 @@ from tutti.data.rows import RowError
 from tutti.infer.batch import answer_rows, read_rows
 from tutti.infer.chat import chat
 from tutti.infer.diffusion import Source, draw, find_denoiser
+from tutti.infer.drawing import Pictures
 from tutti.infer.generate import Generator, Request
 from tutti.infer.load import LoadedModel, load_model
-from tutti.infer.prompts import prompt_request
+from tutti.infer.prompts import prompt_request, to_draw
 from tutti.infer.sampling import Sampler
 from tutti.infer.stream import TextStream
 
@@ -35,13 +38,15 @@ class Job:
     """The prompts to answer, or the rows of `input`, into `output`; with neither, a conversation.
     Or the prompts to draw into the folder `output`.
 
-    media: kinds and files of media that come before each prompt, or the first message.
+    media: kinds and files of media that come before each prompt, or the first message. draw: answers begin with a
+    picture.
     """
 
     prompts: tuple[str, ...] = ()
     input: str | None = None
     output: str | None = None
     media: tuple[Entry, ...] = ()
+    draw: bool = False
 
 
 def infer(config: Config, job: Job) -> None:
@@ -67,8 +72,9 @@ def infer(config: Config, job: Job) -> None:
         loaded = load_model(config, world)
         sampler = Sampler.of(config.infer)
         generator = Generator(loaded.logits, sampler, loaded.stop_ids, world, config.infer.batch_tokens)
+        generator = replace(generator, drawing=loaded.drawing)
         if job.input and job.output:
-            answer_rows(config, loaded, generator, rows, Path(job.input), Path(job.output))
+            answer_rows(config, loaded, generator, rows, Path(job.input), Path(job.output), draw=job.draw)
         elif job.prompts:
             _answer_prompts(config, loaded, generator, job)
         else:
@@ -90,7 +96,8 @@ def _answer_prompts(config: Config, loaded: LoadedModel, generator: Generator, j
     requests: list[Request] = []
     for number, prompt in enumerate(prompts):
         try:
-            requests.append(prompt_request(loaded.form, prompt, number, config.infer.max_tokens, job.media))
+            request = prompt_request(loaded.form, prompt, number, config.infer.max_tokens, job.media)
+            requests.append(to_draw(loaded.form, request) if job.draw else request)
         except RowError as error:
             raise ValueError(f"--prompt {number + 1}: {error}") from None
     streams = [TextStream(loaded.form.tokenizer, item.edges) for item in requests]
@@ -99,7 +106,14 @@ def _answer_prompts(config: Config, loaded: LoadedModel, generator: Generator, j
     current = 0
     show = _show if generator.world.is_main else _hide
     show(_heading(prompts, 0))
-    for token in generator.stream(requests):
+
+    def keep(number: int, place: int, picture: Image.Image) -> None:
+        file = Path(f"picture_{number + 1}_{place}.png")
+        if generator.world.is_main:
+            picture.save(file)
+        waiting[number].append(f"[{file}]")
+
+    for token in Pictures(generator.drawing, keep).watch(generator.stream(requests)):
         stream = streams[token.number]
         if token.end != "stop":
             waiting[token.number].append(stream.add(token.id))

@@ -10,7 +10,9 @@ All ranks run the same prompts. Answers are greedy: nothing is drawn at random, 
 touched, so that a run trains the same, bit for bit, with prompts and without.
 
 A row of `train.sample_prompts_path` may say under "answer" which text its answer must hold, or a list of texts of which
-one is enough. Such rows are counted: the share of right answers is logged and recorded as `sample_accuracy`.
+one is enough. Where data.row_template has the assistant draw a row's image, the answer must hold a picture, to which
+that image is the nearest of all rows' images. Such rows are counted: the share of right answers is logged and recorded
+as `sample_accuracy`.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -32,21 +35,23 @@ from tutti.attention.interface import PACKED, attention_by_part
 from tutti.attention.kv_cache import register
 from tutti.config import Config
 from tutti.core.batch import Media, Sample, pack
-from tutti.core.pixels import to_data_url
+from tutti.core.pixels import to_data_url, to_values
 from tutti.data.formats import BadRow, JsonLines, Row
-from tutti.data.media import load_image
 from tutti.data.media_cache import MediaCache
+from tutti.data.media import MediaFolder, load_image
 from tutti.data.processor import MediaProcessor
 from tutti.data.rows import MEDIA_PARTS, RowError
 from tutti.data.template import read_template
 from tutti.data.video import load_video
+from tutti.infer.drawing import Drawing, Pictures, drawing_of
 from tutti.infer.generate import CachedLogits, Generator, NextLogits, Request, whole_answers
 from tutti.infer.hf_generate import needs_generate
 from tutti.infer.media import MediaInputs, as_sample, encoded_once, media_inputs
-from tutti.infer.prompts import PromptFormat, conversation_to_answer, filled, row_request
+from tutti.infer.prompts import PromptFormat, conversation_to_answer, filled, is_target, row_request, to_draw
 from tutti.infer.sampling import Sampler
 from tutti.model.tokenizer import end_ids
 from tutti.parallel.fsdp import run_as_forward
+from tutti.model.vq import PictureTokenizer
 from tutti.parallel.pipeline.executor import Executor
 from tutti.parallel.sequence import sequence_ranks, split_samples, split_tokens
 from tutti.train.logging.metrics import Metrics
@@ -67,12 +72,13 @@ _CACHEABLE = (PACKED, "flash_attention_2", "flash_attention_3")
 
 class _Prompt(NamedTuple):
     """text: the prompt as it is shown. expected: texts one of which the answer must hold; none: any answer will do.
-    pictures: of its media, as data URLs."""
+    pictures: of its media, as data URLs. target: the picture that is to be drawn, as the model draws pictures."""
 
     text: str
     request: Request
     expected: tuple[str, ...]
     pictures: tuple[str, ...] = ()
+    target: Tensor | None = None
 
 
 class Samples:
@@ -83,7 +89,9 @@ class Samples:
 
     def __init__(self, run: Run) -> None:
         self._run, config = run, run.config
-        self._prompts = [] if run.placed.structure.classifies else _read(run)
+        asked = config.train.sample_prompts or config.train.sample_prompts_path
+        self._drawing = drawing_of(run.placed.model, run.inputs.tokenizer, run.world.device) if asked else None
+        self._prompts = [] if run.placed.structure.classifies else _read(run, self._drawing)
         self._by_cache = bool(self._prompts) and _fits_cache(run)
         self._media = media_inputs(run.placed.structure, _processor(run))
         self._budget = config.train.micro_batch_size * config.data.max_seq_len
@@ -92,6 +100,8 @@ class Samples:
         room = min(sum(sizes), max([self._budget, *sizes]))
         self._pad_to = room if config.train.enable_compile else None
         self._shown = -1
+        if not self._by_cache and any(prompt.request.drawn or prompt.target is not None for prompt in self._prompts):
+            raise ValueError("train.sample_prompts_path: pictures are drawn in training by ddp and fsdp alone")
 
     def show(self, step: int, metrics: Metrics, executor: Executor) -> None:
         """Answer the prompts after `step` (0: before training) into the log, the report and the other places, once.
@@ -105,22 +115,35 @@ class Samples:
         ends = frozenset(end_ids(self._run.inputs.tokenizer, objective.model.generation_config))
         objective.eval()
         with self._next_logits(executor) as source:
-            generator = Generator(source, _GREEDY, ends, self._run.world, self._budget)
-            texts = dict(whole_answers(generator.stream(requests), requests, self._run.inputs.tokenizer))
+            drawing = self._drawing[0] if self._drawing else None
+            drawn = Pictures(drawing)
+            generator = Generator(source, _GREEDY, ends, self._run.world, self._budget, drawing=drawing)
+            tokens = drawn.watch(generator.stream(requests))
+            texts = dict(whole_answers(tokens, requests, self._run.inputs.tokenizer))
         objective.train()
         graded: list[bool] = []
         for prompt in self._prompts:
             text = texts[prompt.request.number]
+            made = drawn.found.get(prompt.request.number, [])
             right = is_right(text, prompt.expected) if prompt.expected else None
+            if prompt.target is not None:
+                right = bool(made) and self._nearest(made[0]) is prompt
             if right is not None:
                 graded.append(right)
             if right is None or len(graded) <= _SHOWN:
                 mark = {None: "", True: " (right)", False: " (wrong)"}[right]
                 shown = " ".join(prompt.text.split()), " ".join(text.split())
                 log.info("step %d, sample: %s -> %s%s", step, *shown, mark)
-                metrics.log_text(step, prompt.text, text, right, prompt.pictures)
+                pictures = (*prompt.pictures, *(to_data_url(picture, _PICTURE_SIDE) for picture in made))
+                metrics.log_text(step, prompt.text, text, right, pictures)
         if graded:
             metrics.log_answers(step, sum(graded), len(graded))
+
+    def _nearest(self, picture: Image.Image) -> _Prompt:
+        """The prompt whose target is nearest to a picture, by the mean square of differences of pixels."""
+        values = to_values(np.asarray(picture))
+        known = [(prompt, prompt.target) for prompt in self._prompts if prompt.target is not None]
+        return min(known, key=lambda one: float((one[1] - values).square().mean()))[0]
 
     @contextmanager
     def _next_logits(self, executor: Executor) -> Iterator[NextLogits]:
@@ -213,8 +236,8 @@ def _processor(run: Run) -> MediaProcessor | None:
     return None if found is None else MediaProcessor(found, data, MediaCache(_CACHE_BYTES))
 
 
-def _read(run: Run) -> list[_Prompt]:
-    """All prompts with their requests. ValueError: which one cannot be used, and why."""
+def _read(run: Run, drawn: tuple[Drawing, PictureTokenizer] | None) -> list[_Prompt]:
+    """All prompts with their requests. drawn: of a model that draws. ValueError: which one cannot be used, and why."""
     config, tokenizer = run.config, run.inputs.tokenizer
     chat = config.data.task.holds_chats
     context = getattr(run.placed.structure.config, "max_position_embeddings", None)
@@ -230,17 +253,33 @@ def _read(run: Run) -> list[_Prompt]:
             _processor(run),
             config.data.media_root,
             config.data.row_template,
+            *(() if drawn is None else (drawn[0], drawn[1].encode)),
         )
         try:
             if not chat and not isinstance(row.get("prompt"), str):
                 raise RowError('has no text under "prompt"; a model that is trained on texts continues one')
+            target = _target(form, row, folder)
             row = filled(form, row)
             request = row_request(form, row, number, config.train.sample_tokens, folder)
+            if row.get("draw"):
+                request = to_draw(form, request)
+            elif target is not None and drawn is not None:
+                request = request._replace(limit=max(request.limit, drawn[0].room + 1))
             pictures = tuple(found for medium in request.media if (found := _picture(medium)))
-            prompts.append(_Prompt(_shown(row), request, _expected(row), pictures))
+            expected = () if target is not None else _expected(row)
+            prompts.append(_Prompt(_shown(row), request, expected, pictures, target))
         except RowError as error:
             raise ValueError(f"{place}: {error}") from None
     return prompts
+
+
+def _target(form: PromptFormat, row: dict[str, Any], folder: str) -> Tensor | None:
+    """The picture that a model that draws is to draw for a row, if data.row_template says so. RowError: it cannot be
+    decoded."""
+    if form.drawing is None or form.media is None or row.get("image") is None or not is_target(form.row_template):
+        return None
+    medium = form.media.measure("drawn", row["image"], MediaFolder(folder, form.media_root))
+    return form.media.values([as_sample(form.media.processor.drawn_token_ids, (medium,))], 1)["drawn_pixels"][0]
 
 
 def prompt_rows(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -25,6 +25,7 @@ from tutti.config import Config
 from tutti.core.batch import DRAWN_PIXELS, IGNORE, Batch, GlobalBatch
 from tutti.core.dist import World
 from tutti.core.draws import generator
+from tutti.infer.drawing import Hidden, hiding
 from tutti.model.vq import PictureTokenizer
 from tutti.train.head import Head
 from tutti.train.tasks import Prepare, Split, Sums, Task
@@ -88,7 +89,7 @@ class Drawing(Task):
         coder = Coder(run.inputs.processor.drawn_token_ids[0], model.config.first_code, pictures.encode)
         known = _codes_of_all(run, coder) if run.config.model.encode_target else None
         sharing = run.mesh.grid.size() // run.mesh.dp_size
-        hidden = Hidden(meaningless(run.inputs.tokenizer), frozenset((model.config.placeholders or {}).values()))
+        hidden = hiding(run.inputs.tokenizer, model.config)
 
         def complete(batch: GlobalBatch, split: Split) -> GlobalBatch:
             micros = []
@@ -116,7 +117,7 @@ class Drawing(Task):
                 continue
             if float(torch.rand((), generator=generator(self.seed, epoch, name, "guidance"))) < self.dropout:
                 prompt = int((labels != IGNORE).nonzero()[0]) + 1
-                ids[begin : begin + prompt] = hidden(ids[begin : begin + prompt])
+                ids[begin : begin + prompt] = torch.tensor(hidden(ids[begin : begin + prompt].tolist()))
         return replace(micro, input_ids=ids)
 
 
@@ -146,23 +147,6 @@ class Coder:
         if micro.input_ids.is_pinned():
             ids, labels = ids.pin_memory(), labels.pin_memory()
         return replace(micro, input_ids=ids, labels=labels, extras=extras)
-
-
-@dataclass(frozen=True)
-class Hidden:
-    """Hides a prompt: every token becomes `meaningless`, but for those in `kept`, the places of media."""
-
-    meaningless: int
-    kept: frozenset[int]
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        kept = torch.isin(ids, torch.tensor(sorted(self.kept), dtype=ids.dtype))
-        return torch.where(kept, ids, self.meaningless)
-
-
-def meaningless(tokenizer: Any) -> int:
-    """The token that stands for every token of a prompt that is hidden: padding, or else the end of a text."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
 def _codes_of_all(run: Run, coder: Coder) -> dict[Split, dict[Any, Tensor]]:
