@@ -484,7 +484,10 @@ pipe in a message a line.
                 "default": [],
                 "help": "the new file of answers; of a diffusion model, which draws --prompt, the folder of pictures",
             },
-            "--draw": {"action": "store_true", "help": "begin each answer with a picture, of a language model that draws"},
+            "--draw": {
+                "action": "store_true",
+                "help": "begin each answer with a picture",
+            },
             **_nproc("divide a model that is too large for one device among N ranks"),
         },
         examples=(

@@ -29,8 +29,6 @@ def test_codes_come_within_a_picture_and_nowhere_else() -> None:
     assert seen == [text, codes, codes, [2], text]
     allowed = DRAWING.allow(logits, [DrawingState(room=3)]).isfinite()[0].tolist()
     assert allowed == [True, False, True, True, False, False, False]
-        DRAWING.allow(logits, [DrawingState(room=3)]).isfinite()[0].tolist() == [True, False, True, True] + [False] * 3
-    )
     begun = DrawingState.of(Request(0, [3, 1], 5), DRAWING)
     assert begun.left == 2 and DrawingState.of(Request(0, [3, 1], 5), None).left == 0
 

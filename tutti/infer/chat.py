@@ -16,9 +16,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from PIL import Image
+
 from tutti.config import Config
 from tutti.data.parts import Entry
 from tutti.data.rows import KINDS, Conversation, RowError
+from tutti.infer.drawing import Pictures
 from tutti.infer.generate import Generator, Request
 from tutti.infer.load import LoadedModel
 from tutti.infer.prompts import as_part, chat_request, chat_tokens
@@ -167,8 +170,15 @@ def _answer(
     history.messages = messages[2 * dropped :]
     stream = TextStream(loaded.form.tokenizer, asked.edges)
     ids: list[int] = []
+
+    def keep(number: int, place: int, picture: Image.Image) -> None:
+        file = Path(f"picture_{history.answered + 1}_{place}.png")
+        if generator.world.is_main:
+            picture.save(file)
+        show(f"[{file}]")
+
     with _interruptible(generator) if generator.world.is_main else nullcontext():
-        for token in generator.stream([asked]):
+        for token in Pictures(generator.drawing, keep).watch(generator.stream([asked])):
             if token.end != "stop":
                 ids.append(token.id)
                 show(stream.add(token.id))

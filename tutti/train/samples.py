@@ -37,8 +37,8 @@ from tutti.config import Config
 from tutti.core.batch import Media, Sample, pack
 from tutti.core.pixels import to_data_url, to_values
 from tutti.data.formats import BadRow, JsonLines, Row
-from tutti.data.media_cache import MediaCache
 from tutti.data.media import MediaFolder, load_image
+from tutti.data.media_cache import MediaCache
 from tutti.data.processor import MediaProcessor
 from tutti.data.rows import MEDIA_PARTS, RowError
 from tutti.data.template import read_template
