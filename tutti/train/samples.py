@@ -50,8 +50,8 @@ from tutti.infer.media import MediaInputs, as_sample, encoded_once, media_inputs
 from tutti.infer.prompts import PromptFormat, conversation_to_answer, filled, is_target, row_request, to_draw
 from tutti.infer.sampling import Sampler
 from tutti.model.tokenizer import end_ids
-from tutti.parallel.fsdp import run_as_forward
 from tutti.model.vq import PictureTokenizer
+from tutti.parallel.fsdp import run_as_forward
 from tutti.parallel.pipeline.executor import Executor
 from tutti.parallel.sequence import sequence_ranks, split_samples, split_tokens
 from tutti.train.logging.metrics import Metrics
