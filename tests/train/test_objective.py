@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from tests import sweep
 from tests.model.zoo import FAMILIES, tiny
 from tutti.attention.interface import resolve_attention
 from tutti.core.batch import IGNORE, Sample, pack
@@ -132,3 +133,12 @@ def test_padding_alone_has_a_router_loss_of_nothing():
     (out["loss"] + out["router_loss"]).backward()
     assert out["router_loss"].item() == 0
     assert not any(item.grad is not None and item.grad.any() for item in packed.parameters())
+
+
+def test_a_router_loss_under_another_name_is_refused():
+    with torch.device("meta"):
+        config = sweep.tiny_config("jetmoe")
+        config.output_router_logits = True
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="sets output_router_logits"):
+        Objective(model)

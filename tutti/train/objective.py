@@ -163,10 +163,10 @@ def _router_loss(model: PreTrainedModel) -> Callable[[Any], Tensor] | None:
     family = sys.modules[
         next(cls for cls in type(causal_lm(model)).__mro__ if cls.__module__.startswith("transformers.")).__module__
     ]
-    if not hasattr(family, "load_balancing_loss_func"):
+    if not hasattr(family, "load_balancing_loss_func") or not hasattr(config, "router_aux_loss_coef"):
         raise ValueError(
-            f"the config of {type(model).__name__} sets output_router_logits, but the family has no router loss: "
-            "set it to false"
+            f"the config of {type(model).__name__} sets output_router_logits, but the family has no router loss that "
+            "is known here: set it to false"
         )
     coefficient, top_k = config.router_aux_loss_coef, config.num_experts_per_tok
     num_experts = getattr(config, "num_experts", None) or config.num_local_experts
