@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -118,11 +119,11 @@ class Nodes:
     def kill(self, name: str) -> None:
         """Take the power from a machine: every process in its namespace ends at once."""
         found = subprocess.run(["ip", "netns", "pids", self.space(name)], capture_output=True, text=True)
-        for pid in found.stdout.split():
-            try:
-                os.kill(int(pid), signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        # Held first, so that none sees another one end, and tells other machines of it.
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in found.stdout.split():
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), number)
         if name in self.processes:
             self.processes.pop(name).wait()
 
