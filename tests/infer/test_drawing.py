@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tests.harness import run_ranks
-from tests.train.runs import train_quietly
+from tests.train.runs import QUICKSTART, run, train_quietly
 from tests.train.test_draw_run import config_of
 from tutti.config import Config, InferConfig
 from tutti.infer.drawing import Drawing, DrawingState, GuidedLogits, Pictures
@@ -82,3 +82,12 @@ def test_pictures_lie_beside_the_answers(tmp_path: Path) -> None:
         assert picture.size == (8, 8)
         pixels[guidance] = picture.tobytes()
     assert pixels[1.0] != pixels[4.0]
+
+
+def test_pictures_drawn_while_training_are_counted_and_shown(tmp_path: Path) -> None:
+    rows = (QUICKSTART / "images.jsonl").read_text().splitlines()[:3]
+    (tmp_path / "asked.jsonl").write_text("\n".join(rows))
+    changes = {"train.sample_prompts_path": str(tmp_path / "asked.jsonl"), "train.max_steps": 1}
+    changes |= {"data.row_template": {"user": "Draw: {caption}", "assistant": "<image>"}, "train.num_train_epochs": 1}
+    lines = run(config_of(tmp_path, **changes))
+    assert [line["sample_answers"] for line in lines if "sample_answers" in line] == [3, 3]
