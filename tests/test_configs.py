@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.harness import run_ranks
+from tests.harness import regroup, run_ranks
 from tests.train.runs import train_quietly
 from tutti.config.load import load
 
@@ -50,6 +50,22 @@ def test_what_is_seen_and_heard_is_learned_from_and_asked_about(name: str, tmp_p
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
     assert [line["sample_answers"] for line in lines if "sample_answers" in line] == [len(rows)] * 2
     assert all(line["eval_loss"] > 0 for line in lines if "eval_loss" in line)
+
+
+def two_steps_of_both(folder: Path) -> None:
+    few = ["train.max_steps=2", "train.num_train_epochs=1", "train.eval_epochs=1", "data.num_workers=0"]
+    train_quietly(load([str(ROOT / "configs/vq.yaml"), f"train.output_dir={folder / 'vq'}", *few]))
+    regroup()
+    few += [f"model.decoders.image.model_path={folder / 'vq/hf/final'}", "train.sample_prompts_path=none"]
+    train_quietly(load([str(ROOT / "configs/draw.yaml"), f"train.output_dir={folder / 'draw'}", *few]))
+
+
+def test_a_tokenizer_of_pictures_is_trained_and_drawn_by(tmp_path: Path) -> None:
+    """Two steps of both recipes, the second by what the first has made."""
+    run_ranks(1, two_steps_of_both, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "draw" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["targets/code"] % 64 for line in lines if "loss" in line] == [0, 0]
+    assert (tmp_path / "draw" / "hf" / "final" / "decoders" / "image" / "config.json").is_file()
 
 
 def test_model_configs_fit_the_quickstart_tokenizer() -> None:

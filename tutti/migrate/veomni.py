@@ -274,7 +274,7 @@ _CHANGES: dict[str, Rule] = {
     "data.mm_configs": _media,
     "train.training_task": _diffusion_task,
     "train.vit_lr": same("train.part_lr", lambda value: {"towers": float(value)}),
-    "train.freeze_decoder": off("there are no decoders of images yet"),
+    "train.freeze_decoder": choice({True: {}}, "what a model draws by stays as it is"),
     "model.model_config": off("change the model's config.json instead, and name it as model.config_path"),
     "model.foundation": off("change the model's config.json instead, and name it as model.config_path"),
     "model.lora_config": _lora,
