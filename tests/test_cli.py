@@ -176,7 +176,7 @@ def test_what_follows_an_option_that_takes_a_value_is_its_value(monkeypatch: pyt
     texts = ["-h", "--help", "--nproc=3", "--debug", "-5 degrees", "--prompt", "a=b", "", "--infer.seed 3"]
     argv = [word for text in texts for word in ("--prompt", text)]
     assert main(["infer", "infer.model_path=x", "--infer.chat_template", "-h/x", *argv, "--prompt=-h"]) == 0
-    assert seen == [("-h/x", ((*texts, "-h"), None, None, ()))]
+    assert seen == [("-h/x", ((*texts, "-h"), None, None, (), False))]
 
 
 def test_overrides_pass_through_untouched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,8 @@ def _load_file(model: OmniModel, complete: OmniModel, prefix: str, file: Path, w
     if not wanted or not found:
         return set()
     if {prefix + name: tensor.shape for name, tensor in found.items()} != wanted:
-        log.warning("%s joins other widths than these parts have: what it holds is new", file)
+        part = "the projector" if "projector" in prefix else "what the model has for codes"
+        log.warning("%s joins other widths than these parts have: %s is new", file, part)
         return set()
     with torch.no_grad():
         for name, item in model.named_parameters():
