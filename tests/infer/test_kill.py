@@ -48,7 +48,7 @@ def answer_slowly(folder: Path, most: int, seconds: float) -> None:
                 yield Token(request.number, request.ids[-5 - place], "length" if place == TOKENS - 1 else None)
 
     made = itertools.count()
-    generator: Any = SimpleNamespace(world=ONE, stream=stream)
+    generator: Any = SimpleNamespace(world=ONE, drawing=None, stream=stream)
     source = folder / "in.jsonl"
     killer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
     killer.daemon = True
