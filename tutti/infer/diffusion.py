@@ -51,7 +51,8 @@ def find_denoiser(path: Path, world: World) -> Source | None:
     for folder in (path, path / "hf" / "final"):
         if (folder / TRANSFORMER / "config.json").is_file():
             return Source(world.run_on_all_ranks(partial(read_folder, folder, "infer.model_path")), None)
-    is_folder = any((folder / "config.json").is_file() for folder in (path, path / "hf" / "final"))
+    others = ("config.json", "adapter_config.json")
+    is_folder = any((folder / name).is_file() for folder in (path, path / "hf" / "final") for name in others)
     if not path.is_dir() or not is_of_run(path) or is_folder:
         return None
     trained = find_trained(path, world)
