@@ -7,6 +7,7 @@ same objects whatever is done to the model later.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -74,6 +75,28 @@ class ModelStructure:
             experts=left(self.experts),
             mixers=left(self.mixers),
         )
+
+
+def structure_without_tokens(
+    model: nn.Module, name: str, blocks: Sequence[tuple[str, nn.Module]] = (), *, by_keyword: bool = False
+) -> ModelStructure:
+    """The structure of a model that knows no vocabulary: its repeated blocks, and a stand-in for a head that never
+    runs."""
+    return ModelStructure(
+        name=name,
+        config=model.config,
+        decoder=model,
+        text_model=model,
+        blocks=tuple(blocks),
+        basic=(),
+        head=nn.Linear(1, 1, bias=False, device="meta"),
+        classifies=False,
+        transform=LogitTransform(),
+        towers=(),
+        tower_blocks=(),
+        experts=(),
+        by_keyword=by_keyword,
+    )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tutti.config import Config
-from tutti.core.structure import LogitTransform, ModelStructure
 from tutti.model.tokenizer import local_path
 
 _PLACES = {
@@ -206,24 +205,6 @@ def build_autoencoder(config: Config) -> Autoencoder:
     if found != shape or shape[0] * 2 ** (len(model.net.config.block_out_channels) - 1) != size:
         raise ValueError(f"model.config_path: a sample_size of {size} is not divisible by what the encoder halves")
     return model.train()
-
-
-def autoencoder_structure(model: Autoencoder) -> ModelStructure:
-    """The structure of an autoencoder: a whole without blocks, and with a stand-in for a head that nothing runs."""
-    return ModelStructure(
-        name=model.config.net["_class_name"],
-        config=model.config,
-        decoder=model,
-        text_model=model,
-        blocks=(),
-        basic=(),
-        head=nn.Linear(1, 1, bias=False, device="meta"),
-        classifies=False,
-        transform=LogitTransform(),
-        towers=(),
-        tower_blocks=(),
-        experts=(),
-    )
 
 
 def flops_per_value(model: Autoencoder) -> float:

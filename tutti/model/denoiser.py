@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tutti.config import Config
-from tutti.core.structure import LogitTransform, ModelStructure
+from tutti.core.structure import ModelStructure, structure_without_tokens
 from tutti.core.tensors import seed_of
 from tutti.model.diffusion import Family, family_of, require_diffusers
 from tutti.model.structure import FlopCount
@@ -122,21 +122,7 @@ def denoiser_structure(model: Denoiser) -> ModelStructure:
         for number, block in part.named_children()
         if type(block).__name__ in names
     ]
-    return ModelStructure(
-        name=model.config.net["_class_name"],
-        config=model.config,
-        decoder=model,
-        text_model=model,
-        blocks=tuple(blocks),
-        basic=(),
-        head=nn.Linear(1, 1, bias=False, device="meta"),
-        classifies=False,
-        transform=LogitTransform(),
-        towers=(),
-        tower_blocks=(),
-        experts=(),
-        by_keyword=True,
-    )
+    return structure_without_tokens(model, model.config.net["_class_name"], blocks, by_keyword=True)
 
 
 def count_flops(model: Denoiser) -> FlopCount:

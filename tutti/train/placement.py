@@ -35,11 +35,11 @@ from tutti.core.batch import Batch
 from tutti.core.compute_dtype import compute_dtype
 from tutti.core.dist import World
 from tutti.core.pixels import Square
-from tutti.core.structure import ModelStructure
+from tutti.core.structure import ModelStructure, structure_without_tokens
 from tutti.data.captions import CaptionEncoder
 from tutti.data.loader import Classes, Data, build_data
 from tutti.data.source import text_columns
-from tutti.model.autoencoder import Autoencoder, AutoencoderConfig, autoencoder_structure, build_autoencoder
+from tutti.model.autoencoder import Autoencoder, AutoencoderConfig, build_autoencoder
 from tutti.model.build import (
     build_model,
     check_composed,
@@ -264,7 +264,7 @@ def inspect_model(config: Config, layout: Layout, model: PreTrainedModel) -> Mod
     if isinstance(model, Autoencoder | Denoiser):
         fit(config, layout.world)
         if isinstance(model, Autoencoder):
-            return autoencoder_structure(model)
+            return structure_without_tokens(model, model.config.net["_class_name"])
         check_shares(model, layout.ulysses)
         return denoiser_structure(model)
     check_packable(model)
