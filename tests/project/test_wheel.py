@@ -42,10 +42,10 @@ def test_it_trains_where_nothing_else_of_the_project_is(wheel: Path, tmp_path: P
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index"]
-    subprocess.run([*install, str(wheel)], check=True, capture_output=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([*install, str(wheel)], env=environment, check=True, capture_output=True)
     (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
     def run(*command: str, folder: Path = tmp_path) -> str:
         settings: dict[str, Any] = {"env": environment, "capture_output": True, "text": True, "timeout": 240}
