@@ -38,6 +38,12 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(scaled.permute(1, 2, 0).numpy())
 
 
+def frame_image(pixels: Tensor) -> Image.Image:
+    """The picture of bytes uint8 [3, (frames,) height, width], of a video its first frame."""
+    frame = pixels[:, 0] if pixels.ndim == 4 else pixels
+    return Image.fromarray(np.ascontiguousarray(frame.permute(1, 2, 0).numpy()))
+
+
 def to_data_url(image: Image.Image, side: int) -> str:
     """A small PNG of a picture, at most `side` pixels a side, as a data URL."""
     image = image.copy()

@@ -18,7 +18,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +30,16 @@ from tutti.config import DataConfig
 from tutti.core.batch import IGNORE, Frames, Grid, Media, Sample
 from tutti.data.media import MediaFolder, MediaSummary, described, load_image, measure_image, reference, resized
 from tutti.data.parts import with_media
-from tutti.data.rows import CONVERSATIONS, BrokenMediaError, RowError, conversation_of, half_surrogate, kind_of, listed
+from tutti.data.rows import (
+    CONVERSATIONS,
+    BrokenMediaError,
+    RowError,
+    conversation_of,
+    encode_each,
+    half_surrogate,
+    kind_of,
+    listed,
+)
 from tutti.data.source import BadRow, Row
 from tutti.data.video import FRAMES_FPS, load_video, measure_video, video_source
 
@@ -74,16 +83,7 @@ class CaptionEncoder:
 
     def __call__(self, rows: Sequence[Row | BadRow], source: int = 0) -> list[list[Sample] | BadRow]:
         """Per row its sample, or why there is none. `source`: its index."""
-        results: list[list[Sample] | BadRow] = []
-        for row in rows:
-            if isinstance(row, BadRow):
-                results.append(row)
-                continue
-            try:
-                results.append([self._sample(row, source)])
-            except RowError as error:
-                results.append(BadRow(row.file, row.line, str(error)))
-        return results
+        return encode_each(rows, partial(self._sample, source=source))
 
     def _sample(self, row: Row, source: int) -> Sample:
         _refuse_pickles(row.value)
@@ -201,11 +201,7 @@ class CaptionEncoder:
         summary = MediaSummary()
         for sample in samples:
             for medium in sample.media:
-                tokens = int((sample.input_ids == LATENT).sum())
-                name = Path(medium.source).name if isinstance(medium.source, str) else ""
-                summary.numbers[medium.kind] += 1
-                summary.tokens[medium.kind] += tokens
-                summary.largest.append((tokens, medium.kind, f"{described(medium)} {name}".strip()))
+                summary.add(medium, int((sample.input_ids == LATENT).sum()))
         return summary.shortened()
 
 

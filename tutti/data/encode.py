@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -120,10 +119,7 @@ class Encoder:
             if not sample.media or self.media is None:
                 continue
             for medium, (begin, end) in zip(sample.media, self.media.spans(sample), strict=True):
-                summary.numbers[medium.kind] += 1
-                summary.tokens[medium.kind] += end - begin
-                name = Path(medium.source).name if isinstance(medium.source, str) else ""
-                summary.largest.append((end - begin, medium.kind, f"{described(medium)} {name}".strip()))
+                summary.add(medium, end - begin)
         return summary.shortened()
 
     def _text(self, row: Row) -> tuple[str, Any, tuple[Media, ...] | None]:

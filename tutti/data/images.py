@@ -10,8 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,9 +19,9 @@ from torch import Tensor
 from tutti.config import Config
 from tutti.core.batch import IGNORE, Media, Sample
 from tutti.core.pixels import Square, to_values
-from tutti.data.media import MediaFolder, MediaSummary, described, identity, load_image, measure_image, reference
+from tutti.data.media import MediaFolder, MediaSummary, identity, load_image, measure_image, reference
 from tutti.data.media_cache import MediaCache
-from tutti.data.rows import BrokenMediaError, RowError
+from tutti.data.rows import BrokenMediaError, RowError, encode_each
 from tutti.data.source import BadRow, Row, text_columns
 
 PIXELS = "pixel_values"
@@ -42,15 +41,7 @@ class ImageEncoder:
 
     def __call__(self, rows: Sequence[Row | BadRow], source: int = 0) -> list[list[Sample] | BadRow]:
         """Per row its sample, or why there is none. `source`: its index."""
-        results: list[Any] = list(rows)
-        for number, row in enumerate(rows):
-            if isinstance(row, BadRow):
-                continue
-            try:
-                results[number] = [self._sample(row, source)]
-            except RowError as error:
-                results[number] = BadRow(row.file, row.line, str(error))
-        return results
+        return encode_each(rows, partial(self._sample, source=source))
 
     def _sample(self, row: Row, source: int) -> Sample:
         column = next((name for name in self.columns if row.value.get(name) is not None), None)
@@ -88,10 +79,7 @@ class ImageEncoder:
         """The images of samples in numbers."""
         summary = MediaSummary()
         for medium in (medium for sample in samples for medium in sample.media):
-            summary.numbers["image"] += 1
-            summary.tokens["image"] += 1
-            name = Path(medium.source).name if isinstance(medium.source, str) else ""
-            summary.largest.append((1, "image", f"{described(medium)} {name}".strip()))
+            summary.add(medium, 1)
         return summary.shortened()
 
 

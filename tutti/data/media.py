@@ -58,6 +58,13 @@ class MediaSummary:
         both = [*self.largest, *other.largest]
         return MediaSummary(self.numbers + other.numbers, self.tokens + other.tokens, both).shortened()
 
+    def add(self, medium: Media, tokens: int) -> None:
+        """Count a medium that takes so many tokens."""
+        name = Path(medium.source).name if isinstance(medium.source, str) else ""
+        self.numbers[medium.kind] += 1
+        self.tokens[medium.kind] += tokens
+        self.largest.append((tokens, medium.kind, f"{described(medium)} {name}".strip()))
+
     def shortened(self) -> MediaSummary:
         """The summary with no more of the largest than are named."""
         return MediaSummary(self.numbers, self.tokens, sorted(self.largest, key=lambda one: -one[0])[:LISTED])

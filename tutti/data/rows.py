@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from tutti.core.batch import Sample
+from tutti.data.formats import BadRow, Row
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _ALIASES = {
@@ -65,6 +68,17 @@ class BrokenMediaError(RowError):
     def __init__(self, reason: str, number: int) -> None:
         super().__init__(reason)
         self.number = number
+
+
+def encode_each(rows: Sequence[Row | BadRow], encode: Callable[[Row], Sample]) -> list[list[Sample] | BadRow]:
+    """Per row the one sample that `encode` makes of it, or why there is none: `encode` raises RowError."""
+    results: list[list[Sample] | BadRow] = []
+    for row in rows:
+        try:
+            results.append(row if isinstance(row, BadRow) else [encode(row)])
+        except RowError as error:
+            results.append(BadRow(row.file, row.line, str(error)))
+    return results
 
 
 @dataclass(slots=True)

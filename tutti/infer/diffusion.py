@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tutti.checkpoint.adapter import plan_adapters
+from tutti.checkpoint.adapter import is_adapter_folder, plan_adapters
 from tutti.checkpoint.denoiser import load_denoiser
 from tutti.checkpoint.manager import read_model
 from tutti.checkpoint.trained import TrainedModel, find_trained, is_of_run, load_trained
@@ -27,9 +27,10 @@ from tutti.config import Config
 from tutti.core.batch import Grid
 from tutti.core.dist import World
 from tutti.core.draws import generator
-from tutti.model.conditions import Conditions, read_grid, to_image
+from tutti.core.pixels import frame_image
+from tutti.model.conditions import Conditions, read_grid
 from tutti.model.denoiser import Denoiser, build_denoiser
-from tutti.model.diffusion import Guided, Text, join_texts, latent_patch, latent_shape, sample
+from tutti.model.diffusion import Guided, Text, default_side, join_texts, latent_patch, latent_shape, sample
 from tutti.model.lora import add_adapters, lora_of
 from tutti.model.pipeline_folder import TRANSFORMER, PipelineFolder, open_folder, read_folder, read_scheduler
 
@@ -51,8 +52,8 @@ def find_denoiser(path: Path, world: World) -> Source | None:
     for folder in (path, path / "hf" / "final"):
         if (folder / TRANSFORMER / "config.json").is_file():
             return Source(world.run_on_all_ranks(partial(read_folder, folder, "infer.model_path")), None)
-    others = ("config.json", "adapter_config.json")
-    is_folder = any((folder / name).is_file() for folder in (path, path / "hf" / "final") for name in others)
+    folders = (path, path / "hf" / "final")
+    is_folder = any(is_adapter_folder(folder) or (folder / "config.json").is_file() for folder in folders)
     if not path.is_dir() or not is_of_run(path) or is_folder:
         return None
     trained = find_trained(path, world)
@@ -117,8 +118,8 @@ def _load(model: Denoiser, source: Source, world: World) -> None:
 
 def _size(config: Config, model: Denoiser, grid: Grid) -> tuple[int, int]:
     """The width and height to draw, which infer.image_size says, or else the model's config."""
-    side = getattr(model.net.config, "sample_size", None) or 32
-    asked = config.infer.image_size or f"{side * grid.pixels}x{side * grid.pixels}"
+    side = default_side(model.net.config, grid)
+    asked = config.infer.image_size or f"{side}x{side}"
     found = re.fullmatch(r"(\d+)x(\d+)", asked)
     if found is None or not all(int(part) > 0 and int(part) % grid.step == 0 for part in found.groups()):
         raise ValueError(f"infer.image_size: {asked} must be a width and a height such as 512x512, of {grid.step} each")
@@ -136,10 +137,10 @@ def write_picture(pixels: Tensor, stem: Path) -> Path:
     """Write a picture as PNG, or a video as animated WebP, and return its path."""
     if pixels.ndim == 3:
         path = stem.with_suffix(".png")
-        to_image(pixels).save(path)
+        frame_image(pixels).save(path)
         return path
     path = stem.with_suffix(".webp")
-    first, *rest = (to_image(frame) for frame in pixels.transpose(0, 1))
+    first, *rest = (frame_image(frame) for frame in pixels.transpose(0, 1))
     options: dict[str, Any] = {"save_all": True, "append_images": rest, "duration": 1000 // _FPS, "lossless": True}
     Image.Image.save(first, path, **options)
     return path

@@ -23,10 +23,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-import numpy as np
 import torch
 import transformers
-from PIL import Image
 from torch import Tensor, nn
 
 from tutti.core.batch import Grid
@@ -120,12 +118,6 @@ class Conditions:
             values = self.vae.decode(values, **timed, return_dict=False)[0]
             values = values if self._folder.family.video or not frames else values.squeeze(2)
         return ((values[0].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
-
-
-def to_image(pixels: Tensor) -> Image.Image:
-    """A picture, or the first frame of a video, uint8 [3, (frames,) height, width]."""
-    picture = pixels[:, 0] if pixels.ndim == 4 else pixels
-    return Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy()))
 
 
 def write_part(folder: PipelineFolder, name: str, place: Path, seed: int) -> None:

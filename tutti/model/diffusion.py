@@ -164,6 +164,11 @@ def latent_channels(family: Family, config: Any) -> int:
     return int(config.in_channels) // (4 if family.patch == 2 else 1)
 
 
+def default_side(config: Any, grid: Grid) -> int:
+    """The pixels a side of a picture where nothing says how large it is to be: by the config of the transformer."""
+    return (getattr(config, "sample_size", None) or 32) * grid.pixels
+
+
 def latent_shape(family: Family, config: Any, grid: Grid, extent: tuple[int, int, int]) -> tuple[int, ...]:
     """The shape of the latents of a picture or video of so many pixels (width, height) and frames."""
     width, height, frames = extent

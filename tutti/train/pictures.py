@@ -11,8 +11,6 @@ be learned by heart.
 
 from __future__ import annotations
 
-import base64
-import io
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -22,10 +20,11 @@ from torch import Tensor
 
 from tutti.core.compute_dtype import compute_dtype
 from tutti.core.draws import generator
+from tutti.core.pixels import frame_image, to_data_url
 from tutti.data.captions import Extent, captions_of
-from tutti.model.conditions import Conditions, to_image
+from tutti.model.conditions import Conditions
 from tutti.model.denoiser import Denoiser
-from tutti.model.diffusion import Guided, join_texts, latent_shape, sample
+from tutti.model.diffusion import Guided, default_side, join_texts, latent_shape, sample
 from tutti.model.pipeline_folder import open_folder, read_scheduler
 from tutti.parallel.pipeline.executor import Executor
 from tutti.train.logging.metrics import Metrics
@@ -92,7 +91,7 @@ class Pictures:
         self._originals = self._originals or self._find_originals(extent)
         rights = [self._is_right(prompt, found) for prompt, found in zip(self._prompts, pixels, strict=True)]
         for prompt, found, right in list(zip(self._prompts, pixels, rights, strict=True))[:_SHOWN]:
-            metrics.log_text(step, prompt, "", right, [data_url(found)])
+            metrics.log_text(step, prompt, "", right, [to_data_url(frame_image(found), _SIDE)])
         self._count(step, metrics, rights)
 
     def _draw(self, prompts: Sequence[str], extent: Extent) -> Tensor:
@@ -129,8 +128,8 @@ class Pictures:
         if first is not None:
             return encoder.extent(first[0].media[0])
         net: Any = self._run.placed.model.net
-        size = getattr(net.config, "sample_size", None) or 32
-        return Extent(size * encoder.grid.pixels, size * encoder.grid.pixels)
+        side = default_side(net.config, encoder.grid)
+        return Extent(side, side)
 
     def _find_originals(self, extent: Extent) -> Originals:
         encoder, data = self._run.inputs.processor, self._run.data
@@ -187,12 +186,3 @@ def read_prompts(config: Any) -> list[str]:
 
 def _cut(prompts: Sequence[str]) -> Iterator[Sequence[str]]:
     yield from (prompts[start : start + _AT_ONCE] for start in range(0, len(prompts), _AT_ONCE))
-
-
-def data_url(pixels: Tensor) -> str:
-    """A small PNG of a picture, or of a video's first frame."""
-    image = to_image(pixels)
-    image.thumbnail((_SIDE, _SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
