@@ -156,6 +156,14 @@ class _Row:
     def __init__(self) -> None:
         self.given: Tensor | None = None
         self.borders: Tensor | None = None
+        self._measured: Tensor | None = None
+        self._lengths: tuple[int, ...] = ()
+
+    def lengths(self) -> tuple[int, ...]:
+        """The samples' lengths, which the host waits for once a row rather than once a mixer."""
+        if self.borders is not None and self.borders is not self._measured:
+            self._measured, self._lengths = self.borders, tuple(self.borders.diff().tolist())
+        return self._lengths
 
     def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward hook of the language model."""
@@ -183,11 +191,12 @@ def _by_group(forward: Forward, mixer: Any, row: _Row) -> Forward:
         if row.borders is None or len(row.borders) == 2:
             return forward(*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs))
-        lengths = tuple(row.borders.diff().tolist())
-        device = next(leaf.device for leaf in leaves if _lies_along(leaf, 1, sum(lengths)))
+        lengths = row.lengths()
+        total = sum(lengths)
+        device = next(leaf.device for leaf in leaves if _lies_along(leaf, 1, total))
         groups = _group(lengths, device)
         count = len(groups.shapes)
-        cut = [groups.cut(leaf) if _lies_along(leaf, 1, sum(lengths)) else [leaf] * count for leaf in leaves]
+        cut = [groups.cut(leaf) if _lies_along(leaf, 1, total) else [leaf] * count for leaf in leaves]
         outputs = []
         for (_, longest), *own in zip(groups.shapes, *cut, strict=True):
             own_args, own_kwargs = tree_unflatten(own, spec)
