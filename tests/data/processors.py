@@ -151,6 +151,13 @@ def _pixtral() -> Any:
     return transformers.PixtralProcessor(images, tokenizer, patch_size=4, spatial_merge_size=2)
 
 
+def _janus() -> Any:
+    names = {"boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"}
+    tokenizer = make_tokenizer("<image_placeholder>", *names.values(), **names)
+    images = transformers.JanusImageProcessor(size={"height": 16, "width": 16}, min_size=2)
+    return transformers.JanusProcessor(images, tokenizer, num_image_tokens=16)
+
+
 PROCESSORS = {
     "qwen2_vl": lambda: _qwen("Qwen2VLProcessor", "Qwen2VLImageProcessor", "Qwen2VLVideoProcessor"),
     "qwen2_5_vl": lambda: _qwen("Qwen2_5_VLProcessor", "Qwen2VLImageProcessor", "Qwen2VLVideoProcessor"),
@@ -166,4 +173,5 @@ PROCESSORS = {
     "qwen3_omni": lambda: _omni("Qwen3OmniMoeProcessor"),
     "gemma3": _gemma3,
     "pixtral": _pixtral,
+    "janus": _janus,
 }

@@ -173,7 +173,12 @@ def test_what_cannot_be_done_is_refused_by_name(tmp_path: Path, case: str) -> No
             "is of SD3Transformer2DModel",
         ),
         ("model_index.json", {"_class_name": "FluxPipeline"}, "is of FluxPipeline"),
-        ("config.json", {"model_type": "janus_vqgan"}, "is of JanusVQVAE"),
+        (
+            "config.json",
+            {"model_type": "chameleon_vqgan"},
+            "is of ChameleonVQVAE, which makes codes of pictures but no",
+        ),
+        ("config.json", {"model_type": "glm_image_vqmodel"}, "is of GlmImageVQVAE, which makes codes of a vision"),
         ("config.json", {"model_type": "movqgan"}, "is of movqgan"),
     ],
 )

@@ -20,6 +20,7 @@ from torch import nn
 Forward = Callable[..., Any]
 
 WRAPPERS = (
+    "codes",  # codes of pictures, as tokens beyond a table and as logits beyond a head
     "adapter",  # a trained change beside a frozen weight
     "samples",  # a mixer's own batch of the samples in a packed row
     "borders",  # where samples begin, for mixers within a block

@@ -75,8 +75,7 @@ class MediaProcessor:
             kind: token for kind in _KINDS if isinstance(token := getattr(self.processor, f"{kind}_token", None), str)
         }
         self._marker = re.compile("|".join(f"(?P<{kind}>{re.escape(token)})" for kind, token in self.markers.items()))
-        ids = [token for kind in _KINDS for token in getattr(self.processor, f"{kind}_token_ids", None) or ()]
-        self._placeholders = [token for token in ids if token is not None]
+        self._placeholders = [token for kind in self.markers for token in _placeholder_ids(self.processor, kind)]
         sounds = getattr(self.processor, "audio_processor", None) or getattr(self.processor, "feature_extractor", None)
         self._rate = int(getattr(sounds, "sampling_rate", 0))
         if self.limits.audio_in_video and not _hears_videos(self.processor):
@@ -442,6 +441,12 @@ class _Video(NamedTuple):
 
     pixels: np.ndarray
     sound: np.ndarray | None
+
+
+def _placeholder_ids(processor: Any, kind: str) -> list[int]:
+    """The ids of the tokens that stand for a medium of this kind: those that the processor names, or its marker's."""
+    named = [token for token in getattr(processor, f"{kind}_token_ids", None) or () if token is not None]
+    return named or [processor.tokenizer.convert_tokens_to_ids(getattr(processor, f"{kind}_token"))]
 
 
 def _hears_videos(processor: Any) -> bool:

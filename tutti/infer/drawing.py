@@ -151,10 +151,11 @@ class Hidden:
         return [token if token in self.kept else self.meaningless for token in ids]
 
 
-def hiding(tokenizer: Any, config: Any) -> Hidden:
-    """How prompts are hidden from a composed model: their tokens become padding, or else the end of a text."""
+def hiding(tokenizer: Any, model: Any) -> Hidden:
+    """How prompts are hidden from a model that draws: their tokens become padding, or else the end of a text."""
     token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return Hidden(token, frozenset((config.placeholders or {}).values()))
+    places = getattr(model.config, "placeholders", None) or {}
+    return Hidden(token, model.code_decoder.kept.union(places.values()))
 
 
 def drawing_of(
@@ -165,5 +166,5 @@ def drawing_of(
     if folder is None:
         return None
     pictures, marks = PictureTokenizer(folder, device), drawing_marks(tokenizer)
-    first, tokens = model.config.first_code, pictures.codes.tokens
+    first, tokens = model.code_decoder.first, pictures.codes.tokens
     return Drawing(marks.start, marks.end, first, tokens, pictures.decode, temperature), pictures

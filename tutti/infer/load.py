@@ -42,6 +42,7 @@ from tutti.infer.hf_generate import GeneratedLogits, needs_generate
 from tutti.infer.media import MediaInputs, media_inputs
 from tutti.infer.prompts import PromptFormat
 from tutti.model.build import build_model, load_model_config
+from tutti.model.drawing import let_draw, ready_folder, write_drawn
 from tutti.model.lora import add_adapters
 from tutti.model.multimodal import MultimodalForward
 from tutti.model.omni import OmniModel
@@ -120,7 +121,7 @@ def load_model(config: Config, world: World) -> LoadedModel:
     found = world.run_on_all_ranks(lambda: _drawing(config, model, tokenizer, world))
     drawing, encode = (None, None) if found is None else (found[0], found[1].encode)
     if drawing is not None and config.infer.image_guidance != 1.0:
-        hide = hiding(tokenizer, model.config)
+        hide = hiding(tokenizer, model)
         logits = GuidedLogits(logits, drawing.first, config.infer.image_guidance, hide)
     folders = data.media_root, data.row_template
     return LoadedModel(
@@ -212,6 +213,8 @@ def _build(
         lora = plan_adapters(config, model)
         if lora is not None:
             add_adapters(model, lora, model.dtype)
+        elif (folder := ready_folder(config.model)) is not None:
+            let_draw(model, tokenizer, folder)
     if needs_generate(model):
         if is_sparse(model.config):
             raise ValueError(
@@ -308,6 +311,7 @@ def _template(config: Config, source: _Source, tokenizer: PreTrainedTokenizerBas
     set_chat_template(tokenizer, name, "infer.chat_template")
     if is_composed(source.config.model):
         write_markers(tokenizer, source.config.model)
+    write_drawn(tokenizer)
     return read_template(tokenizer)
 
 

@@ -37,6 +37,7 @@ from tutti.checkpoint.hf_files import read_index
 from tutti.config import Config
 from tutti.core.compat import model_mapping
 from tutti.core.device import pick_device
+from tutti.model.drawing import draws
 from tutti.model.experts import resolve_experts
 from tutti.model.mixers import mixers, names_read
 from tutti.model.omni import OmniModel, compose, name_sources
@@ -252,6 +253,7 @@ def check_eager(model: PreTrainedModel) -> None:
     positions = torch.tensor([0, 1, 0, 1]).expand(*rows, -1)
     register_probe()
     embeddings = [module for module in language.modules() if isinstance(module, nn.Embedding)]
+    worn = [vars(embedding).get("forward") for embedding in embeddings]
     for embedding in embeddings:
         vars(embedding)["forward"] = partial(_no_embedding, embedding.embedding_dim)
     config._attn_implementation = PROBE
@@ -266,8 +268,10 @@ def check_eager(model: PreTrainedModel) -> None:
         kept = False
     finally:
         config._attn_implementation = "eager"
-        for embedding in embeddings:
+        for embedding, forward in zip(embeddings, worn, strict=True):
             del vars(embedding)["forward"]
+            if forward is not None:
+                vars(embedding)["forward"] = forward
     if not kept:
         raise ValueError(
             f"model.attn_implementation: {type(model).__name__} does not keep packed samples apart in its eager "
@@ -321,7 +325,14 @@ def num_token_ids(model_config: PreTrainedConfig) -> int:
 
 def check_composed(config: Config) -> None:
     """ValueError for what cannot be done with a composed model, or needs one."""
-    if decoder_folder(config.model) is None:
+    ready = draws(config)
+    if ready and config.model.input_encoder == "decoder":
+        raise ValueError(
+            "model.input_encoder: a ready-made model sees pictures in its own way; leave it at its default"
+        )
+    if ready:
+        _check_target(config)
+    elif decoder_folder(config.model) is None:
         chats = config.data.data_type == "conversation"
         of_codes = {
             "model.input_encoder": config.model.input_encoder == "decoder",
@@ -355,6 +366,10 @@ def _check_drawing(config: Config) -> None:
     for name in ("tensor_parallel_size", "pipeline_parallel_size"):
         if getattr(config.train, name) > 1:
             raise ValueError(f"train.{name}: a model that draws is not divided along this axis yet; set 1")
+    _check_target(config)
+
+
+def _check_target(config: Config) -> None:
     if config.model.encode_target and config.data.datasets_type != "mapping":
         raise ValueError(
             "model.encode_target: goes over the data beforehand, and streamed data (data.datasets_type) is read as it "

@@ -24,6 +24,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,8 +148,11 @@ def features(tower: nn.Module, pixel_values: Tensor, grid: Tensor | None, layer:
 class CodeDecoder(nn.Module):
     """What a model that draws has for the codes of pictures: their embeddings, and their head.
 
-    Code c is the token `first` + c, beyond the vocabulary; the hidden state before it predicts it.
+    Code c is the token `first` + c, beyond the vocabulary; the hidden state before it predicts it. kept: tokens that
+    stay where a prompt is hidden, beside the places of media.
     """
+
+    kept: frozenset[int] = frozenset()
 
     def __init__(self, first: int, number: int, hidden_size: int) -> None:
         super().__init__()
@@ -334,19 +339,22 @@ class OmniModel(PreTrainedModel, GenerationMixin):
             outer: Any = self.outer
             inputs_embeds, input_ids = outer.embed(input_ids, **given), None
         kwargs |= {"position_ids": position_ids, "logits_to_keep": logits_to_keep}
-        if codes is None:
-            return self.foundation(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        hidden: list[Tensor] = []
-        head: Any = self.foundation.get_output_embeddings()
-        handle = head.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
-        try:
-            found = self.foundation(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        finally:
-            handle.remove()
-        between = codes.first - found.logits.shape[-1]
-        text = nn.functional.pad(found.logits, (0, between), value=-torch.inf)
-        found.logits = torch.cat([text, codes(hidden[0]).to(text.dtype)], dim=-1)
-        return found
+        run = partial(self.foundation, input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        return run() if codes is None else with_code_logits(run, self.foundation.get_output_embeddings(), codes)
+
+
+def with_code_logits(run: Callable[[], Any], head: nn.Module, codes: CodeDecoder) -> Any:
+    """The output of `run`, the forward pass of a model whose output embedding is `head`, with the logits of codes
+    behind those of the vocabulary, at the places of their ids."""
+    hidden: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
+    try:
+        found = run()
+    finally:
+        handle.remove()
+    text = nn.functional.pad(found.logits, (0, codes.first - found.logits.shape[-1]), value=-torch.inf)
+    found.logits = torch.cat([text, codes(hidden[0]).to(text.dtype)], dim=-1)
+    return found
 
 
 def compose(model: ModelConfig, text: PreTrainedConfig) -> PreTrainedConfig:

@@ -72,7 +72,7 @@ _FLATTENED = (
 """Jinja that makes each message's parts one text; MARKS: by kind of media, what stands for one."""
 
 
-DRAWN, _CODE = "drawn", "<|image_code|>"
+DRAWN, CODE = "drawn", "<|image_code|>"
 """The kind of media that a model draws, and the token that stands for a code until there is one."""
 
 
@@ -86,6 +86,9 @@ class Marks(NamedTuple):
 def drawing_marks(tokenizer: PreTrainedTokenizerBase) -> Marks:
     """The tokens that begin and end a picture, which the tokenizer is given if it has none."""
     known = tokenizer.get_vocab()
+    named = [getattr(tokenizer, name, None) for name in ("boi_token", "eoi_token")]
+    if all(token in known for token in named):
+        return Marks(*(known[token] for token in named))  # type: ignore[index]
     start, _, end = next((one for one in _TRIPLES["image"] if {one[0], one[2]} <= known.keys()), _TRIPLES["image"][-1])
     if start not in known or end not in known:
         tokenizer.add_tokens([start, end], special_tokens=True)
@@ -113,7 +116,7 @@ def make_room(tokenizer: PreTrainedTokenizerBase, text: Any, *, is_new: bool) ->
 def placeholder(tokenizer: PreTrainedTokenizerBase, kind: str) -> str:
     """The token that stands for a feature of a medium of this kind."""
     if kind == DRAWN:
-        return _CODE
+        return CODE
     known, triples = tokenizer.get_vocab(), _TRIPLES[kind]
     return next((token for _, token, _ in triples if token in known), triples[-1][1])
 

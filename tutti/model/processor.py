@@ -9,8 +9,11 @@ from typing import Any
 from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
 from tutti.config import Config
+from tutti.model.drawing import DrawingProcessor, ready_folder
 from tutti.model.omni_config import is_composed
-from tutti.model.omni_processor import compose_processor
+from tutti.model.omni_processor import CODE, compose_processor
+from tutti.model.tokenizer import build_tokenizer, set_chat_template
+from tutti.model.vq import read_codes
 
 log = logging.getLogger(__name__)
 
@@ -37,5 +40,18 @@ def build_processor(config: Config, tokenizer: PreTrainedTokenizerBase) -> Any:
             return None
         processor.tokenizer = tokenizer
         processor.chat_template = tokenizer.chat_template
+        drawn = ready_folder(config.model)
+        if drawn is not None and CODE in tokenizer.get_vocab():
+            plain = _plain(config)
+            processor.chat_template = plain.chat_template
+            return DrawingProcessor(processor, read_codes(drawn, "model.model_path"), tokenizer, plain)
         return processor
     return None
+
+
+def _plain(config: Config) -> PreTrainedTokenizerBase:
+    """The tokenizer without what a model that draws adds to it."""
+    tokenizer = build_tokenizer(config)
+    if config.data.task.holds_chats:
+        set_chat_template(tokenizer, config.data.chat_template)
+    return tokenizer

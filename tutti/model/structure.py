@@ -159,8 +159,11 @@ def _beside(module: nn.Module, inside: nn.Module) -> Iterator[nn.Module]:
 
 
 def drawing_parts(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules of a decoder that make images (Janus): towers that nothing runs where images are only seen."""
-    return [part for name, part in decoder(model).named_children() if _DRAWS.match(name)]
+    """The modules of a decoder that make images (Janus): towers that nothing runs where images are only seen, and where
+    the model draws what makes images of codes."""
+    used = set(codes.modules()) if (codes := getattr(model, "code_decoder", None)) is not None else set()
+    found = [part for name, part in decoder(model).named_children() if _DRAWS.match(name)]
+    return [part for part in found if used.isdisjoint(part.modules())]
 
 
 def freeze_parts(model: PreTrainedModel, parts: Iterable[str]) -> None:
@@ -184,7 +187,8 @@ def part_parameters(
     named = dict(model.named_parameters())
     beside = {id(item) for tower in towers(model) for item in tower.parameters()}
     drawing = {id(item) for module in drawing_parts(model) for item in module.parameters()}
-    codes = {id(item) for item in getattr(model, "decoders", nn.Module()).parameters()}
+    decoders = getattr(model, "code_decoder", None)
+    codes = set() if decoders is None else {id(item) for item in decoders.parameters()}
     beside -= drawing | codes
     # Within a tower's blocks some call a matrix of their attention a projection.
     outer = {name: re.split(r"\.(?:layers|blocks)\.", name)[0] for name, item in named.items() if id(item) in beside}

@@ -3,32 +3,44 @@
 A language model that draws predicts the codes of a picture one after the other, row by row. What makes codes of pixels,
 and pixels of codes, is trained by itself before (data.data_type image) and stays as it is: it is no part of the model
 that is trained, and every rank holds all of it.
+
+There are diffusers' VQModel, and those of transformers' models that draw, by a folder of their own or of the model:
+
+- `JanusVQVAE`: its lookup scales codes' vectors to length 1, which its encoder does not; both are taken as they are.
+- `Emu3VQVAE`: takes pictures of any size, so the size is asked for (`image_size`). A picture is a video of one frame.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig
 
 from tutti.core.pixels import Square
 from tutti.model.autoencoder import decode_map, make_net, nearest, read_autoencoder_config
+from tutti.model.tokenizer import first_line
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
-_OTHERS = {
-    "janus_vqgan": "JanusVQVAE",
-    "emu3_vqgan": "Emu3VQVAE",
-    "glm_image_vqmodel": "GlmImageVQVAE",
-    "chameleon_vqgan": "ChameleonVQVAE",
-}
+_CLASSES = {"janus_vqgan": "JanusVQVAE", "emu3_vqgan": "Emu3VQVAE"}
 """model_type of transformers' tokenizers of pictures, and their classes."""
+
+_REFUSED = {
+    "chameleon_vqgan": "ChameleonVQVAE, which makes codes of pictures but no pictures of codes",
+    "glm_image_vqmodel": "GlmImageVQVAE, which makes codes of a vision tower's features, and pictures by diffusion",
+}
+"""model_type of those that models do not draw by, and why."""
+
+_PART = "vqmodel."
+"""How a whole model names the tensors of its tokenizer of pictures, after what is around that."""
 
 
 @dataclass(frozen=True)
@@ -40,38 +52,134 @@ class PictureCodes:
     size: Square
 
 
-def read_codes(folder: Path, argument: str) -> PictureCodes:
-    """The codes of the VQModel in a folder, from its config. ValueError, in the name of `argument`: it is another."""
+class _Net(Protocol):
+    """A tokenizer of pictures. codes: that it makes. module: which has the weights."""
+
+    codes: PictureCodes
+    module: nn.Module
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The codes [1, n] of a picture [1, 3, S, S]."""
+        ...
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """The pictures [N, 3, S, S] of codes [N, n]."""
+        ...
+
+
+class _VQModel:
+    """diffusers' VQModel."""
+
+    def __init__(self, folder: Path, argument: str) -> None:
+        config = read_autoencoder_config(folder, argument)
+        halvings = len(config.net.get("block_out_channels", [64])) - 1
+        self.codes = PictureCodes(config.num_codes, (config.side // 2**halvings) ** 2, Square(config.side))
+        self.module = make_net(config.net)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        net: Any = self.module
+        return nearest(net.quant_conv(net.encoder(pixels)), net.quantize.embedding.weight)[0]
+
+    def decode(self, codes: Tensor) -> Tensor:
+        net: Any = self.module
+        side = int(codes.shape[1] ** 0.5)
+        cells = net.quantize.embedding(codes).transpose(1, 2).unflatten(2, (side, side))
+        return decode_map(net, cells, cells)
+
+
+class _JanusVQVAE:
+    def __init__(self, config: Any) -> None:
+        side = config.num_patches
+        size = Square(side * 2 ** (len(config.channel_multiplier) - 1))
+        self.codes = PictureCodes(config.num_embeddings, side**2, size)
+        self.module: Any = transformers.JanusVQVAE(config)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self.module.encode(pixels).image_tokens[None]
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return self.module.decode(codes)
+
+
+class _Emu3VQVAE:
+    def __init__(self, config: Any, size: Square) -> None:
+        side = size.side // 2 ** (len(config.channel_multiplier) - 1)
+        self.codes = PictureCodes(config.codebook_size, side**2, size)
+        self.module: Any = transformers.Emu3VQVAE(config)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self.module.encode(pixels, torch.tensor([pixels.shape[-2:]])).image_tokens[0].flatten()[None]
+
+    def decode(self, codes: Tensor) -> Tensor:
+        side = self.codes.size.side // self.module.spatial_scale_factor
+        return self.module.decode(codes.unflatten(1, (side, side)))
+
+
+def _make(folder: Path, argument: str, size: int | None) -> _Net:
+    """The tokenizer of pictures in a folder, from its config, on the meta device. size: the side of its pictures, where
+    that is not its own. ValueError, in the name of `argument`: it cannot be used."""
     content: Any = {}
     for name in ("config.json", "model_index.json"):
         if (folder / name).is_file():
             content = json.loads((folder / name).read_text(encoding="utf-8"))
             break
-    kind = content.get("_class_name") or _OTHERS.get(content.get("model_type", ""))
-    if kind != "VQModel":
-        raise ValueError(
-            f"{argument}: {folder} is of {kind or content.get('model_type') or 'no known model'}, by which models do "
-            "not draw yet; give the folder of a diffusers VQModel, such as data.data_type image trains"
-        )
-    config = read_autoencoder_config(folder, argument)
-    halvings = len(config.net.get("block_out_channels", [64])) - 1
-    return PictureCodes(config.num_codes, (config.side // 2**halvings) ** 2, Square(config.side))
+    kind, net = content.get("_class_name"), content.get("vq_config") or content
+    if kind is None and net.get("model_type") in _CLASSES:
+        kind = _CLASSES[net["model_type"]]
+    if size is not None and kind != "Emu3VQVAE":
+        raise ValueError(f"{argument}: image_size: {kind} has a size of its own; leave it out")
+    with torch.device("meta"):
+        if kind == "VQModel":
+            return _VQModel(folder, argument)
+        if kind in _CLASSES.values():
+            return _of_transformers(folder, argument, size)
+    found = kind or _REFUSED.get(net.get("model_type", "")) or content.get("model_type") or "no known model"
+    raise ValueError(
+        f"{argument}: {folder} is of {found}, by which models do not draw; give the folder of a diffusers VQModel, "
+        f"such as data.data_type image trains, or of a {' or '.join(_CLASSES.values())}"
+    )
+
+
+def _of_transformers(folder: Path, argument: str, size: int | None) -> _Net:
+    try:
+        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = getattr(config, "vq_config", config)
+        if config.model_type == "janus_vqgan":
+            return _JanusVQVAE(config)
+        factor = 2 ** (len(config.channel_multiplier) - 1)
+        if size is None or size % factor or size < factor:
+            raise ValueError(f"takes pictures of any size: give image_size, a multiple of {factor}")
+        return _Emu3VQVAE(config, Square(size))
+    except (OSError, ValueError, TypeError, AssertionError) as error:
+        raise ValueError(f"{argument}: the tokenizer of pictures in {folder}: {first_line(error)}") from None
+
+
+def read_codes(folder: Path, argument: str, size: int | None = None) -> PictureCodes:
+    """The codes of the tokenizer of pictures in a folder, from its config. size: the side of its pictures, where that
+    is not its own. ValueError, in the name of `argument`: it is another."""
+    return _make(folder, argument, size).codes
 
 
 class PictureTokenizer:
-    """A VQModel whose weights stay as they are, on one device, in fp32."""
+    """A tokenizer of pictures whose weights stay as they are, on one device, in fp32."""
 
-    def __init__(self, folder: Path, device: torch.device, argument: str = "model.decoders.image.model_path") -> None:
-        """ValueError, in the name of `argument`: the folder has no weights that fit its config."""
-        self.codes = read_codes(folder, argument)
-        self._device = device
-        self._net = make_net(read_autoencoder_config(folder, argument).net)
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        argument: str = "model.decoders.image.model_path",
+        size: int | None = None,
+    ) -> None:
+        """size: as for `read_codes`. ValueError, in the name of `argument`: the folder has no weights that fit its
+        config."""
+        net = _make(folder, argument, size)
+        self.codes, self._net, self._device = net.codes, net, device
         try:
-            self._net.load_state_dict(load_file(folder / WEIGHTS))
+            held = net.module.to_empty(device="cpu").float()
+            held.load_state_dict(_read(folder, held.state_dict()))
         except (OSError, SafetensorError, RuntimeError) as error:
-            line = str(error).splitlines()[0]
-            raise ValueError(f"{argument}: the weights in {folder} cannot be used: {line}") from None
-        self._net.to(device).eval().requires_grad_(False)
+            raise ValueError(f"{argument}: the weights in {folder} cannot be used: {first_line(error)}") from None
+        held.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -80,16 +188,25 @@ class PictureTokenizer:
         Each is encoded by itself: products of larger matrices round otherwise, and a picture has the same codes in any
         batch.
         """
-        made = []
-        for one in pixels.to(self._device, torch.float32).split(1):
-            encoded = self._net.quant_conv(self._net.encoder(one))
-            made.append(nearest(encoded, self._net.quantize.embedding.weight)[0].cpu())
-        return torch.cat(made)
+        return torch.cat([self._net.encode(one).cpu() for one in pixels.to(self._device, torch.float32).split(1)])
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """The pictures [N, 3, S, S] that codes [N, n] stand for."""
-        side = int(codes.shape[1] ** 0.5)
-        found = self._net.quantize.embedding(codes.to(self._device)).transpose(1, 2)
-        cells = found.unflatten(2, (side, side))
-        return decode_map(self._net, cells, cells)
+        return self._net.decode(codes.to(self._device))
+
+
+def _read(folder: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a tokenizer of pictures by their names in it, from the weights of its folder or its model's."""
+    found: dict[str, Tensor] = {}
+    for file in _files(folder):
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118
+                name = key.rpartition(_PART)[2]
+                if name in wanted and (_PART in key or key == name):
+                    found[name] = opened.get_tensor(key)
+    return found
+
+
+def _files(folder: Path) -> Iterable[Path]:
+    return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else sorted(folder.glob("*.safetensors"))

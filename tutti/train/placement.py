@@ -53,6 +53,7 @@ from tutti.model.conditions import read_grid
 from tutti.model.denoiser import Denoiser, DenoiserConfig, build_denoiser, denoiser_structure
 from tutti.model.denoiser_parallel import check_shares, share_tokens
 from tutti.model.diffusion import latent_patch
+from tutti.model.drawing import draws, let_draw
 from tutti.model.initial import init_weights
 from tutti.model.lora import adapters, add_adapters, init_adapters
 from tutti.model.mixers import check_mixers, separate_mixers
@@ -200,6 +201,8 @@ def tokenizer_and_model(config: Config, device: torch.device) -> tuple[Any, PreT
     if model.can_generate():
         ends = end_ids(tokenizer, model.generation_config)
         model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+    if draws(config):
+        let_draw(model, tokenizer, Path(config.model.model_path or ""))
     freeze_parts(model, config.train.freeze)
     lora = plan_adapters(config, model)
     if lora is not None:
@@ -231,7 +234,7 @@ def open_data(config: Config, inputs: Inputs, model: PreTrainedModel, world: Wor
         world=world,
         dp_rank=dp_rank,
         dp_size=dp_size,
-        vocab_size=num_token_ids(model.config) if config.data.task.has_tokens else 1,
+        vocab_size=num_ids(model) if config.data.task.has_tokens else 1,
         classes=Classes(model.config.num_labels, () if numbered else tuple(names)),
         processor=inputs.processor,
     )
@@ -239,7 +242,23 @@ def open_data(config: Config, inputs: Inputs, model: PreTrainedModel, world: Wor
         data.deal_by(count_flops(model).batch)
         if data.has_media is False:
             _leave_towers(model)
+        elif data.has_media and not data.report.media.numbers["drawn"]:
+            _leave_codes(model)
     return data
+
+
+def num_ids(model: PreTrainedModel) -> int:
+    """The number of token ids that rows of the model may hold, codes of pictures left out."""
+    codes = getattr(model, "code_decoder", None)
+    return max(num_token_ids(model.config), 0 if codes is None else codes.first)
+
+
+def _leave_codes(model: PreTrainedModel) -> None:
+    """Freeze what the model has for codes of pictures: the data has none."""
+    codes = getattr(model, "code_decoder", None)
+    if codes is not None and any(item.requires_grad for item in codes.parameters()):
+        codes.requires_grad_(False)
+        log.info("what is for codes of pictures stays as it is, since the data has none that are drawn")
 
 
 def _dated(config: Config, world: World) -> Config:

@@ -86,10 +86,10 @@ class Drawing(Task):
     def prepare(self, run: Run, executor: Executor) -> Prepare:
         model: Any = run.placed.model
         pictures = PictureTokenizer(model.drawing_folder, run.world.device)
-        coder = Coder(run.inputs.processor.drawn_token_ids[0], model.config.first_code, pictures.encode)
+        coder = Coder(run.inputs.processor.drawn_token_ids[0], model.code_decoder.first, pictures.encode)
         known = _codes_of_all(run, coder) if run.config.model.encode_target else None
         sharing = run.mesh.grid.size() // run.mesh.dp_size
-        hidden = hiding(run.inputs.tokenizer, model.config)
+        hidden = hiding(run.inputs.tokenizer, model)
 
         def complete(batch: GlobalBatch, split: Split) -> GlobalBatch:
             micros = []

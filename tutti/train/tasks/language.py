@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tutti.config import Config
+from tutti.model.drawing import draws
 from tutti.model.omni_config import decoder_folder
 from tutti.train.head import Head
 from tutti.train.tasks import Sums, Task
@@ -19,7 +20,7 @@ class LanguageModelling(Task):
 
 
 def make_task(config: Config) -> Task:
-    if decoder_folder(config.model) is None:
+    if decoder_folder(config.model) is None and not draws(config):
         return LanguageModelling()
     from tutti.train.tasks.drawing import Drawing  # which needs what language modelling alone does not
 

@@ -1,0 +1,96 @@
+"""Tiny ready-made models that draw, in folders of their own, with processors made here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForMultimodalLM
+
+from tests.data.processors import PROCESSORS
+from tests.train.runs import QUICKSTART, tiny_config
+from tutti.config import Config
+
+_TEXT: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_VQ = {
+    "embed_dim": 4, "latent_channels": 32, "base_channels": 32, "channel_multiplier": [1, 1, 1], "num_res_blocks": 1,
+}  # fmt: skip
+
+
+def janus_config(processor: Any) -> Any:
+    """A Janus whose pictures are 16 of 24 codes, for 16 pixels a side."""
+    vision = {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 4,
+        "projection_dim": 32, "num_image_tokens": 16, "mlp_ratio": 2.0,
+    }  # fmt: skip
+    vq = {**_VQ, "num_embeddings": 24, "projection_dim": 32, "image_token_embed_dim": 32}
+    return AutoConfig.for_model(
+        "janus",
+        text_config={**_TEXT, "vocab_size": len(processor.tokenizer) + 8},
+        vision_config=vision,
+        vq_config=vq,
+        image_token_id=processor.tokenizer.image_token_id,
+        tie_word_embeddings=False,
+    )
+
+
+CONFIGS = {"janus": janus_config}
+
+
+def write_drawer(folder: Path, family: str = "janus") -> str:
+    """Write a random model of `family` with its processor to `folder`; its path."""
+    processor = PROCESSORS[family]()
+    torch.manual_seed(0)
+    model: Any = AutoModelForMultimodalLM.from_config(CONFIGS[family](processor))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2 and parameter.std() < 0.1:
+                torch.nn.init.normal_(parameter, std=0.1)
+        vq = model.model.vqmodel
+        torch.nn.init.normal_(vq.quantize.embedding.weight)
+        vq.quant_conv.weight.mul_(20)  # so that pictures have various codes
+    model.save_pretrained(folder)
+    processor.chat_template = processor.tokenizer.chat_template
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def drawing_rows() -> list[dict[str, Any]]:
+    """Chats whose assistant draws, chats about pictures, and chats of text alone."""
+    rows = [json.loads(line) for line in (QUICKSTART / "images.jsonl").read_text().splitlines()[:12]]
+    made = []
+    for number, row in enumerate(rows):
+        says = [f"Draw: {row['caption']}", "Here: <image>"] if number % 3 else ["<image>What?", row["caption"]]
+        chat = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), says, strict=True)]
+        made.append({"messages": chat, "image": row["image"]})
+    return made + [json.loads(line) for line in (QUICKSTART / "chat.jsonl").read_text().splitlines()[:3]]
+
+
+def drawer_config(folder: Path, model: str, *, world: int = 1, **changes: Any) -> Config:
+    """Two steps of the model in the folder `model` on `drawing_rows`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in drawing_rows()))
+    values = {
+        "model.model_path": model,
+        "model.tokenizer_path": None,
+        "data.train_path": str(folder / "rows.jsonl"),
+        "data.media_root": str(QUICKSTART),
+        "train.lr": 3e-3,
+        "train.cfg_dropout": 0.0,
+        "train.num_train_epochs": 2,
+        "train.max_steps": 2,
+    }
+    return tiny_config(folder, world=world, **values | changes)

@@ -1,0 +1,127 @@
+"""Ready-made models that draw: losses and gradients of text and codes are those of the untouched class."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
+
+from tests.infer.models import ONE
+from tests.model.drawers import drawer_config, drawing_rows, write_drawer
+from tests.model.test_multimodal import assert_same_gradients
+from tests.train.runs import QUICKSTART
+from tutti.checkpoint.hf_load import load_weights
+from tutti.core.batch import Sample, pack
+from tutti.core.pixels import Square
+from tutti.data.encode import make_encoder
+from tutti.data.formats import Row
+from tutti.model.omni_processor import CODE
+from tutti.model.structure import part_parameters, read_structure
+from tutti.model.vq import PictureTokenizer
+from tutti.train.objective import Objective
+from tutti.train.placement import num_ids, read_inputs, tokenizer_and_model
+from tutti.train.tasks.drawing import SCALES, Coder, Drawing
+
+CPU = torch.device("cpu")
+
+
+def packed_sums(folder: Path, path: str) -> tuple[Any, dict[str, Any], list[Sample]]:
+    """The model, trained on `drawing_rows` in one packed batch: with gradients, the sums, and the samples."""
+    config = drawer_config(folder, path)
+    tokenizer, model = tokenizer_and_model(config, CPU)
+    structure = read_structure(model)
+    inputs = read_inputs(config, tokenizer, structure)
+    load_weights(model, path, world=ONE, broadcast=False)
+    encoder = make_encoder(config, tokenizer, vocab_size=num_ids(model), processor=inputs.processor)
+    found: Any = encoder([Row(row, str(QUICKSTART / "rows.jsonl"), 1) for row in drawing_rows()])
+    samples = [one for one, *_ in found]
+    batch = pack(samples, pad_to=sum(map(len, samples)) + 3)
+    batch = replace(batch, extras=encoder.extras(samples, len(batch.input_ids)))
+    pictures = PictureTokenizer(model.drawing_folder, CPU)
+    coder = Coder(inputs.processor.drawn_token_ids[0], model.code_decoder.first, pictures.encode)
+    batch = replace(coder(batch), payload={SCALES: torch.ones(2, dtype=torch.float64)})
+    sums: Any = Objective(model, Drawing(weights={"text": 1.0, "code": 1.0}), structure=structure)(batch)
+    sums["loss"].backward()
+    return model, sums, samples
+
+
+def picture(row: dict[str, Any]) -> Image.Image:
+    return Image.open(QUICKSTART / row["image"]).convert("RGB")
+
+
+def pixels_of(image: Image.Image) -> torch.Tensor:
+    """[1, 3, 16, 16] in [-1, 1], of the middle of a picture, scaled."""
+    cut = torch.tensor(list(Square(16).cut(image).getdata()), dtype=torch.float32)
+    return cut.view(16, 16, 3).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+def janus_losses(plain: Any, processor: Any, row: dict[str, Any], sample: Sample) -> dict[str, torch.Tensor]:
+    """The losses of a row's text and codes, by transformers' modules alone."""
+    draws = "image" in row and "<image>" in row["messages"][1]["content"]
+    chat = [dict(message) for message in row["messages"]]
+    if draws:
+        places = "<begin_of_image>" + "<image_placeholder>" * 16 + "<end_of_image>"
+        chat[1]["content"] = chat[1]["content"].replace("<image>", places)
+    elif "image" in row:
+        chat[0]["content"] = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    text = processor.tokenizer.apply_chat_template(chat, tokenize=False)
+    if "image" in row and not draws:
+        made = processor(text=[text], images=[picture(row)], return_tensors="pt")
+        ids, pixels = made["input_ids"], made["pixel_values"]
+    else:
+        ids, pixels = processor.tokenizer([text], return_tensors="pt")["input_ids"], None
+    places = (ids == plain.config.image_token_id)[0]
+    embeds = plain.get_input_embeddings()(ids)
+    codes = torch.zeros(0, dtype=torch.int64)
+    if pixels is not None:
+        embeds = embeds.masked_scatter(places[None, :, None], plain.model.get_image_features(pixels).pooler_output)
+    if draws:
+        codes = plain.model.vqmodel.encode(pixels_of(picture(row))).image_tokens
+        assert len(codes.unique()) > 3
+        vectors = plain.prepare_embeddings_for_image_generation(codes)
+        embeds = embeds.masked_scatter(places[None, :, None], vectors)
+    hidden = plain.model.language_model(inputs_embeds=embeds).last_hidden_state[0]
+    labels = torch.from_numpy(sample.labels.astype("int64"))
+    before = places.roll(-1) & draws
+    assert sample.input_ids[~places.numpy()].tolist() == ids[0][~places].tolist()
+    assert (labels[before] >= 0).all()
+    logits = plain.model.generation_head(hidden[before])
+    return {
+        "text": cross_entropy(plain.lm_head(hidden), labels.masked_fill(before, -100), reduction="sum"),
+        "code": cross_entropy(logits, codes, reduction="sum"),
+    }
+
+
+def test_janus_from_files_equals_the_untouched_class(tmp_path: Path) -> None:
+    path = write_drawer(tmp_path / "model")
+    model, sums, samples = packed_sums(tmp_path, path)
+    plain: Any = AutoModelForMultimodalLM.from_pretrained(path, attn_implementation="eager")
+    processor = AutoProcessor.from_pretrained(path)
+    rows = drawing_rows()
+    each = [janus_losses(plain, processor, row, one) for row, one in zip(rows, samples, strict=True)]
+    want = {kind: torch.stack([one[kind] for one in each]).sum() for kind in ("text", "code")}
+    sum(want.values()).backward()  # type: ignore[union-attr]
+    for kind, value in want.items():
+        assert sums[kind].item() == pytest.approx(value.item(), rel=1e-5)
+    assert sums["code_targets"] == 16 * 8
+    assert_same_gradients(model, plain)
+    assert model.model.generation_head.vision_head.weight.grad.any()
+    assert not any(item.requires_grad for item in model.model.vqmodel.parameters())
+    assert all(".generation_" in name for name in part_parameters(model, "decoders", "train.freeze"))
+
+
+def test_the_tokenizer_in_a_model_s_folder_is_the_model_s(tmp_path: Path) -> None:
+    path = write_drawer(tmp_path / "model")
+    plain: Any = AutoModelForMultimodalLM.from_pretrained(path).eval()
+    pictures = PictureTokenizer(Path(path), CPU)
+    assert (pictures.codes.number, pictures.codes.tokens, pictures.codes.size.side) == (24, 16, 16)
+    codes = pictures.encode(pixels_of(picture(drawing_rows()[0])))
+    with torch.no_grad():
+        assert pictures.decode(codes).equal(plain.model.vqmodel.decode(codes))
+    assert CODE not in AutoTokenizer.from_pretrained(path).get_vocab()

@@ -1,0 +1,129 @@
+"""Janus that draws, in whole runs: layouts, exports, what stays as it is, and pictures as transformers draws them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+from tests.harness import run_ranks
+from tests.infer.models import ONE, open_model
+from tests.model.drawers import drawer_config, drawing_rows, write_drawer
+from tests.train.runs import run, train_quietly
+from tests.train.test_run import assert_same_training
+from tutti.config import Config, InferConfig
+from tutti.infer.generate import Generator
+from tutti.infer.prompts import row_request, to_draw
+from tutti.infer.run import Job, infer
+from tutti.infer.sampling import Sampler
+from tutti.model.omni_processor import CODE
+from tutti.train.placement import tokenizer_and_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_drawer(tmp_path_factory.mktemp("janus"))
+
+
+def exported(folder: Path, model: str) -> None:
+    torch.set_num_threads(1)
+    train_quietly(drawer_config(folder, model, **{"train.save_hf_weights": True}))
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory, model: str) -> Path:
+    """The folder of a run in one process."""
+    folder = tmp_path_factory.mktemp("one")
+    run_ranks(1, exported, folder, model)
+    return folder
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_two_ranks_equal_one(tmp_path: Path, model: str, one: Path, layout: str) -> None:
+    config = drawer_config(tmp_path, model, world=2, **{"train.data_parallel_mode": layout})
+    assert_same_training(run(config, 2), lines(one))
+    assert lines(one)[0]["targets/code"] > 0
+
+
+def test_an_export_is_the_plain_folder_that_it_was(model: str, one: Path) -> None:
+    folder = one / "out" / "hf" / "final"
+    before, after = load_file(Path(model) / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert before.keys() == after.keys()
+    same = {name for name, tensor in before.items() if tensor.equal(after[name])}
+    assert same == {name for name in before if ".vqmodel." in name}
+    loaded = AutoModelForMultimodalLM.from_pretrained(folder)
+    assert type(loaded).__name__ == "JanusForConditionalGeneration"
+    processor, own = AutoProcessor.from_pretrained(folder), AutoProcessor.from_pretrained(model)
+    assert processor.tokenizer.get_vocab() == own.tokenizer.get_vocab() and CODE not in processor.tokenizer.get_vocab()
+    assert processor.tokenizer.chat_template == own.tokenizer.chat_template
+
+
+def test_what_is_for_codes_stays_where_the_data_has_none(tmp_path: Path, model: str) -> None:
+    rows = [row for row in drawing_rows() if "<image>" in row["messages"][0]["content"]] * 4
+    config = drawer_config(tmp_path, model, **{"train.weight_decay": 0.5, "train.save_hf_weights": True})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    made = run(config)
+    assert made[-1]["targets/code"] == 0
+    before = load_file(Path(model) / "model.safetensors")
+    after = load_file(tmp_path / "out" / "hf" / "final" / "model.safetensors")
+    assert all(after[name].equal(tensor) for name, tensor in before.items() if ".generation_" in name)
+    assert not after["lm_head.weight"].equal(before["lm_head.weight"])
+
+
+def test_pictures_are_those_that_transformers_draws(model: str) -> None:
+    config, loaded = open_model(model, do_sample=False, image_guidance=5.0)
+    assert loaded.drawing is not None
+    asked = [row_request(loaded.form, {"prompt": f"Draw: {name}"}, number, 40, "/") for number, name in enumerate("ab")]
+    requests = [to_draw(loaded.form, request) for request in asked]
+    sampler = Sampler.of(config.infer)
+    generator = Generator(loaded.logits, sampler, frozenset(), ONE, 10_000, drawing=loaded.drawing)
+    made: list[list[int]] = [[], []]
+    for token in generator.stream(requests):
+        made[token.number].append(token.id - loaded.drawing.first)
+    plain: Any = AutoModelForMultimodalLM.from_pretrained(model, attn_implementation="eager").eval()
+    plain.generation_config.generation_kwargs = {"boi_token_id": loaded.drawing.start}
+    settings = {"do_sample": False, "guidance_scale": 5.0, "bos_token_id": -1, "generation_mode": "image"}
+    settings["pad_token_id"] = loaded.form.tokenizer.pad_token_id
+    for request, ours in zip(requests, made, strict=True):
+        ids = torch.tensor([request.ids])
+        theirs = plain.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+        assert ours[:16] == theirs[0].tolist()
+    assert len(set(made[0][:16])) > 2 and made[0] != made[1]
+
+
+def answered(folder: Path) -> None:
+    torch.set_num_threads(1)
+    (folder / "ask.jsonl").write_text('{"prompt": "Draw: dog"}\n')
+    settings = InferConfig(model_path=str(folder / "out"), max_tokens=8, image_guidance=2.0, seed=3)
+    infer(Config(infer=settings), Job(input=str(folder / "ask.jsonl"), output=str(folder / "answers.jsonl"), draw=True))
+
+
+def test_a_trained_model_draws(one: Path) -> None:
+    run_ranks(1, answered, one)
+    (row,) = [json.loads(line) for line in (one / "answers.jsonl").read_text().splitlines()]
+    assert Image.open(one / row["pictures"][0]["path"]).size == (16, 16)
+
+
+REFUSED = {
+    "codes for eyes": ({"model.input_encoder": "decoder"}, "model.input_encoder: a ready-made model"),
+    "codes of streams": ({"data.datasets_type": "iterable", "model.encode_target": True}, "goes over the data"),
+    "split matrices": ({"train.tensor_parallel_size": 2, "train.cfg_dropout": 0.1}, "train.cfg_dropout: is about"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_done_is_refused_by_name(tmp_path: Path, model: str, case: str) -> None:
+    changes, message = REFUSED[case]
+    config = drawer_config(tmp_path, model, world=changes.get("train.tensor_parallel_size", 1), **changes)
+    with pytest.raises(ValueError, match=message):
+        tokenizer_and_model(config, torch.device("cpu"))

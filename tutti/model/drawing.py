@@ -1,0 +1,161 @@
+"""Ready-made models that draw: their own modules for codes of pictures, as a composed model has them.
+
+Janus sees pictures by a tower and draws them by codes. Its `generation_*` modules embed codes and predict them, and
+`vqmodel` is the tokenizer of pictures that codes come from, which stays as it is. Read as a `CodeDecoder`, they are
+trained and generate as those that `model.decoders` puts beside a language model; no module is added, so an export is
+the plain folder that it was.
+
+A model draws if its weights are read from a folder with a processor. In training it does so with chats, and where its
+matrices and its depth are not divided over ranks; elsewhere it sees pictures alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tutti.config import Config, ModelConfig
+from tutti.core.batch import DRAWN_PIXELS
+from tutti.core.modules import wrap_forward
+from tutti.core.pixels import to_values
+from tutti.model.omni import CodeDecoder, with_code_logits
+from tutti.model.omni_processor import CODE, DRAWN, drawing_marks
+from tutti.model.vq import PictureCodes
+
+_FAMILIES = ("janus",)
+"""model_type of the ready-made models that draw."""
+
+_DRAWN_AS_TEXT = (
+    "{%- set drawn = namespace(messages=[]) -%}{%- for message in messages -%}"
+    "{%- if message['content'] is defined and message['content'] is not string and message['content'] is iterable -%}"
+    "{%- set parts = namespace(all=[]) -%}{%- for part in message['content'] -%}"
+    "{%- set parts.all = parts.all + [{'type': 'text', 'text': 'CODE'} if part['type'] == 'drawn' else part] -%}"
+    "{%- endfor -%}{%- set drawn.messages = drawn.messages + [dict(message, content=parts.all)] -%}"
+    "{%- else -%}{%- set drawn.messages = drawn.messages + [message] -%}{%- endif -%}"
+    "{%- endfor -%}{%- set messages = drawn.messages -%}"
+).replace("CODE", CODE)
+"""Jinja that has a template write the placeholder of codes where a message has a picture that is drawn."""
+
+
+def ready_folder(model: ModelConfig) -> Path | None:
+    """The folder of the ready-made model that `model` names, if it draws."""
+    folder = Path(model.model_path or "")
+    processors = ("processor_config.json", "preprocessor_config.json")
+    if model.model_path is None or not any((folder / name).is_file() for name in processors):
+        return None
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # which building the model tells of
+        return None
+    return folder if content.get("model_type") in _FAMILIES else None
+
+
+def draws(config: Config) -> bool:
+    """True if a ready-made model is trained to draw."""
+    train, task = config.train, config.data.task
+    divided = train.tensor_parallel_size > 1 or train.pipeline_parallel_size > 1
+    chats = task.rows == "conversations" and task.head == "tokens"
+    return chats and not divided and train.architecture != "lora" and ready_folder(config.model) is not None
+
+
+class JanusCodes(CodeDecoder):
+    """The modules of a Janus that are for codes of pictures. It is a view, and holds nothing."""
+
+    def __init__(self, model: Any, first: int, kept: frozenset[int]) -> None:
+        nn.Module.__init__(self)
+        inner, head = model.model, model.model.generation_head
+        self.first, self.number, self.kept = first, inner.generation_embeddings.num_embeddings, kept
+        self.embed = nn.Sequential(inner.generation_embeddings, inner.generation_aligner)  # type: ignore[assignment]
+        self.middle = nn.Sequential(head.proj_out, head.activation_fn)
+        self.head = head.vision_head
+
+
+def let_draw(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Have a ready-made model embed codes and predict them, as tokens beyond its vocabulary, and have the chat template
+    of `tokenizer` write their placeholder. folder: of its weights, among which those of its tokenizer of pictures are.
+    """
+    tokenizer.add_tokens([CODE], special_tokens=True)
+    write_drawn(tokenizer)
+    first = max(model.config.get_text_config().vocab_size, max(tokenizer.get_vocab().values()) + 1)
+    start = drawing_marks(tokenizer).start
+    codes = JanusCodes(model, first, frozenset({start, tokenizer.bos_token_id, model.config.image_token_id}))
+    # Not registered: its modules are the model's, under names of their own.
+    model.__dict__["code_decoder"] = codes
+    model.__dict__["drawing_folder"] = folder
+    wrap_forward(model.get_input_embeddings(), "codes", partial(partial, _embed, codes))
+    wrap_forward(model, "codes", partial(partial, _with_logits, model.get_output_embeddings(), codes))
+
+
+def _embed(codes: CodeDecoder, table: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+    return codes.put(ids, table(ids.masked_fill(ids >= codes.first, 0)))
+
+
+def _with_logits(head: nn.Module, codes: CodeDecoder, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return with_code_logits(partial(forward, *args, **kwargs), head, codes)
+
+
+def write_drawn(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have the chat template write the placeholder of codes for pictures that are drawn, if the model draws."""
+    source = tokenizer.chat_template
+    if CODE in tokenizer.get_vocab() and isinstance(source, str) and not source.startswith(_DRAWN_AS_TEXT):
+        tokenizer.chat_template = _DRAWN_AS_TEXT + source
+
+
+@dataclass
+class DrawingProcessor:
+    """The processor of a ready-made model that draws: `inner`, its own, beside which drawn pictures become places for
+    codes between the tokens that begin and end one. plain: the tokenizer as its folder has it, which exports get."""
+
+    inner: Any
+    drawn: PictureCodes
+    tokenizer: PreTrainedTokenizerBase
+    plain: PreTrainedTokenizerBase
+
+    def __post_init__(self) -> None:
+        self.drawn_token, self.drawn_token_ids = CODE, [self.tokenizer.get_vocab()[CODE]]
+        around = self.tokenizer.convert_ids_to_tokens(list(drawing_marks(self.tokenizer)))
+        self._replacement = (CODE * self.drawn.tokens).join(around)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "inner" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def __call__(self, text: Sequence[str], drawn: Sequence[Image.Image] = (), **kwargs: Any) -> Any:
+        """As `inner`; drawn: the pictures that the text has placeholders of codes for, in their order."""
+        if not drawn:
+            return self.inner(text=text, **kwargs)
+        (source,) = text
+        written = source.replace(CODE, self._replacement)
+        if any(kwargs.get(kind) for kind in ("images", "videos", "audio")):
+            found = dict(self.inner(text=[written], **kwargs))
+        else:
+            found = {**self.tokenizer([written], return_tensors="pt"), "text_replacement_offsets": [[]]}
+        others = iter(found["text_replacement_offsets"][0])
+        own = {"type": DRAWN, "text": CODE, "replacement": self._replacement}
+        pieces = source.split(CODE)
+        offsets = [offset for piece in pieces[:-1] for offset in (*self._within(piece, others), own)] + [*others]
+        pixels = [to_values(np.asarray(self.drawn.size.cut(picture))) for picture in drawn]
+        return {**found, DRAWN_PIXELS: torch.stack(pixels), "text_replacement_offsets": [offsets]}
+
+    def _within(self, piece: str, others: Any) -> list[Any]:
+        """The next of what `inner` has replaced, as much of it as a piece of the text has placeholders."""
+        return [next(others) for _ in range(piece.count(self.inner.image_token))]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `inner` to a folder, with the plain tokenizer."""
+        self.inner.tokenizer = self.plain
+        try:
+            self.inner.save_pretrained(folder)
+        finally:
+            self.inner.tokenizer = self.tokenizer
