@@ -210,7 +210,7 @@ def _export(command: _Command) -> int:
         given = " ".join(command.rest) or "neither"
         raise ConfigError([f"export: takes CHECKPOINT_OR_OUTPUT_DIR OUT_FOLDER, got {given}"])
 
-    from tutti.checkpoint.export import export
+    from tutti.kinds.export import export
 
     export(*command.rest, merge_adapters=command.options.merge)
     return 0

@@ -130,9 +130,9 @@ def num_bytes(tensors) -> int:
 
 
 def model_of(config: Config):
-    from tutti.train.placement import tokenizer_and_model
+    from tutti.kinds import language
 
-    return tokenizer_and_model(config, torch.device("cpu"))[1]
+    return language.build(config, torch.device("cpu"))[1]
 
 
 def pairs(folder, cases: dict, world: int):

@@ -123,7 +123,7 @@ def adapted(tmp_path_factory, model):
 
 
 def test_an_adapter_speaks_as_its_merged_model_does(adapted, model, say, tmp_path):
-    from tutti.checkpoint.export import export
+    from tutti.kinds.export import export
 
     export(str(adapted), str(tmp_path / "merged"), merge_adapters=True)
     merged = say(str(tmp_path / "merged"), do_sample=False)

@@ -21,11 +21,12 @@ from tutti.core.batch import Sample, pack
 from tutti.core.pixels import Square
 from tutti.data.encode import make_encoder
 from tutti.data.formats import Row
+from tutti.kinds.language import build, read_inputs
 from tutti.model.omni_processor import CODE
 from tutti.model.structure import part_parameters, read_structure
 from tutti.model.vq import PictureTokenizer
+from tutti.train.inputs import num_ids
 from tutti.train.objective import Objective
-from tutti.train.placement import num_ids, read_inputs, tokenizer_and_model
 from tutti.train.tasks.drawing import SCALES, Coder, Drawing
 
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ CPU = torch.device("cpu")
 def packed_sums(folder: Path, path: str) -> tuple[Any, dict[str, Any], list[Sample]]:
     """The model, trained on `drawing_rows` in one packed batch: with gradients, the sums, and the samples."""
     config = drawer_config(folder, path)
-    tokenizer, model = tokenizer_and_model(config, CPU)
+    tokenizer, model = build(config, CPU)
     structure = read_structure(model)
     inputs = read_inputs(config, tokenizer, structure)
     load_weights(model, path, world=ONE, broadcast=False)

@@ -14,8 +14,8 @@ from tests.train.test_run import assert_same_training
 from tutti.attention.interface import resolve_attention
 from tutti.config import ConfigError
 from tutti.config.layout import fit
+from tutti.kinds import language
 from tutti.model.positions import rotate_by_sample
-from tutti.train.placement import inspect_model, tokenizer_and_model
 
 THETA = {"rope_theta": 10000.0}
 ROPES = {
@@ -92,9 +92,9 @@ def test_training_packed_and_in_stages_is_training_one_by_one(tmp_path, name):
 def test_ranks_with_parts_of_samples_are_refused(tmp_path, axis):
     changes = {f"train.{axis}_parallel_size": 2}
     config = run_of(tmp_path, "dynamic", 2, **changes)
-    _, model = tokenizer_and_model(config, torch.device("cpu"))
+    _, model = language.build(config, torch.device("cpu"))
     with pytest.raises(ConfigError, match=rf"train\.{axis}_parallel_size: the rotary embedding of LlamaForCausalLM"):
-        inspect_model(config, fit(config, 2), model)
+        language.inspect(config, fit(config, 2), model)
 
 
 @pytest.mark.parametrize(("family", "limit"), [("gpt2", 64), ("opt", 64)])
@@ -109,8 +109,8 @@ def test_samples_longer_than_learned_positions_are_refused(tmp_path, family, lim
     AutoConfig.for_model(family, vocab_size=2048, **sizes, **extra).save_pretrained(tmp_path / "config")
     changes = {"model.config_path": str(tmp_path / "config"), "data.max_seq_len": limit + 1}
     config = tiny_config(tmp_path, **changes)
-    _, model = tokenizer_and_model(config, torch.device("cpu"))
+    _, model = language.build(config, torch.device("cpu"))
     with pytest.raises(ValueError, match=rf"data\.max_seq_len: .* has learned positions .* set {limit} or less"):
-        inspect_model(config, fit(config, 1), model)
+        language.inspect(config, fit(config, 1), model)
     fitting = tiny_config(tmp_path / "fits", **changes | {"data.max_seq_len": limit})
-    inspect_model(fitting, fit(fitting, 1), model)
+    language.inspect(fitting, fit(fitting, 1), model)

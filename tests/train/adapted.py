@@ -59,7 +59,7 @@ def written(config: Config) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def export_quietly(source: str, out: str, merge: bool) -> None:
     import logging
 
-    from tutti.checkpoint.export import export
+    from tutti.kinds.export import export
 
     logging.disable(logging.INFO)
     export(source, out, merge_adapters=merge)

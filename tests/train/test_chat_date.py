@@ -36,14 +36,14 @@ def config_of(folder: Path, world: int = 1, **changes: Any) -> Config:
 
 def train_on(day: str, config: Config, last: int) -> None:
     """Train on a day until step `last`."""
-    from tutti.train import placement
+    from tutti.train import inputs
 
     class Day(datetime.date):
         @classmethod
         def today(cls) -> Any:
             return cls.fromisoformat(day)
 
-    placement.date = Day  # type: ignore[attr-defined]
+    inputs.date = Day  # type: ignore[attr-defined]
     train_until(config, last)
 
 

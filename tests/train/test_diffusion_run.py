@@ -18,7 +18,6 @@ from tests.harness import run_ranks
 from tests.train.runs import run, tiny_config
 from tests.train.test_run import assert_same_training
 from tutti.checkpoint.denoiser import WEIGHTS, load_denoiser
-from tutti.checkpoint.export import export
 from tutti.checkpoint.manager import read_model
 from tutti.config import Config
 from tutti.config.layout import resolve_sizes
@@ -28,12 +27,13 @@ from tutti.core.dist import init_world
 from tutti.core.draws import generator
 from tutti.data.captions import LATENT, PIXELS, CaptionEncoder, captions_of
 from tutti.data.source import BadRow, Row, text_columns
+from tutti.kinds import denoiser
+from tutti.kinds.export import export
 from tutti.model.conditions import Conditions, read_grid
 from tutti.model.denoiser import DenoiserConfig, random_net
 from tutti.model.diffusion import Guided, Text, flow_time, predict, sample
 from tutti.model.pipeline_folder import PipelineFolder, open_folder, read_folder, read_scheduler
 from tutti.train.average import averaged, keep_average
-from tutti.train.placement import tokenizer_and_model
 from tutti.train.tasks.diffusion import make_task
 
 SD3 = "SD3Transformer2DModel"
@@ -388,7 +388,7 @@ def test_adapters_are_read_by_diffusers(tmp_path: Path) -> None:
 
 def _predict_adapted(config: Config, checkpoint: str, given: Any, out: str) -> None:
     world = init_world(torch.device("cpu"))
-    _, model = tokenizer_and_model(config, world.device)
+    _, model = denoiser.build(config, world.device)
     load_denoiser(model, None, seed=config.train.seed, device=world.device, world=world)
     read_model(Path(checkpoint), model, world)
     with torch.no_grad():

@@ -21,9 +21,9 @@ from tutti.checkpoint.omni_files import CODE_DECODER
 from tutti.config import Config, ConfigError
 from tutti.config.load import load
 from tutti.infer.drawing import Hidden
+from tutti.kinds import language
 from tutti.model.autoencoder import make_net
 from tutti.model.vq import WEIGHTS, read_codes
-from tutti.train.placement import tokenizer_and_model
 
 
 def write_tokenizer(folder: Path) -> str:
@@ -161,7 +161,7 @@ def test_what_cannot_be_done_is_refused_by_name(tmp_path: Path, case: str) -> No
     changes, message = REFUSED[case]
     world = changes.get("train.tensor_parallel_size", changes.get("train.pipeline_parallel_size", 1))
     with pytest.raises(ValueError, match=message):
-        tokenizer_and_model(config_of(tmp_path, world=world, **changes), torch.device("cpu"))
+        language.build(config_of(tmp_path, world=world, **changes), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

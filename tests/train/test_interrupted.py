@@ -24,7 +24,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def exported(source: Path, out: Path) -> dict[str, Any]:
     import json
 
-    from tutti.checkpoint.export import export
+    from tutti.kinds.export import export
 
     logging.disable(logging.INFO)
     export(str(source), str(out))

@@ -221,9 +221,9 @@ def test_unused_adapter_stops_the_run_on_all_ranks(make, train):
 
 def train_with_unused_layer(config):
     from tests.train.runs import train_quietly
-    from tutti.train import placement
+    from tutti.kinds import language
 
-    original = placement.add_adapters
+    original = language.add_adapters
 
     def add(model, lora, dtype):
         model.model.layers[0].mlp.unused_proj = torch.nn.Linear(8, 8, device="meta")
@@ -231,5 +231,5 @@ def train_with_unused_layer(config):
         del model.model.layers[0].mlp.unused_proj.weight
         model.model.layers[0].mlp.unused_proj.bias = None
 
-    placement.add_adapters = add
+    language.add_adapters = add
     train_quietly(config)

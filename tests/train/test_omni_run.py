@@ -156,12 +156,12 @@ def loaded(model: dict[str, Any], out: Path | None = None) -> Any:
     from tutti.checkpoint.hf_save import export_hf
     from tutti.checkpoint.omni import load_parts
     from tutti.core.dist import World
-    from tutti.train.placement import tokenizer_and_model
+    from tutti.kinds import language
 
     world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
     data = {"train_path": "x", "data_type": "conversation"}
     config = from_dict({"model": model, "data": data, "train": {"compute_dtype": "float32"}})
-    tokenizer, found = tokenizer_and_model(config, world.device)
+    tokenizer, found = language.build(config, world.device)
     load_parts(found, config.model.model_path, world=world, device=world.device)  # type: ignore[arg-type]
     if out is not None:
         export_hf(found, out, tokenizer, world=world)
@@ -178,7 +178,7 @@ def test_what_is_loaded_and_exported_again_is_bit_equal(tmp_path: Path, exported
 
 
 def test_a_checkpoint_is_exported_complete(tmp_path: Path, exported: Path) -> None:
-    from tutti.checkpoint.export import export
+    from tutti.kinds.export import export
 
     export(str(exported / "out" / "checkpoints" / "global_step_3"), str(tmp_path / "hf"))
     want = exported / "out" / "hf" / "final"
@@ -308,10 +308,10 @@ def test_towers_are_taken_out_of_whole_models(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_composed_model_cannot_do_is_refused(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
-    from tutti.train.placement import tokenizer_and_model
+    from tutti.kinds import language
 
     with pytest.raises(ValueError, match=reason):
-        tokenizer_and_model(config_of(tmp_path, **changes), torch.device("cpu"))
+        language.build(config_of(tmp_path, **changes), torch.device("cpu"))
 
 
 def test_a_text_that_spells_the_placeholder_is_a_bad_row(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from tutti.infer.generate import Generator
 from tutti.infer.prompts import row_request, to_draw
 from tutti.infer.run import Job, infer
 from tutti.infer.sampling import Sampler
+from tutti.kinds import language
 from tutti.model.omni_processor import CODE
-from tutti.train.placement import tokenizer_and_model
 
 
 @pytest.fixture(scope="module")
@@ -126,4 +126,4 @@ def test_what_cannot_be_done_is_refused_by_name(tmp_path: Path, model: str, case
     changes, message = REFUSED[case]
     config = drawer_config(tmp_path, model, world=changes.get("train.tensor_parallel_size", 1), **changes)
     with pytest.raises(ValueError, match=message):
-        tokenizer_and_model(config, torch.device("cpu"))
+        language.build(config, torch.device("cpu"))

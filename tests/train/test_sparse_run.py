@@ -22,7 +22,7 @@ from tutti.infer.generate import Generator
 from tutti.infer.load import load_model
 from tutti.infer.prompts import prompt_request
 from tutti.infer.sampling import Sampler
-from tutti.train.placement import inspect_model, tokenizer_and_model
+from tutti.kinds import language
 from tutti.train.run import train
 
 SIZES = {"block": 4, "stride": 2, "selected_block": 8, "selected": 3, "window": 8}
@@ -138,9 +138,9 @@ def run_and_export_plain(folder: Path) -> Path:
 def test_axes_that_would_divide_a_selection_are_refused(tmp_path, changes, named):
     world = next(iter(changes.values()))
     config = sparse_config(tmp_path, world=world, **changes)
-    _, model = tokenizer_and_model(config, torch.device("cpu"))
+    _, model = language.build(config, torch.device("cpu"))
     with pytest.raises(ConfigError, match=named):
-        inspect_model(config, fit(config, world), model)
+        language.inspect(config, fit(config, world), model)
 
 
 def test_models_with_another_attention_are_refused(tmp_path):

@@ -33,6 +33,7 @@ def watch(config: Config) -> dict[str, Any]:
     from tests.train.runs import train_quietly
     from tutti.checkpoint.hf_files import Checkpoint
     from tutti.checkpoint.manager import Checkpointer
+    from tutti.kinds import language
     from tutti.parallel import apply
     from tutti.train import placement, run
     from tutti.train import step as step_module
@@ -41,8 +42,8 @@ def watch(config: Config) -> dict[str, Any]:
     watched: list[tuple[Any, str, Callable[..., None], Callable[..., None]]] = [
         (run, "build_mesh", ignore, watcher.made_mesh),
         (placement, "parallelize", watcher.parallelizes, ignore),
-        (placement, "init_weights", watcher.gets_values, ignore),
-        (placement, "load_weights", watcher.gets_values, ignore),
+        (language, "init_weights", watcher.gets_values, ignore),
+        (language, "load_weights", watcher.gets_values, ignore),
         (apply, "overlap_values", watcher.overlaps, ignore),
         (Checkpoint, "read", watcher.reads, ignore),
         (step_module.TrainStep, "step", watcher.steps, ignore),

@@ -27,12 +27,14 @@ from tutti.data.encode import describe
 from tutti.data.loader import Data
 from tutti.data.processor import MediaProcessor
 from tutti.data.rows import RowError
+from tutti.kinds import Inputs, kind_of
 from tutti.model.stage_trace import trace_stages
 from tutti.model.stages import describe_stages, stage_blocks
 from tutti.model.structure import is_classifier, num_params, towers
 from tutti.parallel.fsdp import offloads, reshards
 from tutti.parallel.mesh import AXES
-from tutti.train.placement import Inputs, inspect_model, model_name, open_data, read_inputs, tokenizer_and_model
+from tutti.train.inputs import open_data
+from tutti.train.record import model_name
 
 SHOWN_SAMPLES = 4
 SHOWN_CHARACTERS = 1200
@@ -45,9 +47,10 @@ def check(config: Config, world: int = 1) -> None:
     ranks = World(rank=0, size=1, local_rank=0, device=pick_device(config.train.init_device))
     config = settle_compute_dtype(config, ranks)
     config = with_local_paths(config, ranks, weights=False)
-    tokenizer, model = tokenizer_and_model(config, ranks.device)
-    structure = inspect_model(config, layout, model)
-    inputs = read_inputs(config, tokenizer, structure)
+    kind = kind_of(config)
+    tokenizer, model = kind.build(config, ranks.device)
+    structure = kind.inspect(config, layout, model)
+    inputs = kind.read_inputs(config, tokenizer, structure)
     data = open_data(config, inputs, model, ranks, dp_rank=0, dp_size=layout.data)
     first = next(iter(data.train()), None)
     if first is None:

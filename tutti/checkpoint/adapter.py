@@ -239,11 +239,11 @@ def _fingerprint(config: Config) -> dict[str, str]:
     path = Path(name)
     if config.model.model_path is None:
         file = path if path.is_file() else path / "config.json"
-        if config.data.task.rows == "captions":
+        if config.data.task.kind == "denoiser":
             file = open_folder(config).transformer / "config.json"
         digest.update(f"{config.train.seed} {json.dumps(json.loads(file.read_text()), sort_keys=True)}".encode())
         return {"path": name, "digest": digest.hexdigest()}
-    weights = open_folder(config).weights if config.data.task.rows == "captions" else path
+    weights = open_folder(config).weights if config.data.task.kind == "denoiser" else path
     digest.update(weights_digest(weights).encode())
     return {"path": name, "digest": digest.hexdigest()}
 

@@ -7,7 +7,6 @@ the class, so that diffusers' `from_pretrained` reads what is written.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tutti.checkpoint.hf_save import prepare_folder
+from tutti.checkpoint.hf_save import Full, prepare_folder
 from tutti.core.dist import World
 from tutti.core.files import describe_error, put_folder, write_synced
 from tutti.core.tensors import local_part
@@ -65,7 +64,7 @@ def read_weights(folder: Path, shapes: dict[str, torch.Size], argument: str = "m
     return found
 
 
-def export_autoencoder(model: Autoencoder, folder: Path, world: World, full: Callable[[str], Tensor]) -> None:
+def export_autoencoder(model: Autoencoder, folder: Path, world: World, full: Full) -> None:
     """Write `model`, whose full tensors `full` gives by name on rank 0, to `folder`, which is replaced. Collective.
 
     ValueError, on all ranks: it cannot be written.

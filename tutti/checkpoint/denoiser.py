@@ -9,7 +9,7 @@ alone, in the file that diffusers has for them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from tutti.checkpoint.hf_files import read_index
-from tutti.checkpoint.hf_save import gather_full, prepare_folder
+from tutti.checkpoint.hf_save import Full, gather_full, prepare_folder
 from tutti.core.dist import World
 from tutti.core.files import describe_error, put_folder, write_synced
 from tutti.core.tensors import local_part
@@ -95,7 +95,7 @@ def weight_files(folder: Path) -> Iterator[tuple[Path, list[str]]]:
 
 
 def export_pipeline(
-    model: Denoiser, source: PipelineFolder, folder: Path, world: World, full: Callable[[str], Tensor], *, seed: int
+    model: Denoiser, source: PipelineFolder, folder: Path, world: World, full: Full, *, seed: int
 ) -> None:
     """Write `model`, whose full tensors `full` gives by name on rank 0, with the other parts of `source`, to `folder`,
     which is replaced. seed: of parts that have no weights. Collective. ValueError, on all ranks: it cannot be written.

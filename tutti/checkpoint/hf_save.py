@@ -42,6 +42,9 @@ from tutti.model.omni import OmniModel
 from tutti.model.speech import THINKER, speech_of, whole_config
 from tutti.model.structure import is_classifier, model_class, weight_conversions
 
+Full = Callable[[str], Tensor]
+"""Gives a full tensor of a model by name, on rank 0; every rank calls it for the same names."""
+
 # What FSDP has split after other axes takes one gather for each, which torch finds worth a warning on every rank.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
@@ -52,7 +55,7 @@ def export_hf(
     tokenizer: Any,
     *,
     world: World,
-    full: Callable[[str], Tensor] | None = None,
+    full: Full | None = None,
     index_path: str | Path | None = None,
     dtype: torch.dtype | None = None,
     max_shard_gb: float = 5.0,
@@ -108,12 +111,12 @@ def _open_speech(model: PreTrainedModel) -> Checkpoint | None:
     return None if found is None else RestOfCheckpoint(found[0], THINKER)
 
 
-def _below(full: Callable[[str], Tensor], prefix: str) -> Callable[[str], Tensor]:
+def _below(full: Full, prefix: str) -> Full:
     return lambda name: full(f"{prefix}.{name}")
 
 
 def _write(
-    groups: _Reverted, writer: _Writer, layout: Mapping[str, str], full: Callable[[str], Tensor], world: World
+    groups: _Reverted, writer: _Writer, layout: Mapping[str, str], full: Full, world: World
 ) -> tuple[_Writer, Exception | None]:
     """Write all groups of tensors, on rank 0; the writer, and what went wrong. Collective."""
     failure: Exception | None = None
@@ -128,7 +131,7 @@ def _write(
     return writer, failure
 
 
-def gather_full_tensors(part: PreTrainedModel, model: PreTrainedModel, world: World) -> Callable[[str], Tensor]:
+def gather_full_tensors(part: PreTrainedModel, model: PreTrainedModel, world: World) -> Full:
     """A function that gives a full tensor of `model` by name, on rank 0, from the ranks that hold parts of it.
 
     part: what this rank has of the depth of `model`; `model` itself where it has all of it. Collective, as is what it

@@ -22,7 +22,6 @@ from torch.optim import Optimizer
 
 from tutti.core.tensors import local_part, seed_of
 from tutti.model.lora import listed, lora_of
-from tutti.train.optim import set_lr
 
 AVERAGE = "average"
 """The name, among a parameter's optimizer state, of the moving average of the weights (`tutti.train.average`)."""
@@ -90,7 +89,8 @@ def create_optimizer_state(model: nn.Module, optimizer: Optimizer, skip: set[str
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.state.clear()
-    set_lr(optimizer, 0.0)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
     optimizer.step()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate

@@ -55,7 +55,7 @@ def _config_of(folder: Path, found: Manifest) -> Config:
     config = load([str(owners[0] / CONFIG)], verb=None)
     model, train = config.model, config.train
     train = replace(train, compute_dtype=found.facts.get("compute_dtype", "float32"))
-    of_folder = config.data.task.rows == "captions"  # the config of a diffusion model is one part of its folder
+    of_folder = config.data.task.kind == "denoiser"  # the config of a diffusion model is one part of its folder
     if (folder / MODEL_CONFIG).is_file() and train.architecture != "lora" and not of_folder:
         tokenizer = model.tokenizer_path or model.model_path or model.config_path
         model = replace(model, tokenizer_path=tokenizer, config_path=str(folder / MODEL_CONFIG))

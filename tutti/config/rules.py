@@ -148,7 +148,7 @@ _OF_BUCKETS = (
 
 def _of_pixels(config: Config) -> list[str]:
     """One problem for each argument that a model of pixels has nothing for."""
-    kind, draws = config.data.data_type, config.data.task.rows == "captions"
+    kind, draws = config.data.data_type, config.data.task.kind == "denoiser"
     ways = "whole, by data parallelism (ddp, fsdp1, fsdp2)" + (" and Ulysses" if draws else "")
     refused: tuple[str, ...] = _NEEDS_TOKENS
     if draws:
@@ -179,7 +179,7 @@ def _has_fixed_steps(config: Config) -> bool:
 
 
 def _draws(config: Config) -> bool:
-    return config.data.task.rows == "captions"
+    return config.data.task.kind == "denoiser"
 
 
 _OF_DIFFUSION = (

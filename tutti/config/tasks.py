@@ -16,9 +16,10 @@ class TaskRow:
 
     module: where `make_task(config)` is. doc: a row of its data, for the reference of arguments. columns: default of
     data.text_keys. rows: the shape of its rows, and so the encoder. head: what the model ends in: logits of tokens,
-    logits of model.num_labels classes, or one number; the last two are computed at the last token of a sequence. A
-    model of pixels is no language model: it has neither tokens nor a tokenizer, and an image counts as one token.
-    losses: where the loss is a sum of several kinds, the weights that these have by default.
+    logits of model.num_labels classes, or one number; the last two are computed at the last token of a sequence. kind:
+    of the model, a module of `tutti.kinds`. Only a language model has tokens and a tokenizer: in the others, models of
+    pixels, an image counts as one token. losses: where the loss is a sum of several kinds, the weights that these have
+    by default.
     """
 
     module: str
@@ -26,6 +27,7 @@ class TaskRow:
     columns: str
     rows: Literal["documents", "conversations", "labels", "pairs", "images", "captions"]
     head: Literal["tokens", "classes", "scalar", "pixels"] = "tokens"
+    kind: Literal["language", "autoencoder", "denoiser"] = "language"
     losses: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -36,7 +38,7 @@ class TaskRow:
     @property
     def has_tokens(self) -> bool:
         """True if the model is a language model, whose rows become tokens."""
-        return self.head != "pixels"
+        return self.kind == "language"
 
 
 TASKS: dict[str, TaskRow] = {
@@ -79,6 +81,7 @@ TASKS: dict[str, TaskRow] = {
         columns="image",
         rows="images",
         head="pixels",
+        kind="autoencoder",
         losses={"l1": 1.0, "mse": 1.0, "commitment": 1.0, "kl": 1e-6},
     ),
     "diffusion": TaskRow(
@@ -87,5 +90,6 @@ TASKS: dict[str, TaskRow] = {
         columns="prompt,text,caption",
         rows="captions",
         head="pixels",
+        kind="denoiser",
     ),
 }

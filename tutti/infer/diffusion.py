@@ -57,7 +57,7 @@ def find_denoiser(path: Path, world: World) -> Source | None:
     if not path.is_dir() or not is_of_run(path) or is_folder:
         return None
     trained = find_trained(path, world)
-    if trained.config.data.task.rows != "captions":
+    if trained.config.data.task.kind != "denoiser":
         return None
     return Source(world.run_on_all_ranks(lambda: open_folder(trained.config)), trained)
 

@@ -33,7 +33,6 @@ from transformers import (
 )
 
 from tutti.attention.interface import FOREIGN, PROBE, MaskSeen, attention_by_part, register_probe, resolve_attention
-from tutti.checkpoint.hf_files import read_index
 from tutti.config import Config
 from tutti.core.compat import model_mapping
 from tutti.core.device import pick_device
@@ -100,9 +99,6 @@ def build_model(
     device: where it will run, which decides on the kernels (default: this machine's).
     """
     device = device or pick_device(config.train.init_device)
-    if config.model.safetensor_idx_path is not None:
-        # Exports may be the first to need it, and they come when training is over.
-        read_index(Path(config.model.safetensor_idx_path))
     model_config = load_model_config(config)
     if dtype is None:
         dtype = torch.float32 if config.train.enable_mixed_precision else torch.bfloat16

@@ -38,7 +38,7 @@ from tutti.model.conditions import Conditions
 from tutti.model.denoiser import Denoiser
 from tutti.model.diffusion import Text, join_texts, latent_channels
 from tutti.model.pipeline_folder import PipelineFolder, open_folder
-from tutti.train.placement import Run
+from tutti.train.record import Run
 from tutti.train.tasks import Split
 from tutti.train.tasks.diffusion import EVAL_TIMES, LATENTS, NOISE, SOURCES, TEXT, TIMES, WEIGHTS, Denoising
 

@@ -28,7 +28,7 @@ from tutti.model.diffusion import Guided, default_side, join_texts, latent_shape
 from tutti.model.pipeline_folder import open_folder, read_scheduler
 from tutti.parallel.pipeline.executor import Executor
 from tutti.train.logging.metrics import Metrics
-from tutti.train.placement import Run
+from tutti.train.record import Run
 from tutti.train.samples import prompt_rows
 from tutti.train.tasks import Split
 from tutti.train.tasks.diffusion import Denoising, text_of

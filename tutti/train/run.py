@@ -18,7 +18,6 @@ from typing import Any, Literal, Protocol
 from torch.optim import Optimizer
 
 from tutti.checkpoint.adapter import base_of, require_base
-from tutti.checkpoint.export import export_trained
 from tutti.checkpoint.hub import with_local_paths
 from tutti.checkpoint.manager import Checkpointer, foresee
 from tutti.config import Config
@@ -27,29 +26,24 @@ from tutti.core.batch import GlobalBatch
 from tutti.core.compute_dtype import settle_compute_dtype
 from tutti.core.dist import World, init_world, shutdown_world
 from tutti.core.watchdog import Watchdog
+from tutti.kinds import kind_of
+from tutti.kinds.export import export_trained
 from tutti.model.lora import lora_of, require_gradients
 from tutti.parallel.mesh import build_mesh
 from tutti.parallel.pipeline.executor import Executor
 from tutti.train.average import averaged, keep_average
 from tutti.train.evaluate import evaluate
 from tutti.train.guard import SpikeGuard
+from tutti.train.inputs import open_data
 from tutti.train.logging.metrics import Metrics
 from tutti.train.logging.step_logger import StepLogger
 from tutti.train.lr_schedule import learning_rate
 from tutti.train.optim import build_optimizer, decay_groups, set_lr
 from tutti.train.output import begin_run, claim_output
-from tutti.train.placement import (
-    Run,
-    inspect_model,
-    load_parameters,
-    make_executor,
-    open_data,
-    place_model,
-    read_inputs,
-    tokenizer_and_model,
-)
+from tutti.train.placement import load_parameters, make_executor, place_model
 from tutti.train.process import housekeeping, prepare_process
 from tutti.train.profile import make_profiler
+from tutti.train.record import Run
 from tutti.train.step import TrainStep
 from tutti.train.stop import EarlyStopping, StopSignal
 from tutti.train.tasks import Shows, make_task
@@ -80,12 +74,13 @@ def assemble(config: Config, world: World) -> Run:
     ValueError, on all ranks: what is wrong with the model's or the data's files, or does not fit the layout.
     """
     layout = fit(config, world.size)
-    tokenizer, model = world.run_on_all_ranks(lambda: tokenizer_and_model(config, world.device))
-    structure = world.run_on_all_ranks(lambda: inspect_model(config, layout, model))
+    kind = kind_of(config)
+    tokenizer, model = world.run_on_all_ranks(lambda: kind.build(config, world.device))
+    structure = world.run_on_all_ranks(lambda: kind.inspect(config, layout, model))
     world.run_on_all_ranks(lambda: decay_groups(model, config.train))
     ddp = config.train.data_parallel_mode == "ddp"
     mesh = build_mesh(layout, world, ddp=ddp, ep_outside=config.train.ep_outside)
-    inputs = world.run_on_all_ranks(lambda: read_inputs(config, tokenizer, structure))
+    inputs = world.run_on_all_ranks(lambda: kind.read_inputs(config, tokenizer, structure))
     data = open_data(config, inputs, model, world, mesh.dp_rank, mesh.dp_size)
     log.info("%s", data.steps_reason)
     task = make_task(config, max(len(data.sources), len(data.evaluation_sources)))

@@ -56,7 +56,7 @@ from tutti.parallel.pipeline.executor import Executor
 from tutti.parallel.sequence import sequence_ranks, split_samples, split_tokens
 from tutti.train.logging.metrics import Metrics
 from tutti.train.objective import logits
-from tutti.train.placement import Run
+from tutti.train.record import Run
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from tutti.train.head import Head
 if TYPE_CHECKING:
     from tutti.parallel.pipeline.executor import Executor
     from tutti.train.logging.metrics import Metrics
-    from tutti.train.placement import Run
+    from tutti.train.record import Run
 
 Sums = dict[str, Tensor]
 """What a micro batch adds up to, by name: a rank's share of each sum. `loss` is the one to differentiate; the others

@@ -33,7 +33,7 @@ from tutti.train.tasks import Prepare, Shows, Sums, WholeModelTask
 
 if TYPE_CHECKING:
     from tutti.parallel.pipeline.executor import Executor
-    from tutti.train.placement import Run
+    from tutti.train.record import Run
 
 EVAL_TIMES = 4
 """Times at which a sample is evaluated."""

@@ -32,7 +32,7 @@ from tutti.train.tasks import Prepare, Split, Sums, Task
 
 if TYPE_CHECKING:
     from tutti.parallel.pipeline.executor import Executor
-    from tutti.train.placement import Run
+    from tutti.train.record import Run
 
 KINDS = ("text", "code")
 SCALES = "loss_scales"

@@ -41,7 +41,7 @@ from tutti.train.tasks import Prepare, Shows, Split, Sums, WholeModelTask
 if TYPE_CHECKING:
     from tutti.parallel.pipeline.executor import Executor
     from tutti.train.logging.metrics import Metrics
-    from tutti.train.placement import Run
+    from tutti.train.record import Run
 
 RESTART = 20
 """Steps after which codes that were not used in any of them are put elsewhere; also once after the first step."""

@@ -29,12 +29,14 @@ from torch import Tensor
 
 from tutti.core.batch import Batch, GlobalBatch
 from tutti.core.dist import World
+from tutti.kinds import kind_of
 from tutti.model.lora import adapters_off
 from tutti.model.structure import read_structure
 from tutti.parallel.fsdp import fsdp_modules
 from tutti.parallel.pipeline.executor import Executor
 from tutti.train.objective import Objective
-from tutti.train.placement import Run, load_parameters, make_executor, place_model, tokenizer_and_model
+from tutti.train.placement import load_parameters, make_executor, place_model
+from tutti.train.record import Run
 from tutti.train.tasks import Prepare, Split
 from tutti.train.tasks.dpo import REFERENCE, answer_log_probs
 
@@ -107,7 +109,7 @@ def _on_the_fly(run: Run, executor: Executor) -> Scorer:
     low = train.enable_mixed_precision and train.compute_dtype == "float32"
     train = replace(train, enable_mixed_precision=low, enable_gradient_checkpointing=False)
     config = replace(run.config, train=train)
-    _, model = world.run_on_all_ranks(lambda: tokenizer_and_model(config, world.device))
+    _, model = world.run_on_all_ranks(lambda: kind_of(config).build(config, world.device))
     structure = read_structure(model, config.model.basic_modules)
     second = place_model(config, model, structure, placed.objective.task, run.layout, run.mesh)
     load_parameters(config, second, run.mesh, world)

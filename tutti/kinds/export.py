@@ -9,26 +9,19 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tutti.checkpoint.adapter import export_adapter
-from tutti.checkpoint.autoencoder import export_autoencoder
-from tutti.checkpoint.denoiser import export_adapters, export_pipeline
-from tutti.checkpoint.hf_files import find_index
-from tutti.checkpoint.hf_save import export_hf, gather_full_tensors
+from tutti.checkpoint.hf_save import gather_full_tensors
 from tutti.checkpoint.hub import with_local_paths
 from tutti.checkpoint.manager import model_reader, read_model
 from tutti.checkpoint.trained import find_trained, load_trained
 from tutti.config import Config
 from tutti.core.dist import World, init_world, shutdown_world
 from tutti.core.files import close_new_files_to_others
-from tutti.core.hub import name_in_cache
 from tutti.core.log import setup_logging
-from tutti.model.autoencoder import Autoencoder
+from tutti.kinds import kind_of
 from tutti.model.denoiser import Denoiser
 from tutti.model.initial import give_storage
 from tutti.model.lora import lora_of, merge
-from tutti.model.pipeline_folder import open_folder
 from tutti.model.processor import build_processor
-from tutti.train.placement import tokenizer_and_model
 
 log = logging.getLogger(__name__)
 
@@ -54,33 +47,27 @@ def export(source: str, out: str, *, merge_adapters: bool = False) -> None:
             # What is merged into bf16 is rounded away, and quantized weights take no change.
             exact = replace(trained.config.train, compute_dtype="float32", lora_base_dtype="compute")
             trained = replace(trained, config=replace(trained.config, train=exact))
-        tokenizer, model = tokenizer_and_model(trained.config, world.device)
+        kind, config = kind_of(trained.config), trained.config
+        tokenizer, model = kind.build(config, world.device)
         # The files of a processor belong to a model that takes images.
-        if trained.config.data.task.has_tokens:
-            tokenizer = build_processor(trained.config, tokenizer) or tokenizer
+        if config.data.task.has_tokens:
+            tokenizer = build_processor(config, tokenizer) or tokenizer
         lora = lora_of(model)
         if merge_adapters and lora is None:
             raise ValueError(f"--merge: {source} is of a model that was trained whole, there is nothing to merge")
-        if isinstance(model, Denoiser) and merge_adapters:
+        if merge_adapters and isinstance(model, Denoiser):
             raise ValueError("--merge: diffusers merges a diffusion model's adapters itself (fuse_lora)")
-        if isinstance(model, Denoiser) and lora is None:
-            full = model_reader(trained.folder, model, world)
-            source_folder, seed = open_folder(trained.config), trained.config.train.seed
-            export_pipeline(model, source_folder, Path(out), world, full, seed=seed)
-        elif isinstance(model, Autoencoder):
-            export_autoencoder(model, Path(out), world, model_reader(trained.folder, model, world))
-        elif lora is None:
-            full = model_reader(trained.folder, model, world)
-            export_hf(model, out, tokenizer, world=world, full=full, index_path=_index_path(trained.config))
-        elif merge_adapters or lora.dora:
-            load_trained(trained, model, world)
+        if lora is None:
+            kind.export(config, model, tokenizer, Path(out), world, model_reader(trained.folder, model, world))
+        else:
+            if merge_adapters or lora.dora:
+                load_trained(trained, model, world)
+            else:
+                give_storage(model, world.device, only_trained=True)
+                read_model(trained.folder, model, world)
             if merge_adapters:
                 merge(model)
-            export_trained(trained.config, model, tokenizer, Path(out), world)
-        else:
-            give_storage(model, world.device, only_trained=True)
-            read_model(trained.folder, model, world)
-            export_trained(trained.config, model, tokenizer, Path(out), world)
+            export_trained(config, model, tokenizer, Path(out), world)
     finally:
         shutdown_world()
     log.info("wrote the model to %s", out)
@@ -98,26 +85,9 @@ def export_trained(
 
     full_model: the complete model, without storage, where the ranks' models are parts of it.
     """
-    if isinstance(model, Denoiser) and lora_of(model) is not None:
-        export_adapters(model, folder, world)
-        return
+    kind = kind_of(config)
     if lora_of(model) is not None:
-        path = config.model.model_path or config.model.config_path
-        base, revision = (path and name_in_cache(path)) or (path and str(Path(path).absolute()), None)
-        export_adapter(model, folder, tokenizer, world=world, base=base, revision=revision, full_model=full_model)
+        kind.export_adapters(config, model, tokenizer, folder, world, full_model)
         return
     complete = full_model or model
-    if isinstance(model, Autoencoder):
-        export_autoencoder(model, folder, world, gather_full_tensors(model, model, world))
-        return
-    if isinstance(model, Denoiser):
-        full = gather_full_tensors(model, model, world)
-        export_pipeline(model, open_folder(config), folder, world, full, seed=config.train.seed)
-        return
-    full = gather_full_tensors(model, complete, world)
-    export_hf(complete, folder, tokenizer, world=world, full=full, index_path=_index_path(config))
-
-
-def _index_path(config: Config) -> Path | None:
-    """The index whose layout of files an export reproduces."""
-    return find_index(config.model.model_path, config.model.safetensor_idx_path)
+    kind.export(config, complete, tokenizer, folder, world, gather_full_tensors(model, complete, world))

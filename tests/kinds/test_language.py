@@ -8,8 +8,8 @@ from tests.model.zoo import tiny
 from tutti.attention.interface import resolve_attention
 from tutti.config import Config, ConfigError, TrainConfig
 from tutti.config.layout import ModelFacts, Piece, fit
+from tutti.kinds.language import inspect, read_facts
 from tutti.model.structure import read_structure
-from tutti.train.placement import inspect_model, read_facts
 
 
 def on_meta(family, **overrides):
@@ -53,5 +53,5 @@ def test_facts_are_what_the_axes_divide():
 def test_sizes_are_checked_against_the_model(train, problem):
     config, model = config_of(**train), on_meta("qwen3")
     with pytest.raises(ConfigError, match=problem):
-        inspect_model(config, fit(config, 8), model)
-    inspect_model(config_of(), fit(config_of(), 8), model)
+        inspect(config, fit(config, 8), model)
+    inspect(config_of(), fit(config_of(), 8), model)

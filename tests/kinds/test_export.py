@@ -97,7 +97,7 @@ def peak_of_export(small: Path, source: Path, out: Path) -> int:
     but once."""
     import logging
 
-    from tutti.checkpoint.export import export
+    from tutti.kinds.export import export
 
     logging.disable(logging.INFO)
     os.environ.pop("RANK")  # each export makes a group of its own
