@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForMultimodalLM
+from transformers import AutoConfig, AutoModelForMultimodalLM, Emu3VQVAE, Emu3VQVAEConfig
 
 from tests.data.processors import PROCESSORS
 from tests.train.runs import QUICKSTART, tiny_config
@@ -49,6 +49,27 @@ def janus_config(processor: Any) -> Any:
 
 CONFIGS = {"janus": janus_config}
 
+EMU3_VQ: dict[str, Any] = {
+    "codebook_size": 16, "embed_dim": 4, "latent_channels": 4, "base_channels": 32, "channel_multiplier": [1, 1],
+    "num_res_blocks": 1, "attn_resolutions": [1], "hidden_size": 32, "temporal_downsample_factor": 2,
+}  # fmt: skip
+
+
+def make_various(vq: Any) -> None:
+    """Have pictures various codes."""
+    with torch.no_grad():
+        torch.nn.init.normal_(vq.quantize.embedding.weight)
+        next(vq.quant_conv.parameters()).mul_(20)
+
+
+def write_emu3_vq(folder: Path) -> str:
+    """Write a random tokenizer of pictures of any size to `folder`; its path."""
+    torch.manual_seed(0)
+    vq = Emu3VQVAE(Emu3VQVAEConfig(**EMU3_VQ))
+    make_various(vq)
+    vq.save_pretrained(folder)
+    return str(folder)
+
 
 def write_drawer(folder: Path, family: str = "janus") -> str:
     """Write a random model of `family` with its processor to `folder`; its path."""
@@ -59,9 +80,7 @@ def write_drawer(folder: Path, family: str = "janus") -> str:
         for parameter in model.parameters():
             if parameter.ndim >= 2 and parameter.std() < 0.1:
                 torch.nn.init.normal_(parameter, std=0.1)
-        vq = model.model.vqmodel
-        torch.nn.init.normal_(vq.quantize.embedding.weight)
-        vq.quant_conv.weight.mul_(20)  # so that pictures have various codes
+    make_various(model.model.vqmodel)
     model.save_pretrained(folder)
     processor.chat_template = processor.tokenizer.chat_template
     processor.save_pretrained(folder)

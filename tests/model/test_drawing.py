@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
+from transformers import AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer, Emu3VQVAE
 
 from tests.infer.models import ONE
-from tests.model.drawers import drawer_config, drawing_rows, write_drawer
+from tests.model.drawers import drawer_config, drawing_rows, write_drawer, write_emu3_vq
 from tests.model.test_multimodal import assert_same_gradients
 from tests.train.runs import QUICKSTART
 from tutti.checkpoint.hf_load import load_weights
@@ -24,7 +24,7 @@ from tutti.data.formats import Row
 from tutti.kinds.language import build, read_inputs
 from tutti.model.omni_processor import CODE
 from tutti.model.structure import part_parameters, read_structure
-from tutti.model.vq import PictureTokenizer
+from tutti.model.vq import PictureTokenizer, read_codes
 from tutti.train.inputs import num_ids
 from tutti.train.objective import Objective
 from tutti.train.tasks.drawing import SCALES, Coder, Drawing
@@ -115,6 +115,21 @@ def test_janus_from_files_equals_the_untouched_class(tmp_path: Path) -> None:
     assert model.model.generation_head.vision_head.weight.grad.any()
     assert not any(item.requires_grad for item in model.model.vqmodel.parameters())
     assert all(".generation_" in name for name in part_parameters(model, "decoders", "train.freeze"))
+
+
+def test_pictures_of_any_size_are_tokenized_as_asked(tmp_path: Path) -> None:
+    path = Path(write_emu3_vq(tmp_path))
+    pictures, plain = PictureTokenizer(path, CPU, size=8), Emu3VQVAE.from_pretrained(path).eval()
+    assert (pictures.codes.number, pictures.codes.tokens, pictures.codes.size.side) == (16, 16, 8)
+    both = torch.cat([pixels_of(picture(row))[..., :8, :8] for row in drawing_rows()[:2]])
+    codes = pictures.encode(both)
+    own = [plain.encode(one[None], torch.tensor([[8, 8]])).image_tokens[0].flatten() for one in both]
+    assert codes.tolist() == [one.tolist() for one in own] and len(codes.unique()) > 3
+    with torch.no_grad():
+        assert pictures.decode(codes).equal(plain.decode(codes.unflatten(1, (4, 4))))
+    for size in (None, 7):
+        with pytest.raises(ValueError, match="takes pictures of any size: give image_size, a multiple of 2"):
+            read_codes(path, "model.decoders.image.model_path", size)
 
 
 def test_the_tokenizer_in_a_model_s_folder_is_the_model_s(tmp_path: Path) -> None:

@@ -14,16 +14,18 @@ from transformers import AutoModelForCausalLM
 
 from tests.harness import run_ranks
 from tests.model.composed import write_foundation, write_tower
+from tests.model.drawers import write_drawer, write_emu3_vq
 from tests.train.runs import QUICKSTART, run, tiny_config, train_quietly
 from tests.train.tasks.test_image import write_net
 from tests.train.test_run import assert_same_training
 from tutti.checkpoint.omni_files import CODE_DECODER
-from tutti.config import Config, ConfigError
+from tutti.config import Config, ConfigError, ModelConfig
 from tutti.config.load import load
 from tutti.infer.drawing import Hidden
 from tutti.kinds import language
 from tutti.model.autoencoder import make_net
-from tutti.model.vq import WEIGHTS, read_codes
+from tutti.model.omni_config import decoder_folder, decoder_size
+from tutti.model.vq import WEIGHTS, PictureTokenizer, read_codes
 
 
 def write_tokenizer(folder: Path) -> str:
@@ -132,6 +134,23 @@ def test_parts_are_saved_resumed_and_read_back(tmp_path: Path) -> None:
     assert whole.keys() == read.keys() and all(item.equal(read[name]) for name, item in whole.items())
 
 
+@pytest.mark.parametrize("kind", ["janus", "emu3"])
+def test_the_tokenizers_of_models_that_draw_are_used_as_they_are(tmp_path: Path, kind: str) -> None:
+    """That of Janus out of the folder of a whole model."""
+    path = write_drawer(tmp_path / "vq") if kind == "janus" else write_emu3_vq(tmp_path / "vq")
+    spec: dict[str, Any] = {"model_path": path} | ({"image_size": 8} if kind == "emu3" else {})
+    changes = {"model.decoders": {"image": spec}, "train.max_steps": 1, "train.save_hf_weights": True}
+    assert run(config_of(tmp_path, **changes))[0]["targets/code"] > 0
+    place = tmp_path / "out" / "hf" / "final"
+    kept = decoder_folder(ModelConfig(model_path=str(place)))
+    assert kept is not None and decoder_size(ModelConfig(model_path=str(place))) == spec.get("image_size")
+    pixels = torch.rand(1, 3, *2 * [16 if kind == "janus" else 8]) * 2 - 1
+    before, after = (
+        PictureTokenizer(one, torch.device("cpu"), size=spec.get("image_size")) for one in (Path(path), kept)
+    )
+    assert before.encode(pixels).equal(after.encode(pixels))
+
+
 def test_a_model_that_sees_by_codes_has_no_tower(tmp_path: Path, one: list[dict[str, Any]]) -> None:
     """Pictures of the user's come as codes as well, and are not trained on."""
     made = run(config_of(tmp_path, **{"model.encoders": {}, "model.input_encoder": "decoder"}))
@@ -148,6 +167,7 @@ def test_hidden_prompts_are_drawn_by_key_and_keep_media(tmp_path: Path, one: lis
 REFUSED = {
     "no tokenizer of pictures": ({"model.decoders": {}, "model.encode_target": True}, "there is no model.decoders"),
     "none that is trained": ({"model.decoders": {"image": {"config_path": "x"}}}, "needs model_path"),
+    "of a size of its own": ({"model.decoders": {"image": {"model_path": "VQ", "image_size": 8}}}, "leave it out"),
     "of sounds": ({"model.decoders": {"audio": {"model_path": "x"}}}, "there are decoders for image"),
     "split matrices": ({"train.tensor_parallel_size": 2}, "train.tensor_parallel_size: a model that draws"),
     "stages": ({"train.pipeline_parallel_size": 2}, "train.pipeline_parallel_size: a model that draws"),
@@ -159,6 +179,8 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_done_is_refused_by_name(tmp_path: Path, case: str) -> None:
     changes, message = REFUSED[case]
+    if "VQ" in str(changes):
+        changes = {"model.decoders": {"image": {"model_path": write_tokenizer(tmp_path), "image_size": 8}}}
     world = changes.get("train.tensor_parallel_size", changes.get("train.pipeline_parallel_size", 1))
     with pytest.raises(ValueError, match=message):
         language.build(config_of(tmp_path, world=world, **changes), torch.device("cpu"))

@@ -10,7 +10,6 @@ final/                 the foundation's own complete folder, with the tokenizer
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +21,8 @@ from torch import Tensor
 from tutti.core.dist import World
 from tutti.core.files import write_synced
 from tutti.model.omni import OmniModel
-from tutti.model.omni_config import DECODER, OMNI, SETTINGS
-from tutti.model.vq import WEIGHTS
+from tutti.model.omni_config import DECODER, IMAGE_SIZE, OMNI, SETTINGS
+from tutti.model.vq import copy_tokenizer
 
 PROJECTOR = "projector.safetensors"
 
@@ -33,12 +32,13 @@ CODE_DECODER = "codes.safetensors"
 
 class Joins(NamedTuple):
     """settings: of each encoder, by kind. projectors: the tensors of each encoder's projector, by name within it.
-    drawing_folder, codes: of a model that draws, the folder of its tokenizer of pictures, and the tensors of what it
-    has for their codes."""
+    drawing_folder, drawing_size, codes: of a model that draws, the folder of its tokenizer of pictures, their side
+    where that has none of its own, and the tensors of what the model has for their codes."""
 
     settings: Mapping[str, Mapping[str, Any]]
     projectors: Mapping[str, Mapping[str, Tensor]]
     drawing_folder: Path | None = None
+    drawing_size: int | None = None
     codes: Mapping[str, Tensor] = {}
 
 
@@ -51,18 +51,18 @@ def joins_of(model: OmniModel, full: Callable[[str], Tensor], world: World) -> J
     encoders: Any = model.config.encoders
     settings = {kind: {name: encoders[kind][name] for name in SETTINGS} for kind in projectors}
     codes = {name: full(f"decoders.{name}") for name in model.decoders.state_dict()}
-    return Joins(settings, projectors, model.drawing_folder, codes)
+    return Joins(settings, projectors, model.drawing_folder, model.drawing_size, codes)
 
 
 def write_joins(joins: Joins, folder: Path) -> None:
     """Write them to the folder of an export, which has those of its parts."""
     content: dict[str, Any] = {"encoders": dict(joins.settings)}
     if joins.drawing_folder is not None:
-        content["decoders"] = {"image": {}}
+        size = {} if joins.drawing_size is None else {IMAGE_SIZE: joins.drawing_size}
+        content["decoders"] = {"image": size}
         place = folder / DECODER
         place.mkdir(parents=True, exist_ok=True)
-        for name in ("config.json", WEIGHTS):
-            shutil.copyfile(joins.drawing_folder / name, place / name)
+        copy_tokenizer(joins.drawing_folder, place, joins.drawing_size)
         codes = {name.removeprefix("image."): tensor.contiguous() for name, tensor in joins.codes.items()}
         save_file(codes, place / CODE_DECODER, metadata={"format": "pt"})
     write_synced(folder / OMNI, yaml.safe_dump(content, sort_keys=False))

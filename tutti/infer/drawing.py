@@ -165,6 +165,6 @@ def drawing_of(
     folder = getattr(model, "drawing_folder", None)
     if folder is None:
         return None
-    pictures, marks = PictureTokenizer(folder, device), drawing_marks(tokenizer)
+    pictures, marks = PictureTokenizer(folder, device, size=model.drawing_size), drawing_marks(tokenizer)
     first, tokens = model.code_decoder.first, pictures.codes.tokens
     return Drawing(marks.start, marks.end, first, tokens, pictures.decode, temperature), pictures

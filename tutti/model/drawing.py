@@ -91,7 +91,7 @@ def let_draw(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder:
     codes = JanusCodes(model, first, frozenset({start, tokenizer.bos_token_id, model.config.image_token_id}))
     # Not registered: its modules are the model's, under names of their own.
     model.__dict__["code_decoder"] = codes
-    model.__dict__["drawing_folder"] = folder
+    model.__dict__ |= {"drawing_folder": folder, "drawing_size": None}
     wrap_forward(model.get_input_embeddings(), "codes", partial(partial, _embed, codes))
     wrap_forward(model, "codes", partial(partial, _with_logits, model.get_output_embeddings(), codes))
 

@@ -41,6 +41,7 @@ from tutti.model.omni_config import (
     SETTINGS,
     OmniConfig,
     decoder_folder,
+    decoder_size,
     encoder_specs,
     part_config,
     tower_config,
@@ -48,6 +49,8 @@ from tutti.model.omni_config import (
 from tutti.model.vq import read_codes
 
 log = logging.getLogger(__name__)
+
+_DECODER_PATH = "model.decoders.image.model_path"
 
 
 def tower_class(config: PreTrainedConfig) -> type[Any]:
@@ -272,7 +275,8 @@ class Part(NamedTuple):
 class OmniModel(PreTrainedModel, GenerationMixin):
     """A causal language model that takes images by encoders beside it, or draws. weights: by kind of encoder, the
     folder that its weights are read from, None where they start random. drawing_folder: that of the tokenizer of
-    pictures that it draws by, None if it draws none."""
+    pictures that it draws by, None if it draws none; drawing_size: the side of these, where that has none of its own.
+    """
 
     config_class = OmniConfig
     base_model_prefix = "outer"
@@ -292,6 +296,7 @@ class OmniModel(PreTrainedModel, GenerationMixin):
         self.weights: dict[str, Path | None] = dict.fromkeys(made)
         self.decoders = nn.ModuleDict()
         self.drawing_folder: Path | None = None
+        self.drawing_size: int | None = None
         if config.num_codes:
             self.decoders["image"] = CodeDecoder(config.first_code, config.num_codes, text.hidden_size)
         # Not registered as a module: its modules are those above, under names of their own.
@@ -379,7 +384,7 @@ def compose(model: ModelConfig, text: PreTrainedConfig) -> PreTrainedConfig:
         vision_config=towers.get("image"),
         audio_config=towers.get("audio"),
         encoders=settings,
-        num_codes=read_codes(folder, "model.decoders.image.model_path").number if folder is not None else 0,
+        num_codes=read_codes(folder, _DECODER_PATH, decoder_size(model)).number if folder is not None else 0,
         dtype=text.dtype,
     )
 
@@ -436,7 +441,7 @@ def mel_stride(tower: nn.Module) -> int:
 def name_sources(model: OmniModel, settings: ModelConfig) -> None:
     """Note in `model` where the weights of its encoders are, and freeze what its features do not depend on (a pooling
     head, a mask token): no gradient would move it, and weight decay would wear it away."""
-    model.drawing_folder = decoder_folder(settings)
+    model.drawing_folder, model.drawing_size = decoder_folder(settings), decoder_size(settings)
     for kind, spec in encoder_specs(settings).items():
         found = spec.get("model_path")
         model.weights[kind] = None if found is None else Path(found).expanduser()

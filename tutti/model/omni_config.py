@@ -30,6 +30,9 @@ OMNI = "omni.yaml"
 DECODER = "decoders/image"
 """The folder, below that of an export, of what it draws by."""
 
+IMAGE_SIZE = "image_size"
+"""The key of model.decoders.image that says how large pictures are, for a tokenizer of any size."""
+
 KINDS = ("image", "audio")
 """The media that an encoder can be given for."""
 
@@ -115,10 +118,19 @@ def decoder_folder(model: ModelConfig) -> Path | None:
                 "model.decoders.image: needs model_path, the folder of a VQModel; codes of one that is not trained say "
                 "nothing, so config_path alone is not enough"
             )
-        if others := sorted(set(spec) - {"model_path"}):
+        if others := sorted(set(spec) - {"model_path", IMAGE_SIZE}):
             raise ValueError(f"model.decoders.image.{others[0]}: a decoder is used as it is; give model_path alone")
         return local_path(spec["model_path"], "model.decoders.image.model_path")
     return Path(model.model_path or "") / DECODER if _exported(model).get("decoders") else None
+
+
+def decoder_size(model: ModelConfig) -> int | None:
+    """The side in pixels of the pictures that `model` draws, where the tokenizer of pictures leaves that open."""
+    spec = model.decoders.get("image") or (_exported(model).get("decoders") or {}).get("image") or {}
+    size = spec.get(IMAGE_SIZE)
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise ValueError(f"model.decoders.image.{IMAGE_SIZE}: needs a number of pixels, not {size!r}")
+    return size
 
 
 def encoder_specs(model: ModelConfig) -> dict[str, dict[str, Any]]:

@@ -36,7 +36,15 @@ from tutti.config import ModelConfig
 from tutti.core.batch import DRAWN_PIXELS
 from tutti.core.pixels import to_values
 from tutti.model.omni import features, mel_stride, takes_grid, tower_class, try_features
-from tutti.model.omni_config import PLACES, SETTINGS, OmniConfig, decoder_folder, encoder_specs, tower_config
+from tutti.model.omni_config import (
+    PLACES,
+    SETTINGS,
+    OmniConfig,
+    decoder_folder,
+    decoder_size,
+    encoder_specs,
+    tower_config,
+)
 from tutti.model.tokenizer import first_line
 from tutti.model.vq import PictureCodes, read_codes
 
@@ -326,7 +334,7 @@ def compose_processor(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) ->
                 f"{first_line(error)}"
             ) from error
     if (folder := decoder_folder(model)) is not None:
-        made["drawn"] = read_codes(folder, "model.decoders.image.model_path")
+        made["drawn"] = read_codes(folder, "model.decoders.image.model_path", decoder_size(model))
         made["draws_all"] = model.input_encoder == "decoder"
     return OmniProcessor(tokenizer, **made)
 

@@ -13,6 +13,7 @@ There are diffusers' VQModel, and those of transformers' models that draw, by a 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any, Protocol
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig
 
 from tutti.core.pixels import Square
@@ -56,7 +57,7 @@ class _Net(Protocol):
     """A tokenizer of pictures. codes: that it makes. module: which has the weights."""
 
     codes: PictureCodes
-    module: nn.Module
+    module: Any
 
     def encode(self, pixels: Tensor) -> Tensor:
         """The codes [1, n] of a picture [1, 3, S, S]."""
@@ -74,14 +75,14 @@ class _VQModel:
         config = read_autoencoder_config(folder, argument)
         halvings = len(config.net.get("block_out_channels", [64])) - 1
         self.codes = PictureCodes(config.num_codes, (config.side // 2**halvings) ** 2, Square(config.side))
-        self.module = make_net(config.net)
+        self.module: Any = make_net(config.net)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        net: Any = self.module
+        net = self.module
         return nearest(net.quant_conv(net.encoder(pixels)), net.quantize.embedding.weight)[0]
 
     def decode(self, codes: Tensor) -> Tensor:
-        net: Any = self.module
+        net = self.module
         side = int(codes.shape[1] ** 0.5)
         cells = net.quantize.embedding(codes).transpose(1, 2).unflatten(2, (side, side))
         return decode_map(net, cells, cells)
@@ -173,7 +174,7 @@ class PictureTokenizer:
         """size: as for `read_codes`. ValueError, in the name of `argument`: the folder has no weights that fit its
         config."""
         net = _make(folder, argument, size)
-        self.codes, self._net, self._device = net.codes, net, device
+        self.codes, self.net, self._device = net.codes, net, device
         try:
             held = net.module.to_empty(device="cpu").float()
             held.load_state_dict(_read(folder, held.state_dict()))
@@ -188,12 +189,22 @@ class PictureTokenizer:
         Each is encoded by itself: products of larger matrices round otherwise, and a picture has the same codes in any
         batch.
         """
-        return torch.cat([self._net.encode(one).cpu() for one in pixels.to(self._device, torch.float32).split(1)])
+        return torch.cat([self.net.encode(one).cpu() for one in pixels.to(self._device, torch.float32).split(1)])
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """The pictures [N, 3, S, S] that codes [N, n] stand for."""
-        return self._net.decode(codes.to(self._device))
+        return self.net.decode(codes.to(self._device))
+
+
+def copy_tokenizer(folder: Path, place: Path, size: int | None = None) -> None:
+    """Copy the tokenizer of pictures in a folder, which may be that of its model, to the folder `place`. size: as for
+    `read_codes`."""
+    if (folder / WEIGHTS).is_file():
+        for name in ("config.json", WEIGHTS):
+            shutil.copyfile(folder / name, place / name)
+    else:
+        PictureTokenizer(folder, torch.device("cpu"), size=size).net.module.save_pretrained(place)
 
 
 def _read(folder: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

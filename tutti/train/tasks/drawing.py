@@ -85,7 +85,7 @@ class Drawing(Task):
 
     def prepare(self, run: Run, executor: Executor) -> Prepare:
         model: Any = run.placed.model
-        pictures = PictureTokenizer(model.drawing_folder, run.world.device)
+        pictures = PictureTokenizer(model.drawing_folder, run.world.device, size=model.drawing_size)
         coder = Coder(run.inputs.processor.drawn_token_ids[0], model.code_decoder.first, pictures.encode)
         known = _codes_of_all(run, coder) if run.config.model.encode_target else None
         sharing = run.mesh.grid.size() // run.mesh.dp_size
