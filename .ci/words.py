@@ -1,4 +1,5 @@
-"""Hold the text of the project to the project: no paths of one machine, no tracker numbers, no package hosts.
+"""Hold the text of the project to the project: no paths of one machine, no tracker numbers, no package hosts; and to
+sentences that stand by themselves.
 
 Looks at every tracked text file except data and licences. Prints each hit as path:line and exits 1 if there is any.
 """
@@ -13,6 +14,7 @@ from pathlib import Path
 FORBIDDEN = {
     "a path of one machine": r"(?<![\w.$}])/(?:work|root|home)/[\w.]|\.\./shared\b",
     "a package host": r"\b(?:pypi|npmjs|debian)\.org\b|\bpythonhosted\b",
+    "a docstring that names neither what it does nor what it is": r'^\s*"{3}(?:What|Whether|The same)\b',
     "a tracker number": r"\b(?:issue|ticket|pull request)s? #?\d",
 }
 SKIPPED = ("data/", "LICENSE")

@@ -154,7 +154,7 @@ def run_tutti(folder: Path, rows: Path, workers: int) -> dict[str, float]:
 
 
 def run_trainer(folder: Path, rows: Path, workers: int) -> dict[str, float]:
-    """The same of transformers' Trainer."""
+    """The captioning of transformers' Trainer."""
     return json.loads(run_python("-m", "bench._caption_trainer", str(folder), str(rows), str(workers)).splitlines()[-1])
 
 

@@ -122,7 +122,7 @@ def main() -> None:
 
 
 def requirements() -> list[str]:
-    """What Tutti and its tests need, as pip takes it, without torch and what is only for developing."""
+    """The packages that Tutti and its tests need, as pip takes them, without torch and what is only for developing."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = [*project["dependencies"], "bitsandbytes", "peft", "pytest", "hypothesis"]
     return [line for line in lines if not line.startswith(("torch>", "torch="))]

@@ -1,4 +1,4 @@
-"""What the vocabulary costs: peak memory of a packed batch of 16,384 tokens, vocabulary 152,000, with and without head.
+"""The cost of a vocabulary of 152,000: peak memory of a packed batch of 16,384 tokens, with and without head.
 
 `python -m bench.memory [--quick]`. Two runs of `tutti train` on the same text, each a process of its own whose peak
 resident memory the operating system reports: a language model, whose head scores every token against the vocabulary,

@@ -1,4 +1,4 @@
-"""What training three published models takes on 8 to 4,096 GPUs: memory per rank, and bytes on the wire, predicted.
+"""The needs of training three published models on 8 to 4,096 GPUs, predicted: memory per rank, and bytes on the wire.
 
 `python -m bench.predict [MODEL ...]`, of qwen3-8b, qwen3-30b-a3b, qwen2.5-72b. Each row is a step of the training code
 itself, rehearsed by one process on tensors without values (`tutti.check.dry_run`); `tutti check` shows the same for any

@@ -1,4 +1,4 @@
-"""What a layout costs: tokens a second, and what travels in a step beside what theory says. `python -m bench.scaling`.
+"""The cost of a layout: tokens a second, and bytes sent in a step beside those of theory. `python -m bench.scaling`.
 
 1. Layouts. A small Qwen3 (and a Qwen3-MoE) trains on the same global batch of four samples of 1,024 tokens in every
    layout, on ranks of one thread each. One step is counted (`tutti.check.comm_volume`): bytes and messages that a rank
@@ -72,7 +72,7 @@ class Layout:
 
     @property
     def setting(self) -> Setting:
-        """The same for the formulas."""
+        """The bytes by the formulas, as `counted` has those that were sent."""
         inner = {axis: self.sizes.get(axis, 1) for axis in ("tensor", "ulysses", "context", "pipeline", "expert")}
         data = self.world
         for axis in ("tensor", "ulysses", "context", "pipeline"):

@@ -1,4 +1,4 @@
-"""What theory says a rank has to send in one step, by axis of the mesh: closed formulas, made without looking at a run.
+"""The bytes that a rank has to send in one step, by axis of the mesh: closed formulas, made without looking at a run.
 
 A step is A micro batches on each data-parallel rank, each one sample of T tokens; ranks that share it have t of them.
 Bytes are those of the algorithms that send least (see `tutti.check.comm_volume`), averaged over the ranks, which differ
@@ -78,7 +78,7 @@ class _Volume:
 
 
 def volume(model: dict[str, Any], setting: Setting) -> ByAxis:
-    """What a rank sends in one step of the model that the Qwen3 (or Qwen3-MoE) config `model` describes, untied."""
+    """The bytes that a rank sends in one step of the model of a Qwen3 (or Qwen3-MoE) config `model`, untied."""
     total = _Volume()
     _parameters(total, model, setting)
     _tensor(total, model, setting)

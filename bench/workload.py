@@ -45,7 +45,7 @@ MODEL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Workload:
-    """What one round trains on: token ids, every sample ending in EOS.
+    """The data of one round: token ids, every sample ending in EOS.
 
     warmup: samples that come first and are not timed. measured: the timed samples, in length-grouped micro batches.
     """
@@ -140,7 +140,7 @@ def matrix_rate(dtype: str, seconds: float = 4.0) -> float:
 
 
 def run_python(*arguments: str) -> str:
-    """What `python ARGUMENTS` prints, run in the project's root; its own errors are shown when it fails."""
+    """The output of `python ARGUMENTS`, run in the project's root; its own errors are shown when it fails."""
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(arguments[:3])} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")

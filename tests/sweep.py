@@ -69,7 +69,7 @@ PARTICULAR: dict[str, dict[str, Any]] = {
     "zamba2": {"num_key_value_heads": 4, "num_mem_blocks": 1},
     "zaya": {"num_experts_per_tok": 1},
 }
-"""What else the configs of some families need."""
+"""Further needs of the configs of some families."""
 
 EVEN_IF_NONE = {"head_dim", "num_key_value_heads", "num_experts_per_tok", "n_group", "topk_group"}
 
@@ -193,7 +193,7 @@ def compare(got: tuple[float, dict[str, Tensor]], want: tuple[float, dict[str, T
 
 
 def check(family: str) -> dict[str, str]:
-    """What each column says of a family."""
+    """The cells of a family, by column."""
     config = tiny_config(family)
     with torch.device("meta"):
         count = AutoModelForCausalLM.from_config(copy.deepcopy(config)).num_parameters()

@@ -80,7 +80,7 @@ def compare(got: list[dict[str, Any]], want: list[dict[str, Any]]) -> str:
 
 
 def check(family: str, columns: tuple[str, ...] = COLUMNS) -> dict[str, str]:
-    """What each column says of a family."""
+    """The cells of a family, by column."""
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         model = write_family(family, root / "model")

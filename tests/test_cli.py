@@ -383,7 +383,7 @@ def test_a_closed_pipe_is_no_error() -> None:
 
 
 def test_a_process_with_torch_ends_before_the_interpreter_is_taken_apart() -> None:
-    """What is registered for the end runs and output arrives, but nothing that is left then can abort the process."""
+    """Exit handlers run and output arrives, but nothing that is left then can abort the process."""
     code = """
 import atexit, os, sys
 import torch

@@ -21,7 +21,7 @@ from tests.train.runs import TINY
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/tutorial.md").read_text()
 INSTEAD = {"make quickstart": "tutti train configs/quickstart.yaml"}
-"""What is run in place of lines that begin so."""
+"""Commands run in place of lines that begin so."""
 
 WRAPPER = """\
 #!/bin/sh

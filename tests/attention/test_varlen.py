@@ -17,7 +17,7 @@ from tutti.attention.spec import AttentionSpec
 
 
 def emulated_forward(*args):
-    """What torch's variable-length kernel computes, tokens first: output, lse [H, T] and the state of dropout."""
+    """The results of torch's variable-length kernel, tokens first: output, lse [H, T] and the state of dropout."""
     query, key, value, query_borders, key_borders, max_q, max_k, causal, scale, window = args
     check_limits(query, key, value, window)
     assert causal == (window == [-1, 0])
@@ -134,7 +134,7 @@ def test_a_packed_batch_by_torchs_kernel(monkeypatch, settings, widths):
 
 
 def emulated_package(query, key, value, cu_q, cu_k, *longest, **options):
-    """What the packages' function computes; some versions give the log of the denominator as well."""
+    """The results of the packages' function; some versions give the log of the denominator as well."""
     assert options.keys() == {"softmax_scale", "causal", "window_size", "softcap", "deterministic"}
     assert longest == (46, 46) and options["deterministic"] is False
     check_limits(query, key, value, options["window_size"])

@@ -1,4 +1,4 @@
-"""What layouts send is what theory says: every axis, counted on tiny models, against the formulas of bench.volume."""
+"""Layouts send what theory says: every axis, counted on tiny models, against the formulas of bench.volume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is counted as sent, against formulas: every kind of call, every axis, on real ranks and on imagined ones."""
+"""Bytes counted as sent, against formulas: every kind of call, every axis, on real ranks and on imagined ones."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def own_operators(mesh: Mesh) -> dict[tuple[str, str], Sent]:
 
 
 def own_operators_by_axis() -> dict[str, dict[tuple[str, str], Sent]]:
-    """The same with two ranks along each of the three axes in turn."""
+    """The counts with two ranks along each of the three axes in turn."""
     return {axis: own_operators(mesh_of(2, **{axis: 2})) for axis in ("tensor", "ulysses", "context")}
 
 

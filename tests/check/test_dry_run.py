@@ -1,4 +1,4 @@
-"""What `tutti check` predicts of a step, beside what the same step takes on real ranks: sizes, to the last byte."""
+"""Predictions of `tutti check` for a step, beside what it takes on real ranks: sizes, to the last byte."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def configs_of(folder, cases: dict, world: int) -> list[Config]:
 
 
 def real_steps(configs: list[Config]) -> bytes:
-    """What the first step of each configuration takes on this rank, as far as it can be seen, and its micro batches;
+    """The needs of the first step of each configuration on this rank, as far as it can be seen, and its micro batches;
     pickled, since tensors that are sent as such die with this process."""
     import logging
 

@@ -92,7 +92,7 @@ def folder(tmp_path: Path, copy: Path) -> Path:
 
 
 def disturbed(root: Path, at: int, error: int | None, action: Callable[[], None]) -> BaseException | None:
-    """What ended `action`, of whose file operations under `root` number `at` failed."""
+    """The exception or exit that ended `action`, of whose file operations under `root` number `at` failed."""
     with Faults(root, at, error) as faults:
         try:
             action()

@@ -1,4 +1,4 @@
-"""What is loaded equals from_pretrained on any number of ranks, and what does not fit is refused by name."""
+"""Loaded weights equal from_pretrained's on any number of ranks; those that do not fit are refused by name."""
 
 from __future__ import annotations
 

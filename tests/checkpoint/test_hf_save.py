@@ -1,4 +1,4 @@
-"""What is exported is what transformers itself would have saved, in the files that were asked for."""
+"""Exports are what transformers itself would have saved, in the files that were asked for."""
 
 from __future__ import annotations
 

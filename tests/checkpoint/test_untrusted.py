@@ -78,7 +78,7 @@ NAMES = sorted(hostile(Path("mark")))
 
 
 def tensor_file(pickled: bytes) -> bytes:
-    """What torch.save writes, with another pickle in it."""
+    """A file of torch.save, with another pickle in it."""
     stream, forged = io.BytesIO(), io.BytesIO()
     torch.save(torch.zeros(1), stream)
     with zipfile.ZipFile(stream) as old, zipfile.ZipFile(forged, "w") as new:

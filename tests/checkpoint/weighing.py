@@ -1,4 +1,4 @@
-"""What the tests of weights share: models on meta, sharded models, and what they and their files hold."""
+"""Helpers of tests of weights: models on meta, sharded models, and what they and their files hold."""
 
 from __future__ import annotations
 

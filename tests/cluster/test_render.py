@@ -144,7 +144,7 @@ def misfits(value: Any, shape: Any, place: str = "") -> list[str]:
 
 @pytest.fixture
 def render(tmp_path, capsys):
-    """What `tutti launch` prints for a job with these changes of its text."""
+    """The output of `tutti launch` for a job with these changes of its text."""
 
     def rendered(kind: str, *changes: tuple[str, str]) -> str:
         text = JOB

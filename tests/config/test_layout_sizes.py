@@ -162,7 +162,7 @@ def remedies(problem: str) -> tuple[str, str, list[dict[str, Any]]]:
 
 
 def every_size(problem: str, argument: str, sizes: Sizes) -> list[dict[str, Any]]:
-    """What a problem could name at all, of the arguments of which it names all that fit."""
+    """The arguments that a problem could name at all; it names all that fit."""
     if argument == "data_parallel_replicate_size" and sizes.data_parallel_mode != "ddp":
         data = sizes.world // math.prod(getattr(sizes, name) for name in AXES)
         return [{"data_parallel_replicate_size": a, "data_parallel_shard_size": b} for a, b in data_grids(data)]

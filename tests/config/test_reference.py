@@ -22,7 +22,7 @@ ADDED_VALUES = {
     "data.data_type": tuple(name for name in TASKS if name not in REFERENCE_TASKS),
     "train.optimizer": ("muon",),
 }
-"""What an argument of the contract can be beside."""
+"""Statuses of an argument beside those of the contract."""
 
 
 class Row(NamedTuple):
@@ -42,7 +42,7 @@ def reference() -> list[Row]:
 
 
 def listed() -> list[dict[str, Any]]:
-    """What `tutti args --json` prints."""
+    """The output of `tutti args --json`."""
     done = subprocess.run(
         [sys.executable, "-m", "tutti", "args", "--json"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -83,7 +83,7 @@ def test_default(row: Row, ours: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("row", reference(), ids=lambda row: row.name)
 def test_the_class_has_the_documented_default(row: Row) -> None:
-    """What is documented as a plain value is the attribute's own default, not just the table's."""
+    """Documented plain values are the attributes' own defaults, not just the table's."""
     argument = ARGUMENTS[row.name]
     if argument.shown != argument.default:
         assert argument.default is None

@@ -70,7 +70,7 @@ def test_the_gradient_is_the_adjoint(size: int) -> None:
 
 
 def values(size: int) -> dict[str, list]:
-    """What each map makes of the numbers 100 * rank + 0, 1, 2, ..."""
+    """The results of each map for the numbers 100 * rank + 0, 1, 2, ..."""
     rank = dist.get_rank()
     return {
         name: apply(100 * rank + torch.arange(torch.Size(shape).numel()).view(shape)).tolist()
@@ -96,7 +96,7 @@ def test_where_rows_go() -> None:
 
 
 def halves(size: int) -> bool:
-    """Whether an exchange in two halves gives what one whole exchange does."""
+    """True if an exchange in two halves gives what one whole exchange does."""
     group, rows = dist.group.WORLD.group_name, torch.arange(8.0).view(size, -1) + dist.get_rank()
     return torch.equal(finish_all_to_all(start_all_to_all(rows, group)), all_to_all(rows, [], [], group))
 
@@ -121,7 +121,7 @@ def test_a_sum_is_one_value_that_counts_once(size: int) -> None:
 
 
 def fake_shapes(size: int) -> dict[str, bool]:
-    """Whether each operator, given a tensor without values, says the shape and dtype that it has with them."""
+    """True for each operator that, given a tensor without values, says the shape and dtype that it has with them."""
     rank, same = dist.get_rank(), {}
     for name, (shape, apply) in maps(rank, size).items():
         real = apply(torch.ones(shape, dtype=torch.bfloat16))

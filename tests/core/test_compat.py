@@ -25,7 +25,7 @@ def test_it_is_there(name: str) -> None:
 
 
 def inner_imports(path: Path) -> Iterator[str]:
-    """What a module imports of torch and transformers that is private or lies deep, as path:line: module.name."""
+    """The imports of a module from torch and transformers that are private or lie deep, as path:line: module.name."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found = [f"{node.module}.{item.name}" for item in node.names]

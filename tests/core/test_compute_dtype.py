@@ -1,4 +1,4 @@
-"""What a run computes in: the faster dtype, found once, the same on all ranks; measured where bf16 is slow, too."""
+"""The dtype that a run computes in: the faster one, found once, equal on all ranks, also where bf16 is slow."""
 
 from __future__ import annotations
 

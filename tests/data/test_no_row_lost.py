@@ -105,7 +105,7 @@ def test_every_row_is_trained_on_once_or_counted(
 
 
 def samples(path: Path, **settings: Any) -> list[Sample | BadRow]:
-    """What the rows of a file are encoded to, one each: the same read in order and by random access."""
+    """The samples that the rows of a file are encoded to, one each: the same read in order and by random access."""
     made = encoder(**settings)
     (source,) = open_sources(Config(data=DataConfig(train_path=str(path), data_type="conversation", **settings)))
     found = [made([row])[0] for row in source.stream()]

@@ -192,7 +192,7 @@ def _press_ctrl_c(process: subprocess.Popen, screen: _Screen) -> None:
 
 
 class _Screen:
-    """What a program writes to a terminal, read up to one expected text after the other."""
+    """The output of a program in a terminal, read up to one expected text after the other."""
 
     def __init__(self, master: int) -> None:
         self._master = master

@@ -31,7 +31,7 @@ CASES = {
     "replaced-in-two-steps": (None, True, False),
     "full-disk": (errno.ENOSPC, True, True),
 }
-"""What a disturbed file operation ends with (None: the process ends), whether there is a folder already, and whether
+"""The end of a disturbed file operation (None: the process ends), whether there is a folder already, and whether
 the file system exchanges two names; where it can't, the next export puts the old folder back."""
 if os.environ.get("SOAK"):
     CASES |= {"full-disk-in-two-steps": (errno.ENOSPC, True, False), "broken-disk-new": (errno.EIO, False, True)}

@@ -338,7 +338,7 @@ def test_veomni_nested(tmp_path: Path) -> None:
 
 
 def test_veomni_composed(tmp_path: Path) -> None:
-    """What freezes which part, learning rates of towers, and encoders, as its omni models are written."""
+    """VeOmni's omni models: frozen parts, learning rates of towers, and encoders."""
     text = (
         "model: {model_path: ./llm, encoders: {image: {model_path: ./vit, add_projector: true}}}\n"
         "data: {train_path: x.jsonl, data_type: conversation, mm_configs: {image_max_pixels: 602112, max_frames: 16, "

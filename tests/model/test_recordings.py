@@ -90,7 +90,7 @@ FPS = {"long.mp4": 4.0, "short.webm": 3.0, "moving.webp": 4.0}
 
 
 def own_inputs(processor: Any, folder: Path, chat: dict[str, Any], sample: Sample) -> dict[str, Any]:
-    """What the class's own processor makes of a row, by `apply_chat_template`."""
+    """The inputs that the class's own processor makes of a row, by `apply_chat_template`."""
     text = chat["messages"][0]["content"]
     parts: list[dict[str, Any]] = []
     metadata = []
@@ -209,7 +209,7 @@ HEARD: list[list[tuple[str, str]]] = [
 
 
 def heard_inputs(processor: Any, folder: Path, media: list[tuple[str, str]], sample: Sample) -> dict[str, Any]:
-    """What the class's own processor makes of a row whose videos are heard; all have the same frames a second."""
+    """The inputs that the class's own processor makes of a row whose videos are heard, at one frame rate."""
     of_kind: dict[str, list[Any]] = {kind: [] for kind in MARKS}
     slots: list[int | None] = []
     metadata = []

@@ -134,7 +134,7 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("lfm2", {**BASE, "layer_types": ["conv", "full_attention"]}),
     "mamba": ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
 }
-"""The same for models with layers that mix tokens otherwise than by attention."""
+"""Families with layers that mix tokens otherwise than by attention."""
 
 EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
 """The families with experts."""

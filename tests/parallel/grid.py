@@ -20,7 +20,7 @@ DEEP = {"num_hidden_layers": 4}
 
 
 class Kind(NamedTuple):
-    """What is trained: a family of `tests.model.zoo` with changes to its config, and arguments by their full names or
+    """A training: a family of `tests.model.zoo` with changes to its config, and arguments by their full names or
     those of the train group."""
 
     family: str
@@ -150,7 +150,7 @@ LAYOUTS = {
 
 
 def write_data(folder: Path) -> None:
-    """What the kinds train on: the first rows of data/quickstart, and two sources."""
+    """Data of the trainings: the first rows of data/quickstart, and two sources."""
     for name in ("chat", "topics", "preferences"):
         rows = (QUICKSTART / f"{name}.jsonl").read_text().splitlines(keepends=True)[:140]
         (folder / f"{name}.jsonl").write_text("".join(rows))

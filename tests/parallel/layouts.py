@@ -39,7 +39,7 @@ def train_all(configs: list[Config], world: int) -> list[list[dict]]:
 
 
 def try_all(configs: list[Config], world: int) -> list[str | None]:
-    """The same, giving what went wrong with each run, if something did; those after it go on with new ranks."""
+    """Train them all; the error of each run, None where it had none. Those after a failure go on with new ranks."""
     problems: list[str | None] = []
     while len(problems) < len(configs):
         left = configs[len(problems) :]
@@ -66,7 +66,7 @@ def _mark(config: Config) -> Path:
 
 
 def assert_same(got: list[dict], want: list[dict], *, loss: float = 1e-5, norm: float = 1e-4) -> None:
-    """The same training: losses and gradient norms within these relative errors, and the same tokens."""
+    """Assert equal training: losses and gradient norms within these relative errors, and the same tokens."""
     assert [line["step"] for line in got] == [line["step"] for line in want]
     for ours, theirs in zip(got, want, strict=True):
         where = f"step {ours['step']}"

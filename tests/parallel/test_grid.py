@@ -113,6 +113,6 @@ def test_a_layout_equals_one_process(trained, name):
 
 
 def parameters(config: Config) -> dict[str, torch.Tensor]:
-    """What the run exported in the end."""
+    """The tensors that the run exported."""
     (path,) = (Path(config.train.output_dir or "") / "hf" / "final").glob("*model.safetensors")
     return load_file(path)

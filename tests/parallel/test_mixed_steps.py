@@ -38,7 +38,7 @@ from tutti.train.tasks.language import LanguageModelling
 CPU = torch.device("cpu")
 STEPS = 200 if os.environ.get("SOAK") else 16
 STRETCHES = ((0, 1), (0, 0), (1, 1), (1, 0))
-"""Whether the first and the second micro batch, which two ranks have one each of, have images."""
+"""Images in the first and in the second micro batch, of which two ranks have one each."""
 FAMILIES = {"llava_next": "llava_next", "qwen3_vl_moe": "qwen3_vl"}
 """Families, and whose processor each has. LLaVA-NeXT's outer decoder has a parameter of its own, image_newline."""
 FSDP2 = {"data_parallel_mode": "fsdp2"}
@@ -122,7 +122,7 @@ def config_for(folder: Path, family: str, world: int, **train: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Result]:
-    """What one process makes of a family."""
+    """The results of one process for a family."""
     folder = tmp_path_factory.mktemp("one")
     return cache(lambda family: run_ranks(1, train, config_for(folder, family, 1), family, timeout=600)[0])
 

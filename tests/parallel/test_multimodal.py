@@ -27,7 +27,7 @@ NUM_STEPS = 3
 
 
 class Result(NamedTuple):
-    """What a run leaves: by step the mean loss, router loss and gradient norm; the parameters in the end."""
+    """The results of a run: by step the mean loss, router loss and gradient norm; the parameters in the end."""
 
     losses: list[float]
     router_losses: list[float]
@@ -169,7 +169,7 @@ FOUR: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    """What one process makes of each family."""
+    """The results of one process for each family."""
     folder = tmp_path_factory.mktemp("one")
     families = sorted({family for family, _ in (*TWO.values(), *FOUR.values())})
     configs = {family: config_for(folder, family, 1, TEXT.get(family, {})) for family in families}

@@ -89,7 +89,7 @@ def run_whole(model: Any, batches: list[Batch]) -> tuple[dict[str, float], dict[
 def run_split(
     model: Any, batches: list[Batch], config: Any
 ) -> tuple[dict[str, float], dict[str, torch.Tensor], float, Objective]:
-    """The same by all ranks together as `config` says, the gradients gathered; and the gradient norm."""
+    """The loss by all ranks together as `config` says, the gradients gathered; and the gradient norm."""
     ranks = init_world(CPU)
     layout = fit(config, ranks.size)
     mesh = build_mesh(layout, ranks, ddp=config.train.data_parallel_mode == "ddp")
@@ -239,7 +239,7 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory, alone):
-    """The same of several runs on four ranks; `reads` start from what one process has exported."""
+    """The results of several runs on four ranks; `reads` start from what one process has exported."""
     exported = str(final(alone[0]))
     reads = {"model.model_path": exported, "model.tokenizer_path": exported, "max_steps": 1}
     trains = {

@@ -80,7 +80,7 @@ def test_every_layout_equals_one_process(tmp_path, rows, reference, world, train
 
 
 def test_packing_and_accumulation_do_not_change_the_gradient(tmp_path, rows):
-    """The same eight pairs a step, one in a micro batch or all."""
+    """Eight pairs a step give one loss, one in a micro batch or all."""
     common = {"train.dyn_bsz": False}
     alone = run(config_of(tmp_path / "a", rows, **common, **{"train.micro_batch_size": 1}))
     packed = run(config_of(tmp_path / "b", rows, **common, **{"train.micro_batch_size": 8}))

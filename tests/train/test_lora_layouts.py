@@ -91,7 +91,7 @@ def alone(tmp_path_factory, make):
 
 @pytest.fixture(scope="module")
 def laid_out(tmp_path_factory, make):
-    """The same of a layout; all layouts of as many ranks are run together, when the first is asked for."""
+    """The results of a layout; all layouts of as many ranks are run together, when the first is asked for."""
     known: dict = {}
 
     def get(name):

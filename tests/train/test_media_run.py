@@ -161,7 +161,7 @@ def prompt_logits(path: str | Path, row: dict[str, Any]) -> torch.Tensor:
 
 
 def own_logits(model: Any, folder: str | Path, row: dict[str, Any]) -> torch.Tensor:
-    """The same by transformers' classes, with the processor in `folder`."""
+    """The loss by transformers' classes, with the processor in `folder`."""
     processor = AutoProcessor.from_pretrained(folder)
     parts = [{"type": "image"}, {"type": "text", "text": row["prompt"]}]
     text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)

@@ -55,7 +55,7 @@ def config_of(folder: Path, *, tower: str = "siglip", world: int = 1, **changes:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What one process makes of it."""
+    """The results of one process."""
     return run(config_of(tmp_path_factory.mktemp("one")))
 
 

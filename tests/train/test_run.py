@@ -71,7 +71,7 @@ def test_bf16_stays_close_to_fp32(tmp_path, reference):
 
 
 def test_packing_and_accumulation_do_not_change_the_gradient(tmp_path):
-    """The same eight samples a step, however they are grouped into micro batches."""
+    """Eight samples a step give one loss, however they are grouped into micro batches."""
     common = {"train.dyn_bsz": False, "data.train_sample": 32}
     alone = run(tiny_config(tmp_path / "a", **common, **{"train.micro_batch_size": 1}))
     packed = run(tiny_config(tmp_path / "b", **common, **{"train.micro_batch_size": 8}))

@@ -60,7 +60,7 @@ def watch(config: Config) -> dict[str, Any]:
 
 
 def around(call: Callable[..., Any], before: Callable[..., None], after: Callable[..., None]) -> Callable[..., Any]:
-    """The same call, with its arguments told before and its result after it."""
+    """The call, with its arguments told before and its result after it."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         before(*args, **kwargs)
@@ -162,7 +162,7 @@ def watch_each(configs: list[Config]) -> list[dict[str, Any]]:
 
 
 def alone(*configs: Config) -> list[dict[str, Any]]:
-    """What one rank saw, run after run in one process."""
+    """The observations of one rank, run after run in one process."""
     return run_ranks(1, watch_each, list(configs))[0]
 
 
@@ -471,7 +471,7 @@ ON_TWO_RANKS = {
     "ulysses": ({"train.ulysses_parallel_size": 2}, {"mesh": "ulysses 2", "overlapped": False}),
     "ulysses, async": ({"train.ulysses_parallel_size": 2, "train.async_enabled": True}, {"overlapped": True}),
 }
-"""What both ranks see of a step of four micro batches of up to 256 tokens."""
+"""Views of both ranks of a step of four micro batches of up to 256 tokens."""
 
 
 @pytest.fixture(scope="module")

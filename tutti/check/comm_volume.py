@@ -32,7 +32,7 @@ from tutti.core.compat import TorchDispatchMode, resolve_process_group, tree_lea
 from tutti.parallel.mesh import Mesh
 
 OTHER = "other"
-"""What is sent in groups that are no axis of the mesh: over all ranks, mostly."""
+"""The name for groups that are no axis of the mesh: of all ranks, mostly."""
 
 _LABELS = {"shard": "fsdp", "copies": "replicate"}
 """Axes that are counted under the name of another, which they are a part of."""
@@ -126,7 +126,7 @@ _SILENT = {
 """Operators of the same families that send nothing."""
 
 _RESOLVE = (torch.ops.aten.resolve_conj.default, torch.ops.aten.resolve_neg.default)
-"""What reading a tensor's numbers begins with; of what is neither conjugated nor negated it makes nothing new."""
+"""Operators that reading a tensor's numbers begins with; they copy nothing unless it is conjugated or negated."""
 
 
 class _Counter(TorchDispatchMode):

@@ -217,4 +217,4 @@ _CONVENTIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.bincount.default: _even_counts,
     torch.ops.aten._local_scalar_dense.default: lambda tensor: 1,
 }
-"""What tensors without values say of their values."""
+"""Answers of tensors without values about their values."""

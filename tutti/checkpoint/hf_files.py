@@ -30,7 +30,7 @@ _BIN_SINGLE = "pytorch_model.bin"
 _BIN_INDEX = "pytorch_model.bin.index.json"
 _SAMPLES, _SAMPLED_BYTES = 512, 8192
 WEIGHT_FILES = (INDEX, SINGLE, _BIN_INDEX, _BIN_SINGLE)
-"""What a folder of weights is opened by: the first of these that is there."""
+"""Files that a folder of weights is opened by: the first of these that is there."""
 
 
 def find_index(weights: str | Path | None, index_path: str | Path | None = None) -> Path | None:

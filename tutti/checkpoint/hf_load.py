@@ -48,7 +48,7 @@ from tutti.model.structure import ADAPTER_MARK, head, is_classifier, model_class
 log = logging.getLogger(__name__)
 
 PIECE_BYTES = 256 * 2**20
-"""What rank 0 sends at a time."""
+"""Bytes that rank 0 sends at a time."""
 
 LISTED = 20
 """Keys that an error lists before it only counts."""

@@ -1,4 +1,4 @@
-"""What an export of a composed model has beside the folders of its parts: how they are joined, and the projectors.
+"""Files of an export of a composed model beside the folders of its parts: how they are joined, and the projectors.
 
 final/                 the foundation's own complete folder, with the tokenizer
   omni.yaml            the encoders' settings, by kind

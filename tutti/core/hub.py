@@ -104,7 +104,7 @@ class Repo:
             )
 
     def _explain(self, error: Exception, unreachable: str | None = None) -> str:
-        """What went wrong and what to do about it, in one line."""
+        """The fault and what to do about it, in one line."""
         from huggingface_hub import constants, errors
 
         what, page = f"{self.argument}: {self}", f"{constants.ENDPOINT}/{'datasets/' * (self.kind == 'dataset')}"

@@ -165,7 +165,7 @@ def _choose(where: str, subsets: Splits, wanted: str | None, default: str | None
 
 
 def _front_matter(readme: str) -> dict[str, Any]:
-    """What the YAML between the README's first two lines of dashes says."""
+    """The content of the YAML between the README's first two lines of dashes."""
     import yaml
 
     match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", readme, re.DOTALL)

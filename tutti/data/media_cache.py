@@ -74,7 +74,7 @@ class MediaCache:
             self._end[0] = start + -(-value.nbytes // _ALIGNED) * _ALIGNED
 
     def _places(self, name: bytes) -> tuple[np.ndarray, list[int]]:
-        """What stands for a name, and the slots that its array may be noted in."""
+        """A name's digest, and the slots that its array may be noted in."""
         words = np.frombuffer(hashlib.blake2b(name, digest_size=16).digest(), np.uint64)
         first = int(words[0]) % len(self._slots)
         return words, [(first + step) % len(self._slots) for step in range(_TRIED)]

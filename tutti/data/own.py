@@ -25,7 +25,7 @@ _TRIES = 100
 
 
 class OwnDataset(DataFile):
-    """What the factory `name` makes of `path`. mapping: whether it has a length and random access.
+    """The dataset that the factory `name` makes of `path`. mapping: whether it has a length and random access.
 
     Its items are rows like those of files, or samples that need no encoding: `ready.ReadyMade` tells them apart.
     """

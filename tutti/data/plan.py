@@ -211,7 +211,7 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Count:
-    """What planning ahead found: steps of every epoch (those before the position: 0), and sums over these steps.
+    """Counts from planning ahead: steps of every epoch (those before the position: 0), and sums over these steps.
 
     rest_steps: over how many of the last steps what is left at the run's end is dealt. left_out: samples left out
     there instead.

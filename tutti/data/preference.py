@@ -167,7 +167,7 @@ def _masked(turn: Turn, answer: bool) -> dict[str, Any]:
 
 
 def _prompt(value: dict[str, Any], columns: Sequence[str]) -> Any:
-    """What a row says before the answers: text, messages, or None."""
+    """The prompt of a row, before the answers: text, messages, or None."""
     for column in (*columns, *CONVERSATIONS):
         prompt = value.get(column)
         if prompt is not None:

@@ -198,7 +198,7 @@ class PackedSamples(Dataset):
 
 
 def loader_options(config: Config, num_workers: int) -> dict[str, Any]:
-    """What every DataLoader here is made with."""
+    """The arguments that every DataLoader here is made with."""
     options: dict[str, Any] = {
         "num_workers": num_workers,
         "collate_fn": _as_it_is,

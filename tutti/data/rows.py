@@ -1,4 +1,4 @@
-"""What a row may look like: documents, conversations and labelled texts, checked and brought into one form.
+"""Shapes of rows: documents, conversations and labelled texts, checked and brought into one form.
 
 A conversation becomes a list of messages as chat templates take them, with a flag for each that says whether it is
 trained on. Its shape is found row by row, so that a file may mix them: OpenAI messages (`role`, `content`), ShareGPT
@@ -391,7 +391,7 @@ def as_json(value: Any, kind: type | tuple[type, ...], column: str) -> Any:
 
 
 def kind_of(value: Any) -> str:
-    """What a value is called in a message."""
+    """The name of a value's type in a message."""
     return "nothing" if value is None else type(value).__name__
 
 

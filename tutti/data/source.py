@@ -272,7 +272,7 @@ def _has_row_per_line(path: str) -> bool:
 
 
 def _nearest(path: str, folder: str) -> str:
-    """What there is instead of a path that is not."""
+    """A hint at what lies beside a path that does not exist."""
     if any(letter in path for letter in "*?["):
         return ": nothing matches"
     parent = Path(folder, path).parent

@@ -184,7 +184,7 @@ def _to_python(batch: Any) -> list[dict[str, Any]]:
 
 @cache
 def _pruner(kind: Any) -> Callable[[Any], Any] | None:
-    """What leaves the null fields of structs out of values of this Arrow type; None where it has no structs."""
+    """A function that drops the null fields of structs in values of this Arrow type; None where it has no structs."""
     from pyarrow import types
 
     if types.is_struct(kind):

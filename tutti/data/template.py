@@ -172,7 +172,7 @@ class ChatTemplate:
         return text, self._spans(conversation, text, tagged)
 
     def render(self, messages: list[dict[str, Any]], conversation: Conversation, *, prompt: bool = False) -> str:
-        """What `apply_chat_template` gives for `messages`, with the conversation's tools and settings."""
+        """The text that `apply_chat_template` gives for `messages`, with the conversation's tools and settings."""
         return self._render(messages, conversation, prompt)[0]
 
     def _render(
@@ -371,7 +371,7 @@ class ChatTemplate:
     def _header(
         self, messages: list[dict[str, Any]], conversation: Conversation, before: int | None, between: str
     ) -> str:
-        """What of `between`, the text from the previous content to an assistant's, is given to it at inference."""
+        """The part of `between`, the text from one content to an assistant's, that is given at inference."""
         if before is None:
             return self._first_header(conversation, between)
         literals, order = _split(self.render(messages, conversation, prompt=True))
@@ -396,7 +396,7 @@ class ChatTemplate:
         return between[: found + len(prompt)]
 
     def _close(self, closing: str, after: str, number: int) -> str:
-        """What of `after`, the text after a content, ends its turn; `closing`: that text where the turn is the last."""
+        """The part of `after`, the text after a content, that ends its turn; `closing`: after the last turn."""
         end = self._end.search(closing)
         if end is None:
             if after.startswith(closing):

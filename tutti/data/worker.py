@@ -43,7 +43,7 @@ def quiet_fork() -> Iterator[None]:
 
 
 def be_a_worker(*_: Any) -> None:
-    """What a worker process does first."""
+    """Prepare a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(signal, "sigtimedwait"):

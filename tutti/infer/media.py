@@ -72,7 +72,7 @@ class MediaInputs:
 
 
 def media_inputs(structure: ModelStructure, processor: MediaProcessor | None) -> MediaInputs:
-    """What makes the inputs beside tokens for the model of `structure`."""
+    """The maker of the inputs beside tokens for the model of `structure`."""
     masks = "token_type_ids" in inspect.signature(structure.decoder.forward).parameters
     return MediaInputs(processor, make_placing(structure), masks)
 

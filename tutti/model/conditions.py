@@ -1,4 +1,4 @@
-"""What a diffusion model is conditioned on and trained towards: encoded captions, and the latents of pictures.
+"""Conditions and targets of a diffusion model: encoded captions, and the latents of pictures.
 
 Captions are encoded one at a time, so that the numbers do not depend on what else is encoded: by the pipeline of the
 family, as diffusers does it, where the folder holds the family's own text encoders; else by a language model, whose
@@ -143,7 +143,7 @@ def _encoded(vae: Any, values: Tensor) -> Tensor:
 
 
 def _latent_statistics(vae: Any, latents: Tensor) -> tuple[Any, Any]:
-    """What is subtracted from an autoencoder's raw latents, and what they are then multiplied by."""
+    """The shift and the factor of an autoencoder's raw latents: (raw - shift) * factor."""
     config = vae.config
     held = dict(vae.named_buffers())
     mean, std = (held.get(name, config.get(name)) for name in ("latents_mean", "latents_std"))

@@ -32,7 +32,7 @@ TIMES = 1000
 
 
 class Text(NamedTuple):
-    """What prompts were encoded to: embeds [B, L, D], mask bool [B, L] (None: all tokens count), pooled [B, P]."""
+    """Encoded prompts: embeds [B, L, D], mask bool [B, L] (None: all tokens count), pooled [B, P]."""
 
     embeds: Tensor
     mask: Tensor | None = None
@@ -48,7 +48,7 @@ Extra = Callable[[Tensor, Text, Any], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Family:
-    """What one class takes and gives.
+    """The inputs and outputs of one class.
 
     pipeline: its pipeline in diffusers. patch: its hidden states are tokens of so many latents a side (0: latents as
     they are). video: latents have frames. time_scale: of the times 0 to 1. pooled: it takes pooled text. mask: the

@@ -33,10 +33,10 @@ from tutti.core.batch import SequenceRanks
 from tutti.core.collectives import RankGroup, gather_over
 
 _KINDS = (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw"))
-"""What is encoded: its name, and the names of its values and sizes among the arguments of a forward."""
+"""A kind of encoded input: its name, and the names of its values and sizes among the arguments of a forward."""
 
 _LISTS = ("deepstack_features",)
-"""What an encoder's output has beside the features: a list, of the same form each."""
+"""Outputs of an encoder beside the features: a list, of the same form each."""
 
 
 class Encoders(NamedTuple):

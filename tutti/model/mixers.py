@@ -237,13 +237,13 @@ class _Groups(NamedTuple):
     back: Tensor
 
     def cut(self, row: Tensor) -> list[Tensor]:
-        """What lies along the tokens [1, T, ..] -> [n, L, ..] of each group; zero where there is padding."""
+        """A tensor along the tokens [1, T, ..] as [n, L, ..] of each group; zero where there is padding."""
         padded = torch.cat([row[0], row.new_zeros(1, *row.shape[2:])])
         parts = padded.index_select(0, self.places).split([count * length for count, length in self.shapes])
         return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def join(self, column: Sequence[Any]) -> Any:
-        """What the groups' outputs are for the row: [n, L, ..] of each -> [1, T, ..]; None for anything else."""
+        """The groups' outputs [n, L, ..] put together as the row's [1, T, ..]; None for anything else."""
         if not all(_lies_along(part, *shape) for part, shape in zip(column, self.shapes, strict=True)):
             return None
         return torch.cat([part.flatten(0, 1) for part in column]).index_select(0, self.back)[None]

@@ -48,13 +48,13 @@ from tutti.parallel.pipeline.stage import Passed, Stage
 from tutti.parallel.tensor import local_parameters
 
 _ALONG = {"inputs_embeds": 1, "position_ids": -1, "visual_pos_masks": -1}
-"""What lies along the tokens of what a language model is handed, and in which dimension."""
+"""Arguments of a language model that lie along its tokens, and in which dimension."""
 
 _BESIDE = {"attention_mask", "deepstack_visual_embeds", "cu_seq_lens_q", "cu_seq_lens_k", "borders"}
-"""What does not, and is known."""
+"""Arguments that do not, and are known."""
 
 _OF_OUTER = ("input_ids", "logits_to_keep", "use_cache")
-"""What generation gives the outer decoder of what its cache says of a pass."""
+"""Arguments of the outer decoder that generation derives from the cache."""
 
 
 def check_multimodal(structure: ModelStructure, layout: Layout, train: TrainConfig) -> None:

@@ -149,7 +149,7 @@ def features(tower: nn.Module, pixel_values: Tensor, grid: Tensor | None, layer:
 
 
 class CodeDecoder(nn.Module):
-    """What a model that draws has for the codes of pictures: their embeddings, and their head.
+    """The embeddings and the head for codes of pictures, of a model that draws.
 
     Code c is the token `first` + c, beyond the vocabulary; the hidden state before it predicts it. kept: tokens that
     stay where a prompt is hidden, beside the places of media.
@@ -313,7 +313,7 @@ class OmniModel(PreTrainedModel, GenerationMixin):
 
     @property
     def code_decoder(self) -> Any:
-        """What it has for codes of pictures; None if it draws none."""
+        """The model's part for codes of pictures; None if it draws none."""
         return getattr(self.decoders, "image", None)
 
     def get_input_embeddings(self) -> nn.Module:

@@ -66,7 +66,7 @@ _TRIPLES = {
         ("<|audio_start|>", "<|audio|>", "<|audio_end|>"),
     ),
 }
-"""What tokenizers call the tokens before, for and after a medium; the last one's name is what a new one gets."""
+"""Names of the tokens before, for and after a medium in tokenizers; the last one's name is what a new one gets."""
 
 _FLATTENED = (
     "{%- set marks = MARKS -%}{%- set flat = namespace(messages=[]) -%}{%- for message in messages -%}"

@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig, PreTrainedModel
 
 THINKER = "thinker."
-"""What the thinker's keys begin with."""
+"""The prefix of the thinker's keys."""
 
 
 def thinker_config(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -42,7 +42,7 @@ HEAD_NAMES = ("score",)
 """Where sequence classifiers on a decoder keep the linear layer that gives the classes' logits."""
 
 ADAPTER_MARK = "_lora_"
-"""What the names of low-rank adapters' parameters have in them (`tutti.model.lora`), and no name of a model has."""
+"""The mark in the names of low-rank adapters' parameters (`tutti.model.lora`), and no name of a model has."""
 
 
 def read_structure(model: PreTrainedModel, basic: Iterable[str] = ()) -> ModelStructure:

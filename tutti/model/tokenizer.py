@@ -49,7 +49,7 @@ _SPECIAL_TOKENS = {
     "pad_token": ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>"),
     "unk_token": ("<unk>", "[UNK]", "<|unk|>"),
 }
-"""What special tokens are usually called, best first: how a bare tokenizer.json gets its roles."""
+"""Usual names of special tokens, best first: how a bare tokenizer.json gets its roles."""
 
 
 def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:

@@ -142,7 +142,7 @@ def fsdp_modules(root: nn.Module) -> list[FSDPModule]:
 
 
 class GradientSync(Protocol):
-    """What gathers parameters and reduces gradients, as far as a step's executor has to tell it something."""
+    """The gathering of parameters and reduction of gradients, as far as a step's executor has to tell it something."""
 
     def before(self, *, last: bool) -> None:
         """Called before each forward and backward pass of a micro batch. last: it is the step's last one."""

@@ -47,7 +47,7 @@ attention whose numbers for each head (sinks) go with the heads."""
 _USUAL = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "w1", "w3"), COLWISE) | dict.fromkeys(
     ("o_proj", "out_proj", "down_proj", "w2"), ROWWISE
 )
-"""What projections of most families are called, and how these are split."""
+"""Names of projections in most families, and how these are split."""
 
 _KEYS_AND_VALUES = ("k_proj", "v_proj")
 

@@ -220,7 +220,7 @@ def make_latents(run: Run, task: Denoising) -> Latents:
 
 
 def _latents(store: Store, task: Denoising, smallest: tuple[int, ...]) -> Latents:
-    """What completes batches from `store`. ValueError: captions cannot be shared by the task's ranks."""
+    """A function that completes batches from `store`. ValueError: captions cannot be shared by the task's ranks."""
     length = len(store.text("").embeds)
     if task.text_multiple == 1 and length % task.ranks:  # a family without a mask, whose captions cannot be filled up
         raise ValueError(

@@ -94,7 +94,7 @@ class EarlyStopping:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been seen, as plain data."""
+        """The evaluations seen so far, as plain data."""
         best = None if self._best == math.inf else self._best
         return {"best": best, "best_step": self._best_step, "in_vain": self._in_vain}
 

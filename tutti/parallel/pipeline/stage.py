@@ -36,7 +36,7 @@ from tutti.core.structure import ModelStructure, StageTrace
 from tutti.parallel.mesh import Mesh
 
 MEMORY_WEIGHT = 0.25
-"""What a share of the model's parameters costs, beside the same share of its work."""
+"""The cost of a share of the model's parameters, beside the same share of its work."""
 
 
 class Cost(NamedTuple):

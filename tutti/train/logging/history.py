@@ -121,7 +121,7 @@ def _merge(a: list[float] | None, b: list[float] | None) -> list[float] | None:
 
 
 class History:
-    """What the report and the closing line need of all records so far.
+    """Figures of all records so far, for the report and the closing line.
 
     train, evals: the curves. last, last_eval: the newest records. best_eval: the one of lowest loss. answers:
     the newest record of prompts with an expected answer. tokens, trained_tokens, samples: sums. seconds: time spent in

@@ -1,4 +1,4 @@
-"""What a run tells about itself: one record a step, sent to every place that shows it.
+"""Metrics of a run: one record a step, sent to every place that shows it.
 
 The loop hands plain dicts to `Metrics`, which passes them on to its *sinks*: metrics.jsonl (the record that everything
 else can be made from), the progress line on the terminal, report.html, and the services that are asked for. A sink is

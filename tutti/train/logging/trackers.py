@@ -25,7 +25,7 @@ MAX_FAILURES = 3
 """Failures in a row after which a tracker is left alone."""
 
 _PACKAGES = {"comet": "comet_ml"}
-"""What a tracker's package, and its class in accelerate, is called where it has another name."""
+"""Names of a tracker's package, and of its class in accelerate, where they differ from its own."""
 
 
 class Tracker(Protocol):
@@ -133,7 +133,7 @@ class _Accelerate:
 
 
 def _arguments(name: str, project: str, run: str, folder: Path, start_step: int) -> dict[str, Any]:
-    """What accelerate's class for a service is made with; each calls its project and its run by other names."""
+    """The arguments of accelerate's class for a service; each calls its project and its run by other names."""
     if name == "tensorboard":
         again = {"purge_step": start_step + 1} if start_step else {}  # what an interrupted run wrote after it
         return {"run_name": run, "logging_dir": folder / "tensorboard", **again}

@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from tutti.train.record import Run
 
 Sums = dict[str, Tensor]
-"""What a micro batch adds up to, by name: a rank's share of each sum. `loss` is the one to differentiate; the others
+"""Sums over a micro batch, by name: a rank's share of each sum. `loss` is the one to differentiate; the others
 are detached, scalars or vectors of the sizes in `Task.sums`."""
 
 Split = Literal["train", "eval"]
 
 Prepare = Callable[[Iterable[GlobalBatch], Split], Iterator[GlobalBatch]]
-"""The same global batches with what the task's loss needs beside the tokens."""
+"""Gives global batches what the task's loss needs beside the tokens."""
 
 
 class Shows(Protocol):
@@ -85,7 +85,7 @@ class Task(ABC):
         return
 
     def make_samples(self, run: Run) -> Shows:
-        """What is shown of the model as it is trained: how it answers the prompts of the configuration. ValueError:
+        """The display of the model as it is trained: how it answers the prompts of the configuration. ValueError:
         one of them cannot be used."""
         from tutti.train.samples import Samples  # which looks at runs, and so imports the tasks
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from tutti.core.batch import Batch, GlobalBatch
 from tutti.core.dist import World
+from tutti.core.files import make_once
 from tutti.kinds import kind_of
 from tutti.model.lora import adapters_off
 from tutti.model.structure import read_structure
@@ -136,9 +136,8 @@ def _tables(run: Run, executor: Executor) -> dict[str, Tensor]:
         module.reshard()  # what is gathered now must not outlive the loading of a checkpoint
     log.info("reference log-probabilities: computed for %s pairs", f"{sum(map(len, tables.values())):,}")
     if world.is_main:
-        partial = path.with_name(f".{FILE}.tmp")
-        save_file(tables, partial, metadata={"key": key})
-        os.replace(partial, path)
+        path.unlink(missing_ok=True)  # of another key
+        make_once(path, lambda draft: save_file(tables, draft, metadata={"key": key}))
     return tables
 
 
