@@ -76,7 +76,7 @@ def _collect(job: Job, pipes: list[Any]) -> list[Report]:
         for pipe in wait([pipe for rank, pipe in enumerate(pipes) if rank not in reports]):
             rank = pipes.index(pipe)
             try:
-                received = pipe.recv()  # type: ignore[union-attr]
+                received: Any = pipes[rank].recv()
             except EOFError:
                 received = "it died"
             if isinstance(received, str):

@@ -62,7 +62,7 @@ def write_model(folder: Path) -> None:
     tokenizer.chat_template = TEMPLATE
     processor = Qwen2_5_VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), TEMPLATE)
     processor.save_pretrained(folder)
-    ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+    ids: dict[str, Any] = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 10, 10]}
     Qwen2_5_VLConfig(
         architectures=["Qwen2_5_VLForConditionalGeneration"],

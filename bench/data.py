@@ -97,7 +97,7 @@ def _mapped(path: str, processes: int) -> dict[str, Any]:
     import numpy as np
     from datasets import disable_caching, load_dataset
 
-    from tutti.core.batch import IGNORE, Sample, pack
+    from tutti.core.batch import IGNORE, Batch, Sample, pack
 
     tokenizer = _tokenizer()
 
@@ -112,7 +112,7 @@ def _mapped(path: str, processes: int) -> dict[str, Any]:
         data = load_dataset("json", data_files=path, split="train", cache_dir=folder)
         start = time.perf_counter()
         data = data.map(encode, num_proc=processes if processes > 1 else None, remove_columns=data.column_names)
-        batches, held, room = [], [], BUDGET
+        batches, held, room = list[Batch](), list[Sample](), BUDGET
         for row in data.with_format("numpy"):
             sample = Sample(row["input_ids"].astype(np.int32), row["labels"].astype(np.int32))
             if len(sample) > room:
@@ -128,11 +128,12 @@ def _tutti(path: str, threads: int) -> dict[str, Any]:
     import torch
 
     from tutti.config import Config, DataConfig
+    from tutti.core.batch import Batch
     from tutti.core.dist import World
     from tutti.data.encode import make_encoder
     from tutti.data.index import build_index
     from tutti.data.pack import BestFit
-    from tutti.data.prefetch import PackedSamples
+    from tutti.data.prefetch import Collator, PackedSamples
     from tutti.data.source import open_sources
 
     tokenizer = _tokenizer()
@@ -142,13 +143,14 @@ def _tutti(path: str, threads: int) -> dict[str, Any]:
     encoder = make_encoder(config, tokenizer, vocab_size=len(tokenizer))
     sources = open_sources(config)
     index = build_index(sources, encoder, dist, num_workers=threads, silent=False, argument="data.train_path")
-    samples = PackedSamples(index, sources, encoder, None, 0)
-    packer, batches = BestFit(config.data.dyn_bsz_buffer_size, BUDGET, config.train.seed), []
+    samples = PackedSamples(index, sources, Collator(encoder, None, 0))
+    packer, batches = BestFit(config.data.dyn_bsz_buffer_size, BUDGET, config.train.seed), list[Batch | ValueError]()
     drawn = iter(list(zip(index.length.tolist(), range(len(index)), strict=True)))
     while (taken := packer.take(lambda: next(drawn, None), BUDGET, len(batches))) is not None:
         batches.append(samples.__getitems__([number for _, number in taken]))
     batches.append(samples.__getitems__([number for _, number in packer.open]))
-    return _counted(time.perf_counter() - start, batches)
+    seconds = time.perf_counter() - start
+    return _counted(seconds, [batch for batch in batches if isinstance(batch, Batch)])
 
 
 CONTENDERS: dict[str, Callable[[str, int], dict[str, Any]]] = {

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from tutti.attention.kv_cache import register
 from tutti.core.device import keep_freed_memory
 from tutti.core.dist import World
 from tutti.infer.generate import CachedLogits, Generator, Request
+from tutti.infer.media import MediaInputs
 from tutti.infer.sampling import Sampler
 
 BATCH = 16
@@ -76,7 +78,7 @@ class _StopAt(LogitsProcessor):
         return scores
 
 
-def _transformers(model: PreTrainedModel, prompts: list[list[int]], limits: list[int]) -> list[list[int]]:
+def _transformers(model: Any, prompts: list[list[int]], limits: list[int]) -> list[list[int]]:
     model.set_attn_implementation("sdpa")
     longest = max(map(len, prompts))
     ids = torch.tensor([[STOP] * (longest - len(prompt)) + prompt for prompt in prompts])
@@ -97,7 +99,7 @@ def _transformers(model: PreTrainedModel, prompts: list[list[int]], limits: list
 def _tutti(model: PreTrainedModel, prompts: list[list[int]], limits: list[int]) -> list[list[int]]:
     model.set_attn_implementation(register())
     one = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-    logits = CachedLogits(model, one.device)
+    logits = CachedLogits(lambda inputs, extras: model(**inputs), one.device, MediaInputs())
     generator = Generator(logits, _NeverStop(True, 1.0, 1.0, 0), frozenset({STOP}), one, batch_tokens=1 << 20)
     made: list[list[int]] = [[] for _ in prompts]
     requests = [Request(i, prompt, limit) for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))]

@@ -45,7 +45,7 @@ def test_batches_go_to_page_locked_memory_where_there_is_an_accelerator(monkeypa
     assert fetch.loader_options(config, 0)["pin_memory"] == pins
     monkeypatch.setattr(Batch, "pin_memory", lambda batch: ("pinned", batch))
     one = Sample(np.ones(3, np.int32), np.ones(3, np.int32), 0)
-    (batch,) = fetch.fetch_streamed(config, fetch.Packer(None, None, 0))(iter([[StreamSample(0, 0, 0, 3, one)]]))
+    (batch,) = fetch.fetch_streamed(config, fetch.Collator(None, None, 0))(iter([[StreamSample(0, 0, 0, 3, one)]]))
     assert isinstance(batch, tuple) == pins
 
 
@@ -85,7 +85,7 @@ def long_and_short(tmp_path, monkeypatch):
 
 
 def fetched(rows, found, num_workers, passes=1):
-    samples = fetch.PackedSamples(found, [rows], fetch.Packer(rows.encode, None, 0))
+    samples = fetch.PackedSamples(found, [rows], fetch.Collator(rows.encode, None, 0))
     options = fetch.loader_options(from_dict({}), num_workers)
     order = [[int(n)] for seed in range(passes) for n in np.random.default_rng(seed).permutation(len(found))]
     return [

@@ -42,7 +42,7 @@ from tutti.data.plan import (
     one_pass,
 )
 from tutti.data.preference import make_pair_encoder
-from tutti.data.prefetch import Fetch, PackedSamples, Packer, fetch_indexed, fetch_streamed, loader_options
+from tutti.data.prefetch import Collator, Fetch, PackedSamples, fetch_indexed, fetch_streamed, loader_options
 from tutti.data.ready import ReadyMade
 from tutti.data.remote import fetch_data
 from tutti.data.source import Elsewhere, Source, open_sources
@@ -385,19 +385,19 @@ def build_data(
         "the list of sources in data.train_path": names,
         "whether sources in data.train_path have weights": _weights(sources) is not None,
     }
-    packer = Packer(encoder, recipe.pad_to, pad_id, config.data.silent_exception)
+    collate = Collator(encoder, recipe.pad_to, pad_id, config.data.silent_exception)
     if streams:
-        part = _streamed_part(config, sources, packer, recipe, decodes=processor is not None)
+        part = _streamed_part(config, sources, collate, recipe, decodes=processor is not None)
     else:
         index = _index(config, sources, encoder, world, "data.train_path")
         settings["digest"] = index.digest
         supply = MapSource(index, _weights(sources), names, config.train.seed, config.data.shuffle)
-        part = _indexed_part(config, PackedSamples(index, sources, packer), supply, recipe)
+        part = _indexed_part(config, PackedSamples(index, sources, collate), supply, recipe)
     evaluation = None
     if held_out is not None:
         index = _index(config, held_out, encoder, world, "data.eval_path")
         supply = MapSource(index, None, [source.name for source in held_out], config.train.seed, shuffle=False)
-        evaluation = _indexed_part(config, PackedSamples(index, held_out, packer), supply, one_pass(recipe))
+        evaluation = _indexed_part(config, PackedSamples(index, held_out, collate), supply, one_pass(recipe))
     may_lose = config.data.silent_exception and processor is not None
     part, evaluation = replace(part, may_lose=may_lose), evaluation and replace(evaluation, may_lose=may_lose)
     return Data(part, evaluation, DataRank(dp_rank, dp_size, pairs, world), settings)
@@ -522,10 +522,10 @@ def _indexed_part(config: Config, samples: PackedSamples, supply: MapSource, rec
 
 
 def _streamed_part(
-    config: Config, sources: Sequence[Source], packer: Packer, recipe: BatchingPlan, *, decodes: bool
+    config: Config, sources: Sequence[Source], collate: Collator, recipe: BatchingPlan, *, decodes: bool
 ) -> DataSplit:
     feed = ChunkPrefetcher(
-        sources, packer.encoder, loader_options(config, config.data.num_workers) | {"pin_memory": False}
+        sources, collate.encoder, loader_options(config, config.data.num_workers) | {"pin_memory": False}
     )
     capacity = config.data.shuffle_buffer_size if config.data.shuffle else 1
     silent = config.data.silent_exception
@@ -538,7 +538,7 @@ def _streamed_part(
         return DataSummary(rows, samples, tokens, targets, dropped, _efficiency(given))
 
     names = tuple(source.name for source in sources)
-    return DataSplit(names, planner, fetch_streamed(config, packer, decodes=decodes), report, feed.close)
+    return DataSplit(names, planner, fetch_streamed(config, collate, decodes=decodes), report, feed.close)
 
 
 def _efficiency(given: np.ndarray) -> float | None:

@@ -43,7 +43,7 @@ Fetch = Callable[[Iterator[list[Any]]], Iterator[Batch]]
 
 
 @dataclass(frozen=True)
-class Packer:
+class Collator:
     """Makes micro batches of samples, with what the model takes beside their tokens. pad_to, pad_id: as in `pack`.
     silent: data.silent_exception."""
 
@@ -137,8 +137,8 @@ def _nameless_file(size: int) -> Any:
 class PackedSamples(Dataset):
     """Packs the samples of an index by their numbers: from memory, or reading and encoding their rows."""
 
-    def __init__(self, index: Index, sources: Sequence[Source], packer: Packer) -> None:
-        self.index, self.sources, self.packer, self.encoder = index, sources, packer, packer.encoder
+    def __init__(self, index: Index, sources: Sequence[Source], collate: Collator) -> None:
+        self.index, self.sources, self.collate, self.encoder = index, sources, collate, collate.encoder
         self._ends = np.cumsum(index.length)
         self._long = LongRows(index) if index.tokens is None else None
 
@@ -149,7 +149,7 @@ class PackedSamples(Dataset):
         has_media = self.index.num_media[ids].any()
         try:
             samples = self.read(ids) if tokens is None or has_media else self._kept(tokens, ids)
-            return self.packer(samples, lambda number: self._place(ids[number]))
+            return self.collate(samples, lambda number: self._place(ids[number]))
         except ValueError as error:
             return error
 
@@ -244,20 +244,20 @@ def _raised(batches: Iterator[Batch | ValueError]) -> Iterator[Batch]:
 class PackedStream(Dataset):
     """Packs samples of a stream, whose media are decoded then."""
 
-    def __init__(self, packer: Packer) -> None:
-        self.packer = packer
+    def __init__(self, collate: Collator) -> None:
+        self.collate = collate
 
     def __getitems__(self, items: list[StreamSample]) -> Batch | ValueError:
         """The micro batch of these samples, or what is wrong with them."""
         try:
-            return self.packer([item.sample for item in items], lambda number: f"row {items[number].row + 1}")
+            return self.collate([item.sample for item in items], lambda number: f"row {items[number].row + 1}")
         except ValueError as error:
             return error
 
 
-def fetch_streamed(config: Config, packer: Packer, *, decodes: bool = False) -> Fetch:
+def fetch_streamed(config: Config, collate: Collator, *, decodes: bool = False) -> Fetch:
     """Micro batches of samples that are here already: packed in this process, unless there are media to decode."""
-    samples, pins = PackedStream(packer), pins_memory(config)
+    samples, pins = PackedStream(collate), pins_memory(config)
     if decodes and config.data.num_workers:
         return fetch_indexed(samples, loader_options(config, config.data.num_workers))
 
