@@ -17,7 +17,7 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any
 
-_PRELOAD = [
+PRELOAD = [
     "torch",
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
@@ -41,7 +41,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
     initialised; `tutti.core.dist.init_world` joins it. The first rank to fail fails the test with its traceback.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(world):

@@ -25,10 +25,12 @@ class Died(BaseException):
 
 class Faults:
     """at: number of the operation, from 0, that fails; None counts only. error: its errno, None for the process's end.
-    done: the operations seen so far, as (kind, file name)."""
+    die: what that end is, raising `Died` by default. done: the operations seen so far, as (kind, file name)."""
 
-    def __init__(self, root: Path, at: int | None = None, error: int | None = None) -> None:
-        self.root, self.at, self.error = str(root), at, error
+    def __init__(
+        self, root: Path, at: int | None = None, error: int | None = None, die: Callable[[], Any] | None = None
+    ) -> None:
+        self.root, self.at, self.error, self.die = str(root), at, error, die
         self.done: list[tuple[str, str]] = []
         self.dead = False
         self._patches: list[Any] = []
@@ -55,6 +57,8 @@ class Faults:
         before()
         if self.error is None:
             self.dead = True
+            if self.die is not None:
+                self.die()
             raise Died
         named = () if isinstance(path, int) else (str(path),)
         raise OSError(self.error, os.strerror(self.error), *named)

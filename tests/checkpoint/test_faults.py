@@ -3,36 +3,47 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import re
 import shutil
+import signal
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from tests.checkpoint.faults import Died, Faults
 from tests.checkpoint.tiny import assert_same, checkpointer, everything
-from tutti.core.dist import World
+from tests.harness import PRELOAD
+from tutti.core.dist import World, init_world
 
 Arrays = dict[str, np.ndarray]
 
 
 def small(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
-    model = nn.Linear(2, 1, bias=False)
+    model = nn.Linear(2, 2, bias=False)
     return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for number in range(steps):
+        model(torch.full((1, 2), float(number + 1))).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def trained_to(step: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     model, optimizer = small()
-    for number in range(step):
-        model(torch.full((1, 2), float(number + 1))).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(model, optimizer, step)
     return model, optimizer
 
 
@@ -64,7 +75,10 @@ SCENARIOS: dict[str, tuple[tuple[int, ...], int, dict[str, bool | int]]] = {
 }
 """The steps saved before, the step whose save is disturbed, and settings."""
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
-if os.environ.get("SOAK"):
+SOAK = bool(os.environ.get("SOAK"))
+_DEAD = 9
+"""Exit status of a rank that dies."""
+if SOAK:
     SCENARIOS |= {"again-beside": ((1, 2), 2, {}), "keep-one": ((1,), 2, {"max_checkpoints": 1})}
 
 
@@ -118,7 +132,79 @@ def test_a_crash_at_any_operation_leaves_the_old_state_or_the_new(tmp_path, one_
     assert outcomes[0] == old and outcomes[-1] == new
 
 
-@pytest.mark.parametrize("shift", range(len(ERRORS) if os.environ.get("SOAK") else 1))
+def save_as_two(copy: Path, step: int, settings: dict[str, bool | int], rank: int, at: int | None) -> None:
+    """Be one of two ranks that save their shards to `copy`, and die in file operation `at`; never returns."""
+    signal.alarm(60)
+    status = 1
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{copy}.store", rank=rank, world_size=2)
+        world = init_world(torch.device("cpu"))
+        model, optimizer = small()
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        train(model, optimizer, step)
+        keeper = checkpointer(copy, world, **settings)
+        with Faults(copy, at, die=lambda: os._exit(_DEAD)) as faults:
+            keeper.save(step, model, optimizer, {"step": step})
+            keeper.wait()
+        copy.with_name(f"operations-{rank}").write_text(str(len(faults.done)))
+        status = 0
+    except Exception:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def sweep(folder: Path, step: int, settings: dict[str, bool | int], points: list[tuple[int, int | None]]) -> None:
+    """For each of `points` (a rank, and the number of the file operation in which it dies) have two ranks save into
+    `folder`/crashed-RANK-NUMBER, and see that this rank died and that the other has ended too."""
+    os.environ |= {"WORLD_SIZE": "2"}
+    for rank, at in points:
+        ranks = []
+        for one in range(2):
+            ranks.append(os.fork())
+            if not ranks[-1]:
+                os.environ["RANK"] = str(one)
+                save_as_two(folder / f"crashed-{rank}-{at}", step, settings, one, at if one == rank else None)
+        ended = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
+        assert ended[rank] == (0 if at is None else _DEAD), ended
+        assert ended[1 - rank] in (0, 1), ended
+
+
+def swept(
+    folder: Path, before: int, step: int, settings: dict[str, bool | int], points: list[tuple[int, int | None]]
+) -> None:
+    for rank, at in points:
+        target = folder / f"crashed-{rank}-{at}"
+        shutil.copytree(folder / "before", target) if before else target.mkdir()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    process = context.Process(target=sweep, args=(folder, step, settings, points))
+    process.start()
+    process.join(20 + 3 * len(points))
+    process.kill()
+    assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("name", SCENARIOS if SOAK else ["retention"])
+def test_a_rank_of_two_that_dies_at_any_operation_leaves_the_old_state_or_the_new(tmp_path, one_rank, name):
+    """In CI at every operation of rank 1, and at every third of rank 0."""
+    before, step, settings = SCENARIOS[name]
+    for number in before:
+        save(tmp_path / "before", one_rank, number)
+    old = max(before, default=0)
+    swept(tmp_path, old, step, settings, [(0, None)])
+    assert found(tmp_path / "crashed-0-None", one_rank) == step
+    counts = [int((tmp_path / f"operations-{rank}").read_text()) for rank in range(2)]
+    points = [(1, at) for at in range(counts[1])] + [(0, at) for at in range(0, counts[0], 1 if SOAK else 3)]
+    swept(tmp_path, old, step, settings, points)
+    for rank, at in points:
+        root = tmp_path / f"crashed-{rank}-{at}"
+        assert found(root, one_rank) in (old, step), f"after the end of rank {rank} in operation {at}"
+        save(root, one_rank, step + 1)
+        assert found(root, one_rank) == step + 1
+
+
+@pytest.mark.parametrize("shift", range(len(ERRORS) if SOAK else 1))
 def test_an_error_at_any_operation_is_told_in_a_line_and_loses_nothing(tmp_path, one_rank, scenario, shift):
     old, new, settings, operations = scenario
     for at, (kind, name) in enumerate(operations):

@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from tutti.cluster.job import Job
+
 ROOT = Path(__file__).parents[2]
 PORT = 29411
 
@@ -44,6 +46,22 @@ class Nodes:
         self.processes: dict[str, subprocess.Popen] = {}
 
     def __enter__(self) -> Nodes:
+        try:
+            self._connect()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        for name in self.names:
+            self.kill(name)
+            # Itself, and at once: a namespace takes its links with it some time later.
+            subprocess.run(["ip", "link", "del", f"tv{self.tag}n{name.removeprefix('node')}"], capture_output=True)
+            subprocess.run(["ip", "netns", "del", self.space(name)], capture_output=True)
+        subprocess.run(["ip", "link", "del", f"tb{self.tag}"], capture_output=True)
+
+    def _connect(self) -> None:
         self._ip(f"link add tb{self.tag} type bridge", f"link set tb{self.tag} up")
         for number, name in enumerate(self.names, start=1):
             space, outer, inner = self.space(name), f"tv{self.tag}n{number}", f"tw{self.tag}n{number}"
@@ -57,13 +75,6 @@ class Nodes:
                 f"-n {space} link set eth0 up",
                 f"-n {space} link set lo up",
             )
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        for name in self.names:
-            self.kill(name)
-            subprocess.run(["ip", "netns", "del", self.space(name)], capture_output=True)
-        subprocess.run(["ip", "link", "del", f"tb{self.tag}"], capture_output=True)
 
     def address(self, name: str) -> str:
         return f"10.77.{self.tag}.{name.removeprefix('node')}"
@@ -89,26 +100,33 @@ class Nodes:
         ]
         subprocess.run(command, check=True, capture_output=True)
 
-    def start(self, name: str, nnodes: str, arguments: list[str], *, private: Path | None = None) -> None:
-        """Have the machine run torchrun with one rank, and under it `tutti train` with these arguments.
+    def start(self, name: str, nodes: str, arguments: list[str], *, private: Path | None = None) -> None:
+        """Have the machine run what `tutti launch` renders for one rank on each: torchrun, and `tutti train` under it.
 
-        private: a folder that this machine does not share.
+        nodes: as in a job's YAML. arguments: a configuration, and overrides. private: a folder that this machine does
+        not share.
         """
         first = self.names[0]
-        conf = f"is_host={int(name == first)},last_call_timeout=1,join_timeout=60,keep_alive_interval=1"
-        words = [
-            "-m", "torch.distributed.run", f"--nnodes={nnodes}", "--nproc-per-node=1", "--max-restarts=3",
-            "--rdzv-backend=c10d", "--rdzv-id=test", f"--rdzv-endpoint={self.address(first)}:{PORT}",
-            f"--rdzv-conf={conf}", f"--local-addr={self.address(name)}", "--monitor-interval=0.1",
-            "-m", "tutti", "train", *arguments,
-        ]  # fmt: skip
+        config, *overrides = arguments
+        job = Job(name="test", config=config, overrides=tuple(overrides), nodes=nodes, port=PORT)
+        # Quicker than what is waited for between real machines, which have names.
+        timeouts = "last_call_timeout=1,join_timeout=60,keep_alive_interval=1"
+        command = (
+            job.torchrun(self.address(first), str(int(name == first)))
+            .replace("is_host=", f"{timeouts},is_host=")
+            .replace(" -m tutti ", f" --local-addr={self.address(name)} -m tutti ")
+        )
         mount = f"mount -t tmpfs none {private} && " if private is not None else ""
-        script = f'hostname {name} && {mount}exec "$0" "$@"'
-        inside = ["ip", "netns", "exec", self.space(name), "unshare", "-m", "-u", "bash", "-c", script]
-        environment = os.environ | {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        with self.log(name).open("w") as log:
+        inside = ["ip", "netns", "exec", self.space(name), "unshare", "-m", "-u", "bash", "-c"]
+        environment = os.environ | {
+            "GLOO_SOCKET_IFNAME": "eth0",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
+        with self.log(name).open("a") as log:
             self.processes[name] = subprocess.Popen(
-                [*inside, sys.executable, *words],
+                [*inside, f"hostname {name} && {mount}exec {command}"],
                 cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
@@ -126,6 +144,10 @@ class Nodes:
                     os.kill(int(pid), number)
         if name in self.processes:
             self.processes.pop(name).wait()
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        """Signal the machine's torchrun, as a scheduler does that takes the machine away."""
+        self.processes[name].send_signal(number)
 
     def wait(self, name: str, timeout: float) -> int:
         return self.processes[name].wait(timeout)

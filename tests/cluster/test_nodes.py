@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from tutti.core.dist import shutdown_world
 from tutti.core.launch import ERROR_FILE
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs root and network namespaces")
-STEPS, HANG = 12, 8
+STEPS, LONG, HANG = 12, 60, 8
 soak = pytest.mark.skipif(not os.environ.get("SOAK"), reason="runs with make soak")
 
 
@@ -43,6 +44,14 @@ def arguments(tmp_path):
 def wait_for_step(nodes: Nodes, output: Path, step: int, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not (output / "checkpoints" / f"global_step_{step}").exists():
+        assert time.monotonic() < deadline, said(nodes)
+        time.sleep(0.05)
+
+
+def wait_for_words(nodes: Nodes, words: str, seconds: float = 60) -> None:
+    """Wait until a machine says `words`."""
+    deadline = time.monotonic() + seconds
+    while not any(words in nodes.log(name).read_text() for name in nodes.names):
         assert time.monotonic() < deadline, said(nodes)
         time.sleep(0.05)
 
@@ -99,7 +108,7 @@ def test_a_machine_that_dies_is_gone_on_without(tmp_path, arguments):
     words, output = arguments
     with Nodes(2, tmp_path) as nodes:
         for name in nodes.names:
-            nodes.start(name, "1:2", words)
+            nodes.start(name, "1-2", words)
         wait_for_step(nodes, output, 2)
         nodes.kill("node2")
         assert nodes.wait("node1", 90) == 0, said(nodes)
@@ -114,7 +123,7 @@ def test_a_cut_link_is_noticed_and_the_rest_goes_on(tmp_path, arguments):
     words, output = arguments
     with Nodes(2, tmp_path) as nodes:
         for name in nodes.names:
-            nodes.start(name, "1:2", words)
+            nodes.start(name, "1-2", words)
         wait_for_step(nodes, output, 2)
         nodes.link("node2", "down")
         cut = time.monotonic()
@@ -128,12 +137,40 @@ def test_a_cut_link_is_noticed_and_the_rest_goes_on(tmp_path, arguments):
 
 
 @soak
+@pytest.mark.parametrize(("count", "how"), [(2, "killed"), (3, "killed"), (2, "told"), (3, "told")])
+def test_a_machine_that_comes_back_takes_part_again(tmp_path, arguments, count, how):
+    """The run begins on all machines, goes on without the last, and with all again, to its end."""
+    words, output = arguments
+    words = [*words, f"--train.max_steps={LONG}", "--train.num_train_epochs=9"]
+    last = f"node{count}"
+    with Nodes(count, tmp_path) as nodes:
+        for name in nodes.names:
+            nodes.start(name, f"1-{count}", words)
+        wait_for_step(nodes, output, 2)
+        if how == "killed":
+            nodes.kill(last)
+        else:
+            nodes.signal(last, signal.SIGTERM)
+        wait_for_words(nodes, f"saved by {count} ranks")
+        assert last not in nodes.processes or nodes.wait(last, 20) != 0
+        nodes.start(last, f"1-{count}", words)
+        wait_for_words(nodes, f"saved by {count - 1} ranks")
+        print(said(nodes))
+        assert [nodes.wait(name, 120) for name in nodes.names] == [0] * count, said(nodes)
+        text = nodes.log("node1").read_text() + nodes.log("node2").read_text()
+    assert "no progress" not in text
+    steps = [line["step"] for line in lines(output)]
+    assert steps == list(range(1, LONG + 1))
+    assert text.count(f"saved by {count} ranks") == 1 and text.count(f"saved by {count - 1} ranks") == 1
+
+
+@soak
 def test_a_slow_link_is_no_fault(tmp_path, arguments):
     words, output = arguments
     with Nodes(2, tmp_path) as nodes:
         nodes.slow("node2", "tbf rate 8mbit burst 16kbit latency 200ms")
         for name in nodes.names:
-            nodes.start(name, "2:2", words)
+            nodes.start(name, "2", words)
         assert [nodes.wait(name, 180) for name in nodes.names] == [0, 0], said(nodes)
         assert "no progress" not in said(nodes) and "Traceback" not in said(nodes)
     assert all_steps_once(output)
@@ -144,8 +181,8 @@ def test_a_machine_that_does_not_see_the_output_folder_is_named(tmp_path, argume
     words, output = arguments
     output.mkdir()
     with Nodes(2, tmp_path) as nodes:
-        nodes.start("node1", "2:2", [*words, "--train.load_checkpoint_path=none"])
-        nodes.start("node2", "2:2", [*words, "--train.load_checkpoint_path=none"], private=output)
+        nodes.start("node1", "2", [*words, "--train.load_checkpoint_path=none"])
+        nodes.start("node2", "2", [*words, "--train.load_checkpoint_path=none"], private=output)
         deadline = time.monotonic() + 120
         while "all machines must see the same folder" not in said(nodes):
             assert time.monotonic() < deadline, said(nodes)

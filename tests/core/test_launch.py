@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tutti.core.launch import _watch, launch
+from tutti.core.launch import Failure, _watch, launch
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = "import sys; from tutti.core.launch import launch; sys.exit(launch(sys.argv[2:], int(sys.argv[1])))"
@@ -145,9 +145,9 @@ def test_a_killed_rank_is_the_cause_and_not_the_connection_that_others_lost(tmp_
         assert (status, errors) == (137, "tutti: error: rank 1 was ended by SIGKILL (out of memory?)\n")
 
 
-def again(tmp_path: Path, status: int) -> list[str] | None:
+def again(tmp_path: Path, failure: Failure) -> list[str] | None:
     with (tmp_path / "asked").open("a") as asked:
-        asked.write(f"{status} ")
+        asked.write(f"{failure.status} ")
     tries = len((tmp_path / "asked").read_text().split())
     return [sys.executable, "-c", f"import sys; sys.exit({0 if tries == 2 else 7})"] if tries < 3 else None
 

@@ -52,7 +52,8 @@ def train_each(configs: list[Config]) -> None:
         state = original(self, path, model, optimizer)
         if state is not None:
             output = self._root.parent
-            Checkpointer(output.parent / "echo", self._world, save_async=False).save(MOVED, model, optimizer, {})
+            echo = Checkpointer(output.parent / "echo", self._world, save_async=False, documents=self._documents)
+            echo.save(MOVED, model, optimizer, {})
         return state
 
     Checkpointer.resume = resume  # type: ignore[method-assign]
@@ -99,6 +100,35 @@ def digests(checkpoint: Path) -> dict[str, str]:
         name: hashlib.sha256(tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
         for name, tensor in tensors.items()
     }
+
+
+def weights_of(checkpoints: list[Path], folder: Path) -> list[dict[str, bytes]]:
+    """The weight files of what `tutti export` makes of each of `checkpoints`."""
+    import logging
+
+    from tutti.checkpoint.export import export
+
+    logging.disable(logging.INFO)
+    os.environ.pop("RANK")  # each export makes a group of its own
+    found = []
+    for number, checkpoint in enumerate(checkpoints):
+        out = folder / str(number)
+        export(str(checkpoint), str(out))
+        found.append({path.name: path.read_bytes() for path in out.iterdir() if "safetensors" in path.name})
+    return found
+
+
+EXPORTED = PAIRS if os.environ.get("SOAK") else [("ddp", "fsdp2"), ("tp", "pp"), ("ep", "ulysses")]
+
+
+def test_checkpoints_of_other_layouts_are_exported_to_the_same_bytes(moved, tmp_path):
+    name = f"checkpoints/global_step_{MOVED}"
+    saved = [Path(moved[source].train.output_dir) / name for source, _ in EXPORTED]
+    echoes = [Path(moved[pair].train.output_dir).with_name("echo") / name for pair in EXPORTED]
+    weights = run_ranks(1, weights_of, saved + echoes, tmp_path)[0]
+    assert all(weights)
+    for pair, one, other in zip(EXPORTED, weights, weights[len(saved) :], strict=False):
+        assert one == other, pair
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS, ids=["-".join(pair) for pair in PAIRS])

@@ -19,10 +19,12 @@ import pytest
 
 from tests.harness import run_ranks
 from tests.train.runs import QUICKSTART, tiny_config, train_quietly
+from tests.train.test_media_run import write_model
 from tutti.config import Config
 
 SOAK = bool(os.environ.get("SOAK"))
 DIMENSIONS: dict[str, tuple[Any, ...]] = {
+    "rows": ("chats", "pictures"),
     "datasets_type": ("mapping", "iterable"),
     "sources": (1, 2),
     "dyn_bsz": (True, False),
@@ -30,6 +32,10 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "accumulation": (1, 2),
     "epochs": (1, 2),
     "log_steps": (1, 3),
+}
+MEDIA = {
+    "data.media_root": str(QUICKSTART),
+    "data.row_template": {"user": "<image>What is this?", "assistant": "{caption}"},
 }
 STEPS = 8 if SOAK else 4
 """Steps of a run, over all its epochs."""
@@ -60,18 +66,22 @@ def named(one: dict[str, Any]) -> str:
 def config_of(folder: Path, data: Path, one: dict[str, Any], **changes: Any) -> Config:
     per_epoch = STEPS // one["epochs"]
     batch = 2 * one["accumulation"]
+    length, media = 64, {}
+    if one["rows"] == "pictures":
+        model = str(data / "model")
+        length, media = 128, {"model.model_path": model, "model.tokenizer_path": model} | MEDIA
     return tiny_config(
         folder,
         **{
-            "data.train_path": str(data / ("mix.yaml" if one["sources"] == 2 else "one.jsonl")),
+            "data.train_path": str(data / one["rows"] / ("mix.yaml" if one["sources"] == 2 else "one.jsonl")),
             "data.datasets_type": one["datasets_type"],
             "data.multisource_datasets_type": "interleave",
             "data.num_workers": one["num_workers"],
-            "data.max_seq_len": 64,
+            "data.max_seq_len": length,
             "data.shuffle_buffer_size": 8,
             "data.dyn_bsz_buffer_size": 5,
             "data.train_sample": None if one["dyn_bsz"] else per_epoch * batch,
-            "data.train_size": per_epoch * batch * 64 if one["dyn_bsz"] else None,
+            "data.train_size": per_epoch * batch * length if one["dyn_bsz"] else None,
             "train.dyn_bsz": one["dyn_bsz"],
             "train.micro_batch_size": 2,
             "train.global_batch_size": batch,
@@ -80,6 +90,7 @@ def config_of(folder: Path, data: Path, one: dict[str, Any], **changes: Any) -> 
             "train.log_steps": one["log_steps"],
             "train.enable_full_determinism": True,
         }
+        | media
         | changes,
     )
 
@@ -100,6 +111,8 @@ def watched(configs: list[Config]) -> list[list[Any]]:
         tokens, weights = hashlib.sha256(), hashlib.sha256()
         for micro in batch.micro_batches:
             tokens.update(micro.input_ids.numpy().tobytes() + micro.labels.numpy().tobytes())
+            for _, extra in sorted(micro.extras.items()):
+                tokens.update(extra.numpy().tobytes())
         for parameter in self._parameters:
             weights.update(parameter.detach().to_local().numpy().tobytes())
         steps.append((batch.step, batch.epoch_end, totals.grad_norm.item(), tokens.hexdigest(), weights.hexdigest()))
@@ -115,14 +128,20 @@ def watched(configs: list[Config]) -> list[list[Any]]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Short conversations in one file, and in two that are drawn from by weights."""
-    folder = tmp_path_factory.mktemp("data")
-    rows = (QUICKSTART / "chat.jsonl").read_text().splitlines()[:40]
-    (folder / "one.jsonl").write_text("\n".join(rows))
-    (folder / "a.jsonl").write_text("\n".join(rows[:15]))
-    (folder / "b.jsonl").write_text("\n".join(rows[15:]))
-    (folder / "mix.yaml").write_text("sources: [a.jsonl, b.jsonl]\nnames: [a, b]\nweights: [1, 2]\n")
-    return folder
+    """Short conversations, and pictures with captions among them, in one file, and in two that are drawn from by
+    weights; and a model that takes pictures."""
+    root = tmp_path_factory.mktemp("data")
+    write_model(root / "model", "qwen2_5_vl")
+    chats = (QUICKSTART / "chat.jsonl").read_text().splitlines()[:40]
+    pictures = (QUICKSTART / "images.jsonl").read_text().splitlines()[:16]
+    for name, rows in {"chats": chats, "pictures": [*pictures, *chats[:8]]}.items():
+        folder = root / name
+        folder.mkdir()
+        (folder / "one.jsonl").write_text("\n".join(rows))
+        (folder / "a.jsonl").write_text("\n".join(rows[::3]))
+        (folder / "b.jsonl").write_text("\n".join(rows[1::3] + rows[2::3]))
+        (folder / "mix.yaml").write_text("sources: [a.jsonl, b.jsonl]\nnames: [a, b]\nweights: [1, 2]\n")
+    return root
 
 
 @pytest.mark.parametrize("one", combinations(), ids=named)

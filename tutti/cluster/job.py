@@ -59,6 +59,8 @@ class Job:
         """The shell command of one machine. host: the address of the first one, and is_host: 1 on it and 0 elsewhere;
         shell expressions."""
         words = [
+            "env",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
             "torchrun",
             f"--nnodes={self.nodes.replace('-', ':')}",
             f"--nproc-per-node={self.gpus or self.ranks}",

@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -35,23 +36,32 @@ _PR_SET_PDEATHSIG = 1
 _BY_KERNEL = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 
 
+@dataclass(frozen=True)
+class Failure:
+    """How a rank failed that brought the others down. status: its exit status, which is 128 + a signal's number if one
+    ended it. words: what it left to say, if anything."""
+
+    status: int
+    words: str
+
+
 def launch(
-    command: Sequence[str], nproc: int, again: Callable[[int], Sequence[str] | None] = lambda status: None
+    command: Sequence[str], nproc: int, again: Callable[[Failure], Sequence[str] | None] = lambda failure: None
 ) -> int:
     """Run `command` as `nproc` ranks and wait for them; the exit status of the first that failed, else 0.
 
-    A rank that a signal ended counts as 128 + the signal's number. again: given the exit status of ranks that failed,
-    the command to run next, or None to end; not asked when this process was told to end. Call it from the main thread.
+    again: given how ranks failed, the command to run next, or None to end; not asked when this process was told to end.
+    Call it from the main thread.
     """
     with _noting_signals() as signals:
         following: Sequence[str] | None = command
         while following is not None:
-            status = _run_once(following, nproc, signals)
-            following = again(status) if status and not signals else None
-    return status
+            failure = _run_once(following, nproc, signals)
+            following = again(failure) if failure and not signals else None
+    return failure.status if failure else 0
 
 
-def _run_once(command: Sequence[str], nproc: int, signals: list[int]) -> int:
+def _run_once(command: Sequence[str], nproc: int, signals: list[int]) -> Failure | None:
     with tempfile.TemporaryDirectory(prefix="tutti-") as folder:
         notes = [Path(folder, f"rank{rank}") for rank in range(nproc)]
         ranks: list[subprocess.Popen] = []
@@ -65,7 +75,7 @@ def _run_once(command: Sequence[str], nproc: int, signals: list[int]) -> int:
             failed = _watch(ranks, signals)
         finally:
             _kill(ranks)
-        return 0 if failed is None else _explain(ranks, notes, failed)
+        return None if failed is None else _explain(ranks, notes, failed)
 
 
 def _environment(rank: int, nproc: int, port: int) -> dict[str, str]:
@@ -151,8 +161,8 @@ def _kill(ranks: list[subprocess.Popen]) -> None:
         process.wait()
 
 
-def _explain(ranks: list[subprocess.Popen], notes: list[Path], failed: int) -> int:
-    """Show why the ranks ended, once: the earliest note of any, else how rank `failed` ended; the exit status.
+def _explain(ranks: list[subprocess.Popen], notes: list[Path], failed: int) -> Failure:
+    """Show why the ranks ended, once: the earliest note of any, else how rank `failed` ended.
 
     failed: the rank that was seen to end first.
     """
@@ -162,12 +172,12 @@ def _explain(ranks: list[subprocess.Popen], notes: list[Path], failed: int) -> i
     if written:
         failed = min(written, key=lambda rank: notes[rank].stat().st_mtime_ns)
     code = ranks[failed].returncode
-    status = code if code >= 0 else 128 - code
+    words = notes[failed].read_text(encoding="utf-8") if written else ""
     if written:
-        sys.stderr.write(notes[failed].read_text(encoding="utf-8"))
+        sys.stderr.write(words)
     elif code < 0:
         hint = " (out of memory?)" if -code == signal.SIGKILL else ""
         sys.stderr.write(f"tutti: error: rank {failed} was ended by {signal.Signals(-code).name}{hint}\n")
     else:
         sys.stderr.write(f"tutti: error: rank {failed} ended with exit status {code}\n")
-    return status
+    return Failure(code if code >= 0 else 128 - code, words)

@@ -56,11 +56,11 @@ class Place:
 
 class Watchdog:
     """Ends all ranks, with a report, when this one has entered no phase for `seconds`; 0 never. A context manager that
-    all ranks enter together."""
+    all ranks enter together; an error that leaves it is noted with the phase."""
 
     def __init__(self, world: World, seconds: float) -> None:
         self._world, self._seconds = world, seconds
-        self._phase, self._count, self._idle = "the start", 0, 0.0
+        self._phase, self._before, self._count, self._idle = "the start", "nothing", 0, 0.0
         self._over, self._alarm = threading.Event(), ""
         self._threads: list[threading.Thread] = []
 
@@ -79,13 +79,15 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if isinstance(error, Exception):
+            error.add_note(f"(in {self._phase}, after {self._before})")
         self._over.set()
         for thread in self._threads[:1]:  # the other one may be waiting for a store that is gone
             thread.join()
 
     def enter(self, phase: str) -> None:
         """Say that this rank now begins `phase`, a noun: it makes progress."""
-        self._phase, self._count, self._idle = phase, self._count + 1, 0.0
+        self._phase, self._before, self._count, self._idle = phase, self._phase, self._count + 1, 0.0
 
     def during(self, items: Iterable[Item], phase: str) -> Iterator[Item]:
         """Yield `items`, of which each one is a phase while it is waited for."""

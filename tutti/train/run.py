@@ -222,9 +222,10 @@ class _Loop:
         log.info("report: %s", Path(config.train.output_dir or "") / "report.html")
 
     def end_stopped(self, step: int) -> None:
-        """Say that the run was asked to stop after `step`."""
+        """End the run that was asked to stop after `step`."""
         self.metrics.close({"status": "stopped", "message": f"asked to stop after step {step}"})
         log.info("stopped after step %d; go on with --train.load_checkpoint_path auto", step)
+        self.stop.require_no_restart()
 
     def evaluate(self, step: int) -> float | None:
         """Evaluate after `step`; the loss, or None if a stop was asked for meanwhile."""

@@ -5,14 +5,21 @@ SIGTERM and SIGINT are noted, agreed on by all ranks, and acted on at the step's
 One request to stop often arrives as several signals. Slurm, systemd and a terminal signal every process of a job, and a
 launcher that was signalled passes its own signal on, so that a rank gets two or more, the last ones while it is saving.
 All of them mean the same stop. Who cannot wait for the checkpoint has SIGQUIT (Ctrl-\\) and SIGKILL.
+
+On several machines under torchrun it may be one machine that is told to leave, or all, because another one joins. Each
+machine's agent learns of that by itself, within some two seconds; and one that sees its ranks end well meanwhile takes
+the run for finished. So ranks wait for their own signal once all is saved. If none comes to a machine, then it is not
+to leave: its ranks fail, and its agent starts them again on the machines that are left.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
@@ -24,6 +31,12 @@ from tutti.config import TrainConfig
 from tutti.core.dist import World
 
 log = logging.getLogger(__name__)
+
+_AGENT_SECONDS = 5.0
+
+
+class MachineLeftError(RuntimeError):
+    """The run has stopped because another machine leaves, and is to be started again on those that are left."""
 
 
 class StopSignal:
@@ -60,6 +73,25 @@ class StopSignal:
         flag = torch.tensor(int(stops))
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
+
+    def require_no_restart(self) -> None:
+        """Raise MachineLeftError on the machines that a stop was not meant for, if torchrun starts them again. A
+        collective call of the ranks that have stopped."""
+        if int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1:
+            return
+        deadline = time.monotonic() + _AGENT_SECONDS
+        while not self._seen and time.monotonic() < deadline:
+            time.sleep(0.05)
+        told: dict[str, list[bool]] = {}
+        machine = os.environ["GROUP_RANK"]
+        restarted = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) < int(os.environ["TORCHELASTIC_MAX_RESTARTS"])
+        ranks = self._world.gather((machine, self._seen, restarted))
+        for name, seen, _ in ranks:
+            told.setdefault(name, []).append(seen)
+        stays = {name for name, seen in told.items() if not any(seen)}
+        goes_on = any(map(all, told.values())) and all(again for name, _, again in ranks if name in stays)
+        if goes_on and machine in stays:
+            raise MachineLeftError("another machine was told to leave: the run goes on without it")
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if not self._seen:
