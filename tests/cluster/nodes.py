@@ -44,8 +44,10 @@ class Nodes:
         self.folder = folder
         self.names = [f"node{number}" for number in range(1, count + 1)]
         self.processes: dict[str, subprocess.Popen] = {}
+        self._cleaner: subprocess.Popen
 
     def __enter__(self) -> Nodes:
+        self._cleaner = subprocess.Popen(["sh", "-c", self._cleaning()], start_new_session=True)
         try:
             self._connect()
         except BaseException:
@@ -56,10 +58,23 @@ class Nodes:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         for name in self.names:
             self.kill(name)
-            # Itself, and at once: a namespace takes its links with it some time later.
-            subprocess.run(["ip", "link", "del", f"tv{self.tag}n{name.removeprefix('node')}"], capture_output=True)
-            subprocess.run(["ip", "netns", "del", self.space(name)], capture_output=True)
-        subprocess.run(["ip", "link", "del", f"tb{self.tag}"], capture_output=True)
+        self._cleaner.kill()
+        self._cleaner.wait()
+        for line in self._removal():
+            subprocess.run(line.split(), capture_output=True)
+
+    def _removal(self) -> list[str]:
+        """Commands that remove all that `_connect` makes. Links come first: a namespace takes its own along some time
+        later."""
+        links = [f"ip link del tv{self.tag}n{name.removeprefix('node')}" for name in self.names]
+        return [*links, *(f"ip netns del {self.space(name)}" for name in self.names), f"ip link del tb{self.tag}"]
+
+    def _cleaning(self) -> str:
+        """A script that waits for the end of this process, and then leaves nothing of the machines: a test may be
+        killed."""
+        ends = [f"ip netns pids {self.space(name)} | xargs -r kill -9" for name in self.names]
+        wait = f"while kill -0 {os.getpid()}; do sleep 1; done"
+        return f"exec 2>/dev/null; {'; '.join([wait, *ends, *self._removal()])}"
 
     def _connect(self) -> None:
         self._ip(f"link add tb{self.tag} type bridge", f"link set tb{self.tag} up")

@@ -180,6 +180,7 @@ def machine(tmp_path):
         assert (tmp_path / "pwd").read_text().strip() == str(tmp_path / "here")
         entries = (tmp_path / "env").read_text().rstrip("\0").split("\0")
         seen = dict(entry.split("=", 1) for entry in entries)
+        assert seen["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
         return (tmp_path / "words").read_text().rstrip("\0").split("\0"), seen
 
     return run

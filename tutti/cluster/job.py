@@ -60,6 +60,7 @@ class Job:
         shell expressions."""
         words = [
             "env",
+            # The machines that stay would use the store of an earlier round again, and not tell one that comes where.
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
             "torchrun",
             f"--nnodes={self.nodes.replace('-', ':')}",
