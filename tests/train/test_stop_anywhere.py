@@ -108,14 +108,16 @@ def watched(configs: list[Config]) -> list[list[Any]]:
 
     def step(self: Any, batch: Any, totals: Any) -> None:
         original(self, batch, totals)
-        tokens, weights = hashlib.sha256(), hashlib.sha256()
+        tokens, weights, pictures = hashlib.sha256(), hashlib.sha256(), 0
         for micro in batch.micro_batches:
             tokens.update(micro.input_ids.numpy().tobytes() + micro.labels.numpy().tobytes())
             for _, extra in sorted(micro.extras.items()):
                 tokens.update(extra.numpy().tobytes())
+                pictures += extra.numel()
         for parameter in self._parameters:
             weights.update(parameter.detach().to_local().numpy().tobytes())
-        steps.append((batch.step, batch.epoch_end, totals.grad_norm.item(), tokens.hexdigest(), weights.hexdigest()))
+        seen = (totals.grad_norm.item(), tokens.hexdigest(), weights.hexdigest(), pictures)
+        steps.append((batch.step, batch.epoch_end, *seen))
 
     TrainStep.step = step  # type: ignore[method-assign]
     found = []
@@ -157,6 +159,7 @@ def test_every_step_is_a_stop_point(tmp_path, data, one):
     (expected, *rests) = run_ranks(1, watched, [whole, *resumed])[0]
     assert [step for step, *_ in expected] == list(range(1, STEPS + 1))
     assert sum(ends for _, ends, *_ in expected) == one["epochs"]
+    assert any(pictures for *_, pictures in expected) == (one["rows"] == "pictures")
     lines = lines_of(whole)
     for start, (config, rest) in enumerate(zip(resumed, rests, strict=True), start=1):
         assert rest == expected[start:], f"gone on from step {start}"

@@ -1,0 +1,90 @@
+"""Seconds that a save keeps training waiting: `train.save_async` against a save that is waited for.
+
+`python -m bench.checkpoint [--rounds 4] [--layers 8]`. One process trains the speed bench's model (60 million
+parameters, some 730 MB with AdamW's moments) and saves it through the run's own `Checkpointer`, in turns both ways.
+Reported are medians: of a step, of a save that is waited for, of the call that saves in the background, and of how much
+longer the three steps take in all that come after it. The first save in the background, which makes room for its
+copies, is told separately.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from bench import workload
+from tutti.checkpoint.manager import Checkpointer
+from tutti.core.dist import World, init_world, shutdown_world
+
+_STEPS = 3
+"""Steps that are watched after each call."""
+_MARK = 0.10
+"""What is aimed at: the part of a save that the call in the background may take."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--folder", help="where to save: on the file system that counts (default: a temporary folder)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    logging.disable(logging.INFO)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    world = init_world(device)
+    try:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            _compare(Path(folder), options.rounds, options.layers, world)
+    finally:
+        shutdown_world()
+
+
+def _compare(folder: Path, rounds: int, layers: int, world: World) -> None:
+    config = Qwen3Config(**{**workload.MODEL, "num_hidden_layers": layers})
+    with torch.device(world.device):
+        model = AutoModelForCausalLM.from_config(config)
+        tokens = torch.randint(0, workload.VOCABULARY, (1, 512))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def step() -> float:
+        began = time.perf_counter()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    plain = statistics.median([step() for _ in range(6)][1:])
+    keepers = {
+        how: Checkpointer(folder / how, world, save_async=how == "async", max_checkpoints=1)
+        for how in ("sync", "async")
+    }
+    taken: dict[str, list[float]] = {"sync": [], "async": [], "slower": []}
+    for number in range(1, rounds + 2):
+        for how, keeper in keepers.items():
+            began = time.perf_counter()
+            keeper.save(number, model, optimizer, {})
+            taken[how].append(time.perf_counter() - began)
+        taken["slower"].append(sum(step() - plain for _ in range(_STEPS)))
+        keepers["async"].wait()
+    size = sum(path.stat().st_size for path in (folder / "sync").rglob("*") if path.is_file())
+    first = taken["async"][0]
+    sync, call, slower = (statistics.median(taken[name][1:]) for name in ("sync", "async", "slower"))
+    print(f"{size / 1e6:.0f} MB on {world.device}; a step takes {plain:.3f} s")
+    print(f"save that is waited for   {sync:.3f} s")
+    print(f"call with save_async      {call:.3f} s, {call / sync:.1%} of that (mark: {_MARK:.0%})")
+    print(f"the first such call       {first:.3f} s")
+    print(f"{_STEPS} steps after it         {slower:.3f} s longer in all, {slower / sync:.1%}")
+
+
+if __name__ == "__main__":
+    main()
