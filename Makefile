@@ -32,8 +32,7 @@ test: $(VENV)/.stamp-dev ## Run the whole test suite (WORKERS=2 test processes)
 # Proofs that grow with the number of tries: crashes, kills, corruption, random rows and templates.
 SOAKED := tests/train/test_killed.py tests/train/test_signals.py tests/train/test_stop_anywhere.py \
 	tests/train/test_elastic.py tests/checkpoint/test_faults.py tests/checkpoint/test_untrusted.py \
-	tests/checkpoint/test_manager.py \
-	tests/kinds/test_export.py tests/cluster/test_nodes.py tests/data/test_formats.py \
+	tests/checkpoint/test_manager.py tests/kinds/test_export.py tests/cluster/test_nodes.py tests/data/test_formats.py \
 	tests/data/test_template_property.py tests/data/test_no_row_lost.py tests/data/test_ledger.py \
 	tests/parallel/test_mixed_steps.py
 

@@ -26,7 +26,7 @@ from tutti.core.dist import World, init_world, shutdown_world
 _STEPS = 3
 """Steps that are watched after each call."""
 _MARK = 0.10
-"""What is aimed at: the part of a save that the call in the background may take."""
+"""The part of a save that the call in the background may take at most."""
 
 
 def main() -> None:

@@ -106,7 +106,7 @@ def weights_of(checkpoints: list[Path], folder: Path) -> list[dict[str, bytes]]:
     """The weight files of what `tutti export` makes of each of `checkpoints`."""
     import logging
 
-    from tutti.checkpoint.export import export
+    from tutti.kinds.export import export
 
     logging.disable(logging.INFO)
     os.environ.pop("RANK")  # each export makes a group of its own

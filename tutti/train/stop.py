@@ -38,6 +38,8 @@ _AGENT_SECONDS = 5.0
 class MachineLeftError(RuntimeError):
     """The run has stopped because another machine leaves, and is to be started again on those that are left."""
 
+    reported = True
+
 
 class StopSignal:
     """Within its `with` block SIGTERM and SIGINT ask the run to stop, once, however many of them come.
@@ -91,7 +93,8 @@ class StopSignal:
         stays = {name for name, seen in told.items() if not any(seen)}
         goes_on = any(map(all, told.values())) and all(again for name, _, again in ranks if name in stays)
         if goes_on and machine in stays:
-            raise MachineLeftError("another machine was told to leave: the run goes on without it")
+            log.warning("another machine was told to leave: the run goes on without it")
+            raise MachineLeftError
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if not self._seen:
