@@ -9,13 +9,19 @@ The proof is an abstract interpretation: expressions are evaluated to *kinds*, f
 that some conversation of the given roles may take, until the kinds of variables change no more. An operation on a
 content must give the content itself, or a truth value, and the same for all contents that meet its condition, which is
 added to those found so far. At anything else (a slice, a length, an escape, a comparison of contents, a macro) the
-proof is given up, which costs time alone. Messages have a role and a content, which is a text, and nothing else.
+proof is given up, which costs time alone. Messages have a role and a content and nothing else.
+
+A content is a text, or a list of parts, `{"type": "text", "text": ...}` and others that have their type alone, such as
+images. Which of both it is, and the types of its parts, are alike in conversations that are compared, as their roles
+are; contents of which the texts must meet the condition are then those of the parts. What a template does where
+`content is string`, and where it is not, is followed apart.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -27,6 +33,8 @@ _STRIPS = ("strip", "lstrip", "rstrip")
 _OF_TEXT = dict.fromkeys(("string", "defined", "iterable", "sequence"), True)
 _OF_TEXT |= dict.fromkeys(("undefined", "none", "mapping", "number", "boolean"), False)
 """Tests that depend on the type of a value alone, and what they say of a text."""
+_OF_LISTS = _OF_TEXT | {"string": False}
+_OF_BOTH = {name: said for name, said in _OF_TEXT.items() if name != "string"}
 
 _KEYS = ("role", "content")
 _SUBLISTS = {"list", "reverse", "selectattr", "rejectattr"}
@@ -34,16 +42,24 @@ _FUNCTIONS = {"raise_exception", "strftime_now", "namespace", "range"}
 
 
 class Kind(Enum):
-    """OTHER: nothing of a content. CONTENT: a content as it is, or OTHER. TEXT: contents and other text, one after the
-    other. PARTS: a list of which the first and the last item are a content. MESSAGE, MESSAGES: as the template gets
-    them, with roles and contents."""
+    """OTHER: nothing of a content. CONTENT: a text of a content as it is, or OTHER. TEXT: contents and other text, one
+    after the other. PIECES: a list of which the first and the last item are a content. MESSAGE, MESSAGES: as the
+    template gets them, with roles and contents. PART, PARTS: of a content that is a list. EITHER: a content that is a
+    text or a list of parts."""
 
     OTHER = 0
     CONTENT = 1
     TEXT = 2
-    PARTS = 3
+    PIECES = 3
     MESSAGE = 4
     MESSAGES = 5
+    PART = 6
+    PARTS = 7
+    EITHER = 8
+
+
+Fact = tuple[nodes.Node, Kind]
+"""An expression, and the kind that it is known to have."""
 
 
 class Unproved(Exception):
@@ -67,10 +83,13 @@ class Condition:
         return self._marker.search("\0".join(contents)) is None
 
 
-def condition_of(tree: nodes.Template, roles: Set[str]) -> Condition | None:
+_ITEMS = {Kind.MESSAGES: Kind.MESSAGE, Kind.PARTS: Kind.PART}
+
+
+def condition_of(tree: nodes.Template, roles: Set[str], content: Kind = Kind.CONTENT) -> Condition | None:
     """The condition under which a template writes all contents of messages of these roles as they are, and the same
-    around them; None if that is not proved."""
-    tracer = _Tracer(roles)
+    around them; None if that is not proved. content: CONTENT if all are texts, PARTS if all are lists, else EITHER."""
+    tracer = _Tracer(roles, content)
     try:
         tracer.trace(tree)
     except Unproved:
@@ -81,13 +100,15 @@ def condition_of(tree: nodes.Template, roles: Set[str]) -> Condition | None:
 @dataclass
 class _Tracer:
     """The condition as far as it is found, and what is known of variables: their kinds, where they are not OTHER, and
-    which of them may be OTHER (as well)."""
+    which of them may be OTHER (as well). _narrowed: expressions whose kind is known better where the tracer is."""
 
     roles: Set[str]
+    content: Kind = Kind.CONTENT
     markers: set[str] = field(default_factory=set)
     edged: bool = False
     _kinds: dict[str, Kind] = field(default_factory=dict)
     _others: set[str] = field(default_factory=set)
+    _narrowed: list[Fact] = field(default_factory=list)
     _changed: bool = False
 
     def trace(self, tree: nodes.Template) -> None:
@@ -120,21 +141,47 @@ class _Tracer:
                     raise Unproved(type(node).__name__)
 
     def _branch(self, node: nodes.If) -> None:
-        for branch in (node, *node.elif_):
-            certain = self._certain(branch.test)
-            if certain is None:
-                self._truth(branch.test)
-            if certain is not False:
-                self._run(branch.body)
-            if certain:
-                return
-        self._run(node.else_)
+        with ExitStack() as known:
+            for branch in (node, *node.elif_):
+                certain = self._certain(branch.test)
+                if certain is None:
+                    self._truth(branch.test)
+                true, false = self._facts(branch.test, node)
+                if certain is not False:
+                    with self._knowing(true):
+                        self._run(branch.body)
+                if certain:
+                    return
+                known.enter_context(self._knowing(false))
+            self._run(node.else_)
+
+    def _facts(self, test: nodes.Node, within: nodes.Node) -> tuple[Fact | None, Fact | None]:
+        """The kind of a content where a test of its type is true, and where it is false; None if the test is another,
+        or `within` may make the tested expression another value."""
+        if isinstance(test, nodes.Not):
+            true, false = self._facts(test.node, within)
+            return false, true
+        if not (isinstance(test, nodes.Test) and test.name == "string" and self._kind(test.node) is Kind.EITHER):
+            return None, None
+        names = {name.name for name in (test.node, *test.node.find_all(nodes.Name)) if isinstance(name, nodes.Name)}
+        stored = {name.name for name in within.find_all(nodes.Name) if name.ctx == "store"}
+        if names & (stored | {name.name for name in within.find_all(nodes.NSRef)}):
+            return None, None
+        return (test.node, Kind.CONTENT), (test.node, Kind.PARTS)
+
+    @contextmanager
+    def _knowing(self, fact: Fact | None) -> Iterator[None]:
+        """Take a fact for true."""
+        before = self._narrowed
+        self._narrowed = before if fact is None else [*before, fact]
+        yield
+        self._narrowed = before
 
     def _loop(self, node: nodes.For) -> None:
         over = self._kind(node.iter)
-        if over not in (Kind.OTHER, Kind.MESSAGES):
+        if over is not Kind.OTHER and over not in _ITEMS:
             raise Unproved("a loop over a content")
-        self._assign(node.target, Kind.MESSAGE if over is Kind.MESSAGES else over)
+        self._assign(node.target, _ITEMS.get(over, over))
         if node.test is not None:
             self._truth(node.test)
         self._run([*node.body, *node.else_])
@@ -167,7 +214,7 @@ class _Tracer:
 
     def _truth(self, node: nodes.Node) -> None:
         """Evaluate an expression for whether it is true."""
-        if self._kind(node) in (Kind.CONTENT, Kind.TEXT):
+        if self._kind(node) in (Kind.CONTENT, Kind.TEXT, Kind.EITHER):
             self.edged = True
 
     def _certain(self, test: nodes.Node) -> bool | None:
@@ -182,6 +229,10 @@ class _Tracer:
                 return decisive if decisive in found else None if None in found else not decisive
             case nodes.Test() if test.name in _OF_TEXT and self._is(Kind.CONTENT, test.node):
                 return _OF_TEXT[test.name]
+            case nodes.Test() if test.name in _OF_TEXT and self._is(Kind.PARTS, test.node):
+                return _OF_LISTS[test.name]
+            case nodes.Test() if test.name in _OF_BOTH and self._is(Kind.EITHER, test.node):
+                return _OF_BOTH[test.name]
             case nodes.Test(name="defined" | "undefined") if (key := self._key(test.node)) is not None:
                 return (key in _KEYS) == (test.name == "defined")
             case nodes.Compare(expr=left, ops=[nodes.Operand(op="eq" | "in", expr=right)]):
@@ -193,7 +244,7 @@ class _Tracer:
                 node=nodes.Getattr(node=owner, attr="startswith" | "endswith"), args=[nodes.Const(value=str() as text)]
             ):
                 return self._holds_marker(owner, text)
-            case _ if self._is(Kind.CONTENT, test):
+            case _ if any(self._is(kind, test) for kind in (Kind.CONTENT, Kind.PARTS, Kind.EITHER)):
                 self.edged = True
                 return True
             case _:
@@ -233,7 +284,7 @@ class _Tracer:
             case nodes.Getitem(arg=nodes.Const(value=int())):
                 return kind is Kind.MESSAGE and self._is(Kind.MESSAGES, node.node)
             case _:
-                return kind is Kind.CONTENT and self._key(node) == "content"
+                return kind is self.content and self._key(node) == "content"
 
     def _plain(self, *parts: nodes.Node | None) -> Kind:
         """OTHER, for an expression of which all `parts` must be that."""
@@ -242,6 +293,9 @@ class _Tracer:
         return Kind.OTHER
 
     def _kind(self, node: nodes.Node) -> Kind:
+        for known, kind in self._narrowed:
+            if known == node:
+                return kind
         match node:
             case nodes.Const() | nodes.TemplateData():
                 return Kind.OTHER
@@ -281,8 +335,11 @@ class _Tracer:
                 certain = self._certain(node.test)
                 if certain is None:
                     self._truth(node.test)
-                taken = [node.expr1] * (certain is not False) + [node.expr2] * (certain is not True)
-                kinds = [Kind.OTHER if one is None else self._kind(one) for one in taken]
+                facts = zip((node.expr1, node.expr2), self._facts(node.test, node), (False, True), strict=True)
+                kinds = []
+                for one, fact, skipped in facts:
+                    with self._knowing(fact):
+                        kinds += [Kind.OTHER if one is None else self._kind(one)] if certain is not skipped else []
                 return _joined(kinds[0], kinds[-1])
             case nodes.Add():
                 both = {self._text(node.left), self._text(node.right)}
@@ -299,12 +356,14 @@ class _Tracer:
 
     def _item(self, owner: Kind, key: nodes.Node) -> Kind:
         """The kind of `owner[key]`."""
-        if owner is Kind.MESSAGES:
+        if owner in _ITEMS:
             self._plain(*key.iter_child_nodes()) if isinstance(key, nodes.Slice) else self._plain(key)
-            return Kind.MESSAGES if isinstance(key, nodes.Slice) else Kind.MESSAGE
+            return owner if isinstance(key, nodes.Slice) else _ITEMS[owner]
         if owner is Kind.MESSAGE and isinstance(key, nodes.Const):
-            return Kind.CONTENT if key.value == "content" else Kind.OTHER
-        if owner is Kind.PARTS and _constant(key) in (0, -1):
+            return self.content if key.value == "content" else Kind.OTHER
+        if owner is Kind.PART and isinstance(key, nodes.Const):
+            return Kind.CONTENT if key.value == "text" else Kind.OTHER
+        if owner is Kind.PIECES and _constant(key) in (0, -1):
             return Kind.CONTENT
         if owner is not Kind.OTHER:
             raise Unproved("a part of a content")
@@ -317,7 +376,7 @@ class _Tracer:
                 owner = self._kind(node.node.node)
                 if owner is Kind.OTHER:
                     return self._plain(*node.args, *node.kwargs)
-                if owner is Kind.MESSAGE and method == "get" and args:
+                if owner in (Kind.MESSAGE, Kind.PART) and method == "get" and args:
                     return _joined(self._item(owner, node.args[0]), self._plain(*node.args[1:]))
                 if owner is Kind.CONTENT and not node.kwargs:
                     return self._method(method, args)
@@ -340,7 +399,7 @@ class _Tracer:
             return Kind.OTHER
         if name in ("split", "rsplit") and all(isinstance(arg, int) for arg in args[1:]):
             self.markers.add(args[0])
-            return Kind.PARTS
+            return Kind.PIECES
         if name == "replace" and len(args) == 2 and isinstance(args[1], str):
             self.markers.add(args[0])
             return Kind.CONTENT
@@ -356,12 +415,13 @@ class _Tracer:
         self._plain(*node.args, *(pair.value for pair in node.kwargs))
         if kind is Kind.OTHER:
             return kind
-        if kind is Kind.MESSAGES and node.name in ("length", "count"):
+        if kind in _ITEMS and node.name in ("length", "count"):
             return Kind.OTHER
-        if kind is Kind.MESSAGES and node.name in ("first", "last"):
-            return Kind.MESSAGE
-        if kind is Kind.MESSAGES and node.name in _SUBLISTS and not (node.args and _constant(node.args[0]) != "role"):
-            return Kind.MESSAGES
+        if kind in _ITEMS and node.name in ("first", "last"):
+            return _ITEMS[kind]
+        selects = "type" if kind is Kind.PARTS else "role"
+        if kind in _ITEMS and node.name in _SUBLISTS and not (node.args and _constant(node.args[0]) != selects):
+            return kind
         if kind in (Kind.CONTENT, Kind.TEXT) and node.name in ("trim", "string") and not node.args and not node.kwargs:
             self.edged = True
             return kind
@@ -384,7 +444,7 @@ class _Tracer:
             marker = _constant(node.expr)
         if left is Kind.OTHER and right is Kind.OTHER:
             return Kind.OTHER
-        if right is Kind.MESSAGE and operand.op in ("in", "notin") and isinstance(marker, str):
+        if right in (Kind.MESSAGE, Kind.PART) and operand.op in ("in", "notin") and isinstance(marker, str):
             return Kind.OTHER
         if right is Kind.CONTENT and operand.op in ("in", "notin", "eq", "ne") and isinstance(marker, str):
             self.markers |= {marker} - {""}

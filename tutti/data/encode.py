@@ -271,7 +271,12 @@ def make_encoder(
             processor, data, MediaCache(data.media_cache_mb * 2**20) if data.media_cache_mb else None
         )
     return Encoder(
-        tokenize=BatchTokenizer(tokenizer, special=kind == "labels", places=kind == "conversations"),
+        tokenize=BatchTokenizer(
+            tokenizer,
+            special=kind == "labels",
+            places=kind == "conversations",
+            repeated=media.placeholders if media else (),
+        ),
         rows=kind,
         columns=text_columns(config),
         max_seq_len=data.max_seq_len,

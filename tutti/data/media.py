@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -87,14 +88,21 @@ class MediaFolder:
 
     def path_of(self, name: str) -> str:
         """The file that `name` refers to; RowError: there is none, or it is outside."""
-        allowed = [os.path.realpath(base) for base in (self.folder, self.root) if base]
+        allowed = [_real_folder(base) for base in (self.folder, self.root) if base]
         for base in allowed:
-            path = os.path.realpath(os.path.join(base, name))
+            folder, file = os.path.split(os.path.join(base, name))
+            path = os.path.join(_real_folder(folder), file)
+            if os.path.islink(path):
+                path = os.path.realpath(path)
             if os.path.isfile(path):
-                if any(os.path.commonpath([path, parent]) == parent for parent in allowed):
+                if any(path.startswith(os.path.join(parent, "")) for parent in allowed):
                     return path
                 raise RowError(f"{name} lies outside {' and '.join(allowed)}: set data.media_root to a folder above it")
         raise RowError(f"{name} is not a file below {' or '.join(allowed)} (data.media_root)")
+
+
+_real_folder = lru_cache(4096)(os.path.realpath)
+"""The path of a folder without links. Rows have few folders, and to look each of their links up takes long."""
 
 
 def reference(entry: Any, folder: MediaFolder) -> str | bytes:

@@ -33,7 +33,7 @@ def with_media(conversation: Conversation, row: Mapping[str, Any]) -> tuple[Conv
     messages, entries = place_media(conversation.messages, row)
     if not entries:
         return conversation, []
-    return replace(conversation, messages=messages, plain=False), entries
+    return replace(conversation, messages=messages), entries
 
 
 def place_media(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[Entry]]:

@@ -74,8 +74,9 @@ class MediaProcessor:
         self.markers = {
             kind: token for kind in _KINDS if isinstance(token := getattr(self.processor, f"{kind}_token", None), str)
         }
-        self._marker = re.compile("|".join(f"(?P<{kind}>{re.escape(token)})" for kind, token in self.markers.items()))
-        self._placeholders = [token for kind in self.markers for token in _placeholder_ids(self.processor, kind)]
+        self._marker = re.compile("|".join(map(re.escape, self.markers.values())))
+        self._kind_of = {token: kind for kind, token in reversed(self.markers.items())}
+        self.placeholders = [token for kind in self.markers for token in _placeholder_ids(self.processor, kind)]
         sounds = getattr(self.processor, "audio_processor", None) or getattr(self.processor, "feature_extractor", None)
         self._rate = int(getattr(sounds, "sampling_rate", 0))
         if self.limits.audio_in_video and not _hears_videos(self.processor):
@@ -156,7 +157,7 @@ class MediaProcessor:
         """The text with its placeholders replaced as the media need, and for each of them (begin and end in `text`, end
         in the new text). RowError: there are other placeholders than media."""
         found = list(self._marker.finditer(text)) if self.markers else []
-        kinds = [match.lastgroup for match in found]
+        kinds = [self._kind_of[match.group()] for match in found]
         if kinds != [medium.kind for medium in media]:
             raise RowError(_mismatch(kinds, media))
         if len({medium.sound > 0 for medium in media if medium.kind == "video"}) > 1:
@@ -354,7 +355,7 @@ class MediaProcessor:
     def spans(self, sample: Sample) -> list[Span]:
         """For each medium of a sample where its tokens begin and end: from its first placeholder to its last."""
         places = np.flatnonzero(self._stand_for_media(sample.input_ids))
-        texts = [self.processor.tokenizer.convert_ids_to_tokens(token) for token in self._placeholders]
+        texts = [self.processor.tokenizer.convert_ids_to_tokens(token) for token in self.placeholders]
         spans, used = [], 0
         for half in self._halves(sample):
             for replacement in self._replaced(half):
@@ -371,7 +372,7 @@ class MediaProcessor:
     def _stand_for_media(self, ids: np.ndarray) -> np.ndarray:
         """bool [n]: which of the tokens are placeholders. They are few, and comparing with each is faster than isin."""
         found = np.zeros(len(ids), bool)
-        for token in self._placeholders:
+        for token in self.placeholders:
             found |= ids == token
         return found
 
@@ -516,7 +517,7 @@ def _join(values: Sequence[Tensor], dim: int) -> Tensor:
     return torch.cat(padded, dim)
 
 
-def _mismatch(kinds: Sequence[str | None], media: Sequence[Media]) -> str:
+def _mismatch(kinds: Sequence[str], media: Sequence[Media]) -> str:
     said = {kind: kinds.count(kind) for kind in _KINDS}
     given = {kind: sum(medium.kind == kind for medium in media) for kind in _KINDS}
     for kind in _KINDS:

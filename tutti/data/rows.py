@@ -85,7 +85,7 @@ def encode_each(rows: Sequence[Row | BadRow], encode: Callable[[Row], Sample]) -
 class Conversation:
     """Messages as a chat template takes them. trained: one flag a message. tools, kwargs: passed to the template.
 
-    plain: whether every message is a role and a text and nothing else is passed, as nearly all are.
+    plain: whether every message is a role and a content and nothing else is passed, as nearly all are.
     """
 
     messages: list[dict[str, Any]]

@@ -23,11 +23,11 @@ of content:
 Anything that fails to agree is an error for that row; nothing is guessed.
 
 That takes several renderings a row. Nearly all templates put the contents of nearly all rows between strings that
-depend on the roles alone: for each *shape* (the sequence of roles and flags) these strings, and where the spans lie
-among them, are kept from a rendering of marks. A row whose text is exactly its contents between the strings of its
-shape has its spans there; any other row takes the way above. It need not be rendered where the template's syntax tree
-proves its text (`tutti.data.content_flow`). Nothing that is kept comes from another row's contents, so that what a row
-becomes depends on that row alone.
+depend on the roles alone: for each *shape* (the sequence of roles and flags, and of parts where a content is a list of
+texts and media) these strings, and where the spans lie among them, are kept from a rendering of marks. A row whose text
+is exactly its contents between the strings of its shape has its spans there; any other row takes the way above. It need
+not be rendered where the template's syntax tree proves its text (`tutti.data.content_flow`). Nothing that is kept comes
+from another row's contents, so that what a row becomes depends on that row alone.
 
 A template may silently leave out a part of a conversation that it was not written for. Tool calls that it does not
 write make a row a bad one, since an empty answer would be trained on in their place. Of anything else that it leaves
@@ -40,16 +40,16 @@ import contextlib
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any, cast
 
 from jinja2 import nodes
 
 from tutti.core.compat import compile_jinja_template, render_jinja_template
-from tutti.data.content_flow import Condition, condition_of
+from tutti.data.content_flow import Condition, Kind, condition_of
 from tutti.data.rows import Conversation, RowError
 
 Span = tuple[int, int]
@@ -98,10 +98,10 @@ class _Turn:
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """How conversations of a shape are written: contents of messages `order` between `literals`, one more of these.
+    """How conversations of a shape are written: their texts (`_texts`) `order` between `literals`, one more of these.
 
     spans: (place in `order`, or -1 for the start of the text, and an offset) of begin and of end. left_out: roles of
-    messages that are not written. condition: under which that is proved for contents; None if it is not.
+    messages that are not written. condition: under which that is proved for texts; None if it is not.
     """
 
     literals: list[str]
@@ -142,7 +142,7 @@ class ChatTemplate:
     notes: Counter[str] = field(default_factory=Counter)
     _shapes: dict[Any, _Shape | None] = field(default_factory=dict, repr=False)
     _turns: dict[Any, _Turn] = field(default_factory=dict, repr=False)
-    _conditions: dict[frozenset[str], Condition | None] = field(default_factory=dict, repr=False)
+    _conditions: dict[tuple[frozenset[str], Kind], Condition | None] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self._end = re.compile("|".join(re.escape(end) for end in sorted(self.ends, key=len, reverse=True)) or "(?!)")
@@ -153,16 +153,14 @@ class ChatTemplate:
 
     def __call__(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The text and its trained spans, ascending. RowError if the template refuses or spans can't be exact."""
-        if not conversation.plain:
+        shape = self._shape(conversation) if conversation.plain else None
+        if shape is None:
             text, tagged = self._render(conversation.messages, conversation, False)
             self._look_for_omissions(conversation, text)
             return text, self._spans(conversation, text, tagged)
-        shape = self._shape(conversation)
-        if shape is None:
-            return self._exact(conversation)
         if shape.left_out:
             self.notes[f"the chat template leaves out messages of role {', '.join(shape.left_out)}"] += 1
-        contents = [message["content"] for message in conversation.messages]
+        contents = _texts(conversation.messages)
         written, spans = shape.write(contents)
         if shape.condition is not None and shape.condition.holds(contents):
             return written, spans
@@ -408,19 +406,19 @@ class ChatTemplate:
         raise RowError(f"the chat template ends message {number} in another way when others follow, {_INEXACT}")
 
     def _shape(self, conversation: Conversation) -> _Shape | None:
-        """How conversations with the roles and flags of this one are written; None if the template won't say."""
-        roles = [message["role"] for message in conversation.messages]
-        key = (*roles, *conversation.trained)
+        """How conversations with the roles, parts and flags of this one are written; None if the template won't say."""
+        key = (*[_kinds(message) for message in conversation.messages], *conversation.trained)
         if key not in self._shapes:
             try:
-                self._shapes[key] = self._read_shape(roles, conversation.trained)
+                self._shapes[key] = self._read_shape(conversation)
             except RowError:
                 self._shapes[key] = None
         return self._shapes[key]
 
-    def _read_shape(self, roles: Sequence[str], trained: tuple[bool, ...]) -> _Shape:
-        messages = [_marked(number, {"role": role}) for number, role in enumerate(roles)]
-        text, spans = self._exact(Conversation(messages, trained))
+    def _read_shape(self, conversation: Conversation) -> _Shape:
+        marks = map(_mark, count())
+        messages = [_with_texts(message, marks) for message in conversation.messages]
+        text, spans = self._exact(Conversation(messages, conversation.trained))
         literals, order = _split(text)
         ends = [mark.end() for mark in _MARK.finditer(text)]
 
@@ -428,18 +426,22 @@ class ChatTemplate:
             mark = max((number for number, end in enumerate(ends) if end <= at), default=-1)
             return mark, at - (ends[mark] if mark >= 0 else 0)
 
+        roles = [message["role"] for message in messages for _ in _texts([message])]
         left_out = sorted({role for number, role in enumerate(roles) if number not in order})
         places = [(*place(begin), *place(end)) for begin, end in spans]
-        return _Shape(literals, order, places, left_out, self._condition(frozenset(roles)))
+        return _Shape(literals, order, places, left_out, self._condition(messages))
 
-    def _condition(self, roles: frozenset[str]) -> Condition | None:
-        """The condition under which contents of messages of `roles` are written as marks are."""
-        if roles not in self._conditions:
-            found = None if self._form.parts else condition_of(_tree(self.source), roles)
+    def _condition(self, messages: list[dict[str, Any]]) -> Condition | None:
+        """The condition under which texts of messages of the same roles are written as marks are."""
+        lists = any(isinstance(message["content"], list) for message in messages)
+        content = Kind.PARTS if self._form.parts else Kind.EITHER if lists else Kind.CONTENT
+        key = frozenset(message["role"] for message in messages), content
+        if key not in self._conditions:
+            found = condition_of(_tree(self.source), *key)
             # A text that may lie within a mark would make a mark another content than all the others.
             clear = found is not None and not any(set(text) <= _OF_MARKS for text in found.markers)
-            self._conditions[roles] = found if clear else None
-        return self._conditions[roles]
+            self._conditions[key] = found if clear else None
+        return self._conditions[key]
 
 
 _BARE = Conversation([], ())
@@ -473,6 +475,33 @@ def _marked(number: int, message: dict[str, Any]) -> dict[str, Any]:
     """The message with a mark in place of all it says; role, name and call id stay."""
     kept: dict[str, Any] = {key: message[key] for key in ("role", "name", "tool_call_id") if key in message}
     return {**kept, "content": _mark(number)}
+
+
+def _kinds(message: dict[str, Any]) -> Any:
+    """The role of a message, with the types of its parts if its content is a list: alike in all rows of a shape."""
+    content = message["content"]
+    return message["role"] if isinstance(content, str) else (message["role"], *[part["type"] for part in content])
+
+
+def _texts(messages: Sequence[dict[str, Any]]) -> list[str]:
+    """The contents of messages, of lists those of each part with text."""
+    texts: list[str] = []
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, str):
+            texts.append(content)
+        else:
+            texts += [part["text"] for part in content if "text" in part]
+    return texts
+
+
+def _with_texts(message: dict[str, Any], texts: Iterator[str]) -> dict[str, Any]:
+    """The message with the next of `texts` in the place of each of its own."""
+    content = message["content"]
+    if isinstance(content, str):
+        return {"role": message["role"], "content": next(texts)}
+    parts = [{**part, "text": next(texts)} if "text" in part else part for part in content]
+    return {"role": message["role"], "content": parts}
 
 
 def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:

@@ -7,14 +7,16 @@ model sees at inference.
 Where a token begins follows from the ids alone for byte-level tokenizers (GPT-2's kind, which most models have): a
 token stands for a fixed number of bytes, so that the sum over the tokens before it is its place. That is checked for
 each text, which must come out at its full length, and it spares the library the bookkeeping, a fifth of its time.
-Otherwise the library's character offsets are used. A few tokenizers are written in Python and have none; for them a
-character's token is found by tokenising the text up to it.
+Otherwise the library's character offsets are used. A run of one added token, such as the hundreds that stand for an
+image, is tokenised as one of it, whose id is then repeated. A few tokenizers are written in Python and have none; for
+them a character's token is found by tokenising the text up to it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unicodedata import is_normalized
@@ -67,11 +69,13 @@ class Tokens:
 class BatchTokenizer:
     """Tokenises texts in batches; picklable. `special`: with the tokens the tokenizer adds by itself."""
 
-    def __init__(self, tokenizer: Any, *, special: bool, places: bool) -> None:
-        """`places`: whether `Tokens.first_from` will be asked."""
+    def __init__(self, tokenizer: Any, *, special: bool, places: bool, repeated: Sequence[int] = ()) -> None:
+        """`places`: whether `Tokens.first_from` will be asked. repeated: ids of tokens that texts have long runs of."""
         self.tokenizer, self.special, self.places = tokenizer, special, places
         self.fast = bool(getattr(tokenizer, "is_fast", False))
         self._byte_lengths = _byte_lengths(tokenizer) if self.fast and places and not special else None
+        self._repeated = _alone(tokenizer, repeated) if self._byte_lengths is not None else {}
+        self._runs = _runs_of(self._repeated.values())
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
         if not self.fast:
@@ -81,8 +85,10 @@ class BatchTokenizer:
         backend.no_padding()
         if self._byte_lengths is None and self.places:
             return self._with_offsets(backend, texts)
-        encodings = backend.encode_batch_fast(texts, add_special_tokens=self.special)
-        tokens = self._tokens(texts, [encoding.ids for encoding in encodings])
+        tokens = self._without_runs(backend, texts) if self._repeated else None
+        if tokens is None:
+            encodings = backend.encode_batch_fast(texts, add_special_tokens=self.special)
+            tokens = self._tokens(texts, [encoding.ids for encoding in encodings])
         if self._byte_lengths is not None:
             tokens.begins = self._begins(tokens, self._byte_lengths)
             if tokens.begins is None:
@@ -96,6 +102,27 @@ class BatchTokenizer:
             flat += ids
             ends.append(len(flat))
         return Tokens(self.tokenizer, texts, np.array(flat, np.int32), ends)
+
+    def _without_runs(self, backend: Any, texts: Sequence[str]) -> Tokens | None:
+        """The tokens of texts, each run of an added token tokenised as one of it; None if one is not where its text is
+        or the other way around."""
+        lengths: list[int] = []
+        of_text = {text: len(text) for text in self._repeated.values()}
+
+        def one(run: re.Match[str]) -> str:
+            text = next(text for text in of_text if run.group().startswith(text))
+            lengths.append(len(run.group()) // of_text[text])
+            return text
+
+        shorter = [self._runs.sub(one, text) for text in texts]
+        tokens = self._tokens(texts, [one.ids for one in backend.encode_batch_fast(shorter, add_special_tokens=False)])
+        places = np.flatnonzero(np.isin(tokens.ids, list(self._repeated)))
+        if len(places) != len(lengths):
+            return None
+        repeats = np.ones(len(tokens.ids), np.int64)
+        repeats[places] = lengths
+        ends = np.concatenate([[0], np.cumsum(repeats)])[tokens.ends]
+        return Tokens(self.tokenizer, texts, np.repeat(tokens.ids, repeats), ends.tolist())
 
     def _begins(self, tokens: Tokens, byte_lengths: np.ndarray) -> np.ndarray | None:
         """The byte each token begins at; None if some text was not taken byte for byte."""
@@ -138,6 +165,32 @@ def _byte_lengths(tokenizer: Any) -> np.ndarray | None:
     for number, added in backend.get_added_tokens_decoder().items():
         lengths[number] = len(added.content.encode())
     return lengths
+
+
+def _alone(tokenizer: Any, ids: Sequence[int]) -> dict[int, str]:
+    """The texts of those of `ids` that are added tokens which are found in a text wherever it has them, whatever
+    stands beside: no added token can overlap them."""
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    found = {}
+    for number in {number for number in ids if number in added}:
+        token, text = added[number], added[number].content
+        free = not (token.lstrip or token.rstrip or token.single_word)
+        if free and not any(_overlap(text, other.content, same=place == number) for place, other in added.items()):
+            found[number] = text
+    return found
+
+
+def _runs_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """A pattern of runs of one of `texts`; beginning with the text itself it is found much faster."""
+    return re.compile("|".join("{0}(?:{0})*".format(re.escape(text)) for text in texts) or "(?!)")
+
+
+def _overlap(one: str, other: str, *, same: bool) -> bool:
+    """True if the texts can overlap in a longer one. same: they are one token, which it does with itself as a whole."""
+    if not same and (one in other or other in one):
+        return True
+    sizes = range(1, min(len(one), len(other)))
+    return any(one[-size:] == other[:size] or other[-size:] == one[:size] for size in sizes)
 
 
 def _state(part: Any) -> dict[str, Any]:
