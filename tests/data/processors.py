@@ -158,6 +158,32 @@ def _janus() -> Any:
     return transformers.JanusProcessor(images, tokenizer, num_image_tokens=16)
 
 
+def _emu3() -> Any:
+    names = {
+        "boi_token": "<|image start|>", "eoi_token": "<|image end|>", "image_wrapper_token": "<|image token|>",
+        "eof_token": "<|extra_201|>",
+    }  # fmt: skip
+    visual = [f"<|visual token {code:06d}|>" for code in range(16)]
+    tokenizer = make_tokenizer("<image>", *names.values(), "<|extra_200|>", *visual, **names)
+    half = [0.5] * 3
+    images = transformers.Emu3ImageProcessor(
+        min_pixels=64, max_pixels=64, spatial_factor=2, image_mean=half, image_std=half
+    )
+    processor = transformers.Emu3Processor(images, tokenizer)
+    processor.downsample_ratio = 2
+    processor.bos_token = ""  # the tokenizer has none, of which the processor would make the text None
+    return processor
+
+
+def _chameleon() -> Any:
+    letters = ["".join(chr(ord("A") + int(digit)) for digit in str(code)) for code in range(16)]
+    names = {"boi_token": "<racm3:break>", "eoi_token": "<eoss>"}
+    tokenizer = make_tokenizer("<image>", *(f"IMGIMG{one}Z" for one in letters), *names.values(), **names)
+    tokenizer.sep_token = "<|endoftext|>"
+    size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    return transformers.ChameleonProcessor(transformers.ChameleonImageProcessor(**size), tokenizer, image_seq_length=16)
+
+
 PROCESSORS = {
     "qwen2_vl": lambda: _qwen("Qwen2VLProcessor", "Qwen2VLImageProcessor", "Qwen2VLVideoProcessor"),
     "qwen2_5_vl": lambda: _qwen("Qwen2_5_VLProcessor", "Qwen2VLImageProcessor", "Qwen2VLVideoProcessor"),
@@ -174,4 +200,6 @@ PROCESSORS = {
     "gemma3": _gemma3,
     "pixtral": _pixtral,
     "janus": _janus,
+    "emu3": _emu3,
+    "chameleon": _chameleon,
 }

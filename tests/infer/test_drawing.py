@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,9 @@ from tutti.infer.drawing import Drawing, DrawingState, GuidedLogits, Pictures
 from tutti.infer.generate import Request, Token
 from tutti.infer.run import Job, infer
 
-DRAWING = Drawing(start=1, end=2, first=4, tokens=2, decode=lambda codes: torch.ones(1, 3, 2, 2) * codes[0, 0])
+DRAWING = Drawing(
+    start=1, pattern=(-1, -1, 2), first=4, number=3, decode=lambda codes: torch.ones(1, 3, 2, 2) * codes[0, 0]
+)
 
 
 def test_codes_come_within_a_picture_and_nowhere_else() -> None:
@@ -30,7 +33,7 @@ def test_codes_come_within_a_picture_and_nowhere_else() -> None:
     allowed = DRAWING.allow(logits, [DrawingState(room=3)]).isfinite()[0].tolist()
     assert allowed == [True, False, True, True, False, False, False]
     begun = DrawingState.of(Request(0, [3, 1], 5), DRAWING)
-    assert begun.left == 2 and DrawingState.of(Request(0, [3, 1], 5), None).left == 0
+    assert begun.place == 0 and DrawingState.of(Request(0, [3, 1], 5), None).place is None
 
 
 def test_codes_become_pictures_and_leave_the_text() -> None:
@@ -52,7 +55,8 @@ class Echo:
 
 
 def test_guidance_pushes_codes_away_from_a_hidden_prompt() -> None:
-    guided = GuidedLogits(Echo(), first=2, guidance=3.0, hide=lambda ids: [1] * len(ids))  # type: ignore[arg-type]
+    drawing = replace(DRAWING, first=2, number=1)
+    guided = GuidedLogits(Echo(), drawing, guidance=3.0, hide=lambda ids: [1] * len(ids))  # type: ignore[arg-type]
     assert guided.start([Request(0, [5], 4), Request(1, [2], 4)]).tolist() == [[1, 1, 13], [1, 1, 4]]
 
 

@@ -47,12 +47,29 @@ def janus_config(processor: Any) -> Any:
     )
 
 
-CONFIGS = {"janus": janus_config}
-
 EMU3_VQ: dict[str, Any] = {
     "codebook_size": 16, "embed_dim": 4, "latent_channels": 4, "base_channels": 32, "channel_multiplier": [1, 1],
     "num_res_blocks": 1, "attn_resolutions": [1], "hidden_size": 32, "temporal_downsample_factor": 2,
 }  # fmt: skip
+
+
+def emu3_config(processor: Any) -> Any:
+    """An Emu3 whose codes are 16, one for two pixels by two."""
+    text = {**_TEXT, "vocab_size": len(processor.tokenizer), "model_type": "emu3_text_model", "bos_token_id": 1}
+    text["attention_dropout"] = 0.0
+    names = processor.tokenizer.get_vocab()
+    return AutoConfig.for_model("emu3", text_config=text, vq_config=EMU3_VQ, vocabulary_map=names)
+
+
+def chameleon_config(processor: Any) -> Any:
+    """A Chameleon that sees pictures as 16 of 16 codes, for 16 pixels a side."""
+    vq = {**_VQ, "num_embeddings": 16, "resolution": 16}
+    text = {**_TEXT, "vocab_size": len(processor.tokenizer) + 3, "bos_token_id": 1}
+    names = processor.tokenizer.get_vocab()
+    return AutoConfig.for_model(**{**text, "model_type": "chameleon"}, vq_config=vq, vocabulary_map=names)
+
+
+CONFIGS = {"janus": janus_config, "emu3": emu3_config, "chameleon": chameleon_config}
 
 
 def make_various(vq: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,17 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer, Emu3VQVAE
 
+from tests.data.processors import PROCESSORS
 from tests.infer.models import ONE
 from tests.model.drawers import drawer_config, drawing_rows, write_drawer, write_emu3_vq
 from tests.model.test_multimodal import assert_same_gradients
 from tests.train.runs import QUICKSTART
 from tutti.checkpoint.hf_load import load_weights
-from tutti.core.batch import Sample, pack
+from tutti.core.batch import Batch, Sample, pack
 from tutti.core.pixels import Square
 from tutti.data.encode import make_encoder
 from tutti.data.formats import Row
@@ -32,9 +35,9 @@ from tutti.train.tasks.drawing import SCALES, Coder, Drawing
 CPU = torch.device("cpu")
 
 
-def packed_sums(folder: Path, path: str) -> tuple[Any, dict[str, Any], list[Sample]]:
+def packed_sums(folder: Path, path: str, **changes: Any) -> tuple[Any, dict[str, Any], list[Sample]]:
     """The model, trained on `drawing_rows` in one packed batch: with gradients, the sums, and the samples."""
-    config = drawer_config(folder, path)
+    config = drawer_config(folder, path, **changes)
     tokenizer, model = build(config, CPU)
     structure = read_structure(model)
     inputs = read_inputs(config, tokenizer, structure)
@@ -44,12 +47,19 @@ def packed_sums(folder: Path, path: str) -> tuple[Any, dict[str, Any], list[Samp
     samples = [one for one, *_ in found]
     batch = pack(samples, pad_to=sum(map(len, samples)) + 3)
     batch = replace(batch, extras=encoder.extras(samples, len(batch.input_ids)))
-    pictures = PictureTokenizer(model.drawing_folder, CPU)
-    coder = Coder(inputs.processor.drawn_token_ids[0], model.code_decoder.first, pictures.encode)
+    pictures = PictureTokenizer(model.drawing_folder, CPU, size=model.drawing_size)
+    coder = Coder(inputs.processor.drawn_token_ids[0], model.code_decoder, pictures.encode)
     batch = replace(coder(batch), payload={SCALES: torch.ones(2, dtype=torch.float64)})
     sums: Any = Objective(model, Drawing(weights={"text": 1.0, "code": 1.0}), structure=structure)(batch)
     sums["loss"].backward()
-    return model, sums, samples
+    return model, sums, [replace(one, input_ids=ids, labels=labels) for one, ids, labels in _coded(samples, batch)]
+
+
+def _coded(samples: list[Sample], batch: Batch) -> Iterator[tuple[Sample, Any, Any]]:
+    """Each sample with its tokens and labels, codes among them."""
+    lengths = list(map(len, samples))
+    parts = (each[: sum(lengths)].split(lengths) for each in (batch.input_ids, batch.labels))
+    return zip(samples, *(map(Tensor.numpy, part) for part in parts), strict=True)
 
 
 def picture(row: dict[str, Any]) -> Image.Image:
@@ -115,6 +125,57 @@ def test_janus_from_files_equals_the_untouched_class(tmp_path: Path) -> None:
     assert model.model.generation_head.vision_head.weight.grad.any()
     assert not any(item.requires_grad for item in model.model.vqmodel.parameters())
     assert all(".generation_" in name for name in part_parameters(model, "decoders", "train.freeze"))
+
+
+def vocabulary_losses(plain: Any, processor: Any, row: dict[str, Any], sample: Sample) -> dict[str, torch.Tensor]:
+    """The losses of a row's text and codes, of the tokens that the untouched class makes of it by itself."""
+    chat = [{**message, "content": message["content"].replace("<image>", "IMAGE")} for message in row["messages"]]
+    text = processor.tokenizer.apply_chat_template(chat, tokenize=False).replace("IMAGE", processor.image_token)
+    ids = processor.tokenizer([text], return_tensors="pt")["input_ids"]
+    if "image" in row:
+        image = picture(row)
+        if "emu3" in type(plain).__module__:
+            image = Square(8).cut(image)
+        own = {"return_for_text_completion": True} if "chameleon" in type(plain).__module__ else {}
+        made = processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=False, **own)
+        ids = made.pop("input_ids")
+        sizes = {name: made[name] for name in ("image_sizes",) if name in made}
+        places = ids == plain.config.image_token_id if hasattr(plain.config, "image_token_id") else None
+        codes = plain.model.get_image_tokens(made["pixel_values"], **sizes)
+        assert len(codes.unique()) > 3
+        ids = ids.masked_scatter(places, codes.flatten().to(ids))
+    assert sample.input_ids.tolist() == ids[0].tolist()
+    labels = torch.from_numpy(sample.labels.astype("int64"))
+    hidden = plain.model(input_ids=ids).last_hidden_state[0]
+    logits = plain(input_ids=ids).logits[0]
+    first = plain.model.vocabulary_mapping.img2bpe[0]
+    drawn = (labels >= first) & (labels < first + 16)
+    return {
+        "text": cross_entropy(logits, labels.masked_fill(drawn, -100), reduction="sum"),
+        "code": cross_entropy(plain.lm_head(hidden), labels.masked_fill(~drawn, -100), reduction="sum"),
+    }
+
+
+@pytest.mark.parametrize("family", ["emu3", "chameleon"])
+def test_codes_of_the_vocabulary_equal_the_untouched_class(tmp_path: Path, family: str) -> None:
+    path = write_drawer(tmp_path / "model", family)
+    size = {"data.image_max_pixels": 64} if family == "emu3" else {}
+    model, sums, samples = packed_sums(tmp_path, path, **size)
+    plain: Any = AutoModelForMultimodalLM.from_pretrained(path, attn_implementation="eager")
+    processor = PROCESSORS[family]()
+    each = [vocabulary_losses(plain, processor, row, one) for row, one in zip(drawing_rows(), samples, strict=True)]
+    want = {kind: torch.stack([one[kind] for one in each]).sum() for kind in ("text", "code")}
+    sum(want.values()).backward()  # type: ignore[union-attr]
+    for kind, value in want.items():
+        assert sums[kind].item() == pytest.approx(value.item(), rel=1e-5)
+    assert sums["code_targets"] == 16 * 8
+    for parameter in plain.model.vqmodel.parameters():
+        parameter.grad = None
+    assert_same_gradients(model, plain)
+    assert not any(item.requires_grad for item in model.model.vqmodel.parameters())
+    if family == "chameleon":
+        with pytest.raises(ValueError, match=r"train\.tensor_parallel_size: ChameleonForConditionalGeneration never"):
+            Objective(model, tensor=object())  # type: ignore[arg-type]
 
 
 def test_pictures_of_any_size_are_tokenized_as_asked(tmp_path: Path) -> None:

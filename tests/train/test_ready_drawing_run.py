@@ -12,13 +12,19 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
+from tests.data.processors import PROCESSORS
 from tests.harness import run_ranks
 from tests.infer.models import ONE, open_model
 from tests.model.drawers import drawer_config, drawing_rows, write_drawer
-from tests.train.runs import run, train_quietly
+from tests.train.runs import QUICKSTART, run, train_quietly
 from tests.train.test_run import assert_same_training
 from tutti.config import Config, InferConfig
-from tutti.infer.generate import Generator
+from tutti.config.load import from_dict
+from tutti.core.pixels import to_image
+from tutti.data.rows import RowError
+from tutti.infer.drawing import Pictures, hiding
+from tutti.infer.generate import Generator, Request, Token
+from tutti.infer.load import load_model
 from tutti.infer.prompts import row_request, to_draw
 from tutti.infer.run import Job, infer
 from tutti.infer.sampling import Sampler
@@ -68,6 +74,20 @@ def test_an_export_is_the_plain_folder_that_it_was(model: str, one: Path) -> Non
     assert processor.tokenizer.chat_template == own.tokenizer.chat_template
 
 
+@pytest.mark.parametrize("family", ["emu3", "chameleon"])
+def test_models_with_codes_in_their_vocabulary_train_and_are_exported(tmp_path: Path, family: str) -> None:
+    path = write_drawer(tmp_path / "model", family)
+    changes = {"data.image_max_pixels": 64, "train.save_hf_weights": True, "train.cfg_dropout": 0.5}
+    made = run(drawer_config(tmp_path, path, **changes, **{"model.encode_target": family == "emu3"}))
+    assert made[0]["targets/code"] > 0 and made[0]["loss/code"] > 0
+    folder = tmp_path / "out" / "hf" / "final"
+    before, after = load_file(Path(path) / "model.safetensors"), load_file(folder / "model.safetensors")
+    same = {name for name, tensor in before.items() if tensor.equal(after[name])}
+    assert before.keys() == after.keys() and same == {name for name in before if "vqmodel." in name}
+    assert type(AutoModelForMultimodalLM.from_pretrained(folder)).__name__.lower().startswith(family)
+    assert CODE not in AutoProcessor.from_pretrained(folder).tokenizer.get_vocab()
+
+
 def test_what_is_for_codes_stays_where_the_data_has_none(tmp_path: Path, model: str) -> None:
     rows = [row for row in drawing_rows() if "<image>" in row["messages"][0]["content"]] * 4
     config = drawer_config(tmp_path, model, **{"train.weight_decay": 0.5, "train.save_hf_weights": True})
@@ -80,16 +100,26 @@ def test_what_is_for_codes_stays_where_the_data_has_none(tmp_path: Path, model: 
     assert not after["lm_head.weight"].equal(before["lm_head.weight"])
 
 
+def drawn(loaded: Any, config: Config, requests: list[Request]) -> list[list[int]]:
+    """The tokens of the answers, those of pictures among them."""
+    sampler = Sampler.of(config.infer)
+    generator = Generator(loaded.logits, sampler, frozenset(), ONE, 10_000, drawing=loaded.drawing)
+    made: list[list[int]] = [[] for _ in requests]
+    for token in generator.stream(requests):
+        made[token.number].append(token.id)
+    return made
+
+
+def requests_to_draw(loaded: Any) -> list[Request]:
+    rows = [{"prompt": f"Draw: {name}"} for name in "ab"]
+    return [to_draw(loaded.form, row_request(loaded.form, row, place, 40, "/")) for place, row in enumerate(rows)]
+
+
 def test_pictures_are_those_that_transformers_draws(model: str) -> None:
     config, loaded = open_model(model, do_sample=False, image_guidance=5.0)
     assert loaded.drawing is not None
-    asked = [row_request(loaded.form, {"prompt": f"Draw: {name}"}, number, 40, "/") for number, name in enumerate("ab")]
-    requests = [to_draw(loaded.form, request) for request in asked]
-    sampler = Sampler.of(config.infer)
-    generator = Generator(loaded.logits, sampler, frozenset(), ONE, 10_000, drawing=loaded.drawing)
-    made: list[list[int]] = [[], []]
-    for token in generator.stream(requests):
-        made[token.number].append(token.id - loaded.drawing.first)
+    requests = requests_to_draw(loaded)
+    made = [[token - loaded.drawing.first for token in answer[:16]] for answer in drawn(loaded, config, requests)]
     plain: Any = AutoModelForMultimodalLM.from_pretrained(model, attn_implementation="eager").eval()
     plain.generation_config.generation_kwargs = {"boi_token_id": loaded.drawing.start}
     settings = {"do_sample": False, "guidance_scale": 5.0, "bos_token_id": -1, "generation_mode": "image"}
@@ -97,8 +127,60 @@ def test_pictures_are_those_that_transformers_draws(model: str) -> None:
     for request, ours in zip(requests, made, strict=True):
         ids = torch.tensor([request.ids])
         theirs = plain.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
-        assert ours[:16] == theirs[0].tolist()
-    assert len(set(made[0][:16])) > 2 and made[0] != made[1]
+        assert ours == theirs[0].tolist()
+    assert len(set(made[0])) > 2 and made[0] != made[1]
+
+
+def test_emu3_writes_the_size_and_the_rows_of_a_picture(tmp_path: Path) -> None:
+    path = write_drawer(tmp_path, "emu3")
+    asked = {"model_path": path, "do_sample": False, "image_guidance": 3.0}
+    config = from_dict({"infer": asked, "data": {"image_max_pixels": 64}})
+    loaded = load_model(config, ONE)
+    drawing, tokenizer = loaded.drawing, loaded.form.tokenizer
+    assert drawing is not None and tokenizer.decode(drawing.begins) == "<|image start|>4*4<|image token|>"
+    end = tokenizer.convert_tokens_to_ids(["<|extra_200|>", "<|extra_201|>", "<|image end|>"])
+    requests = requests_to_draw(loaded)
+    plain: Any = AutoModelForMultimodalLM.from_pretrained(path, attn_implementation="eager").eval()
+    hide = hiding(tokenizer, loaded.model)
+    for request, ours in zip(requests, drawn(loaded, config, requests), strict=True):
+        begin = len(request.ids)
+        number = begin - len(drawing.begins)
+
+        def allowed(_: int, ids: torch.Tensor, begin: int = begin) -> list[int]:
+            place = len(ids) - begin
+            if place >= 20:
+                return end[place - 19 : place - 18]
+            return end[:1] if place % 5 == 4 else list(range(drawing.first, drawing.first + 16))
+
+        twin = torch.tensor([[*hide(request.ids[:number]), *request.ids[number:]]])
+        theirs = plain.generate(
+            input_ids=torch.tensor([request.ids]), negative_prompt_ids=twin, guidance_scale=3.0, do_sample=False,
+            max_new_tokens=22, eos_token_id=None, prefix_allowed_tokens_fn=allowed,
+        )  # fmt: skip
+        assert ours[:22] == theirs[0, begin:].tolist()
+        with torch.no_grad():
+            image = plain.decode_image_tokens(image_tokens=torch.tensor([ours[:20] + [0] * 3]), height=4, width=4)
+        pictures = Pictures(drawing)
+        assert [token.id for token in pictures.watch(Token(0, token, None) for token in ours[:23])] == ours[21:23]
+        assert pictures.found[0][0].tobytes() == to_image(image[0]).tobytes()
+
+
+def test_chameleon_sees_pictures_as_codes_and_draws_none(tmp_path: Path) -> None:
+    path = write_drawer(tmp_path, "chameleon")
+    config, loaded = open_model(path, do_sample=False)
+    image, text = drawing_rows()[0]["image"], "What do you see?"
+    row = {"messages": [{"role": "user", "content": f"<image>{text}"}], "image": image}
+    request = row_request(loaded.form, row, 0, 8, str(QUICKSTART))
+    plain: Any = AutoModelForMultimodalLM.from_pretrained(path, attn_implementation="eager").eval()
+    processor = PROCESSORS["chameleon"]()
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+    prompt = processor.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    picture = Image.open(QUICKSTART / image).convert("RGB")
+    inputs = processor(text=[prompt], images=[picture], return_tensors="pt", return_for_text_completion=True)
+    theirs = plain.generate(**inputs, do_sample=False, max_new_tokens=8, eos_token_id=None)
+    assert drawn(loaded, config, [request])[0] == theirs[0, len(request.ids) :].tolist()
+    with pytest.raises(RowError, match="makes codes of pictures, and no pictures of codes"):
+        to_draw(loaded.form, request)
 
 
 def answered(folder: Path) -> None:

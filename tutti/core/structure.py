@@ -18,15 +18,22 @@ from torch import Tensor, nn
 class LogitTransform(NamedTuple):
     """The step between a model's head and its loss: logits = softcap * tanh(scale * head(x) / softcap).
 
-    softcap 0: no soft-capping.
+    softcap 0: no soft-capping. masked: the first and the last + 1 of the tokens that are never predicted, if there are
+    any (a model's codes of pictures where it writes text).
     """
 
     scale: float = 1.0
     softcap: float = 0.0
+    masked: tuple[int, int] | None = None
 
     def __call__(self, logits: Tensor) -> Tensor:
         logits = logits * self.scale if self.scale != 1.0 else logits
-        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
+        logits = torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
+        if self.masked is None:
+            return logits
+        ids = torch.arange(logits.shape[-1], device=logits.device)
+        never = (ids >= self.masked[0]) & (ids < self.masked[1])
+        return logits.masked_fill(never, torch.finfo(logits.dtype).min)
 
 
 @dataclass(frozen=True)

@@ -201,6 +201,8 @@ class MediaProcessor:
     def _size(self, medium: Media) -> tuple[int, int]:
         """The width and height of an image or a video within its bounds."""
         limits, (width, height) = self.limits, medium.size
+        if medium.kind == "drawn":  # which has the size that the model draws
+            return width, height
         if medium.kind == "video":
             return resized((width, height), limits.video_min_pixels, limits.video_max_pixels)
         return resized((width, height), limits.image_min_pixels, limits.image_max_pixels)

@@ -1,8 +1,8 @@
 """Drawing in an answer: which tokens may come next, and pictures made of the codes among them.
 
 A model that draws says so by the token that begins a picture. From there on it gives codes, which are tokens beyond the
-vocabulary, as many as a picture has; the token that ends a picture follows by itself, and text goes on. A picture is
-not begun where the answer has no room for all of it.
+vocabulary or of it, as many as a picture has; what a family writes around and between them follows by itself, and text
+goes on. A picture is not begun where the answer has no room for all of it.
 
 With guidance (classifier-free, arXiv 2207.12598) each sequence has a twin whose prompt is hidden, as some are in
 training (train.cfg_dropout). Codes are drawn from logits that are pushed away from the twin's: u + guidance * (c - u).
@@ -19,67 +19,92 @@ from PIL import Image
 from torch import Tensor
 
 from tutti.core.pixels import to_image
-from tutti.model.omni_processor import drawing_marks
+from tutti.model.drawing import picture_text
+from tutti.model.omni_processor import CODE
 from tutti.model.vq import PictureTokenizer
 
 if TYPE_CHECKING:
     from tutti.infer.generate import NextLogits, Request, Token
 
 
+_CODE = -1
+"""In the pattern of a picture the place of a code."""
+
+
 @dataclass(frozen=True)
 class Drawing:
-    """How a model draws. start, end: the tokens around a picture. first: the id of code 0. tokens: codes of a picture.
-    temperature: divides their logits, beside infer.temperature. decode: from codes [N, n] to pictures [N, 3, S, S]."""
+    """How a model draws. start: the token that begins a picture. pattern: what follows it up to the token that ends it,
+    ids and places of codes (-1). first, number: the id of code 0, and how many there are. decode: from codes [N, n] to
+    pictures [N, 3, S, S]; None where the model sees pictures as codes and draws none. temperature: divides the logits
+    of codes, beside infer.temperature."""
 
     start: int
-    end: int
+    pattern: tuple[int, ...]
     first: int
-    tokens: int
-    decode: Callable[[Tensor], Tensor]
+    number: int
+    decode: Callable[[Tensor], Tensor] | None
     temperature: float = 1.0
+
+    @property
+    def codes(self) -> slice:
+        """The ids of codes."""
+        return slice(self.first, self.first + self.number)
+
+    @property
+    def tokens(self) -> int:
+        """The codes of a picture."""
+        return self.pattern.count(_CODE)
 
     @property
     def room(self) -> int:
         """The tokens that a picture takes, with those around it."""
-        return self.tokens + 2
+        return len(self.pattern) + 1
+
+    @property
+    def begins(self) -> list[int]:
+        """The tokens before the first code."""
+        return [self.start, *self.pattern[: self.pattern.index(_CODE)]]
 
     def allow(self, logits: Tensor, states: Sequence[DrawingState]) -> Tensor:
         """Logits [B, V] with those of tokens that may not come next at -inf."""
         allowed = logits.clone()
         for row, state in enumerate(states):
-            if state.ends:
-                allowed[row] = -torch.inf
-                allowed[row, self.end] = 0.0
-            elif state.left:
-                allowed[row, : self.first] = -torch.inf
-                allowed[row, self.first :] /= self.temperature
-            else:
-                allowed[row, self.first :] = -torch.inf
-                if state.room < self.room:
+            if state.place is None:
+                allowed[row, self.codes] = -torch.inf
+                if state.room < self.room or self.decode is None:
                     allowed[row, self.start] = -torch.inf
+            elif self.pattern[state.place] == _CODE:
+                own = allowed[row, self.codes] / self.temperature
+                allowed[row] = -torch.inf
+                allowed[row, self.codes] = own
+            else:
+                allowed[row] = -torch.inf
+                allowed[row, self.pattern[state.place]] = 0.0
         return allowed
 
 
 @dataclass
 class DrawingState:
-    """Where a sequence is. room: tokens that its answer may still get. left: codes that its picture lacks. ends: the
-    picture is complete, and its end comes next."""
+    """Where a sequence is. room: tokens that its answer may still get. place: in the pattern of its picture what comes
+    next; None outside of pictures."""
 
     room: int
-    left: int = 0
-    ends: bool = False
+    place: int | None = None
 
     @classmethod
     def of(cls, request: Request, drawing: Drawing | None) -> DrawingState:
         """The state before the answer to a request, whose prompt may end with the beginning of a picture."""
-        begun = drawing is not None and request.ids[-1] == drawing.start
-        return cls(request.limit, drawing.tokens if begun and drawing else 0)
+        begins = [] if drawing is None else drawing.begins
+        begun = begins and list(request.ids[-len(begins) :]) == begins
+        return cls(request.limit, len(begins) - 1 if begun else None)
 
     def add(self, token: int, drawing: Drawing) -> None:
         """Go on by a token."""
         self.room -= 1
-        self.ends = self.left == 1
-        self.left = drawing.tokens if token == drawing.start else max(0, self.left - 1)
+        if self.place is not None:
+            self.place = self.place + 1 if self.place + 1 < len(drawing.pattern) else None
+        elif token == drawing.start:
+            self.place = 0
 
 
 @dataclass
@@ -92,20 +117,31 @@ class Pictures:
     found: dict[int, list[Image.Image]] = field(default_factory=dict)
 
     def watch(self, tokens: Iterable[Token]) -> Iterator[Token]:
-        """The tokens of texts; codes are left out and become pictures."""
+        """The tokens of texts; of pictures those that begin and end one are left, and codes become pictures."""
         codes: dict[int, list[int]] = {}
+        states: dict[int, DrawingState] = {}
         for token in tokens:
-            drawing = self.drawing
-            if drawing is None or token.id < drawing.first:
+            if (drawing := self.drawing) is None:
                 yield token
                 continue
-            own = codes.setdefault(token.number, [])
-            own.append(token.id - drawing.first)
-            if len(own) == drawing.tokens:
-                picture = to_image(drawing.decode(torch.tensor([codes.pop(token.number)]))[0])
-                pictures = self.found.setdefault(token.number, [])
-                pictures.append(picture)
-                self.made(token.number, len(pictures), picture)
+            state = states.setdefault(token.number, DrawingState(0))
+            is_code = 0 <= token.id - drawing.first < drawing.number
+            if state.place is None and is_code:  # of a picture that the prompt has begun
+                state.place = len(drawing.begins) - 1
+            inside = state.place is not None
+            state.add(token.id, drawing)
+            if not inside or state.place is None:
+                yield token
+            elif is_code:
+                codes.setdefault(token.number, []).append(token.id - drawing.first)
+                if len(codes[token.number]) == drawing.tokens:
+                    self._complete(token.number, codes.pop(token.number), drawing)
+
+    def _complete(self, number: int, codes: list[int], drawing: Drawing) -> None:
+        assert drawing.decode is not None
+        pictures = self.found.setdefault(number, [])
+        pictures.append(to_image(drawing.decode(torch.tensor([codes]))[0]))
+        self.made(number, len(pictures), pictures[-1])
 
 
 class GuidedLogits:
@@ -115,9 +151,9 @@ class GuidedLogits:
     joins = True
 
     def __init__(
-        self, inner: NextLogits, first: int, guidance: float, hide: Callable[[Sequence[int]], list[int]]
+        self, inner: NextLogits, drawing: Drawing, guidance: float, hide: Callable[[Sequence[int]], list[int]]
     ) -> None:
-        self._inner, self._first, self._guidance, self._hide = inner, first, guidance, hide
+        self._inner, self._drawing, self._guidance, self._hide = inner, drawing, guidance, hide
 
     def start(self, requests: Sequence[Request]) -> Tensor:
         both = [one for item in requests for one in (item, item._replace(ids=self._hidden(item)))]
@@ -130,12 +166,13 @@ class GuidedLogits:
         self._inner.keep([twin for row in rows for twin in (2 * row, 2 * row + 1)])
 
     def _hidden(self, request: Request) -> list[int]:
-        begun = request.ids[-1:] if request.drawn else []
-        return [*self._hide(request.ids[: len(request.ids) - len(begun)]), *begun]
+        begun = len(self._drawing.begins) if request.drawn else 0
+        prompt = len(request.ids) - begun
+        return [*self._hide(request.ids[:prompt]), *request.ids[prompt:]]
 
     def _guided(self, logits: Tensor) -> Tensor:
         guided, free = logits[0::2].clone(), logits[1::2]
-        codes = slice(self._first, None)
+        codes = self._drawing.codes
         guided[:, codes] = free[:, codes] + self._guidance * (guided[:, codes] - free[:, codes])
         return guided
 
@@ -165,6 +202,9 @@ def drawing_of(
     folder = getattr(model, "drawing_folder", None)
     if folder is None:
         return None
-    pictures, marks = PictureTokenizer(folder, device, size=model.drawing_size), drawing_marks(tokenizer)
-    first, tokens = model.code_decoder.first, pictures.codes.tokens
-    return Drawing(marks.start, marks.end, first, tokens, pictures.decode, temperature), pictures
+    pictures, codes = PictureTokenizer(folder, device, size=model.drawing_size), model.code_decoder
+    written = tokenizer(picture_text(tokenizer, pictures.codes), add_special_tokens=False).input_ids
+    placeholder = tokenizer.convert_tokens_to_ids(CODE)
+    start, *pattern = (_CODE if token == placeholder else token for token in written)
+    decode = pictures.decode if pictures.codes.draws else None
+    return Drawing(start, tuple(pattern), codes.first, codes.number, decode, temperature), pictures

@@ -120,9 +120,8 @@ def load_model(config: Config, world: World) -> LoadedModel:
     logits = _next_logits(model, stop_ids, processor, world.device)
     found = world.run_on_all_ranks(lambda: _drawing(config, model, tokenizer, world))
     drawing, encode = (None, None) if found is None else (found[0], found[1].encode)
-    if drawing is not None and config.infer.image_guidance != 1.0:
-        hide = hiding(tokenizer, model)
-        logits = GuidedLogits(logits, drawing.first, config.infer.image_guidance, hide)
+    if drawing is not None and drawing.decode is not None and config.infer.image_guidance != 1.0:
+        logits = GuidedLogits(logits, drawing, config.infer.image_guidance, hiding(tokenizer, model))
     folders = data.media_root, data.row_template
     return LoadedModel(
         model=model,
@@ -214,7 +213,7 @@ def _build(
         if lora is not None:
             add_adapters(model, lora, model.dtype)
         elif (folder := ready_folder(config.model)) is not None:
-            let_draw(model, tokenizer, folder)
+            let_draw(model, tokenizer, folder, _data(asked, source))
     if needs_generate(model):
         if is_sparse(model.config):
             raise ValueError(
@@ -228,7 +227,8 @@ def _build(
 
 def _media_processor(data: DataConfig, source: _Source, tokenizer: Any, model: Any) -> MediaProcessor | None:
     """The processor of a model that takes media, with the bounds of `data`; None where it has none."""
-    processor = build_processor(source.config, tokenizer) if _takes_media(model) else None
+    takes = _takes_media(model) or getattr(model, "code_decoder", None) is not None
+    processor = build_processor(replace(source.config, data=data), tokenizer) if takes else None
     return None if processor is None else MediaProcessor(processor, data)
 
 

@@ -132,10 +132,13 @@ def to_draw(form: PromptFormat, request: Request) -> Request:
     drawing = form.drawing
     if drawing is None:
         raise RowError("this model draws no pictures (model.decoders)")
+    if drawing.decode is None:
+        raise RowError("this model makes codes of pictures, and no pictures of codes; it does not draw")
     room = form.context - len(request.ids) if form.context else drawing.room
     if room < drawing.room:
         raise RowError(f"the prompt leaves no room for the {drawing.room} tokens of a picture; shorten it")
-    return request._replace(ids=[*request.ids, drawing.start], limit=max(request.limit, drawing.room), drawn=True)
+    ids = [*request.ids, *drawing.begins]
+    return request._replace(ids=ids, limit=max(request.limit, drawing.room), drawn=True)
 
 
 def conversation_to_answer(row: dict[str, Any]) -> Conversation:

@@ -56,7 +56,7 @@ def build(config: Config, device: torch.device) -> tuple[Any, PreTrainedModel]:
         ends = end_ids(tokenizer, model.generation_config)
         model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
     if draws(config):
-        let_draw(model, tokenizer, Path(config.model.model_path or ""))
+        let_draw(model, tokenizer, Path(config.model.model_path or ""), config.data)
     freeze_parts(model, config.train.freeze)
     lora = plan_adapters(config, model)
     if lora is not None:
@@ -99,7 +99,7 @@ def read_facts(structure: ModelStructure, layout: Layout) -> ModelFacts:
 
 
 def read_inputs(config: Config, tokenizer: Any, structure: ModelStructure) -> Inputs:
-    return Inputs(tokenizer, build_processor(config, tokenizer) if structure.towers else None)
+    return Inputs(tokenizer, build_processor(config, tokenizer) if structure.towers or draws(config) else None)
 
 
 def load(config: Config, model: Any, *, world: World, device: torch.device, full_model: Any = None) -> None:

@@ -164,6 +164,15 @@ class CodeDecoder(nn.Module):
         self.middle = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.GELU())
         self.head = nn.Linear(hidden_size, number)
 
+    @property
+    def num_ids(self) -> int:
+        """The number of token ids that rows may hold before codes are put into them."""
+        return self.first
+
+    def holds(self, ids: Tensor) -> Tensor:
+        """bool, of the shape of `ids`: which of the tokens are codes."""
+        return (ids >= self.first) & (ids < self.first + self.number)
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits of the codes [..., K]."""
         return self.head(self.middle(hidden))
@@ -379,12 +388,15 @@ def compose(model: ModelConfig, text: PreTrainedConfig) -> PreTrainedConfig:
         raise ValueError(f"model.encoders: transformers has no causal language model for model_type {text.model_type}")
     towers = {kind: tower_config(kind, spec) for kind, spec in specs.items()}
     settings = {kind: _settings(kind, spec, towers[kind], text) for kind, spec in specs.items()}
+    drawn = None if folder is None else read_codes(folder, _DECODER_PATH, decoder_size(model))
+    if drawn is not None and not drawn.draws:
+        raise ValueError(f"{_DECODER_PATH}: {folder} is of ChameleonVQVAE, which makes no pictures of codes")
     return OmniConfig(
         text_config=text,
         vision_config=towers.get("image"),
         audio_config=towers.get("audio"),
         encoders=settings,
-        num_codes=read_codes(folder, _DECODER_PATH, decoder_size(model)).number if folder is not None else 0,
+        num_codes=0 if drawn is None else drawn.number,
         dtype=text.dtype,
     )
 

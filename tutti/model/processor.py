@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
 from tutti.config import Config
-from tutti.model.drawing import DrawingProcessor, ready_folder
+from tutti.model.drawing import DrawingProcessor, drawn_size, ready_folder, sees_codes
 from tutti.model.omni_config import is_composed
 from tutti.model.omni_processor import CODE, compose_processor
 from tutti.model.tokenizer import build_tokenizer, set_chat_template
@@ -44,7 +44,8 @@ def build_processor(config: Config, tokenizer: PreTrainedTokenizerBase) -> Any:
         if drawn is not None and CODE in tokenizer.get_vocab():
             plain = _plain(config)
             processor.chat_template = plain.chat_template
-            return DrawingProcessor(processor, read_codes(drawn, "model.model_path"), tokenizer, plain)
+            codes = read_codes(drawn, "model.model_path", drawn_size(drawn, config.data))
+            return DrawingProcessor(processor, codes, tokenizer, plain, sees_codes(drawn))
         return processor
     return None
 

@@ -244,11 +244,18 @@ def logit_transform(model: PreTrainedModel) -> LogitTransform:
             output = raw(hidden)
     except Exception as error:
         raise ValueError(f"{_class_name(model)} cannot be cut between its hidden states and its head") from error
+    masked = _masked(logits)
     for scale, softcap in product(_scales(config), _softcaps(config)):
-        transform = LogitTransform(scale, softcap)
+        transform = LogitTransform(scale, softcap, masked)
         if logits.shape == output.shape and torch.allclose(transform(output), logits, rtol=1e-5, atol=1e-6):
             return transform
     raise ValueError(f"{_class_name(model)} does something to its logits that is not known here; it cannot be trained")
+
+
+def _masked(logits: Tensor) -> tuple[int, int] | None:
+    """The first and the last + 1 of the tokens whose logits say that they are never predicted."""
+    ids = (logits == torch.finfo(logits.dtype).min).flatten(0, -2).all(0).nonzero().flatten()
+    return (int(ids[0]), int(ids[-1]) + 1) if len(ids) else None
 
 
 def _scales(config: PreTrainedConfig) -> list[float]:

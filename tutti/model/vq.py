@@ -7,6 +7,7 @@ that is trained, and every rank holds all of it.
 There are diffusers' VQModel, and those of transformers' models that draw, by a folder of their own or of the model:
 
 - `JanusVQVAE`: its lookup scales codes' vectors to length 1, which its encoder does not; both are taken as they are.
+- `ChameleonVQVAE`: has no decoder, so that its model alone uses it, to see pictures and to be trained on codes.
 - `Emu3VQVAE`: takes pictures of any size, so the size is asked for (`image_size`). A picture is a video of one frame.
 """
 
@@ -46,11 +47,13 @@ _PART = "vqmodel."
 
 @dataclass(frozen=True)
 class PictureCodes:
-    """The codes of a picture: `tokens` of them, of `number` different ones, for a square of pixels of `size`."""
+    """The codes of a picture: `tokens` of them, of `number` different ones, for a square of pixels of `size`. draws:
+    pictures can be made of them."""
 
     number: int
     tokens: int
     size: Square
+    draws: bool = True
 
 
 class _Net(Protocol):
@@ -102,6 +105,19 @@ class _JanusVQVAE:
         return self.module.decode(codes)
 
 
+class _ChameleonVQVAE:
+    def __init__(self, config: Any) -> None:
+        side = config.resolution // 2 ** (len(config.channel_multiplier) - 1)
+        self.codes = PictureCodes(config.num_embeddings, side**2, Square(config.resolution), draws=False)
+        self.module: Any = transformers.ChameleonVQVAE(config)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self.module.encode(pixels).image_tokens[None]
+
+    def decode(self, codes: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
 class _Emu3VQVAE:
     def __init__(self, config: Any, size: Square) -> None:
         side = size.side // 2 ** (len(config.channel_multiplier) - 1)
@@ -127,12 +143,14 @@ def _make(folder: Path, argument: str, size: int | None) -> _Net:
     kind, net = content.get("_class_name"), content.get("vq_config") or content
     if kind is None and net.get("model_type") in _CLASSES:
         kind = _CLASSES[net["model_type"]]
+    if content.get("model_type") == "chameleon":
+        kind = "ChameleonVQVAE"
     if size is not None and kind != "Emu3VQVAE":
         raise ValueError(f"{argument}: image_size: {kind} has a size of its own; leave it out")
     with torch.device("meta"):
         if kind == "VQModel":
             return _VQModel(folder, argument)
-        if kind in _CLASSES.values():
+        if kind in (*_CLASSES.values(), "ChameleonVQVAE"):
             return _of_transformers(folder, argument, size)
     found = kind or _REFUSED.get(net.get("model_type", "")) or content.get("model_type") or "no known model"
     raise ValueError(
@@ -147,6 +165,8 @@ def _of_transformers(folder: Path, argument: str, size: int | None) -> _Net:
         config = getattr(config, "vq_config", config)
         if config.model_type == "janus_vqgan":
             return _JanusVQVAE(config)
+        if config.model_type == "chameleon_vqgan":
+            return _ChameleonVQVAE(config)
         factor = 2 ** (len(config.channel_multiplier) - 1)
         if size is None or size % factor or size < factor:
             raise ValueError(f"takes pictures of any size: give image_size, a multiple of {factor}")

@@ -68,6 +68,10 @@ class Head:
     def code_cross_entropy(self, hidden: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """As `cross_entropy_of`, of codes of pictures, int64 [n]."""
         head = self.codes.head
+        if head is None:  # they are tokens of the vocabulary
+            layer, transform = self.layer, self.transform._replace(masked=None)
+            ids = codes + self.codes.first
+            return linear_cross_entropy(hidden, layer.weight, ids, bias=layer.bias, transform=transform)
         return linear_cross_entropy(self.codes.middle(hidden), head.weight, codes, bias=head.bias)
 
     def target_losses(self, hidden: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def open_data(config: Config, inputs: Inputs, model: PreTrainedModel, world: Wor
 def num_ids(model: PreTrainedModel) -> int:
     """The number of token ids that rows of the model may hold, codes of pictures left out."""
     codes = getattr(model, "code_decoder", None)
-    return max(num_token_ids(model.config), 0 if codes is None else codes.first)
+    return max(num_token_ids(model.config), 0 if codes is None else codes.num_ids)
 
 
 def _leave_codes(model: PreTrainedModel) -> None:

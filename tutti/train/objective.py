@@ -63,6 +63,11 @@ class Objective(nn.Module):
         self._tensor = tensor
         self._shard: VocabularyShard | None = None
         if tensor is not None and not self.structure.classifies:
+            if self.structure.transform.masked is not None:
+                raise ValueError(
+                    f"train.tensor_parallel_size: {self.structure.name} never predicts some of its tokens, which a "
+                    "divided head does not know; set 1"
+                )
             rows = self.structure.head.out_features
             self._shard = VocabularyShard(tensor.start(rows), tensor.group, tensor.size)
         self._multimodal = MultimodalForward(self.structure, tensor) if self.structure.towers else None

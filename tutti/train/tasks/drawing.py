@@ -26,6 +26,7 @@ from tutti.core.batch import DRAWN_PIXELS, IGNORE, Batch, GlobalBatch
 from tutti.core.dist import World
 from tutti.core.draws import generator
 from tutti.infer.drawing import Hidden, hiding
+from tutti.model.omni import CodeDecoder
 from tutti.model.vq import PictureTokenizer
 from tutti.train.head import Head
 from tutti.train.tasks import Prepare, Split, Sums, Task
@@ -57,7 +58,7 @@ class Drawing(Task):
 
     def loss(self, hidden: Tensor, head: Head) -> Sums:
         targets, first = head.targets, head.codes.first
-        drawn = targets >= first
+        drawn = head.codes.holds(targets)
         places = (~drawn).nonzero().flatten(), drawn.nonzero().flatten()
         text, texts = head.cross_entropy_of(hidden[places[0]], targets[places[0]])
         code, codes = head.code_cross_entropy(hidden[places[1]], targets[places[1]] - first)
@@ -86,7 +87,8 @@ class Drawing(Task):
     def prepare(self, run: Run, executor: Executor) -> Prepare:
         model: Any = run.placed.model
         pictures = PictureTokenizer(model.drawing_folder, run.world.device, size=model.drawing_size)
-        coder = Coder(run.inputs.processor.drawn_token_ids[0], model.code_decoder.first, pictures.encode)
+        codes_of = model.code_decoder
+        coder = Coder(run.inputs.processor.drawn_token_ids[0], codes_of, pictures.encode)
         known = _codes_of_all(run, coder) if run.config.model.encode_target else None
         sharing = run.mesh.grid.size() // run.mesh.dp_size
         hidden = hiding(run.inputs.tokenizer, model)
@@ -97,23 +99,21 @@ class Drawing(Task):
                 codes = None if known is None else [known[split][name] for name in names]
                 micro = coder(micro, None if codes is None else torch.cat([*codes, torch.zeros(0, dtype=torch.int64)]))
                 if split == "train" and self.dropout:
-                    micro = self._hidden(micro, names, batch.epoch, coder.first, hidden)
+                    micro = self._hidden(micro, names, batch.epoch, codes_of, hidden)
                 micros.append(micro)
-            return _with_scales(
-                replace(batch, micro_batches=tuple(micros)), self.weights, coder.first, run.world, sharing
-            )
+            return _with_scales(replace(batch, micro_batches=tuple(micros)), self.weights, codes_of, run.world, sharing)
 
         def with_codes(batches: Iterable[GlobalBatch], split: Split) -> Iterator[GlobalBatch]:
             return (complete(batch, split) for batch in batches)
 
         return with_codes
 
-    def _hidden(self, micro: Batch, names: Sequence[Any], epoch: int, first: int, hidden: Hidden) -> Batch:
+    def _hidden(self, micro: Batch, names: Sequence[Any], epoch: int, codes: CodeDecoder, hidden: Hidden) -> Batch:
         """The micro batch with the prompts of some pictures hidden."""
         ids, borders = micro.input_ids.clone(), micro.cu_seqlens.tolist()
         for name, begin, end in zip(names, borders, borders[1:], strict=False):
             labels = micro.labels[begin:end]
-            if not (labels >= first).any():
+            if not codes.holds(labels).any():
                 continue
             if float(torch.rand((), generator=generator(self.seed, epoch, name, "guidance"))) < self.dropout:
                 prompt = int((labels != IGNORE).nonzero()[0]) + 1
@@ -123,11 +123,11 @@ class Drawing(Task):
 
 @dataclass(frozen=True)
 class Coder:
-    """Puts codes in the place of their placeholders. placeholder: its id. first: the id of code 0. encode: from
-    pictures to codes [N, n]."""
+    """Puts codes in the place of their placeholders. placeholder: its id. decoder: what the model has for codes.
+    encode: from pictures to codes [N, n]."""
 
     placeholder: int
-    first: int
+    decoder: CodeDecoder
     encode: Callable[[Tensor], Tensor]
 
     def __call__(self, micro: Batch, codes: Tensor | None = None) -> Batch:
@@ -140,7 +140,7 @@ class Coder:
             codes = self.encode(micro.extras[DRAWN_PIXELS]).flatten()
         ids, labels = micro.input_ids.clone(), micro.labels.clone()
         places = ids == self.placeholder
-        ids[places] = codes + self.first
+        ids[places] = codes + self.decoder.first
         # A placeholder that is trained on is the target of the token before it.
         targets = labels == self.placeholder
         labels[targets] = ids.roll(-1)[targets]
@@ -164,16 +164,16 @@ def _codes_of_all(run: Run, coder: Coder) -> dict[Split, dict[Any, Tensor]]:
                 borders = micro.cu_seqlens.tolist()
                 for name, begin, end in zip(names, borders, borders[1:], strict=False):
                     ids = done.input_ids[begin:end]
-                    mine[name] = ids[ids >= coder.first] - coder.first
+                    mine[name] = ids[coder.decoder.holds(ids)] - coder.decoder.first
         found[split] = {name: codes for part in run.world.gather(mine) for name, codes in part.items()}
     return found
 
 
 def _with_scales(
-    batch: GlobalBatch, weights: Mapping[str, float], first: int, world: World, sharing: int
+    batch: GlobalBatch, weights: Mapping[str, float], codes: CodeDecoder, world: World, sharing: int
 ) -> GlobalBatch:
     """The batch with the factors of both kinds' sums. sharing: how many ranks have the same batch. Collective."""
-    drawn = sum(int((micro.labels >= first).sum()) for micro in batch.micro_batches)
+    drawn = sum(int(codes.holds(micro.labels).sum()) for micro in batch.micro_batches)
     count = sum(world.gather(drawn)) // sharing
     counts = {"text": batch.num_targets - count, "code": count}
     factors = [weights[kind] * batch.num_targets / max(1, counts[kind]) for kind in KINDS]
