@@ -44,7 +44,7 @@ sweep: $(VENV)/.stamp-dev ## Compare every family of transformers with its own c
 	$(BIN)/python -m tests.sweep --workers $(WORKERS)
 
 sweep-layouts: $(VENV)/.stamp-dev ## The same in layouts of two ranks, and write the second table there
-	$(BIN)/python -m tests.sweep_layouts
+	$(BIN)/python -m tests.sweep_layouts $(ARGS)
 
 # The oldest and the newest tested torch and transformers lie over .venv, whose other packages serve them as well: some
 # 600 MB each.

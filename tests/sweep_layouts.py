@@ -2,7 +2,7 @@
 by name before the first. `make sweep-layouts` runs all families and writes the second table in docs/models.md.
 
 A family is made small as in `tests.sweep`, and starts from the random weights of its class, so that what it takes to
-initialise them is tried too. Columns: *trained*, one process, with activation checkpointing; *adapters*, by LoRA;
+initialise them is tried too. `--resume --seconds 150` goes on where an earlier call stopped. Columns: *trained*, one process, with activation checkpointing; *adapters*, by LoRA;
 *generated*, greedy answers as transformers gives them for what the run exported; and an axis of two ranks each.
 """
 
@@ -13,6 +13,7 @@ import logging
 import multiprocessing
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -175,11 +176,28 @@ def check_quietly(family: str) -> dict[str, str]:
         return {COLUMNS[0]: f"untested: {type(error).__name__}: {error}"}
 
 
+def tried(page: str) -> set[str]:
+    """The families that `page` has a whole row of: nothing is left to try in it."""
+    rows = page.partition(f"<!-- {MARK} -->\n")[2].partition(f"<!-- /{MARK} -->")[0].splitlines()[2:]
+    found = set()
+    for row in rows:
+        family, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+        if cells[0] != EQUAL or all(cells[: COLUMNS.index("expert")]):
+            found.add(family)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="model types, whose rows of the page are written (default: all)")
-    names = parser.parse_args().families or families()
-    for name in names:
+    parser.add_argument("--resume", action="store_true", help="leave out those that have a whole row already")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin none after so long")
+    options = parser.parse_args()
+    done = tried(PAGE.read_text(encoding="utf-8")) if options.resume else set()
+    begun = time.monotonic()
+    for name in (name for name in options.families or families() if name not in done):
+        if time.monotonic() - begun > options.seconds:
+            break
         found = check_quietly(name)
         print(name, found, flush=True)
         PAGE.write_text(rewrite(PAGE.read_text(encoding="utf-8"), {name: found}, COLUMNS, MARK), encoding="utf-8")
