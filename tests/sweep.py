@@ -40,6 +40,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 32, "n_embd": 32, "d_model": 32, "dim": 32, "word_embed_proj_dim": 32,
     "embedding_size": 32, "emb_dim": 32, "intermediate_size": 48, "ffn_dim": 48, "n_inner": 48, "ffn_hidden_size": 48,
     "shared_expert_intermediate_size": 16, "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16,
+    "expert_ffn_hidden_size": 16, "zero_expert_num": 2,
     "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "num_attention_heads": 4, "n_head": 4,
     "n_heads": 4, "num_heads": 4, "num_key_value_heads": 2, "num_kv_heads": 2, "head_dim": 8, "global_head_dim": 8,
     "kv_channels": 8,

@@ -111,10 +111,10 @@ class StageTrace:
     """The cuts of a language model between its blocks (`tutti.model.stage_trace` finds them).
 
     blocks: the name of its list of blocks. front, tail: of its modules with parameters that run before and after them.
-    gives_tuple: a block's hidden states are the first of a tuple.
+    tuple_length: a block's hidden states are the first of a tuple of this length; 0 if they are all it gives.
     """
 
     blocks: str
     front: tuple[str, ...]
     tail: tuple[str, ...]
-    gives_tuple: bool
+    tuple_length: int

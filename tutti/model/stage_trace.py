@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tutti.attention.interface import PACKED
 from tutti.core.compat import tree_leaves
 from tutti.core.structure import ModelStructure, StageTrace
-from tutti.parallel.pipeline.stage import plain_attributes
+from tutti.parallel.pipeline.stage import as_output, plain_attributes
 
 _HOOKED = "_output_capturing_hooks_installed"
 
@@ -35,22 +35,26 @@ def trace_stages(structure: ModelStructure) -> StageTrace:
     """The cuts between the blocks of a model that lies on the meta device. ValueError where it cannot be cut."""
     name, inner = structure.name, structure.text_model
     found = [block for _, block in structure.blocks]
-    lists = [key for key, child in inner.named_children() if isinstance(child, nn.ModuleList) and list(child) == found]
-    if not found or not lists or any(True for _ in inner.parameters(recurse=False)):
+    lists = [key for key, child in inner.named_modules() if isinstance(child, nn.ModuleList) and list(child) == found]
+    path, _, leaf = lists[0].rpartition(".") if lists else ("", "", "")
+    loop = inner.get_submodule(path)
+    inside = {id(parameter) for child in loop.children() for parameter in child.parameters()}
+    if not found or not lists or any(id(parameter) not in inside for parameter in inner.parameters()):
         raise ValueError(f"{name} is not a list of blocks between an embedding and a norm, and cannot be cut in stages")
     problem = ""
-    for gives_tuple in (False, True):
-        trace = _Trace(gives_tuple)
+    for length in range(4):
+        trace = _Trace(length)
         try:
-            with _unfrozen(inner), _stand_ins(inner, lists[0], trace):
+            with _unfrozen(loop), _stand_ins(loop, leaf, trace):
                 output = _run(inner, bool(structure.mixers))
         except Exception as error:  # whatever the class does with what it does not expect
             problem = problem or f"its forward fails: {str(error).splitlines()[0] if str(error) else error!r}"
             continue
-        with _unfrozen(inner):
-            mistake = trace.mistake(inner, lists[0], output)
+        with _unfrozen(loop):
+            mistake = trace.mistake(loop, leaf, output)
         if mistake is None:
-            return StageTrace(lists[0], tuple(trace.front), tuple(trace.tail), gives_tuple)
+            ends = ([f"{path}.{key}" if path else key for key in keys] for keys in (trace.front, trace.tail))
+            return StageTrace(lists[0], *map(tuple, ends), tuple_length=length)  # type: ignore[arg-type]
         problem = mistake
     raise ValueError(f"{name} cannot be cut in stages: {problem}")
 
@@ -59,7 +63,7 @@ def trace_stages(structure: ModelStructure) -> StageTrace:
 class _Trace:
     """A record of one run with stand-ins."""
 
-    gives_tuple: bool
+    tuple_length: int
     called: list[int] = field(default_factory=list)
     given: list[Any] = field(default_factory=list)
     made: list[Tensor] = field(default_factory=list)
@@ -105,7 +109,7 @@ class _Probe(nn.Module):
         trace.given.append(hidden)
         trace.beside.append((args, kwargs))
         trace.made.append(torch.empty_like(hidden).detach().requires_grad_())
-        return (trace.made[-1],) if trace.gives_tuple else trace.made[-1]
+        return as_output(trace.made[-1], trace.tuple_length)
 
 
 class _Positions(nn.Module):

@@ -238,15 +238,18 @@ def _share_head(linear: Linear, ranks: RankGroup) -> None:
 
 
 def _on_all_tokens(forward: Forward, ranks: RankGroup, *, reduces: bool) -> Forward:
-    """A region's forward, whose first input and (first) output are a rank's own tokens [1, t, H]."""
+    """A region's forward, whose first input and (first) output are a rank's own tokens [1, t, H]; and so is what else
+    of that shape it is given (Zamba's embeddings, Bloom's residual)."""
 
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if args:
-            args = (gather_tensor(args[0], ranks, _TOKENS), *args[1:])
-        else:
-            kwargs["hidden_states"] = gather_tensor(kwargs["hidden_states"], ranks, _TOKENS)
-        out = forward(*args, **kwargs)
+        own = args[0] if args else kwargs["hidden_states"]
+
+        def gather(item: Any) -> Any:
+            along = isinstance(item, Tensor) and item.shape == own.shape
+            return gather_tensor(item, ranks, _TOKENS) if along else item
+
+        out = forward(*map(gather, args), **{name: gather(item) for name, item in kwargs.items()})
         if reduces:
             return out
         if isinstance(out, tuple):

@@ -13,9 +13,9 @@ before anything is built:
   (see `tutti.parallel.expert` for dividing whole experts among ranks).
 - The input embedding and the output head are split by the vocabulary, whatever the plan says of them.
 
-A config without a plan, or with one for its experts alone, is taken to mean the usual one, if the model's blocks are
-made of nothing unusual. Matrices that are parts of a block themselves are not split (OPT's MLP), and run on a rank's
-own tokens.
+A config without a plan, or with one for its experts alone, is taken to mean the usual one: parts of blocks that are
+made of the usual projections are split, and any other (GPT-BigCode's attention, JetMoE's, a fused gate) is run whole by
+every rank. Matrices that are parts of a block themselves are not split (OPT's MLP), and run on a rank's own tokens.
 
 A projection of heads is split between heads, never within one. Where key/value heads are fewer than the ranks, several
 ranks hold the same one. Parameters of one number for each query head (sinks) go with the head, planned or not.
@@ -23,6 +23,7 @@ ranks hold the same one. Parameters of one number for each query head (sinks) go
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,9 +45,12 @@ _REPLICATED = {"replicated_with_grad_allreduce", "mla_kv_a_proj", "sequence_para
 """Styles of modules that every rank holds whole: gradients of such parameters are summed over the ranks anyway; and of
 attention whose numbers for each head (sinks) go with the heads."""
 
-_USUAL = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "w1", "w3"), COLWISE) | dict.fromkeys(
-    ("o_proj", "out_proj", "down_proj", "w2"), ROWWISE
-)
+_HEAD_BY_HEAD = "query_key_value"
+"""A projection to one head's query, key and value after the other's, if it has three outputs for each input."""
+
+_USUAL = dict.fromkeys(
+    ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "w1", "w3", "c_fc", "dense_h_to_4h", _HEAD_BY_HEAD), COLWISE
+) | dict.fromkeys(("o_proj", "out_proj", "down_proj", "w2", "c_proj", "dense", "dense_4h_to_h"), ROWWISE)
 """Names of projections in most families, and how these are split."""
 
 _KEYS_AND_VALUES = ("k_proj", "v_proj")
@@ -161,7 +165,7 @@ def read_plan(structure: ModelStructure) -> TensorPlan:
         for path in names.values()
         if styles.get(_wildcards(path)) in _SPLITTING and path not in planned and not path.startswith(tuple(not_split))
     ]
-    if missed or not linears:
+    if missed or not (linears or sparse):
         raise ValueError(f"{refuse}its plan splits {', '.join(missed[:4]) or 'nothing'} outside of its blocks")
     # Classes with a plan of their own lay heads out by their width, so that there may be fewer.
     split = {linear.region for linear in linears if linear.units == heads[0]}
@@ -172,38 +176,57 @@ def read_plan(structure: ModelStructure) -> TensorPlan:
 
 
 def _usual_plan(structure: ModelStructure, names: Mapping[nn.Module, str], heads: tuple[int]) -> dict[str, str]:
-    """The plan of blocks that are made of the usual projections, norms of tokens or of heads, numbers for each of the
-    query `heads`, experts, mixers and matrices of their own; an empty one for blocks with anything else."""
+    """The plan of blocks whose parts are split where they are made of the usual projections, norms of tokens or of
+    heads and numbers for each of the query `heads`, and where they have experts; empty where no part is so."""
     plan: dict[str, str] = {}
     for block in (block for _, block in structure.blocks if block in names):
         for region in _regions(block):
             if isinstance(region, nn.Linear) or any(module in structure.mixers for module in region.modules()):
                 continue
-            width = (getattr(region, "head_dim", 0),)
-            for module in region.modules():
-                path, own = _wildcards(names[module]), list(module.parameters(recurse=False))
-                style = _USUAL.get(path.rpartition(".")[2])
-                if _has_experts(region):
-                    plan |= {path: "moe_tp_experts"} if any(item.ndim > 2 for item in own) else {}
-                elif isinstance(module, nn.Linear) and style is not None:
-                    plan[path] = style
-                elif any(item.shape != (heads if module is region else width) for item in own):
-                    return {}
+            if _has_experts(region) and not _is_attention(region):
+                stacks = [part for part in region.modules() if any(p.ndim > 2 for p in part.parameters(recurse=False))]
+                plan |= {_wildcards(names[module]): "moe_tp_experts" for module in stacks}
+            else:
+                plan |= {_wildcards(names[module]): style for module, style in _usual_styles(region, heads).items()}
     return plan
 
 
+def _usual_styles(region: nn.Module, heads: tuple[int]) -> dict[nn.Module, str]:
+    """How the projections of a region are split; empty where it is to be run whole, having anything unusual."""
+    if "residual" in inspect.signature(region.forward).parameters:
+        return {}  # what is added to the last product is not brought back to a rank's own tokens
+    styles: dict[nn.Module, str] = {}
+    width = (getattr(region, "head_dim", 0),)
+    for path, module in region.named_modules():
+        leaf, own = path.rpartition(".")[2], list(module.parameters(recurse=False))
+        if isinstance(module, nn.Linear) and leaf in _USUAL:
+            if leaf == _HEAD_BY_HEAD and module.out_features != 3 * module.in_features:
+                return {}
+            styles[module] = _USUAL[leaf]
+        elif any(item.shape != (heads if module is region else width) for item in own):
+            return {}
+    return styles if {COLWISE, ROWWISE} <= set(styles.values()) else {}
+
+
+def _is_attention(region: nn.Module) -> bool:
+    return "Attention" in type(region).__name__
+
+
 def _wildcards(path: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", path)
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
 
 
 def _regions(block: nn.Module) -> list[nn.Module]:
-    """The block's children that have matrices; norms and the like have vectors at most."""
-    return [child for child in block.children() if any(parameter.ndim > 1 for parameter in child.parameters())]
+    """The block's children that have matrices, and members of lists of such; norms and the like have vectors at most."""
+    children: list[nn.Module] = []
+    for child in block.children():
+        children += child if isinstance(child, nn.ModuleList) else [child]
+    return [child for child in children if any(parameter.ndim > 1 for parameter in child.parameters())]
 
 
 def _has_experts(region: nn.Module) -> bool:
     """True for a region of experts in this block: some families have dense blocks too, under the same name."""
-    return any(parameter.ndim > 2 for parameter in region.parameters())
+    return any(parameter.ndim > 2 and len(parameter) > 1 for parameter in region.parameters())
 
 
 def _linear(path: str, module: Any, style: str, region: nn.Module, config: PreTrainedConfig) -> Linear:
@@ -212,7 +235,7 @@ def _linear(path: str, module: Any, style: str, region: nn.Module, config: PreTr
         raise ValueError(f"train.tensor_parallel_size: {path} is no linear layer that can be split; leave it at 1")
     linear = Linear(path, module, style, 0, False, region)
     features = module.weight.shape[linear.dim]
-    if style in GATHERED or style in SLICED or "Attention" not in type(region).__name__:
+    if style in GATHERED or style in SLICED or not _is_attention(region):
         return linear._replace(units=features)
     shared = leaf in _KEYS_AND_VALUES
     heads = config.num_attention_heads

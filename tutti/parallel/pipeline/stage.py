@@ -157,12 +157,12 @@ class StageBlocks(nn.ModuleList):
     To the decoder's loop it looks as long as it was. `only` says which blocks the loop finds in it.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], held: Iterable[int], *, gives_tuple: bool) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], held: Iterable[int], *, tuple_length: int) -> None:
         super().__init__()
         for number in held:
             self.add_module(str(number), blocks[number])
         self._attributes = [plain_attributes(block) for block in blocks]
-        self._gives_tuple = gives_tuple
+        self._tuple_length = tuple_length
         self._found: list[Any] = []
 
     def __len__(self) -> int:
@@ -194,7 +194,7 @@ class StageBlocks(nn.ModuleList):
                 action = lambda hidden: states  # noqa: E731
             elif number == numbers.stop:
                 action = take_out
-            return _StandIn(action, self._gives_tuple, self._attributes[number])
+            return _StandIn(action, self._tuple_length, self._attributes[number])
 
         self._found = [stand_in(number) for number in range(len(self))]
         try:
@@ -206,13 +206,17 @@ class StageBlocks(nn.ModuleList):
 class _StandIn:
     """A stand-in for a block that another stage runs."""
 
-    def __init__(self, action: Callable[[Tensor], Tensor], gives_tuple: bool, attributes: dict[str, Any]) -> None:
+    def __init__(self, action: Callable[[Tensor], Tensor], tuple_length: int, attributes: dict[str, Any]) -> None:
         self.__dict__.update(attributes)
-        self._action, self._gives_tuple = action, gives_tuple
+        self._action, self._tuple_length = action, tuple_length
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        out = self._action(hidden)
-        return (out,) if self._gives_tuple else out
+        return as_output(self._action(hidden), self._tuple_length)
+
+
+def as_output(hidden: Tensor, tuple_length: int) -> Any:
+    """The output of a block with these hidden states: the first of a tuple of this length, or alone if that is 0."""
+    return (hidden, *[None] * (tuple_length - 1)) if tuple_length else hidden
 
 
 def plain_attributes(block: nn.Module) -> dict[str, Any]:
@@ -224,7 +228,8 @@ class Absent(nn.Module):
     """A stand-in for a module that another stage has; its output is not used, but for its shape."""
 
     def forward(self, first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return first if first.is_floating_point() else first.new_zeros((*first.shape, 1), dtype=torch.float32)
+        is_hidden = first.is_floating_point() and first.ndim > 2  # and no mask of tokens, or ids
+        return first if is_hidden else first.new_zeros((*first.shape, 1), dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -275,7 +280,7 @@ def cut(
     numbers = range(rank, len(borders), num_ranks)
     held = [number for stage in numbers for number in borders[stage]]
     blocks: Any = decoder.get_submodule(trace.blocks)
-    holder = StageBlocks(list(blocks), held, gives_tuple=trace.gives_tuple)
+    holder = StageBlocks(list(blocks), held, tuple_length=trace.tuple_length)
     decoder.set_submodule(trace.blocks, holder)
     has_last = numbers[-1] == len(borders) - 1
     needed = {id(p) for p in head.parameters()} if has_last else set()
