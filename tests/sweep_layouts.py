@@ -2,8 +2,9 @@
 by name before the first. `make sweep-layouts` runs all families and writes the second table in docs/models.md.
 
 A family is made small as in `tests.sweep`, and starts from the random weights of its class, so that what it takes to
-initialise them is tried too. `--resume --seconds 150` goes on where an earlier call stopped. Columns: *trained*, one process, with activation checkpointing; *adapters*, by LoRA;
-*generated*, greedy answers as transformers gives them for what the run exported; and an axis of two ranks each.
+initialise them is tried too. `--resume --seconds 150` goes on where an earlier call stopped. Columns: *trained*, one
+process, with activation checkpointing; *adapters*, by LoRA; *generated*, greedy answers as transformers gives them for
+what the run exported; and an axis of two ranks each.
 """
 
 from __future__ import annotations

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from tests import sweep_layouts
+from tests import sweep, sweep_layouts
 from tests.sweep import EQUAL, REFUSED
 
 
 @pytest.mark.parametrize(
-    ("family", "columns"), [("gemma4_text", ("tensor",)), ("granite_swa", ("tensor", "pipeline", "generated"))]
+    ("family", "columns"),
+    [
+        ("gemma4_text", ("tensor",)),
+        ("granite_swa", ("tensor", "pipeline", "generated")),
+        ("gpt_bigcode", ("tensor",)),  # whose decoder reshapes its output
+        ("biogpt", ("pipeline",)),  # whose positions are looked up by a mask
+    ],
 )
 def test_a_family_trains_alike_in_layouts(family, columns):
     assert sweep_layouts.check(family, columns) == dict.fromkeys(("trained", *columns), EQUAL)
@@ -21,6 +27,12 @@ def test_blocks_that_are_not_one_list_are_refused_before_a_step():
     assert (
         found["tensor"].startswith(f"{REFUSED}: train.tensor_parallel_size: HrmText") and "one list" in found["tensor"]
     )
+
+
+def test_whole_rows_are_left_out_when_resuming():
+    rows = {"a": dict.fromkeys(sweep_layouts.COLUMNS[:-1], EQUAL), "b": {"trained": EQUAL}, "c": {"trained": REFUSED}}
+    table = sweep.table(rows, sweep_layouts.COLUMNS)
+    assert sweep_layouts.tried(f"x\n<!-- layouts -->\n{table}<!-- /layouts -->\n") == {"a", "c"}
 
 
 def test_a_difference_is_told():

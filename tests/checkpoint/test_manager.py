@@ -36,7 +36,7 @@ from tutti.checkpoint import dcp, manager, manifest
 from tutti.checkpoint.manager import Checkpointer, find_checkpoint, foresee, read_model
 from tutti.checkpoint.state import create_optimizer_state, model_tensors
 from tutti.core.dist import init_world
-from tutti.train.optim import AnyPrecisionAdamW
+from tutti.train.adamw import AnyPrecisionAdamW
 
 
 @pytest.mark.parametrize("layout", ["plain", "shard", "copies"])

@@ -16,7 +16,7 @@ from tutti.checkpoint import manifest
 from tutti.checkpoint.manager import Checkpointer
 from tutti.checkpoint.state import model_tensors, optimizer_tensors
 from tutti.core.dist import World
-from tutti.train.optim import AnyPrecisionAdamW
+from tutti.train.adamw import AnyPrecisionAdamW
 
 
 class Tiny(nn.Module):

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 REFERENCE_TASKS = ("plaintext", "conversation", "classification")
 ADDED_VALUES = {
     "data.data_type": tuple(name for name in TASKS if name not in REFERENCE_TASKS),
-    "train.optimizer": ("muon",),
+    "train.optimizer": ("adamw_8bit", "muon"),
 }
 """Statuses of an argument beside those of the contract."""
 

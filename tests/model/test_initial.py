@@ -13,6 +13,7 @@ from transformers import (
 from tests.checkpoint.weighing import CPU, SHARDED, full, logits, nothing_on_meta, on_meta, sharded
 from tests.harness import run_ranks
 from tests.model.zoo import FAMILIES, tiny
+from tests.sweep import tiny_config
 from tutti.model.initial import init_weights, materialize
 
 
@@ -32,6 +33,19 @@ def test_random_weights_follow_the_classes_rules(name: str) -> None:
     for key, theirs in reference.named_buffers():
         assert torch.equal(model.get_buffer(key), theirs), key
     assert {id(p) for p in model.parameters()}.__len__() == {id(p) for p in reference.parameters()}.__len__()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_only_a_constructor_sets_keeps_its_value(dtype: torch.dtype) -> None:
+    """The factors of Apertus's activation are parameters and buffers that the class has no rule for."""
+    config = tiny_config("apertus")
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    init_weights(model, 0, CPU)
+    reference: Any = AutoModelForCausalLM.from_config(tiny_config("apertus"), dtype=torch.float32)
+    for ours, theirs in zip(model.model.layers, reference.model.layers, strict=True):
+        for name in ("alpha_p", "alpha_n", "beta", "eps"):
+            assert torch.equal(getattr(ours.mlp.act_fn, name), getattr(theirs.mlp.act_fn, name).to(dtype)), name
 
 
 def test_random_weights_differ_by_seed_and_between_layers() -> None:

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.model.zoo import EXPERTS, FAMILIES, VOCAB, tiny
+from tests.sweep import tiny_config
 from tutti.checkpoint.adapter import export_adapter, load_adapter, open_merged, read_lora
 from tutti.core.dist import World
 from tutti.model.experts import FUSED, resolve_experts
@@ -328,6 +330,28 @@ def test_own_loop_of_experts_knows_no_adapters():
     with pytest.raises(ValueError, match="moe_implementation"):
         add_adapters(model, Lora(), torch.float32)
     add_adapters(model, Lora(targets=("q_proj",)), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("family", "router", "others"),
+    [
+        ("longcat_flash", "router.classifier", {"q_a_proj", "down_proj"}),
+        ("jetmoe", "router.layer", {"kv_proj"}),
+        ("qwen3_next", None, {"in_proj_qkvz", "shared_expert_gate", "gate_up_proj"}),
+    ],
+)
+def test_routers_are_adapted_only_by_name(family, router, others):
+    def names(**lora: Any) -> set[str]:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(tiny_config(family), experts_implementation=FUSED)
+        add_adapters(model, Lora(**lora), torch.float32)
+        return {adapter.name for _, adapter in adapters(model)}
+
+    found = names()
+    assert others <= {name.rpartition(".")[2] for name in found}
+    assert not any("router" in name for name in found)
+    if router:
+        assert {name.partition(".mlp.")[2] for name in names(targets=(f"mlp.{router}",))} == {router}
 
 
 def test_adapter_without_gradient_is_named():

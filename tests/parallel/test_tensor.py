@@ -153,20 +153,41 @@ def config_for(folder: Any, world: int, **train: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("family", "linears"), [("opt", 8), ("granitemoe", 8), ("phimoe", 8), ("lfm2", 14), ("nemotron_h", 6)]
-)
+    ("family", "linears"),
+    [
+        ("opt", 8), ("granitemoe", 8), ("phimoe", 8), ("lfm2", 14), ("nemotron_h", 6), ("persimmon", 8),
+        ("granitemoehybrid", 4),
+    ],
+)  # fmt: skip
 def test_configs_without_a_plan_of_their_own_have_the_usual_one(family, linears):
     """Experts run on a rank's own tokens, and so do matrices of the block itself; mixers run whole on all tokens."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(sweep.tiny_config(family))
     structure = read_structure(model)
     plan = read_plan(structure)
-    assert len(plan.linears) == linears and len(plan.counting) == (2 if family == "opt" else 0)
+    assert len(plan.linears) == linears and len(plan.counting) == (2 if family in ("opt", "persimmon") else 0)
     reduces = {region.module: region.reduces for region in plan.regions}
     assert all(reduces[mixer] is False for mixer in structure.mixers)
     inside = {part for region in reduces for part in region.modules()}
     own = [part for _, block in structure.blocks for part in block.children() if isinstance(part, torch.nn.Linear)]
     assert inside.isdisjoint([*structure.experts, *own])
+
+
+@pytest.mark.parametrize(
+    ("family", "linears", "whole"),
+    [
+        ("jetmoe", 0, {"JetMoeAttention"}),
+        ("gpt_bigcode", 4, {"GPTBigCodeAttention"}),
+        ("granitemoeshared", 8, {"GraniteMoeSharedMLP"}),
+        ("longcat_flash", 24, set()),
+    ],
+)
+def test_parts_that_are_made_otherwise_run_whole_on_every_rank(family, linears, whole):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(sweep.tiny_config(family))
+    plan = read_plan(read_structure(model))
+    assert len(plan.linears) == linears
+    assert {type(region.module).__name__ for region in plan.regions if not region.reduces} == whole
 
 
 def test_two_ranks_give_every_family_s_loss_and_gradients(tmp_path):

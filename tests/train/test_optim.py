@@ -11,8 +11,9 @@ from torch.distributed.tensor import DTensor
 from tests.harness import run_ranks
 from tutti.config import TrainConfig
 from tutti.core.tensors import local_part
-from tutti.train import optim
-from tutti.train.optim import AnyPrecisionAdamW, build_optimizer, set_lr
+from tutti.train import adamw
+from tutti.train.adamw import AnyPrecisionAdamW
+from tutti.train.optim import build_optimizer, set_lr
 
 
 class Block(nn.Module):
@@ -116,7 +117,7 @@ def test_hyperparameters_and_set_lr():
 
 
 def test_fp32_state_is_adamw(monkeypatch):
-    monkeypatch.setattr(optim, "BUCKET_ON_CPU", 30)
+    monkeypatch.setattr(adamw, "BUCKET_ON_CPU", 30)
     ours, theirs = tiny(), tiny()
     kwargs = {"lr": 1e-2, "weight_decay": 0.1}
     mine = AnyPrecisionAdamW(ours.parameters(), state_dtype=torch.float32, **kwargs)

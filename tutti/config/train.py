@@ -50,10 +50,11 @@ class TrainConfig:
     weight_decay: float = arg(0.0, "Decoupled weight decay coefficient.", low=0)
     no_decay_modules: tuple[str, ...] = arg((), "Class names of modules whose parameters get no weight decay.")
     no_decay_params: tuple[str, ...] = arg((), "Parameters whose name contains one of these get no weight decay.")
-    optimizer: Literal["adamw", "anyprecision_adamw", "muon"] = arg(
+    optimizer: Literal["adamw", "anyprecision_adamw", "adamw_8bit", "muon"] = arg(
         "adamw",
-        "adamw (torch's, fused), anyprecision_adamw: bf16 state with Kahan compensation, or (added) muon: orthogonal "
-        "updates of the blocks' matrices, adamw for the rest, with the same lr.",
+        "adamw (torch's, fused), anyprecision_adamw: bf16 state with Kahan compensation, or (added) adamw_8bit: state "
+        "in 8 bits, by bitsandbytes; muon: orthogonal updates of the blocks' matrices, adamw for the rest, with the "
+        "same lr.",
     )
     max_grad_norm: float = arg(
         1.0, "Global gradient norm that gradients are clipped to; 0 measures without clipping.", low=0
@@ -265,7 +266,7 @@ class TrainConfig:
     lora_targets: tuple[str, ...] = arg(
         (),
         "Layers to adapt: names or ends of names, with * and ? (q_proj, layers.0.*, experts.down_proj); "
-        "none is every linear layer and every stack of experts in the blocks.",
+        "none is every linear layer and every stack of experts in the blocks, but no router.",
         added=True,
     )
     lora_rslora: bool = arg(False, "Scale by lora_alpha / sqrt(lora_rank), for large ranks.", added=True)

@@ -26,6 +26,7 @@ WRAPPERS = (
     "borders",  # where samples begin, for mixers within a block
     "shard",  # this rank's part of a matrix or table that tensor parallelism splits
     "tokens",  # from and to a rank's own tokens, around a part that is given all of them
+    "row",  # the last block's own tokens in their place in the whole row
     "early values",  # values that are sent while queries and keys are made
     "compile",
     "local parameters",  # plain tensors in the place of DTensors

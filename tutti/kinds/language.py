@@ -33,10 +33,9 @@ from tutti.model.positions import check_positions, check_rotary
 from tutti.model.processor import build_processor
 from tutti.model.quantized import hold_quantized
 from tutti.model.sparse import check_sparse
-from tutti.model.stage_trace import trace_stages
+from tutti.model.stage_trace import tensor_plan, trace_stages
 from tutti.model.structure import freeze_parts, read_structure
 from tutti.model.tokenizer import build_tokenizer, end_ids, set_chat_template
-from tutti.parallel.tp_plan import read_plan
 
 
 def build(config: Config, device: torch.device) -> tuple[Any, PreTrainedModel]:
@@ -83,7 +82,7 @@ def inspect(config: Config, layout: Layout, model: PreTrainedModel) -> ModelStru
 
 def read_facts(structure: ModelStructure, layout: Layout) -> ModelFacts:
     """The sizes in a model that the axes of `layout` divide; ValueError where one of them cannot divide it at all."""
-    num_blocks, plan = 0, read_plan(structure) if layout.tensor > 1 else None
+    num_blocks, plan = 0, tensor_plan(structure, layout)
     if layout.pipeline > 1:
         num_blocks = len(list(structure.text_model.get_submodule(trace_stages(structure).blocks).children()))
     pieces: dict[tuple, Piece] = {}  # the first of each kind

@@ -181,8 +181,10 @@ def optimizer(value: Any, source: Source) -> Result:
         return Result(MAPPED, {"train.optimizer": "anyprecision_adamw"})
     if name in ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_torch_xla"):
         return Result(MAPPED, {"train.optimizer": "adamw"})
-    if "adamw" in name and ("8bit" in name or "4bit" in name or "paged" in name or "fp8" in name):
-        note = "its state is not quantised here; the optimizer anyprecision_adamw keeps it in bf16"
+    if "adamw" in name and "8bit" in name:
+        return Result(CHANGED, {"train.optimizer": "adamw_8bit"}, "its state is in 8 bits, and is not paged")
+    if "adamw" in name and ("4bit" in name or "paged" in name or "fp8" in name):
+        note = "its state is not quantised so here; the optimizer adamw_8bit keeps it in 8 bits"
         return Result(CHANGED, {"train.optimizer": "adamw"}, note)
     return Result(NONE, note="AdamW is used; the learning rate may have to be chosen anew")
 

@@ -8,6 +8,8 @@ dropped before the next module's turn. The rules run on a twin of the model with
    write the same tensor (a projection, and the attention around it that rescales it) are one unit.
 2. A unit's tensors get storage, its rules run in order, innermost first, and the values are cut and copied.
 
+What no rule sets, but a constructor computes from numbers (the factors of Apertus's activation), keeps that value.
+
 The same way recomputes the buffers that checkpoints do not hold (rotary frequencies, embedding scales), and gives a
 classifier its new head.
 """
@@ -23,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 from transformers import PreTrainedModel
 
 from tutti.attention.sparse import NativeSparse
@@ -118,9 +122,13 @@ def fill_by_rules(model: PreTrainedModel, names: set[str], seed: int) -> None:
     twin = _twin(model)
     units = _units(twin, names)
     uncovered = names - {name for unit in units for name in unit.names}
-    if uncovered:
-        raise ValueError(f"{model_class(model).__name__} has no rule to initialise {', '.join(sorted(uncovered)[:20])}")
+    constants = _constants(model, uncovered)
+    if uncovered - constants.keys():
+        missing = ", ".join(sorted(uncovered - constants.keys())[:20])
+        raise ValueError(f"{model_class(model).__name__} has no rule to initialise {missing}")
     targets = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    for name, value in constants.items():
+        local_part(targets[name]).copy_(own_part(value, targets[name]))
     for unit in units:
         for name, value in unit.run(seed, {name: targets[name].dtype for name in unit.names}).items():
             local_part(targets[name]).copy_(own_part(value, targets[name]))
@@ -132,6 +140,26 @@ def _twin(model: PreTrainedModel) -> PreTrainedModel:
         twin: PreTrainedModel = model_class(model)._from_config(copy.deepcopy(model.config), dtype=torch.float32)
     add_sparse_attention(twin)
     return twin
+
+
+class _NumbersKept(TorchFunctionMode):
+    """Makes every tensor without storage, but for those that are made of given numbers, and what comes of these."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _device_constructors() and func is not torch.tensor:
+            kwargs = {"device": torch.device("meta")} | kwargs
+        return func(*args, **kwargs)
+
+
+def _constants(model: PreTrainedModel, names: set[str]) -> dict[str, Tensor]:
+    """The values of those of `names` that the class's constructor computes from numbers, and no rule sets later."""
+    if not names:
+        return {}
+    with _NumbersKept(), no_tie_weights():
+        twin = model_class(model)._from_config(copy.deepcopy(model.config), dtype=torch.float32)
+    made = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
+    return {name: made[name].detach() for name in names if name in made and not made[name].is_meta}
 
 
 Rule = Callable[[nn.Module], None]

@@ -61,8 +61,8 @@ class Lora:
     """Settings of adapters: which layers, of what rank and scale.
 
     targets: patterns of layer names (of parameter names, for experts); () is every linear layer and every stack of
-    experts in the blocks. modules_to_save: patterns of modules that are trained whole. ranks, alphas: of adapters, by
-    name, where they differ from `rank` and `alpha`.
+    experts in the blocks, but no router. modules_to_save: patterns of modules that are trained whole. ranks, alphas: of
+    adapters, by name, where they differ from `rank` and `alpha`.
     """
 
     rank: int = 16
@@ -371,13 +371,26 @@ def _candidates(model: PreTrainedModel) -> dict[str, tuple[nn.Module, str]]:
     return found
 
 
+def _routers(model: PreTrainedModel) -> set[str]:
+    """The names of the linear layers that choose experts: beside a stack of these, with an output for each."""
+    found: set[str] = set()
+    for _, block in blocks(model):
+        for part in block.modules():
+            beside = [child for child in part.modules() if isinstance(child, nn.Linear)]
+            children = [child for child in part.children() if not isinstance(child, nn.Conv1d)]
+            stacks = {len(p) for child in children for p in child.parameters(recurse=False) if p.ndim == 3}
+            found |= {id(child) for child in beside if child.out_features in stacks}
+    return {name for name, module in model.named_modules() if id(module) in found}
+
+
 def _targets(model: PreTrainedModel, lora: Lora, full: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, str]]:
     """The layers that `lora` adapts, each with the module and the name of its weight in there."""
     whole = {id(part) for module in full.values() for part in module.modules()}
     candidates = {name: item for name, item in _candidates(model).items() if id(item[0]) not in whole}
     if not lora.targets:
         inside = tuple(f"{name}." for name, _ in blocks(model))
-        chosen = {name: item for name, item in candidates.items() if name.startswith(inside)}
+        routers = _routers(model)
+        chosen = {name: item for name, item in candidates.items() if name.startswith(inside) and name not in routers}
         if not chosen:
             raise ValueError(f"train.architecture: lora, but the blocks of {type(model).__name__} have no linear layer")
         return chosen

@@ -87,7 +87,7 @@ def hold_quantized(weights: Iterable[tuple[nn.Module, str]], kind: str) -> None:
 
     Whoever multiplies with it from here on does so by `product`. ValueError: bitsandbytes is not installed.
     """
-    _require_bitsandbytes()
+    require_bitsandbytes("train.lora_base_dtype: int8 and nf4 need", "leave it at compute")
     for module, name in weights:
         weight = getattr(module, name)
         assert weight.is_meta and not weight.requires_grad and not isinstance(weight, DTensor)
@@ -167,8 +167,11 @@ class _Product(torch.autograd.Function):
         return ctx.multiply(grad, weight.transpose(-2, -1) if ctx.rows_are_inputs else weight), None, None, None, None
 
 
-def _require_bitsandbytes() -> None:
-    """Import bitsandbytes, which registers its operators with torch. It takes seconds, and need not be installed."""
+def require_bitsandbytes(needing: str, instead: str) -> None:
+    """Import bitsandbytes, which registers its operators with torch. It takes seconds, and need not be installed.
+
+    ValueError, if it is not: who is `needing` it, and what to do `instead`.
+    """
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it warns of optional kernels that are not used here
@@ -176,8 +179,7 @@ def _require_bitsandbytes() -> None:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            "train.lora_base_dtype: int8 and nf4 need bitsandbytes, which is not installed; "
-            "pip install 'tutti-train[quantized]', or leave it at compute"
+            f"{needing} bitsandbytes, which is not installed; pip install 'tutti-train[quantized]', or {instead}"
         ) from error
     finally:
         logger.setLevel(level)

@@ -17,32 +17,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tutti.attention.interface import PACKED
+from tutti.config.layout import Layout
 from tutti.core.compat import tree_leaves
 from tutti.core.structure import ModelStructure, StageTrace
 from tutti.parallel.pipeline.stage import as_output, plain_attributes
+from tutti.parallel.tp_plan import TensorPlan, read_plan
 
 _HOOKED = "_output_capturing_hooks_installed"
+
+_TOKENS = 4
+"""Tokens of a run with stand-ins."""
+
+_LENGTHS = range(4)
+"""Lengths of the tuples that blocks give, whose first are the hidden states; 0 for these alone."""
 
 
 def trace_stages(structure: ModelStructure) -> StageTrace:
     """The cuts between the blocks of a model that lies on the meta device. ValueError where it cannot be cut."""
     name, inner = structure.name, structure.text_model
-    found = [block for _, block in structure.blocks]
-    lists = [key for key, child in inner.named_modules() if isinstance(child, nn.ModuleList) and list(child) == found]
+    lists = _lists_of_blocks(structure)
     path, _, leaf = lists[0].rpartition(".") if lists else ("", "", "")
     loop = inner.get_submodule(path)
     inside = {id(parameter) for child in loop.children() for parameter in child.parameters()}
-    if not found or not lists or any(id(parameter) not in inside for parameter in inner.parameters()):
+    if not lists or any(id(parameter) not in inside for parameter in inner.parameters()):
         raise ValueError(f"{name} is not a list of blocks between an embedding and a norm, and cannot be cut in stages")
     problem = ""
-    for length in range(4):
+    for length in _LENGTHS:
         trace = _Trace(length)
         try:
             with _unfrozen(loop), _stand_ins(loop, leaf, trace):
@@ -59,11 +66,55 @@ def trace_stages(structure: ModelStructure) -> StageTrace:
     raise ValueError(f"{name} cannot be cut in stages: {problem}")
 
 
+def tensor_plan(structure: ModelStructure, layout: Layout) -> TensorPlan | None:
+    """The plan by which a model on the meta device is split over tensor ranks; None where it is not. ValueError: it
+    cannot be."""
+    if layout.tensor == 1:
+        return None
+    plan = read_plan(structure)
+    if not reshapes_tokens(structure):
+        return plan
+    if layout.pipeline > 1:
+        raise ValueError(
+            f"train.tensor_parallel_size: {structure.name} gives its last hidden states the shape of its input, which "
+            "a pipeline's stages have a part of; leave train.pipeline_parallel_size at 1"
+        )
+    return replace(plan, reshaping=structure.text_model)
+
+
+def reshapes_tokens(structure: ModelStructure) -> bool:
+    """True if the decoder, on the meta device, lays its last hidden states out for as many tokens as it was given,
+    although its blocks gave fewer (GPT-BigCode): it fails where it is given half of them, and not where all."""
+    inner, lists = structure.text_model, _lists_of_blocks(structure)
+    if not lists:
+        return False
+    path, _, leaf = lists[0].rpartition(".")
+    loop = inner.get_submodule(path)
+
+    def runs(length: int, tokens: int) -> bool:
+        try:
+            with _stand_ins(loop, leaf, _Trace(length, tokens)):
+                _run(inner, bool(structure.mixers))
+        except Exception:
+            return False
+        return True
+
+    return any(runs(length, _TOKENS) and not runs(length, _TOKENS // 2) for length in _LENGTHS)
+
+
+def _lists_of_blocks(structure: ModelStructure) -> list[str]:
+    """The names of the decoder's lists that hold just its blocks: one at most."""
+    found = [block for _, block in structure.blocks]
+    modules = structure.text_model.named_modules()
+    return [key for key, child in modules if isinstance(child, nn.ModuleList) and found and list(child) == found]
+
+
 @dataclass
 class _Trace:
-    """A record of one run with stand-ins."""
+    """A record of one run with stand-ins that give so many tokens' hidden states, in such tuples."""
 
     tuple_length: int
+    tokens: int = _TOKENS
     called: list[int] = field(default_factory=list)
     given: list[Any] = field(default_factory=list)
     made: list[Tensor] = field(default_factory=list)
@@ -108,7 +159,7 @@ class _Probe(nn.Module):
         trace.called.append(self._number)
         trace.given.append(hidden)
         trace.beside.append((args, kwargs))
-        trace.made.append(torch.empty_like(hidden).detach().requires_grad_())
+        trace.made.append(torch.empty_like(hidden[:, : trace.tokens]).detach().requires_grad_())
         return as_output(trace.made[-1], trace.tuple_length)
 
 
@@ -182,8 +233,8 @@ def _note(key: str, trace: _Trace) -> Any:
 
 
 def _run(inner: nn.Module, mixing: bool) -> Any:
-    tokens = torch.zeros(1, 4, dtype=torch.int64, device="meta")
+    tokens = torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta")
     # With a mask transformers does not look for borders in the positions, of which there are none on meta; nor for
     # padding, which mixers are not to see, in a mask of pairs.
-    mask = torch.ones(1, 1, 4, 4, device="meta") if mixing else torch.ones(1, 4, device="meta")
+    mask = torch.ones(*((1, 1, _TOKENS) if mixing else (1,)), _TOKENS, device="meta")
     return inner(input_ids=tokens, position_ids=tokens, attention_mask=mask.bool(), use_cache=False)

@@ -130,6 +130,9 @@ def split_tensors(root: nn.Module, plan: TensorPlan, mesh: Mesh) -> None:
         wrap_forward(region.module, "tokens", partial(_on_all_tokens, ranks=ranks, reduces=region.reduces))
     for number, block in enumerate(plan.blocks):
         wrap_forward(block, "tokens", partial(_from_own_tokens, ranks=ranks, is_first=number == 0))
+    if plan.reshaping is not None:
+        wrap_forward(plan.blocks[-1], "row", partial(_in_a_row, ranks=ranks))
+        wrap_forward(plan.reshaping, "tokens", partial(_out_of_a_row, ranks=ranks))
     divide(root, split, mesh.grid["tensor"])
 
 
@@ -198,9 +201,7 @@ def _localize_embedding(embedding: Any, ranks: RankGroup) -> None:
             rows = ids - first
             elsewhere = (rows < 0) | (rows >= num_rows)
             found = forward(rows.masked_fill(elsewhere, 0)).masked_fill(elsewhere[..., None], 0)
-            own = scatter_tensor(found, ranks, _TOKENS)
-            length = own.shape[_TOKENS]
-            return nn.functional.pad(own, (0, 0, ranks.rank * length, (ranks.size - 1 - ranks.rank) * length))
+            return _padded(scatter_tensor(found, ranks, _TOKENS), ranks)
 
         return look_up
 
@@ -274,6 +275,35 @@ def _from_own_tokens(forward: Forward, ranks: RankGroup, *, is_first: bool) -> F
 
         given = {name: item if name.startswith("position") else cut(item) for name, item in kwargs.items()}
         return forward(own, *map(cut, args), **given)
+
+    return run
+
+
+def _padded(own: Tensor, ranks: RankGroup) -> Tensor:
+    """A row [.., T, H] with this rank's `own` tokens [.., t, H] in their place, and zeros elsewhere."""
+    length = own.shape[_TOKENS]
+    return nn.functional.pad(own, (0, 0, ranks.rank * length, (ranks.size - 1 - ranks.rank) * length))
+
+
+def _in_a_row(forward: Forward, ranks: RankGroup) -> Forward:
+    """The last block's forward, whose hidden states are to be as many as there were before the first."""
+
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        return (_padded(out[0], ranks), *out[1:]) if isinstance(out, tuple) else _padded(out, ranks)
+
+    return run
+
+
+def _out_of_a_row(forward: Forward, ranks: RankGroup) -> Forward:
+    """A decoder's forward, of whose last hidden states only this rank's own are any."""
+
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        out.last_hidden_state = ranks.own(out.last_hidden_state, _TOKENS)
+        return out
 
     return run
 

@@ -94,7 +94,8 @@ class TensorPlan:
     """The parts of one model that are split. head: None where it is small and stays whole (a classifier's).
 
     per_head: parameters of one number for each query head. counting: attention that lays heads out by a number of its
-    own, `num_heads`. blocks: in order; the row of tokens is cut among the ranks at the first.
+    own, `num_heads`. blocks: in order; the row of tokens is cut among the ranks at the first. reshaping: the decoder,
+    if it lays its last hidden states out for as many tokens as it was given (`tutti.model.stage_trace` tells).
     """
 
     embedding: nn.Embedding
@@ -104,6 +105,7 @@ class TensorPlan:
     per_head: tuple[nn.Parameter, ...]
     counting: tuple[nn.Module, ...]
     blocks: tuple[nn.Module, ...]
+    reshaping: nn.Module | None = None
 
 
 def read_plan(structure: ModelStructure) -> TensorPlan:
@@ -217,7 +219,7 @@ def _wildcards(path: str) -> str:
 
 
 def _regions(block: nn.Module) -> list[nn.Module]:
-    """The block's children that have matrices, and members of lists of such; norms and the like have vectors at most."""
+    """The block's children that have matrices, and members of its lists; norms and the like have vectors at most."""
     children: list[nn.Module] = []
     for child in block.children():
         children += child if isinstance(child, nn.ModuleList) else [child]

@@ -1,44 +1,25 @@
-"""The optimizer: which parameters decay, and AdamW in two precisions.
+"""The optimizer by its name, and its groups: which parameters decay, and at what learning rate.
 
-`adamw` is torch's own, fused; `muon` is in `tutti.train.muon`. `anyprecision_adamw` keeps momentum and variance in
-bf16, and for bf16 parameters a bf16 compensation beside each one: parameter and optimizer state take 8 bytes instead of
-the 12 of fp32. Two things would go wrong in plain bf16, whose neighbouring values lie up to 0.8 % apart:
-
-1. An update smaller than half that gap is rounded away, and late in training nearly all are. Kahan's remedy
-   ("Revisiting BFloat16 Training", arXiv 2010.06192): what rounding took away is kept in the compensation c and counted
-   at the next step, so that p + c is the parameter to about 16 bits.
-2. The variance shrinks by 0.1 % a step (beta2 = 0.999), which rounding to nearest undoes every time: it could grow but
-   never fall. It is therefore rounded up or down by a threshold that wanders over (0, 1) with the step, along multiples
-   of the golden ratio, so that over a few steps no fraction is favoured. The threshold depends on the step alone: the
-   result knows nothing of the layout, and a resumed run needs no random state.
-
-One step, for a bucket of parameters at a time: widen p + c, momentum and variance to fp32, do AdamW on them, round
-back, and keep the parameter's rounding error as the new c. fp32 parameters are updated in place, without compensation.
+`adamw` is torch's own, fused; `anyprecision_adamw` is in `tutti.train.adamw`, `adamw_8bit` and `muon` in modules of
+their own names.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from tutti.config import Config, TrainConfig
 from tutti.core.compute_dtype import compute_dtype
-from tutti.core.device import on_accelerator
-from tutti.core.tensors import local_part
 from tutti.model.structure import part_parameters
+from tutti.train.adamw import AnyPrecisionAdamW
+from tutti.train.adamw_8bit import AdamW8bit
 from tutti.train.muon import Muon, block_matrices
-
-BUCKET_ON_CPU, BUCKET_ON_DEVICE = 1 << 18, 1 << 24
-"""Elements that are widened to fp32 at once: within a CPU's caches; on an accelerator, enough to hide the launches."""
-
-GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 def build_optimizer(model: nn.Module, config: Config, *, is_complete: bool = True) -> Optimizer:
@@ -54,6 +35,8 @@ def build_optimizer(model: nn.Module, config: Config, *, is_complete: bool = Tru
     betas = (train.adam_beta1, train.adam_beta2)
     if train.optimizer == "anyprecision_adamw":
         return AnyPrecisionAdamW(groups, lr=train.lr, betas=betas, eps=train.adam_eps)
+    if train.optimizer == "adamw_8bit":
+        return AdamW8bit(groups, lr=train.lr, betas=betas, eps=train.adam_eps)
     if train.optimizer == "muon":
         adam = {"lr": train.lr, "betas": betas, "eps": train.adam_eps}
         return Muon(groups, momentum=train.muon_momentum, dtype=compute_dtype(train), **adam)
@@ -132,153 +115,3 @@ def _class_name(module: nn.Module) -> str:
     """The class the user knows; fully_shard puts a class of its own in front of it."""
     kinds = [kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule)]
     return kinds[0].__name__
-
-
-class AnyPrecisionAdamW(Optimizer):
-    """AdamW whose momentum and variance are kept in `state_dtype`, with compensation for parameters below fp32.
-
-    Works on the local shards of DTensors. With fp32 parameters and `state_dtype` fp32 it is AdamW. State per parameter:
-    `step` (a scalar on the CPU), `exp_avg`, `exp_avg_sq`, and `compensation` where the parameter is not fp32.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        *,
-        state_dtype: torch.dtype = torch.bfloat16,
-    ) -> None:
-        self._state_dtype = state_dtype
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.register_load_state_dict_post_hook(_restore_state_dtype)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for bucket in _buckets(self._advance(group["params"])):
-                _update(bucket, group)
-        return loss
-
-    def _advance(self, parameters: Iterable[Tensor]) -> Iterator[_Part]:
-        """Count the step of every parameter that has a gradient, and cut it up for the update."""
-        for parameter in parameters:
-            if parameter.grad is None:
-                continue
-            if not self.state[parameter]:
-                self.state[parameter] = self._fresh_state(parameter)
-            state = self.state[parameter]
-            state["step"] += 1
-            yield from _parts(parameter, parameter.grad, state)
-
-    def _fresh_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        state = {
-            "step": torch.zeros((), dtype=torch.float32),
-            "exp_avg": torch.zeros_like(parameter, dtype=self._state_dtype),
-            "exp_avg_sq": torch.zeros_like(parameter, dtype=self._state_dtype),
-        }
-        if parameter.dtype != torch.float32:
-            state["compensation"] = torch.zeros_like(parameter)
-        return state
-
-
-def _restore_state_dtype(optimizer: Optimizer) -> None:
-    """Undo that torch's load_state_dict casts all state to its parameter's type."""
-    assert isinstance(optimizer, AnyPrecisionAdamW)
-    for state in optimizer.state.values():
-        for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = state[name].to(optimizer._state_dtype)
-
-
-class _Part(NamedTuple):
-    """At most a bucket's elements of a parameter on this rank, with gradient and state; `step` counts its steps."""
-
-    parameter: Tensor
-    grad: Tensor
-    average: Tensor
-    square: Tensor
-    compensation: Tensor | None
-    step: int
-
-
-def _parts(parameter: Tensor, grad: Tensor, state: dict[str, Tensor]) -> Iterator[_Part]:
-    """The parts of a parameter; of one that is not contiguous, the whole."""
-    step = int(state["step"].item())
-    whole = [local_part(tensor) for tensor in (parameter, grad, state["exp_avg"], state["exp_avg_sq"])]
-    if "compensation" in state:
-        whole.append(local_part(state["compensation"]))
-    if all(tensor.is_contiguous() for tensor in whole):
-        parts = zip(*(tensor.view(-1).split(_bucket_size(tensor)) for tensor in whole), strict=True)
-    else:
-        parts = zip(*([tensor] for tensor in whole), strict=True)
-    for stored, gradient, average, square, *compensation in parts:
-        yield _Part(stored, gradient, average, square, compensation[0] if compensation else None, step)
-
-
-def _bucket_size(tensor: Tensor) -> int:
-    return BUCKET_ON_DEVICE if on_accelerator(tensor) else BUCKET_ON_CPU
-
-
-def _buckets(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
-    """Consecutive parts in lists of about a bucket's elements."""
-    bucket: list[_Part] = []
-    size = 0
-    for part in parts:
-        bucket.append(part)
-        size += part.parameter.numel()
-        if size >= _bucket_size(part.parameter):
-            yield bucket
-            bucket, size = [], 0
-    if bucket:
-        yield bucket
-
-
-def _update(bucket: Sequence[_Part], group: dict[str, Any]) -> None:
-    """One AdamW step of a bucket, in fp32."""
-    lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
-    # .float() of an fp32 tensor is that tensor: fp32 parameters and state are updated in place.
-    wide = [part.parameter.float() for part in bucket]
-    grads = [part.grad.float() for part in bucket]
-    averages = [part.average.float() for part in bucket]
-    squares = [part.square.float() for part in bucket]
-    for tensor, part in zip(wide, bucket, strict=True):
-        if part.compensation is not None:
-            tensor.add_(part.compensation)
-
-    torch._foreach_mul_(wide, 1 - lr * group["weight_decay"])
-    torch._foreach_lerp_(averages, grads, 1 - beta1)
-    torch._foreach_mul_(squares, beta2)
-    torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-    denominators = torch._foreach_sqrt(squares)
-    torch._foreach_div_(denominators, [math.sqrt(1 - beta2**part.step) for part in bucket])
-    torch._foreach_add_(denominators, eps)
-    torch._foreach_addcdiv_(wide, averages, denominators, [-lr / (1 - beta1**part.step) for part in bucket])
-
-    for part, parameter, average, square in zip(bucket, wide, averages, squares, strict=True):
-        if part.square.dtype == torch.bfloat16:
-            _round_by_step(square, part.step)
-        if part.square is not square:
-            part.average.copy_(average)
-            part.square.copy_(square)
-        if part.compensation is not None:
-            part.parameter.copy_(parameter)
-            parameter.sub_(part.parameter)
-            if part.compensation.dtype == torch.bfloat16:
-                _round_by_step(parameter, part.step)
-            part.compensation.copy_(parameter)
-
-
-def _round_by_step(tensor: Tensor, step: int) -> None:
-    """Round fp32 `tensor` in place to bf16 values, away from zero where the lost fraction is above a threshold.
-
-    bf16 is fp32 without its low 16 bits: adding an offset to them carries into the bits that stay, or is cut off.
-    """
-    bits = tensor.view(torch.int32)
-    bits.add_(int((step * GOLDEN_RATIO) % 1 * (1 << 16))).bitwise_and_(-(1 << 16))

@@ -29,6 +29,7 @@ from tutti.model.lora import init_adapters
 from tutti.model.mixers import separate_mixers
 from tutti.model.multimodal import make_placing
 from tutti.model.positions import rotate_by_sample
+from tutti.model.stage_trace import tensor_plan
 from tutti.model.stages import cut_into_stages
 from tutti.parallel.apply import parallelize
 from tutti.parallel.batch_invariant import equal_counts
@@ -38,7 +39,7 @@ from tutti.parallel.pipeline.executor import Executor, PipelineExecutor, Sequent
 from tutti.parallel.pipeline.stage import Pipeline
 from tutti.parallel.sequence import sequence_ranks, split_samples, split_tokens
 from tutti.parallel.tensor import tensor_ranks
-from tutti.parallel.tp_plan import TensorPlan, read_plan
+from tutti.parallel.tp_plan import TensorPlan
 from tutti.train.objective import Objective
 from tutti.train.tasks import Task
 
@@ -79,7 +80,7 @@ def place_model(
         turn_off_dropout(model)
     by_sample = config.train.enable_batch_invariant_mode
     objective = Objective(model, task, tensor_ranks(mesh), structure=structure, by_sample=by_sample)
-    plan = read_plan(structure) if layout.tensor > 1 else None
+    plan = tensor_plan(structure, layout)
     if layout.pipeline == 1:
         rotate_by_sample(model)
         separate_mixers(structure)
