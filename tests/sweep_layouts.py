@@ -167,43 +167,49 @@ def generated(folder: Path) -> str:
     return EQUAL
 
 
-def check_quietly(family: str) -> dict[str, str]:
-    """As `check`; a config that can't be made small is told in the first column."""
-    logging.disable(logging.CRITICAL)
-    warnings.filterwarnings("ignore")
-    try:
-        return check(family)
-    except Exception as error:
-        return {COLUMNS[0]: f"untested: {type(error).__name__}: {error}"}
-
-
-def tried(page: str) -> set[str]:
-    """The families that `page` has a whole row of: nothing is left to try in it."""
-    rows = page.partition(f"<!-- {MARK} -->\n")[2].partition(f"<!-- /{MARK} -->")[0].splitlines()[2:]
+def tried(page: str, columns: tuple[str, ...] = COLUMNS, mark: str = MARK) -> set[str]:
+    """The families that the table at `mark` of `page` has a whole row of: nothing is left to try in it."""
+    rows = page.partition(f"<!-- {mark} -->\n")[2].partition(f"<!-- /{mark} -->")[0].splitlines()[2:]
     found = set()
     for row in rows:
         family, *cells = (cell.strip() for cell in row.strip("|").split("|"))
-        if cells[0] != EQUAL or all(cells[: COLUMNS.index("expert")]):
+        filled = dict(zip(columns, cells, strict=False))
+        if cells[0] != EQUAL or all(cell for column, cell in filled.items() if column != "expert"):
             found.add(family)
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def sweep_families(
+    description: str | None,
+    check: Callable[[str], dict[str, str]],
+    all_families: list[str],
+    columns: tuple[str, ...],
+    mark: str,
+) -> None:
+    """Write the rows of the families that the command line asks for into the table at `mark` of the page, one by one.
+
+    Of a family whose config can't be made small the first column tells so.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="model types, whose rows of the page are written (default: all)")
     parser.add_argument("--resume", action="store_true", help="leave out those that have a whole row already")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin none after so long")
     options = parser.parse_args()
-    done = tried(PAGE.read_text(encoding="utf-8")) if options.resume else set()
+    logging.disable(logging.CRITICAL)
+    warnings.filterwarnings("ignore")
+    done = tried(PAGE.read_text(encoding="utf-8"), columns, mark) if options.resume else set()
     begun = time.monotonic()
-    for name in (name for name in options.families or families() if name not in done):
+    for name in (name for name in options.families or all_families if name not in done):
         if time.monotonic() - begun > options.seconds:
             break
-        found = check_quietly(name)
+        try:
+            found = check(name)
+        except Exception as error:
+            found = {columns[0]: f"untested: {type(error).__name__}: {error}"}
         print(name, found, flush=True)
-        PAGE.write_text(rewrite(PAGE.read_text(encoding="utf-8"), {name: found}, COLUMNS, MARK), encoding="utf-8")
+        PAGE.write_text(rewrite(PAGE.read_text(encoding="utf-8"), {name: found}, columns, mark), encoding="utf-8")
 
 
 if __name__ == "__main__":
     multiprocessing.set_start_method("forkserver")
-    main()
+    sweep_families(__doc__, check, families(), COLUMNS, MARK)

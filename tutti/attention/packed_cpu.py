@@ -88,8 +88,7 @@ def _forward(
     see = AttentionSpec.unpack(spec)
     biases = Biases(groups, see, query)
     places = borders.tolist()
-    num_scores = _num_scores(places, heads, see, sinks) if keep else float("inf")
-    saved = query.new_empty(int(num_scores) if num_scores <= SAVED_SCORES * query.numel() else 0)
+    saved = query.new_empty(num_saved(query, places, see, sinks) if keep else 0)
     offset = 0
     for begin, end in pairwise(places):
         keys, values = key[:, begin:end].contiguous(), value[:, begin:end].contiguous()
@@ -106,6 +105,12 @@ def _forward(
             mixed = torch.bmm(seen, values[:, first:last]).view(heads, stop - start, -1)
             out[begin + start : begin + stop] = mixed.transpose(0, 1)
     return out, saved
+
+
+def num_saved(query: Tensor, places: list[int], spec: AttentionSpec, sinks: Tensor | None) -> int:
+    """The number of probabilities that a forward pass with `keep` saves of samples that begin and end at `places`."""
+    num_scores = _num_scores(places, query.shape[0], spec, sinks)
+    return int(num_scores) if num_scores <= SAVED_SCORES * query.numel() else 0
 
 
 def _num_scores(places: list[int], heads: int, spec: AttentionSpec, sinks: Tensor | None) -> float:

@@ -10,10 +10,10 @@ cut, divided and stepped by the very functions that a run calls, as a rehearsal:
 3. every collective is counted by the axis that it runs along (`tutti.check.comm_volume`).
 
 The micro batches are as full as the configuration lets them be, each token a target, and experts are chosen evenly.
-Kernels are an accelerator's: attention keeps no probabilities. Compilation is left out, and so is a reference model
-beside the trained one. Where data has media, a micro batch is that of the first epoch which has most of them, filled up
-with text. All micro batches of a step are alike, so a long step is told from short ones: traffic grows by the same
-amount with each, and memory no longer once as many are under way at once as ever will be.
+Kernels are an accelerator's, whose attention keeps no probabilities, or a CPU's. Compilation is left out, and so is a
+reference model beside the trained one. Where data has media, a micro batch is that of the first epoch which has most of
+them, filled up with text. All micro batches of a step are alike, so a long step is told from short ones: traffic grows
+by the same amount with each, and memory no longer once as many are under way at once as ever will be.
 
 Ranks differ in what they hold only along the pipeline, or by the remainder of what does not divide evenly, which the
 first ones have: of each pipeline rank the first is rehearsed, and the fullest is told of.
@@ -85,17 +85,20 @@ class Unpredictable(ValueError):
     """A step of this model goes by what is in its tensors."""
 
 
-def predict(config: Config, model: PreTrainedModel, world: int, full: Batch | None = None) -> Prediction:
+def predict(
+    config: Config, model: PreTrainedModel, world: int, full: Batch | None = None, *, on_cpu: bool = False
+) -> Prediction:
     """Predict what training `model`, which is whole and on the meta device, takes of the fullest of `world` ranks.
 
-    full: the largest micro batch, where it is not to be that of `full_batch`. There must be no process group.
+    full: the largest micro batch, where it is not to be that of `full_batch`. on_cpu: as a CPU runs it, rather than an
+    accelerator. There must be no process group.
     ConfigError, ValueError: sizes that do not fit. Unpredictable: why.
     """
     if not config.data.task.has_tokens:
         raise Unpredictable(f"not predicted for data.data_type {config.data.data_type}")
     layout = fit(config, world)
     firsts = range(0, world, world // layout.pipeline)
-    found = (predict_rank(config, model, world, rank, full=full) for rank in firsts)
+    found = (predict_rank(config, model, world, rank, full=full, on_cpu=on_cpu) for rank in firsts)
     return max(found, key=lambda one: one.peak)
 
 
@@ -106,9 +109,11 @@ def predict_rank(
     rank: int,
     batches: Sequence[Batch] = (),
     full: Batch | None = None,
+    *,
+    on_cpu: bool = False,
 ) -> Prediction:
     """Predict what it takes of one rank. batches: its micro batches of a step, where they are not to be full ones.
-    full: as in `predict`."""
+    full, on_cpu: as in `predict`."""
     layout = fit(config, world)
     train = replace(config.train, enable_compile=False)
     config = replace(config, train=train)
@@ -119,7 +124,7 @@ def predict_rank(
         placed = place_model(config, copied, structure, make_task(config), layout, mesh)
         objective = placed.objective
         parallelize(objective, placed.structure, mesh, train, placed.plan)
-        with count_traffic(mesh) as traffic, rehearse() as memory:
+        with count_traffic(mesh) as traffic, rehearse(on_cpu=on_cpu) as memory:
             give_storage(objective.model, ranks.device)
             objective.train()
             optimizer = build_optimizer(objective.model, config, is_complete=placed.is_complete)

@@ -16,14 +16,14 @@ are registered with them. What is sent has arrived at once.
 
 Memory is that of all storages that fake tensors have, from their first tensor to their last. Fake tensors are a CPU's,
 since there need not be another device; code that chooses by the device asks `tutti.core.device.on_accelerator`, and is
-told that it is one.
+told that it is one, unless a CPU's memory is asked for.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,6 +32,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from tutti.attention.packed_cpu import num_saved
+from tutti.attention.spec import AttentionSpec
 from tutti.core.compat import (
     DispatchModeKey,
     FakeTensor,
@@ -129,8 +131,11 @@ class Memory:
 
 
 @contextmanager
-def rehearse() -> Iterator[Memory]:
-    """Have what runs in the context, and in the backward passes it starts, be a rehearsal, and count its memory."""
+def rehearse(*, on_cpu: bool = False) -> Iterator[Memory]:
+    """Have what runs in the context, and in the backward passes it starts, be a rehearsal, and count its memory.
+
+    on_cpu: as a CPU would run it, rather than an accelerator.
+    """
     memory = Memory()
     kind: Any = torch.UntypedStorage
     resize_ = kind.resize_
@@ -142,7 +147,7 @@ def rehearse() -> Iterator[Memory]:
 
     kind.resize_ = resize_and_note  # it is no operator, which a mode would see
     try:
-        with presume_accelerator(), _Rehearsal(memory):
+        with nullcontext() if on_cpu else presume_accelerator(), _Rehearsal(memory):
             yield memory
     finally:
         kind.resize_ = resize_
@@ -213,8 +218,17 @@ def _even_counts(tensor: Tensor, weights: Tensor | None = None, minlength: int =
     return torch.tensor(borders).diff()
 
 
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, borders: Tensor, sinks: Tensor | None, keep: bool, spec: list[float]
+) -> tuple[Tensor, Tensor]:
+    """Attention's output and the probabilities that are saved, whose number the samples' borders tell."""
+    size = num_saved(query, borders.tolist(), AttentionSpec.unpack(spec), sinks) if keep else 0
+    return query.new_empty(query.shape[1], query.shape[0], value.shape[-1]), query.new_empty(size)
+
+
 _CONVENTIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.bincount.default: _even_counts,
     torch.ops.aten._local_scalar_dense.default: lambda tensor: 1,
+    torch.ops.tutti.packed_attention.default: _attend,
 }
 """Answers of tensors without values about their values."""

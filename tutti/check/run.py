@@ -19,7 +19,7 @@ from tutti.config import Config
 from tutti.config.layout import Layout, fit
 from tutti.core.batch import Batch, GlobalBatch, Sample
 from tutti.core.compute_dtype import settle_compute_dtype
-from tutti.core.device import pick_device
+from tutti.core.device import pick_device, resident_bytes
 from tutti.core.dist import World
 from tutti.core.log import setup_logging
 from tutti.core.structure import ModelStructure
@@ -60,7 +60,8 @@ def check(config: Config, world: int = 1) -> None:
         _show_data(out, config, data, first, inputs, model)
     out.print(_data_table(data, first))
     out.print(_plan_table(config, layout, model, structure))
-    _show_prediction(out, config, layout, model, model_name(model, structure), _largest(config, data, inputs))
+    name, largest = model_name(model, structure), _largest(config, data, inputs)
+    _show_prediction(out, config, layout, model, name, largest, on_cpu=ranks.device.type == "cpu")
 
 
 def _show_data(
@@ -183,10 +184,19 @@ def _largest(config: Config, data: Data, inputs: Inputs) -> Batch | None:
 
 
 def _show_prediction(
-    out: Console, config: Config, layout: Layout, model: PreTrainedModel, name: str, largest: Batch | None
+    out: Console,
+    config: Config,
+    layout: Layout,
+    model: PreTrainedModel,
+    name: str,
+    largest: Batch | None,
+    *,
+    on_cpu: bool,
 ) -> None:
     """Print what a step takes of a rank: memory, and traffic along each axis. name: of the model. largest: the micro
-    batch that it takes most for, where that has media."""
+    batch that it takes most for, where that has media. on_cpu: this machine has no accelerator, and what its own memory
+    would hold is told too."""
+    program = resident_bytes()
     sizes, memory = num_params(model), _table("Memory per rank")
     active = f" ({sizes.active:,} active)" if sizes.active != sizes.total else ""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -195,6 +205,7 @@ def _show_prediction(
     try:
         with out.status("rehearsing a step"):
             found = predict(config, model, layout.world, largest)
+            here = predict(config, model, layout.world, largest, on_cpu=True) if on_cpu else None
     except Unpredictable as error:
         memory.add_row("", str(error))
         out.print(memory)
@@ -209,6 +220,9 @@ def _show_prediction(
     memory.add_row("activations", f"{_size(found.activations)}, and buffers")
     device = found.gathered + found.activations if held else found.peak
     memory.add_row("together", f"{_size(device)} of the device, at the peak of a full step")
+    if here is not None:
+        total = f"{_size(program + here.peak)} resident, of which {_size(program).strip()} are the program's"
+        memory.add_row("on this CPU", total)
     compares = config.data.data_type == "dpo" and config.train.dpo_reference == "on_the_fly"
     left_out = ["images"] * (largest is None and bool(towers(model))) + ["the reference model"] * compares
     if left_out:

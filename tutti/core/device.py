@@ -72,6 +72,15 @@ def memory_gib(device: torch.device) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+def resident_bytes() -> int:
+    """The memory that is resident in this process now (at its peak so far, where the kernel tells no more)."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return int(memory_gib(torch.device("cpu")) * 2**30)
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep the memory of freed tensors for the next ones, rather than give it back to the kernel.
 
