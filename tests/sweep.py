@@ -242,12 +242,17 @@ def compare(got: tuple[float, dict[str, Tensor]], want: tuple[float, dict[str, T
     return EQUAL if worst <= 1e-4 else f"{FAILED}: gradient of {where} by {worst:.1e}"
 
 
-def disturbed(config: PreTrainedConfig, kind: Kind = TOKENS) -> Any:
-    """The model of a config with weights of which none is zero or one. ValueError: it is not tiny."""
+def require_tiny(config: PreTrainedConfig, kind: Kind = TOKENS) -> None:
+    """ValueError: the model of this config is not tiny; or whatever its class raises where it can't be made."""
     with torch.device("meta"):
         count = kind.model(config).num_parameters()
     if count > MOST:
         raise ValueError(f"has {count / 1e6:.0f}M parameters where it should be tiny")
+
+
+def disturbed(config: PreTrainedConfig, kind: Kind = TOKENS) -> Any:
+    """The model of a config with weights of which none is zero or one."""
+    require_tiny(config, kind)
     torch.manual_seed(0)
     model = kind.model(config, attn_implementation="eager")
     with torch.no_grad():

@@ -28,7 +28,7 @@ DATA = {
 
 
 def check(family: str) -> dict[str, str]:
-    """What each column says of a family; what is refused alone is not tried on ranks."""
+    """The cells of a family, by column; what is refused alone is not tried on ranks."""
     found = sweep.check(family, CLASSES)
     if found["packed"] == EQUAL:
         found |= on_ranks(family)
@@ -36,7 +36,7 @@ def check(family: str) -> dict[str, str]:
 
 
 def on_ranks(family: str) -> dict[str, str]:
-    """What the columns of whole runs say of a family."""
+    """The cells of a family in the columns of whole runs."""
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         start = {"model.config_path": str(sweep_layouts.write_family(family, root / "model"))}

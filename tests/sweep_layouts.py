@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from tests.harness import run_ranks
-from tests.sweep import EQUAL, FAILED, PAGE, REFUSED, families, rewrite, tiny_config
+from tests.sweep import EQUAL, FAILED, PAGE, REFUSED, families, require_tiny, rewrite, tiny_config
 from tests.train.runs import QUICKSTART, records, train_quietly
 from tests.train.runs import tiny_config as run_config
 
@@ -51,6 +51,7 @@ def write_family(family: str, folder: Path) -> Path:
     if hasattr(config, "vocab_size_per_layer_input"):
         config.vocab_size_per_layer_input = VOCAB
     config.bos_token_id, config.eos_token_id, config.pad_token_id = None, 2, 0
+    require_tiny(config)
     config.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(QUICKSTART / name, folder)

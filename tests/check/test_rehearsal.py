@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
 
+from tutti.attention.packed_cpu import packed_attention
+from tutti.attention.spec import AttentionSpec
 from tutti.check.rehearsal import rehearse
 from tutti.core.device import on_accelerator
 from tutti.parallel.activation_offload import to_host
@@ -74,3 +76,19 @@ def test_memory_that_is_emptied_and_filled_is_told_apart():
         assert memory.now == 6 * MIB
     storage.resize_(0)
     assert memory.now == 6 * MIB, "nothing is counted when the rehearsal is over"
+
+
+def test_a_cpu_saves_attentions_probabilities_and_an_accelerator_none():
+    borders, spec = torch.tensor([0, 5, 48]), AttentionSpec(0.3)
+    real = [torch.randn(heads, 48, 8) for heads in (4, 2, 2)]
+    saved = torch.ops.tutti.packed_attention(*real, borders, None, True, [float(item) for item in spec])[1]
+    assert saved.numel() > 0
+    for on_cpu in (True, False):
+        with rehearse(on_cpu=on_cpu) as memory:
+            shapes = [(heads, 48, 8) for heads in (4, 2, 2)]
+            query, key, value = (torch.empty(shape, dtype=torch.float32).requires_grad_() for shape in shapes)
+            before = memory.now
+            out = packed_attention(query, key, value, borders, spec)
+            assert memory.now - before == out.nbytes + saved.nbytes * on_cpu
+            out.sum().backward()
+            assert query.grad is not None and query.grad.shape == query.shape

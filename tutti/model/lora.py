@@ -373,7 +373,7 @@ def _candidates(model: PreTrainedModel) -> dict[str, tuple[nn.Module, str]]:
 
 def _routers(model: PreTrainedModel) -> set[str]:
     """The names of the linear layers that choose experts: beside a stack of these, with an output for each."""
-    found: set[str] = set()
+    found: set[int] = set()
     for _, block in blocks(model):
         for part in block.modules():
             beside = [child for child in part.modules() if isinstance(child, nn.Linear)]

@@ -60,8 +60,8 @@ def trace_stages(structure: ModelStructure) -> StageTrace:
         with _unfrozen(loop):
             mistake = trace.mistake(loop, leaf, output)
         if mistake is None:
-            ends = ([f"{path}.{key}" if path else key for key in keys] for keys in (trace.front, trace.tail))
-            return StageTrace(lists[0], *map(tuple, ends), tuple_length=length)  # type: ignore[arg-type]
+            front, tail = (tuple(f"{path}.{key}".lstrip(".") for key in keys) for keys in (trace.front, trace.tail))
+            return StageTrace(lists[0], front, tail, length)
         problem = mistake
     raise ValueError(f"{name} cannot be cut in stages: {problem}")
 

@@ -31,7 +31,7 @@ SMALLEST = 4096
 """Elements below which a parameter's state is not worth coding."""
 
 STATES = {"exp_avg": True, "exp_avg_sq": False}
-"""What is held in codes, and whether it has a sign."""
+"""The state that is held in codes, and True where it has a sign."""
 
 
 class AdamW8bit(AnyPrecisionAdamW):
@@ -66,14 +66,15 @@ class AdamW8bit(AnyPrecisionAdamW):
             return
         block = block_of(parameter)
         size = bucket_size(parameter)
-        whole = [local_part(parameter), local_part(parameter.grad)]  # type: ignore[arg-type]
+        assert parameter.grad is not None
+        whole = [local_part(parameter), local_part(parameter.grad)]
         assert all(tensor.is_contiguous() for tensor in whole), "matrices of models are contiguous"
         pieces = [tensor.view(-1).split(size) for tensor in whole]
         for name in STATES:
             codes = local_part(state[name]).view(-1).split(size)
             scales = local_part(state[f"{name}_scale"]).view(-1).split(size // block)
             table = self._tables[name] = self._tables[name].to(whole[0].device)
-            pieces.append([Coded(*pair, table, block) for pair in zip(codes, scales, strict=True)])  # type: ignore
+            pieces.append([Coded(*pair, table, block) for pair in zip(codes, scales, strict=True)])
         if "compensation" in state:
             pieces.append(local_part(state["compensation"]).view(-1).split(size))
         step = int(state["step"].item())
