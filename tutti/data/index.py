@@ -36,6 +36,7 @@ import numpy as np
 
 from tutti.core.batch import IGNORE, Media, Sample
 from tutti.core.dist import World
+from tutti.data.formats import BadRow, Row
 from tutti.data.media import MediaSummary, identity
 from tutti.data.mix import Mix, Permuted, SampleRef, Weights
 from tutti.data.worker import be_a_worker, quiet_fork
@@ -61,7 +62,7 @@ class Chunk:
 
     row, piece, length, targets, split, num_values, bucket: int64 [n]; targets counts the trained tokens, the last three
     are as in Sample.
-    media: [n] as in Sample, or empty where no sample has any.
+    media, places: [n] as in Sample, and the file and line of each, or empty where no sample has media.
     tokens: int32 [2, T], ids above labels, or None where only the numbers are wanted. bad: the rows left out.
     bad_numbers: their row numbers. rows: how many there were. first: the number of the first. crc: of the tokens.
     notes: how many rows had something that does not get to the model, by what it is. summary: of the media.
@@ -76,6 +77,7 @@ class Chunk:
     num_values: np.ndarray
     bucket: np.ndarray
     media: list[tuple[Media, ...]]
+    places: list[str]
     tokens: np.ndarray | None
     bad: tuple[Any, ...]
     bad_numbers: tuple[int, ...]
@@ -116,6 +118,7 @@ def encode_chunk(encoder: Any, source: int, numbers: Sequence[int], rows: Sequen
         np.concatenate([sample.labels for _, _, sample in found], out=tokens[1], casting="same_kind")
     length = np.array([len(sample) for _, _, sample in found], np.int64)
     media = [sample.media for _, _, sample in found]
+    of_row = dict(zip(numbers, rows, strict=True)) if any(media) else {}
     return Chunk(
         source=source,
         row=np.array([number for number, _, _ in found], np.int64),
@@ -126,6 +129,7 @@ def encode_chunk(encoder: Any, source: int, numbers: Sequence[int], rows: Sequen
         num_values=np.array([sample.num_values for _, _, sample in found], np.int64),
         bucket=np.array([sample.bucket for _, _, sample in found], np.int64),
         media=media if any(media) else [],
+        places=[place_of(of_row[number]) for number, _, _ in found] if any(media) else [],
         tokens=tokens,
         bad=tuple(bad),
         bad_numbers=tuple(bad_numbers),
@@ -254,10 +258,15 @@ def build_index(
     return _join(chunks, dropped)
 
 
+def place_of(row: Row | BadRow) -> str:
+    """The file and the line of a row, for messages."""
+    return f"{row.file}, line {row.line}"
+
+
 def bad_row_error(row: Any, more: int = 0) -> ValueError:
     """The error that a bad row is, with the way out."""
     others = f" ({more} more bad rows follow)" if more else ""
-    return ValueError(f"{row.file}, line {row.line}: {row.reason}{others}; data.silent_exception: true skips bad rows")
+    return ValueError(f"{place_of(row)}: {row.reason}{others}; data.silent_exception: true skips bad rows")
 
 
 def left_out(rows: int, dropped: Mapping[str, int]) -> str:
@@ -330,7 +339,7 @@ def encode_span(sources: Sequence[Any], encoder: Any, span: tuple[int, int, int]
     numbers = range(start, stop)
     chunk = encode_chunk(encoder, source, numbers, sources[source].rows(numbers))
     # An index counts media, which are read again in their turn: their bytes would be all of the data.
-    return replace(chunk, media=[tuple(one._replace(source=b"") for one in found) for found in chunk.media])
+    return replace(chunk, media=[tuple(one._replace(source=b"") for one in found) for found in chunk.media], places=[])
 
 
 _inherited: tuple[Sequence[Any], Any] | None = None

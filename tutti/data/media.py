@@ -35,6 +35,13 @@ from tutti.data.rows import RowError, kind_of
 Source = str | bytes
 """A path, or encoded bytes."""
 
+
+class MemberBytes(bytes):
+    """The encoded bytes of a medium that has a name, such as its path within an archive: by it messages name it."""
+
+    name: str = ""
+
+
 MAX_IMAGE_PIXELS = 2**28
 """An image of more pixels than this is taken for a mistake, or an attack: decoded it would fill a gigabyte."""
 
@@ -61,7 +68,7 @@ class MediaSummary:
 
     def add(self, medium: Media, tokens: int) -> None:
         """Count a medium that takes so many tokens."""
-        name = Path(medium.source).name if isinstance(medium.source, str) else ""
+        name = name_of(medium.source) if isinstance(medium.source, str | MemberBytes) else ""
         self.numbers[medium.kind] += 1
         self.tokens[medium.kind] += tokens
         self.largest.append((tokens, medium.kind, f"{described(medium)} {name}".strip()))
@@ -113,7 +120,7 @@ def reference(entry: Any, folder: MediaFolder) -> str | bytes:
         return bytes(entry)
     if isinstance(entry, dict):
         if entry.get("bytes") is not None:
-            return reference(entry["bytes"], folder)
+            return _member(entry["bytes"], entry.get("path"), folder)
         for key in ("path", "url", "image", "video", "audio"):
             if entry.get(key) is not None:
                 return reference(entry[key], folder)
@@ -136,6 +143,17 @@ def reference(entry: Any, folder: MediaFolder) -> str | bytes:
     if re.match(r"[a-zA-Z][\w+.-]*://", entry):
         raise RowError(f"{entry[:60]} would have to be downloaded, which training does not do: give a local file")
     return folder.path_of(entry)
+
+
+def _member(entry: Any, name: Any, folder: MediaFolder) -> str | bytes:
+    """As `reference`, of bytes that may have a name, such as their path within an archive."""
+    if not isinstance(name, str) or not isinstance(entry, bytes):
+        return reference(entry, folder)
+    if not entry:
+        raise RowError(f"{name} has no bytes")
+    encoded = MemberBytes(entry)
+    encoded.name = name
+    return encoded
 
 
 def measure_image(source: Source) -> tuple[int, int]:
@@ -221,4 +239,7 @@ def readable(source: Source, what: str = "an image") -> Iterator[None]:
 
 def name_of(source: Source) -> str:
     """A source's name in messages."""
-    return f"a medium of {len(source):,} bytes" if isinstance(source, bytes) else Path(source).name
+    if isinstance(source, bytes):
+        size = f"{len(source):,} bytes"
+        return f"{source.name} ({size})" if isinstance(source, MemberBytes) and source.name else f"a medium of {size}"
+    return Path(source).name

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tutti.config import Config
 from tutti.core.batch import IGNORE, Batch, LostSample, Sample, pack
 from tutti.core.files import cache_folder
-from tutti.data.index import Index, encode_chunk
+from tutti.data.index import Index, encode_chunk, place_of
 from tutti.data.rows import BrokenMediaError
 from tutti.data.source import Source
 from tutti.data.stream import StreamSample
@@ -155,7 +155,7 @@ class PackedSamples(Dataset):
 
     def _place(self, number: int) -> str:
         (row,) = self.sources[int(self.index.source[number])].rows([int(self.index.row[number])])
-        return f"{row.file}, line {row.line}"
+        return place_of(row)
 
     def _kept(self, tokens: np.ndarray, ids: list[int]) -> list[Sample]:
         index = self.index
@@ -250,7 +250,7 @@ class PackedStream(Dataset):
     def __getitems__(self, items: list[StreamSample]) -> Batch | ValueError:
         """The micro batch of these samples, or what is wrong with them."""
         try:
-            return self.collate([item.sample for item in items], lambda number: f"row {items[number].row + 1}")
+            return self.collate([item.sample for item in items], lambda number: items[number].place)
         except ValueError as error:
             return error
 

@@ -35,13 +35,14 @@ _BLOCK = 4096
 
 
 class StreamSample(NamedTuple):
-    """A sample of a stream, and what finds it again."""
+    """A sample of a stream, and what finds it again. place: the file and line of its row, if it has media."""
 
     row: int
     piece: int
     crc: int
     targets: int
     sample: Sample
+    place: str = ""
 
     @property
     def drawn(self) -> SampleRef:
@@ -50,11 +51,11 @@ class StreamSample(NamedTuple):
 
 def streamed(chunk: Chunk) -> Iterator[StreamSample]:
     """The samples of a chunk, in order."""
-    facts = zip(chunk.row.tolist(), chunk.piece.tolist(), chunk.targets.tolist(), chunk.samples(), strict=True)
-    for row, piece, targets, sample in facts:
-        yield StreamSample(
-            row, piece, zlib.crc32(sample.labels.data, zlib.crc32(sample.input_ids.data)), targets, sample
-        )
+    columns = (column.tolist() for column in (chunk.row, chunk.piece, chunk.targets))
+    places = chunk.places or [""] * len(chunk.row)
+    for row, piece, targets, sample, place in zip(*columns, chunk.samples(), places, strict=True):
+        crc = zlib.crc32(sample.labels.data, zlib.crc32(sample.input_ids.data))
+        yield StreamSample(row, piece, crc, targets, sample, place)
 
 
 class RowCounts:

@@ -7,9 +7,11 @@ model sees at inference.
 Where a token begins follows from the ids alone for byte-level tokenizers (GPT-2's kind, which most models have): a
 token stands for a fixed number of bytes, so that the sum over the tokens before it is its place. That is checked for
 each text, which must come out at its full length, and it spares the library the bookkeeping, a fifth of its time.
-Otherwise the library's character offsets are used. A run of one added token, such as the hundreds that stand for an
-image, is tokenised as one of it, whose id is then repeated. A few tokenizers are written in Python and have none; for
-them a character's token is found by tokenising the text up to it.
+Otherwise the library's character offsets are used. A few tokenizers are written in Python and have none; for them a
+character's token is found by tokenising the text up to it.
+
+A run of one added token, such as the hundreds that stand for an image, is tokenised as one of it, whose id is then
+repeated.
 """
 
 from __future__ import annotations

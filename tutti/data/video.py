@@ -107,10 +107,11 @@ def load_video(medium: Media, size: tuple[int, int]) -> np.ndarray:
     assert medium.frames is not None
     wanted, total = medium.frames.indices, medium.frames.total
     listed = isinstance(medium.source, tuple)
-    name = name_of(medium.source[0] if isinstance(medium.source, tuple) else medium.source)
+    shown = medium.source[0] if isinstance(medium.source, tuple) else medium.source
+    name = name_of(shown)
     found: dict[int, np.ndarray] = {}
     number, last = 0, None
-    with readable(name, "a video"):
+    with readable(shown, "a video"):
         for number, last in enumerate(_decoded(medium.source), start=1):
             if number - 1 in wanted:
                 found[number - 1] = _resized(last(), medium.size, size, name)
