@@ -355,6 +355,27 @@ def test_veomni_composed(tmp_path: Path) -> None:
     assert not migration.of("none")
 
 
+def test_veomni_decoders(tmp_path: Path) -> None:
+    """A decoder is used as it is; features have the language model's width in any case."""
+    text = (
+        "model: {model_path: ./llm, input_encoder: encoder, output_encoder: decoder, encode_target: true,\n"
+        "  encoders: {image: {model_path: ./vit, add_projector: false, output_size: 64}},\n"
+        "  decoders: {image: {config_path: ./vq, model_path: ./vq, add_projector: true, output_size: 64}}}\n"
+        "data: {train_path: x.jsonl, data_type: conversation}\n"
+        "train: {freeze_decoder: true, output_dir: o}\n"
+    )
+    migration = migrated(tmp_path, text)
+    model = loaded(tmp_path, migration).model
+    assert model.encoders == {"image": {"model_path": "./vit", "add_projector": False}}
+    assert model.decoders == {"image": {"model_path": "./vq"}}
+    assert (model.input_encoder, model.output_encoder, model.encode_target) == ("encoder", "decoder", True)
+    changed = row(migration, "model.decoders")
+    assert changed.kind == "changed" and "without add_projector, config_path" in changed.note
+    assert not migration.of("none")
+    random = migrated(tmp_path, text.replace("model_path: ./vq, ", ""))
+    assert row(random, "model.decoders").kind == "none" and "name a trained one" in row(random, "model.decoders").note
+
+
 def test_what_this_version_refuses_is_given_up_with_its_reason(tmp_path: Path) -> None:
     migration = migrated(tmp_path, VEOMNI_FLAT.replace("lr: 5.0e-6", "lr: fast"))
     assert row(migration, "train.lr").kind == "none"

@@ -168,6 +168,10 @@ REFUSED = {
     "no tokenizer of pictures": ({"model.decoders": {}, "model.encode_target": True}, "there is no model.decoders"),
     "none that is trained": ({"model.decoders": {"image": {"config_path": "x"}}}, "needs model_path"),
     "of a size of its own": ({"model.decoders": {"image": {"model_path": "VQ", "image_size": 8}}}, "leave it out"),
+    "of a model that draws none": (
+        {"model.decoders": {"image": {"model_path": "CHAMELEON"}}},
+        "is of ChameleonVQVAE, which makes no pictures",
+    ),
     "of sounds": ({"model.decoders": {"audio": {"model_path": "x"}}}, "there are decoders for image"),
     "split matrices": ({"train.tensor_parallel_size": 2}, "train.tensor_parallel_size: a model that draws"),
     "stages": ({"train.pipeline_parallel_size": 2}, "train.pipeline_parallel_size: a model that draws"),
@@ -181,6 +185,8 @@ def test_what_cannot_be_done_is_refused_by_name(tmp_path: Path, case: str) -> No
     changes, message = REFUSED[case]
     if "VQ" in str(changes):
         changes = {"model.decoders": {"image": {"model_path": write_tokenizer(tmp_path), "image_size": 8}}}
+    if "CHAMELEON" in str(changes):
+        changes = {"model.decoders": {"image": {"model_path": write_drawer(tmp_path / "seeing", "chameleon")}}}
     world = changes.get("train.tensor_parallel_size", changes.get("train.pipeline_parallel_size", 1))
     with pytest.raises(ValueError, match=message):
         language.build(config_of(tmp_path, world=world, **changes), torch.device("cpu"))
@@ -202,6 +208,7 @@ def test_what_cannot_be_done_is_refused_by_name(tmp_path: Path, case: str) -> No
         ),
         ("config.json", {"model_type": "glm_image_vqmodel"}, "is of GlmImageVQVAE, which makes codes of a vision"),
         ("config.json", {"model_type": "movqgan"}, "is of movqgan"),
+        ("config.json", {"model_type": "janusvq16_decoder"}, "is of janusvq16_decoder"),
     ],
 )
 def test_other_decoders_are_refused_by_name(tmp_path: Path, name: str, content: dict, message: str) -> None:

@@ -199,7 +199,11 @@ def test_a_trained_model_draws(one: Path) -> None:
 REFUSED = {
     "codes for eyes": ({"model.input_encoder": "decoder"}, "model.input_encoder: a ready-made model"),
     "codes of streams": ({"data.datasets_type": "iterable", "model.encode_target": True}, "goes over the data"),
-    "split matrices": ({"train.tensor_parallel_size": 2, "train.cfg_dropout": 0.1}, "train.cfg_dropout: is about"),
+    "split matrices": (
+        {"train.tensor_parallel_size": 2, "train.cfg_dropout": 0.1},
+        "with train.tensor_parallel_size 2 this",
+    ),
+    "adapters": ({"train.architecture": "lora", "model.encode_target": True}, "with train.architecture lora this"),
 }
 
 

@@ -171,6 +171,27 @@ def _media(value: Any, source: Source) -> Result:
     return Result(CHANGED if left else MAPPED, ours, note)
 
 
+def _encoders(value: Any, source: Source) -> Result:
+    """model.encoders, whose features are always as wide as the language model here."""
+    parts = {kind: dict(spec or {}) for kind, spec in dict(value or {}).items()}
+    ours = {kind: {key: item for key, item in spec.items() if key != "output_size"} for kind, spec in parts.items()}
+    return Result(MAPPED, {"model.encoders": ours} if ours else {})
+
+
+def _decoders(value: Any, source: Source) -> Result:
+    """model.decoders: a tokenizer of pictures stays as it is, and has a head and embeddings of ours."""
+    parts = {kind: dict(spec or {}) for kind, spec in dict(value or {}).items()}
+    if not parts:
+        return Result(MAPPED, note="none, and so it is here")
+    if not all(spec.get("model_path") for spec in parts.values()):
+        return Result(NONE, note="name a trained one by model_path: codes of one that is not trained say nothing")
+    ours = {kind: {"model_path": spec["model_path"]} for kind, spec in parts.items()}
+    left = sorted({key for spec in parts.values() for key in spec} - {"model_path", "output_size"})
+    note = "the folder of a VQModel, a Janus or a JanusVQVAE, as diffusers and transformers have them"
+    note += f"; it is used as it is, without {', '.join(left)}" if left else ""
+    return Result(CHANGED, {"model.decoders": ours}, note)
+
+
 def _diffusion_task(value: Any, source: Source) -> Result:
     """train.training_task: where a diffusion model's latents come from."""
     if value == "online_training":
@@ -273,6 +294,8 @@ _CHANGES: dict[str, Rule] = {
     "data.dataloader.worker_num_threads": needless("a worker has one thread"),
     "data.mm_configs": _media,
     "train.training_task": _diffusion_task,
+    "model.encoders": _encoders,
+    "model.decoders": _decoders,
     "train.vit_lr": same("train.part_lr", lambda value: {"towers": float(value)}),
     "train.freeze_decoder": choice({True: {}}, "what a model draws by stays as it is"),
     "model.model_config": off("change the model's config.json instead, and name it as model.config_path"),

@@ -36,7 +36,7 @@ from tutti.attention.interface import FOREIGN, PROBE, MaskSeen, attention_by_par
 from tutti.config import Config
 from tutti.core.compat import model_mapping
 from tutti.core.device import pick_device
-from tutti.model.drawing import draws
+from tutti.model.drawing import draws, obstacle, ready_folder
 from tutti.model.experts import resolve_experts
 from tutti.model.mixers import mixers, names_read
 from tutti.model.omni import OmniModel, compose, name_sources
@@ -336,11 +336,12 @@ def check_composed(config: Config) -> None:
             "train.cfg_dropout": chats and "train.cfg_dropout" in config.explicit,
             "train.loss_weights": bool(config.train.loss_weights) and chats,
         }
+        reason, instead = "there is no model.decoders.image to make them", "set that"
+        if ready_folder(config.model) is not None:
+            reason, instead = f"with {obstacle(config)} this model is not trained to draw", "change that"
+            log.info("%s", reason)
         for name in (name for name, asked in of_codes.items() if asked):
-            raise ValueError(
-                f"{name}: is about codes of images, and there is no model.decoders.image to make them; set that, or "
-                "leave this at its default"
-            )
+            raise ValueError(f"{name}: is about codes of images, and {reason}; {instead}, or leave this at its default")
     if not is_composed(config.model):
         return
     refuse = "model.encoders: a model with encoders beside it cannot be trained"

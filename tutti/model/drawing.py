@@ -85,10 +85,20 @@ def drawn_size(folder: Path, data: DataConfig) -> int | None:
 
 def draws(config: Config) -> bool:
     """True if a ready-made model is trained to draw."""
+    return ready_folder(config.model) is not None and obstacle(config) is None
+
+
+def obstacle(config: Config) -> str | None:
+    """The argument that keeps a ready-made model from being trained to draw, with its value; None if none does."""
     train, task = config.train, config.data.task
-    divided = train.tensor_parallel_size > 1 or train.pipeline_parallel_size > 1
-    chats = task.rows == "conversations" and task.head == "tokens"
-    return chats and not divided and train.architecture != "lora" and ready_folder(config.model) is not None
+    if task.rows != "conversations" or task.head != "tokens":
+        return f"data.data_type {config.data.data_type}"
+    if train.architecture == "lora":
+        return "train.architecture lora"
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        if (size := getattr(train, name)) > 1:
+            return f"train.{name} {size}"
+    return None
 
 
 class JanusCodes(CodeDecoder):

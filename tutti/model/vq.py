@@ -41,6 +41,12 @@ _REFUSED = {
 }
 """model_type of those that models do not draw by, and why."""
 
+_ELSEWHERE = {
+    "janusvq16_decoder": "or a Janus folder of Hugging Face (its vqmodel is taken)",
+    "movqgan": "such as the movq of a Kandinsky 2",
+}
+"""model_type that VeOmni has for itself -> what to give instead, after `a diffusers VQModel`."""
+
 _PART = "vqmodel."
 """How a whole model names the tensors of its tokenizer of pictures, after what is around that."""
 
@@ -145,17 +151,19 @@ def _make(folder: Path, argument: str, size: int | None) -> _Net:
         kind = _CLASSES[net["model_type"]]
     if content.get("model_type") == "chameleon":
         kind = "ChameleonVQVAE"
-    if size is not None and kind != "Emu3VQVAE":
+    if size is not None and kind in ("VQModel", "JanusVQVAE"):
         raise ValueError(f"{argument}: image_size: {kind} has a size of its own; leave it out")
     with torch.device("meta"):
         if kind == "VQModel":
             return _VQModel(folder, argument)
         if kind in (*_CLASSES.values(), "ChameleonVQVAE"):
             return _of_transformers(folder, argument, size)
-    found = kind or _REFUSED.get(net.get("model_type", "")) or content.get("model_type") or "no known model"
+    named = content.get("model_type")
+    found = kind or _REFUSED.get(net.get("model_type", "")) or named or "no known model"
+    other = _ELSEWHERE.get(named, f"such as data.data_type image trains, or of a {' or '.join(_CLASSES.values())}")
     raise ValueError(
         f"{argument}: {folder} is of {found}, by which models do not draw; give the folder of a diffusers VQModel, "
-        f"such as data.data_type image trains, or of a {' or '.join(_CLASSES.values())}"
+        f"{other}"
     )
 
 
