@@ -275,17 +275,17 @@ def pack(samples: Sequence[Sample], *, pad_to: int | None = None, pad_id: int = 
         lengths.append(min(padding, PAD_SEGMENT))
         sources.append(-1)
         padding -= lengths[-1]
-    flat_labels = torch.from_numpy(np.concatenate(labels).astype(np.int64))
-    target_index = (flat_labels != IGNORE).nonzero().flatten()
-    cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+    flat_labels = np.concatenate(labels).astype(np.int64)
+    targets = (flat_labels != IGNORE).nonzero()[0]
+    cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
     return Batch(
         input_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64)),
-        labels=flat_labels,
+        labels=torch.from_numpy(flat_labels),
         position_ids=torch.from_numpy(np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])),
-        cu_seqlens=cu_seqlens,
+        cu_seqlens=torch.from_numpy(cu_seqlens),
         max_seqlen=max(lengths),
-        target_index=target_index,
-        target_segment=torch.bucketize(target_index, cu_seqlens[1:], right=True),
+        target_index=torch.from_numpy(targets),
+        target_segment=torch.from_numpy(np.searchsorted(cu_seqlens[1:], targets, side="right")),
         segment_sources=torch.tensor(sources, dtype=torch.int64),
         num_sequences=num_sequences,
         num_tokens=num_tokens,

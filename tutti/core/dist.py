@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tutti.core.compat import clear_sharding_cache
 from tutti.core.files import describe_error
 
 
@@ -123,6 +122,8 @@ def init_world(device: torch.device, *, timeout_seconds: float = 0) -> World:
 def shutdown_world() -> None:
     """Leave the process group and end all others of this process, if there is one."""
     if dist.is_initialized():
+        from tutti.core.compat import clear_sharding_cache  # whose module brings torch's compiler along
+
         dist.destroy_process_group()
         # It holds meshes of groups that have ended, which would keep their threads and pass for meshes of new groups.
         clear_sharding_cache()

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from tutti.config import DataConfig
 from tutti.core.batch import Frames, Media, Sample
-from tutti.core.compat import VideoMetadata
 from tutti.data.audio import decode_sound, has_sound, load_sound
 from tutti.data.media import MediaFolder, identity, load_image, measure_image, reference, resized
 from tutti.data.media_cache import MediaCache
@@ -137,7 +136,7 @@ class MediaProcessor:
         if self.limits.video_fps is not None or not has_rule:
             return []
         width, height = header.size
-        metadata = VideoMetadata(header.total, fps, width, height, header.total / fps)
+        metadata = _describe_video(header.total, fps, width, height)
         try:
             return [int(index) for index in videos.sample_frames(metadata)]
         except (ValueError, ZeroDivisionError, RuntimeError):  # it has too few frames for the rule
@@ -476,11 +475,18 @@ def _unlike(value: Tensor, other: Tensor) -> list[int]:
     return [dim for dim in range(value.ndim) if other.shape[dim] != value.shape[dim]]
 
 
-def _metadata(video: Media) -> VideoMetadata:
+def _describe_video(total: int, fps: float, width: int, height: int, **more: Any) -> Any:
+    """transformers' record of a video, whose module brings torchvision along: rows of text go without."""
+    from tutti.core.compat import VideoMetadata
+
+    return VideoMetadata(total, fps, width, height, total / fps, **more)
+
+
+def _metadata(video: Media) -> Any:
     assert video.frames is not None
     width, height = video.size
     indices, total, fps = video.frames
-    return VideoMetadata(total, fps, width, height, total / fps, frames_indices=list(indices))
+    return _describe_video(total, fps, width, height, frames_indices=list(indices))
 
 
 def _evenly(number: int, total: int) -> list[int]:
