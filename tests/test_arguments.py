@@ -1,6 +1,6 @@
 """Setting an argument changes what the program does: for each one a test that would fail if it were ignored.
 
-Held complete: every argument of the contract is in `SHOWN_BY`, or refused when set (`NOT_YET`), and every test exists.
+Held complete: every argument of the contract is in `SHOWN_BY`, and every test exists.
 """
 
 import ast
@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from tests.config.test_reference import reference
-from tutti.config.rules import NOT_YET
 
 TESTS = Path(__file__).parent
 
@@ -39,7 +38,7 @@ SHOWN_BY = {
     "model.encoders": "model/test_omni.py::test_an_override_changes_the_tower",
     "model.decoders": "train/test_draw_run.py::test_both_kinds_of_loss_are_told_of_and_fall",
     "model.input_encoder": "train/test_draw_run.py::test_a_model_that_sees_by_codes_has_no_tower",
-    "model.output_encoder": "train/test_draw_run.py::test_features_as_targets_are_refused",
+    "model.output_encoder": "train/test_features_run.py::test_both_kinds_of_loss_are_told_of_and_fall",
     "model.encode_target": "train/test_draw_run.py::test_codes_that_are_made_before_training_are_those_of_each_step",
     "model.attn_implementation": f"{BUILD}::test_kernels_and_dtype_follow_the_configuration",
     "model.moe_implementation": f"{BUILD}::test_kernels_and_dtype_follow_the_configuration",
@@ -142,15 +141,12 @@ SHOWN_BY = {
 }
 
 
-def test_every_argument_is_shown_or_refused() -> None:
+def test_every_argument_is_shown() -> None:
     contract = [row.name for row in reference()]
-    refused = {name for name in NOT_YET if "=" not in name}
     unknown = sorted(set(SHOWN_BY) - set(contract))
     assert not unknown, f"not in the contract: {unknown}"
-    missing = [name for name in contract if name not in SHOWN_BY and name not in refused]
+    missing = [name for name in contract if name not in SHOWN_BY]
     assert not missing, f"name in SHOWN_BY the test that shows what each of these does: {missing}"
-    twice = sorted(refused & set(SHOWN_BY))
-    assert not twice, f"refused when set, so nothing can show what they do: {twice}"
 
 
 @cache

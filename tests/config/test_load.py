@@ -10,7 +10,6 @@ from tutti.config import ARGUMENTS, Config, ConfigError, get
 from tutti.config.coerce import coerce
 from tutti.config.layout import resolve_sizes
 from tutti.config.load import from_dict, load, to_yaml
-from tutti.config.rules import NOT_YET
 
 NEEDED = ["--data.train_path", "rows.jsonl", "--train.output_dir=runs/x", "model.model_path=qwen"]
 
@@ -112,8 +111,7 @@ def test_a_negative_number_is_a_value() -> None:
     assert problems("--train.lr", "-1") == ["train.lr: must be at least 0, got -1.0"]
 
 
-def test_mappings_by_longer_names_and_inline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tutti.config.rules.NOT_YET", {})
+def test_mappings_by_longer_names_and_inline(tmp_path: Path) -> None:
     path = write(tmp_path, "model: {encoders: {image: {config_path: siglip, scale: 1}}}")
     config = load([path, "model.encoders.image.scale=5e-1", "--model.encoders.audio.model_path", "whisper"], None)
     assert config.model.encoders == {
@@ -206,7 +204,7 @@ def test_a_name_like_no_other() -> None:
         ),
         (
             {"train": {"loss_weights": {"mse": 2}}},
-            "train.loss_weights: data_type conversation has losses of text, code, none of mse",
+            "train.loss_weights: data_type conversation has losses of text, code, feature, flow, none of mse",
         ),
         (
             {"train": {"loss_weights": {"mse": -1}}, "data": {"data_type": "image"}},
@@ -315,18 +313,6 @@ def test_defaults_that_follow_others() -> None:
     assert load(["data.text_keys=a,b"], None).data.text_keys == "a,b"
 
 
-@pytest.mark.parametrize(
-    ("override", "part"),
-    [
-        ("model.output_encoder=encoder", "pictures as features; model.decoders.image has codes"),
-    ],
-)
-def test_what_is_not_available_yet_is_refused(override: str, part: str) -> None:
-    (problem,) = problems(override)
-    name = override.partition("=")[0].removesuffix(".image.model_path")
-    assert problem.startswith(f"{name}: not available yet ({part}); ")
-
-
 def test_pairs_that_do_not_work_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = ("train.enable_compile", "train.expert_parallel_size")
     monkeypatch.setattr("tutti.config.rules.NOT_TOGETHER", (pair,))
@@ -336,18 +322,6 @@ def test_pairs_that_do_not_work_together_are_refused(monkeypatch: pytest.MonkeyP
     start, _, why = problem.partition(", since ")
     assert start == "train.enable_batch_invariant_mode: cannot go together with train.enable_compile"
     assert "lengths" in why
-
-
-def test_what_is_listed_as_not_available_exists() -> None:
-    for row in NOT_YET:
-        name, _, value = row.partition("=")
-        assert not value or value in ARGUMENTS[name].values, row
-
-
-def test_what_is_not_available_may_be_set_to_its_default() -> None:
-    load(
-        ["train.tensor_parallel_size=1", "train.architecture=full", "infer.seed=42", "train.async_enabled=false"], None
-    )
 
 
 _TEXT = st.text("aZ0 -:#'\"é~[]{},.\n", max_size=6)
@@ -383,7 +357,6 @@ def _values(name: str) -> st.SearchStrategy:
 def test_what_is_written_reads_back_equal(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Any configuration, with any of its arguments set, survives to_yaml and load with its explicit names."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tutti.config.rules.NOT_YET", {})
         patch.setattr("tutti.config.rules.NOT_TOGETHER", ())
         patch.setattr("tutti.config.load.contradictions", lambda config: [])
         tree: dict[str, dict] = {}

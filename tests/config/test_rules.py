@@ -128,14 +128,16 @@ CASES = [
     (["data.augment={flip: true}"], "data.augment", "data.data_type is not image"),
     *(
         ([f"{name}={value}"], name, "data.data_type is not diffusion")
+        for name, value in (("train.cache_latents", "no"), ("model.condition_model_path", "x"))
+    ),
+    *(
+        ([f"{name}={value}", *PLAIN], name, "data.data_type is neither diffusion nor conversation")
         for name, value in (
             ("train.flow_time_mean", 1),
             ("train.flow_time_std", 2),
             ("train.flow_shift", 3),
-            ("train.cache_latents", "no"),
             ("train.sample_steps", 5),
             ("train.sample_guidance", 2),
-            ("model.condition_model_path", "x"),
         )
     ),
     ([*DRAWS, "train.sample_steps=5"], "train.sample_steps", "there are no train.sample_prompts"),

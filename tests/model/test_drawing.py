@@ -30,7 +30,8 @@ from tutti.model.structure import part_parameters, read_structure
 from tutti.model.vq import PictureTokenizer, read_codes
 from tutti.train.inputs import num_ids
 from tutti.train.objective import Objective
-from tutti.train.tasks.drawing import SCALES, Coder, Drawing
+from tutti.train.tasks.drawing import Coder, Drawing
+from tutti.train.tasks.kinds import SCALES
 
 CPU = torch.device("cpu")
 

@@ -17,8 +17,9 @@ from tests.diffusion import make_data, make_folder, write_json
 from tests.harness import run_ranks
 from tests.train.runs import run, tiny_config
 from tests.train.test_run import assert_same_training
-from tutti.checkpoint.denoiser import WEIGHTS, load_denoiser
+from tutti.checkpoint.denoiser import load_denoiser
 from tutti.checkpoint.manager import read_model
+from tutti.checkpoint.net_files import WEIGHTS
 from tutti.config import Config
 from tutti.config.layout import resolve_sizes
 from tutti.config.load import load

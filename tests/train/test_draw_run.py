@@ -19,8 +19,7 @@ from tests.train.runs import QUICKSTART, run, tiny_config, train_quietly
 from tests.train.tasks.test_image import write_net
 from tests.train.test_run import assert_same_training
 from tutti.checkpoint.omni_files import CODE_DECODER
-from tutti.config import Config, ConfigError, ModelConfig
-from tutti.config.load import load
+from tutti.config import Config, ModelConfig
 from tutti.infer.drawing import Hidden
 from tutti.kinds import language
 from tutti.model.autoencoder import make_net
@@ -166,7 +165,7 @@ def test_hidden_prompts_are_drawn_by_key_and_keep_media(tmp_path: Path, one: lis
 
 REFUSED = {
     "no tokenizer of pictures": ({"model.decoders": {}, "model.encode_target": True}, "there is no model.decoders"),
-    "none that is trained": ({"model.decoders": {"image": {"config_path": "x"}}}, "needs model_path"),
+    "none that is trained": ({"model.decoders": {"image": {"config_path": "."}}}, "needs model_path"),
     "of a size of its own": ({"model.decoders": {"image": {"model_path": "VQ", "image_size": 8}}}, "leave it out"),
     "of a model that draws none": (
         {"model.decoders": {"image": {"model_path": "CHAMELEON"}}},
@@ -215,8 +214,3 @@ def test_other_decoders_are_refused_by_name(tmp_path: Path, name: str, content: 
     (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"{message}.*give the folder of a diffusers VQModel"):
         read_codes(tmp_path, "model.decoders.image.model_path")
-
-
-def test_features_as_targets_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"model\.output_encoder: not available yet"):
-        load(["model.config_path=x", "model.output_encoder=encoder", "data.train_path=x"], "train")

@@ -213,7 +213,7 @@ def answered_by_hand(model: Any, tokenizer: Any, processor: Any, row: dict[str, 
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     inputs = processor(text=[text], images=images)
     values = {"pixel_values": inputs["pixel_values"]} if images else {}
-    embedded, made = model.outer.embed(inputs["input_ids"], **values), []
+    embedded, made = model.outer.embed(inputs["input_ids"], model.outer.encode(values)), []
     for _ in range(count):
         made.append(int(model.foundation(inputs_embeds=embedded, use_cache=False).logits[0, -1].argmax()))
         embedded = torch.cat([embedded, model.get_input_embeddings()(torch.tensor([made[-1:]]))], 1)

@@ -1,41 +1,34 @@
 """Folders of diffusion models: reading a transformer into a model, wherever its parts lie, and writing a complete one.
 
-A transformer's weights are one `diffusion_pytorch_model.safetensors`, or several files with an index, by the names that
-they have within the class. Every rank reads its own slices of them. An export has all parts of the folder that was
-trained from beside the new transformer, so that `DiffusionPipeline.from_pretrained` loads it. Adapters are written
-alone, in the file that diffusers has for them.
+An export has all parts of the folder that was trained from beside the new transformer, so that
+`DiffusionPipeline.from_pretrained` loads it. Adapters are written alone, in the file that diffusers has for them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from tutti.checkpoint.hf_files import read_index
 from tutti.checkpoint.hf_save import Full, gather_full, prepare_folder
+from tutti.checkpoint.net_files import fill_net, write_net_config, write_weights
 from tutti.core.dist import World
 from tutti.core.files import describe_error, put_folder, write_synced
-from tutti.core.tensors import local_part
 from tutti.model.conditions import write_part
-from tutti.model.denoiser import Denoiser, random_net
+from tutti.model.denoiser import Denoiser
 from tutti.model.diffusion import require_diffusers
-from tutti.model.initial import give_storage, own_part
+from tutti.model.initial import give_storage
 from tutti.model.lora import adapters, lora_of
 from tutti.model.pipeline_folder import CONDITIONS, INDEX, TRANSFORMER, PipelineFolder, read_scheduler
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
 ADAPTERS = "pytorch_lora_weights.safetensors"
 _PREFIX = "net."
-_FILE_BYTES = 5 * 10**9
 
 
 def load_denoiser(model: Denoiser, folder: Path | None, *, seed: int, device: torch.device, world: World) -> None:
@@ -44,54 +37,7 @@ def load_denoiser(model: Denoiser, folder: Path | None, *, seed: int, device: to
     ValueError, on all ranks: there are none, or they are of another model.
     """
     give_storage(model, device)
-    targets = {name.removeprefix(_PREFIX): item for name, item in model.state_dict(keep_vars=True).items()}
-    if folder is None:
-        for name, value in random_net(model.config, seed).state_dict().items():
-            local_part(targets[name]).copy_(own_part(value, targets[name]))
-        return
-    world.run_on_all_ranks(lambda: _fill(targets, folder, model))
-
-
-@torch.no_grad()
-def _fill(targets: dict[str, Tensor], folder: Path, model: Denoiser) -> None:
-    ignored = tuple(getattr(model.net, "_keys_to_ignore_on_load_unexpected", None) or ())
-    found: set[str] = set()
-    odd: list[str] = []
-    for file, names in weight_files(folder):
-        try:
-            with safe_open(file, "pt") as content:
-                for name in names or content.keys():
-                    target, source = targets.get(name), content.get_slice(name)
-                    if target is None:
-                        odd += [] if any(part in name for part in ignored) else [f"{name} is too much"]
-                    elif tuple(source.get_shape()) != tuple(target.shape):
-                        odd.append(f"{name} is {source.get_shape()}, not {list(target.shape)}")
-                    else:
-                        part = source if target.ndim else content.get_tensor(name)
-                        local_part(target).copy_(own_part(part, target))
-                        found.add(name)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"model.model_path: {file} cannot be read: {error}") from None
-    parameters = {name.removeprefix(_PREFIX) for name, _ in model.named_parameters()}
-    odd += [f"{name} is missing" for name in sorted(parameters - found) if "_lora_" not in name]
-    if odd:
-        more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
-        raise ValueError(
-            f"model.model_path: the weights in {folder} do not fit its config.json: {', '.join(odd[:5])}{more}"
-        )
-
-
-def weight_files(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """The weight files of a folder, each with the names that its index has for it (none without an index)."""
-    if (folder / WEIGHTS_INDEX).is_file():
-        by_file: dict[str, list[str]] = {}
-        for name, file in read_index(folder / WEIGHTS_INDEX).items():
-            by_file.setdefault(file, []).append(name)
-        yield from ((folder / file, names) for file, names in by_file.items())
-    elif (folder / WEIGHTS).is_file():
-        yield folder / WEIGHTS, []
-    else:
-        raise ValueError(f"model.model_path: there is no {WEIGHTS} in {folder}")
+    fill_net(model.net, model.config, folder, seed=seed, world=world)
 
 
 def export_pipeline(
@@ -102,29 +48,13 @@ def export_pipeline(
     """
     partial = folder.with_name(f".{folder.name}.partial")
     world.run_on_all_ranks(lambda: prepare_folder(folder, partial) if world.is_main else None)
-    place = partial / TRANSFORMER
-    if world.is_main:
-        place.mkdir()
     names = [name for name in model.state_dict() if "_lora_" not in name]
-    held: dict[str, Tensor] = {}
-    files: dict[str, dict[str, Tensor]] = {}
-    index: dict[str, str] = {}
-    failure: Exception | None = None
-    for name in names:
-        tensor = full(name)
-        if world.is_main and failure is None:
-            if held and sum(item.nbytes for item in held.values()) + tensor.nbytes > _FILE_BYTES:
-                failure = failure or _write(held, place / _numbered(len(files)))
-                files[_numbered(len(files))], held = {}, {}
-            held[name.removeprefix(_PREFIX)] = tensor.contiguous()
-            index[name.removeprefix(_PREFIX)] = _numbered(len(files))
+    finish_weights = write_weights(names, full, partial / TRANSFORMER, world, _PREFIX)
 
     def finish() -> None:
-        if failure is not None:
-            raise ValueError(f"could not write {folder}: {describe_error(failure)}")
         try:
-            _finish_weights(held, index, len(files), place)
-            write_synced(place / "config.json", json.dumps(model.config.net, indent=2, sort_keys=True) + "\n")
+            finish_weights()
+            write_net_config(model.config, partial / TRANSFORMER)
             _copy_parts(source, partial, seed)
             put_folder(partial, folder)
         except OSError as error:
@@ -161,27 +91,6 @@ def export_adapters(model: Denoiser, folder: Path, world: World) -> None:
             raise ValueError(f"could not write {folder}: {describe_error(error)}") from error
 
     world.run_on_all_ranks(lambda: write() if world.is_main else None)
-
-
-def _numbered(number: int) -> str:
-    return f"diffusion_pytorch_model-{number + 1:05d}.safetensors"
-
-
-def _write(tensors: dict[str, Tensor], file: Path) -> Exception | None:
-    try:
-        save_file(tensors, file, metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
-        return error
-    return None
-
-
-def _finish_weights(held: dict[str, Tensor], index: dict[str, str], before: int, place: Path) -> None:
-    """Write the last file of weights, and the index where there are more."""
-    if not before:
-        save_file(held, place / WEIGHTS, metadata={"format": "pt"})
-        return
-    save_file(held, place / _numbered(before), metadata={"format": "pt"})
-    write_synced(place / WEIGHTS_INDEX, json.dumps({"metadata": {}, "weight_map": index}, indent=2) + "\n")
 
 
 def _copy_parts(source: PipelineFolder, partial: Path, seed: int) -> None:

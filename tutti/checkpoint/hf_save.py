@@ -89,7 +89,7 @@ def export_hf(
                 value = beside.read(key)
                 writer.add({key: value if isinstance(value, Tensor) else value[...]})
         written.append((part, place, writer, failure))
-    joins = joins_of(model, full, world) if isinstance(model, OmniModel) else None
+    joins = joins_of(model, full, partial, world) if isinstance(model, OmniModel) else None
 
     def finish() -> None:
         try:

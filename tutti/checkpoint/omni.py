@@ -19,13 +19,22 @@ from torch import Tensor, nn
 
 from tutti.checkpoint.hf_files import PartOfCheckpoint
 from tutti.checkpoint.hf_load import load_opened, load_weights
-from tutti.checkpoint.omni_files import CODE_DECODER, PROJECTOR
+from tutti.checkpoint.net_files import fill_net
+from tutti.checkpoint.omni_files import CODE_DECODER, FEATURE_HEAD, NET, PROJECTOR, QUERIES
 from tutti.core.dist import World
 from tutti.core.tensors import local_part
+from tutti.model.denoiser import DenoiserConfig
 from tutti.model.initial import fill_by_rules, materialize, own_part
 from tutti.model.omni import OmniModel
 
 log = logging.getLogger(__name__)
+
+_SAID = {
+    "projector": "the projector",
+    "features": "the head that predicts features",
+    "image": "what the model has for codes",
+}
+"""By a word in the names of what joins parts, how a message calls it."""
 
 
 def load_parts(
@@ -63,8 +72,10 @@ def load_parts(
         except ValueError as error:
             raise ValueError(str(error).replace("model.model_path", f"model.encoders.{kind}.model_path")) from error
         left = {name for name in left if not name.startswith(f"encoders.{kind}.tower.")}
-        left -= _load_projector(model, complete, kind, folder, world)
-    left -= _load_code_decoder(model, complete, world)
+        left -= _load_file(model, complete, f"encoders.{kind}.projector.", folder / PROJECTOR, world)
+        if kind == "image":
+            left -= _load_file(model, complete, "decoders.features.", folder / FEATURE_HEAD, world)
+    left -= _load_decoder(model, complete, world, seed)
     if left:
         log.info("new, drawn from train.seed: %s", ", ".join(sorted({_part_of(name) for name in left})))
         fill_by_rules(model, left & set(model.state_dict()), seed)
@@ -83,28 +94,31 @@ def _part_of(name: str) -> str:
     return parts[0] if parts[0] == "foundation" else ".".join(parts[:3])
 
 
-def _load_code_decoder(model: OmniModel, complete: OmniModel, world: World) -> set[str]:
-    """Fill what the model has for codes of pictures from the file beside their tokenizer, as `_load_projector` does."""
+def _load_decoder(model: OmniModel, complete: OmniModel, world: World, seed: int) -> set[str]:
+    """Fill what the model has for codes of pictures from the file beside their tokenizer, or for queries from the one
+    beside its diffusion transformer, as `_load_file` does, and that transformer. Collective."""
+    if (flow := complete.flow) is not None:
+        config = DenoiserConfig(net=flow.net)
+        argument = "model.decoders.image.model_path"
+        fill_net(model.flow_decoder.net, config, flow.weights, seed=seed, world=world, argument=argument)
+        loaded = {name for name in complete.state_dict() if name.startswith(NET)}
+        file = None if flow.weights is None else flow.weights.parent / QUERIES
+        return loaded | (_load_file(model, complete, "decoders.image.", file, world) if file else set())
     if complete.drawing_folder is None:
         return set()
     return _load_file(model, complete, "decoders.image.", complete.drawing_folder / CODE_DECODER, world)
 
 
-def _load_projector(model: OmniModel, complete: OmniModel, kind: str, folder: Path, world: World) -> set[str]:
-    """Fill an encoder's projector from the file beside its tower, if that fits; the names of what was filled, of the
-    complete model. Collective."""
-    return _load_file(model, complete, f"encoders.{kind}.projector.", folder / PROJECTOR, world)
-
-
 def _load_file(model: OmniModel, complete: OmniModel, prefix: str, file: Path, world: World) -> set[str]:
     """Fill the parameters below `prefix` from a file, if that is there and fits; the names of what was filled, of the
     complete model. Collective."""
-    wanted = {name: item.shape for name, item in complete.named_parameters() if name.startswith(prefix)}
+    named = ((name, item) for name, item in complete.named_parameters() if not name.startswith(NET))
+    wanted = {name: item.shape for name, item in named if name.startswith(prefix)}
     found: dict[str, Tensor] = world.run_on_all_ranks(lambda: load_file(file) if file.is_file() else {})
     if not wanted or not found:
         return set()
     if {prefix + name: tensor.shape for name, tensor in found.items()} != wanted:
-        part = "the projector" if "projector" in prefix else "what the model has for codes"
+        part = next(said for name, said in _SAID.items() if name in prefix)
         log.warning("%s joins other widths than these parts have: %s is new", file, part)
         return set()
     with torch.no_grad():

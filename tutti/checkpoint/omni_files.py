@@ -4,8 +4,13 @@ final/                 the foundation's own complete folder, with the tokenizer
   omni.yaml            the encoders' settings, by kind
   encoders/image/      the tower's own complete folder, with its image processor
     projector.safetensors
+    features.safetensors the head that predicts its features, of a model that does
   decoders/image/        the tokenizer of pictures that it draws by, as it was
     codes.safetensors    the codes' embeddings and head
+  decoders/image/        or the diffusion transformer that it draws by, and beside it what was not trained
+    transformer/
+    vae/  scheduler/
+    queries.safetensors  the queries' embeddings, and what brings their hidden states to the transformer's width
 """
 
 from __future__ import annotations
@@ -18,40 +23,66 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tutti.checkpoint.net_files import write_net_config, write_weights
 from tutti.core.dist import World
 from tutti.core.files import write_synced
+from tutti.model.conditions import write_part
+from tutti.model.denoiser import DenoiserConfig
+from tutti.model.flow_decoder import FlowSpec
 from tutti.model.omni import OmniModel
 from tutti.model.omni_config import DECODER, IMAGE_SIZE, OMNI, SETTINGS
+from tutti.model.pipeline_folder import TRANSFORMER, read_scheduler
 from tutti.model.vq import copy_tokenizer
 
 PROJECTOR = "projector.safetensors"
 
 
 CODE_DECODER = "codes.safetensors"
+FEATURE_HEAD = "features.safetensors"
+QUERIES = "queries.safetensors"
+
+NET = "decoders.image.net."
+"""The beginning of the names of the tensors of a diffusion decoder's transformer."""
 
 
 class Joins(NamedTuple):
     """settings: of each encoder, by kind. projectors: the tensors of each encoder's projector, by name within it.
     drawing_folder, drawing_size, codes: of a model that draws, the folder of its tokenizer of pictures, their side
-    where that has none of its own, and the tensors of what the model has for their codes."""
+    where that has none of its own, and the tensors of what the model has for their codes, or for queries. flow: the
+    diffusion decoder that it draws by. finish_flow: finishes the files of its transformer's weights. features: the
+    tensors of what predicts features, if it has that."""
 
     settings: Mapping[str, Mapping[str, Any]]
     projectors: Mapping[str, Mapping[str, Tensor]]
     drawing_folder: Path | None = None
     drawing_size: int | None = None
     codes: Mapping[str, Tensor] = {}
+    features: Mapping[str, Tensor] = {}
+    flow: FlowSpec | None = None
+    finish_flow: Callable[[], None] = lambda: None
 
 
-def joins_of(model: OmniModel, full: Callable[[str], Tensor], world: World) -> Joins:
-    """Collect what joins the parts of `model`, whose full tensors `full` gives by name on rank 0. Collective."""
+def joins_of(model: OmniModel, full: Callable[[str], Tensor], folder: Path, world: World) -> Joins:
+    """Collect what joins the parts of `model`, whose full tensors `full` gives by name on rank 0; the transformer of a
+    diffusion decoder goes to the `folder` of the export at once. Collective."""
     projectors: dict[str, dict[str, Tensor]] = {}
     for kind, encoder in model.encoders.items():
         names = list(encoder.projector.state_dict())  # type: ignore[union-attr]
         projectors[kind] = {name: full(f"encoders.{kind}.projector.{name}") for name in names}
     encoders: Any = model.config.encoders
     settings = {kind: {name: encoders[kind][name] for name in SETTINGS} for kind in projectors}
-    codes = {name: full(f"decoders.{name}") for name in model.decoders.state_dict()}
-    return Joins(settings, projectors, model.drawing_folder, model.drawing_size, codes)
+    codes, features = (_tensors_of(model, part, full) for part in ("decoders.image", "decoders.features"))
+    joins = Joins(settings, projectors, model.drawing_folder, model.drawing_size, codes, features, model.flow)
+    if model.flow is None:
+        return joins
+    names = [name for name in model.state_dict() if name.startswith(NET)]
+    return joins._replace(finish_flow=write_weights(names, full, folder / DECODER / TRANSFORMER, world, NET))
+
+
+def _tensors_of(model: OmniModel, part: str, full: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """The full tensors of a part of `model`, by name within it; none if it has no such part."""
+    names = [name for name in model.state_dict() if name.startswith(f"{part}.") and not name.startswith(NET)]
+    return {name.removeprefix(f"{part}."): full(name).contiguous() for name in names}
 
 
 def write_joins(joins: Joins, folder: Path) -> None:
@@ -63,10 +94,25 @@ def write_joins(joins: Joins, folder: Path) -> None:
         place = folder / DECODER
         place.mkdir(parents=True, exist_ok=True)
         copy_tokenizer(joins.drawing_folder, place, joins.drawing_size)
-        codes = {name.removeprefix("image."): tensor.contiguous() for name, tensor in joins.codes.items()}
-        save_file(codes, place / CODE_DECODER, metadata={"format": "pt"})
+        save_file(dict(joins.codes), place / CODE_DECODER, metadata={"format": "pt"})
+    if joins.flow is not None:
+        content["decoders"] = {"image": {"tokens": joins.flow.tokens, IMAGE_SIZE: joins.flow.side}}
+        _write_flow(joins, joins.flow, folder / DECODER)
+    if joins.features:
+        content["output_encoder"] = "encoder"
+        save_file(dict(joins.features), folder / "encoders" / "image" / FEATURE_HEAD, metadata={"format": "pt"})
     write_synced(folder / OMNI, yaml.safe_dump(content, sort_keys=False))
     for kind, tensors in joins.projectors.items():
         if tensors:
             contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
             save_file(contiguous, folder / "encoders" / kind / PROJECTOR, metadata={"format": "pt"})
+
+
+def _write_flow(joins: Joins, flow: FlowSpec, place: Path) -> None:
+    """Write a diffusion decoder, whose transformer's weights are there but for their end, to `place`."""
+    joins.finish_flow()
+    write_net_config(DenoiserConfig(net=flow.net), place / TRANSFORMER)
+    if "vae" in flow.folder.parts:
+        write_part(flow.folder, "vae", place / "vae", seed=0)
+    read_scheduler(flow.folder).save_pretrained(place / "scheduler")
+    save_file(dict(joins.codes), place / QUERIES, metadata={"format": "pt"})

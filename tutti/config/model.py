@@ -43,8 +43,8 @@ class ModelConfig:
     )
     decoders: Mapping[str, Any] = arg(
         {},
-        "What a language model draws by: {image: {model_path: the folder of a VQModel}}, whose codes it learns to "
-        "predict; see docs/omni.md.",
+        "What a language model draws by: {image: {model_path}}, the folder of a VQModel, whose codes it learns to "
+        "predict, or of a diffusion model, which it leads (also config_path, tokens, image_size); see docs/omni.md.",
         path=True,
     )
     input_encoder: Literal["encoder", "decoder"] = arg(
@@ -55,7 +55,7 @@ class ModelConfig:
         "What embeds images the assistant makes: features are regressed, codes are predicted by cross-entropy.",
     )
     encode_target: bool = arg(
-        False, "Make the codes of target images once, before training, rather than with every batch anew."
+        False, "Make the codes or latents of target images once, before training, rather than with every batch anew."
     )
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "native-sparse"] = arg(
         "flash_attention_2",

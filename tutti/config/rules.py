@@ -12,12 +12,6 @@ from typing import NamedTuple
 from tutti.config import ARGUMENTS, Config, away_from_default, get
 from tutti.config.tasks import TASKS
 
-NOT_YET: dict[str, str] = {
-    "model.output_encoder=encoder": "pictures as features; model.decoders.image has codes",
-}
-"""Arguments (refused when away from their default) or `argument=value` (that one value is refused), and what they
-belong to. Whoever brings the machinery deletes the row."""
-
 _CREDENTIALS = re.compile(r"://[^/?#\s]*:[^/?#\s]*@|[?&](sig|[\w-]*(signature|token|secret|password|api_?key))=", re.I)
 """Secrets in a URL: user:password@host, and the parameters that sign one."""
 
@@ -26,13 +20,8 @@ NOT_TOGETHER: tuple[tuple[str, str], ...] = (("train.lora_base_dtype", "train.te
 
 
 def unavailable(config: Config) -> list[str]:
-    """One problem for each argument of a resolved configuration that this version cannot act on."""
+    """One problem for each pair of arguments of a resolved configuration that this version cannot act on together."""
     problems = []
-    for row, part in NOT_YET.items():
-        name, _, refused = row.partition("=")
-        if _is_set(config, row):
-            instead = f"choose another value than {refused}" if refused else "leave it at its default"
-            problems.append(f"{name}: not available yet ({part}); {instead}")
     for first, second in NOT_TOGETHER:
         if _is_set(config, first) and _is_set(config, second):
             problems.append(f"{first}: not available yet together with {second}; leave one of them at its default")
@@ -182,13 +171,9 @@ def _draws(config: Config) -> bool:
     return config.data.task.kind == "denoiser"
 
 
-_OF_DIFFUSION = (
-    *_prefixed("train.flow_"),
-    "train.cache_latents",
-    "train.sample_steps",
-    "train.sample_guidance",
-    "model.condition_model_path",
-)
+_OF_DENOISERS = (*_prefixed("train.flow_"), "train.sample_steps", "train.sample_guidance")
+"""About models of diffusion, and about such beside a language model (model.decoders)."""
+_OF_DIFFUSION = ("train.cache_latents", "model.condition_model_path")
 _LIMITS = (*_prefixed("data.image_"), *_prefixed("data.video_"), *_prefixed("data.audio_"))
 _OF_ADAPTERS = tuple(name for name in _prefixed("train.lora_") if name != "train.lora_base_dtype")
 
@@ -264,6 +249,11 @@ _RULES = (
         _OF_DIFFUSION,
         lambda config: not _draws(config),
         "data.data_type is not diffusion",
+    ),
+    _Rule(
+        _OF_DENOISERS,
+        lambda config: config.data.data_type not in ("diffusion", "conversation"),
+        "data.data_type is neither diffusion nor conversation",
     ),
     _Rule(
         ("train.sample_steps", "train.sample_guidance"),
@@ -426,7 +416,7 @@ _RULES = (
         "the adapter at model.adapter_path has its own",
     ),
     _Rule(
-        tuple(name for name in _prefixed("train.sample_") if name not in _OF_DIFFUSION),
+        tuple(name for name in _prefixed("train.sample_") if name not in _OF_DENOISERS),
         lambda config: config.data.task.head != "tokens" and not _draws(config),
         "the model of this data.data_type gives numbers, and writes nothing",
     ),

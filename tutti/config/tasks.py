@@ -53,7 +53,7 @@ TASKS: dict[str, TaskRow] = {
         doc="a chat trained on its assistant turns",
         columns="messages",
         rows="conversations",
-        losses={"text": 1.0, "code": 1.0},
+        losses={"text": 1.0, "code": 1.0, "feature": 1.0, "flow": 1.0},
     ),
     "classification": TaskRow(
         module="tutti.train.tasks.classification",

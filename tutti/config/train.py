@@ -42,8 +42,8 @@ class TrainConfig:
     )
     loss_weights: Mapping[str, float] = arg(
         {},
-        "Weights of a step's losses by kind, with their defaults: text (1) and code (1) of models that draw; l1 (1), "
-        "mse (1), commitment (1) and kl (1e-6) with data_type image.",
+        "Weights of a step's losses by kind, with their defaults: text, code, feature and flow (1 each) of models that "
+        "draw; l1 (1), mse (1), commitment (1) and kl (1e-6) with data_type image.",
         shown="{}",
         added=True,
     )
@@ -294,19 +294,21 @@ class TrainConfig:
         path=True,
     )
     sample_tokens: int = arg(48, "Most tokens of each of these answers.", low=1, added=True)
-    sample_steps: int = arg(20, "data_type diffusion: steps in which such a prompt is drawn.", low=1, added=True)
+    sample_steps: int = arg(20, "Diffusion: steps in which such a prompt is drawn.", low=1, added=True)
     sample_guidance: float = arg(
         4.0,
-        "data_type diffusion: how strongly a prompt leads what is drawn for it; 1 not beyond what was learned.",
+        "Diffusion: how strongly a prompt leads what is drawn for it; 1 not beyond what was learned.",
         low=1,
         added=True,
     )
     flow_time_mean: float = arg(
-        0.0, "data_type diffusion: mean of the logit-normal times of training; above 0 more noise.", added=True
+        0.0,
+        "Diffusion, also of model.decoders: mean of the logit-normal times of training; above 0 more noise.",
+        added=True,
     )
-    flow_time_std: float = arg(1.0, "data_type diffusion: their standard deviation.", low=0.01, added=True)
+    flow_time_std: float = arg(1.0, "Diffusion: their standard deviation.", low=0.01, added=True)
     flow_shift: float = arg(
-        1.0, "data_type diffusion: shift of these times towards noise, s t / (1 + (s - 1) t).", low=0.01, added=True
+        1.0, "Diffusion: shift of these times towards noise, s t / (1 + (s - 1) t).", low=0.01, added=True
     )
     cfg_dropout: float = arg(
         0.1,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from tutti.core.pixels import to_image
+from tutti.infer.flow import FlowPainter
 from tutti.model.drawing import picture_text
 from tutti.model.omni_processor import CODE
 from tutti.model.vq import PictureTokenizer
@@ -36,7 +38,8 @@ class Drawing:
     """How a model draws. start: the token that begins a picture. pattern: what follows it up to the token that ends it,
     ids and places of codes (-1). first, number: the id of code 0, and how many there are. decode: from codes [N, n] to
     pictures [N, 3, S, S]; None where the model sees pictures as codes and draws none. temperature: divides the logits
-    of codes, beside infer.temperature."""
+    of codes, beside infer.temperature. paint: of a model that draws by queries (`tutti.infer.flow`), which the pattern
+    has in the place of codes, makes the picture [3, S, S] that an answer, by its number, has at a place."""
 
     start: int
     pattern: tuple[int, ...]
@@ -44,6 +47,7 @@ class Drawing:
     number: int
     decode: Callable[[Tensor], Tensor] | None
     temperature: float = 1.0
+    paint: Callable[[int, int], Tensor] | None = None
 
     @property
     def codes(self) -> slice:
@@ -63,7 +67,13 @@ class Drawing:
     @property
     def begins(self) -> list[int]:
         """The tokens before the first code."""
-        return [self.start, *self.pattern[: self.pattern.index(_CODE)]]
+        first = 0 if self.paint is not None else self.pattern.index(_CODE)
+        return [self.start, *self.pattern[:first]]
+
+    @property
+    def draws(self) -> bool:
+        """True if there is something that makes pictures."""
+        return self.decode is not None or self.paint is not None
 
     def allow(self, logits: Tensor, states: Sequence[DrawingState]) -> Tensor:
         """Logits [B, V] with those of tokens that may not come next at -inf."""
@@ -71,7 +81,7 @@ class Drawing:
         for row, state in enumerate(states):
             if state.place is None:
                 allowed[row, self.codes] = -torch.inf
-                if state.room < self.room or self.decode is None:
+                if state.room < self.room or not self.draws:
                     allowed[row, self.start] = -torch.inf
             elif self.pattern[state.place] == _CODE:
                 own = allowed[row, self.codes] / self.temperature
@@ -131,17 +141,24 @@ class Pictures:
             inside = state.place is not None
             state.add(token.id, drawing)
             if not inside or state.place is None:
+                if inside and drawing.paint is not None:
+                    self._complete(token.number, [], drawing)
                 yield token
-            elif is_code:
+            elif is_code and drawing.paint is None:
                 codes.setdefault(token.number, []).append(token.id - drawing.first)
                 if len(codes[token.number]) == drawing.tokens:
                     self._complete(token.number, codes.pop(token.number), drawing)
 
     def _complete(self, number: int, codes: list[int], drawing: Drawing) -> None:
-        assert drawing.decode is not None
         pictures = self.found.setdefault(number, [])
-        pictures.append(to_image(drawing.decode(torch.tensor([codes]))[0]))
-        self.made(number, len(pictures), pictures[-1])
+        place = len(pictures) + 1
+        if drawing.paint is not None:
+            pixels = drawing.paint(number, place)
+        else:
+            assert drawing.decode is not None
+            pixels = drawing.decode(torch.tensor([codes]))[0]
+        pictures.append(to_image(pixels))
+        self.made(number, place, pictures[-1])
 
 
 class GuidedLogits:
@@ -156,7 +173,7 @@ class GuidedLogits:
         self._inner, self._drawing, self._guidance, self._hide = inner, drawing, guidance, hide
 
     def start(self, requests: Sequence[Request]) -> Tensor:
-        both = [one for item in requests for one in (item, item._replace(ids=self._hidden(item)))]
+        both = [one for item in requests for one in (item, item.hidden(self._hide, len(self._drawing.begins)))]
         return self._guided(self._inner.start(both))
 
     def step(self, tokens: Sequence[int]) -> Tensor:
@@ -164,11 +181,6 @@ class GuidedLogits:
 
     def keep(self, rows: Sequence[int]) -> None:
         self._inner.keep([twin for row in rows for twin in (2 * row, 2 * row + 1)])
-
-    def _hidden(self, request: Request) -> list[int]:
-        begun = len(self._drawing.begins) if request.drawn else 0
-        prompt = len(request.ids) - begun
-        return [*self._hide(request.ids[:prompt]), *request.ids[prompt:]]
 
     def _guided(self, logits: Tensor) -> Tensor:
         guided, free = logits[0::2].clone(), logits[1::2]
@@ -196,15 +208,21 @@ def hiding(tokenizer: Any, model: Any) -> Hidden:
 
 
 def drawing_of(
-    model: Any, tokenizer: Any, device: torch.device, temperature: float = 1.0
-) -> tuple[Drawing, Any] | None:
-    """How a model draws, and its tokenizer of pictures; None if it does not."""
-    folder = getattr(model, "drawing_folder", None)
-    if folder is None:
+    model: Any, tokenizer: Any, device: torch.device, temperature: float = 1.0, painter: FlowPainter | None = None
+) -> tuple[Drawing, PictureTokenizer | FlowPainter] | None:
+    """How a model draws, and what makes codes of pictures; None if it does not. painter: of one that draws by
+    diffusion."""
+    folder: Any = getattr(model, "drawing_folder", None)
+    if folder is None and painter is None:
         return None
-    pictures, codes = PictureTokenizer(folder, device, size=model.drawing_size), model.code_decoder
+    codes: Any = model.code_decoder
+    pictures: Any = painter or PictureTokenizer(folder, device, size=model.drawing_size)
     written = tokenizer(picture_text(tokenizer, pictures.codes), add_special_tokens=False).input_ids
     placeholder = tokenizer.convert_tokens_to_ids(CODE)
+    if painter is not None:
+        queries = count(codes.first)
+        start, *pattern = (next(queries) if token == placeholder else token for token in written)
+        return Drawing(start, tuple(pattern), codes.first, codes.number, None, paint=painter.paint), painter
     start, *pattern = (_CODE if token == placeholder else token for token in written)
     decode = pictures.decode if pictures.codes.draws else None
     return Drawing(start, tuple(pattern), codes.first, codes.number, decode, temperature), pictures

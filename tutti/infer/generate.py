@@ -52,6 +52,11 @@ class Request(NamedTuple):
         """The tokens of prompt and answer when the answer is as long as it may get."""
         return len(self.ids) + self.limit
 
+    def hidden(self, hide: Callable[[Sequence[int]], list[int]], begun: int) -> Request:
+        """The request with its prompt hidden, but for the `begun` tokens at its end that begin a picture."""
+        prompt = len(self.ids) - (begun if self.drawn else 0)
+        return self._replace(ids=[*hide(self.ids[:prompt]), *self.ids[prompt:]])
+
 
 class Token(NamedTuple):
     """One more token of sequence `number`. end: `stop` (it is a stop token), `length` (the limit), or None."""

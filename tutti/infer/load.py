@@ -37,11 +37,13 @@ from tutti.core.files import sha256
 from tutti.data.processor import MediaProcessor
 from tutti.data.template import ChatTemplate, read_template
 from tutti.infer.drawing import Drawing, GuidedLogits, drawing_of, hiding
+from tutti.infer.flow import FlowPainter, LedLogits
 from tutti.infer.generate import CachedLogits, NextLogits
 from tutti.infer.hf_generate import GeneratedLogits, needs_generate
 from tutti.infer.media import MediaInputs, media_inputs
 from tutti.infer.prompts import PromptFormat
 from tutti.model.build import build_model, load_model_config
+from tutti.model.diffusion import Guided
 from tutti.model.drawing import let_draw, ready_folder, write_drawn
 from tutti.model.lora import add_adapters
 from tutti.model.multimodal import MultimodalForward
@@ -118,9 +120,13 @@ def load_model(config: Config, world: World) -> LoadedModel:
     log.info("%s: %s, %s", named, _described(model), world.device)
     stop_ids = frozenset(end_ids(tokenizer, model.generation_config))
     logits = _next_logits(model, stop_ids, processor, world.device)
-    found = world.run_on_all_ranks(lambda: _drawing(config, model, tokenizer, world))
+    painter = world.run_on_all_ranks(lambda: _painter(config, model, tokenizer, world))
+    found = world.run_on_all_ranks(lambda: _drawing(config, model, tokenizer, world, painter))
     drawing, encode = (None, None) if found is None else (found[0], found[1].encode)
-    if drawing is not None and drawing.decode is not None and config.infer.image_guidance != 1.0:
+    if painter is not None:
+        painter.begin()
+        logits = LedLogits(logits, model.get_output_embeddings(), model.config.first_code, painter)
+    elif drawing is not None and drawing.draws and config.infer.image_guidance != 1.0:
         logits = GuidedLogits(logits, drawing, config.infer.image_guidance, hiding(tokenizer, model))
     folders = data.media_root, data.row_template
     return LoadedModel(
@@ -133,9 +139,17 @@ def load_model(config: Config, world: World) -> LoadedModel:
     )
 
 
-def _drawing(config: Config, model: Any, tokenizer: Any, world: World) -> Any:
-    """How the model draws, with its tokenizer of pictures; None if it does not."""
-    found = drawing_of(model, tokenizer, world.device, config.infer.image_temperature)
+def _painter(config: Config, model: Any, tokenizer: Any, world: World) -> FlowPainter | None:
+    """The painter of a model that draws by diffusion."""
+    if getattr(model, "flow", None) is None:
+        return None
+    settings = Guided(config.infer.image_steps, config.infer.image_guidance)
+    return FlowPainter(model, world.device, settings, config.infer.seed, hiding(tokenizer, model))
+
+
+def _drawing(config: Config, model: Any, tokenizer: Any, world: World, painter: FlowPainter | None) -> Any:
+    """How the model draws, with what makes codes of pictures; None if it does not."""
+    found = drawing_of(model, tokenizer, world.device, config.infer.image_temperature, painter)
     if found is not None and needs_generate(model):
         raise ValueError("infer.model_path: a model of this family draws in training alone yet")
     return found

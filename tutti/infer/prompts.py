@@ -132,7 +132,7 @@ def to_draw(form: PromptFormat, request: Request) -> Request:
     drawing = form.drawing
     if drawing is None:
         raise RowError("this model draws no pictures (model.decoders)")
-    if drawing.decode is None:
+    if not drawing.draws:
         raise RowError("this model makes codes of pictures, and no pictures of codes; it does not draw")
     room = form.context - len(request.ids) if form.context else drawing.room
     if room < drawing.room:

@@ -38,9 +38,10 @@ from tutti.core.compat import model_mapping
 from tutti.core.device import pick_device
 from tutti.model.drawing import draws, obstacle, ready_folder
 from tutti.model.experts import resolve_experts
+from tutti.model.flow_decoder import read_flow
 from tutti.model.mixers import mixers, names_read
 from tutti.model.omni import OmniModel, compose, name_sources
-from tutti.model.omni_config import OmniConfig, decoder_folder, is_composed
+from tutti.model.omni_config import OmniConfig, answers_with_pictures, decoder_folder, is_composed, regresses
 from tutti.model.omni_processor import make_room, placeholders
 from tutti.model.sparse import add_sparse_attention, is_sparse, take_sparse_sizes
 from tutti.model.speech import keep_speech, thinker_config
@@ -105,7 +106,7 @@ def build_model(
     if tokenizer is not None:
         if isinstance(model_config, OmniConfig):
             model_config.placeholders = placeholders(tokenizer, model_config)
-            if model_config.num_codes:
+            if model_config.draws:
                 text = language_config(model_config)
                 make_room(tokenizer, text, is_new=config.model.model_path is None)
             model_config.first_code = max(num_token_ids(model_config), max(tokenizer.get_vocab().values()) + 1)
@@ -319,6 +320,9 @@ def num_token_ids(model_config: PreTrainedConfig) -> int:
     return rows
 
 
+_OF_NOISE = ("train.flow_", "train.sample_steps", "train.sample_guidance")
+
+
 def check_composed(config: Config) -> None:
     """ValueError for what cannot be done with a composed model, or needs one."""
     ready = draws(config)
@@ -334,7 +338,7 @@ def check_composed(config: Config) -> None:
             "model.input_encoder": config.model.input_encoder == "decoder",
             "model.encode_target": config.model.encode_target,
             "train.cfg_dropout": chats and "train.cfg_dropout" in config.explicit,
-            "train.loss_weights": bool(config.train.loss_weights) and chats,
+            "train.loss_weights": bool(config.train.loss_weights) and chats and not regresses(config.model),
         }
         reason, instead = "there is no model.decoders.image to make them", "set that"
         if ready_folder(config.model) is not None:
@@ -342,10 +346,17 @@ def check_composed(config: Config) -> None:
             log.info("%s", reason)
         for name in (name for name, asked in of_codes.items() if asked):
             raise ValueError(f"{name}: is about codes of images, and {reason}; {instead}, or leave this at its default")
+    if config.data.data_type == "conversation" and read_flow(config.model) is None:
+        of_noise = [name for name in sorted(config.explicit) if name.startswith(_OF_NOISE)]
+        if of_noise:
+            raise ValueError(
+                f"{of_noise[0]}: is about pictures that are drawn by diffusion, and model.decoders.image is none such; "
+                "leave it at its default"
+            )
     if not is_composed(config.model):
         return
     refuse = "model.encoders: a model with encoders beside it cannot be trained"
-    if decoder_folder(config.model) is not None:
+    if answers_with_pictures(config.model):
         _check_drawing(config)
     if not config.data.task.holds_chats or config.data.task.head != "tokens":
         raise ValueError(f"{refuse} with data.data_type {config.data.data_type} (choose conversation or dpo)")
@@ -359,6 +370,18 @@ def _check_drawing(config: Config) -> None:
         raise ValueError(
             f"model.decoders: a model that draws is not trained with data.data_type {config.data.data_type}; choose "
             "conversation"
+        )
+    flow = read_flow(config.model)
+    if regresses(config.model) and decoder_folder(config.model) is not None:
+        how = "by codes" if flow is None else "from queries (from features is not available yet)"
+        raise ValueError(
+            f"model.output_encoder: this decoder draws {how}, and encoder has features in their place; set decoder, or "
+            "leave model.decoders out"
+        )
+    if flow is not None and config.model.input_encoder == "decoder":
+        raise ValueError(
+            "model.input_encoder: the queries of a diffusion decoder say nothing about a picture that is there; set "
+            "encoder, and model.encoders.image to see by"
         )
     for name in ("tensor_parallel_size", "pipeline_parallel_size"):
         if getattr(config.train, name) > 1:

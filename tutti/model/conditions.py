@@ -239,7 +239,7 @@ class _LanguageModelText:
     def __init__(self, folder: PipelineFolder, parts: dict[str, Any], device: torch.device, max_length: int) -> None:
         self._family, self._device, self._max_length = folder.family, device, max_length
         self._tokenizer, self._model = parts["tokenizer"], parts["text_encoder"]
-        wanted = _text_width(json.loads((folder.transformer / "config.json").read_text()))
+        wanted = text_width(json.loads((folder.transformer / "config.json").read_text()))
         width = self._model.config.get_text_config().hidden_size
         if wanted is not None and wanted != width:
             raise ValueError(
@@ -259,7 +259,7 @@ class _LanguageModelText:
         return Text(padded, None, pooled)
 
 
-def _text_width(config: dict[str, Any]) -> int | None:
+def text_width(config: dict[str, Any]) -> int | None:
     """The width of text embeddings that a transformer's config asks for, if it says so."""
     for name in ("joint_attention_dim", "text_dim", "caption_channels"):
         if config.get(name) is not None:

@@ -77,8 +77,7 @@ def make_net(net: dict[str, Any]) -> Any:
 def build_denoiser(config: Config, folder: Path) -> Denoiser:
     """The transformer in `folder`, its parameters on the meta device, in training mode: in fp32, or (without
     train.enable_mixed_precision) in bf16."""
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    net = {name: value for name, value in content.items() if name != "_name_or_path"}
+    net = read_net(folder)
     with parameters_on_meta():
         model = Denoiser(DenoiserConfig(net=net))
     if not config.train.enable_mixed_precision:
@@ -86,6 +85,12 @@ def build_denoiser(config: Config, folder: Path) -> Denoiser:
             for name, parameter in module.named_parameters(recurse=False):
                 module._parameters[name] = nn.Parameter(parameter.detach().to(torch.bfloat16))
     return model.train()
+
+
+def read_net(folder: Path) -> dict[str, Any]:
+    """The config of the transformer in `folder`, with its `_class_name`."""
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return {name: value for name, value in content.items() if name != "_name_or_path"}
 
 
 @contextmanager

@@ -32,7 +32,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from tutti.core.batch import SequenceRanks
 from tutti.core.collectives import RankGroup, gather_over
 
-_KINDS = (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw"))
+_KINDS = (
+    ("image", "pixel_values", "image_grid_thw"),
+    ("video", "pixel_values_videos", "video_grid_thw"),
+    ("drawn", "drawn_values", "drawn_grid_thw"),
+)
 """A kind of encoded input: its name, and the names of its values and sizes among the arguments of a forward."""
 
 _LISTS = ("deepstack_features",)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +52,9 @@ def init_weights(model: PreTrainedModel, seed: int, device: torch.device) -> Non
 def materialize(model: PreTrainedModel, device: torch.device) -> None:
     """Give everything that is on meta storage on `device`: parameters and saved buffers hold nothing in particular,
     buffers that checkpoints do not hold are recomputed."""
+    there = {name for name, buffer in model.named_buffers() if not buffer.is_meta}
     give_storage(model, device)
-    rebuild_buffers(model)
+    rebuild_buffers(model, there)
 
 
 def give_storage(model: nn.Module, device: torch.device, *, only_trained: bool = False) -> None:
@@ -71,9 +72,10 @@ def give_storage(model: nn.Module, device: torch.device, *, only_trained: bool =
                     store[name] = made[id(tensor)]
 
 
-def rebuild_buffers(model: PreTrainedModel) -> None:
-    """Recompute the buffers that no checkpoint holds (rotary frequencies, embedding scales, position tables)."""
-    names = {name for name, _ in model.named_buffers()} - set(model.state_dict())
+def rebuild_buffers(model: PreTrainedModel, there: Set[str] = frozenset()) -> None:
+    """Recompute the buffers that no checkpoint holds (rotary frequencies, embedding scales, position tables), but for
+    those that are `there`."""
+    names = {name for name, _ in model.named_buffers()} - set(model.state_dict()) - there
     fill_by_rules(model, names, seed=0)
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -37,6 +37,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tutti.config import ModelConfig
 from tutti.core.compat import model_mapping
+from tutti.model.extra_tokens import ExtraTokens
+from tutti.model.features import FeatureHead, normalised
+from tutti.model.flow_decoder import FlowDecoder, FlowSpec, read_flow
 from tutti.model.omni_config import (
     SETTINGS,
     OmniConfig,
@@ -44,6 +47,7 @@ from tutti.model.omni_config import (
     decoder_size,
     encoder_specs,
     part_config,
+    regresses,
     tower_config,
 )
 from tutti.model.vq import read_codes
@@ -94,7 +98,11 @@ class Encoder(nn.Module):
             states = sounds(self.tower, values, self.layer, self.pool)
             held = torch.arange(states.shape[1], device=states.device) < sizes[:, None]  # type: ignore[index]
             return self.projector(states[held])
-        return self.projector(features(self.tower, values, sizes, self.layer, self.pool))
+        return self.projector(self.features(values, sizes))
+
+    def features(self, values: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """Those of images before they are projected."""
+        return features(self.tower, values, sizes, self.layer, self.pool)
 
 
 def hears(tower: nn.Module) -> bool:
@@ -148,39 +156,20 @@ def features(tower: nn.Module, pixel_values: Tensor, grid: Tensor | None, layer:
     return cells.flatten(1, 2)
 
 
-class CodeDecoder(nn.Module):
+class CodeDecoder(ExtraTokens):
     """The embeddings and the head for codes of pictures, of a model that draws.
 
-    Code c is the token `first` + c, beyond the vocabulary; the hidden state before it predicts it. kept: tokens that
-    stay where a prompt is hidden, beside the places of media.
+    Code c is the token `first` + c, beyond the vocabulary; the hidden state before it predicts it.
     """
 
-    kept: frozenset[int] = frozenset()
-
     def __init__(self, first: int, number: int, hidden_size: int) -> None:
-        super().__init__()
-        self.first, self.number = first, number
-        self.embed = nn.Embedding(number, hidden_size)
+        super().__init__(first, number, hidden_size)
         self.middle = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.GELU())
         self.head = nn.Linear(hidden_size, number)
-
-    @property
-    def num_ids(self) -> int:
-        """The number of token ids that rows may hold before codes are put into them."""
-        return self.first
-
-    def holds(self, ids: Tensor) -> Tensor:
-        """bool, of the shape of `ids`: which of the tokens are codes."""
-        return (ids >= self.first) & (ids < self.first + self.number)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits of the codes [..., K]."""
         return self.head(self.middle(hidden))
-
-    def put(self, ids: Tensor, embedded: Tensor) -> Tensor:
-        """The embeddings [B, T, H] of tokens, those of codes put in their places."""
-        vectors = self.embed((ids - self.first).clamp(min=0)).to(embedded.dtype)
-        return torch.where((ids >= self.first)[..., None], vectors, embedded)
 
 
 class OuterDecoder(nn.Module):
@@ -191,7 +180,8 @@ class OuterDecoder(nn.Module):
         config: OmniConfig,
         language_model: PreTrainedModel,
         encoders: nn.ModuleDict,
-        codes: CodeDecoder | None = None,
+        codes: ExtraTokens | None = None,
+        feature_head: FeatureHead | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -199,6 +189,7 @@ class OuterDecoder(nn.Module):
         for kind, encoder in encoders.items():
             self.add_module(kind, encoder)
         self.codes = codes
+        self.feature_head = feature_head
 
     def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, **kwargs: Any) -> Any:
         """The images' features as `pooler_output`, [N, n, H], or [R, H] of images as patches."""
@@ -214,17 +205,23 @@ class OuterDecoder(nn.Module):
         encoder: Any = self.audio
         return BaseModelOutputWithPooling(pooler_output=encoder(input_features, audio_tokens))
 
-    def embed(self, input_ids: Tensor, mm_encoder_outputs: dict[str, Any] | None = None, **values: Tensor) -> Tensor:
-        """The embeddings [B, T, H] of tokens, with features in the place of the media's placeholders. ValueError: there
-        are other features than placeholders.
+    def get_drawn_features(self, drawn_values: Tensor, drawn_grid_thw: Tensor | None = None, **kwargs: Any) -> Any:
+        """The normalised features of pictures that are drawn, [N, n, D] or [R, D], before they are projected."""
+        encoder: Any = self.image
+        return BaseModelOutputWithPooling(pooler_output=normalised(encoder.features(drawn_values, drawn_grid_thw)))
 
-        values: of media, by the names that `_MEDIA` has. mm_encoder_outputs: features, by kind, made of them before.
-        """
-        made = dict(mm_encoder_outputs or {})
+    def encode(self, values: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The features of media, by kind, of their values by the names that `_MEDIA` has."""
+        made = {}
         for kind, (name, *sizes) in _MEDIA.items():
             if name in values:
                 inputs = {key: values[key] for key in (name, *sizes) if key in values}
                 made[kind] = getattr(self, f"get_{kind}_features")(**inputs)
+        return made
+
+    def embed(self, input_ids: Tensor, made: Mapping[str, Any]) -> Tensor:
+        """The embeddings [B, T, H] of tokens, with features, `made` by kind, in the place of the media's placeholders.
+        ValueError: there are other features than placeholders."""
         places = {kind: input_ids.eq(token) for kind, token in (self.config.placeholders or {}).items()}
         table: Any = self.language_model.get_input_embeddings()
         ids = input_ids
@@ -236,7 +233,11 @@ class OuterDecoder(nn.Module):
         else:
             embedded = self.codes.put(ids, table(ids.masked_fill(ids >= self.codes.first, 0)))
         for kind, found in made.items():
-            rows = found.pooler_output.reshape(-1, embedded.shape[-1]).to(embedded.dtype)
+            rows = found.pooler_output
+            if kind == "drawn":
+                encoder: Any = self.image
+                rows = encoder.projector(rows)
+            rows = rows.reshape(-1, embedded.shape[-1]).to(embedded.dtype)
             if (count := int(places[kind].sum())) != len(rows):
                 raise ValueError(f"{count} placeholders of {kind}s in the tokens, and {len(rows)} features")
             embedded = embedded.masked_scatter(places[kind][..., None], rows)
@@ -245,31 +246,33 @@ class OuterDecoder(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        pixel_values_videos: Tensor | None = None,
-        input_features: Tensor | None = None,
-        audio_tokens: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        values = {
-            "pixel_values": pixel_values,
-            "image_grid_thw": image_grid_thw,
-            "pixel_values_videos": pixel_values_videos,
-            "input_features": input_features,
-            "audio_tokens": audio_tokens,
-        }
-        given = {name: value for name, value in values.items() if value is not None}
-        return self.language_model(inputs_embeds=self.embed(input_ids, mm_encoder_outputs, **given), **kwargs)
+        """The language model's output; `drawn_features` [R, D] of it are those of pictures that are drawn.
+
+        mm_encoder_outputs: features, by kind, made before. kwargs: media's values, and what the language model takes.
+        """
+        made = {**(mm_encoder_outputs or {}), **self.encode(_values_in(kwargs))}
+        found = self.language_model(inputs_embeds=self.embed(input_ids, made), **kwargs)
+        if "drawn" in made:
+            found.drawn_features = made["drawn"].pooler_output.flatten(0, -2).detach()
+        return found
 
 
 _MEDIA = {
     "image": ("pixel_values", "image_grid_thw"),
     "video": ("pixel_values_videos",),
     "audio": ("input_features", "audio_tokens"),
+    "drawn": ("drawn_values", "drawn_grid_thw"),
 }
 """By kind of media the names of its values, and of what is said of their sizes."""
+
+
+def _values_in(kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """Take the values of media out of a forward's arguments."""
+    values = {name: kwargs.pop(name, None) for names in _MEDIA.values() for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 class Part(NamedTuple):
@@ -284,8 +287,8 @@ class Part(NamedTuple):
 class OmniModel(PreTrainedModel, GenerationMixin):
     """A causal language model that takes images by encoders beside it, or draws. weights: by kind of encoder, the
     folder that its weights are read from, None where they start random. drawing_folder: that of the tokenizer of
-    pictures that it draws by, None if it draws none; drawing_size: the side of these, where that has none of its own.
-    """
+    pictures that it draws by, None if it draws by none; drawing_size: the side of these, where that has none of its
+    own. flow: the diffusion decoder that it draws by, if it does."""
 
     config_class = OmniConfig
     base_model_prefix = "outer"
@@ -306,10 +309,18 @@ class OmniModel(PreTrainedModel, GenerationMixin):
         self.decoders = nn.ModuleDict()
         self.drawing_folder: Path | None = None
         self.drawing_size: int | None = None
-        if config.num_codes:
+        self.flow: FlowSpec | None = None
+        if config.denoiser:
+            self.decoders["image"] = FlowDecoder(config.denoiser, config.first_code, config.num_codes, text.hidden_size)
+        elif config.num_codes:
             self.decoders["image"] = CodeDecoder(config.first_code, config.num_codes, text.hidden_size)
+        if config.regresses:
+            encoder: Any = self.encoders["image"]
+            width = config.encoders["image"]["width"] * num_pooled(encoder.tower, encoder.pool)  # type: ignore[index]
+            self.decoders["features"] = FeatureHead(config.first_code, text.hidden_size, width)
         # Not registered as a module: its modules are those above, under names of their own.
-        outer = OuterDecoder(config, self.foundation.get_decoder(), self.encoders, self.code_decoder)
+        language = self.foundation.get_decoder()
+        outer = OuterDecoder(config, language, self.encoders, self.code_decoder, self.feature_head)
         self.__dict__["outer"] = outer
         self.post_init()
 
@@ -322,8 +333,18 @@ class OmniModel(PreTrainedModel, GenerationMixin):
 
     @property
     def code_decoder(self) -> Any:
-        """The model's part for codes of pictures; None if it draws none."""
+        """The model's part for codes of pictures, or for queries; None if it draws none."""
         return getattr(self.decoders, "image", None)
+
+    @property
+    def flow_decoder(self) -> Any:
+        """The model's part for drawing by diffusion; None if it does not."""
+        return self.code_decoder if self.config.denoiser else None
+
+    @property
+    def feature_head(self) -> Any:
+        """The head that predicts the features of pictures; None if there is none."""
+        return getattr(self.decoders, "features", None)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.foundation.get_input_embeddings()
@@ -346,18 +367,17 @@ class OmniModel(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """The foundation's output, logits and all; of a model that draws those of codes come behind them, at the places
         of their tokens. kwargs: media's values, and what else the foundation takes."""
-        values = {name: kwargs.pop(name, None) for names in _MEDIA.values() for name in names}
-        given = {name: value for name, value in values.items() if value is not None}
+        given = _values_in(kwargs)
         codes = self.code_decoder
         if (given or codes is not None) and input_ids is not None:
             outer: Any = self.outer
-            inputs_embeds, input_ids = outer.embed(input_ids, **given), None
+            inputs_embeds, input_ids = outer.embed(input_ids, outer.encode(given)), None
         kwargs |= {"position_ids": position_ids, "logits_to_keep": logits_to_keep}
         run = partial(self.foundation, input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
         return run() if codes is None else with_code_logits(run, self.foundation.get_output_embeddings(), codes)
 
 
-def with_code_logits(run: Callable[[], Any], head: nn.Module, codes: CodeDecoder) -> Any:
+def with_code_logits(run: Callable[[], Any], head: nn.Module, codes: ExtraTokens) -> Any:
     """The output of `run`, the forward pass of a model whose output embedding is `head`, with the logits of codes
     behind those of the vocabulary, at the places of their ids."""
     hidden: list[Tensor] = []
@@ -376,7 +396,12 @@ def compose(model: ModelConfig, text: PreTrainedConfig) -> PreTrainedConfig:
 
     ValueError: parts that cannot be used, or do not fit together.
     """
-    specs, folder = encoder_specs(model), decoder_folder(model)
+    specs, folder, features = encoder_specs(model), decoder_folder(model), regresses(model)
+    if features and "image" not in specs:
+        raise ValueError(
+            "model.output_encoder: encoder takes pictures of the assistant's as features of model.encoders.image, and "
+            "there is none; set that, or set decoder"
+        )
     if not specs and folder is None:
         return text
     if text.get_text_config() is not text:
@@ -386,9 +411,10 @@ def compose(model: ModelConfig, text: PreTrainedConfig) -> PreTrainedConfig:
         )
     if type(text) not in model_mapping(AutoModelForCausalLM):
         raise ValueError(f"model.encoders: transformers has no causal language model for model_type {text.model_type}")
+    flow = read_flow(model)
     towers = {kind: tower_config(kind, spec) for kind, spec in specs.items()}
     settings = {kind: _settings(kind, spec, towers[kind], text) for kind, spec in specs.items()}
-    drawn = None if folder is None else read_codes(folder, _DECODER_PATH, decoder_size(model))
+    drawn = flow.codes if flow else None if folder is None else read_codes(folder, _DECODER_PATH, decoder_size(model))
     if drawn is not None and not drawn.draws:
         raise ValueError(f"{_DECODER_PATH}: {folder} is of ChameleonVQVAE, which makes no pictures of codes")
     return OmniConfig(
@@ -397,6 +423,8 @@ def compose(model: ModelConfig, text: PreTrainedConfig) -> PreTrainedConfig:
         audio_config=towers.get("audio"),
         encoders=settings,
         num_codes=0 if drawn is None else drawn.number,
+        denoiser=flow.net if flow else None,
+        regresses=features,
         dtype=text.dtype,
     )
 
@@ -453,7 +481,9 @@ def mel_stride(tower: nn.Module) -> int:
 def name_sources(model: OmniModel, settings: ModelConfig) -> None:
     """Note in `model` where the weights of its encoders are, and freeze what its features do not depend on (a pooling
     head, a mask token): no gradient would move it, and weight decay would wear it away."""
-    model.drawing_folder, model.drawing_size = decoder_folder(settings), decoder_size(settings)
+    model.flow = read_flow(settings)
+    model.drawing_folder = None if model.flow else decoder_folder(settings)
+    model.drawing_size = None if model.flow else decoder_size(settings)
     for kind, spec in encoder_specs(settings).items():
         found = spec.get("model_path")
         model.weights[kind] = None if found is None else Path(found).expanduser()

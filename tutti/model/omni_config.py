@@ -22,10 +22,13 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from tutti.config import ModelConfig
 from tutti.config.coerce import nearest
+from tutti.model.pipeline_folder import is_pipeline
 from tutti.model.tokenizer import first_line, local_path
 
 OMNI = "omni.yaml"
 """The file in the folder of an export that says what lies beside the foundation."""
+
+_DECODER = "model.decoders.image"
 
 DECODER = "decoders/image"
 """The folder, below that of an export, of what it draws by."""
@@ -65,8 +68,9 @@ class OmniConfig(PreTrainedConfig):
 
     encoders: by kind, the settings of `SETTINGS` and `width`, the tower's features. placeholders: by kind of media, the
     id of the token in whose place features come; it may be beyond the embedding, since it is never looked up.
-    num_codes: of the pictures that it draws, 0 if it draws none. first_code: the id that code 0 has among tokens,
-    beyond all of the tokenizer's.
+    num_codes: of the pictures that it draws by codes, or queries, 0 if it draws by none. first_code: the id that code 0
+    has among tokens, beyond all of the tokenizer's. denoiser: the config of the diffusion transformer that it draws by,
+    if it does (`tutti.model.flow_decoder`). regresses: it learns to predict the features of pictures that it draws.
     """
 
     model_type = "tutti_omni"
@@ -79,6 +83,8 @@ class OmniConfig(PreTrainedConfig):
     placeholders: dict | None = None
     num_codes: int = 0
     first_code: int = 0
+    denoiser: dict | None = None
+    regresses: bool = False
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -88,10 +94,27 @@ class OmniConfig(PreTrainedConfig):
                 setattr(self, name, AutoConfig.for_model(**part))
         super().__post_init__(**kwargs)
 
+    @property
+    def draws(self) -> bool:
+        """True if it is trained on pictures of the assistant's."""
+        return bool(self.num_codes) or self.regresses
+
 
 def part_config(config: OmniConfig, kind: str) -> Any:
     """The config of the tower for a kind of media."""
     return config.vision_config if kind == "image" else config.audio_config
+
+
+def regresses(model: ModelConfig) -> bool:
+    """True if pictures of the assistant's are features that `model` learns to predict (model.output_encoder)."""
+    if model.output_encoder == "encoder" or model.decoders:
+        return model.output_encoder == "encoder"
+    return _exported(model).get("output_encoder") == "encoder"
+
+
+def answers_with_pictures(model: ModelConfig) -> bool:
+    """True if `model` is trained on pictures of the assistant's."""
+    return decoder_folder(model) is not None or regresses(model)
 
 
 def is_composed(model: ModelConfig) -> bool:
@@ -114,23 +137,45 @@ def decoder_folder(model: ModelConfig) -> Path | None:
         if kind != "image":
             raise ValueError(f"model.decoders.{kind}: not available yet; there are decoders for image")
         if not isinstance(spec, Mapping) or not isinstance(spec.get("model_path"), str):
+            described = spec.get("config_path") if isinstance(spec, Mapping) else None
+            if isinstance(described, str) and is_pipeline(found := local_path(described, f"{_DECODER}.config_path")):
+                _check_flow(spec)
+                return found
             raise ValueError(
-                "model.decoders.image: needs model_path, the folder of a VQModel; codes of one that is not trained say "
-                "nothing, so config_path alone is not enough"
+                f"{_DECODER}: needs model_path, the folder of a VQModel or of a diffusion model; codes of a VQModel "
+                "that is not trained say nothing, so config_path alone is not enough"
             )
-        if others := sorted(set(spec) - {"model_path", IMAGE_SIZE}):
-            raise ValueError(f"model.decoders.image.{others[0]}: a decoder is used as it is; give model_path alone")
-        return local_path(spec["model_path"], "model.decoders.image.model_path")
+        found = local_path(spec["model_path"], f"{_DECODER}.model_path")
+        if is_pipeline(found):
+            _check_flow(spec)
+        elif others := sorted(set(spec) - {"model_path", IMAGE_SIZE}):
+            raise ValueError(f"{_DECODER}.{others[0]}: a decoder is used as it is; give model_path alone")
+        return found
     return Path(model.model_path or "") / DECODER if _exported(model).get("decoders") else None
 
 
+def decoder_settings(model: ModelConfig) -> dict[str, Any]:
+    """The description of the decoder of images: of model.decoders.image, or of the export at model.model_path."""
+    return dict(model.decoders.get("image") or (_exported(model).get("decoders") or {}).get("image") or {})
+
+
 def decoder_size(model: ModelConfig) -> int | None:
-    """The side in pixels of the pictures that `model` draws, where the tokenizer of pictures leaves that open."""
-    spec = model.decoders.get("image") or (_exported(model).get("decoders") or {}).get("image") or {}
-    size = spec.get(IMAGE_SIZE)
+    """The side in pixels of the pictures that `model` draws, where the decoder leaves that open."""
+    size = decoder_settings(model).get(IMAGE_SIZE)
     if size is not None and (not isinstance(size, int) or size < 1):
         raise ValueError(f"model.decoders.image.{IMAGE_SIZE}: needs a number of pixels, not {size!r}")
     return size
+
+
+def _check_flow(spec: Mapping[str, Any]) -> None:
+    """ValueError: a diffusion decoder cannot be described like this."""
+    known: dict[str, type] = {"model_path": str, "config_path": str, "tokens": int, IMAGE_SIZE: int}
+    for key, value in spec.items():
+        if key not in known:
+            raise ValueError(f"{_DECODER}.{key}: a diffusion decoder has no such key; it has {', '.join(known)}")
+        if not isinstance(value, known[key]) or isinstance(value, bool) or (isinstance(value, int) and value < 1):
+            what = "a number above 0" if known[key] is int else "the path of a folder"
+            raise ValueError(f"{_DECODER}.{key}: must be {what}, got {value!r}")
 
 
 def encoder_specs(model: ModelConfig) -> dict[str, dict[str, Any]]:

@@ -35,14 +35,17 @@ from transformers import (
 from tutti.config import ModelConfig
 from tutti.core.batch import DRAWN_PIXELS
 from tutti.core.pixels import to_values
+from tutti.model.flow_decoder import read_flow
 from tutti.model.omni import features, mel_stride, takes_grid, tower_class, try_features
 from tutti.model.omni_config import (
     PLACES,
     SETTINGS,
     OmniConfig,
+    answers_with_pictures,
     decoder_folder,
     decoder_size,
     encoder_specs,
+    regresses,
     tower_config,
 )
 from tutti.model.tokenizer import first_line
@@ -79,6 +82,9 @@ _FLATTENED = (
 )
 """Jinja that makes each message's parts one text; MARKS: by kind of media, what stands for one."""
 
+
+AS_DRAWN = {"pixel_values": "drawn_values", "image_grid_thw": "drawn_grid_thw"}
+"""By name of a value of images, what it is called of pictures that are drawn."""
 
 DRAWN, CODE = "drawn", "<|image_code|>"
 """The kind of media that a model draws, and the token that stands for a code until there is one."""
@@ -132,7 +138,7 @@ def placeholder(tokenizer: PreTrainedTokenizerBase, kind: str) -> str:
 def placeholders(tokenizer: PreTrainedTokenizerBase, config: OmniConfig) -> dict[str, int]:
     """The ids of the placeholders of a model's media, by kind. Those that the tokenizer lacks are left out."""
     known = tokenizer.get_vocab()
-    kinds = [kind for encoder in config.encoders or () for kind in PLACES[encoder]] + [DRAWN] * bool(config.num_codes)
+    kinds = [kind for encoder in config.encoders or () for kind in PLACES[encoder]] + [DRAWN] * config.draws
     return {kind: known[token] for kind in kinds if (token := placeholder(tokenizer, kind)) in known}
 
 
@@ -152,7 +158,7 @@ def add_placeholders(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> 
 def _kinds(model: ModelConfig) -> list[str]:
     """The kinds of media that a composed model takes, and those that it draws."""
     taken = [kind for encoder in encoder_specs(model) for kind in PLACES[encoder]]
-    return taken if decoder_folder(model) is None else [*taken, DRAWN]
+    return [*taken, DRAWN] if answers_with_pictures(model) else taken
 
 
 def write_markers(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> None:
@@ -192,7 +198,8 @@ class OmniProcessor:
     image_processor: of its images, with counts: by height and width of their pixels how many tokens one takes; or
     merge: of a tower that takes patches, how many by how many of them make a token. feature_extractor: of its sounds,
     with frames: how many mel frames make a token, and window: how many tokens there are of one sound at most. drawn:
-    the codes of pictures that the model draws; draws_all: it also sees pictures as such.
+    the codes of pictures that the model draws; draws_all: it also sees pictures as such. regresses: pictures that it
+    draws go to the tower of images as well.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -204,11 +211,12 @@ class OmniProcessor:
     window: int = 0
     drawn: PictureCodes | None = None
     draws_all: bool = False
+    regresses: bool = False
 
     def __post_init__(self) -> None:
         kinds = [] if self.image_processor is None else ["image"] if self.merge else ["image", "video"]
         kinds += [] if self.feature_extractor is None else ["audio"]
-        kinds += [] if self.drawn is None else [DRAWN]
+        kinds += [DRAWN] if self.drawn is not None or self.regresses else []
         self._tokens = {kind: placeholder(self.tokenizer, kind) for kind in kinds}
         for kind, token in self._tokens.items():
             setattr(self, f"{kind}_token", token)
@@ -248,11 +256,14 @@ class OmniProcessor:
         if audio:
             values |= self._mel(audio)
             numbers["audio"] = values["audio_tokens"].tolist()
-        if drawn:
-            assert self.drawn is not None
+        if drawn and self.drawn is not None:
             pixels = [to_values(np.asarray(self.drawn.size.cut(picture))) for picture in drawn]
             values[DRAWN_PIXELS] = torch.stack(pixels)
             numbers[DRAWN] = [self.drawn.tokens] * len(drawn)
+        if drawn and self.regresses:
+            made = self._pixels(drawn)
+            values |= {AS_DRAWN[name]: value for name, value in made.items()}
+            numbers[DRAWN] = self._numbers(made)
         written, offsets = self._replace(source, numbers)
         ids = self.tokenizer([written], return_tensors="pt", add_special_tokens=False)
         return {**ids, **values, "text_replacement_offsets": [offsets]}
@@ -334,8 +345,12 @@ def compose_processor(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) ->
                 f"{first_line(error)}"
             ) from error
     if (folder := decoder_folder(model)) is not None:
-        made["drawn"] = read_codes(folder, "model.decoders.image.model_path", decoder_size(model))
+        flow = read_flow(model)
+        made["drawn"] = (
+            flow.codes if flow else read_codes(folder, "model.decoders.image.model_path", decoder_size(model))
+        )
         made["draws_all"] = model.input_encoder == "decoder"
+    made["regresses"] = regresses(model)
     return OmniProcessor(tokenizer, **made)
 
 

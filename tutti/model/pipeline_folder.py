@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tutti.config import Config
-from tutti.model.diffusion import Family, class_named_in, family_of, require_diffusers
+from tutti.model.diffusion import FAMILIES, Family, class_named_in, family_of, require_diffusers
 
 INDEX = "model_index.json"
 TRANSFORMER, WEIGHTS_OF = "transformer", "weights"
@@ -111,6 +111,15 @@ def read_folder(root: Path, argument: str, *, needs_transformer: bool = True) ->
         other = "unet, which cannot be trained" if (root / "unet").is_dir() else "transformer/ with its config.json"
         raise ValueError(f"{argument}: {root} has {'a ' if 'unet' in other else 'no '}{other}")
     return PipelineFolder(argument, root, parts, index)
+
+
+def is_pipeline(root: Path) -> bool:
+    """True if a diffusion transformer lies in the folder `root`."""
+    if (root / TRANSFORMER / "config.json").is_file():
+        return True
+    files = [root / name for name in (INDEX, "config.json") if (root / name).is_file()]
+    contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return any(isinstance(one.get(TRANSFORMER), str) or one.get("_class_name") in FAMILIES for one in contents)
 
 
 def _linked(root: Path, link: str, what: str) -> Path:

@@ -64,6 +64,7 @@ def read_structure(model: PreTrainedModel, basic: Iterable[str] = ()) -> ModelSt
         tower_blocks=tuple(tower_blocks(model)),
         experts=tuple(experts(model)),
         mixers=tuple(mixers(block for _, block in blocks(model))),
+        by_keyword=getattr(model, "flow_decoder", None) is not None,
     )
 
 
@@ -455,10 +456,13 @@ def count_flops(model: PreTrainedModel) -> FlopCount:
             runs[id(parameter)] += times
     work = {key: flops * runs.get(key, 1.0) for key, flops in work.items()}
     beside = {id(p): p for tower in towers(model) for p in tower.parameters()}
+    # A diffusion decoder sees latents, which are neither tokens nor values of images: its work is not counted.
+    led = getattr(model, "flow_decoder", None) or nn.Module()
+    lookups |= {id(p) for p in led.parameters()}
     per_token = sum(flops for key, flops in work.items() if key not in lookups and key not in beside)
     per_patch = sum(flops for key, flops in work.items() if key not in lookups and key in beside)
     # What embeds patches is the towers' one convolution.
-    patch = next((p[0].numel() for p in beside.values() if p.ndim > 3), 0)
+    patch = next((p[0].numel() for key, p in beside.items() if p.ndim > 3 and key not in lookups), 0)
     per_value = per_patch / patch if patch else 0.0
     config = model.config.get_text_config()
     per_token += recurrence_flops(mixers(block for _, block in blocks(model)), config.hidden_size)

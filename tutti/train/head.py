@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tutti.core.batch import Batch
 from tutti.core.collectives import RankGroup, gather_tensor
 from tutti.core.structure import LogitTransform
+from tutti.model.features import feature_losses
 from tutti.parallel.sequence import sum_shares
 from tutti.train.loss import VocabularyShard, linear_cross_entropy, target_losses
 
@@ -28,9 +29,11 @@ class Head:
     """A model's head for one micro batch.
 
     tensor: the ranks that split the model's matrices; they have the same targets. shard: this rank's rows of the
-    vocabulary, where they split the head as well. codes: what the model has for codes of pictures (`CodeDecoder`), if
-    it draws. pieces: how many targets each segment on this rank has, where the
-    head is applied to each apart from the others.
+    vocabulary, where they split the head as well. pieces: how many targets each segment on this rank has, where the
+    head is applied to each apart from the others. codes: what the model has for codes of pictures (`CodeDecoder`), if
+    it draws by them. feature_head, features: what predicts the features of pictures (`FeatureHead`), and those of the
+    micro batch [R, D], where there are such. flow: what draws by diffusion (`FlowDecoder`), and states: the hidden
+    states [t, H] of all this rank's tokens, which lead it.
     """
 
     layer: nn.Linear
@@ -40,6 +43,10 @@ class Head:
     shard: VocabularyShard | None = None
     pieces: list[int] | None = None
     codes: Any = None
+    feature_head: Any = None
+    features: Tensor | None = None
+    flow: Any = None
+    states: Tensor | None = None
 
     @property
     def share(self) -> float:
@@ -73,6 +80,14 @@ class Head:
             ids = codes + self.codes.first
             return linear_cross_entropy(hidden, layer.weight, ids, bias=layer.bias, transform=transform)
         return linear_cross_entropy(self.codes.middle(hidden), head.weight, codes, bias=head.bias)
+
+    def feature_losses(self, hidden: Tensor, numbers: Tensor) -> Tensor:
+        """The losses fp32 [n], to differentiate, of features by their `numbers`, int64 [n], among those of the micro
+        batch, from the hidden states [n, H] that predict them."""
+        predicted = self.feature_head(hidden)
+        if self.features is None:  # there are none: gradients of zero, which other ranks wait for
+            return feature_losses(predicted, predicted)
+        return feature_losses(predicted, self.features.index_select(0, numbers))
 
     def target_losses(self, hidden: Tensor) -> Tensor:
         """Each target's cross-entropy, fp32 [N], to differentiate; the same on all tensor ranks."""

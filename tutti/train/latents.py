@@ -241,7 +241,7 @@ def _build(run: Run, conditions: Conditions, place: Path, dtype: torch.dtype) ->
             place.mkdir(parents=True)
 
     world.run_on_all_ranks(begin)
-    writer = _Writer(place, world.rank)
+    writer = TensorWriter(place, world.rank)
     captions: dict[str, None] = dict.fromkeys(["", *run.config.train.sample_prompts])
     splits: dict[Split, Iterable[GlobalBatch]] = {"train": run.data.scan()}
     if run.data.evaluation_sources:
@@ -267,7 +267,7 @@ def _build(run: Run, conditions: Conditions, place: Path, dtype: torch.dtype) ->
     world.gather(None)
 
 
-class _Writer:
+class TensorWriter:
     """Writes tensors to files of a bounded size, this rank's."""
 
     def __init__(self, place: Path, rank: int) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -103,8 +104,9 @@ class Objective(nn.Module):
             states = stage.run(self.structure.decoder, packed_kwargs(batch) | options, received)
         if stage is not None and not stage.is_last:
             return hand_on(states)
-        hidden = self._of_all_ranks(states.last_hidden_state.squeeze(0), batch).index_select(0, batch.target_index)
-        head = self._head(batch)
+        every = self._of_all_ranks(states.last_hidden_state.squeeze(0), batch)
+        hidden = every.index_select(0, batch.target_index)
+        head = replace(self._head(batch), states=every, features=getattr(states, "drawn_features", None))
         if compute is not None:
             return compute(hidden, head)
         sums = self.task.loss(hidden, head)
@@ -127,8 +129,17 @@ class Objective(nn.Module):
             sample = torch.bucketize(batch.target_index, batch.cu_seqlens[1:], right=True)
             pieces = sample.bincount(minlength=len(batch.cu_seqlens) - 1).tolist()
         structure = self.structure
-        codes = getattr(self.model, "code_decoder", None)
-        return Head(structure.head, structure.transform, batch, self._tensor, self._shard, pieces, codes)
+        return Head(
+            structure.head,
+            structure.transform,
+            batch,
+            self._tensor,
+            self._shard,
+            pieces,
+            codes=getattr(self.model, "code_decoder", None),
+            feature_head=getattr(self.model, "feature_head", None),
+            flow=getattr(self.model, "flow_decoder", None),
+        )
 
     def _routed(self, states: Any, batch: Batch) -> tuple[Tensor, ...]:
         """The routers' logits of each layer for all of the batch's tokens that are not padding [T, E]."""

@@ -43,12 +43,14 @@ from tutti.data.processor import MediaProcessor
 from tutti.data.rows import MEDIA_PARTS, RowError
 from tutti.data.template import read_template
 from tutti.data.video import load_video
-from tutti.infer.drawing import Drawing, Pictures, drawing_of
+from tutti.infer.drawing import Drawing, Pictures, drawing_of, hiding
+from tutti.infer.flow import FlowPainter, LedLogits
 from tutti.infer.generate import CachedLogits, Generator, NextLogits, Request, whole_answers
 from tutti.infer.hf_generate import needs_generate
 from tutti.infer.media import MediaInputs, as_sample, encoded_once, media_inputs
 from tutti.infer.prompts import PromptFormat, conversation_to_answer, filled, is_target, row_request, to_draw
 from tutti.infer.sampling import Sampler
+from tutti.model.diffusion import Guided
 from tutti.model.tokenizer import end_ids
 from tutti.model.vq import PictureTokenizer
 from tutti.parallel.fsdp import run_as_forward
@@ -90,7 +92,9 @@ class Samples:
     def __init__(self, run: Run) -> None:
         self._run, config = run, run.config
         asked = config.train.sample_prompts or config.train.sample_prompts_path
-        self._drawing = drawing_of(run.placed.model, run.inputs.tokenizer, run.world.device) if asked else None
+        self._painter = _painter(run) if asked else None
+        model, tokenizer = run.placed.model, run.inputs.tokenizer
+        self._drawing = drawing_of(model, tokenizer, run.world.device, painter=self._painter) if asked else None
         self._prompts = [] if run.placed.structure.classifies else _read(run, self._drawing)
         self._by_cache = bool(self._prompts) and _fits_cache(run)
         self._media = media_inputs(run.placed.structure, _processor(run))
@@ -114,6 +118,8 @@ class Samples:
         objective, requests = self._run.placed.objective, [prompt.request for prompt in self._prompts]
         ends = frozenset(end_ids(self._run.inputs.tokenizer, objective.model.generation_config))
         objective.eval()
+        if self._painter is not None:
+            self._painter.begin()
         with self._next_logits(executor) as source:
             drawing = self._drawing[0] if self._drawing else None
             drawn = Pictures(drawing)
@@ -156,9 +162,16 @@ class Samples:
         config = objective.model.config
         before = attention_by_part(config, config.get_text_config()._attn_implementation)
         objective.model.set_attn_implementation(attention_by_part(config, register()))
+        source: NextLogits = CachedLogits(objective.run_model, world.device, self._media)
+        led: LedLogits | None = None
+        if self._painter is not None:
+            head, first = objective.structure.head, objective.model.config.first_code
+            source = led = LedLogits(source, head, first, self._painter)
         try:
-            yield CachedLogits(objective.run_model, world.device, self._media)
+            yield source
         finally:
+            if led is not None:
+                led.close()
             objective.model.set_attn_implementation(before)
 
 
@@ -236,7 +249,16 @@ def _processor(run: Run) -> MediaProcessor | None:
     return None if found is None else MediaProcessor(found, data, MediaCache(_CACHE_BYTES))
 
 
-def _read(run: Run, drawn: tuple[Drawing, PictureTokenizer] | None) -> list[_Prompt]:
+def _painter(run: Run) -> FlowPainter | None:
+    """The painter of a model that draws by diffusion, as it is trained."""
+    model, train, device = run.placed.model, run.config.train, run.world.device
+    if getattr(model, "flow", None) is None:
+        return None
+    settings = Guided(train.sample_steps, train.sample_guidance if train.cfg_dropout else 1.0)
+    return FlowPainter(model, device, settings, train.seed, hiding(run.inputs.tokenizer, model))
+
+
+def _read(run: Run, drawn: tuple[Drawing, PictureTokenizer | FlowPainter] | None) -> list[_Prompt]:
     """All prompts with their requests. drawn: of a model that draws. ValueError: which one cannot be used, and why."""
     config, tokenizer = run.config, run.inputs.tokenizer
     chat = config.data.task.holds_chats

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from tutti.config import Config
 from tutti.model.drawing import draws
-from tutti.model.omni_config import decoder_folder
+from tutti.model.flow_decoder import read_flow
+from tutti.model.omni_config import decoder_folder, regresses
 from tutti.train.head import Head
 from tutti.train.tasks import Sums, Task
 
@@ -20,6 +21,10 @@ class LanguageModelling(Task):
 
 
 def make_task(config: Config) -> Task:
+    if regresses(config.model) or read_flow(config.model) is not None:
+        from tutti.train.tasks.picturing import Picturing
+
+        return Picturing.of(config)
     if decoder_folder(config.model) is None and not draws(config):
         return LanguageModelling()
     from tutti.train.tasks.drawing import Drawing  # which needs what language modelling alone does not

@@ -1,0 +1,168 @@
+"""Latents and noise for pictures that a language model draws by diffusion (`tutti.model.flow_decoder`).
+
+Each picture that is trained on gets a payload like a sample of diffusion training (`tutti.train.tasks.diffusion`): the
+latents that the frozen autoencoder makes of it, noise, a time, and a weight. All that is drawn is drawn by a key of the
+seed, the step, the sample and the picture's place in it. Latents are made of each batch's pictures, or with
+model.encode_target once, into files below `output_dir/cache`; the numbers are the same.
+
+Shapes: P pictures of a micro batch, Q queries of each, R rows of latents: one for a picture that is trained on, several
+(`EVAL_TIMES`) for one that is evaluated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tutti.checkpoint.hf_files import weights_digest
+from tutti.core.batch import DRAWN_PIXELS, Batch, GlobalBatch
+from tutti.core.compute_dtype import compute_dtype
+from tutti.core.draws import generator
+from tutti.core.files import replace_file
+from tutti.model.conditions import Conditions
+from tutti.model.flow_decoder import FlowSpec
+from tutti.train.latents import CACHE, Cached, TensorWriter
+from tutti.train.record import Run
+from tutti.train.tasks import Split
+from tutti.train.tasks.diffusion import EVAL_TIMES, LATENTS, NOISE, SOURCES, TIMES, WEIGHTS, Denoising
+
+log = logging.getLogger(__name__)
+
+PICTURE, PLACES = "picture", "places"
+"""The names, in a micro batch's payload, of the number of each row's picture, int64 [R], and of the places of pictures'
+queries among the tokens, int64 [P, Q]."""
+
+_COMPLETE = "complete.json"
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """The bytes uint8 of values in [-1, 1]."""
+    return ((pixels + 1) * 127.5).round().to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class PictureTargets:
+    """Makes the payload of micro batches. placeholder: of queries in their tokens. spec: how pictures are drawn. times:
+    draws them. latents: of a sample's pictures [p, C, H, W], by split and name, and of their pixels where these are
+    needed."""
+
+    placeholder: int
+    spec: FlowSpec
+    times: Denoising
+    latents: Callable[[Split, Any, Tensor], Tensor]
+
+    def payload(self, micro: Batch, names: Sequence[Any], step: int, split: Split) -> dict[str, Tensor]:
+        """The payload of a micro batch whose pictures are placeholders yet."""
+        queries, shape = self.spec.tokens, self.spec.latents
+        rows: list[tuple[int, Tensor, Tensor, float, float, int]] = []
+        places: list[Tensor] = []
+        used = 0
+        for segment, (begin, end) in enumerate(pairwise(micro.cu_seqlens.tolist())):
+            own = (micro.input_ids[begin:end] == self.placeholder).nonzero().view(-1, queries) + begin
+            if not len(own):
+                continue
+            pixels = micro.extras[DRAWN_PIXELS][used : used + len(own)]
+            used += len(own)
+            latents, source = self.latents(split, names[segment], pixels), int(micro.segment_sources[segment])
+            for number, where in enumerate(own):
+                if micro.labels[where[0] - 1] != self.placeholder:  # it is not trained on
+                    continue
+                for key, time, weight in self._draws(split, step, names[segment], number):
+                    noise = torch.randn(shape, generator=generator(self.times.seed, *key, "noise"))
+                    rows.append((len(places), latents[number], noise, time, weight, source))
+                places.append(where)
+        blank = torch.zeros(0, *shape)
+        found = {
+            PLACES: torch.stack(places) if places else torch.zeros(0, queries, dtype=torch.int64),
+            PICTURE: torch.tensor([row[0] for row in rows], dtype=torch.int64),
+            LATENTS: torch.stack([row[1] for row in rows]) if rows else blank,
+            NOISE: torch.stack([row[2] for row in rows]) if rows else blank,
+            TIMES: torch.tensor([row[3] for row in rows], dtype=torch.float32),
+            WEIGHTS: torch.tensor([row[4] for row in rows], dtype=torch.float32),
+            SOURCES: torch.tensor([row[5] for row in rows], dtype=torch.int64),
+        }
+        return {name: value.pin_memory() for name, value in found.items()} if micro.input_ids.is_pinned() else found
+
+    def _draws(self, split: Split, step: int, name: Any, number: int) -> Iterator[tuple[tuple[Any, ...], float, float]]:
+        """The key, the time and the weight of each row of a picture."""
+        if split == "train":
+            key: tuple[Any, ...] = ("train", step, name, number)
+            yield key, self.times.training_time(*key), 1.0
+            return
+        for part in range(EVAL_TIMES):
+            key = ("eval", name, number, part)
+            yield key, self.times.eval_time(part, *key), 1 / EVAL_TIMES
+
+
+def make_targets(run: Run, spec: FlowSpec, times: Denoising) -> PictureTargets:
+    """The maker of the payload of the micro batches of `run`. A collective call."""
+    config, (placeholder,) = run.config, run.inputs.processor.drawn_token_ids
+    dtype = compute_dtype(config.train)
+    conditions = Conditions(spec.folder, run.world.device, dtype, max_length=0, seed=config.train.seed)
+
+    def encode(pixels: Tensor) -> Tensor:
+        """Each picture is encoded by itself, so that it has the same latents in any batch."""
+        return torch.stack([conditions.encode_pixels(to_bytes(one)).to(dtype).float() for one in pixels])
+
+    if not config.model.encode_target:
+        return PictureTargets(placeholder, spec, times, lambda split, name, pixels: encode(pixels))
+    place = Path(config.train.output_dir or "") / CACHE / _key(run, spec)
+    if not run.world.broadcast((place / _COMPLETE).is_file() if run.world.is_main else None):
+        _build(run, spec, placeholder, lambda pixels: encode(pixels).to(dtype), place)
+    log.info("the latents of pictures are in %s", place)
+    cached = Cached(place)
+
+    def latents(split: Split, name: Any, pixels: Tensor) -> Tensor:
+        found = cached.latents(split, name, None)
+        if found is None:
+            raise ValueError(f"model.encode_target: the pictures of sample {name} are not in {place}; delete it")
+        return found
+
+    return PictureTargets(placeholder, spec, times, latents)
+
+
+def _build(run: Run, spec: FlowSpec, placeholder: int, encode: Callable[[Tensor], Tensor], place: Path) -> None:
+    """Write the latents of all pictures to files in the folder `place`, each rank those of its share. Collective."""
+    world = run.world
+
+    def begin() -> None:
+        if world.is_main:
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(parents=True)
+
+    world.run_on_all_ranks(begin)
+    writer = TensorWriter(place, world.rank)
+    splits: dict[Split, Iterable[GlobalBatch]] = {"train": run.data.scan()}
+    if run.data.evaluation_sources:
+        splits["eval"] = run.data.evaluate()
+    for split, batches in splits.items():
+        for batch in batches:
+            for micro, names in zip(batch.micro_batches, batch.names, strict=True):
+                pixels = iter(micro.extras.get(DRAWN_PIXELS, ()))
+                for name, (begin_at, end) in zip(names, pairwise(micro.cu_seqlens.tolist()), strict=False):
+                    count = int((micro.input_ids[begin_at:end] == placeholder).sum()) // spec.tokens
+                    if count:
+                        writer.add({f"{split}/{name}": encode(torch.stack([next(pixels) for _ in range(count)]))})
+    writer.flush()
+    world.barrier()  # all files are there
+    if world.is_main:
+        replace_file(place / _COMPLETE, json.dumps({"ranks": world.size}) + "\n")
+    world.barrier()
+
+
+def _key(run: Run, spec: FlowSpec) -> str:
+    """A digest of all that latents depend on."""
+    vae = spec.folder.parts.get("vae")
+    digest = "" if vae is None else f"{weights_digest(vae)} {(vae / 'config.json').read_text(encoding='utf-8')}"
+    what = (run.data.digest, digest, spec.side, spec.latents, run.config.train.compute_dtype)
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]

@@ -1,0 +1,174 @@
+"""Pictures without codes: a chat is trained on its assistant turns, and on what the pictures in these are.
+
+Beside tokens (`text`) there are one or both of:
+
+- `feature` (model.output_encoder encoder): the features of pictures, which the tower makes of them in the forward pass
+  (`tutti.model.features`), are predicted by the hidden states before them.
+- `flow` (a diffusion decoder, `tutti.model.flow_decoder`): a diffusion transformer, led by the hidden states of a
+  picture's queries, tells noise from its latents, which come beside the tokens (`tutti.train.flow`). The loss of a
+  picture is the mean over its latents' values.
+
+Samples hold placeholders, in whole micro batches, before ranks share one. A label that is a placeholder becomes the
+number of its feature in the micro batch, or of its query in the picture, beyond all tokens; so that every rank knows
+what its own tokens predict. Ranks that share a batch give one another the hidden states of queries, and each runs the
+transformer on its share of the pictures.
+
+With train.cfg_dropout the prompts of some pictures are hidden, as with codes (`tutti.train.tasks.drawing`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tutti.config import Config
+from tutti.core.batch import DRAWN_PIXELS, Batch, GlobalBatch
+from tutti.core.compute_dtype import compute_dtype
+from tutti.infer.drawing import hiding
+from tutti.model.diffusion import Text, add_noise, predict, squared_errors
+from tutti.model.encoder_parallel import encoders
+from tutti.model.flow_decoder import FlowSpec, read_flow
+from tutti.model.omni_config import regresses
+from tutti.model.pipeline_folder import read_scheduler
+from tutti.parallel.sequence import gather_tokens
+from tutti.train.head import Head
+from tutti.train.tasks import Prepare, Split, Sums
+from tutti.train.tasks.diffusion import LATENTS, NOISE, SOURCES, TIMES, WEIGHTS, Denoising
+from tutti.train.tasks.drawing import count_labels, hide_prompts
+from tutti.train.tasks.kinds import LossOfKinds
+
+if TYPE_CHECKING:
+    from tutti.parallel.pipeline.executor import Executor
+    from tutti.train.record import Run
+
+
+@dataclass(frozen=True)
+class Picturing(LossOfKinds):
+    """Sums over tokens, and over features or pictures. times: of pictures' noise. spec: how they are drawn."""
+
+    times: Denoising = field(default_factory=Denoising)
+    spec: FlowSpec | None = None
+
+    @classmethod
+    def of(cls, config: Config) -> Picturing:
+        """The task of a configuration."""
+        train, spec = config.train, read_flow(config.model)
+        kinds = ("text", *(["feature"] if regresses(config.model) else []), *([] if spec is None else ["flow"]))
+        times = Denoising(
+            seed=train.seed,
+            dtype=compute_dtype(train),
+            mean=train.flow_time_mean,
+            std=train.flow_time_std,
+            shift=train.flow_shift,
+            dropout=train.cfg_dropout,
+            scheduler=read_scheduler(spec.folder) if spec is not None and spec.family.prediction == "eps" else None,
+        )
+        return cls(kinds=kinds, weights=cls.weights_of(config, kinds), times=times, spec=spec)
+
+    def loss(self, hidden: Tensor, head: Head) -> Sums:
+        targets, batch = head.targets, head.batch
+        first = (head.feature_head or head.flow).first
+        drawn = targets >= first
+        places = (~drawn).nonzero().flatten(), drawn.nonzero().flatten()
+        text, texts = head.cross_entropy_of(hidden[places[0]], targets[places[0]])
+        found = {"text": (text, (~drawn).sum())}
+        losses = texts.new_zeros(len(targets)).index_copy_(0, places[0], texts)
+        if "feature" in self.kinds:
+            apart = head.feature_losses(hidden[places[1]], targets[places[1]] - first)
+            losses.index_copy_(0, places[1], apart.detach().to(losses.dtype))
+            found["feature"] = (apart.sum(), drawn.sum())
+        by_source = self.by_source(losses, batch.segment_sources[batch.target_segment])
+        if self.spec is not None:
+            flow, weights, sources = self._flow(head)
+            found["flow"] = (flow.sum(), weights.sum())
+            # A picture's loss is that of each of its places.
+            for name, sums in self.by_source(flow.detach().to(losses.dtype) * self.spec.tokens, sources).items():
+                by_source[name] = by_source[name] + sums
+        return {**self.total(found, batch.payload), **by_source}
+
+    def _flow(self, head: Head) -> tuple[Tensor, Tensor, Tensor]:
+        """The weighted losses fp32 [r] of this rank's share of a micro batch's rows of latents, their weights and their
+        sources."""
+        from tutti.train.flow import PICTURE, PLACES  # which looks at runs, and so imports the tasks
+
+        batch, given = head.batch, head.batch.payload
+        assert head.states is not None
+        own = slice(None)
+        if batch.sequence is not None:
+            ranks = encoders(batch.sequence.ranks, None)
+            own = slice(ranks.place, None, ranks.size)
+        latents, noise, times, weights, sources, picture = (
+            given[name][own] for name in (LATENTS, NOISE, TIMES, WEIGHTS, SOURCES, PICTURE)
+        )
+        if not len(given[PLACES]):
+            return head.states.new_zeros(0, dtype=torch.float32), weights, sources
+        text = head.flow.text(gather_tokens(head.states, batch.sequence)[given[PLACES]])
+        if not len(picture):  # other ranks wait for the gradient of what they gave
+            return text.embeds.flatten()[:1].float() * 0, weights, sources[:0].new_zeros(1)
+        led = text.map(lambda part: part[picture])
+        losses = flow_losses(head.flow, self.times.scheduler, latents, noise, times, led)
+        return losses * weights, weights, sources
+
+    def prepare(self, run: Run, executor: Executor) -> Prepare:
+        from tutti.train.flow import make_targets
+
+        model: Any = run.placed.model
+        placeholder, first = run.inputs.processor.drawn_token_ids[0], model.config.first_code
+        targets = None if self.spec is None else make_targets(run, self.spec, self.times)
+        sharing = run.mesh.grid.size() // run.mesh.dp_size
+
+        def complete(batch: GlobalBatch, split: Split) -> GlobalBatch:
+            micros: list[Batch] = []
+            for micro, names in zip(batch.micro_batches, batch.names, strict=True):
+                beside = {} if targets is None else targets.payload(micro, names, batch.step, split)
+                numbered = number_parts(micro, placeholder, first, None if self.spec is None else self.spec.tokens)
+                if targets is not None and split == "train" and self.times.dropout:
+                    drawn, key = numbered.labels >= first, (self.times.seed, batch.epoch)
+                    hidden = hiding(run.inputs.tokenizer, model)
+                    numbered = hide_prompts(numbered, names, drawn, key, self.times.dropout, hidden)
+                micros.append(replace(numbered, payload={**numbered.payload, **beside}))
+            return self.with_scales(
+                replace(batch, micro_batches=tuple(micros)), self._count(micros, first), run.world, sharing
+            )
+
+        def with_parts(batches: Iterable[GlobalBatch], split: Split) -> Iterator[GlobalBatch]:
+            return (complete(batch, split) for batch in batches)
+
+        return with_parts
+
+    def _count(self, micros: Sequence[Batch], first: int) -> list[int]:
+        """The numbers of targets by kind."""
+        text, drawn = count_labels(micros, lambda labels: labels >= first)
+        counts = {"text": text, "feature": drawn}
+        if self.spec is not None:
+            counts["flow"] = round(sum(float(micro.payload[WEIGHTS].sum()) for micro in micros))
+        return [counts[kind] for kind in self.kinds]
+
+
+def flow_losses(flow: Any, scheduler: Any, latents: Tensor, noise: Tensor, times: Tensor, text: Text) -> Tensor:
+    """The mean squared error fp32 [R] of what a diffusion decoder makes of latents [R, C, H, W] and noise, mixed by
+    times [R] from 0 to 1."""
+    noised = add_noise(flow.family, scheduler, latents, noise, times)
+    found = predict(flow.family, flow.net, noised.latents.to(text.embeds.dtype), noised.times, text)
+    return squared_errors(found, noised.target)
+
+
+def number_parts(micro: Batch, placeholder: int, first: int, queries: int | None) -> Batch:
+    """The micro batch with labels that are placeholders replaced by `first` and a number: that of the placeholder among
+    those of the micro batch, or with `queries` of a picture that among these, and then the tokens likewise."""
+    there = micro.input_ids == placeholder
+    numbers = there.cumsum(0) - 1
+    extras = {name: value for name, value in micro.extras.items() if name != DRAWN_PIXELS}
+    ids = micro.input_ids
+    if queries is not None:
+        numbers = numbers % queries
+        ids = torch.where(there, first + numbers, ids)
+    # A placeholder that is trained on is the target of the token before it.
+    labels = torch.where(micro.labels == placeholder, first + numbers.roll(-1), micro.labels)
+    if micro.input_ids.is_pinned():
+        ids, labels = ids.pin_memory(), labels.pin_memory()
+    return replace(micro, input_ids=ids, labels=labels, extras=extras)
