@@ -225,6 +225,7 @@ class _Loop:
         """End the run that was asked to stop after `step`."""
         self.metrics.close({"status": "stopped", "message": f"asked to stop after step {step}"})
         log.info("stopped after step %d; go on with --train.load_checkpoint_path auto", step)
+        self.watchdog.enter("the wait for what other machines were told")
         self.stop.require_no_restart()
 
     def evaluate(self, step: int) -> float | None:
