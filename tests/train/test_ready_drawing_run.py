@@ -30,6 +30,8 @@ from tutti.infer.run import Job, infer
 from tutti.infer.sampling import Sampler
 from tutti.kinds import language
 from tutti.model.omni_processor import CODE
+from tutti.model.structure import read_structure
+from tutti.train.inputs import open_data
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +196,15 @@ def test_a_trained_model_draws(one: Path) -> None:
     run_ranks(1, answered, one)
     (row,) = [json.loads(line) for line in (one / "answers.jsonl").read_text().splitlines()]
     assert Image.open(one / row["pictures"][0]["path"]).size == (16, 16)
+
+
+def test_the_largest_micro_batch_is_found_where_no_step_ends_in_the_first_epoch(tmp_path: Path, model: str) -> None:
+    """Rows that are seen and rows that are drawn are both media."""
+    config = drawer_config(tmp_path, model)
+    tokenizer, built = language.build(config, torch.device("cpu"))
+    inputs = language.read_inputs(config, tokenizer, read_structure(built))
+    samples = open_data(config, inputs, built, ONE, 0, 1).largest()
+    assert {medium.kind for sample in samples for medium in sample.media} == {"image", "drawn"}
 
 
 REFUSED = {

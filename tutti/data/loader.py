@@ -17,7 +17,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -240,13 +240,15 @@ class Data:
         return 0 if part is None or part.read is None else part.planner.source.size or 0
 
     def largest(self) -> list[Sample]:
-        """The samples of the micro batch, of those planned for the first epoch, whose media have most values; none
-        where there are no media, or data is streamed."""
+        """The samples of the micro batch, of those planned for the epoch of the first step, whose media have most
+        values; none where there are no media, or data is streamed."""
         if not self._train.has_media or self._train.read is None:
             return []
         planner = Planner(self._train.planner.source, self._train.planner.batching)
         planner.count()
-        plans = takewhile(lambda plan: plan.epoch == 0, planner.steps())
+        plans = iter(planner.steps())
+        first = next(plans)  # which may end in a later epoch
+        plans = chain([first], takewhile(lambda plan: plan.epoch == first.epoch, plans))
         batches = ([item for _, item in batch] for plan in plans for batch in plan.micro_batches)
         return self._train.read(max(batches, key=planner.source.num_values))
 
