@@ -54,6 +54,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+def test_a_model_of_pictures_alone_is_refused_with_its_reason(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "glm_image"}')
+    config = from_dict({"model": {"config_path": str(tmp_path)}, "data": {"train_path": "x"}})
+    with pytest.raises(ValueError, match="for model_type glm_image; it writes codes of pictures and no text"):
+        build_model(config)
+
+
 def test_a_tokenizer_from_its_folder(folder: Path) -> None:
     tokenizer = build_tokenizer(_config({"model_path": str(folder)}))
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.chat_template

@@ -209,6 +209,7 @@ def test_the_largest_micro_batch_is_found_where_no_step_ends_in_the_first_epoch(
 
 REFUSED = {
     "codes for eyes": ({"model.input_encoder": "decoder"}, "model.input_encoder: a ready-made model"),
+    "features": ({"model.output_encoder": "encoder"}, "model.output_encoder: "),
     "codes of streams": ({"data.datasets_type": "iterable", "model.encode_target": True}, "goes over the data"),
     "split matrices": (
         {"train.tensor_parallel_size": 2, "train.cfg_dropout": 0.1},

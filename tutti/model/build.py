@@ -51,6 +51,13 @@ from tutti.model.tokenizer import first_line, local_path
 log = logging.getLogger(__name__)
 
 
+_NO_TEXT = {
+    "glm_image": "it writes codes of pictures and no text, and a diffusion transformer of its own makes pictures of "
+    "them, which is not trained here"
+}
+"""model_type of models that have a language model and are none, and why."""
+
+
 def load_model_config(config: Config) -> PreTrainedConfig:
     """The configuration of the model that is trained, from model.config_path (by default model.model_path): of one that
     speaks its thinker's (`tutti.model.speech`)."""
@@ -123,7 +130,8 @@ def build_model(
     factory = AutoModelForSequenceClassification if classify else language_factory(language_config(model_config))
     if type(language_config(model_config)) not in model_mapping(factory):
         kind = "sequence classifier" if classify else "causal language model"
-        raise ValueError(f"model.config_path: transformers has no {kind} for model_type {model_config.model_type}")
+        why = f"; {note}" if (note := _NO_TEXT.get(model_config.model_type)) else ""
+        raise ValueError(f"model.config_path: transformers has no {kind} for model_type {model_config.model_type}{why}")
     take_sparse_sizes(model_config, config.model.attn_implementation)
     requested = "native-sparse" if is_sparse(model_config) else config.model.attn_implementation
     attention = resolve_attention(requested, device)
