@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from tests.harness import regroup, run_ranks
 from tests.infer.models import open_model
 from tests.train.runs import QUICKSTART, train_quietly
-from tests.train.test_flow_run import config_of
+from tests.train.test_flow_run import config_of, states_of
 from tutti.config import Config, InferConfig
 from tutti.core.draws import generator
 from tutti.core.pixels import to_image
@@ -57,13 +56,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "ask.jsonl").write_text('{"prompt": "Draw: dog"}\n{"prompt": "Draw: a cat of some kind"}\n')
     run_ranks(1, trained_and_asked, folder)
     return folder
-
-
-def states_of(model: Any, ids: list[int]) -> Tensor:
-    """The last hidden states [1, Q, H] of the queries after a prompt, which is run at once."""
-    config = model.config
-    row = torch.tensor([[*ids, *range(config.first_code, config.first_code + config.num_codes)]])
-    return model.outer(row).last_hidden_state[:, len(ids) :]
 
 
 @torch.no_grad()

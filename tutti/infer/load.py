@@ -309,7 +309,9 @@ def _fill(model: PreTrainedModel, source: _Source, world: World) -> str:
         return held if whole else " ".join([*digests, held])
     if isinstance(model, OmniModel):
         load_parts(model, settings.model_path, world=world, device=world.device, broadcast=False)
-        return " ".join([*digests, *(weights_digest(folder) for folder in model.weights.values() if folder)])
+        drawn = model.drawing_folder if model.flow is None else model.flow.weights
+        beside = [folder for folder in (*model.weights.values(), drawn) if folder]
+        return " ".join([*digests, *map(weights_digest, beside)])
     load_weights(model, settings.model_path or "", world=world, broadcast=False)
     if settings.adapter_path is not None:
         world.run_on_all_ranks(lambda: load_adapter(model, Path(settings.adapter_path or "")))

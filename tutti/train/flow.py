@@ -35,12 +35,9 @@ from tutti.train.latents import CACHE, Cached, TensorWriter
 from tutti.train.record import Run
 from tutti.train.tasks import Split
 from tutti.train.tasks.diffusion import EVAL_TIMES, LATENTS, NOISE, SOURCES, TIMES, WEIGHTS, Denoising
+from tutti.train.tasks.picturing import PICTURE, PLACES
 
 log = logging.getLogger(__name__)
-
-PICTURE, PLACES = "picture", "places"
-"""The names, in a micro batch's payload, of the number of each row's picture, int64 [R], and of the places of pictures'
-queries among the tokens, int64 [P, Q]."""
 
 _COMPLETE = "complete.json"
 

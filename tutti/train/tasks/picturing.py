@@ -46,6 +46,11 @@ if TYPE_CHECKING:
     from tutti.train.record import Run
 
 
+PICTURE, PLACES = "picture", "places"
+"""The names, in a micro batch's payload, of the number of each row of latents' picture, int64 [R], and of the places of
+pictures' queries among the tokens, int64 [P, Q]."""
+
+
 @dataclass(frozen=True)
 class Picturing(LossOfKinds):
     """Sums over tokens, and over features or pictures. times: of pictures' noise. spec: how they are drawn."""
@@ -93,8 +98,6 @@ class Picturing(LossOfKinds):
     def _flow(self, head: Head) -> tuple[Tensor, Tensor, Tensor]:
         """The weighted losses fp32 [r] of this rank's share of a micro batch's rows of latents, their weights and their
         sources."""
-        from tutti.train.flow import PICTURE, PLACES  # which looks at runs, and so imports the tasks
-
         batch, given = head.batch, head.batch.payload
         assert head.states is not None
         own = slice(None)
@@ -114,7 +117,7 @@ class Picturing(LossOfKinds):
         return losses * weights, weights, sources
 
     def prepare(self, run: Run, executor: Executor) -> Prepare:
-        from tutti.train.flow import make_targets
+        from tutti.train.flow import make_targets  # which looks at runs, and so imports the tasks
 
         model: Any = run.placed.model
         placeholder, first = run.inputs.processor.drawn_token_ids[0], model.config.first_code
