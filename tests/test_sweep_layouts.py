@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests import sweep, sweep_layouts
 from tests.sweep import EQUAL, REFUSED
@@ -15,10 +17,19 @@ from tests.sweep import EQUAL, REFUSED
         ("granite_swa", ("tensor", "pipeline", "generated")),
         ("gpt_bigcode", ("tensor",)),  # whose decoder reshapes its output
         ("biogpt", ("pipeline",)),  # whose positions are looked up by a mask
+        ("ctrl", ("pipeline",)),  # whose decoder writes into its embeddings
     ],
 )
 def test_a_family_trains_alike_in_layouts(family, columns):
     assert sweep_layouts.check(family, columns) == dict.fromkeys(("trained", *columns), EQUAL)
+
+
+def test_layers_that_attend_twice_have_two_places_in_the_cache(tmp_path):
+    """DiffLlama's, with the same keys and other values."""
+    sweep_layouts.write_family("diffllama", tmp_path)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).save_pretrained(tmp_path)
+    assert sweep_layouts.generated(tmp_path) == EQUAL
 
 
 def test_blocks_that_are_not_one_list_are_refused_before_a_step():

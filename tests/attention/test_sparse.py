@@ -104,14 +104,14 @@ def test_a_token_at_a_time_with_a_cache_gives_the_same(layer):
     starts = [max(0, length - steps) for length in lengths]
     prompts = [(key[:, :start], value[:, :start]) for (_, key, value, _), start in zip(samples, starts, strict=True)]
     cache.prefill([[0] * start for start in starts], lengths)
-    cache.store(0, *(torch.cat(parts, 1) for parts in zip(*prompts, strict=True)))
+    cache.store((0, 0), *(torch.cat(parts, 1) for parts in zip(*prompts, strict=True)))
     rows = [0, 1, 2]
     for step in range(steps):
         cache.decode([0] * len(rows))
         places = [starts[row] + step for row in rows]
         now = [torch.cat([samples[r][i][:, p : p + 1] for r, p in zip(rows, places, strict=True)], 1) for i in range(4)]
         layer._gates = now.pop()
-        got = cache.attend_sparsely(0, *now, layer, SCALE)
+        got = cache.attend_sparsely((0, 0), *now, layer, SCALE)
         want = torch.stack([whole[int(borders[row]) + place] for row, place in zip(rows, places, strict=True)])
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         kept = [number for number, row in enumerate(rows) if starts[row] + step + 1 < lengths[row]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -211,6 +212,13 @@ def test_check_shows_it(tmp_path, capsys):
     for name in ("parameters", "gradients", "optimizer", "gathered", "activations"):
         assert f"{getattr(found, name) / 2**20:.3f} MiB" in memory
     assert f"{found.peak / 2**20:.3f} MiB of the device" in memory
+    ((total, unit, program, other),) = re.findall(
+        r"on this CPU +([\d.]+) (.iB) resident, of which ([\d.]+) (.iB)", memory
+    )
+    units = {"MiB": 2**20, "GiB": 2**30}
+    here = predict(config, model_of(config), 8, on_cpu=True)
+    assert here.peak > found.peak  # attention's probabilities
+    assert float(total) * units[unit] == pytest.approx(float(program) * units[other] + here.peak, abs=2**20)
     assert set(found.sent) == {"fsdp", "tensor"}
     for axis, volume in found.sent.items():
         (line,) = (line for line in sent.splitlines() if axis in line)

@@ -40,6 +40,9 @@ CACHED = "tutti_cached"
 
 _GROWTH = 64
 
+Slot = tuple[int, int]
+"""A layer's number, and which of its calls of attention within a pass."""
+
 
 def register() -> str:
     """Make the attention known to transformers, and return its name."""
@@ -56,12 +59,13 @@ class KVCache:
         self._sizes: list[int] = []
         self._ahead: list[int] = []
         self._device = device
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._layers: dict[Slot, tuple[Tensor, Tensor]] = {}
+        self._calls: dict[int, int] = {}
         self._capacity = 0
         self._new: list[int] = []
         self._places = torch.empty(0, dtype=torch.int64, device=device)
         self._hidden: dict[tuple[int, int], Tensor] = {}
-        self._compressed: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._compressed: dict[Slot, list[tuple[Tensor, Tensor]]] = {}
 
     @property
     def places(self) -> int:
@@ -77,7 +81,7 @@ class KVCache:
         position of what follows each prompt differs from its length, where images have positions of their own. The
         logits are those that follow each prompt: [1, number of prompts, V].
         """
-        self._new = [len(prompt) for prompt in prompts]
+        self._new, self._calls = [len(prompt) for prompt in prompts], {}
         self.lengths += self._new
         self._sizes += sizes
         self._ahead += ahead or [0] * len(prompts)
@@ -99,7 +103,7 @@ class KVCache:
 
         Its logits are [1, B, V].
         """
-        self._new = []
+        self._new, self._calls = [], {}
         self._reserve(len(self.lengths), max(self.lengths) + 1)
         self._places = torch.tensor(self.lengths, device=self._device)
         self._hidden = {}
@@ -121,11 +125,11 @@ class KVCache:
         if not rows:
             self._layers = {}
         self._compressed = {
-            layer: [parts[row] for row in rows if row < len(parts)] for layer, parts in self._compressed.items()
+            slot: [parts[row] for row in rows if row < len(parts)] for slot, parts in self._compressed.items()
         }
         self._layers = {
-            layer: tuple(part[:, :, : self._capacity].index_select(0, index) for part in parts)  # type: ignore[misc]
-            for layer, parts in self._layers.items()
+            slot: tuple(part[:, :, : self._capacity].index_select(0, index) for part in parts)  # type: ignore[misc]
+            for slot, parts in self._layers.items()
         }
 
     @property
@@ -133,13 +137,18 @@ class KVCache:
         """True while new prompts are run."""
         return bool(self._new)
 
-    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+    def slot(self, layer: int) -> Slot:
+        """The place of the layer's next call of attention in this pass; some call it twice (DiffLlama)."""
+        self._calls[layer] = self._calls.get(layer, -1) + 1
+        return layer, self._calls[layer]
+
+    def store(self, slot: Slot, key: Tensor, value: Tensor) -> None:
         """Copy keys [K, T, D] and values [K, T, E] of the new prompts to their rows."""
-        if layer not in self._layers:
-            self._layers[layer] = tuple(  # type: ignore[assignment]  # two of them
+        if slot not in self._layers:
+            self._layers[slot] = tuple(  # type: ignore[assignment]  # two of them
                 part.new_zeros(len(self.lengths), part.shape[0], self._capacity, part.shape[2]) for part in (key, value)
             )
-        keys, values = self._layers[layer]
+        keys, values = self._layers[slot]
         first = len(self.lengths) - len(self._new)
         borders = [0, *torch.tensor(self._new).cumsum(0).tolist()]
         for row, (begin, end) in enumerate(pairwise(borders), start=first):
@@ -147,13 +156,13 @@ class KVCache:
             values[row, :, : end - begin] = value[:, begin:end]
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, sinks: Tensor | None
+        self, slot: Slot, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, sinks: Tensor | None
     ) -> Tensor:
         """Write one more token of every row, key [K, B, D] and value [K, B, E], and attend to the rows.
 
         query [H, B, D] -> [B, H, E].
         """
-        keys, values = self._write(layer, key, value)
+        keys, values = self._write(slot, key, value)
         num_rows, kv_heads = keys.shape[:2]
         heads, longest = query.shape[0], max(self.lengths)
         weights, _ = probabilities(
@@ -166,12 +175,12 @@ class KVCache:
         return torch.bmm(weights[..., :longest], values[:, :, :longest].flatten(0, 1)).view(num_rows, heads, -1)
 
     def attend_sparsely(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, sparse: NativeSparse, scale: float
+        self, slot: Slot, query: Tensor, key: Tensor, value: Tensor, sparse: NativeSparse, scale: float
     ) -> Tensor:
         """As `attend`, by native sparse attention; row after row, since each selects its own tokens."""
-        keys, values = self._write(layer, key, value)
+        keys, values = self._write(slot, key, value)
         gates = sparse.take_gates()
-        compressed = self._compressed.setdefault(layer, [])
+        compressed = self._compressed.setdefault(slot, [])
         outs = []
         for row, length in enumerate(self.lengths):
             held = keys[row, :, :length], values[row, :, :length]
@@ -181,9 +190,9 @@ class KVCache:
             outs.append(sparse.attend_last(query[:, row : row + 1], *held, *compressed[row], gates[:, row], scale))
         return torch.stack(outs)
 
-    def _write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one more token of every row, key [K, B, D] and value [K, B, E]; all keys and values of the layer."""
-        keys, values = self._layers[layer]
+    def _write(self, slot: Slot, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one more token of every row, key [K, B, D] and value [K, B, E]; all keys and values of the slot."""
+        keys, values = self._layers[slot]
         rows = torch.arange(len(self.lengths), device=self._device)
         keys[rows, :, self._places] = key.transpose(0, 1)
         values[rows, :, self._places] = value.transpose(0, 1)
@@ -205,8 +214,8 @@ class KVCache:
         """Make room for that many rows and places. Unused ones are zeros: garbage times a weight of 0 could be NaN."""
         if num_places > self._capacity:
             self._capacity = min(max(num_places + _GROWTH, self._capacity * 5 // 4), max(self._sizes))
-        for layer, parts in self._layers.items():
-            self._layers[layer] = tuple(  # type: ignore[assignment]  # two of them
+        for slot, parts in self._layers.items():
+            self._layers[slot] = tuple(  # type: ignore[assignment]  # two of them
                 _grown(part, num_rows, self._capacity) for part in parts
             )
 
@@ -231,12 +240,12 @@ def _cached_forward(
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, E]."""
     cache: KVCache = kwargs.pop("kv_cache")
-    layer: int = module.layer_idx  # type: ignore[assignment]
+    slot = cache.slot(module.layer_idx)  # type: ignore[arg-type]
     if cache.prefilling:
-        cache.store(layer, key[0], value[0])
+        cache.store(slot, key[0], value[0])
         return packed_forward(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     spec = spec_of(module, query, scaling, kwargs)
     sparse: NativeSparse | None = getattr(module, SPARSE, None)
     if sparse is not None:
-        return cache.attend_sparsely(layer, query[0], key[0], value[0], sparse, spec.scale)[None], None
-    return cache.attend(layer, query[0], key[0], value[0], spec, kwargs.get("s_aux"))[None], None
+        return cache.attend_sparsely(slot, query[0], key[0], value[0], sparse, spec.scale)[None], None
+    return cache.attend(slot, query[0], key[0], value[0], spec, kwargs.get("s_aux"))[None], None

@@ -128,7 +128,7 @@ class Stage:
         if received is not None:
             # Only its shape and dtype matter: the blocks are given the received states themselves.
             length = kwargs["input_ids"].shape[1]
-            blank = received.hidden.detach()[:, :1].expand(-1, length, -1)
+            blank = received.hidden.detach()[:, :1].expand(-1, length, -1).clone()  # CTRL writes into it
             kwargs |= {"input_ids": None, "inputs_embeds": blank}
         with self.holder.only(self.blocks, None if received is None else received.hidden) as result:
             output = decoder(**kwargs)
