@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
+from torch.nn.functional import grouped_mm
 
 from tutti.attention.packed_cpu import packed_attention
 from tutti.attention.spec import AttentionSpec
@@ -92,3 +93,19 @@ def test_a_cpu_saves_attentions_probabilities_and_an_accelerator_none():
             assert memory.now - before == out.nbytes + saved.nbytes * on_cpu
             out.sum().backward()
             assert query.grad is not None and query.grad.shape == query.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_products_have_the_shapes_that_a_cpu_gives_them(dtype):
+    ends = torch.tensor([3, 3, 8], dtype=torch.int32)
+
+    def products(make):
+        rows, weight = make((8, 16), dtype=dtype).requires_grad_(), make((3, 16, 24), dtype=dtype).requires_grad_()
+        out = grouped_mm(rows, weight, offs=ends)
+        (out * out).sum().backward()
+        return out, rows.grad, weight.grad
+
+    with rehearse(on_cpu=True):
+        rehearsed = products(torch.empty)
+    for got, want in zip(rehearsed, products(torch.ones), strict=True):
+        assert got.shape == want.shape and got.dtype == want.dtype

@@ -226,9 +226,19 @@ def _attend(
     return query.new_empty(query.shape[1], query.shape[0], value.shape[-1]), query.new_empty(size)
 
 
+def _grouped(
+    left: Tensor, right: Tensor, offs: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """A grouped product, which torch has a form without values of in bf16 alone: [S, k] [E, k, n] -> [S, n], and of its
+    gradients [k, S] [S, n] -> [E, k, n]."""
+    shape = (len(offs), len(left), right.shape[-1]) if right.ndim == 2 else (len(left), right.shape[-1])
+    return left.new_empty(shape, dtype=out_dtype or left.dtype)
+
+
 _CONVENTIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.bincount.default: _even_counts,
     torch.ops.aten._local_scalar_dense.default: lambda tensor: 1,
     torch.ops.tutti.packed_attention.default: _attend,
+    torch.ops.aten._grouped_mm.default: _grouped,
 }
 """Answers of tensors without values about their values."""
