@@ -25,6 +25,7 @@ from tutti.core.pixels import Square
 from tutti.data.encode import make_encoder
 from tutti.data.formats import Row
 from tutti.kinds.language import build, read_inputs
+from tutti.model.build import check_eager
 from tutti.model.omni_processor import CODE
 from tutti.model.structure import part_parameters, read_structure
 from tutti.model.vq import PictureTokenizer, read_codes
@@ -177,6 +178,14 @@ def test_codes_of_the_vocabulary_equal_the_untouched_class(tmp_path: Path, famil
     if family == "chameleon":
         with pytest.raises(ValueError, match=r"train\.tensor_parallel_size: ChameleonForConditionalGeneration never"):
             Objective(model, tensor=object())  # type: ignore[arg-type]
+
+
+def test_looking_at_the_masks_of_eager_attention_leaves_what_embeds_codes(tmp_path: Path) -> None:
+    config = drawer_config(tmp_path, write_drawer(tmp_path / "model"), **{"model.attn_implementation": "eager"})
+    model: Any = build(config, CPU)[1]
+    forward = vars(model.get_input_embeddings())["forward"]
+    check_eager(model)
+    assert vars(model.get_input_embeddings())["forward"] is forward
 
 
 def test_pictures_of_any_size_are_tokenized_as_asked(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from tutti.kinds import language
 from tutti.model.omni_processor import CODE
 from tutti.model.structure import read_structure
 from tutti.train.inputs import open_data
+from tutti.train.tasks import drawing as task
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +91,19 @@ def test_models_with_codes_in_their_vocabulary_train_and_are_exported(tmp_path: 
     assert CODE not in AutoProcessor.from_pretrained(folder).tokenizer.get_vocab()
 
 
+def without_tokenizer(config: Config) -> None:
+    """Train where there is no tokenizer of pictures."""
+    torch.set_num_threads(1)
+    task.PictureTokenizer = None  # type: ignore[assignment,misc]
+    train_quietly(config)
+
+
 def test_what_is_for_codes_stays_where_the_data_has_none(tmp_path: Path, model: str) -> None:
     rows = [row for row in drawing_rows() if "<image>" in row["messages"][0]["content"]] * 4
     config = drawer_config(tmp_path, model, **{"train.weight_decay": 0.5, "train.save_hf_weights": True})
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    made = run(config)
+    run_ranks(1, without_tokenizer, config)
+    made = lines(tmp_path)
     assert made[-1]["targets/code"] == 0
     before = load_file(Path(model) / "model.safetensors")
     after = load_file(tmp_path / "out" / "hf" / "final" / "model.safetensors")

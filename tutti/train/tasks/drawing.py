@@ -61,10 +61,8 @@ class Drawing(LossOfKinds):
 
     def prepare(self, run: Run, executor: Executor) -> Prepare:
         model: Any = run.placed.model
-        pictures = PictureTokenizer(model.drawing_folder, run.world.device, size=model.drawing_size)
-        codes_of = model.code_decoder
-        coder = Coder(run.inputs.processor.drawn_token_ids[0], codes_of, pictures.encode)
-        known = _codes_of_all(run, coder) if run.config.model.encode_target else None
+        codes_of, coder = model.code_decoder, _coder(run, model)
+        known = _codes_of_all(run, coder) if coder is not None and run.config.model.encode_target else None
         sharing = run.mesh.grid.size() // run.mesh.dp_size
         hidden = hiding(run.inputs.tokenizer, model)
 
@@ -73,7 +71,9 @@ class Drawing(LossOfKinds):
             key = (self.seed, batch.epoch)
             for micro, names in zip(batch.micro_batches, batch.names, strict=True):
                 codes = None if known is None else [known[split][name] for name in names]
-                micro = coder(micro, None if codes is None else torch.cat([*codes, torch.zeros(0, dtype=torch.int64)]))
+                if coder is not None:
+                    all_codes = None if codes is None else torch.cat([*codes, torch.zeros(0, dtype=torch.int64)])
+                    micro = coder(micro, all_codes)
                 if split == "train" and self.dropout:
                     drawn = codes_of.holds(micro.labels)
                     micro = hide_prompts(micro, names, drawn, key, self.dropout, hidden)
@@ -137,6 +137,16 @@ class Coder:
         if micro.input_ids.is_pinned():
             ids, labels = ids.pin_memory(), labels.pin_memory()
         return replace(micro, input_ids=ids, labels=labels, extras=extras)
+
+
+def _coder(run: Run, model: Any) -> Coder | None:
+    """The coder of a run's pictures; None where it has none, which leaves out their tokenizer."""
+    data, processor = run.data, run.inputs.processor
+    known = data.has_media is not None and not data.evaluation_sources
+    if processor is None or (known and not data.report.media.numbers["drawn"]):
+        return None
+    pictures = PictureTokenizer(model.drawing_folder, run.world.device, size=model.drawing_size)
+    return Coder(processor.drawn_token_ids[0], model.code_decoder, pictures.encode)
 
 
 def _codes_of_all(run: Run, coder: Coder) -> dict[Split, dict[Any, Tensor]]:
