@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help quickstart install dev test test-versions test-oldest test-newest soak sweep sweep-layouts sweep-classes lint format bench gpu clean
+.PHONY: help quickstart install dev test test-versions test-oldest test-newest soak sweep sweep-layouts sweep-classes sweep-media lint format bench gpu clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -48,6 +48,9 @@ sweep-layouts: $(VENV)/.stamp-dev ## The same in layouts of two ranks, and write
 
 sweep-classes: $(VENV)/.stamp-dev ## The same of sequence classifiers, and write the third table there
 	$(BIN)/python -m tests.sweep_classes $(ARGS)
+
+sweep-media: $(VENV)/.stamp-dev ## The same of families that take images, videos and sounds, into docs/multimodal.md
+	$(BIN)/python -m tests.sweep_multimodal $(ARGS)
 
 # The oldest and the newest tested torch and transformers lie over .venv, whose other packages serve them as well: some
 # 600 MB each.

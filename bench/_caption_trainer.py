@@ -1,4 +1,4 @@
-"""transformers' Trainer on the pictures of bench.caption: `python -m bench._caption_trainer FOLDER ROWS WORKERS`.
+"""transformers' Trainer on pictures of bench.caption: `python -m bench._caption_trainer FOLDER ROWS WORKERS [BATCH]`.
 
 FOLDER holds config.json and the processor. Samples come in random order, padded to the longest of a batch, decoded and
 processed by the collator in WORKERS processes. Prints a line of JSON: trained tokens and seconds of the timed steps.
@@ -43,20 +43,20 @@ class Collator:
         return batch
 
 
-def main(folder: Path, path: Path, workers: int) -> None:
+def main(folder: Path, path: Path, workers: int, batch_size: int = BATCH_SIZE) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     random.Random(0).shuffle(rows)
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     collate, timer = Collator(folder), Timer(after=WARMUP_STEPS)
-    arguments = training_arguments(folder, BATCH_SIZE, ACCUMULATION, dataloader_num_workers=workers)
+    arguments = training_arguments(folder, batch_size, ACCUMULATION, dataloader_num_workers=workers)
     Trainer(model, arguments, train_dataset=rows, data_collator=collate, callbacks=[timer]).train()
     counts = [len(collate.processor.tokenizer(row["caption"])["input_ids"]) + 1 for row in rows]
-    timed = counts[WARMUP_STEPS * BATCH_SIZE * ACCUMULATION :]
+    timed = counts[WARMUP_STEPS * batch_size * ACCUMULATION :]
     seconds = timer.end - timer.start
     print(json.dumps({"trained_tokens": sum(timed), "seconds": seconds, "trained": sum(counts)}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:]))

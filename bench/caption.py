@@ -1,22 +1,27 @@
 """Captioning pictures: a vision-language model in transformers' Trainer and in Tutti, and what the data takes.
 
-`python -m bench.caption [--part speed,index,memory]`. The model is a Qwen2.5-VL of 2 million parameters (about 220 of
-its tokens a picture); pictures are JPEGs of 448 pixels along their longer side, in four shapes; captions are log-normal
-in length (mean 200 tokens, at most 1,024), short labels and long descriptions mixed.
+`python -m bench.caption [--part speed,index,memory,soak]`. The model is a Qwen2.5-VL of 2 million parameters (about
+220 of its tokens a picture); pictures are JPEGs of 448 pixels along their longer side, in four shapes; captions are
+log-normal in length (mean 200 tokens, at most 1,024), short labels and long descriptions mixed.
 
 - speed: trained tokens a second. Trainer pads batches of 8 random samples, Tutti packs as many tokens on average. Both
   decode and process pictures by the same class in as many worker processes, and see each picture once. Contenders run
   in turns, each in a process of its own. `data wait`: the share of a step that Tutti waits for its workers.
 - index: rows a second whose pictures are measured by their headers and whose texts are tokenised.
 - memory: what each worker holds over 500 micro batches.
+- soak: 500 steps on 20,000 indexed rows with small pictures and short captions, about 8 rows a step, by a narrower
+  model, so that it takes minutes: how long they wait for data, and what each worker holds; then a few of Trainer.
+  `--seconds` ends it early, to go on in the same `--folder` another time.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +40,8 @@ SHAPES = ((448, 448), (448, 336), (336, 448), (448, 252))
 BATCH_SIZE, ACCUMULATION = 8, 1
 MAX_LENGTH, MICRO_BATCH = 1344, 3
 WARMUP_STEPS, WAIT_FROM = 2, 3
+SOAK_SIDE, SOAK_WORDS, SOAK_WIDTH, SOAK_LENGTH, SOAK_BATCH = 112, 8, 96, 480, 8
+SOAK_TRAINER_STEPS, SOAK_WARMUP = 15, 20
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
     "{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
@@ -43,7 +50,7 @@ TEMPLATE = (
 )
 
 
-def write_model(folder: Path) -> None:
+def write_model(folder: Path, width: int = 192) -> None:
     """A model folder without weights: config.json and the processor."""
     from transformers import (
         PreTrainedTokenizerFast,
@@ -63,30 +70,31 @@ def write_model(folder: Path) -> None:
     processor = Qwen2_5_VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), TEMPLATE)
     processor.save_pretrained(folder)
     ids: dict[str, Any] = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+    heads = width // 48
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 10, 10]}
     Qwen2_5_VLConfig(
         architectures=["Qwen2_5_VLForConditionalGeneration"],
         text_config={
-            "vocab_size": len(tokenizer), "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+            "vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": 512, "num_hidden_layers": 4,
+            "num_attention_heads": heads, "num_key_value_heads": heads // 2, "max_position_embeddings": 4096,
             "rope_parameters": rope, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         },
         vision_config={
-            "depth": 2, "hidden_size": 96, "intermediate_size": 192, "num_heads": 2, "out_hidden_size": 192,
+            "depth": 2, "hidden_size": 96, "intermediate_size": 192, "num_heads": 2, "out_hidden_size": width,
             "fullatt_block_indexes": [1],
         },
         **ids,
     ).save_pretrained(folder)  # fmt: skip
 
 
-def write_pictures(folder: Path, count: int, seed: int) -> list[str]:
-    """`count` JPEGs of 448 pixels along the longer side, of noise at several scales; their names."""
+def write_pictures(folder: Path, count: int, seed: int, side: int = 448) -> list[str]:
+    """`count` JPEGs of `side` pixels along the longer side, of noise at several scales; their names."""
     from PIL import Image
 
     random, names = np.random.default_rng(seed), []
     for number in range(count):
-        width, height = SHAPES[number % len(SHAPES)]
+        width, height = (edge * side // 448 for edge in SHAPES[number % len(SHAPES)])
         coarse, fine = (
             Image.fromarray(random.integers(0, 255, (side, side, 3), np.uint8)).resize((width, height), 3)
             for side in (7, 60)
@@ -96,21 +104,21 @@ def write_pictures(folder: Path, count: int, seed: int) -> list[str]:
     return names
 
 
-def captions(count: int, seed: int) -> Iterator[str]:
-    """Captions of random words, log-normal in length."""
+def captions(count: int, seed: int, mean: int = 67) -> Iterator[str]:
+    """Captions of random words, log-normal in length, `mean` on average."""
     random = np.random.default_rng(seed)
     rows = (ROOT / "data" / "quickstart" / "images.jsonl").read_text().splitlines()
     words = [word for row in rows for word in json.loads(row)["caption"].split()]
     # Three tokens a word, by the tokenizer of the quickstart.
-    lengths = np.exp(random.normal(np.log(67) - 0.5, 1.0, count)).round().clip(1, 330).astype(int)
+    lengths = np.exp(random.normal(np.log(mean) - 0.5, 1.0, count)).round().clip(1, 330).astype(int)
     return (" ".join(random.choice(words, length)) for length in lengths)
 
 
-def write_rows(folder: Path, count: int, pictures: int, seed: int) -> Path:
-    """`count` rows about `pictures` pictures, in turns."""
-    names = write_pictures(folder, pictures, seed)
+def write_rows(folder: Path, count: int, pictures: int, seed: int, side: int = 448, words: int = 67) -> Path:
+    """`count` rows about `pictures` pictures, in turns; the others as in `write_pictures` and `captions`."""
+    names = write_pictures(folder, pictures, seed, side)
     path = folder / f"rows{seed}.jsonl"
-    made = zip(range(count), captions(count, seed), strict=True)
+    made = zip(range(count), captions(count, seed, words), strict=True)
     path.write_text("".join(json.dumps({"image": names[n % pictures], "caption": text}) + "\n" for n, text in made))
     return path
 
@@ -139,9 +147,16 @@ def settings(folder: Path, rows: Path, workers: int) -> dict[str, Any]:
 
 def run_tutti(folder: Path, rows: Path, workers: int) -> dict[str, float]:
     """Trained tokens and seconds of the timed steps of Tutti, and its wait for data."""
-    given = {name: json.dumps(value) if isinstance(value, dict) else value
-             for name, value in settings(folder, rows, workers).items()}  # fmt: skip
-    run_python("-m", "tutti", "train", *(f"{name}={value}" for name, value in given.items()))
+    run_python("-m", "tutti", "train", *_arguments(settings(folder, rows, workers)))
+    return _timed(folder)
+
+
+def _arguments(given: dict[str, Any]) -> list[str]:
+    return [f"{name}={json.dumps(value) if isinstance(value, dict) else value}" for name, value in given.items()]
+
+
+def _timed(folder: Path) -> dict[str, float]:
+    """The figures of a run, from its metrics."""
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     timed = [line for line in lines if "step_seconds" in line and line["step"] > WARMUP_STEPS]
     late = [line for line in timed if line["step"] > WAIT_FROM] or timed
@@ -150,6 +165,7 @@ def run_tutti(folder: Path, rows: Path, workers: int) -> dict[str, float]:
         "seconds": sum(line["step_seconds"] for line in timed),
         "wait": sum(line["data_seconds"] for line in late) / sum(line["step_seconds"] for line in late),
         "trained": sum(line["trained_tokens"] for line in lines if "step_seconds" in line),
+        "steps": max(line.get("step", 0) for line in lines),
     }
 
 
@@ -248,6 +264,58 @@ def memory(steps: int, workers: int) -> None:
                   f"{max(held) / middle - 1:+.1%} over {done} micro batches")  # fmt: skip
 
 
+def soak(steps: int, count: int, workers: int, folder: Path | None, seconds: float) -> None:
+    """Print what so many steps wait for their data, what their workers hold, and the rate beside Trainer's. folder: of
+    the run, which goes on if it is begun; it is ended after so many seconds."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = folder or Path(place)
+        folder.mkdir(exist_ok=True)
+        small: dict[str, Any] = {"pictures": 400, "side": SOAK_SIDE, "words": SOAK_WORDS}
+        rows = folder / "rows0.jsonl"
+        if not rows.is_file():
+            write_model(folder, SOAK_WIDTH)
+            rows = write_rows(folder, count, seed=0, **small)
+        given = settings(folder, rows, workers) | {
+            "data.max_seq_len": SOAK_LENGTH, "train.micro_batch_size": 1, "train.global_batch_size": 1,
+            "train.max_steps": steps, "train.load_checkpoint_path": "auto",
+        }  # fmt: skip
+        command = [sys.executable, "-m", "tutti", "train", *_arguments(given)]
+        held = _watch(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL), seconds)
+        ours = _timed(folder)
+        print(f"soak: {ours['steps']:.0f} steps over {count:,} rows: {_rate(ours):.0f} trained tokens/s, data wait "
+              f"{ours['wait']:.2%}, load {os.getloadavg()[0]:.1f}", flush=True)  # fmt: skip
+        for number, values in enumerate(held.values()):
+            middle, tenth = statistics.median(values), max(1, len(values) // 10)
+            first, last = (statistics.median(some) for some in (values[:tenth], values[-tenth:]))
+            most, least, grown = max(values) / middle - 1, min(values) / middle - 1, last / first - 1
+            print(f"worker {number + 1}: {middle:.0f} MiB of its own, {least:+.1%} to {most:+.1%}, {grown:+.1%} from "
+                  "the first to the last tenth of the run")  # fmt: skip
+        some = write_rows(folder, (WARMUP_STEPS + SOAK_TRAINER_STEPS) * SOAK_BATCH, seed=1, **small)
+        arguments = (str(folder), str(some), str(workers), str(SOAK_BATCH))
+        theirs = json.loads(run_python("-m", "bench._caption_trainer", *arguments).splitlines()[-1])
+        print(f"Trainer, padded batches of {SOAK_BATCH}, {SOAK_TRAINER_STEPS} steps: {_rate(theirs):.0f} trained "
+              f"tokens/s; Tutti {_rate(ours) / _rate(theirs):.2f} times that")  # fmt: skip
+
+
+def _watch(run: subprocess.Popen[bytes], seconds: float) -> dict[int, list[float]]:
+    """MiB that each child of a run holds, every half second from SOAK_WARMUP seconds on, until it ends, which it is
+    told to after so many seconds."""
+    held: dict[int, list[float]] = {}
+    begun = time.monotonic()
+    while run.poll() is None:
+        time.sleep(0.5)
+        if (passed := time.monotonic() - begun) > seconds:
+            run.terminate()
+            seconds = float("inf")
+        if passed < SOAK_WARMUP:
+            continue
+        with contextlib.suppress(OSError, KeyError):  # it has ended
+            for pid in map(int, Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()):
+                held.setdefault(pid, []).append(_resident(pid)[0])
+    longest = max(map(len, held.values()), default=0)
+    return {pid: values for pid, values in held.items() if len(values) > longest / 2}
+
+
 def _resident(pid: int | None) -> tuple[float, float]:
     """MiB of a process that are its own, and all that it has in memory."""
     lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
@@ -261,6 +329,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds of the contenders (3)")
     parser.add_argument("--steps", type=int, default=8, help="timed optimizer steps a round (8)")
     parser.add_argument("--rows", type=int, default=20_000, help="rows to index (20,000)")
+    parser.add_argument("--soak-steps", type=int, default=500, help="optimizer steps of the soak (500)")
+    parser.add_argument("--folder", type=Path, help="where the soak's run is kept (nowhere)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="end the soak's run after so long (never)")
     parser.add_argument("--batches", type=int, default=500, help="micro batches to watch the memory over (500)")
     parser.add_argument("--workers", type=int, default=2, help="worker processes (2)")
     parser.add_argument("--threads", type=int, default=2, help="threads of each process that trains (2)")
@@ -272,6 +343,8 @@ def main() -> None:
         speed(options.rounds, options.steps, options.workers)
     if "index" in parts:
         index(options.rows, options.workers)
+    if "soak" in parts:
+        soak(options.soak_steps, options.rows, options.workers, options.folder, options.seconds)
     if "memory" in parts:
         memory(options.batches, options.workers)
 

@@ -186,8 +186,9 @@ def sweep_families(
     all_families: list[str],
     columns: tuple[str, ...],
     mark: str,
+    page: Path = PAGE,
 ) -> None:
-    """Write the rows of the families that the command line asks for into the table at `mark` of the page, one by one.
+    """Write the rows of the families that the command line asks for into the table at `mark` of `page`, one by one.
 
     Of a family whose config can't be made small the first column tells so.
     """
@@ -198,7 +199,7 @@ def sweep_families(
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
     warnings.filterwarnings("ignore")
-    done = tried(PAGE.read_text(encoding="utf-8"), columns, mark) if options.resume else set()
+    done = tried(page.read_text(encoding="utf-8"), columns, mark) if options.resume else set()
     begun = time.monotonic()
     for name in (name for name in options.families or all_families if name not in done):
         if time.monotonic() - begun > options.seconds:
@@ -208,7 +209,7 @@ def sweep_families(
         except Exception as error:
             found = {columns[0]: f"untested: {type(error).__name__}: {error}"}
         print(name, found, flush=True)
-        PAGE.write_text(rewrite(PAGE.read_text(encoding="utf-8"), {name: found}, columns, mark), encoding="utf-8")
+        page.write_text(rewrite(page.read_text(encoding="utf-8"), {name: found}, columns, mark), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ def test_what_is_seen_and_heard_is_learned_from_and_asked_about(name: str, tmp_p
     run_ranks(1, train_quietly, config)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
-    assert [line["sample_answers"] for line in lines if "sample_answers" in line] == [len(rows)] * 2
+    answers = [(line["sample_answers"], line["unseen_answers"]) for line in lines if "sample_answers" in line]
+    assert answers == [(len(rows), len(unseen))] * 2
     assert all(line["eval_loss"] > 0 for line in lines if "eval_loss" in line)
 
 

@@ -34,6 +34,12 @@ MARKS = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("recordings")
+    write_files(made)
+    return made
+
+
+def write_files(made: Path) -> None:
+    """Write the videos, sounds and images that rows here refer to."""
     (made / "long.mp4").write_bytes(recordings.video(20, 4))
     (made / "short.webm").write_bytes(recordings.video(7, 3, (48, 64), form="webm", codec="libvpx"))
     (made / "heard.mp4").write_bytes(recordings.video(12, 4, sound=True))
@@ -46,7 +52,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images[0].save(made / "still.png")
     for number, image in enumerate(images):
         image.save(made / f"frame{number}.png")
-    return made
 
 
 def row(*media: tuple[str, Any]) -> dict[str, Any]:

@@ -288,8 +288,9 @@ class TrainConfig:
     )
     sample_prompts_path: str | None = arg(
         None,
-        "File of more of these prompts: jsonl rows with a `prompt` or `messages`, or txt with one a line. A row may "
-        "name the `answer` to expect, a text or a list of texts: the share of answers with it is `sample_accuracy`.",
+        "File of more of these prompts, or a comma list: jsonl rows with a `prompt` or `messages`, or txt with one a "
+        "line. A row may name the `answer` to expect, a text or a list of texts: the share of answers with it is "
+        "`sample_accuracy`, or `unseen_accuracy` of a file that is data.eval_path.",
         added=True,
         path=True,
     )

@@ -176,7 +176,7 @@ class Pictures:
 def read_prompts(config: Any) -> list[str]:
     """The prompts of train.sample_prompts and train.sample_prompts_path, each once."""
     prompts: dict[str, None] = {}
-    for place, row in prompt_rows(config):
+    for place, row, _ in prompt_rows(config):
         text = row.get("prompt")
         if not isinstance(text, str):
             raise ValueError(f'{place}: has no text under "prompt"')

@@ -12,12 +12,14 @@ touched, so that a run trains the same, bit for bit, with prompts and without.
 A row of `train.sample_prompts_path` may say under "answer" which text its answer must hold, or a list of texts of which
 one is enough. Where data.row_template has the assistant draw a row's image, the answer must hold a picture, to which
 that image is the nearest of all rows' images. Such rows are counted: the share of right answers is logged and recorded
-as `sample_accuracy`.
+as `sample_accuracy`, and apart from it as `unseen_accuracy` that of rows in a file of data.eval_path, which the model
+is not trained on.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -74,13 +76,15 @@ _CACHEABLE = (PACKED, "flash_attention_2", "flash_attention_3")
 
 class _Prompt(NamedTuple):
     """text: the prompt as it is shown. expected: texts one of which the answer must hold; none: any answer will do.
-    pictures: of its media, as data URLs. target: the picture that is to be drawn, as the model draws pictures."""
+    pictures: of its media, as data URLs. target: the picture that is to be drawn, as the model draws pictures. unseen:
+    True for one of the evaluation data."""
 
     text: str
     request: Request
     expected: tuple[str, ...]
     pictures: tuple[str, ...] = ()
     target: Tensor | None = None
+    unseen: bool = False
 
 
 class Samples:
@@ -127,7 +131,7 @@ class Samples:
             tokens = drawn.watch(generator.stream(requests))
             texts = dict(whole_answers(tokens, requests, self._run.inputs.tokenizer))
         objective.train()
-        graded: list[bool] = []
+        graded: dict[bool, list[bool]] = {False: [], True: []}
         for prompt in self._prompts:
             text = texts[prompt.request.number]
             made = drawn.found.get(prompt.request.number, [])
@@ -135,15 +139,14 @@ class Samples:
             if prompt.target is not None:
                 right = bool(made) and self._nearest(made[0]) is prompt
             if right is not None:
-                graded.append(right)
-            if right is None or len(graded) <= _SHOWN:
+                graded[prompt.unseen].append(right)
+            if right is None or len(graded[prompt.unseen]) <= _SHOWN:
                 mark = {None: "", True: " (right)", False: " (wrong)"}[right]
                 shown = " ".join(prompt.text.split()), " ".join(text.split())
                 log.info("step %d, sample: %s -> %s%s", step, *shown, mark)
                 pictures = (*prompt.pictures, *(to_data_url(picture, _PICTURE_SIDE) for picture in made))
                 metrics.log_text(step, prompt.text, text, right, pictures)
-        if graded:
-            metrics.log_answers(step, sum(graded), len(graded))
+        metrics.log_answers(step, graded[False], graded[True])
 
     def _nearest(self, picture: Image.Image) -> _Prompt:
         """The prompt whose target is nearest to a picture, by the mean square of differences of pixels."""
@@ -264,9 +267,10 @@ def _read(run: Run, drawn: tuple[Drawing, PictureTokenizer | FlowPainter] | None
     chat = config.data.task.holds_chats
     context = getattr(run.placed.structure.config, "max_position_embeddings", None)
     form: PromptFormat | None = None
-    folder = str(Path(config.train.sample_prompts_path or ".").parent)
+    unseen = {os.path.realpath(path) for path in _listed(config.data.eval_path)}
     prompts = []
-    for number, (place, row) in enumerate(prompt_rows(config)):
+    for number, (place, row, path) in enumerate(prompt_rows(config)):
+        folder = os.path.dirname(path) or "."
         form = form or PromptFormat(
             tokenizer,
             read_template(tokenizer, run.data.chat_date) if chat else None,
@@ -289,7 +293,8 @@ def _read(run: Run, drawn: tuple[Drawing, PictureTokenizer | FlowPainter] | None
                 request = request._replace(limit=max(request.limit, drawn[0].room + 1))
             pictures = tuple(found for medium in request.media if (found := _picture(medium)))
             expected = () if target is not None else _expected(row)
-            prompts.append(_Prompt(_shown(row), request, expected, pictures, target))
+            held_out = bool(path) and os.path.realpath(path) in unseen
+            prompts.append(_Prompt(_shown(row), request, expected, pictures, target, held_out))
         except RowError as error:
             raise ValueError(f"{place}: {error}") from None
     return prompts
@@ -304,22 +309,27 @@ def _target(form: PromptFormat, row: dict[str, Any], folder: str) -> Tensor | No
     return form.media.values([as_sample(form.media.processor.drawn_token_ids, (medium,))], 1)["drawn_pixels"][0]
 
 
-def prompt_rows(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows to answer, each with the name of its place."""
+def prompt_rows(config: Config) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """The rows to answer, each with the name of its place, and its file if it is in one."""
     for text in config.train.sample_prompts:
-        yield f"train.sample_prompts {text!r}", {"prompt": text}
-    if config.train.sample_prompts_path is None:
-        return
-    path = config.train.sample_prompts_path
+        yield f"train.sample_prompts {text!r}", {"prompt": text}, ""
     name = "train.sample_prompts_path"
-    file = (PromptLines if Path(path).suffix == ".txt" else JsonLines)(path)
-    try:
-        for row in file.stream():
-            if isinstance(row, BadRow):
-                raise ValueError(f'{row}; a row is such as {{"prompt": "..."}}, and a .txt file has a prompt a line')
-            yield f"{name} {path}:{row.line}", row.value
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    for path in _listed(config.train.sample_prompts_path):
+        file = (PromptLines if Path(path).suffix == ".txt" else JsonLines)(path)
+        try:
+            for row in file.stream():
+                if isinstance(row, BadRow):
+                    raise ValueError(
+                        f'{row}; a row is such as {{"prompt": "..."}}, and a .txt file has a prompt a line'
+                    )
+                yield f"{name} {path}:{row.line}", row.value, path
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+
+def _listed(paths: str | None) -> list[str]:
+    """The paths of a comma list."""
+    return [path.strip() for path in (paths or "").split(",") if path.strip()]
 
 
 class PromptLines(JsonLines):

@@ -75,10 +75,13 @@ class Progress:
             log.info("%s", fit([counted, *self._figures(), (70, self._clock_line())], WIDTH - PREFIX))
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        if "sample_accuracy" in record:
-            share, count = record["sample_accuracy"], record["sample_answers"]
+        shares = [(name, record[f"{name}_accuracy"], record[f"{name}_answers"]) for name in ("sample", "unseen")
+                  if f"{name}_accuracy" in record]  # fmt: skip
+        for name, share, count in shares:
             right = f"{round(share * count)} of {count} answers are right ({share:.1%})"
-            log.info("step %s/%s  %s", record["step"], self._total, right)
+            of = ", to rows that it is not trained on" if name == "unseen" else ""
+            log.info("step %s/%s  %s%s", record["step"], self._total, right, of)
+        if shares:
             return
         best = self._history.best_eval
         parts = [f"step {record['step']}/{self._total}", f"eval loss {number(record.get('eval_loss'))}"]

@@ -150,9 +150,9 @@ class History:
         }
         self._note_non_finite(record, values)
         step = int(record["step"])
-        if "sample_accuracy" in record:
+        if not record.keys().isdisjoint(("sample_accuracy", "unseen_accuracy")):
             self.evals.add(step, values)
-            self.answers = dict(record)
+            self.answers = dict(record) if "sample_accuracy" in record else self.answers
             return
         if "eval_loss" in record:
             self.evals.add(step, values)

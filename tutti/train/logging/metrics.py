@@ -93,9 +93,15 @@ class Metrics:
         for sink in self._sinks:
             sink.text({"step": step, "prompt": prompt, "text": text, "right": right, **seen})
 
-    def log_answers(self, step: int, num_right: int, num_expected: int) -> None:
-        """Log the share of expected answers that the model gave after `step`."""
-        self.log_eval({"step": step, "sample_accuracy": num_right / num_expected, "sample_answers": num_expected})
+    def log_answers(self, step: int, known: Sequence[bool], unseen: Sequence[bool]) -> None:
+        """Log the shares of expected answers that the model gave after `step`, by whether each was right: to prompts,
+        and to those of the evaluation data."""
+        record: dict[str, Any] = {"step": step}
+        for name, found in (("sample", known), ("unseen", unseen)):
+            if found:
+                record |= {f"{name}_accuracy": sum(found) / len(found), f"{name}_answers": len(found)}
+        if len(record) > 1:
+            self.log_eval(record)
 
     def close(self, summary: Record) -> None:
         """Finish every sink, once; later calls do nothing.
