@@ -99,11 +99,12 @@ def test_expected_answers_are_counted(tmp_path: Path, sampled: Config) -> None:
     assert counted[5] == {"step": 5, "sample_accuracy": 10 / 11, "sample_answers": 11}
     # Of a file that is the evaluation data they are counted apart.
     others = tmp_path / "others.jsonl"
-    others.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
-    both = {"train.sample_prompts_path": f"{prompts}, {others}", "data.eval_path": str(others)}
+    others.write_text(json.dumps(rows[1]))
+    both = {"train.sample_prompts_path": f"{prompts}, {others}", "data.eval_path": str(others),
+            "data.row_template": {"user": "{prompt}", "assistant": "{answer}"}}  # fmt: skip
     apart = sampling_config(tmp_path / "apart", **{"train.max_steps": 1} | both)
     (line, *_) = [line for line in run(apart) if "unseen_accuracy" in line]
-    assert (line["sample_answers"], line["unseen_answers"]) == (11, 2)
+    assert (line["sample_answers"], line["unseen_answers"], line["unseen_accuracy"]) == (11, 1, 0)
     told = [(text["prompt"], text["right"]) for text in texts(config) if text["step"] == 5]
     assert told == [(ASKED[0], True), (ASKED[1], False), (ASKED[1], None), *[(ASKED[0], True)] * 6]
 
