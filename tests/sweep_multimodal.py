@@ -26,7 +26,7 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor
 from tests import sweep_layouts
 from tests.data.processors import PROCESSORS
 from tests.harness import run_ranks
-from tests.infer.models import ONE, infer_config
+from tests.infer.models import ONE
 from tests.infer.test_media import answers, requests_of, write_model
 from tests.model.test_media import CONFIGS, OTHERS, build
 from tests.model.test_recordings import FAMILIES, encoded, encoder_of, own_inputs, own_loss, row, write_files
@@ -34,6 +34,7 @@ from tests.sweep import EQUAL, FAILED, REFUSED, Kind, compare, saved
 from tests.train.runs import records
 from tests.train.runs import tiny_config as run_config
 from tests.train.test_recordings_run import train_all
+from tutti.config.load import from_dict
 from tutti.core.batch import pack
 from tutti.infer.load import load_model
 from tutti.infer.media import MediaInputs
@@ -151,8 +152,8 @@ def generated(family: str, root: Path, folder: Path) -> str:
     kinds = [kind for kind in QUESTIONS if getattr(processor, f"{kind}_token", None)]
     if family not in FAMILIES:
         kinds = ["image"]
-    config = infer_config(path, do_sample=False)
-    loaded = load_model(replace(config, data=replace(config.data, **limits_of(family))), ONE)
+    config = from_dict({"infer": {"model_path": path, "do_sample": False}, "data": limits_of(family)})
+    loaded = load_model(config, ONE)
     requests = requests_of(loaded, [{"prompt": "Nothing?"}, *(QUESTIONS[kind] for kind in kinds)], folder, NEW)
     inputs = MediaInputs(loaded.form.media)
     model: Any = AutoModelForMultimodalLM.from_pretrained(path, attn_implementation="eager").eval()

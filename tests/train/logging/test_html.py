@@ -112,14 +112,14 @@ def make_run(folder: Path, status: str = "finished") -> None:
     dist = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
     metrics = Metrics(config, dist, total_steps=STEPS, run_info=info)
     metrics.log_text(0, "Capital of Peru?", "the the", right=False)
-    metrics.log_answers(0, 1, 40)
+    metrics.log_answers(0, [True] + [False] * 39, [])
     for step in range(1, STEPS + 1):
         metrics.log_step(training_record(step))
         if step % (STEPS // EVALS) == 0:
             metrics.log_eval(eval_record(step))
     metrics.log_text(STEPS, "Capital of Peru?", "Lima.", right=True)
     metrics.log_text(STEPS, "Once upon", f" a time {HOSTILE}", pictures=[PICTURE, PICTURE])
-    metrics.log_answers(STEPS, 38, 40)
+    metrics.log_answers(STEPS, [True] * 38 + [False] * 2, [])
     metrics.close({"status": status, "message": "the disk is full" if status == "failed" else None})
 
 

@@ -239,18 +239,20 @@ def test_evaluations_are_lines_of_their_own(tmp_path: Path, caplog: pytest.LogCa
 
 def test_right_answers_are_counted_in_a_line_and_a_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "tutti"), open_metrics(tmp_path) as metrics:
-        metrics.log_answers(0, 0, 8)
+        metrics.log_answers(0, [False] * 8, [])
         assert not (tmp_path / "metrics.jsonl").exists()
         metrics.log_step(record(1))
         metrics.log_eval({"step": 1, "eval_loss": 1.5, "eval_tokens": 5})
-        metrics.log_answers(1, 7, 8)
+        metrics.log_answers(1, [True] * 7 + [False], [True, False])
     shown = [item.getMessage() for item in caplog.records]
     assert "step 0/10  0 of 8 answers are right (0.0%)" in shown
     assert "step 1/10  7 of 8 answers are right (87.5%)" in shown
+    assert "step 1/10  1 of 2 answers are right (50.0%), to rows that it is not trained on" in shown
     found = [(line["step"], line.get("sample_accuracy")) for line in lines(tmp_path / "metrics.jsonl")]
     assert found == [(0, 0.0), (1, None), (1, None), (1, 0.875)]
     history = read_history(tmp_path / "metrics.jsonl")
-    assert history.answers == {"step": 1, "sample_accuracy": 0.875, "sample_answers": 8}
+    right = {"sample_accuracy": 0.875, "sample_answers": 8, "unseen_accuracy": 0.5, "unseen_answers": 2}
+    assert history.answers == {"step": 1, **right}
     assert (history.last["step"], history.last_eval["eval_loss"], history.evals.ends) == (1, 1.5, [0, 1])
 
 
