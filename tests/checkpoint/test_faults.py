@@ -188,7 +188,7 @@ def swept(
 
 @pytest.mark.parametrize("name", SCENARIOS if SOAK else ["retention"])
 def test_a_rank_of_two_that_dies_at_any_operation_leaves_the_old_state_or_the_new(tmp_path, one_rank, name):
-    """In CI at every fourth operation of each."""
+    """In CI at every eighth operation of each."""
     before, step, settings = SCENARIOS[name]
     for number in before:
         save(tmp_path / "before", one_rank, number)
@@ -196,7 +196,7 @@ def test_a_rank_of_two_that_dies_at_any_operation_leaves_the_old_state_or_the_ne
     swept(tmp_path, old, step, settings, [(0, None)])
     assert found(tmp_path / "crashed-0-None", one_rank) == step
     counts = [int((tmp_path / f"operations-{rank}").read_text()) for rank in range(2)]
-    points = [(rank, at) for rank in range(2) for at in range(0, counts[rank], 1 if SOAK else 4)]
+    points = [(rank, at) for rank in range(2) for at in range(0, counts[rank], 1 if SOAK else 8)]
     swept(tmp_path, old, step, settings, points)
     for rank, at in points:
         root = tmp_path / f"crashed-{rank}-{at}"
