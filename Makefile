@@ -53,7 +53,7 @@ sweep-media: $(VENV)/.stamp-dev ## The same of families that take images, videos
 	$(BIN)/python -m tests.sweep_multimodal $(ARGS)
 
 # The oldest and the newest tested torch and transformers lie over .venv, whose other packages serve them as well: some
-# 600 MB each.
+# 600 MB, and several GB with the newest libraries of CUDA.
 SMOKE := tests/core/test_compat.py tests/checkpoint/test_hf_load.py tests/model/test_build.py tests/model/test_initial.py \
 	tests/attention/test_ring.py tests/parallel/test_mesh.py tests/check/test_comm_volume.py tests/train/test_golden.py
 
@@ -62,11 +62,14 @@ test-versions: test-oldest test-newest ## Run a short selection with the oldest 
 test-oldest test-newest: test-%: $(VENV)/%/.stamp
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/$*/bin/python -m pytest -n $(WORKERS) --dist worksteal $(SMOKE)
 
+# The oldest loads without libraries of CUDA of its own; the newest needs them.
+$(VENV)/oldest/.stamp: OVERLAY := --no-deps --force-reinstall
+
 $(VENV)/oldest/.stamp $(VENV)/newest/.stamp: $(VENV)/%/.stamp: $(VENV)/.stamp-dev tutti/core/compat.py
 	$(BIN)/python -m venv --clear --without-pip $(@D)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(@D)/base
 	cp $(@D)/base "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
-	$(BIN)/python -m pip --python $(@D)/bin/python install --disable-pip-version-check --quiet --no-deps --force-reinstall \
+	$(BIN)/python -m pip --python $(@D)/bin/python install --disable-pip-version-check --quiet $(OVERLAY) \
 		$$($(BIN)/python -m tutti.core.compat $*)
 	@touch $@
 
