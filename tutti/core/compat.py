@@ -44,6 +44,8 @@ _PLACES = {
     "stage_backward_input": "torch.distributed.pipelining._backward:stage_backward_input",
     "stage_backward_weight": "torch.distributed.pipelining._backward:stage_backward_weight",
     "graph_is_kept": "torch:_C._autograd._get_current_graph_task_keep_graph",
+    # torch: functions that make tensors on a device
+    "device_constructors": "torch.utils._device:_device_constructors",
     # torch: sharded tensors, process groups, checkpoints
     "StridedShard": "torch.distributed.tensor.placement_types:_StridedShard",
     "compute_local_shape_and_global_offset": "torch.distributed.tensor._utils:compute_local_shape_and_global_offset",

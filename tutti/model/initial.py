@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._device import _device_constructors
 from transformers import PreTrainedModel
 
 from tutti.attention.sparse import NativeSparse
@@ -34,6 +33,7 @@ from tutti.core.compat import (
     DtensorShardOperation,
     StridedShard,
     compute_local_shape_and_global_offset,
+    device_constructors,
     no_tie_weights,
     truncated_normals_seen,
 )
@@ -149,7 +149,7 @@ class _NumbersKept(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _device_constructors() and func is not torch.tensor:
+        if func in device_constructors() and func is not torch.tensor:
             kwargs = {"device": torch.device("meta")} | kwargs
         return func(*args, **kwargs)
 
