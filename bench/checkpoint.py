@@ -50,8 +50,8 @@ def main() -> None:
 def _compare(folder: Path, rounds: int, layers: int, world: World) -> None:
     config = Qwen3Config(**{**workload.MODEL, "num_hidden_layers": layers})
     with torch.device(world.device):
-        model = AutoModelForCausalLM.from_config(config)
-        tokens = torch.randint(0, workload.VOCABULARY, (1, 512))
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        tokens = torch.randint(0, workload.VOCABULARY, (1, 128))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def step() -> float:
