@@ -217,7 +217,6 @@ def test_check_shows_it(tmp_path, capsys):
     )
     units = {"MiB": 2**20, "GiB": 2**30}
     here = predict(config, model_of(config), 8, on_cpu=True)
-    assert here.peak > found.peak  # attention's probabilities
     assert float(total) * units[unit] == pytest.approx(float(program) * units[other] + here.peak, abs=2**20)
     assert set(found.sent) == {"fsdp", "tensor"}
     for axis, volume in found.sent.items():
