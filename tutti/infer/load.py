@@ -10,8 +10,6 @@ With several ranks each reads and holds its slices only (FSDP2); a block is gath
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +22,12 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from tutti.attention.interface import attention_by_part
 from tutti.attention.kv_cache import register
 from tutti.checkpoint import manifest
-from tutti.checkpoint.adapter import base_path, is_adapter_folder, load_adapter, plan_adapters
+from tutti.checkpoint.adapter import load_adapter, plan_adapters
 from tutti.checkpoint.hf_files import weights_digest
 from tutti.checkpoint.hf_load import load_weights
-from tutti.checkpoint.hub import with_local_paths
 from tutti.checkpoint.omni import load_parts
-from tutti.checkpoint.trained import TrainedModel, find_trained, is_of_run, load_trained
-from tutti.config import Config, DataConfig, ModelConfig, TrainConfig
+from tutti.checkpoint.trained import load_trained
+from tutti.config import Config, DataConfig
 from tutti.core.compute_dtype import compute_dtype, slow_dtypes
 from tutti.core.dist import World
 from tutti.core.files import sha256
@@ -42,6 +39,7 @@ from tutti.infer.generate import CachedLogits, NextLogits
 from tutti.infer.hf_generate import GeneratedLogits, needs_generate
 from tutti.infer.media import MediaInputs, media_inputs
 from tutti.infer.prompts import PromptFormat
+from tutti.infer.source import Source, data_of, find_source, named_as_infer
 from tutti.model.build import build_model, load_model_config
 from tutti.model.diffusion import Guided
 from tutti.model.drawing import let_draw, ready_folder, write_drawn
@@ -75,42 +73,18 @@ class LoadedModel:
     drawing: Drawing | None = None
 
 
-@dataclass(frozen=True)
-class _Source:
-    """The place that a model is loaded from.
-
-    config: describes the model and its tokenizer. trained: holds the weights, unless config.model.model_path does.
-    template: data.chat_template, as it was in training. of_chats: that training was on conversations.
-    """
-
-    config: Config
-    trained: TrainedModel | None = None
-    template: str = "default"
-    of_chats: bool = False
-
-    @property
-    def reads_weights(self) -> bool:
-        """True if weights are read from config.model.model_path: a checkpoint of adapters needs those of its base."""
-        return self.trained is None or self.config.train.architecture == "lora"
-
-
 def load_model(config: Config, world: World) -> LoadedModel:
     """Load the model that `config.infer` names. Collective.
 
     ValueError, on all ranks: it is not there, damaged, or not a model that generates text.
     """
-    with _named_as_infer():
-        named, config = config.infer.model_path, with_local_paths(config, world)
-        source = _find(config, world)
-        # An adapter, or a run, may name its base model.
-        described = with_local_paths(source.config, world, weights=source.reads_weights)
-        source = replace(source, config=described)
+    named, source = config.infer.model_path, find_source(config, world)
     slow = slow_dtypes(world)
     tokenizer, model = world.run_on_all_ranks(lambda: _build(config, source, world.device, slow))
-    data = _data(config, source)
+    data = data_of(config, source)
     processor = world.run_on_all_ranks(lambda: _media_processor(data, source, tokenizer, model))
     _shard(model, world)
-    with _named_as_infer():
+    with named_as_infer():
         weights = _fill(model, source, world)
     model.eval()
     rotate_by_sample(model)
@@ -155,63 +129,15 @@ def _drawing(config: Config, model: Any, tokenizer: Any, world: World, painter: 
     return found
 
 
-def _find(config: Config, world: World) -> _Source:
-    """The model that infer.model_path is. Collective."""
-    path = Path(config.infer.model_path or "").expanduser()
-    given = config.infer.tokenizer_path
-    tokenizer = None if given == config.infer.model_path else given
-    source = world.run_on_all_ranks(lambda: _folder_source(path, config, tokenizer))
-    if source is not None:
-        return source
-    trained = find_trained(path, world)
-    run = trained.config
-    if run.data.task.head != "tokens":
-        raise ValueError(f"infer.model_path: {path} is of a classifier, which generates no text")
-    if tokenizer is not None:
-        run = replace(run, model=replace(run.model, tokenizer_path=tokenizer))
-    of_chats = run.data.task.holds_chats
-    return _Source(run, trained, run.data.chat_template if of_chats else "default", of_chats)
-
-
-def _folder_source(path: Path, config: Config, tokenizer: str | None) -> _Source | None:
-    """The Hugging Face or adapter folder that `path` is, or has as an output folder; None if it is an output folder
-    without one, or a checkpoint."""
-    if not path.exists():
-        raise ValueError(
-            f"infer.model_path: {path} is not there; give a folder, or a name on the Hugging Face hub (org/name)"
-        )
-    for folder in (path, path / "hf" / "final"):
-        if is_adapter_folder(folder):
-            return _adapted(folder, config, tokenizer)
-        if (folder / "config.json").is_file():
-            return _Source(Config(model=ModelConfig(model_path=str(folder), tokenizer_path=tokenizer)))
-    if not is_of_run(path):
-        raise ValueError(
-            f"infer.model_path: {path} is neither a Hugging Face folder (with its config.json) nor an adapter nor an "
-            "output folder of a run (with its config.yaml) nor a checkpoint in one"
-        )
-    return None
-
-
-def _adapted(folder: Path, config: Config, tokenizer: str | None) -> _Source:
-    """The adapter in `folder` on model.model_path, or else on the model that it names as its base."""
-    base = config.model.model_path or base_path(folder)
-    own = str(folder) if (folder / "tokenizer_config.json").is_file() else None
-    if tokenizer == config.model.model_path and "infer.tokenizer_path" not in config.explicit:
-        tokenizer = None  # merely the default, and the adapter's own tokenizer knows how its chats are rendered
-    model = ModelConfig(model_path=base, tokenizer_path=tokenizer or own, adapter_path=str(folder))
-    return _Source(Config(model=model, train=TrainConfig(architecture="lora")))
-
-
 def _build(
-    asked: Config, source: _Source, device: torch.device, slow: frozenset[torch.dtype]
+    asked: Config, source: Source, device: torch.device, slow: frozenset[torch.dtype]
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Build the tokenizer, and the model without storage, with the attention that generation runs on.
 
     asked: names in train.compute_dtype the dtype to compute in; with auto it is that of the files, or fp32 where that
     is one of `slow`.
     """
-    with _named_as_infer():
+    with named_as_infer():
         config = replace(source.config, model=replace(source.config.model, attn_implementation="sdpa"))
         tokenizer = build_tokenizer(config)
         if is_composed(config.model):
@@ -227,7 +153,7 @@ def _build(
         if lora is not None:
             add_adapters(model, lora, model.dtype)
         elif (folder := ready_folder(config.model)) is not None:
-            let_draw(model, tokenizer, folder, _data(asked, source))
+            let_draw(model, tokenizer, folder, data_of(asked, source))
     if needs_generate(model):
         if is_sparse(model.config):
             raise ValueError(
@@ -239,17 +165,11 @@ def _build(
     return tokenizer, model
 
 
-def _media_processor(data: DataConfig, source: _Source, tokenizer: Any, model: Any) -> MediaProcessor | None:
+def _media_processor(data: DataConfig, source: Source, tokenizer: Any, model: Any) -> MediaProcessor | None:
     """The processor of a model that takes media, with the bounds of `data`; None where it has none."""
     takes = _takes_media(model) or getattr(model, "code_decoder", None) is not None
     processor = build_processor(replace(source.config, data=data), tokenizer) if takes else None
     return None if processor is None else MediaProcessor(processor, data)
-
-
-def _data(asked: Config, source: _Source) -> DataConfig:
-    """How rows are read: as in training, where the model is of a run, and as is asked for."""
-    names = [name.removeprefix("data.") for name in asked.explicit if name.startswith("data.")]
-    return replace(source.config.data, **{name: getattr(asked.data, name) for name in names})
 
 
 def _takes_media(model: PreTrainedModel) -> bool:
@@ -273,7 +193,7 @@ def _next_logits(
     )
 
 
-def _dtype(source: _Source, model_config: PreTrainedConfig) -> torch.dtype:
+def _dtype(source: Source, model_config: PreTrainedConfig) -> torch.dtype:
     """The dtype of the parameters in the model's files, in those of an adapter's base, or in the run's checkpoints."""
     if source.trained is None and any(
         name.endswith("ForSequenceClassification") for name in model_config.architectures or ()
@@ -294,7 +214,7 @@ def _shard(model: PreTrainedModel, world: World) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def _fill(model: PreTrainedModel, source: _Source, world: World) -> str:
+def _fill(model: PreTrainedModel, source: Source, world: World) -> str:
     """Load the weights of `source` into `model`, and return their digest. Collective."""
     settings = source.config.model
     parts = [Path(path) for path in (settings.model_path, settings.adapter_path) if path is not None]
@@ -318,7 +238,7 @@ def _fill(model: PreTrainedModel, source: _Source, world: World) -> str:
     return " ".join(digests)
 
 
-def _template(config: Config, source: _Source, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
+def _template(config: Config, source: Source, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
     """The chat template, which the tokenizer is given too; None where nothing says how a turn ends."""
     wanted = config.infer.chat_template
     name = source.template if wanted in ("default", "none") else wanted
@@ -331,7 +251,7 @@ def _template(config: Config, source: _Source, tokenizer: PreTrainedTokenizerBas
     return read_template(tokenizer)
 
 
-def _is_chat(config: Config, source: _Source, tokenizer: PreTrainedTokenizerBase) -> bool:
+def _is_chat(config: Config, source: Source, tokenizer: PreTrainedTokenizerBase) -> bool:
     if config.infer.chat_template != "default":
         return config.infer.chat_template != "none"
     return source.of_chats or bool(tokenizer.chat_template)
@@ -340,16 +260,3 @@ def _is_chat(config: Config, source: _Source, tokenizer: PreTrainedTokenizerBase
 def _described(model: PreTrainedModel) -> str:
     dtype = str(model.dtype).removeprefix("torch.")
     return f"{model.config.model_type} of {num_params(model).total:,} parameters in {dtype}"
-
-
-@contextmanager
-def _named_as_infer() -> Iterator[None]:
-    """Have errors of reading a model name the arguments of `infer.*` that its paths came from."""
-    try:
-        yield
-    except ValueError as error:
-        text = str(error)
-        for name in ("model.model_path", "model.config_path", "model.adapter_path", "train.load_checkpoint_path"):
-            text = text.replace(name, "infer.model_path")
-        text = text.replace("model.tokenizer_path", "infer.tokenizer_path")
-        raise ValueError(text) from error

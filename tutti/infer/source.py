@@ -1,0 +1,112 @@
+"""Finding the model that `infer.model_path` names: a folder, an adapter, a run's output folder, or a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tutti.checkpoint.adapter import base_path, is_adapter_folder
+from tutti.checkpoint.hub import with_local_paths
+from tutti.checkpoint.trained import TrainedModel, find_trained, is_of_run
+from tutti.config import Config, DataConfig, ModelConfig, TrainConfig
+from tutti.core.dist import World
+
+
+@dataclass(frozen=True)
+class Source:
+    """The place that a model is loaded from.
+
+    config: describes the model and its tokenizer. trained: holds the weights, unless config.model.model_path does.
+    template: data.chat_template, as it was in training. of_chats: that training was on conversations.
+    """
+
+    config: Config
+    trained: TrainedModel | None = None
+    template: str = "default"
+    of_chats: bool = False
+
+    @property
+    def reads_weights(self) -> bool:
+        """True if weights are read from config.model.model_path: a checkpoint of adapters needs those of its base."""
+        return self.trained is None or self.config.train.architecture == "lora"
+
+
+def find_source(config: Config, world: World) -> Source:
+    """The model that infer.model_path is, with files that a hub's names stand for. Collective.
+
+    ValueError, on all ranks, in the name of `infer.*`: there is none there.
+    """
+    with named_as_infer():
+        source = _look(with_local_paths(config, world), world)
+        # An adapter, or a run, may name its base model.
+        described = with_local_paths(source.config, world, weights=source.reads_weights)
+        return replace(source, config=described)
+
+
+def _look(config: Config, world: World) -> Source:
+    """The model that infer.model_path is. Collective."""
+    path = Path(config.infer.model_path or "").expanduser()
+    given = config.infer.tokenizer_path
+    tokenizer = None if given == config.infer.model_path else given
+    source = world.run_on_all_ranks(lambda: _folder_source(path, config, tokenizer))
+    if source is not None:
+        return source
+    trained = find_trained(path, world)
+    run = trained.config
+    if run.data.task.head != "tokens":
+        raise ValueError(f"infer.model_path: {path} is of a classifier, which generates no text")
+    if tokenizer is not None:
+        run = replace(run, model=replace(run.model, tokenizer_path=tokenizer))
+    of_chats = run.data.task.holds_chats
+    return Source(run, trained, run.data.chat_template if of_chats else "default", of_chats)
+
+
+def _folder_source(path: Path, config: Config, tokenizer: str | None) -> Source | None:
+    """The Hugging Face or adapter folder that `path` is, or has as an output folder; None if it is an output folder
+    without one, or a checkpoint."""
+    if not path.exists():
+        raise ValueError(
+            f"infer.model_path: {path} is not there; give a folder, or a name on the Hugging Face hub (org/name)"
+        )
+    for folder in (path, path / "hf" / "final"):
+        if is_adapter_folder(folder):
+            return _adapted(folder, config, tokenizer)
+        if (folder / "config.json").is_file():
+            return Source(Config(model=ModelConfig(model_path=str(folder), tokenizer_path=tokenizer)))
+    if not is_of_run(path):
+        raise ValueError(
+            f"infer.model_path: {path} is neither a Hugging Face folder (with its config.json) nor an adapter nor an "
+            "output folder of a run (with its config.yaml) nor a checkpoint in one"
+        )
+    return None
+
+
+def _adapted(folder: Path, config: Config, tokenizer: str | None) -> Source:
+    """The adapter in `folder` on model.model_path, or else on the model that it names as its base."""
+    base = config.model.model_path or base_path(folder)
+    own = str(folder) if (folder / "tokenizer_config.json").is_file() else None
+    if tokenizer == config.model.model_path and "infer.tokenizer_path" not in config.explicit:
+        tokenizer = None  # merely the default, and the adapter's own tokenizer knows how its chats are rendered
+    model = ModelConfig(model_path=base, tokenizer_path=tokenizer or own, adapter_path=str(folder))
+    return Source(Config(model=model, train=TrainConfig(architecture="lora")))
+
+
+def data_of(asked: Config, source: Source) -> DataConfig:
+    """How rows are read: as in training, where the model is of a run, and as is asked for."""
+    names = [name.removeprefix("data.") for name in asked.explicit if name.startswith("data.")]
+    return replace(source.config.data, **{name: getattr(asked.data, name) for name in names})
+
+
+@contextmanager
+def named_as_infer() -> Iterator[None]:
+    """Have errors of reading a model name the arguments of `infer.*` that its paths came from."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        for name in ("model.model_path", "model.config_path", "model.adapter_path", "train.load_checkpoint_path"):
+            text = text.replace(name, "infer.model_path")
+        text = text.replace("model.tokenizer_path", "infer.tokenizer_path")
+        raise ValueError(text) from error
