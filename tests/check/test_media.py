@@ -50,7 +50,12 @@ def test_the_images_of_the_largest_micro_batch_are_foreseen(
         lines.append(json.dumps({"messages": chat, "images": ["a.png"] * count}))
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     told: list[tuple[Any, ...]] = []
-    monkeypatch.setattr("tutti.check.run.predict", lambda *given: told.append(given) or predict(*given))
+
+    def noted(*given: Any, on_cpu: bool = False) -> Any:
+        told.extend([] if on_cpu else [given])
+        return predict(*given, on_cpu=on_cpu)
+
+    monkeypatch.setattr("tutti.check.run.predict", noted)
     options = {
         "data.row_template": {}, "data.media_root": None, "train.dyn_bsz": False, "data.max_seq_len": 512,
         "train.global_batch_size": 4, "train.max_steps": None,
