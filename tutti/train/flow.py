@@ -12,10 +12,8 @@ Shapes: P pictures of a micro batch, Q queries of each, R rows of latents: one f
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,21 +23,18 @@ import torch
 from torch import Tensor
 
 from tutti.checkpoint.hf_files import weights_digest
-from tutti.core.batch import DRAWN_PIXELS, Batch, GlobalBatch
+from tutti.core.batch import DRAWN_PIXELS, Batch
 from tutti.core.compute_dtype import compute_dtype
 from tutti.core.draws import generator
-from tutti.core.files import replace_file
 from tutti.model.conditions import Conditions
 from tutti.model.flow_decoder import FlowSpec
-from tutti.train.latents import CACHE, Cached, TensorWriter
+from tutti.train.latents import CACHE, Cached, is_written, micro_batches_of, writing
 from tutti.train.record import Run
 from tutti.train.tasks import Split
 from tutti.train.tasks.diffusion import EVAL_TIMES, LATENTS, NOISE, SOURCES, TIMES, WEIGHTS, Denoising
 from tutti.train.tasks.picturing import PICTURE, PLACES
 
 log = logging.getLogger(__name__)
-
-_COMPLETE = "complete.json"
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
@@ -114,7 +109,7 @@ def make_targets(run: Run, spec: FlowSpec, times: Denoising) -> PictureTargets:
     if not config.model.encode_target:
         return PictureTargets(placeholder, spec, times, lambda split, name, pixels: encode(pixels))
     place = Path(config.train.output_dir or "") / CACHE / _key(run, spec)
-    if not run.world.broadcast((place / _COMPLETE).is_file() if run.world.is_main else None):
+    if not is_written(place, run.world):
         _build(run, spec, placeholder, lambda pixels: encode(pixels).to(dtype), place)
     log.info("the latents of pictures are in %s", place)
     cached = Cached(place)
@@ -130,31 +125,13 @@ def make_targets(run: Run, spec: FlowSpec, times: Denoising) -> PictureTargets:
 
 def _build(run: Run, spec: FlowSpec, placeholder: int, encode: Callable[[Tensor], Tensor], place: Path) -> None:
     """Write the latents of all pictures to files in the folder `place`, each rank those of its share. Collective."""
-    world = run.world
-
-    def begin() -> None:
-        if world.is_main:
-            shutil.rmtree(place, ignore_errors=True)
-            place.mkdir(parents=True)
-
-    world.run_on_all_ranks(begin)
-    writer = TensorWriter(place, world.rank)
-    splits: dict[Split, Iterable[GlobalBatch]] = {"train": run.data.scan()}
-    if run.data.evaluation_sources:
-        splits["eval"] = run.data.evaluate()
-    for split, batches in splits.items():
-        for batch in batches:
-            for micro, names in zip(batch.micro_batches, batch.names, strict=True):
-                pixels = iter(micro.extras.get(DRAWN_PIXELS, ()))
-                for name, (begin_at, end) in zip(names, pairwise(micro.cu_seqlens.tolist()), strict=False):
-                    count = int((micro.input_ids[begin_at:end] == placeholder).sum()) // spec.tokens
-                    if count:
-                        writer.add({f"{split}/{name}": encode(torch.stack([next(pixels) for _ in range(count)]))})
-    writer.flush()
-    world.barrier()  # all files are there
-    if world.is_main:
-        replace_file(place / _COMPLETE, json.dumps({"ranks": world.size}) + "\n")
-    world.barrier()
+    with writing(place, run.world) as writer:
+        for split, micro, names in micro_batches_of(run):
+            pixels = iter(micro.extras.get(DRAWN_PIXELS, ()))
+            for name, (begin, end) in zip(names, pairwise(micro.cu_seqlens.tolist()), strict=False):
+                count = int((micro.input_ids[begin:end] == placeholder).sum()) // spec.tokens
+                if count:
+                    writer.add({f"{split}/{name}": encode(torch.stack([next(pixels) for _ in range(count)]))})
 
 
 def _key(run: Run, spec: FlowSpec) -> str:

@@ -18,6 +18,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -31,6 +32,7 @@ from torch import Tensor
 from tutti.checkpoint.hf_files import weights_digest
 from tutti.core.batch import Batch, GlobalBatch
 from tutti.core.compute_dtype import compute_dtype
+from tutti.core.dist import World
 from tutti.core.draws import generator
 from tutti.core.files import replace_file
 from tutti.data.captions import PIXELS, captions_of
@@ -211,7 +213,7 @@ def make_latents(run: Run, task: Denoising) -> Latents:
         log.info("latents and captions are encoded in each step, since %s", reason)
         return _latents(Live(conditions, {}, task.dtype), task, smallest)
     place = Path(config.train.output_dir or "") / CACHE / _key(run, folder)
-    done = world.broadcast((place / _COMPLETE).is_file() if world.is_main else None)
+    done = is_written(place, world)
     if not done:
         _build(run, conditions, place, task.dtype)
     encoder.decodes = False
@@ -234,6 +236,42 @@ def _latents(store: Store, task: Denoising, smallest: tuple[int, ...]) -> Latent
 def _build(run: Run, conditions: Conditions, place: Path, dtype: torch.dtype) -> None:
     """Encode all pictures and captions into files in the folder `place`. A collective call."""
     world = run.world
+    captions: dict[str, None] = dict.fromkeys(["", *run.config.train.sample_prompts])
+    with writing(place, world) as writer:
+        for split, micro, names in micro_batches_of(run):
+            trained = set(micro.target_segment.tolist())
+            for number, (name, ids) in enumerate(zip(names, _segments(micro), strict=True)):
+                if number in trained:
+                    latents = conditions.encode_pixels(micro.extras[PIXELS][number])
+                    writer.add({f"{split}/{name}": latents.to(dtype)})
+                    captions |= dict.fromkeys(captions_of(ids))
+        every = dict.fromkeys(caption for found in world.gather(list(captions)) for caption in found)
+        for caption in list(every)[world.rank :: world.size]:
+            text = conditions.encode_text(caption)
+            parts = zip(TEXT, text, strict=True)
+            writer.add({f"{part}/{_short(caption)}": value for part, value in parts if value is not None})
+
+
+def micro_batches_of(run: Run) -> Iterator[tuple[Split, Batch, tuple[Any, ...]]]:
+    """This rank's micro batches of one pass over all data, each with its split and the names of its samples."""
+    splits: dict[Split, Iterable[GlobalBatch]] = {"train": run.data.scan()}
+    if run.data.evaluation_sources:
+        splits["eval"] = run.data.evaluate()
+    for split, batches in splits.items():
+        for batch in batches:
+            for micro, names in zip(batch.micro_batches, batch.names, strict=True):
+                yield split, micro, names
+
+
+def is_written(place: Path, world: World) -> bool:
+    """True if the folder `place` holds what was written within `writing`, to the end. Collective."""
+    return world.broadcast((place / _COMPLETE).is_file() if world.is_main else None)
+
+
+@contextmanager
+def writing(place: Path, world: World) -> Iterator[TensorWriter]:
+    """A writer of this rank's tensors to files in the folder `place`, which is emptied first, and complete once every
+    rank has left the block. Collective."""
 
     def begin() -> None:
         if world.is_main:
@@ -242,29 +280,12 @@ def _build(run: Run, conditions: Conditions, place: Path, dtype: torch.dtype) ->
 
     world.run_on_all_ranks(begin)
     writer = TensorWriter(place, world.rank)
-    captions: dict[str, None] = dict.fromkeys(["", *run.config.train.sample_prompts])
-    splits: dict[Split, Iterable[GlobalBatch]] = {"train": run.data.scan()}
-    if run.data.evaluation_sources:
-        splits["eval"] = run.data.evaluate()
-    for split, batches in splits.items():
-        for batch in batches:
-            for micro, names in zip(batch.micro_batches, batch.names, strict=True):
-                trained = set(micro.target_segment.tolist())
-                for number, (name, ids) in enumerate(zip(names, _segments(micro), strict=True)):
-                    if number in trained:
-                        latents = conditions.encode_pixels(micro.extras[PIXELS][number])
-                        writer.add({f"{split}/{name}": latents.to(dtype)})
-                        captions |= dict.fromkeys(captions_of(ids))
-    every = dict.fromkeys(caption for found in world.gather(list(captions)) for caption in found)
-    for caption in list(every)[world.rank :: world.size]:
-        text = conditions.encode_text(caption)
-        parts = zip(TEXT, text, strict=True)
-        writer.add({f"{part}/{_short(caption)}": value for part, value in parts if value is not None})
+    yield writer
     writer.flush()
-    world.gather(None)  # all files are there
+    world.barrier()  # all files are there
     if world.is_main:
-        replace_file(place / _COMPLETE, json.dumps({"ranks": world.size, "captions": len(every)}) + "\n")
-    world.gather(None)
+        replace_file(place / _COMPLETE, json.dumps({"ranks": world.size}) + "\n")
+    world.barrier()
 
 
 class TensorWriter:
