@@ -269,7 +269,7 @@ def test_only_newlines_end_a_prompt(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('\n{"prompt": "one\u2028two"}\n', encoding="utf-8")
     for name, expected in [("a.txt", [(1, "one\u2028two\x0cthree"), (3, "four")]), ("a.jsonl", [(2, "one\u2028two")])]:
         config = tiny_config(tmp_path, **{"train.sample_prompts_path": str(tmp_path / name)})
-        found = [(int(place.rpartition(":")[2]), row["prompt"]) for place, row in prompt_rows(config)]
+        found = [(int(place.rpartition(":")[2]), row["prompt"]) for place, row, *_ in prompt_rows(config)]
         assert found == expected
 
 
