@@ -110,7 +110,7 @@ def captions(count: int, seed: int, mean: int = 67) -> Iterator[str]:
     rows = (ROOT / "data" / "quickstart" / "images.jsonl").read_text().splitlines()
     words = [word for row in rows for word in json.loads(row)["caption"].split()]
     # Three tokens a word, by the tokenizer of the quickstart.
-    lengths = np.exp(random.normal(np.log(mean) - 0.5, 1.0, count)).round().clip(1, 330).astype(int)
+    lengths = np.exp(random.normal(np.log(mean) - 0.5, 1.0, count)).round().clip(1, min(330, 12 * mean)).astype(int)
     return (" ".join(random.choice(words, length)) for length in lengths)
 
 
