@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,15 +111,19 @@ def trained_in_turn(configs: list[Config]) -> None:
         train_quietly(config)
 
 
-def test_two_ranks_equal_one(tmp_path: Path, made: Path) -> None:
-    one, configs = lines_of(made / "whole"), []
+def trained_on_two_ranks(folder: Path, config_of: Callable[..., Config]) -> list[list[dict[str, Any]]]:
+    """The lines of metrics of a training of `config_of` in each layout."""
+    configs = []
     for layout, sizes in LAYOUTS.items():
         changes = {f"train.{name}": value for name, value in sizes.items()}
-        configs.append(config_of(tmp_path / layout, world=2, **changes))
+        configs.append(config_of(folder / layout, world=2, **changes))
     run_ranks(2, trained_in_turn, configs)
-    for layout in LAYOUTS:
-        got = lines_of(tmp_path / layout)
-        assert_same_training(got, one)
+    return [lines_of(folder / layout) for layout in LAYOUTS]
+
+
+def test_two_ranks_equal_one(tmp_path: Path, made: Path) -> None:
+    for got in trained_on_two_ranks(tmp_path, config_of):
+        assert_same_training(got, lines_of(made / "whole"))
 
 
 def test_the_loss_is_that_of_the_definition() -> None:

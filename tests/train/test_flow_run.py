@@ -20,7 +20,7 @@ from tests.infer.models import open_model
 from tests.train import test_draw_run
 from tests.train.runs import QUICKSTART, train_quietly
 from tests.train.test_draw_run import weights_of
-from tests.train.test_features_run import lines_of
+from tests.train.test_features_run import lines_of, trained_on_two_ranks
 from tests.train.test_run import assert_same_training
 from tutti.config import Config, ModelConfig
 from tutti.core.draws import generator
@@ -177,28 +177,9 @@ def test_each_class_is_led_by_the_states_of_queries(name: str) -> None:
     assert states.grad[0].abs().max() > 0 and states.grad[1].abs().max() == 0
 
 
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "ddp": {"data_parallel_mode": "ddp"},
-    "fsdp2, remat": {"data_parallel_mode": "fsdp2", "enable_gradient_checkpointing": True},
-    "ulysses": {"ulysses_parallel_size": 2},
-}
-
-
-def trained_in_turn(configs: list[Config]) -> None:
-    torch.set_num_threads(1)
-    for config in configs:
-        regroup()
-        train_quietly(config)
-
-
 def test_two_ranks_equal_one(tmp_path: Path, made: Path) -> None:
-    one, configs = lines_of(made / "whole"), []
-    for layout, sizes in LAYOUTS.items():
-        changes = {f"train.{name}": value for name, value in sizes.items()}
-        configs.append(config_of(tmp_path / layout, world=2, **changes))
-    run_ranks(2, trained_in_turn, configs)
-    for layout in LAYOUTS:
-        got = lines_of(tmp_path / layout)
+    one = lines_of(made / "whole")
+    for got in trained_on_two_ranks(tmp_path, config_of):
         assert_same_training(got, one)
         assert [line["targets/flow"] for line in got] == [line["targets/flow"] for line in one]
 

@@ -103,22 +103,22 @@ def write_weights(
     if world.is_main:
         place.mkdir(parents=True)
     held: dict[str, Tensor] = {}
-    files: dict[str, dict[str, Tensor]] = {}
+    written = 0
     index: dict[str, str] = {}
     failure: Exception | None = None
     for name in names:
         tensor = full(name)
         if world.is_main and failure is None:
             if held and sum(item.nbytes for item in held.values()) + tensor.nbytes > _FILE_BYTES:
-                failure = failure or _write(held, place / _numbered(len(files)))
-                files[_numbered(len(files))], held = {}, {}
+                failure = _write(held, place / _numbered(written))
+                written, held = written + 1, {}
             held[name.removeprefix(prefix)] = tensor.contiguous()
-            index[name.removeprefix(prefix)] = _numbered(len(files))
+            index[name.removeprefix(prefix)] = _numbered(written)
 
     def finish() -> None:
         if failure is not None:
             raise ValueError(f"could not write {place}: {describe_error(failure)}")
-        _finish_weights(held, index, len(files), place)
+        _finish_weights(held, index, written, place)
 
     return finish
 

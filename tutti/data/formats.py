@@ -27,6 +27,7 @@ import os
 import re
 import sys
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,7 +71,7 @@ Rows = Generator[Row | BadRow, None, int]
 """Rows in order. The generator's value at its end is how many rows it passed over to begin where it was told."""
 
 
-class DataFile:
+class DataFile(ABC):
     """One file of rows. Subclasses say how many there are, and how to read some of them or all of them in order."""
 
     def __init__(self, path: str) -> None:
@@ -79,16 +80,16 @@ class DataFile:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in _opened(type(self))}
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def read(self, ids: Sequence[int]) -> list[Row | BadRow]:
         """Read rows by their position in the file, in the order asked for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stream(self, start: int = 0) -> Rows:
         """Read all rows from position `start` on, in order, holding only a few of them at a time."""
-        raise NotImplementedError
 
     def row(self, value: Any, line: int) -> Row | BadRow:
         """Take `value` for a row, or say what is wrong with it."""
@@ -133,11 +134,11 @@ class _TextFile(DataFile):
         table = np.fromiter(spans, dtype=np.dtype((np.int64, 3)))
         return table[:, 0].copy(), table[:, 1].copy(), table[:, 2].copy()
 
-    def _pieces(self, blocks: Iterator[bytes]) -> Iterator[_Piece]:
-        raise NotImplementedError
+    @abstractmethod
+    def _pieces(self, blocks: Iterator[bytes]) -> Iterator[_Piece]: ...
 
-    def _parse(self, text: bytes, line: int) -> Row | BadRow:
-        raise NotImplementedError
+    @abstractmethod
+    def _parse(self, text: bytes, line: int) -> Row | BadRow: ...
 
     def __len__(self) -> int:
         return len(self._index[0])

@@ -121,7 +121,7 @@ class _ChameleonVQVAE:
         return self.module.encode(pixels).image_tokens[None]
 
     def decode(self, codes: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise AssertionError("PictureCodes.draws says that it makes no pictures of codes")
 
 
 class _Emu3VQVAE:

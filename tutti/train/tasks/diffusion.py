@@ -15,7 +15,7 @@ Shapes: B samples of a micro batch, C channels of latents.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +27,7 @@ from tutti.core.compute_dtype import compute_dtype
 from tutti.core.draws import generator
 from tutti.model.denoiser import Denoiser, count_flops
 from tutti.model.diffusion import Text, add_noise, flow_time, predict, squared_errors
-from tutti.model.pipeline_folder import open_folder, read_scheduler
+from tutti.model.pipeline_folder import PipelineFolder, open_folder, read_scheduler
 from tutti.model.structure import FlopCount
 from tutti.train.tasks import Prepare, Shows, Sums, WholeModelTask
 
@@ -59,6 +59,20 @@ class Denoising(WholeModelTask):
     text_multiple: int = 1
     scheduler: Any = field(default=None, compare=False, repr=False)
     held: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, config: Config, folder: PipelineFolder | None) -> Denoising:
+        """The noise and times that a configuration asks for, of the model in `folder`."""
+        train = config.train
+        return cls(
+            seed=train.seed,
+            dtype=compute_dtype(train),
+            mean=train.flow_time_mean,
+            std=train.flow_time_std,
+            shift=train.flow_shift,
+            dropout=train.cfg_dropout,
+            scheduler=read_scheduler(folder) if folder and folder.family.prediction == "eps" else None,
+        )
 
     def run(self, model: Denoiser, batch: Batch) -> Sums:
         given = batch.payload
@@ -106,15 +120,5 @@ def text_of(payload: Mapping[str, Tensor]) -> Text:
 
 
 def make_task(config: Config) -> Denoising:
-    train, folder = config.train, open_folder(config)
-    return Denoising(
-        seed=train.seed,
-        dtype=compute_dtype(train),
-        mean=train.flow_time_mean,
-        std=train.flow_time_std,
-        shift=train.flow_shift,
-        dropout=train.cfg_dropout,
-        ranks=train.ulysses_parallel_size,
-        text_multiple=train.ulysses_parallel_size if folder.family.mask else 1,
-        scheduler=read_scheduler(folder) if folder.family.prediction == "eps" else None,
-    )
+    ranks, folder = config.train.ulysses_parallel_size, open_folder(config)
+    return replace(Denoising.of(config, folder), ranks=ranks, text_multiple=ranks if folder.family.mask else 1)

@@ -27,13 +27,11 @@ from torch import Tensor
 
 from tutti.config import Config
 from tutti.core.batch import DRAWN_PIXELS, Batch, GlobalBatch
-from tutti.core.compute_dtype import compute_dtype
 from tutti.infer.drawing import hiding
 from tutti.model.diffusion import Text, add_noise, predict, squared_errors
 from tutti.model.encoder_parallel import encoders
 from tutti.model.flow_decoder import FlowSpec, read_flow
 from tutti.model.omni_config import regresses
-from tutti.model.pipeline_folder import read_scheduler
 from tutti.parallel.sequence import gather_tokens
 from tutti.train.head import Head
 from tutti.train.tasks import Prepare, Split, Sums
@@ -61,17 +59,9 @@ class Picturing(LossOfKinds):
     @classmethod
     def of(cls, config: Config) -> Picturing:
         """The task of a configuration."""
-        train, spec = config.train, read_flow(config.model)
+        spec = read_flow(config.model)
         kinds = ("text", *(["feature"] if regresses(config.model) else []), *([] if spec is None else ["flow"]))
-        times = Denoising(
-            seed=train.seed,
-            dtype=compute_dtype(train),
-            mean=train.flow_time_mean,
-            std=train.flow_time_std,
-            shift=train.flow_shift,
-            dropout=train.cfg_dropout,
-            scheduler=read_scheduler(spec.folder) if spec is not None and spec.family.prediction == "eps" else None,
-        )
+        times = Denoising.of(config, None if spec is None else spec.folder)
         return cls(kinds=kinds, weights=cls.weights_of(config, kinds), times=times, spec=spec)
 
     def loss(self, hidden: Tensor, head: Head) -> Sums:
