@@ -103,7 +103,7 @@ def _tiles(
 
 
 def attend(queries: Queries, out: Tensor, keys: Keys, blocks: Iterable[Block], spec: AttentionSpec) -> None:
-    """Have `queries` see `keys` as far as `blocks` go: updates queries.lse (at first -inf) and `out`, fp32 [H, T, E].
+    """Show `keys` to `queries` as far as `blocks` go: updates queries.lse (at first -inf) and `out`, fp32 [H, T, E].
 
     Every query of a block must see a key in it.
     """

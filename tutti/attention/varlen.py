@@ -247,7 +247,7 @@ def _inputs(call: _Call, queries: Queries, keys: Keys) -> Iterator[Tensor]:
 
 
 def attend(queries: Queries, out: Tensor, keys: Keys, blocks: Sequence[Block], spec: AttentionSpec) -> None:
-    """Have `queries` see `keys`: `tutti.attention.online_softmax.attend`, by the kernel where it can."""
+    """Show `keys` to `queries`: `tutti.attention.online_softmax.attend`, by the kernel where it can."""
     calls, rest = _calls(blocks, queries, keys, spec)
     for call in calls:
         arguments = (*_inputs(call, queries, keys), *call.arguments, spec.scale, call.window)

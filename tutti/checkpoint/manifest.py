@@ -1,4 +1,4 @@
-"""Which folders are checkpoints, and whether their files are what was written.
+"""Manifests: they tell which folders are checkpoints, and whether their files are what was written.
 
 A checkpoint is a folder `global_step_N` that holds a `manifest.json`: the step, facts about the run that wrote it, and
 the size and SHA-256 of every other file. The manifest is written last, into a folder that still has a temporary name,

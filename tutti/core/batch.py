@@ -48,7 +48,7 @@ class Frames(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """How pixels become latents: the pixels a side of one, the frames of a video to each beyond the first (0: of models
+    """Latents of pixels: the pixels a side of one, the frames of a video to each beyond the first (0: of models
     of pictures), and the latents a side that make a token."""
 
     pixels: int

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def pick_device(init_device: str) -> torch.device:
-    """Where to compute: the accelerator if this machine has one, else the CPU, with a log line if that is a surprise.
+    """The device to compute on: the accelerator if there is one, else the CPU, with a log line if that is a surprise.
 
     `init_device` is `train.init_device`. `cpu` and `meta` say where the model is built, not where it runs.
     """
@@ -82,7 +82,7 @@ def resident_bytes() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the memory of freed tensors for the next ones, rather than give it back to the kernel.
+    """Make glibc keep the memory of freed tensors for the next ones, rather than give it back to the kernel.
 
     Large tensors are otherwise mapped anew each time, and a step on the CPU spends much of its time on page faults.
     Does nothing where the C library is another one.

@@ -79,7 +79,7 @@ class Repo:
             return {path.relative_to(folder).as_posix(): None for path in sorted(folder.rglob("*")) if path.is_file()}
 
     def folder(self, commit: str) -> Path:
-        """Where the cache keeps the files of a commit, whether they are there or not."""
+        """The folder in which the cache keeps the files of a commit, whether they are there or not."""
         from huggingface_hub import constants
 
         cache = Path(constants.HF_HUB_CACHE).expanduser().absolute()

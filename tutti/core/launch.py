@@ -38,7 +38,7 @@ _BY_KERNEL = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, sign
 
 @dataclass(frozen=True)
 class Failure:
-    """How a rank failed that brought the others down. status: its exit status, which is 128 + a signal's number if one
+    """A rank's failure, which ended the others. status: its exit status, which is 128 + a signal's number if one
     ended it. words: what it left to say, if anything."""
 
     status: int

@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 from tutti.core.dist import World
 
 BEAT_SECONDS = 10.0
-"""How long a rank that is busy lets the others wait for its sign of life."""
+"""Seconds that a rank that is busy lets the others wait for its sign of life."""
 
 
 class NotCachedError(ValueError):

@@ -42,7 +42,7 @@ _FRAMES, _STACKS = 8, 3
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is. count: of the phases it has entered. seconds: since the last one. stack: of its main thread, a
+    """A rank's place. count: of the phases it has entered. seconds: since the last one. stack: of its main thread, a
     line for each frame, the innermost last. waits: the collectives that it waits in."""
 
     rank: int

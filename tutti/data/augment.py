@@ -1,4 +1,4 @@
-"""How training images vary: mirrored, moved and scaled a little, each time anew.
+"""Variation of training images: mirrored, moved and scaled a little, each time anew.
 
 What an image undergoes is drawn by a key of its sample and the epoch (`tutti.core.draws`), so that it is the same on
 any number of ranks and after a restart. It is one affine map of the image's plane, which is applied to a batch of
@@ -21,7 +21,7 @@ from tutti.core.draws import generator
 
 @dataclass(frozen=True)
 class Augment:
-    """How images vary. flip: every other one is mirrored, on average. shift: by how much of its side an image is moved
+    """Image variation. flip: every other one is mirrored, on average. shift: by how much of its side an image is moved
     at most. scale: it is scaled by a factor between 1 / (1 + scale) and 1 + scale."""
 
     flip: bool = False

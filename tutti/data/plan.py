@@ -53,7 +53,7 @@ _LEAST = 0.5
 
 
 class SampleSource(Protocol):
-    """Where samples come from: an index of data with random access, or a stream."""
+    """A source of samples: an index of data with random access, or a stream."""
 
     size: int | None
     """Samples in a pass; None when unknown."""
@@ -83,7 +83,7 @@ class SampleSource(Protocol):
 
 @dataclass(frozen=True)
 class BatchingPlan:
-    """How samples become steps.
+    """A plan by which samples become steps.
 
     micro_batches: M, over all ranks. budget: B tokens. seed: of the order in which micro batches packed together come;
     None keeps the order of the samples. even_end: the rest of a run is dealt over its last steps. epoch_steps: if by
@@ -508,7 +508,7 @@ def one_pass(batching: BatchingPlan) -> BatchingPlan:
 
 
 def describe_steps(planner: Planner) -> str:
-    """How many steps the run takes and why: one line."""
+    """The number of steps that the run takes and why: one line."""
     batching, counted = planner.batching, planner.counted
     steps = counted.epoch_steps[planner.epoch :] or counted.epoch_steps[-1:]
     each = f"{min(steps):,}" if min(steps) == max(steps) else f"{min(steps):,} to {max(steps):,}"

@@ -490,7 +490,7 @@ def _metadata(video: Media) -> Any:
 
 
 def _evenly(number: int, total: int) -> list[int]:
-    """So many indices of `total`, evenly spaced from the first to the last, some twice where these are fewer."""
+    """`number` indices of `total`, evenly spaced from the first to the last, some twice where these are fewer."""
     return [int(index) for index in np.linspace(0, total - 1, number).round()]
 
 

@@ -65,7 +65,7 @@ _KNOWN = {"role", "content", "name", "tool_calls", "tool_call_id", *_REASONING}
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """How a template takes messages. parts: text as a list of parts. text_arguments: a tool call's arguments as JSON
+    """A template's form of messages. parts: text as a list of parts. text_arguments: a tool call's arguments as JSON
     text. empty_content: a message that calls tools with an empty content rather than without one."""
 
     parts: bool = False
@@ -88,7 +88,7 @@ _AS_IT_IS = _Form()
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
-    """Where the trained span of a message lies: `header` characters after the content of message `before` (None: after
+    """A message's trained span: `header` characters after the content of message `before` (None: after
     the start of the text), through `close` characters after its own content."""
 
     before: int | None
@@ -98,7 +98,7 @@ class _Turn:
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """How conversations of a shape are written: their texts (`_texts`) `order` between `literals`, one more of these.
+    """A shape's form in text: its texts (`_texts`) `order` between `literals`, one more of these.
 
     spans: (place in `order`, or -1 for the start of the text, and an offset) of begin and of end. left_out: roles of
     messages that are not written. condition: under which that is proved for texts; None if it is not.
@@ -296,7 +296,7 @@ class ChatTemplate:
         return spans
 
     def _begin(self, conversation: Conversation, number: int, turn: _Turn, text: str, ends: dict[int, int]) -> int:
-        """Where the span of a message begins: after its header, or else after the whole prompt, if `text` has that."""
+        """The beginning of a message's span: after its header, or else after the whole prompt, if `text` has that."""
         try:
             begin = 0 if turn.before is None else self._content_end(conversation, turn.before, text, ends)
             if text.startswith(turn.header, begin):
@@ -323,7 +323,7 @@ class ChatTemplate:
         return [span for number, span in zip(assistants, tagged, strict=True) if conversation.trained[number]]
 
     def _content_end(self, conversation: Conversation, number: int, text: str, ends: dict[int, int]) -> int:
-        """Where a message's content ends in `text`: before what follows when it alone is a mark. Kept in `ends`."""
+        """The end of a message's content in `text`: before what follows when it alone is a mark. Kept in `ends`."""
         if number in ends:
             return ends[number]
         messages = list(conversation.messages)

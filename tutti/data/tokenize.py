@@ -156,7 +156,7 @@ class BatchTokenizer:
 
 
 def _byte_lengths(tokenizer: Any) -> np.ndarray | None:
-    """How many bytes of text each id stands for, int64 [vocabulary]; None if that isn't fixed for this tokenizer."""
+    """The bytes of text that each id stands for, int64 [vocabulary]; None if that isn't fixed for this tokenizer."""
     backend = tokenizer.backend_tokenizer
     if _state(backend.normalizer).get("type", "NFC") != "NFC" or "ByteLevel" not in str(_state(backend.pre_tokenizer)):
         return None

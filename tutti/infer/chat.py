@@ -211,7 +211,7 @@ def _turns(count: int) -> str:
 
 @contextmanager
 def _interruptible(generator: Generator) -> Iterator[None]:
-    """Have Ctrl-C end the stream under way, instead of the program."""
+    """Let Ctrl-C end the stream under way, instead of the program."""
     pressed = False
 
     def press(number: int, frame: FrameType | None) -> None:

@@ -35,7 +35,7 @@ _CODE = -1
 
 @dataclass(frozen=True)
 class Drawing:
-    """How a model draws. start: the token that begins a picture. pattern: what follows it up to the token that ends it,
+    """A model's drawing. start: the token that begins a picture. pattern: what follows it up to the token that ends it,
     ids and places of codes (-1). first, number: the id of code 0, and how many there are. decode: from codes [N, n] to
     pictures [N, 3, S, S]; None where the model sees pictures as codes and draws none. temperature: divides the logits
     of codes, beside infer.temperature. paint: of a model that draws by queries (`tutti.infer.flow`), which the pattern
@@ -95,7 +95,7 @@ class Drawing:
 
 @dataclass
 class DrawingState:
-    """Where a sequence is. room: tokens that its answer may still get. place: in the pattern of its picture what comes
+    """A sequence's place. room: tokens that its answer may still get. place: in the pattern of its picture what comes
     next; None outside of pictures."""
 
     room: int
@@ -201,7 +201,7 @@ class Hidden:
 
 
 def hiding(tokenizer: Any, model: Any) -> Hidden:
-    """How prompts are hidden from a model that draws: their tokens become padding, or else the end of a text."""
+    """The hiding of prompts from a model that draws: their tokens become padding, or else the end of a text."""
     token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     places = getattr(model.config, "placeholders", None) or {}
     return Hidden(token, model.code_decoder.kept.union(places.values()))
@@ -210,7 +210,7 @@ def hiding(tokenizer: Any, model: Any) -> Hidden:
 def drawing_of(
     model: Any, tokenizer: Any, device: torch.device, temperature: float = 1.0, painter: FlowPainter | None = None
 ) -> tuple[Drawing, PictureTokenizer | FlowPainter] | None:
-    """How a model draws, and what makes codes of pictures; None if it does not. painter: of one that draws by
+    """A model's drawing, and what makes codes of pictures; None if it does not. painter: of one that draws by
     diffusion."""
     folder: Any = getattr(model, "drawing_folder", None)
     if folder is None and painter is None:

@@ -122,7 +122,7 @@ def _painter(config: Config, model: Any, tokenizer: Any, world: World) -> FlowPa
 
 
 def _drawing(config: Config, model: Any, tokenizer: Any, world: World, painter: FlowPainter | None) -> Any:
-    """How the model draws, with what makes codes of pictures; None if it does not."""
+    """The model's drawing, with what makes codes of pictures; None if it does not."""
     found = drawing_of(model, tokenizer, world.device, config.infer.image_temperature, painter)
     if found is not None and needs_generate(model):
         raise ValueError("infer.model_path: a model of this family draws in training alone yet")

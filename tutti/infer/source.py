@@ -94,7 +94,7 @@ def _adapted(folder: Path, config: Config, tokenizer: str | None) -> Source:
 
 
 def data_of(asked: Config, source: Source) -> DataConfig:
-    """How rows are read: as in training, where the model is of a run, and as is asked for."""
+    """The settings by which rows are read: as in training, where the model is of a run, and as is asked for."""
     names = [name.removeprefix("data.") for name in asked.explicit if name.startswith("data.")]
     return replace(source.config.data, **{name: getattr(asked.data, name) for name in names})
 

@@ -146,7 +146,7 @@ class ExpertLoad:
             load.real = ()
 
     def _parts(self, batch: Batch) -> list[Tensor]:
-        """Which tokens of `batch` are not padding, which comes last: of each part those that this rank's layers see."""
+        """Tokens of `batch` that are no padding, which comes last: of each part those that this rank's layers see."""
         if batch.sequence is not None:
             parts = [held_tokens(int(part.borders[-1]), part.ranks) < part.num_tokens for part in batch.sequence.parts]
         else:

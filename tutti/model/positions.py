@@ -101,4 +101,4 @@ def check_positions(structure: ModelStructure, max_seq_len: int) -> None:
 
 
 _LEARNED = re.compile("^wpe$|pos(ition)?_?emb|embed_positions")
-"""How the tables of learned positions are named."""
+"""Names of tables of learned positions."""

@@ -208,10 +208,10 @@ def part_parameters(
 
 
 _DRAWS = re.compile("vqmodel|generation_")
-"""How the modules are named that make images, or codes of them."""
+"""Names of modules that make images, or codes of them."""
 
 _PROJECTOR = re.compile("projector|projection|merger|connector|aligner|multi_modal|embed_vision")
-"""How the modules are named that take a tower's features to the language model's width."""
+"""Names of modules that take a tower's features to the language model's width."""
 
 
 def head(model: PreTrainedModel) -> nn.Linear:
@@ -473,7 +473,7 @@ def count_flops(model: PreTrainedModel) -> FlopCount:
 
 
 def _uses(model: PreTrainedModel) -> list[float]:
-    """How often each block of a model runs: more than once where it is a loop (HRM). What is not trained through, since
+    """Runs of each block of a model: more than once where it is a loop (HRM). What is not trained through, since
     it runs without gradients, is a third of a run.
 
     The model's own forward runs with stand-ins for its blocks, if these are not as many as its layers.

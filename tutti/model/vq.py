@@ -48,7 +48,7 @@ _ELSEWHERE = {
 """model_type that VeOmni has for itself -> what to give instead, after `a diffusers VQModel`."""
 
 _PART = "vqmodel."
-"""How a whole model names the tensors of its tokenizer of pictures, after what is around that."""
+"""Names of the tensors of a tokenizer of pictures within a whole model, after what is around that."""
 
 
 @dataclass(frozen=True)

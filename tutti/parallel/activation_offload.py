@@ -356,6 +356,6 @@ class _SideStream:
         return None if self._stream is None else self._stream.record_event()
 
     def wait(self, event: Any) -> None:
-        """Have the computing stream wait for an event; the host goes on."""
+        """Make the computing stream wait for an event; the host goes on."""
         if event is not None:
             self._module.current_stream().wait_event(event)

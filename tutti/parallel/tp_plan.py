@@ -194,7 +194,7 @@ def _usual_plan(structure: ModelStructure, names: Mapping[nn.Module, str], heads
 
 
 def _usual_styles(region: nn.Module, heads: tuple[int]) -> dict[nn.Module, str]:
-    """How the projections of a region are split; empty where it is to be run whole, having anything unusual."""
+    """The splits of a region's projections; empty where it is to be run whole, having anything unusual."""
     if "residual" in inspect.signature(region.forward).parameters:
         return {}  # what is added to the last product is not brought back to a rank's own tokens
     styles: dict[nn.Module, str] = {}

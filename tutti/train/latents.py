@@ -53,7 +53,7 @@ _FILE_BYTES = 2**28
 
 
 class Store(Protocol):
-    """Where latents and encoded captions come from."""
+    """A source of latents and encoded captions."""
 
     def latents(self, split: Split, name: Any, pixels: Tensor | None) -> Tensor | None:
         """The latents of a sample by its name, or of its pixels; None of one whose picture is broken."""

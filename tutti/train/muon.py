@@ -125,7 +125,7 @@ class _Split(NamedTuple):
     dim: int
 
     def widths(self, total: int) -> list[int]:
-        """How many of `total` each rank holds."""
+        """The numbers of `total` that each rank holds."""
         width = -(-total // self.ranks.size)
         return [max(0, min(width, total - width * rank)) for rank in range(self.ranks.size)]
 
