@@ -212,8 +212,21 @@ def test_a_name_like_no_other() -> None:
         ),
         (
             {"train": {"tensor_parallel_size": 2}, "data": {"data_type": "image"}},
-            "train.tensor_parallel_size: a model of data_type image is trained whole, by data parallelism (ddp, fsdp1, "
-            "fsdp2); leave it at its default",
+            "train.tensor_parallel_size: not for a model of data_type image: its matrices are not split",
+        ),
+        (
+            {"train": {"freeze": ["x"]}, "data": {"data_type": "image"}},
+            "train.freeze: not for a model of data_type image: all of it is trained",
+        ),
+        (
+            {"train": {"dyn_bsz": True}, "data": {"data_type": "diffusion"}},
+            "train.dyn_bsz: not for a model of data_type diffusion: a micro batch has train.micro_batch_size pictures "
+            "of one size, so that nothing is padded anyway",
+        ),
+        (
+            {"train": {"context_parallel_size": 2}, "data": {"data_type": "diffusion"}},
+            "train.context_parallel_size: not for a model of data_type diffusion: no ring is written for its attention"
+            "; train.ulysses_parallel_size shares its tokens",
         ),
         (
             {"train": {"enable_profiling": True, "profile_start_step": 5}},

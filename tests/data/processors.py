@@ -154,7 +154,10 @@ def _pixtral() -> Any:
 def _janus() -> Any:
     names = {"boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"}
     tokenizer = make_tokenizer("<image_placeholder>", *names.values(), **names)
-    images = transformers.JanusImageProcessor(size={"height": 16, "width": 16}, min_size=2)
+    half = [0.5] * 3  # as real ones have it
+    images = transformers.JanusImageProcessor(
+        size={"height": 16, "width": 16}, min_size=2, image_mean=half, image_std=half
+    )
     return transformers.JanusProcessor(images, tokenizer, num_image_tokens=16)
 
 

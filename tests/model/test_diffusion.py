@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tests.diffusion import AUTOENCODERS, TRANSFORMERS, make_folder
-from tutti.model.denoiser import make_net
+from tutti.model.denoiser import cast_to_infer, make_net
 from tutti.model.diffusion import (
     FAMILIES,
     Family,
@@ -154,3 +154,18 @@ def test_a_prediction_has_the_shape_of_the_latents_and_reaches_the_weights(name:
     lacking = [key for key, item in net.named_parameters() if item.grad is None]
     # The text of Qwen-Image's last block goes nowhere.
     assert all("1." in key for key in lacking) if name.startswith("Qwen") else not lacking, lacking
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_that_draws_in_bf16_is_what_diffusers_loads(name: str, tmp_path: Any) -> None:
+    """Also where its class keeps norms and times in fp32, as Wan's does."""
+    family, net = FAMILIES[name], net_of(name)
+    net.save_pretrained(tmp_path)
+    theirs = type(net).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    cast_to_infer(net, torch.bfloat16)
+    kinds = [{key: item.dtype for key, item in each.state_dict().items()} for each in (net, theirs)]
+    assert kinds[0] == kinds[1] and (torch.float32 in kinds[0].values()) == name.startswith("Wan")
+    given = noise_for(family, net).bfloat16(), torch.tensor([100.0, 900.0])
+    text = texts(family)[0].map(lambda part: part.bfloat16() if part.is_floating_point() else part)
+    with torch.no_grad():
+        assert predict(family, net, *given, text).equal(predict(family, theirs, *given, text))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,7 +23,7 @@ from tests.model.test_multimodal import assert_same_gradients
 from tests.train.runs import QUICKSTART
 from tutti.checkpoint.hf_load import load_weights
 from tutti.core.batch import Batch, Sample, pack
-from tutti.core.pixels import Square
+from tutti.core.pixels import Square, to_image, to_values
 from tutti.data.encode import make_encoder
 from tutti.data.formats import Row
 from tutti.kinds.language import build, read_inputs
@@ -201,6 +203,34 @@ def test_pictures_of_any_size_are_tokenized_as_asked(tmp_path: Path) -> None:
     for size in (None, 7):
         with pytest.raises(ValueError, match="takes pictures of any size: give image_size, a multiple of 2"):
             read_codes(path, "model.decoders.image.model_path", size)
+
+
+@pytest.mark.parametrize("family", ["janus", "emu3"])
+def test_pictures_have_the_values_that_the_model_s_processor_makes(tmp_path: Path, family: str) -> None:
+    """Going in as its image processor prepares them, coming out as its `postprocess` turns values into bytes."""
+    path = Path(write_drawer(tmp_path / "model", family))
+    file = next(name for name in ("processor_config.json", "preprocessor_config.json") if (path / name).is_file())
+    content = json.loads((path / file).read_text())
+    content.get("image_processor", content).update({"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25]})
+    (path / file).write_text(json.dumps(content))
+    processor = AutoProcessor.from_pretrained(path).image_processor
+    size = None if family == "janus" else 8
+    pictures, plain = PictureTokenizer(path, CPU, size=size), AutoModelForMultimodalLM.from_pretrained(path).eval()
+    image = pictures.codes.size.cut(picture(drawing_rows()[0]))
+    values = processor(images=[image], return_tensors="pt")["pixel_values"].view(1, 3, *image.size)
+    codes, vq = pictures.encode(to_values(np.array(image))[None]), plain.model.vqmodel
+    sizes = [] if family == "janus" else [torch.tensor([image.size])]
+    own = vq.encode(values, *sizes).image_tokens
+    assert codes.flatten().tolist() == (own if family == "janus" else own[0]).flatten().tolist()
+    with torch.no_grad():
+        grid = codes if family == "janus" else codes.unflatten(1, (4, 4))
+        out = vq.decode(grid)[0]
+    form = "pt" if family == "janus" else "PIL.Image.Image"  # which Janus' own cannot make
+    (theirs,) = processor.postprocess([out.numpy()], return_tensors=form)["pixel_values"]
+    theirs = theirs.permute(1, 2, 0) if family == "janus" else theirs
+    ours = to_image(pictures.decode(codes)[0])
+    assert np.abs(np.array(ours).astype(int) - np.array(theirs)).max() <= 1
+    assert len(codes.unique()) > 3 and np.array(ours).std() > 1
 
 
 def test_the_tokenizer_in_a_model_s_folder_is_the_model_s(tmp_path: Path) -> None:

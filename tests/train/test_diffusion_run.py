@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
+from tests.data.recordings import video
 from tests.diffusion import make_data, make_folder, write_json
 from tests.harness import run_ranks
 from tests.train.runs import run, tiny_config
@@ -23,15 +27,17 @@ from tutti.checkpoint.net_files import WEIGHTS
 from tutti.config import Config
 from tutti.config.layout import resolve_sizes
 from tutti.config.load import load
-from tutti.core.batch import Grid
+from tutti.core.batch import Frames, Grid, Media
 from tutti.core.dist import init_world
 from tutti.core.draws import generator
 from tutti.data.captions import LATENT, PIXELS, CaptionEncoder, captions_of
 from tutti.data.source import BadRow, Row, text_columns
+from tutti.data.video import load_video
 from tutti.kinds import denoiser
 from tutti.kinds.export import export
 from tutti.model.conditions import Conditions, read_grid
-from tutti.model.denoiser import DenoiserConfig, random_net
+from tutti.model.denoiser import DenoiserConfig, build_denoiser, random_net
+from tutti.model.denoiser_parallel import check_shares
 from tutti.model.diffusion import Guided, Text, flow_time, predict, sample
 from tutti.model.pipeline_folder import PipelineFolder, open_folder, read_folder, read_scheduler
 from tutti.train.average import averaged, keep_average
@@ -67,20 +73,23 @@ def losses(lines: list[dict[str, Any]], name: str = "loss") -> list[float]:
     return [line[name] for line in lines if name in line]
 
 
-def by_hand(folder: PipelineFolder, config: Config, step: int, names: list[int]) -> float:
-    """The loss of samples by their numbers at a step, from the definitions, before any training."""
+def by_hand(
+    folder: PipelineFolder, config: Config, step: int, names: list[int], videos: Sequence[Tensor] = ()
+) -> float:
+    """The loss of samples by their numbers at a step, from the definitions, before any training. videos: of each its
+    frames uint8 [3, F, H, W], where rows are no pictures."""
     family, train = folder.family, config.train
     net = random_net(DenoiserConfig(net=json.loads((folder.transformer / "config.json").read_text())), train.seed)
     conditions = Conditions(folder, torch.device("cpu"), torch.float32, max_length=8, seed=train.seed)
     rows = [json.loads(line) for line in Path(config.data.train_path or "").read_text().splitlines()]
     total = 0.0
     for name in names:
-        from PIL import Image
-        from torchvision.transforms.functional import pil_to_tensor
-
-        image = Image.open(Path(config.data.train_path or "").parent / rows[name]["image"]).convert("RGB")
-        pixels = pil_to_tensor(image)
-        latents = conditions.encode_pixels(pixels.unsqueeze(1) if family.video else pixels)
+        if videos:
+            latents = conditions.encode_pixels(videos[name])
+        else:
+            image = Image.open(Path(config.data.train_path or "").parent / rows[name]["image"]).convert("RGB")
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            latents = conditions.encode_pixels(pixels.unsqueeze(1) if family.video else pixels)
         key = ("train", step, name)
         noise = torch.randn(latents.shape, generator=generator(train.seed, *key, "noise"))
         uniform = torch.rand((), dtype=torch.float64, generator=generator(train.seed, *key, "time")).item()
@@ -404,10 +413,20 @@ def test_ranks_that_share_tokens_equal_one(tmp_path: Path, name: str) -> None:
     assert_same(run(two, 2), want)
 
 
-def test_sharing_tokens_is_refused_by_name_where_diffusers_has_no_plan(tmp_path: Path) -> None:
-    config = config_of(tmp_path, world=2, **{"train.ulysses_parallel_size": 2})
-    with pytest.raises(AssertionError, match="no plan to share the tokens of SD3Transformer2DModel"):
-        run(config, 2)
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        (SD3, "diffusers has no plan to share the tokens of SD3Transformer2DModel"),
+        (
+            "LTXVideoTransformer3DModel",
+            "the attention of LTXVideoTransformer3DModel makes its mask of captions for all",
+        ),
+    ],
+)
+def test_sharing_tokens_is_refused_by_name_where_diffusers_cannot(tmp_path: Path, name: str, reason: str) -> None:
+    model = build_denoiser(config_of(tmp_path, name), tmp_path / "diffusion/transformer")
+    with pytest.raises(ValueError, match=f"train.ulysses_parallel_size: {reason}"):
+        check_shares(model, 2)
 
 
 def test_the_recipe_takes_two_steps(tmp_path: Path) -> None:
@@ -446,3 +465,27 @@ def test_a_broken_picture_is_left_out_where_that_is_wanted(tmp_path: Path) -> No
     assert losses(run(config_of(tmp_path, **second))) == cached
     with pytest.raises(AssertionError, match=r"data.jsonl, line 4: 3.png cannot be read as an image"):
         run(config_of(tmp_path, **{"train.output_dir": str(tmp_path / "third")}))
+
+
+@pytest.mark.parametrize(("name", "frames"), [("WanTransformer3DModel", 5), ("LTXVideoTransformer3DModel", 17)])
+def test_videos_are_trained_on_frame_by_frame(tmp_path: Path, name: str, frames: int) -> None:
+    """A file and a list of pictures, at half of their frames a second."""
+    make_folder(tmp_path / "diffusion", name)
+    given = video(2 * frames, 4)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/a.mp4").write_bytes(given)
+    rows = [{"video": "a.mp4", "caption": "a"}, {"prompt": "b", "video_path": "a.mp4"}]
+    (tmp_path / "pictures/data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    changes = {"train.global_batch_size": 2, "train.micro_batch_size": 2, "train.num_train_epochs": 3}
+    config = config_of(tmp_path, name, **changes, **{"data.video_fps": 2.0})
+    lines = run(config)
+    indices = tuple(range(0, 2 * frames, 2))
+    pixels = torch.from_numpy(load_video(Media("video", given, (64, 48), Frames(indices, 2 * frames, 4.0)), (64, 48)))
+    height = 48 if name.startswith("Wan") else 32  # what makes whole latent tokens
+    top = (48 - height) // 2
+    cut = pixels.transpose(0, 1)[:, :, top : top + height]
+    rows[1]["caption"] = "b"
+    (tmp_path / "pictures/data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    want = by_hand(read_folder(tmp_path / "diffusion", "x"), config, 1, [0, 1], [cut, cut])
+    assert losses(lines)[0] == pytest.approx(want, rel=1e-5)
+    assert losses(lines)[-1] < losses(lines)[0]

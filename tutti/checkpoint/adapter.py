@@ -81,16 +81,16 @@ def base_path(folder: Path) -> str:
     return f"{path}@{revision}" if revision and not Path(path).exists() else path
 
 
-def plan_adapters(config: Config, model: PreTrainedModel) -> Lora | None:
+def plan_adapters(config: Config, model: Any, read: Callable[..., Lora] | None = None) -> Lora | None:
     """The settings of the adapters that `config` asks for in `model`: as train.lora_* say, or as the adapter at
-    model.adapter_path is."""
+    model.adapter_path is, which `read` reads, by default `read_lora`."""
     train = config.train
     if train.architecture != "lora":
         return None
     # Preference training drops nothing, as its reference model does not.
     dropout = 0.0 if config.data.data_type == "dpo" else train.lora_dropout
     if config.model.adapter_path is not None:
-        return read_lora(Path(config.model.adapter_path), model, dropout=dropout)
+        return (read or read_lora)(Path(config.model.adapter_path), model, dropout=dropout)
     return Lora(
         rank=train.lora_rank,
         alpha=train.lora_alpha,

@@ -1,7 +1,7 @@
 """Folders of diffusion models: reading a transformer into a model, wherever its parts lie, and writing a complete one.
 
 An export has all parts of the folder that was trained from beside the new transformer, so that
-`DiffusionPipeline.from_pretrained` loads it. Adapters are written alone, in the file that diffusers has for them.
+`DiffusionPipeline.from_pretrained` loads it. Adapters are written alone (`denoiser_adapter`).
 """
 
 from __future__ import annotations
@@ -11,12 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 from transformers import AutoTokenizer
 
-from tutti.checkpoint.hf_save import Full, gather_full, prepare_folder
+from tutti.checkpoint.hf_save import Full, prepare_folder
 from tutti.checkpoint.net_files import fill_net, write_net_config, write_weights
 from tutti.core.dist import World
 from tutti.core.files import describe_error, put_folder, write_synced
@@ -24,10 +21,8 @@ from tutti.model.conditions import write_part
 from tutti.model.denoiser import Denoiser
 from tutti.model.diffusion import require_diffusers
 from tutti.model.initial import give_storage
-from tutti.model.lora import adapters, lora_of
 from tutti.model.pipeline_folder import CONDITIONS, INDEX, TRANSFORMER, PipelineFolder, read_scheduler
 
-ADAPTERS = "pytorch_lora_weights.safetensors"
 _PREFIX = "net."
 
 
@@ -61,36 +56,6 @@ def export_pipeline(
             raise ValueError(f"could not write {folder}: {describe_error(error)}") from error
 
     world.run_on_all_ranks(lambda: finish() if world.is_main else None)
-
-
-def export_adapters(model: Denoiser, folder: Path, world: World) -> None:
-    """Write the adapters of `model` to `folder`, which is replaced, as diffusers' `load_lora_weights` reads them.
-    Collective. ValueError, on all ranks: it cannot be written."""
-    lora = lora_of(model)
-    assert lora is not None
-    partial = folder.with_name(f".{folder.name}.partial")
-    world.run_on_all_ranks(lambda: prepare_folder(folder, partial) if world.is_main else None)
-    tensors: dict[str, Tensor] = {}
-    names = []
-    for module, adapter in adapters(model):
-        name = adapter.name.removeprefix(_PREFIX)
-        names.append(name)
-        factors = adapter.factors(module)
-        for part, tensor in (("A", factors.A), ("B", factors.B)):
-            full = gather_full(tensor, keep=world.is_main)
-            if world.is_main:
-                tensors[f"{TRANSFORMER}.{name}.lora_{part}.weight"] = full.contiguous()
-    settings = {"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora, "target_modules": names}
-    described = json.dumps({f"{TRANSFORMER}.{name}": value for name, value in settings.items()}, sort_keys=True)
-
-    def write() -> None:
-        try:
-            save_file(tensors, partial / ADAPTERS, metadata={"format": "pt", "lora_adapter_metadata": described})
-            put_folder(partial, folder)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"could not write {folder}: {describe_error(error)}") from error
-
-    world.run_on_all_ranks(lambda: write() if world.is_main else None)
 
 
 def _copy_parts(source: PipelineFolder, partial: Path, seed: int) -> None:

@@ -2,7 +2,8 @@
 
 `with_local_paths` is called once, before anything is read, and gives a configuration in which every name is a folder,
 so that all else knows of folders alone. Only what is read is downloaded: configs, tokenizer, chat templates, and of the
-weights one format, safetensors where there is a choice. Code is left where it is.
+weights one format, safetensors where there is a choice. Of a pipeline of diffusers that is so for each of its parts.
+Code is left where it is.
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from tutti.checkpoint import adapter
+from tutti.checkpoint.denoiser_adapter import ADAPTERS
 from tutti.checkpoint.hf_files import INDEX, WEIGHT_FILES, read_index
+from tutti.checkpoint.net_files import WEIGHTS, WEIGHTS_INDEX
 from tutti.config import Config
 from tutti.core.dist import World
 from tutti.core.hub import HubFiles, Repo, repo_named
 from tutti.core.remote import fetch
+from tutti.model.pipeline_folder import INDEX as PIPELINE
 
 log = logging.getLogger(__name__)
 
-_MODEL = ("model.config_path", "model.tokenizer_path", "model.model_path", "model.adapter_path")
+_MODEL = tuple(f"model.{name}_path" for name in ("config", "tokenizer", "model", "adapter", "condition_model"))
+_GROUPS = ("encoders", "decoders")
 _INFER = ("infer.tokenizer_path", "infer.model_path")
 _HOLD_WEIGHTS = ("model_path", "adapter_path")
 _SMALL = re.compile(
@@ -32,6 +37,9 @@ _SMALL = re.compile(
 )
 _OF_ENCODERS = re.compile(r"encoders/\w+/[^/]+\.safetensors")
 """Weights of what an export of a composed model has beside its foundation."""
+_PARTS = re.compile(r"(?P<part>transformer|vae|scheduler|(text_encoder|tokenizer)(_[23])?)/[^/]+")
+_SMALL_OF_PARTS = re.compile(r".*(?<!\.index)\.(json|jinja|model|txt)")
+_NET_WEIGHTS = (WEIGHTS_INDEX, WEIGHTS)
 
 
 def with_local_paths(config: Config, world: World, *, weights: bool = True) -> Config:
@@ -41,8 +49,9 @@ def with_local_paths(config: Config, world: World, *, weights: bool = True) -> C
     """
     names = {argument: name for argument in (*_MODEL, *_INFER) if (name := _get(config, argument))}
     names |= {
-        f"model.encoders.{kind}.{leaf}": name
-        for kind, spec in config.model.encoders.items()
+        f"model.{group}.{kind}.{leaf}": name
+        for group in _GROUPS
+        for kind, spec in getattr(config.model, group).items()
         if isinstance(spec, Mapping)
         for leaf, name in spec.items()
         if leaf.endswith("_path") and isinstance(name, str)
@@ -50,13 +59,14 @@ def with_local_paths(config: Config, world: World, *, weights: bool = True) -> C
     found = fetch(lambda: _pin_all(names, weights), world)
     for argument in (argument for argument, name in names.items() if name in found):
         folder = str(found[names[argument]].folder)
-        if argument.startswith("model.encoders."):
-            *_, kind, leaf = argument.split(".")
-            encoders = {**config.model.encoders, kind: {**config.model.encoders[kind], leaf: folder}}
-            config = replace(config, model=replace(config.model, encoders=encoders))
+        group, *between, leaf = argument.split(".")
+        if between:
+            parts, kind = between
+            before = getattr(config.model, parts)
+            changed: Any = {parts: {**before, kind: {**before[kind], leaf: folder}}}
+            config = replace(config, model=replace(config.model, **changed))
             continue
-        group, _, leaf = argument.partition(".")
-        changed: Any = replace(getattr(config, group), **{leaf: folder})
+        changed = replace(getattr(config, group), **{leaf: folder})
         config = replace(config, **{group: changed})
     return config
 
@@ -74,17 +84,24 @@ def _pin_all(names: Mapping[str, str], weights: bool) -> dict[str, HubFiles]:
         held = [argument for argument in arguments if argument.rpartition(".")[2] in _HOLD_WEIGHTS]
         repo = repo_named("model", name, (held or arguments)[0])
         if repo is not None:
-            found[name] = pin_model(repo, weights=weights and bool(held))
+            found[name] = pin_model(repo, weights=weights and bool(held), conditions=weights)
     return found
 
 
-def pin_model(repo: Repo, *, weights: bool) -> HubFiles:
-    """The files of a model that are read, downloaded; with `weights` those that hold them as well."""
+def pin_model(repo: Repo, *, weights: bool, conditions: bool = False) -> HubFiles:
+    """The files of a model that are read, downloaded; with `weights` those that hold them as well. conditions: whether
+    those of a pipeline's other parts, which a transformer without weights needs too, are read."""
     commit = repo.commit()
     there = repo.files(commit)
     # Exports reproduce the layout of the index, whether its weights are needed or not.
     files = [file for file in there if _SMALL.fullmatch(file) and (file == INDEX or not file.endswith(".index.json"))]
-    if weights:
+    parts = {match["part"] for file in there if (match := _PARTS.fullmatch(file))}
+    if PIPELINE in there or "transformer" in parts:
+        files += [file for file in there if _PARTS.fullmatch(file) and _SMALL_OF_PARTS.fullmatch(file)]
+        read = sorted(part for part in parts if (weights if part == "transformer" else conditions))
+        held = [part for part in read if part.startswith(("transformer", "vae", "text_encoder"))]
+        files += [file for part in held for file in _weight_files(repo, commit, there, f"{part}/")]
+    elif weights:
         files += [*_weight_files(repo, commit, there), *filter(_OF_ENCODERS.fullmatch, there)]
     found = HubFiles(repo, commit, tuple(dict.fromkeys(files)))
     found.local(download=True)
@@ -92,16 +109,17 @@ def pin_model(repo: Repo, *, weights: bool) -> HubFiles:
     return found
 
 
-def _weight_files(repo: Repo, commit: str, there: Mapping[str, Any]) -> Sequence[str]:
-    """The files of the weights, in the first format that the repository has them in."""
-    first = next((file for file in (*WEIGHT_FILES, *adapter.WEIGHTS) if file in there), None)
+def _weight_files(repo: Repo, commit: str, there: Mapping[str, Any], part: str = "") -> Sequence[str]:
+    """The files of the weights, in the first format that the repository has them in. part: the folder they are in."""
+    known = (*WEIGHT_FILES, *_NET_WEIGHTS) if part else (*WEIGHT_FILES, *_NET_WEIGHTS, *adapter.WEIGHTS, ADAPTERS)
+    first = next((f"{part}{file}" for file in known if f"{part}{file}" in there), None)
     if first is None:
         others = [file for file in there if Path(file).suffix in (".safetensors", ".bin", ".gguf", ".pth", ".pt")][:3]
         raise ValueError(
-            f"{repo.argument}: {repo} has no weights in Hugging Face's format ({', '.join(WEIGHT_FILES)})"
-            + (f"; it has {', '.join(others)}" if others else "")
+            f"{repo.argument}: {repo} has no weights {f'in {part} ' if part else ''}in Hugging Face's format "
+            f"({', '.join(WEIGHT_FILES)})" + (f"; it has {', '.join(others)}" if others else "")
         )
     if not first.endswith(".index.json"):
         return [first]
     repo.download(commit, [first])
-    return [first, *sorted(set(read_index(repo.folder(commit) / first).values()))]
+    return [first, *sorted({f"{part}{file}" for file in read_index(repo.folder(commit) / first).values()})]

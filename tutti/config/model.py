@@ -72,14 +72,15 @@ class ModelConfig:
     )
     adapter_path: str | None = arg(
         None,
-        "LoRA adapter to go on with (a folder or a name on the hub), of Tutti or peft, with train.architecture lora; "
-        "what it adapts, rank and alpha are its own.",
+        "LoRA adapter to go on with (a folder or a name on the hub), of Tutti, peft or diffusers, with "
+        "train.architecture lora; what it adapts, rank and alpha are its own.",
         added=True,
         path=True,
     )
     condition_model_path: str | None = arg(
         None,
-        "data_type diffusion: folder of vae, text_encoder, tokenizer and scheduler, where the model's own has none.",
+        "data_type diffusion: folder or name on the hub of vae, text_encoder, tokenizer and scheduler, where the "
+        "model's own has none.",
         added=True,
         path=True,
     )

@@ -107,49 +107,47 @@ def _of_numbers_by_name(config: Config) -> list[str]:
     return problems
 
 
-_NEEDS_TOKENS = (
-    "model.adapter_path",
-    "model.encoders",
-    "model.basic_modules",
-    "train.freeze",
-    "train.part_lr",
-    "train.enable_compile",
-    "train.enable_activation_offload",
-    "train.enable_batch_invariant_mode",
-    "train.pipeline_parallel_size",
-    "train.context_parallel_size",
-    "train.ulysses_parallel_size",
-    "train.tensor_parallel_size",
-    "train.expert_parallel_size",
-)
-"""Arguments that are about the layers or the tokens of a language model."""
+_OF_TOKENS = {
+    "model.encoders": "it takes no media beside its own inputs",
+    "train.enable_batch_invariant_mode": "set train.micro_batch_size to 1, and every picture is computed by itself",
+    "train.pipeline_parallel_size": "its blocks are not cut into stages",
+    "train.context_parallel_size": "no ring is written for its attention",
+    "train.tensor_parallel_size": "its matrices are not split",
+    "train.expert_parallel_size": "it has no experts",
+}
+"""Arguments that are about the layers or the tokens of a language model, and why a model of pixels has none of it."""
 
+_OF_AUTOENCODERS = {
+    "model.adapter_path": "it is trained in full",
+    "model.basic_modules": "it has no blocks, and is one unit",
+    "train.architecture": "it is trained in full; leave lora out",
+    "train.freeze": "all of it is trained",
+    "train.part_lr": "all of it is trained alike",
+    "train.enable_compile": "it has no repeated blocks, which are what is compiled",
+    "train.enable_activation_offload": "it has no repeated blocks, whose activations move",
+    "train.ulysses_parallel_size": "it has no tokens that ranks could share",
+}
 
-_OF_BUCKETS = (
-    "train.dyn_bsz",
-    "train.pad_to_length",
-    "train.lora_base_dtype",
-    "train.lora_dora",
-    "train.lora_full_modules",
-)
-"""Arguments that diffusion training has nothing for: its micro batches are so many pictures of one size."""
+_OF_DENOISERS_ALONE = {
+    "train.dyn_bsz": "a micro batch has train.micro_batch_size pictures of one size, so that nothing is padded anyway",
+    "train.pad_to_length": "pictures of a micro batch have one size",
+    "train.lora_base_dtype": "its files are read as they are, not quantized",
+    "train.lora_dora": "diffusers' adapter files have no place for the magnitudes",
+    "train.lora_full_modules": "diffusers' adapter files hold adapters alone",
+}
 
 
 def _of_pixels(config: Config) -> list[str]:
     """One problem for each argument that a model of pixels has nothing for."""
     kind, draws = config.data.data_type, config.data.task.kind == "denoiser"
-    ways = "whole, by data parallelism (ddp, fsdp1, fsdp2)" + (" and Ulysses" if draws else "")
-    refused: tuple[str, ...] = _NEEDS_TOKENS
+    reasons = _OF_TOKENS | (_OF_DENOISERS_ALONE if draws else _OF_AUTOENCODERS)
     if draws:
-        refused = (*(name for name in _NEEDS_TOKENS if name != "train.ulysses_parallel_size"), *_OF_BUCKETS)
-    problems = [
-        f"{name}: a model of data_type {kind} is trained {ways}; leave it at its default"
-        for name in refused
+        reasons["train.context_parallel_size"] += "; train.ulysses_parallel_size shares its tokens"
+    return [
+        f"{name}: not for a model of data_type {kind}: {why}"
+        for name, why in reasons.items()
         if away_from_default(config, name)
     ]
-    if config.train.architecture == "lora" and not draws:
-        problems.append(f"train.architecture: a model of data_type {kind} is trained in full; leave lora out")
-    return problems
 
 
 class _Rule(NamedTuple):

@@ -30,8 +30,8 @@ class TrainConfig:
     lr_start: float = arg(0.0, "Learning rate that the warmup starts from.", low=0)
     freeze: tuple[str, ...] = arg(
         (),
-        "Parts of the model that stay as they are: towers (encoders of images), projectors, language_model, or names "
-        "of parameters with * and ?.",
+        "Parts of the model that stay as they are: towers (encoders of images), projectors, language_model, decoders, "
+        "or names of parameters with * and ?.",
         added=True,
     )
     part_lr: Mapping[str, float] = arg(

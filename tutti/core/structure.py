@@ -85,17 +85,22 @@ class ModelStructure:
 
 
 def structure_without_tokens(
-    model: nn.Module, name: str, blocks: Sequence[tuple[str, nn.Module]] = (), *, by_keyword: bool = False
+    model: nn.Module,
+    name: str,
+    blocks: Sequence[tuple[str, nn.Module]] = (),
+    basic: Sequence[nn.Module] = (),
+    *,
+    by_keyword: bool = False,
 ) -> ModelStructure:
-    """The structure of a model that knows no vocabulary: its repeated blocks, and a stand-in for a head that never
-    runs."""
+    """The structure of a model that knows no vocabulary: its repeated blocks, further units (model.basic_modules), and
+    a stand-in for a head that never runs."""
     return ModelStructure(
         name=name,
         config=model.config,
         decoder=model,
         text_model=model,
         blocks=tuple(blocks),
-        basic=(),
+        basic=tuple(basic),
         head=nn.Linear(1, 1, bias=False, device="meta"),
         classifies=False,
         transform=LogitTransform(),

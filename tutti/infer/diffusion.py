@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from tutti.checkpoint.adapter import is_adapter_folder, plan_adapters
 from tutti.checkpoint.denoiser import load_denoiser
+from tutti.checkpoint.denoiser_adapter import read_lora
+from tutti.checkpoint.hub import with_local_paths
 from tutti.checkpoint.manager import read_model
 from tutti.checkpoint.trained import TrainedModel, find_trained, is_of_run, load_trained
 from tutti.config import Config
@@ -29,7 +32,7 @@ from tutti.core.dist import World
 from tutti.core.draws import generator
 from tutti.core.pixels import frame_image
 from tutti.model.conditions import Conditions, read_grid
-from tutti.model.denoiser import Denoiser, build_denoiser
+from tutti.model.denoiser import Denoiser, build_denoiser, cast_to_infer
 from tutti.model.diffusion import Guided, Text, default_side, join_texts, latent_patch, latent_shape, sample
 from tutti.model.lora import add_adapters, lora_of
 from tutti.model.pipeline_folder import TRANSFORMER, PipelineFolder, open_folder, read_folder, read_scheduler
@@ -59,6 +62,7 @@ def find_denoiser(path: Path, world: World) -> Source | None:
     trained = find_trained(path, world)
     if trained.config.data.task.kind != "denoiser":
         return None
+    trained = replace(trained, config=with_local_paths(trained.config, world))
     return Source(world.run_on_all_ranks(lambda: open_folder(trained.config)), trained)
 
 
@@ -71,7 +75,8 @@ def draw(config: Config, source: Source, prompts: Sequence[str], output: Path, w
     dtype = torch.float32 if world.device.type == "cpu" else torch.bfloat16
     model = world.run_on_all_ranks(lambda: _build(config, source))
     _load(model, source, world)
-    model.to(world.device).eval().net.to(dtype)
+    model.to(world.device).eval()
+    cast_to_infer(model.net, dtype)
     family, folder = model.family, source.folder
     grid = world.run_on_all_ranks(lambda: read_grid(folder, latent_patch(family, model.net.config)))
     width, height = world.run_on_all_ranks(lambda: _size(config, model, grid))
@@ -98,7 +103,7 @@ def draw(config: Config, source: Source, prompts: Sequence[str], output: Path, w
 def _build(config: Config, source: Source) -> Denoiser:
     trained = config if source.trained is None else source.trained.config
     model = build_denoiser(trained, source.folder.transformer)
-    if (lora := plan_adapters(trained, model)) is not None:
+    if (lora := plan_adapters(trained, model, read_lora)) is not None:
         add_adapters(model, lora, torch.float32)
     return model
 

@@ -31,6 +31,7 @@ from tutti.config import Config, DataConfig
 from tutti.core.compute_dtype import compute_dtype, slow_dtypes
 from tutti.core.dist import World
 from tutti.core.files import sha256
+from tutti.core.hub import name_in_cache
 from tutti.data.processor import MediaProcessor
 from tutti.data.template import ChatTemplate, read_template
 from tutti.infer.drawing import Drawing, GuidedLogits, drawing_of, hiding
@@ -78,7 +79,7 @@ def load_model(config: Config, world: World) -> LoadedModel:
 
     ValueError, on all ranks: it is not there, damaged, or not a model that generates text.
     """
-    named, source = config.infer.model_path, find_source(config, world)
+    source = find_source(config, world)
     slow = slow_dtypes(world)
     tokenizer, model = world.run_on_all_ranks(lambda: _build(config, source, world.device, slow))
     data = data_of(config, source)
@@ -91,7 +92,8 @@ def load_model(config: Config, world: World) -> LoadedModel:
     is_chat = _is_chat(config, source, tokenizer)
     template = world.run_on_all_ranks(lambda: _template(config, source, tokenizer))
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    log.info("%s: %s, %s", named, _described(model), world.device)
+    name, _ = name_in_cache(config.infer.model_path or "") or (config.infer.model_path, None)
+    log.info("%s: %s, %s", name, _described(model), world.device)
     stop_ids = frozenset(end_ids(tokenizer, model.generation_config))
     logits = _next_logits(model, stop_ids, processor, world.device)
     painter = world.run_on_all_ranks(lambda: _painter(config, model, tokenizer, world))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from tutti.checkpoint.hub import with_local_paths
 from tutti.config import Config
 from tutti.core.device import keep_freed_memory, limit_threads, pick_device
 from tutti.core.dist import World, init_world, shutdown_world
@@ -28,6 +29,7 @@ from tutti.infer.generate import Generator, Request
 from tutti.infer.load import LoadedModel, load_model
 from tutti.infer.prompts import prompt_request, to_draw
 from tutti.infer.sampling import Sampler
+from tutti.infer.source import named_as_infer
 from tutti.infer.stream import TextStream
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,8 @@ def infer(config: Config, job: Job) -> None:
     keep_freed_memory()
     world = init_world(pick_device("cpu"))
     try:
+        with named_as_infer():
+            config = with_local_paths(config, world)
         denoiser = find_denoiser(Path(config.infer.model_path or "").expanduser(), world)
         if denoiser is not None:
             _draw(config, denoiser, job, world)

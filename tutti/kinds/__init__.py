@@ -62,6 +62,10 @@ class Kind(Protocol):
         full_model: the complete model, without storage, where `model` is a part of its depth. Collective. ValueError,
         on all ranks: weights that are damaged, or of another model."""
 
+    def load_adapters(self, config: Config, model: Any, full_model: Any = None) -> None:
+        """Fill the adapters of `model`, whose other weights are loaded, from model.adapter_path. full_model: as in
+        `load`. ValueError: they do not fit."""
+
     def export(self, config: Config, model: Any, tokenizer: Any, folder: Path, world: World, full: Full) -> None:
         """Write the complete `model`, whose tensors `full` gives by name on rank 0, to `folder`, which is replaced.
         tokenizer: or its processor. Collective. ValueError, on all ranks: it cannot be written."""

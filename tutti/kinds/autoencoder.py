@@ -37,6 +37,10 @@ def load(
     load_autoencoder(model, config.model.model_path, seed=config.train.seed, device=device, world=world)
 
 
+def load_adapters(config: Config, model: Autoencoder, full_model: Autoencoder | None = None) -> None:
+    raise AssertionError("model.adapter_path is refused for autoencoders")
+
+
 def export(config: Config, model: Autoencoder, tokenizer: Any, folder: Path, world: World, full: Full) -> None:
     export_autoencoder(model, folder, world, full)
 

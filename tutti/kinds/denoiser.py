@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tutti.checkpoint import denoiser as files
+from tutti.checkpoint import denoiser_adapter
 from tutti.checkpoint.adapter import plan_adapters
 from tutti.checkpoint.hf_save import Full
 from tutti.config import Config
@@ -24,11 +25,13 @@ from tutti.model.denoiser_parallel import check_shares
 from tutti.model.diffusion import latent_patch
 from tutti.model.lora import add_adapters
 from tutti.model.pipeline_folder import open_folder
+from tutti.model.structure import freeze_parts
 
 
 def build(config: Config, device: torch.device) -> tuple[None, Denoiser]:
     model = build_denoiser(config, open_folder(config).transformer)
-    if (lora := plan_adapters(config, model)) is not None:
+    freeze_parts(model, config.train.freeze)
+    if (lora := plan_adapters(config, model, denoiser_adapter.read_lora)) is not None:
         add_adapters(model, lora, compute_dtype(config.train))
     return None, model
 
@@ -36,7 +39,7 @@ def build(config: Config, device: torch.device) -> tuple[None, Denoiser]:
 def inspect(config: Config, layout: Layout, model: Denoiser) -> ModelStructure:
     fit(config, layout.world)
     check_shares(model, layout.ulysses)
-    return denoiser_structure(model)
+    return denoiser_structure(model, config.model.basic_modules)
 
 
 def read_inputs(config: Config, tokenizer: Any, structure: ModelStructure) -> Inputs:
@@ -54,6 +57,10 @@ def load(
     files.load_denoiser(model, source, seed=config.train.seed, device=device, world=world)
 
 
+def load_adapters(config: Config, model: Denoiser, full_model: Denoiser | None = None) -> None:
+    denoiser_adapter.load_adapters(model, Path(config.model.adapter_path or ""))
+
+
 def export(config: Config, model: Denoiser, tokenizer: Any, folder: Path, world: World, full: Full) -> None:
     files.export_pipeline(model, open_folder(config), folder, world, full, seed=config.train.seed)
 
@@ -61,4 +68,4 @@ def export(config: Config, model: Denoiser, tokenizer: Any, folder: Path, world:
 def export_adapters(
     config: Config, model: Denoiser, tokenizer: Any, folder: Path, world: World, full_model: Denoiser | None = None
 ) -> None:
-    files.export_adapters(model, folder, world)
+    denoiser_adapter.export_adapters(model, folder, world)

@@ -41,7 +41,9 @@ def export(source: str, out: str, *, merge_adapters: bool = False) -> None:
     world = init_world(torch.device("cpu"))
     try:
         trained = find_trained(Path(source), world)
-        config = with_local_paths(trained.config, world, weights=trained.config.train.architecture == "lora")
+        # A pipeline's other parts are copied; adapters need their base.
+        copies = trained.config.data.task.kind == "denoiser" or trained.config.train.architecture == "lora"
+        config = with_local_paths(trained.config, world, weights=copies)
         trained = replace(trained, config=config)
         if merge_adapters:
             # What is merged into bf16 is rounded away, and quantized weights take no change.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from tutti.checkpoint.adapter import export_adapter, plan_adapters
+from tutti.checkpoint.adapter import export_adapter, load_adapter, plan_adapters
 from tutti.checkpoint.hf_files import find_index, read_index
 from tutti.checkpoint.hf_load import load_weights
 from tutti.checkpoint.hf_save import Full, export_hf
@@ -117,6 +117,10 @@ def load(config: Config, model: Any, *, world: World, device: torch.device, full
         init_weights(model, train.seed, device)
     else:
         load_weights(model, Path(path), **options)
+
+
+def load_adapters(config: Config, model: PreTrainedModel, full_model: PreTrainedModel | None = None) -> None:
+    load_adapter(model, Path(config.model.adapter_path or ""), full_model)
 
 
 def export(config: Config, model: PreTrainedModel, tokenizer: Any, folder: Path, world: World, full: Full) -> None:

@@ -128,9 +128,13 @@ def write_part(folder: PipelineFolder, name: str, place: Path, seed: int) -> Non
         transformers.AutoTokenizer.from_pretrained(path, local_files_only=True).save_pretrained(place)
         return
     shutil.copytree(path, place, ignore=shutil.ignore_patterns(".*"))
-    if name in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3") and not any(path.glob("*.safetensors")):
+    if name.startswith(("vae", "text_encoder")) and not _has_weights(path):
         load: Any = _load_autoencoder if name == "vae" else _load_text_encoder
         load(path, folder.argument, seed).save_pretrained(place)
+
+
+def _has_weights(path: Path) -> bool:
+    return any(file.suffix in (".safetensors", ".bin") for file in path.iterdir())
 
 
 def _has_frames(vae: Any) -> bool:
@@ -163,7 +167,7 @@ def _autoencoder(path: Path, argument: str) -> Any:
 
 def _load_autoencoder(path: Path, argument: str, seed: int) -> Any:
     kind = getattr(require_diffusers(), class_named_in(path, argument))
-    if any(path.glob("*.safetensors")):
+    if _has_weights(path):
         return kind.from_pretrained(path, local_files_only=True)
     with _drawn(seed, "vae"):
         return _autoencoder(path, argument)
@@ -178,7 +182,7 @@ def _load_text_encoder(path: Path, argument: str, seed: int) -> nn.Module:
     named = (config.architectures or [""])[0]
     kind = getattr(transformers, named, transformers.AutoModel)
     generates = named.endswith(("ForCausalLM", "LMHeadModel"))
-    if any(path.glob("*.safetensors")):
+    if _has_weights(path):
         found = (transformers.AutoModel if generates else kind).from_pretrained(path, local_files_only=True)
     else:
         with _drawn(seed, path.name):
@@ -203,7 +207,8 @@ def _is_of_family(folder: PipelineFolder, encoder: nn.Module) -> bool:
 
 
 class _PipelineText:
-    """Encodes captions as the family's pipeline does."""
+    """Encodes captions as the family's pipeline does when it is called with a prompt: cut to as many tokens, and with
+    as many words around it (Sana's instruction, which the empty caption goes without, as negative prompts do)."""
 
     def __init__(self, folder: PipelineFolder, parts: dict[str, Any], device: torch.device) -> None:
         self._family, self._device = folder.family, device
@@ -217,13 +222,21 @@ class _PipelineText:
 
     def __call__(self, caption: str) -> Text:
         takes = inspect.signature(self._pipeline.encode_prompt).parameters
+        called = inspect.signature(self._pipeline.__call__).parameters
         asked: dict[str, Any] = {"prompt": caption, "device": self._device}
         asked |= {name: None for name in ("prompt_2", "prompt_3") if name in takes}
+        asked |= {name: called[name].default for name in _OF_CALLS if name in called and name in takes}
+        if not caption:
+            asked.pop("complex_human_instruction", None)
         if "do_classifier_free_guidance" in takes:
             asked["do_classifier_free_guidance"] = False
         found = self._pipeline.encode_prompt(**asked)
         found = found if isinstance(found, tuple) else (found,)
         return Text(**{name: value for name, value in zip(self._family.encoded, found, strict=False) if name})
+
+
+_OF_CALLS = ("max_sequence_length", "clean_caption", "complex_human_instruction")
+"""Settings of captions that pipelines have other defaults of where they are called than where they encode."""
 
 
 def _config_alone(folder: PipelineFolder) -> Any:

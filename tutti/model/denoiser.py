@@ -7,7 +7,7 @@ storage; buffers and tables, which these classes compute as they are built, are 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tutti.config import Config
 from tutti.core.structure import ModelStructure, structure_without_tokens
 from tutti.core.tensors import seed_of
 from tutti.model.diffusion import Family, family_of, require_diffusers
-from tutti.model.structure import FlopCount
+from tutti.model.structure import FlopCount, basic_modules
 
 
 class DenoiserConfig(PreTrainedConfig):
@@ -40,6 +40,8 @@ class Denoiser(PreTrainedModel):
     config_class = DenoiserConfig
     net: Any
     base_model_prefix = "net"
+    main_part = "transformer"
+    """The name of all of it, for train.freeze and train.part_lr."""
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__(config)
@@ -87,6 +89,15 @@ def build_denoiser(config: Config, folder: Path) -> Denoiser:
     return model.train()
 
 
+def cast_to_infer(net: Any, dtype: torch.dtype) -> None:
+    """Hold what is in the weights' files of a transformer in `dtype`, and in fp32 what its class keeps so
+    (`_keep_in_fp32_modules`), as diffusers' `from_pretrained` does."""
+    kept = set(net._keep_in_fp32_modules or ())
+    for name, item in net.state_dict(keep_vars=True).items():
+        if item.is_floating_point():
+            item.data = item.data.to(dtype if kept.isdisjoint(name.split(".")) else torch.float32)
+
+
 def read_net(folder: Path) -> dict[str, Any]:
     """The config of the transformer in `folder`, with its `_class_name`."""
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -117,8 +128,9 @@ def random_net(config: DenoiserConfig, seed: int) -> nn.Module:
         return make_net(config.net)
 
 
-def denoiser_structure(model: Denoiser) -> ModelStructure:
-    """The structure of a diffusion transformer: its repeated blocks, and no head (a layer stands in for it)."""
+def denoiser_structure(model: Denoiser, basic: Iterable[str] = ()) -> ModelStructure:
+    """The structure of a diffusion transformer: its repeated blocks, and no head (a layer stands in for it). basic:
+    names of the classes of model.basic_modules. ValueError: it has no module of such a class."""
     names = set(model._no_split_modules or ())
     lists = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList)]
     blocks = [
@@ -127,7 +139,8 @@ def denoiser_structure(model: Denoiser) -> ModelStructure:
         for number, block in part.named_children()
         if type(block).__name__ in names
     ]
-    return structure_without_tokens(model, model.config.net["_class_name"], blocks, by_keyword=True)
+    units = [module for _, module in basic_modules(model, basic)]
+    return structure_without_tokens(model, model.config.net["_class_name"], blocks, units, by_keyword=True)
 
 
 def count_flops(model: Denoiser) -> FlopCount:

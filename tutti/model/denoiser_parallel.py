@@ -25,6 +25,11 @@ def check_shares(model: Denoiser, ranks: int) -> None:
     name = type(model.net).__name__
     if getattr(model.net, "_cp_plan", None) is None or not _attentions(model.net):
         raise ValueError(f"train.ulysses_parallel_size: diffusers has no plan to share the tokens of {name}; set 1")
+    if model.family.mask == "encoder_attention_mask":
+        raise ValueError(
+            f"train.ulysses_parallel_size: the attention of {name} makes its mask of captions for all heads, of which "
+            "each rank would have a share; set 1"
+        )
     heads = model.net.config.num_attention_heads
     if heads % ranks:
         raise ValueError(f"train.ulysses_parallel_size: {ranks} does not divide the {heads} attention heads of {name}")

@@ -180,8 +180,8 @@ def freeze_parts(model: PreTrainedModel, parts: Iterable[str]) -> None:
 def part_parameters(
     model: PreTrainedModel, part: str, argument: str, *, is_complete: bool = True
 ) -> dict[str, nn.Parameter]:
-    """The parameters of a part of `model` by name: of its towers, its projectors, its language_model, or those whose
-    name matches a pattern with * and ?.
+    """The parameters of a part of `model` by name: of its towers, its projectors, its language_model (of a model
+    without one its transformer), or those whose name matches a pattern with * and ?.
 
     ValueError, in the name of `argument`: the model has no such part, although it is_complete (no stage of a pipeline).
     """
@@ -197,7 +197,9 @@ def part_parameters(
     groups = {
         "towers": outer.keys() - joins,
         "projectors": joins,
-        "language_model": {name for name, item in named.items() if id(item) not in beside | drawing | codes},
+        getattr(model, "main_part", "language_model"): {
+            name for name, item in named.items() if id(item) not in beside | drawing | codes
+        },
         "decoders": {name for name, item in named.items() if id(item) in codes},
     }
     found = groups.get(part) or set(fnmatch.filter(named, part))

@@ -9,6 +9,10 @@ There are diffusers' VQModel, and those of transformers' models that draw, by a 
 - `JanusVQVAE`: its lookup scales codes' vectors to length 1, which its encoder does not; both are taken as they are.
 - `ChameleonVQVAE`: has no decoder, so that its model alone uses it, to see pictures and to be trained on codes.
 - `Emu3VQVAE`: takes pictures of any size, so the size is asked for (`image_size`). A picture is a video of one frame.
+
+Pictures are values in [-1, 1]. The tokenizer of a whole model that draws has learned those that the model's image
+processor makes of bytes, by a mean and a deviation: what goes in and comes out is brought to these, as the processor's
+`postprocess` has it.
 """
 
 from __future__ import annotations
@@ -18,13 +22,13 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoImageProcessor
 
 from tutti.core.pixels import Square
 from tutti.model.autoencoder import decode_map, make_net, nearest, read_autoencoder_config
@@ -189,6 +193,30 @@ def read_codes(folder: Path, argument: str, size: int | None = None) -> PictureC
     return _make(folder, argument, size).codes
 
 
+class PixelRange(NamedTuple):
+    """The values that a model takes for pictures: those in [-1, 1] times `factor`, plus `shift`; each [3, 1, 1]."""
+
+    factor: Tensor
+    shift: Tensor
+
+
+def read_range(folder: Path) -> PixelRange | None:
+    """The values that the image processor in the folder of a whole model that draws makes of pictures; None where there
+    is none, or the folder is of a tokenizer alone."""
+    config = folder / "config.json"
+    if not config.is_file() or "vq_config" not in json.loads(config.read_text(encoding="utf-8")):
+        return None
+    try:
+        processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    bytes_to = processor.rescale_factor if processor.do_rescale else 1.0
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
+    mean, std = (torch.as_tensor(value, dtype=torch.float32).expand(3).view(3, 1, 1) for value in (mean, std))
+    half = 127.5 * bytes_to
+    return PixelRange(half / std, (half - mean) / std)
+
+
 class PictureTokenizer:
     """A tokenizer of pictures whose weights stay as they are, on one device, in fp32."""
 
@@ -209,6 +237,9 @@ class PictureTokenizer:
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ValueError(f"{argument}: the weights in {folder} cannot be used: {first_line(error)}") from None
         held.to(device).eval().requires_grad_(False)
+        self._range = read_range(folder) if net.codes.draws else None  # else pictures come as the processor makes them
+        if self._range is not None:
+            self._range = PixelRange(*(part.to(device) for part in self._range))
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -217,12 +248,15 @@ class PictureTokenizer:
         Each is encoded by itself: products of larger matrices round otherwise, and a picture has the same codes in any
         batch.
         """
-        return torch.cat([self.net.encode(one).cpu() for one in pixels.to(self._device, torch.float32).split(1)])
+        values = pixels.to(self._device, torch.float32)
+        values = values if self._range is None else values * self._range.factor + self._range.shift
+        return torch.cat([self.net.encode(one).cpu() for one in values.split(1)])
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """The pictures [N, 3, S, S] that codes [N, n] stand for."""
-        return self.net.decode(codes.to(self._device))
+        """The pictures [N, 3, S, S] in [-1, 1] that codes [N, n] stand for."""
+        values = self.net.decode(codes.to(self._device))
+        return values if self._range is None else (values - self._range.shift) / self._range.factor
 
 
 def copy_tokenizer(folder: Path, place: Path, size: int | None = None) -> None:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tutti.checkpoint.adapter import load_adapter
 from tutti.config import Config, TrainConfig
 from tutti.config.layout import Layout
 from tutti.core.batch import Batch
@@ -108,10 +106,10 @@ def load_parameters(config: Config, placed: PlacedModel, mesh: Mesh, world: Worl
     if on_meta:
         parallelize(placed.objective, placed.structure, mesh, train, placed.plan)
     device = torch.device("cpu") if train.init_device == "cpu" or offloads(train) else world.device
-    kind_of(config).load(config, model, world=world, device=device, full_model=placed.full_model)
+    kind = kind_of(config)
+    kind.load(config, model, world=world, device=device, full_model=placed.full_model)
     if config.model.adapter_path is not None and train.architecture == "lora":
-        path = Path(config.model.adapter_path)
-        world.run_on_all_ranks(lambda: load_adapter(model, path, placed.full_model))
+        world.run_on_all_ranks(lambda: kind.load_adapters(config, model, placed.full_model))
     else:
         init_adapters(model, train.seed)
     if on_meta:
