@@ -235,15 +235,21 @@ def test_a_manifest_is_refused_in_any_shape(tmp_path, one_rank):
             keeper.resume(str(folder), *build("plain"))
 
 
-def test_numbers_that_are_not_finite_are_not_saved(tmp_path, one_rank):
-    model, optimizer, keeper = saved(tmp_path, one_rank, 1)
+@pytest.mark.parametrize("save_async", [False, True])
+def test_numbers_that_are_not_finite_are_not_saved(tmp_path, one_rank, save_async):
+    model, optimizer, keeper = saved(tmp_path, one_rank, 1, save_async=save_async)
+
+    def save() -> None:
+        keeper.save(2, model, optimizer, {})
+        keeper.wait()
+
     with torch.no_grad():
         model.body[0].weight[0, 0] = np.inf
     with pytest.raises(ValueError, match=r"step 2 left numbers that are not finite in model\.body\.0\.weight, and"):
-        keeper.save(2, model, optimizer, {})
+        save()
     with torch.no_grad():
         model.body[0].weight[0, 0] = 1.0
     optimizer.state[model.scale]["exp_avg_sq"].fill_(torch.nan)
     with pytest.raises(ValueError, match=r"optimizer\.scale\.exp_avg_sq"):
-        keeper.save(2, model, optimizer, {})
+        save()
     assert checkpointer(tmp_path, one_rank).latest() == tmp_path / "checkpoints/global_step_1"

@@ -16,6 +16,7 @@ from tests.harness import run_ranks
 from tests.train.runs import QUICKSTART, records, run, tiny_config, train_quietly
 from tutti.config import Config, TrainConfig
 from tutti.core.dist import World
+from tutti.core.tensors import local_part
 from tutti.train.guard import SpikeGuard
 from tutti.train.stop import EarlyStopping
 
@@ -130,6 +131,35 @@ def test_steps_that_are_not_finite_on_one_rank_end_the_run_on_all(tmp_path, limi
     for message in run_ranks(2, poisoned, config):
         assert f"not finite for the last {limit + 1} steps" in message
     assert [line["step"] for line in records(config)] == list(range(1, steps + 1))
+
+
+def spoiled(config: Config) -> str:
+    """Train while a moment of the last rank's optimizer becomes NaN in step 2."""
+    from tutti.train.step import TrainStep
+
+    original = TrainStep.step
+
+    def step(self: Any, batch: Any, totals: Any) -> None:
+        original(self, batch, totals)
+        if batch.step == 2 and torch.distributed.get_rank() == 1:
+            moments = [local_part(state["exp_avg"]) for state in self._optimizer.state.values()]
+            next(moment for moment in moments if moment.numel()).flatten()[0] = math.nan
+
+    TrainStep.step = step  # type: ignore[method-assign]
+    try:
+        train_quietly(config)
+    except ValueError as error:
+        return str(error)
+    return "went on"
+
+
+def test_what_is_not_finite_is_found_beside_the_training_and_told_on_all_ranks(tmp_path):
+    changes = {"train.save_async": True, "train.max_steps": 40, "train.save_steps": 2, "train.max_nonfinite_steps": 40}
+    config = tiny_config(tmp_path, world=2, **changes, **{"train.data_parallel_mode": "fsdp2"})
+    for message in run_ranks(2, spoiled, config):
+        assert message.startswith("step 2 left numbers that are not finite in optimizer.")
+    assert not [path for path in (tmp_path / "out/checkpoints").iterdir() if path.is_dir()]
+    assert len(records(config)) <= 4
 
 
 def test_the_loss_must_fall_within_patience():

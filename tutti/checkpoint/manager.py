@@ -2,7 +2,8 @@
 
 A save goes through these steps; each is finished on all ranks, or has failed on all, before the next begins:
 
-1. Rank 0 removes what an interrupted save may have left and makes `.global_step_N.tmp`.
+1. Every rank looks for numbers that are not finite in what it is to save; rank 0 removes what an interrupted save may
+   have left and makes `.global_step_N.tmp`.
 2. Every rank writes its parts of the model's and the optimizer's tensors and the state of its random generators, and
    rank 0 the plain state of the run (JSON). Everything is flushed to stable storage.
 3. Every rank hashes its own files; rank 0 writes the manifest of all.
@@ -51,10 +52,12 @@ from tutti.checkpoint.state import (
     require_finite,
     restore_rng,
     rng_state,
+    trained_names,
     unstepped,
 )
 from tutti.core import files
 from tutti.core.dist import World
+from tutti.core.tensors import local_part
 from tutti.model.lora import listed
 
 log = logging.getLogger(__name__)
@@ -135,12 +138,11 @@ class Checkpointer:
         """Write a checkpoint after `step` steps; `state` is plain data, the same on every rank.
 
         eval_loss: of the model as it is, if it was evaluated. With save_async this returns once the tensors are copied,
-        and `wait` reports how it ended. ValueError, on every rank: the files cannot be written, or the save before this
-        one could not be; or a number to be saved is not finite.
+        and `wait` reports how it ended. ValueError, on every rank: the files cannot be written, or a number to be saved
+        is not finite; or the save before this one has ended so.
         """
         self.wait()
         tensors = {**model_tensors(model), **optimizer_tensors(model, optimizer)}
-        self._world.run_on_all_ranks(lambda: require_finite(model, optimizer, step, self._world.device))
         if self._save_async:
             dcp.copy_to_host(tensors, self._copies)
         snapshot = _Snapshot(
@@ -148,6 +150,7 @@ class Checkpointer:
             eval_loss=eval_loss,
             tensors=tensors,
             copies=self._copies if self._save_async else None,
+            trained=trained_names(model, optimizer),
             state=_plain(state),
             unstepped=unstepped(model, optimizer),
             rng=json.dumps(rng_state(self._world.device)),
@@ -230,6 +233,7 @@ class Checkpointer:
         final = self._root / manifest.folder_name(snapshot.step)
         partial = self._root / f".{final.name}.tmp"
         world = self._world
+        world.run_on_all_ranks(lambda: require_finite(snapshot.trained_parts(), snapshot.step))
         try:
             world.run_on_all_ranks(lambda: self._prepare(partial))
             world.run_on_all_ranks(lambda: _require_shared(partial))
@@ -378,16 +382,22 @@ def _averaged(name: str, index: Metadata) -> str:
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """The state that one save writes. tensors: the live ones; copies: of their parts on this rank; state and rng:
-    JSON."""
+    """The state that one save writes. tensors: the live ones; copies: of their parts on this rank; trained: names of
+    those that the optimizer changes; state and rng: JSON."""
 
     step: int
     eval_loss: float | None
     tensors: Mapping[str, Tensor]
     copies: Mapping[str, Tensor] | None
+    trained: list[str]
     state: str
     unstepped: list[str]
     rng: str
+
+    def trained_parts(self) -> dict[str, Tensor]:
+        """What this rank holds of the tensors that the optimizer changes."""
+        parts = self.tensors if self.copies is None else self.copies
+        return {name: local_part(parts[name]) for name in self.trained}
 
 
 class _Background:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tutti.core.tensors import local_part, seed_of
+from tutti.core.tensors import seed_of
 from tutti.model.lora import listed, lora_of
 
 AVERAGE = "average"
@@ -57,14 +58,17 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
     }
 
 
-def require_finite(model: nn.Module, optimizer: Optimizer, step: int, device: torch.device) -> None:
-    """ValueError if a trained parameter or a number of its optimizer state is not finite on this rank."""
-    held = {f"model.{name}": parameter for name, parameter in _optimized(model, optimizer).items()}
-    held |= optimizer_tensors(model, optimizer)
-    parts = {name: local_part(tensor.detach()) for name, tensor in held.items() if tensor.is_floating_point()}
-    parts = {name: part for name, part in parts.items() if part.numel()}
+def trained_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
+    """The names, as in `model_tensors` and `optimizer_tensors`, of all that the optimizer changes."""
+    return [f"model.{name}" for name in _optimized(model, optimizer)] + list(optimizer_tensors(model, optimizer))
+
+
+def require_finite(parts: Mapping[str, Tensor], step: int) -> None:
+    """ValueError if a number in `parts`, which this rank holds of tensors by name after `step` steps, is not finite."""
+    parts = {name: part for name, part in parts.items() if part.is_floating_point() and part.numel()}
     # A sum is finite only if all its terms are, and is quick; one that is not may be an overflow, and is looked into.
-    # The device is waited for once.
+    # An accelerator is waited for once: sums of offloaded parts go there, not the others to the host.
+    device = max((part.device for part in parts.values()), key=lambda device: device.type != "cpu", default=None)
     sums = [part.sum(dtype=torch.float32).to(device, non_blocking=True) for part in parts.values()]
     if not sums or torch.stack(sums).isfinite().all():
         return
