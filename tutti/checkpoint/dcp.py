@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -56,26 +55,18 @@ _KNOWN = {
 
 def copy_to_host(tensors: Mapping[str, Tensor], copies: dict[str, Tensor]) -> None:
     """Copy what this rank holds of each tensor into `copies`, whose memory is used again where it fits: new memory
-    costs several times what copying does."""
+    costs several times what copying does, and that of an accelerator is copied fastest into locked pages."""
     parts = {name: local_part(tensor) for name, tensor in tensors.items()}
     for name in copies.keys() - parts.keys():
         del copies[name]
     for name, part in parts.items():
         held = copies.get(name)
         if held is None or (held.shape, held.dtype) != (part.shape, part.dtype):
-            copies[name] = _host_memory(part)
+            shape = torch.contiguous_format  # a part may be a view with gaps
+            copies[name] = torch.empty_like(part, device="cpu", pin_memory=part.is_cuda, memory_format=shape)
         copies[name].copy_(part, non_blocking=part.is_cuda)
     if any(part.is_cuda for part in parts.values()):
         torch.cuda.synchronize()
-
-
-def _host_memory(part: Tensor) -> Tensor:
-    """Host memory for a copy of `part`: an accelerator copies fastest into locked pages, and NumPy asks the kernel for
-    large pages, which are set up in half the time."""
-    if part.is_cuda:
-        return torch.empty_like(part, device="cpu", pin_memory=True, memory_format=torch.contiguous_format)
-    memory = torch.from_numpy(np.empty(part.numel() * part.element_size(), dtype=np.uint8))
-    return torch.empty(0, dtype=part.dtype).set_(memory.untyped_storage(), 0, part.shape)
 
 
 def write(

@@ -68,11 +68,26 @@ def cache_folder() -> Path:
 def make_once(path: str | Path, write: Callable[[str], None]) -> None:
     """Have `write(draft)` make the file `path` unless it is there; of several processes one does, and the others wait
     for it."""
-    with open(f"{path}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not os.path.exists(path):
-            write(f"{path}.part")
-            os.replace(f"{path}.part", path)
+    place = f"{path}.lock"
+    while not os.path.exists(path):
+        with open(place, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not is_named(lock.fileno(), place):
+                continue  # whoever held the lock has removed its file, and a lock on it keeps nobody out
+            try:
+                if not os.path.exists(path):
+                    write(f"{path}.part")
+                    os.replace(f"{path}.part", path)
+            finally:
+                Path(place).unlink(missing_ok=True)
+
+
+def is_named(descriptor: int, path: str | Path) -> bool:
+    """True if the open file `descriptor` is the one at `path`, and has not been removed or replaced there."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def put_folder(made: Path, folder: Path) -> None:

@@ -32,7 +32,7 @@ from tutti.checkpoint.manager import Checkpointer
 from tutti.config import Config
 from tutti.config.yamlfile import to_yaml
 from tutti.core.dist import World
-from tutti.core.files import replace_file, sync_folder
+from tutti.core.files import is_named, replace_file, sync_folder
 from tutti.model.lora import listed
 from tutti.train.logging.history import METRICS, cut_back, step_range
 from tutti.train.logging.html import REPORT, RUN
@@ -153,7 +153,7 @@ def _lock(path: Path, *, first: bool) -> int:
                 raise
             log.warning("%s: its file system has no locks; see to it that one run at a time writes there", path.parent)
         _LOCKS.add(descriptor)
-        if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+        if is_named(descriptor, path):
             return descriptor
         # Whoever held the lock has just removed the file, and a lock on it keeps nobody out.
         _LOCKS.discard(descriptor)
