@@ -395,7 +395,7 @@ class _Snapshot:
     rng: str
 
     def trained_parts(self) -> dict[str, Tensor]:
-        """What this rank holds of the tensors that the optimizer changes."""
+        """Parts on this rank, by name, of the tensors that the optimizer changes."""
         parts = self.tensors if self.copies is None else self.copies
         return {name: local_part(parts[name]) for name in self.trained}
 
