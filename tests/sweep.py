@@ -17,6 +17,7 @@ import logging
 import multiprocessing
 import re
 import tempfile
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,17 +35,21 @@ from transformers.models.auto.modeling_auto import (
 LENGTHS = (7, 1, 23, 2, 12, 40)
 VOCAB = 96
 COLUMNS = ("packed", "eager", "checkpointed", "saved")
-EQUAL, REFUSED, FAILED = "equal", "refused", "**differs**"
+EQUAL, REFUSED, FAILED, UNTESTED = "equal", "refused", "**differs**", "untested"
 MOST = 5_000_000
 """Parameters that a tiny model may have."""
 
-PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "models.md"
+PAGES = {PAGE: ("sweep", "classes"), ROOT / "docs" / "multimodal.md": ("media",)}
+COMPARED = ROOT / "tutti" / "model" / "families.py"
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 32, "n_embd": 32, "d_model": 32, "dim": 32, "word_embed_proj_dim": 32,
     "embedding_size": 32, "emb_dim": 32, "intermediate_size": 48, "ffn_dim": 48, "n_inner": 48, "ffn_hidden_size": 48,
     "shared_expert_intermediate_size": 16, "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16,
-    "expert_ffn_hidden_size": 16, "zero_expert_num": 2,
+    "expert_ffn_hidden_size": 16, "shared_experts_intermediate_size": 16, "index_n_heads": 2, "index_head_dim": 16,
+    "zero_expert_num": 2,
     "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "num_attention_heads": 4, "n_head": 4,
     "n_heads": 4, "num_heads": 4, "num_key_value_heads": 2, "num_kv_heads": 2, "head_dim": 8, "global_head_dim": 8,
     "kv_channels": 8,
@@ -64,11 +69,23 @@ SIZES: dict[str, Any] = {
 
 PARTICULAR: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0}, "full_attention": None},
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
     "kimi_linear": {"num_experts_per_token": 2},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"], "num_hidden_layers": 3},
     "mamba2": {"head_dim": 16},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
     "recurrent_gemma": {"num_hidden_layers": 3, "num_key_value_heads": 4},
     "zamba": {"n_mamba_heads": 2, "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
     "zamba2": {"num_key_value_heads": 4, "num_mem_blocks": 1},
@@ -76,7 +93,10 @@ PARTICULAR: dict[str, dict[str, Any]] = {
 }
 """Further needs of the configs of some families."""
 
-EVEN_IF_NONE = {"head_dim", "num_key_value_heads", "num_experts_per_tok", "n_group", "topk_group"}
+EVEN_IF_NONE = {
+    "head_dim", "num_key_value_heads", "num_experts_per_tok", "n_routed_experts", "n_shared_experts", "n_group",
+    "topk_group",
+}  # fmt: skip
 
 OFF = re.compile("drop(out)?(_prob|_p|_rate)?$|pdrop$|layerdrop|jitter|aux_loss_coef|output_router_logits")
 """Names of what is random or beside the loss of targets, which is turned off."""
@@ -335,7 +355,7 @@ def check_quietly(family: str) -> dict[str, str]:
     try:
         return check(family)
     except Exception as error:
-        return {COLUMNS[0]: f"untested: {type(error).__name__}: {error}"}
+        return {COLUMNS[0]: f"{UNTESTED}: {type(error).__name__}: {error}"}
 
 
 def table(results: dict[str, dict[str, str]], columns: Sequence[str] = COLUMNS) -> str:
@@ -361,6 +381,42 @@ def rewrite(
     return "\n".join([head + begin + first, second, *(rows[key] for key in sorted(rows))]) + "\n" + end + rest
 
 
+def untried(page: str) -> dict[str, dict[str, str]]:
+    """Rows of the families that transformers has and the first table of `page` has not."""
+    known = rows_of(page, "sweep")
+    return {name: {COLUMNS[0]: f"{UNTESTED}: is new"} for name in families() if name not in known}
+
+
+def rows_of(page: str, mark: str) -> dict[str, list[str]]:
+    """The cells of the table at `mark` of `page`, by family."""
+    text = page.partition(f"<!-- {mark} -->\n")[2].partition(f"<!-- /{mark} -->")[0]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in text.splitlines()[2:]]
+    return {family: others for family, *others in cells}
+
+
+def compared() -> list[str]:
+    """The families that the pages' tables, or other tests, find equal to their own classes, in order."""
+    from tests.model import gallery
+    from tests.model.test_media import CONFIGS, OTHERS
+
+    found = {gallery.tiny(name).model_type for name in gallery.FAMILIES} | {*CONFIGS.values(), *OTHERS.values()}
+    found |= {"chameleon", "emu3", "janus"}  # tests.model.test_drawing
+    for page, marks in PAGES.items():
+        for mark in marks:
+            rows = rows_of(page.read_text(encoding="utf-8"), mark)
+            found |= {family for family, cells in rows.items() if EQUAL in cells[:2]}
+    return sorted(found)
+
+
+def write_compared() -> None:
+    """Write the families that the pages call equal into the list that runs are checked against."""
+    text = COMPARED.read_text(encoding="utf-8")
+    head, mark, rest = text.partition('    """\n')
+    tail = rest[rest.index('    """.split()') :]
+    lines = textwrap.wrap(" ".join(compared()), 116, break_on_hyphens=False)
+    COMPARED.write_text(head + mark + "".join(f"    {line}\n" for line in lines) + tail, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="model types, whose rows of the page are written (default: all)")
@@ -370,7 +426,9 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=10) as pool:
         results = dict(zip(names, pool.imap(check_quietly, names), strict=True))
     print(table(results))
-    PAGE.write_text(rewrite(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(rewrite(page, untried(page) | results), encoding="utf-8")
+    write_compared()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from tests.harness import run_ranks
-from tests.sweep import EQUAL, FAILED, PAGE, REFUSED, families, require_tiny, rewrite, tiny_config
+from tests.sweep import EQUAL, FAILED, PAGE, REFUSED, UNTESTED, families, require_tiny, rewrite, rows_of, tiny_config, write_compared
 from tests.train.runs import QUICKSTART, records, train_quietly
 from tests.train.runs import tiny_config as run_config
 
@@ -170,10 +170,8 @@ def generated(folder: Path) -> str:
 
 def tried(page: str, columns: tuple[str, ...] = COLUMNS, mark: str = MARK) -> set[str]:
     """The families that the table at `mark` of `page` has a whole row of: nothing is left to try in it."""
-    rows = page.partition(f"<!-- {mark} -->\n")[2].partition(f"<!-- /{mark} -->")[0].splitlines()[2:]
     found = set()
-    for row in rows:
-        family, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+    for family, cells in rows_of(page, mark).items():
         filled = dict(zip(columns, cells, strict=False))
         if cells[0] != EQUAL or all(cell for column, cell in filled.items() if column != "expert"):
             found.add(family)
@@ -207,9 +205,10 @@ def sweep_families(
         try:
             found = check(name)
         except Exception as error:
-            found = {columns[0]: f"untested: {type(error).__name__}: {error}"}
+            found = {columns[0]: f"{UNTESTED}: {type(error).__name__}: {error}"}
         print(name, found, flush=True)
         page.write_text(rewrite(page.read_text(encoding="utf-8"), {name: found}, columns, mark), encoding="utf-8")
+    write_compared()
 
 
 if __name__ == "__main__":

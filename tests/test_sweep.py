@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests import sweep
+from tutti.model import families
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,20 @@ def test_rows_of_the_page_are_replaced() -> None:
 
 def test_every_family_of_transformers_is_on_the_page() -> None:
     """One that transformers adds shows up as missing here: run `make sweep`."""
+    assert not sweep.untried(sweep.PAGE.read_text(encoding="utf-8"))
+
+
+def test_a_family_that_transformers_adds_gets_a_row_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sweep.TOKENS.mapping, "brandnew", "BrandNewForCausalLM")
     page = sweep.PAGE.read_text(encoding="utf-8")
-    missing = [family for family in sweep.families() if f"| {family} |" not in page]
-    assert not missing
+    new = sweep.untried(page)
+    assert "| brandnew | untested |  |  |  | is new |" in sweep.rewrite(page, new)
+    assert list(new) == ["brandnew"]
+
+
+def test_runs_know_the_families_of_the_page() -> None:
+    """What differs is mended by `python -c 'from tests import sweep; sweep.write_compared()'`, as by any sweep."""
+    found, known = set(sweep.compared()), families.COMPARED
+    rows = sweep.rows_of(sweep.PAGE.read_text(encoding="utf-8"), "sweep")
+    assert {"qwen3", "gemma3", "gpt_oss"} <= known <= found
+    assert found & rows.keys() <= known

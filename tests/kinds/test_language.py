@@ -9,6 +9,7 @@ from tutti.attention.interface import resolve_attention
 from tutti.config import Config, ConfigError, TrainConfig
 from tutti.config.layout import ModelFacts, Piece, fit
 from tutti.kinds.language import inspect, read_facts
+from tutti.model import families
 from tutti.model.structure import read_structure
 
 
@@ -55,3 +56,12 @@ def test_sizes_are_checked_against_the_model(train, problem):
     with pytest.raises(ConfigError, match=problem):
         inspect(config, fit(config, 8), model)
     inspect(config_of(), fit(config_of(), 8), model)
+
+
+def test_a_family_that_was_not_compared_says_so_once(monkeypatch, warnings):
+    config = config_of()
+    inspect(config, fit(config, 1), on_meta("qwen3"))
+    assert "untested" not in warnings.text
+    monkeypatch.setattr(families, "COMPARED", families.COMPARED - {"qwen3"})
+    inspect(config, fit(config, 1), on_meta("qwen3"))
+    assert [record.getMessage().partition(":")[0] for record in warnings.records] == ["qwen3 is untested"]

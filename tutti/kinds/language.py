@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from tutti.core.dist import World
 from tutti.core.hub import name_in_cache
 from tutti.core.structure import ModelStructure
 from tutti.kinds import Inputs
-from tutti.model.build import build_model, check_composed, check_dtypes, check_eager, check_packable
+from tutti.model.build import build_model, check_composed, check_dtypes, check_eager, check_packable, language_config
 from tutti.model.drawing import draws, let_draw
+from tutti.model.families import untested
 from tutti.model.initial import init_weights
 from tutti.model.lora import adapters, add_adapters
 from tutti.model.mixers import check_mixers
@@ -36,6 +38,8 @@ from tutti.model.sparse import check_sparse
 from tutti.model.stage_trace import tensor_plan, trace_stages
 from tutti.model.structure import freeze_parts, read_structure
 from tutti.model.tokenizer import build_tokenizer, end_ids, set_chat_template
+
+log = logging.getLogger(__name__)
 
 
 def build(config: Config, device: torch.device) -> tuple[Any, PreTrainedModel]:
@@ -77,6 +81,8 @@ def inspect(config: Config, layout: Layout, model: PreTrainedModel) -> ModelStru
     check_mixers(structure, layout)
     check_positions(structure, config.data.max_seq_len)
     fit(config, layout.world, read_facts(structure, layout))
+    if (problem := untested(language_config(model.config))) is not None:
+        log.info("%s", problem)
     return structure
 
 
