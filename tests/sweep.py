@@ -48,7 +48,8 @@ SIZES: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 32, "n_embd": 32, "d_model": 32, "dim": 32, "word_embed_proj_dim": 32,
     "embedding_size": 32, "emb_dim": 32, "intermediate_size": 48, "ffn_dim": 48, "n_inner": 48, "ffn_hidden_size": 48,
     "shared_expert_intermediate_size": 16, "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16,
-    "expert_ffn_hidden_size": 16, "shared_experts_intermediate_size": 16, "index_n_heads": 2, "index_head_dim": 16,
+    "expert_ffn_hidden_size": 16, "shared_experts_intermediate_size": 16, "index_n_heads": 16, "index_head_dim": 16,
+    "index_topk": 8,
     "zero_expert_num": 2,
     "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "num_attention_heads": 4, "n_head": 4,
     "n_heads": 4, "num_heads": 4, "num_key_value_heads": 2, "num_kv_heads": 2, "head_dim": 8, "global_head_dim": 8,
@@ -74,10 +75,16 @@ PARTICULAR: dict[str, dict[str, Any]] = {
         "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0}, "full_attention": None},
     },
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0},
         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    "dots3_note_text": {
+        "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16,
+        "swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
+    },
+    "glm_moe_dsa": {"indexer_types": ["full", "shared"]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "hy_v4": {"indexer_types": ["full", "shared"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
     "kimi_linear": {"num_experts_per_token": 2},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"], "num_hidden_layers": 3},
@@ -194,7 +201,7 @@ def own_loss(
     """The loss of each sample alone, by a fresh instance of the class, summed over targets; and its gradients."""
     total, grads = 0.0, {}
     for ids, labels in samples(kind):
-        plain = kind.model(config, attn_implementation="eager", dtype=dtype).eval()
+        plain = kind.model(config, attn_implementation="eager", experts_implementation="eager", dtype=dtype).eval()
         plain.load_state_dict(state)
         logits = plain(input_ids=ids[None], use_cache=False).logits[0].float()
         logits, labels = (logits[None], labels[-1:]) if kind.classes else (logits, labels)
@@ -230,7 +237,7 @@ def packed_loss(
         kind.factory,
         copy.deepcopy(config),
         attn_implementation=resolve_attention(attention, torch.device("cpu")),
-        experts_implementation=resolve_experts(None),
+        experts_implementation=resolve_experts("eager" if dtype == torch.float64 else None),  # by kernels without it
         dtype=dtype,
     ).eval()
     model.load_state_dict(state)

@@ -10,7 +10,7 @@ from tutti.model import families
 
 @pytest.mark.parametrize(
     "family",
-    ["llama", "opt", "phi3", "gemma2", "olmo2", "gpt_oss", "qwen3_moe", "deepseek_v3", "qwen3_next", "nemotron_h"],
+    ["llama", "opt", "phi3", "gemma2", "olmo2", "gpt_oss", "qwen3_moe", "deepseek_v3", "qwen3_next", "nemotron_h", "hy_v4"],
 )
 def test_a_family_is_equal_or_refused(family: str) -> None:
     found = sweep.check(family)
@@ -20,8 +20,8 @@ def test_a_family_is_equal_or_refused(family: str) -> None:
 
 
 def test_what_carries_from_one_sample_into_the_next_is_refused() -> None:
-    found = sweep.check("deepseek_v32")
-    assert found["packed"].startswith(f"{sweep.REFUSED}: deepseek_v32 has layers of type indexed_attention"), found
+    found = sweep.check("deepseek_v4")
+    assert found["packed"].startswith(f"{sweep.REFUSED}: deepseek_v4 has layers of type compressed_sparse"), found
     found = sweep.check("rwkv")
     assert found["packed"].startswith(f"{sweep.REFUSED}: rwkv has layers that mix tokens otherwise"), found
 

@@ -15,12 +15,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tests.model.zoo import FAMILIES, HYBRIDS, tiny
+from tests.sweep import tiny_config
 from tutti.attention.interface import resolve_attention
 from tutti.config import ConfigError
 from tutti.config.layout import Layout
 from tutti.core.batch import Batch, Sample, pack
 from tutti.core.modules import wrap_forward
 from tutti.model.build import check_packable
+from tutti.model.lora import Lora, adapters, add_adapters
 from tutti.model.mixers import _group, check_mixers, separate_mixers
 from tutti.model.structure import blocks, read_structure
 from tutti.parallel.activation_checkpoint import checkpoint_activations
@@ -152,6 +154,32 @@ def test_mixers_are_found_in_the_classes(family: str) -> None:
     with pytest.raises(ConfigError, match=r"ulysses_parallel_size: .* carry a state .*\n.*context_parallel_size"):
         check_mixers(structure, replace(ONE, ulysses=2, context=2))
     check_mixers(structure, replace(ONE, tensor=2, pipeline=2))
+
+
+def test_attention_that_chooses_its_keys_is_one() -> None:
+    """Not all of its layers need an indexer (GLM-5), and none is trained or adapted."""
+    with torch.device("meta"):
+        models = {name: AutoModelForCausalLM.from_config(tiny_config(name)) for name in ("deepseek_v32", "glm_moe_dsa")}
+    structures = {name: read_structure(model) for name, model in models.items()}
+    for name, structure in structures.items():
+        attention = [block.get_submodule("self_attn") for _, block in structure.blocks]
+        assert list(structure.mixers) == attention
+        check_packable(models[name])
+        with pytest.raises(ConfigError, match=r"ulysses_parallel_size: .* choose the keys"):
+            check_mixers(structure, replace(ONE, ulysses=2))
+    check_mixers(structures["deepseek_v32"], replace(ONE, pipeline=2))
+    with pytest.raises(ConfigError, match="pipeline_parallel_size: .* a layer before them has chosen"):
+        check_mixers(structures["glm_moe_dsa"], replace(ONE, pipeline=2))
+    add_adapters(models["glm_moe_dsa"], Lora(rank=2, alpha=4.0), torch.float32)
+    adapted = {adapter.name for _, adapter in adapters(models["glm_moe_dsa"])}
+    assert any("q_a_proj" in name for name in adapted) and not any("indexer" in name for name in adapted)
+
+
+def test_chosen_keys_of_samples_of_any_length_make_a_row() -> None:
+    groups = _group((100, 2), CPU)
+    row = groups.join([torch.arange(300).view(1, 100, 3), torch.tensor([[[0, 1], [1, 0]]])])
+    assert row.shape == (1, 102, 3)
+    assert row[0, 100:].tolist() == [[0, 1, 0], [1, 0, 1]], "the first once more, which chooses no other"
 
 
 def test_models_of_attention_alone_have_none() -> None:

@@ -48,6 +48,7 @@ from tutti.core.dist import World
 from tutti.core.modules import Forward, extras, put_on, unwrap_forward, wrap_forward
 from tutti.core.tensors import local_part, seed_of
 from tutti.model.initial import own_part
+from tutti.model.mixers import indexers
 from tutti.model.quantized import packing_of, product, whole_weight
 from tutti.model.structure import ADAPTER_MARK, blocks, head, is_classifier, is_experts
 from tutti.parallel.tensor import WHOLE, LinearShard
@@ -372,8 +373,9 @@ def _candidates(model: PreTrainedModel) -> dict[str, tuple[nn.Module, str]]:
 
 
 def _routers(model: PreTrainedModel) -> set[str]:
-    """The names of the linear layers that choose experts: beside a stack of these, with an output for each."""
-    found: set[int] = set()
+    """The names of the linear layers that choose experts, beside a stack of these and with an output for each, or the
+    keys of attention."""
+    found = {id(part) for chooser in indexers(block for _, block in blocks(model)) for part in chooser.modules()}
     for _, block in blocks(model):
         for part in block.modules():
             beside = [child for child in part.modules() if isinstance(child, nn.Linear)]

@@ -3,7 +3,8 @@
 Hybrid models have such layers beside attention, or in its place: gated delta nets (Qwen3-Next, Qwen3.5, OLMo-hybrid),
 Mamba (Granite 4, Bamba, Nemotron-H, Jamba), linear attention (MiniMax), short convolutions (LFM2). Which modules of a
 model they are is read off its classes: those that keep a convolution's or a recurrence's state in transformers' cache,
-or hold a convolution over tokens.
+or hold a convolution over tokens. Attention is among them where an indexer chooses the keys that a query sees
+(DeepSeek-V3.2, GLM-5): it would choose them from all of the row. It runs as transformers wrote it, by a causal mask.
 
 Here a *mixer* is the outermost such module in a block. It knows nothing of packed samples, so it is given them as a
 batch of its own: `separate_mixers` wraps its forward, cuts the row at the samples' borders, and runs samples of about
@@ -31,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedConfig
 
 from tutti.config import ConfigError
 from tutti.config.layout import Layout
@@ -42,6 +44,9 @@ log = logging.getLogger(__name__)
 
 _STATES = {"get_conv_state", "update_conv_state", "get_recurrent_state", "update_recurrent_state", "get_linear_cache"}
 """The methods of transformers' caches by which a layer keeps more than keys and values."""
+
+_INDEXER = "indexer"
+"""The name by which attention has the module that chooses its keys."""
 
 _BORDERS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "borders", "whole", "cache"}
 """The arguments about a packed row, which are not those of a mixer's batch."""
@@ -64,7 +69,27 @@ def _outermost(module: nn.Module) -> list[nn.Module]:
 
 def _carries(module: nn.Module) -> bool:
     kind: Any = type(module)
-    return bool(_STATES & names_read(kind)) or any(isinstance(child, nn.Conv1d) for child in module.children())
+    convolves = any(isinstance(child, nn.Conv1d) for child in module.children())
+    return bool(_STATES & names_read(kind)) or convolves or chooses_keys(module)
+
+
+def chooses_keys(module: Any) -> bool:
+    """True for attention to keys that an indexer has chosen: the layer's own, or that of a layer before it."""
+    if "Attention" not in type(module).__name__ or _INDEXER not in names_read(type(module)):
+        return False
+    return getattr(module, _INDEXER, None) is not None or _borrows(module)
+
+
+def _borrows(module: nn.Module) -> bool:
+    """True for attention that has no indexer, and takes the keys that a layer before it has chosen."""
+    handed = any("indices" in name for name in inspect.signature(module.forward).parameters)
+    return handed and getattr(module, _INDEXER, None) is None
+
+
+def indexers(blocks: Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules of `blocks` that choose keys, through which no gradient flows."""
+    found = (getattr(mixer, _INDEXER, None) for mixer in mixers(blocks) if chooses_keys(mixer))
+    return [item for item in found if item is not None]
 
 
 @lru_cache(maxsize=1024)
@@ -85,15 +110,23 @@ def names_read(cls: Any) -> frozenset[str]:
 
 
 def check_mixers(structure: ModelStructure, layout: Layout) -> None:
-    """ConfigError for axes that divide a sample's tokens among ranks, which its recurrences run through."""
+    """ConfigError for axes that divide a sample's tokens among ranks, which its recurrences run through; or layers,
+    where some take the keys that others have chosen."""
     if not structure.mixers:
         return
+    chosen = all(map(chooses_keys, structure.mixers))
+    what = "choose the keys that a token attends to" if chosen else "carry a state from token to token"
     problems = [
-        f"train.{name}: {structure.name} has layers that carry a state from token to token, which ranks with parts of "
-        "a sample cannot compute at once; set 1"
+        f"train.{name}: {structure.name} has layers that {what}, which ranks with parts of a sample cannot compute at "
+        "once; set 1"
         for name, size in (("ulysses_parallel_size", layout.ulysses), ("context_parallel_size", layout.context))
         if size > 1
     ]
+    if layout.pipeline > 1 and any(map(_borrows, structure.mixers)):
+        problems.append(
+            f"train.pipeline_parallel_size: {structure.name} has layers that attend to keys which a layer before them "
+            "has chosen, maybe in another stage; set 1"
+        )
     if problems:
         raise ConfigError(problems)
 
@@ -110,6 +143,9 @@ def separate_mixers(structure: ModelStructure) -> None:
         takes = inspect.Parameter.VAR_KEYWORD in kinds
         wrap_forward(block, "borders", partial(_told, row=row, takes=takes))
     for mixer in structure.mixers:
+        if chooses_keys(mixer):
+            _attend_by_own_code(mixer, structure.text_model)
+            wrap_forward(mixer, "mask", partial(_masked, mixer=mixer))
         wrap_forward(mixer, "samples", partial(_by_group, mixer=mixer, row=row))
 
 
@@ -208,6 +244,38 @@ def _by_group(forward: Forward, mixer: Any, row: _Row) -> Forward:
     return run
 
 
+def _attend_by_own_code(mixer: nn.Module, language: Any) -> None:
+    """Have attention to chosen keys run as in its class, by torch's attention if the language model knows it."""
+    for part in mixer.modules():
+        if isinstance(config := getattr(part, "config", None), PreTrainedConfig):
+            own: Any = copy.copy(config)
+            eager = config._attn_implementation == "eager" or not language._supports_sdpa
+            own._attn_implementation = "eager" if eager else "sdpa"
+            part.config = own
+
+
+def _masked(forward: Forward, mixer: Any) -> Forward:
+    """The forward of attention to chosen keys, given the causal mask of a batch of samples, as it takes one."""
+
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("past_key_values") is None:
+            kwargs["attention_mask"] = _causal_mask(args[0] if args else kwargs["hidden_states"], mixer)
+        return forward(*args, **kwargs)
+
+    return run
+
+
+def _causal_mask(hidden: Tensor, mixer: Any) -> Tensor:
+    """The mask of samples [n, L, H] from their begin: bool [n, 1, L, L], or of eager attention what is added to scores."""
+    count, length, _ = hidden.shape
+    seen = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril().expand(count, 1, -1, -1)
+    if mixer.config._attn_implementation == "sdpa":
+        return seen
+    lowest = torch.finfo(hidden.dtype).min
+    return torch.zeros_like(seen, dtype=hidden.dtype).masked_fill(~seen, lowest)
+
+
 @contextmanager
 def _chunks_of(mixer: Any, length: int) -> Iterator[None]:
     """Have a mixer compute short samples in short chunks: it pads to whole ones, of 256 tokens in Mamba 2."""
@@ -246,7 +314,11 @@ class _Groups(NamedTuple):
         """The groups' outputs [n, L, ..] put together as the row's [1, T, ..]; None for anything else."""
         if not all(_lies_along(part, *shape) for part, shape in zip(column, self.shapes, strict=True)):
             return None
-        return torch.cat([part.flatten(0, 1) for part in column]).index_select(0, self.back)[None]
+        parts = [part.flatten(0, 1) for part in column]
+        widest = max(part.shape[-1] for part in parts)
+        if any(part.shape[-1] < widest for part in parts):  # short samples have fewer keys to choose
+            parts = [torch.cat([part, part[:, :1].expand(-1, widest - part.shape[-1])], -1) for part in parts]
+        return torch.cat(parts).index_select(0, self.back)[None]
 
 
 @lru_cache(maxsize=64)

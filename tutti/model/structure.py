@@ -523,6 +523,7 @@ def _pair_flops(config: PreTrainedConfig) -> list[tuple[float, int]]:
     if kinds is None:
         return [(flops, window) for flops in each]
     windows = {"full_attention": 0, "hybrid": 0, "sliding_attention": window, "hybrid_sliding": window}
+    windows["indexed_attention"] = 0  # whose scores are computed for all keys, and masked
     return [(flops, windows[kind]) for flops, kind in zip(each, kinds, strict=False) if kind in windows]
 
 
