@@ -89,6 +89,11 @@ PARTICULAR: dict[str, dict[str, Any]] = {
     "kimi_linear": {"num_experts_per_token": 2},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"], "num_hidden_layers": 3},
     "mamba2": {"head_dim": 16},
+    "llama4_text": {"attention_chunk_size": 8, "floor_scale": 4, "no_rope_layers": [1, 0]},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"], "index_n_heads": 2, "index_block_size": 4,
+        "index_topk_blocks": 2,
+    },
     "qwen4_exp_text": {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16,
         "indexer_compress_ratio": 4,

@@ -156,7 +156,7 @@ def test_mixers_are_found_in_the_classes(family: str) -> None:
     check_mixers(structure, replace(ONE, tensor=2, pipeline=2))
 
 
-def test_attention_that_chooses_its_keys_is_one() -> None:
+def test_attention_that_is_written_for_one_sample_is_one() -> None:
     """Not all of its layers need an indexer (GLM-5), and none is trained or adapted."""
     with torch.device("meta"):
         models = {name: AutoModelForCausalLM.from_config(tiny_config(name)) for name in ("deepseek_v32", "glm_moe_dsa")}
@@ -165,7 +165,7 @@ def test_attention_that_chooses_its_keys_is_one() -> None:
         attention = [block.get_submodule("self_attn") for _, block in structure.blocks]
         assert list(structure.mixers) == attention
         check_packable(models[name])
-        with pytest.raises(ConfigError, match=r"ulysses_parallel_size: .* choose the keys"):
+        with pytest.raises(ConfigError, match=r"ulysses_parallel_size: .* attend to a whole sample"):
             check_mixers(structure, replace(ONE, ulysses=2))
     check_mixers(structures["deepseek_v32"], replace(ONE, pipeline=2))
     with pytest.raises(ConfigError, match="pipeline_parallel_size: .* a layer before them has chosen"):

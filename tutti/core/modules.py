@@ -22,7 +22,7 @@ Forward = Callable[..., Any]
 WRAPPERS = (
     "codes",  # codes of pictures, as tokens beyond a table and as logits beyond a head
     "adapter",  # a trained change beside a frozen weight
-    "mask",  # a causal one, for attention to keys of its own choice
+    "mask",  # a causal one, for attention that is written for one sample
     "samples",  # a mixer's own batch of the samples in a packed row
     "borders",  # where samples begin, for mixers within a block
     "shard",  # this rank's part of a matrix or table that tensor parallelism splits

@@ -3,8 +3,9 @@
 Hybrid models have such layers beside attention, or in its place: gated delta nets (Qwen3-Next, Qwen3.5, OLMo-hybrid),
 Mamba (Granite 4, Bamba, Nemotron-H, Jamba), linear attention (MiniMax), short convolutions (LFM2). Which modules of a
 model they are is read off its classes: those that keep a convolution's or a recurrence's state in transformers' cache,
-or hold a convolution over tokens. Attention is among them where an indexer chooses the keys that a query sees
-(DeepSeek-V3.2, GLM-5): it would choose them from all of the row. It runs as transformers wrote it, by a causal mask.
+or hold a convolution over tokens. Attention is among them where it is written for one sample: where an indexer chooses
+the keys that a query sees (DeepSeek-V3.2, GLM-5), which it would do from all of the row, or where it counts positions by
+itself (Llama 4). It runs as transformers wrote it, by a mask that is causal, or of windows or chunks.
 
 Here a *mixer* is the outermost such module in a block. It knows nothing of packed samples, so it is given them as a
 batch of its own: `separate_mixers` wraps its forward, cuts the row at the samples' borders, and runs samples of about
@@ -70,14 +71,18 @@ def _outermost(module: nn.Module) -> list[nn.Module]:
 def _carries(module: nn.Module) -> bool:
     kind: Any = type(module)
     convolves = any(isinstance(child, nn.Conv1d) for child in module.children())
-    return bool(_STATES & names_read(kind)) or convolves or chooses_keys(module)
+    return bool(_STATES & names_read(kind)) or convolves or attends_alone(module)
 
 
-def chooses_keys(module: Any) -> bool:
-    """True for attention to keys that an indexer has chosen: the layer's own, or that of a layer before it."""
-    if "Attention" not in type(module).__name__ or _INDEXER not in names_read(type(module)):
+def attends_alone(module: Any) -> bool:
+    """True for attention that counts positions by itself, or to keys that an indexer has chosen: the layer's own, or
+    that of a layer before it."""
+    if "Attention" not in type(module).__name__:
         return False
-    return getattr(module, _INDEXER, None) is not None or _borrows(module)
+    names = names_read(type(module))
+    if _INDEXER in names:
+        return getattr(module, _INDEXER, None) is not None or _borrows(module)
+    return {"arange", "ALL_ATTENTION_FUNCTIONS"} <= names
 
 
 def _borrows(module: nn.Module) -> bool:
@@ -88,7 +93,7 @@ def _borrows(module: nn.Module) -> bool:
 
 def indexers(blocks: Iterable[nn.Module]) -> list[nn.Module]:
     """The modules of `blocks` that choose keys, through which no gradient flows."""
-    found = (getattr(mixer, _INDEXER, None) for mixer in mixers(blocks) if chooses_keys(mixer))
+    found = (getattr(mixer, _INDEXER, None) for mixer in mixers(blocks))
     return [item for item in found if item is not None]
 
 
@@ -114,8 +119,8 @@ def check_mixers(structure: ModelStructure, layout: Layout) -> None:
     where some take the keys that others have chosen."""
     if not structure.mixers:
         return
-    chosen = all(map(chooses_keys, structure.mixers))
-    what = "choose the keys that a token attends to" if chosen else "carry a state from token to token"
+    alone = all(map(attends_alone, structure.mixers))
+    what = "attend to a whole sample at once" if alone else "carry a state from token to token"
     problems = [
         f"train.{name}: {structure.name} has layers that {what}, which ranks with parts of a sample cannot compute at "
         "once; set 1"
@@ -143,7 +148,7 @@ def separate_mixers(structure: ModelStructure) -> None:
         takes = inspect.Parameter.VAR_KEYWORD in kinds
         wrap_forward(block, "borders", partial(_told, row=row, takes=takes))
     for mixer in structure.mixers:
-        if chooses_keys(mixer):
+        if attends_alone(mixer):
             _attend_by_own_code(mixer, structure.text_model)
             wrap_forward(mixer, "mask", partial(_masked, mixer=mixer))
         wrap_forward(mixer, "samples", partial(_by_group, mixer=mixer, row=row))
@@ -245,7 +250,7 @@ def _by_group(forward: Forward, mixer: Any, row: _Row) -> Forward:
 
 
 def _attend_by_own_code(mixer: nn.Module, language: Any) -> None:
-    """Have attention to chosen keys run as in its class, by torch's attention if the language model knows it."""
+    """Have attention run as in its class, by torch's attention if the language model knows it."""
     for part in mixer.modules():
         if isinstance(config := getattr(part, "config", None), PreTrainedConfig):
             own: Any = copy.copy(config)
@@ -255,22 +260,33 @@ def _attend_by_own_code(mixer: nn.Module, language: Any) -> None:
 
 
 def _masked(forward: Forward, mixer: Any) -> Forward:
-    """The forward of attention to chosen keys, given the causal mask of a batch of samples, as it takes one."""
+    """The forward of attention that is written for one sample, given the mask of a batch of these as it takes one."""
 
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("past_key_values") is None:
-            kwargs["attention_mask"] = _causal_mask(args[0] if args else kwargs["hidden_states"], mixer)
+            kwargs["attention_mask"] = _mask_of(mixer, args[0] if args else kwargs["hidden_states"])
         return forward(*args, **kwargs)
 
     return run
 
 
-def _causal_mask(hidden: Tensor, mixer: Any) -> Tensor:
-    """The mask of samples [n, L, H] from their begin: bool [n, 1, L, L], or of eager attention what is added to scores."""
-    count, length, _ = hidden.shape
-    seen = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril().expand(count, 1, -1, -1)
-    if mixer.config._attn_implementation == "sdpa":
+def _mask_of(mixer: Any, hidden: Tensor) -> Tensor:
+    """The mask of samples [n, L, H] from their begin: bool [n, 1, L, L], or with eager attention what scores are added
+    to."""
+    (count, length, _), config = hidden.shape, mixer.config
+    places = torch.arange(length, device=hidden.device)
+    ago = places[:, None] - places
+    seen = ago >= 0
+    kinds = getattr(config, "layer_types", None)
+    kind = kinds[mixer.layer_idx] if kinds else "full_attention"
+    if kind == "sliding_attention":
+        seen &= ago < config.sliding_window
+    elif kind == "chunked_attention":
+        chunks = places // config.attention_chunk_size
+        seen &= chunks[:, None] == chunks
+    seen = seen.expand(count, 1, -1, -1)
+    if config._attn_implementation == "sdpa":
         return seen
     lowest = torch.finfo(hidden.dtype).min
     return torch.zeros_like(seen, dtype=hidden.dtype).masked_fill(~seen, lowest)

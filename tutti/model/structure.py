@@ -128,10 +128,17 @@ def causal_lm(model: PreTrainedModel) -> PreTrainedModel:
 
 def decoder(model: PreTrainedModel) -> nn.Module:
     """The inner model, from tokens to `last_hidden_state`."""
-    inner = getattr(model, model.base_model_prefix, None)
-    if not isinstance(inner, nn.Module):
+    return getattr(model, _decoder_name(model))
+
+
+def _decoder_name(model: PreTrainedModel) -> str:
+    """The attribute that holds the decoder: not every class has it where its base_model_prefix says (Llama 4)."""
+    inner = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
+    if isinstance(getattr(model, model.base_model_prefix, None), nn.Module):
+        return model.base_model_prefix
+    if len(inner) != 1:
         raise ValueError(f"{_class_name(model)} has no inner model to take hidden states from")
-    return inner
+    return inner[0]
 
 
 def text_model(model: PreTrainedModel) -> nn.Module:
@@ -316,7 +323,7 @@ def _probe(model: PreTrainedModel, num_logits: int) -> tuple[PreTrainedModel, _S
             setattr(probe, name, output)
     inner = _StubDecoder()
     inner.__dict__.update({key: value for key, value in decoder(model).__dict__.items() if key not in internal})
-    setattr(probe, model.base_model_prefix, inner)
+    setattr(probe, _decoder_name(model), inner)
     return probe, output
 
 
@@ -523,7 +530,8 @@ def _pair_flops(config: PreTrainedConfig) -> list[tuple[float, int]]:
     if kinds is None:
         return [(flops, window) for flops in each]
     windows = {"full_attention": 0, "hybrid": 0, "sliding_attention": window, "hybrid_sliding": window}
-    windows["indexed_attention"] = 0  # whose scores are computed for all keys, and masked
+    # Some attention's scores are computed for all keys, and masked.
+    windows |= {"indexed_attention": 0, "minimax_m3_sparse": 0, "chunked_attention": 0}
     return [(flops, windows[kind]) for flops, kind in zip(each, kinds, strict=False) if kind in windows]
 
 
