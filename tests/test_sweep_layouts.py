@@ -49,5 +49,5 @@ def test_whole_rows_are_left_out_when_resuming():
 def test_a_difference_is_told():
     want = [{"step": 1, "loss": 2.0, "grad_norm": 1.0}]
     assert sweep_layouts.compare(want, want) == EQUAL
-    assert "loss of step 1 is 2.1, not 2" in sweep_layouts.compare([want[0] | {"loss": 2.1}], want)
+    assert "loss of step 1 is 2.1, not 2.0" in sweep_layouts.compare([want[0] | {"loss": 2.1}], want)
     assert "grad_norm" in sweep_layouts.compare([want[0] | {"grad_norm": 1.001}], want)

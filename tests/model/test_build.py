@@ -20,6 +20,7 @@ from transformers import (
 
 from tests.checkpoint.weighing import ONE
 from tests.model.zoo import FAMILIES, tiny
+from tests.sweep_layouts import write_family
 from tutti.attention.interface import PACKED
 from tutti.checkpoint.hf_load import load_weights
 from tutti.config import Config
@@ -59,6 +60,14 @@ def test_a_model_of_pictures_alone_is_refused_with_its_reason(tmp_path):
     config = from_dict({"model": {"config_path": str(tmp_path)}, "data": {"train_path": "x"}})
     with pytest.raises(ValueError, match="for model_type glm_image; it writes codes of pictures and no text"):
         build_model(config)
+
+
+def test_a_config_that_may_not_be_without_a_token_keeps_it(tmp_path: Path) -> None:
+    """CWM's says which kinds of values it takes; the tokenizer has no begin of text."""
+    write_family("cwm", tmp_path / "model")
+    config = _config({"config_path": str(tmp_path / "model")})
+    model = build_model(config, tokenizer=build_tokenizer(config))
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (1, 2)
 
 
 def test_a_tokenizer_from_its_folder(folder: Path) -> None:

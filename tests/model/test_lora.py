@@ -333,14 +333,16 @@ def test_own_loop_of_experts_knows_no_adapters():
 
 
 @pytest.mark.parametrize(
-    ("family", "router", "others"),
+    ("family", "left_out", "others"),
     [
-        ("longcat_flash", "router.classifier", {"q_a_proj", "down_proj"}),
-        ("jetmoe", "router.layer", {"kv_proj"}),
+        ("longcat_flash", "mlp.router.classifier", {"q_a_proj", "down_proj"}),
+        ("jetmoe", "mlp.router.layer", {"kv_proj"}),
+        ("glm_moe_dsa", "self_attn.indexer.wk", {"q_a_proj", "down_proj"}),
+        ("jamba", "mamba.dt_proj", {"in_proj", "x_proj", "gate_up_proj"}),  # its weight is read without a call
         ("qwen3_next", None, {"in_proj_qkvz", "shared_expert_gate", "gate_up_proj"}),
     ],
 )
-def test_routers_are_adapted_only_by_name(family, router, others):
+def test_what_gets_no_gradient_by_itself_is_adapted_only_by_name(family, left_out, others):
     def names(**lora: Any) -> set[str]:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(tiny_config(family), experts_implementation=FUSED)
@@ -349,9 +351,10 @@ def test_routers_are_adapted_only_by_name(family, router, others):
 
     found = names()
     assert others <= {name.rpartition(".")[2] for name in found}
-    assert not any("router" in name for name in found)
-    if router:
-        assert {name.partition(".mlp.")[2] for name in names(targets=(f"mlp.{router}",))} == {router}
+    assert not any("router" in name or "indexer" in name for name in found)
+    if left_out:
+        assert not any(name.endswith(left_out) for name in found)
+        assert {name.partition(".")[2].split(".", 2)[2] for name in names(targets=(left_out,))} == {left_out}
 
 
 def test_adapter_without_gradient_is_named():

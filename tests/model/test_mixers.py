@@ -22,8 +22,7 @@ from tutti.config.layout import Layout
 from tutti.core.batch import Batch, Sample, pack
 from tutti.core.modules import wrap_forward
 from tutti.model.build import check_packable
-from tutti.model.lora import Lora, adapters, add_adapters
-from tutti.model.mixers import _group, check_mixers, separate_mixers
+from tutti.model.mixers import _group, check_mixers, separate_mixers, uncalled
 from tutti.model.structure import blocks, read_structure
 from tutti.parallel.activation_checkpoint import checkpoint_activations
 from tutti.train.objective import Objective
@@ -157,7 +156,7 @@ def test_mixers_are_found_in_the_classes(family: str) -> None:
 
 
 def test_attention_that_is_written_for_one_sample_is_one() -> None:
-    """Not all of its layers need an indexer (GLM-5), and none is trained or adapted."""
+    """Not all of its layers need an indexer of their own (GLM-5)."""
     with torch.device("meta"):
         models = {name: AutoModelForCausalLM.from_config(tiny_config(name)) for name in ("deepseek_v32", "glm_moe_dsa")}
     structures = {name: read_structure(model) for name, model in models.items()}
@@ -170,9 +169,6 @@ def test_attention_that_is_written_for_one_sample_is_one() -> None:
     check_mixers(structures["deepseek_v32"], replace(ONE, pipeline=2))
     with pytest.raises(ConfigError, match="pipeline_parallel_size: .* a layer before them has chosen"):
         check_mixers(structures["glm_moe_dsa"], replace(ONE, pipeline=2))
-    add_adapters(models["glm_moe_dsa"], Lora(rank=2, alpha=4.0), torch.float32)
-    adapted = {adapter.name for _, adapter in adapters(models["glm_moe_dsa"])}
-    assert any("q_a_proj" in name for name in adapted) and not any("indexer" in name for name in adapted)
 
 
 def test_chosen_keys_of_samples_of_any_length_make_a_row() -> None:
@@ -180,6 +176,16 @@ def test_chosen_keys_of_samples_of_any_length_make_a_row() -> None:
     row = groups.join([torch.arange(300).view(1, 100, 3), torch.tensor([[[0, 1], [1, 0]]])])
     assert row.shape == (1, 102, 3)
     assert row[0, 100:].tolist() == [[0, 1, 0], [1, 0, 1]], "the first once more, which chooses no other"
+
+
+def test_weights_that_are_read_without_a_call_are_found() -> None:
+    names = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(tiny_config("jamba"))
+        mixer = next(iter(read_structure(model).mixers))
+        names.append([name for name, part in mixer.named_modules() if part in uncalled(mixer, 32)])
+    assert names == [["dt_proj"]] * 2
 
 
 def test_models_of_attention_alone_have_none() -> None:

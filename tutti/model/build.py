@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -425,8 +426,11 @@ def _take_special_tokens(model_config: PreTrainedConfig, tokenizer: PreTrainedTo
         mine, theirs = getattr(model_config, role, None), getattr(tokenizer, role)
         ends.append(theirs)
         if mine != theirs:
+            try:
+                setattr(model_config, role, theirs)
+            except StrictDataclassError:  # not every config may have none
+                continue
             log.info("the model's %s is %s as in the tokenizer (the config has %s)", role, theirs, mine)
-            setattr(model_config, role, theirs)
     vocab_size = model_config.get_text_config().vocab_size
     padding = getattr(model_config, "pad_token_id", None)
     if padding in ends or (padding or 0) >= vocab_size:

@@ -48,7 +48,7 @@ from tutti.core.dist import World
 from tutti.core.modules import Forward, extras, put_on, unwrap_forward, wrap_forward
 from tutti.core.tensors import local_part, seed_of
 from tutti.model.initial import own_part
-from tutti.model.mixers import indexers
+from tutti.model.mixers import indexers, mixers, uncalled
 from tutti.model.quantized import packing_of, product, whole_weight
 from tutti.model.structure import ADAPTER_MARK, blocks, head, is_classifier, is_experts
 from tutti.parallel.tensor import WHOLE, LinearShard
@@ -62,7 +62,7 @@ class Lora:
     """Settings of adapters: which layers, of what rank and scale.
 
     targets: patterns of layer names (of parameter names, for experts); () is every linear layer and every stack of
-    experts in the blocks, but no router. modules_to_save: patterns of modules that are trained whole. ranks, alphas: of
+    experts in the blocks, but what `_left_out` names. modules_to_save: patterns of modules that are trained whole. ranks, alphas: of
     adapters, by name, where they differ from `rank` and `alpha`.
     """
 
@@ -372,11 +372,13 @@ def _candidates(model: PreTrainedModel) -> dict[str, tuple[nn.Module, str]]:
     return found
 
 
-def _routers(model: PreTrainedModel) -> set[str]:
-    """The names of the linear layers that choose experts, beside a stack of these and with an output for each, or the
-    keys of attention."""
-    found = {id(part) for chooser in indexers(block for _, block in blocks(model)) for part in chooser.modules()}
-    for _, block in blocks(model):
+def _left_out(model: PreTrainedModel) -> set[str]:
+    """The names of the linear layers that have no adapter unless they are named: those that choose experts, beside a
+    stack of these and with an output for each, or keys of attention; and those that are read without being called."""
+    units, width = [block for _, block in blocks(model)], model.config.get_text_config().hidden_size
+    found = {id(part) for chooser in indexers(units) for part in chooser.modules()}
+    found |= {id(part) for mixer in mixers(units) for part in uncalled(mixer, width)}
+    for block in units:
         for part in block.modules():
             beside = [child for child in part.modules() if isinstance(child, nn.Linear)]
             children = [child for child in part.children() if not isinstance(child, nn.Conv1d)]
@@ -391,8 +393,8 @@ def _targets(model: PreTrainedModel, lora: Lora, full: Mapping[str, nn.Module]) 
     candidates = {name: item for name, item in _candidates(model).items() if id(item[0]) not in whole}
     if not lora.targets:
         inside = tuple(f"{name}." for name, _ in blocks(model))
-        routers = _routers(model)
-        chosen = {name: item for name, item in candidates.items() if name.startswith(inside) and name not in routers}
+        left_out = _left_out(model)
+        chosen = {name: item for name, item in candidates.items() if name.startswith(inside) and name not in left_out}
         if not chosen:
             raise ValueError(f"train.architecture: lora, but the blocks of {type(model).__name__} have no linear layer")
         return chosen

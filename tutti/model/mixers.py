@@ -171,20 +171,47 @@ def recurrence_flops(found: Iterable[nn.Module], width: int) -> float:
 
 
 def _count_products(mixer: nn.Module, width: int) -> float:
-    if not all(item.is_meta for item in mixer.parameters()):
-        mixer = copy.deepcopy(mixer).to("meta")
-    _, *others = inspect.signature(mixer.forward).parameters.values()
-    needed = {item.name: None for item in others if item.default is item.empty and item.kind is not item.VAR_KEYWORD}
-    known = {"position_ids": torch.zeros(1, _COUNTED, dtype=torch.int64, device="meta"), "use_cache": False}
-    given = needed | {item.name: known[item.name] for item in others if item.name in known}
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            mixer(torch.empty(1, _COUNTED, width, device="meta", dtype=next(mixer.parameters()).dtype), **given)
+        with FlopCounterMode(display=False) as counter:
+            _run(_on_meta(mixer), width)
     except Exception as error:
         log.debug("the products of %s are not counted: %s", type(mixer).__name__, error)
         return 0.0
     weights = sum(2 * item.numel() for item in mixer.parameters() if item.ndim > 1)
     return 3.0 * max(0.0, counter.get_total_flops() / _COUNTED - weights)
+
+
+def uncalled(mixer: nn.Module, width: int) -> list[nn.Module]:
+    """The linear layers of a mixer whose weights it reads without calling them (Mamba's dt_proj), so that nothing that
+    is put around them takes part; none where its forward does not run on the meta device. width: of hidden states."""
+    twin = _on_meta(mixer)
+    linears = {part: name for name, part in twin.named_modules() if isinstance(part, nn.Linear)}
+    seen: set[nn.Module] = set()
+    hooks = [part.register_forward_pre_hook(lambda module, args: seen.add(module)) for part in linears]
+    try:
+        _run(twin, width)
+    except Exception as error:
+        log.debug("what %s calls is not known: %s", type(mixer).__name__, error)
+        return []
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [mixer.get_submodule(name) for part, name in linears.items() if part not in seen]
+
+
+def _on_meta(mixer: nn.Module) -> nn.Module:
+    """`mixer`, or its copy on the meta device."""
+    return mixer if all(item.is_meta for item in mixer.parameters()) else copy.deepcopy(mixer).to("meta")
+
+
+def _run(mixer: nn.Module, width: int) -> None:
+    """Run a mixer on the meta device on some hidden states."""
+    _, *others = inspect.signature(mixer.forward).parameters.values()
+    needed = {item.name: None for item in others if item.default is item.empty and item.kind is not item.VAR_KEYWORD}
+    known = {"position_ids": torch.zeros(1, _COUNTED, dtype=torch.int64, device="meta"), "use_cache": False}
+    given = needed | {item.name: known[item.name] for item in others if item.name in known}
+    with torch.no_grad():
+        mixer(torch.empty(1, _COUNTED, width, device="meta", dtype=next(mixer.parameters()).dtype), **given)
 
 
 _COUNTED = 256
