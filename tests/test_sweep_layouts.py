@@ -14,6 +14,7 @@ from tests.sweep import EQUAL, REFUSED
     ("family", "columns"),
     [
         ("gemma4_text", ("tensor",)),
+        ("gemma3n_text", ("tensor", "ulysses")),  # which takes the root of hidden states' squares
         ("granite_swa", ("tensor", "pipeline", "generated")),
         ("gpt_bigcode", ("tensor",)),  # whose decoder reshapes its output
         ("biogpt", ("pipeline",)),  # whose positions are looked up by a mask

@@ -338,6 +338,7 @@ def test_own_loop_of_experts_knows_no_adapters():
         ("longcat_flash", "mlp.router.classifier", {"q_a_proj", "down_proj"}),
         ("jetmoe", "mlp.router.layer", {"kv_proj"}),
         ("glm_moe_dsa", "self_attn.indexer.wk", {"q_a_proj", "down_proj"}),
+        ("gemma3n_text", "altup.correction_coefs", {"q_proj", "prediction_coefs", "per_layer_projection"}),
         ("jamba", "mamba.dt_proj", {"in_proj", "x_proj", "gate_up_proj"}),  # its weight is read without a call
         ("qwen3_next", None, {"in_proj_qkvz", "shared_expert_gate", "gate_up_proj"}),
     ],

@@ -372,7 +372,7 @@ def build_data(
     )
     if ":" in config.data.datasets_type:
         encoder = ReadyMade(encoder, config.data.sample_tokens, vocab_size, pairs=pairs)
-    pad_id = _pad_id(tokenizer, vocab_size)
+    pad_id = _pad_id(tokenizer)
     streams = config.data.datasets_type == "iterable" or not all(source.mapping for source in sources)
     _require_same_rows(config, sources, encoder, world)
     explicit = "data.train_size" if config.train.dyn_bsz else "data.train_sample"
@@ -447,9 +447,10 @@ class Loaded:
         return [self._rows[one] for one in ids]
 
 
-def _pad_id(tokenizer: Any, vocab_size: int) -> int:
-    pad_id = getattr(tokenizer, "pad_token_id", None)
-    return pad_id if pad_id is not None and pad_id < vocab_size else 0
+def _pad_id(tokenizer: Any) -> int:
+    """The id of padding in packed rows: not the tokenizer's own, whose embedding may be zero, which not every model can
+    be differentiated at (Gemma 3n takes the root of its square)."""
+    return int(getattr(tokenizer, "pad_token_id", None) == 0)
 
 
 def _weights(sources: Sequence[Source]) -> Weights | None:

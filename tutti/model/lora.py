@@ -48,7 +48,7 @@ from tutti.core.dist import World
 from tutti.core.modules import Forward, extras, put_on, unwrap_forward, wrap_forward
 from tutti.core.tensors import local_part, seed_of
 from tutti.model.initial import own_part
-from tutti.model.mixers import indexers, mixers, uncalled
+from tutti.model.mixers import indexers, mixers, uncalled, weights_read
 from tutti.model.quantized import packing_of, product, whole_weight
 from tutti.model.structure import ADAPTER_MARK, blocks, head, is_classifier, is_experts
 from tutti.parallel.tensor import WHOLE, LinearShard
@@ -377,7 +377,11 @@ def _left_out(model: PreTrainedModel) -> set[str]:
     stack of these and with an output for each, or keys of attention; and those that are read without being called."""
     units, width = [block for _, block in blocks(model)], model.config.get_text_config().hidden_size
     found = {id(part) for chooser in indexers(units) for part in chooser.modules()}
-    found |= {id(part) for mixer in mixers(units) for part in uncalled(mixer, width)}
+    mixing = mixers(units)
+    found |= {id(part) for mixer in mixing for part in uncalled(mixer, width)}
+    inside = {part for mixer in mixing for part in mixer.modules()}
+    for part in (part for block in units for part in block.modules() if part not in inside):
+        found |= {id(child) for name, child in part.named_children() if name in weights_read(type(part))}
     for block in units:
         for part in block.modules():
             beside = [child for child in part.modules() if isinstance(child, nn.Linear)]

@@ -23,11 +23,13 @@ Shapes: T tokens of a packed row, of samples in groups of n, padded to L tokens.
 from __future__ import annotations
 
 import copy
+import dis
 import inspect
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial, wraps
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
@@ -97,10 +99,8 @@ def indexers(blocks: Iterable[nn.Module]) -> list[nn.Module]:
     return [item for item in found if item is not None]
 
 
-@lru_cache(maxsize=1024)
-def names_read(cls: Any) -> frozenset[str]:
-    """The names of the attributes and globals that the methods of a class of transformers' models look up, and of the
-    arguments that they pass by name."""
+def _codes(cls: Any) -> list[CodeType]:
+    """The code of the methods of a class of transformers' models."""
     functions = [
         inspect.unwrap(item)
         for kind in cls.__mro__
@@ -108,7 +108,27 @@ def names_read(cls: Any) -> frozenset[str]:
         for item in vars(kind).values()
         if callable(item)
     ]
-    codes = [item.__code__ for item in functions if hasattr(item, "__code__")]
+    return [item.__code__ for item in functions if hasattr(item, "__code__")]
+
+
+@lru_cache(maxsize=1024)
+def weights_read(cls: Any) -> frozenset[str]:
+    """The names of the parts of a module whose weight the methods of its class compute with, rather than call them."""
+    found = set()
+    for code in _codes(cls):
+        steps = [(step.opname, step.argval) for step in dis.get_instructions(code)]
+        for (_, part), (kind, name), (then, of_it) in zip(steps, steps[1:], steps[2:], strict=False):
+            looked_at = then == "LOAD_ATTR" and of_it in ("data", "dtype", "device", "shape")
+            if kind == "LOAD_ATTR" and name == "weight" and not looked_at and isinstance(part, str):
+                found.add(part)
+    return frozenset(found)
+
+
+@lru_cache(maxsize=1024)
+def names_read(cls: Any) -> frozenset[str]:
+    """The names of the attributes and globals that the methods of a class of transformers' models look up, and of the
+    arguments that they pass by name."""
+    codes = _codes(cls)
     passed = [item for code in codes for item in code.co_consts if isinstance(item, tuple)]
     texts = {item for names in passed for item in names if isinstance(item, str)}
     return frozenset({name for code in codes for name in code.co_names} | texts)

@@ -176,9 +176,12 @@ def _pad(batch: Batch, padding: int) -> Batch:
     def extend(tensor: Tensor, values: Tensor) -> Tensor:
         return torch.cat([tensor, values.to(tensor.dtype)])
 
+    # The last token once more: the embedding of a padding token may be zero, which not every model can be
+    # differentiated at. Where there are media it might stand for one.
+    filler = torch.zeros(1) if batch.extras else batch.input_ids[-1:]
     return replace(
         batch,
-        input_ids=extend(batch.input_ids, torch.zeros(padding)),
+        input_ids=extend(batch.input_ids, filler.expand(padding)),
         labels=extend(batch.labels, torch.full((padding,), IGNORE)),
         position_ids=extend(batch.position_ids, torch.arange(padding)),
         cu_seqlens=extend(batch.cu_seqlens, batch.cu_seqlens[-1:] + padding),

@@ -186,8 +186,8 @@ def _divided(parameter: nn.Parameter, placement: Placement, mesh: DeviceMesh) ->
 
 
 def _localize_embedding(embedding: Any, ranks: RankGroup) -> None:
-    """Have the table look up the ids that this rank has rows for, and give its own tokens' embeddings, in a row that is
-    zero elsewhere: only a rank's own tokens are read later."""
+    """Have the table look up the ids that this rank has rows for, and give its own tokens' embeddings, in a row of
+    which nothing else is read later."""
     total = embedding.weight.shape[0]
     first = ranks.start(total)
     num_rows = ranks._replace(rank=ranks.rank + 1).start(total) - first
@@ -280,9 +280,10 @@ def _from_own_tokens(forward: Forward, ranks: RankGroup, *, is_first: bool) -> F
 
 
 def _padded(own: Tensor, ranks: RankGroup) -> Tensor:
-    """A row [.., T, H] with this rank's `own` tokens [.., t, H] in their place, and zeros elsewhere."""
+    """A row [.., T, H] with this rank's `own` tokens [.., t, H] in their place, and ones elsewhere: of zeros a model
+    might take the root (Gemma 3n), whose gradient is infinite."""
     length = own.shape[_TOKENS]
-    return nn.functional.pad(own, (0, 0, ranks.rank * length, (ranks.size - 1 - ranks.rank) * length))
+    return nn.functional.pad(own, (0, 0, ranks.rank * length, (ranks.size - 1 - ranks.rank) * length), value=1.0)
 
 
 def _in_a_row(forward: Forward, ranks: RankGroup) -> Forward:
