@@ -46,7 +46,8 @@ class ModelStructure:
     gathers separately, inner ones first. head: the linear layer from hidden states to logits; classifies: these are of
     classes rather than tokens; transform: what is done to them. towers: encoders of images, video and audio and their
     projectors; tower_blocks: the repeated units of these. experts: the stacks of experts, in the order they run.
-    mixers: the layers that carry a state along the tokens (`tutti.model.mixers`).
+    mixers: the layers that carry a state along the tokens (`tutti.model.mixers`). undivided: parts of blocks that look
+    across their own features, so that no rank can compute some of these.
     by_keyword: blocks are given tensors that need gradients by keyword.
     """
 
@@ -63,6 +64,7 @@ class ModelStructure:
     tower_blocks: tuple[nn.Module, ...]
     experts: tuple[nn.Module, ...]
     mixers: tuple[nn.Module, ...] = ()
+    undivided: tuple[nn.Module, ...] = ()
     by_keyword: bool = False
 
     def within(self, model: nn.Module) -> ModelStructure:
@@ -81,6 +83,7 @@ class ModelStructure:
             tower_blocks=left(self.tower_blocks),
             experts=left(self.experts),
             mixers=left(self.mixers),
+            undivided=left(self.undivided),
         )
 
 

@@ -33,7 +33,7 @@ from tutti.attention.sparse import NAME as SPARSE
 from tutti.attention.sparse import SparseSizes
 from tutti.core.compat import get_model_conversion_mapping
 from tutti.core.structure import LogitTransform, ModelStructure
-from tutti.model.mixers import mixers, recurrence_flops
+from tutti.model.mixers import mixers, names_read, recurrence_flops
 from tutti.model.quantized import num_weights
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ def read_structure(model: PreTrainedModel, basic: Iterable[str] = ()) -> ModelSt
         tower_blocks=tuple(tower_blocks(model)),
         experts=tuple(experts(model)),
         mixers=tuple(mixers(block for _, block in blocks(model))),
+        undivided=tuple(_undivided(block for _, block in blocks(model))),
         by_keyword=getattr(model, "flow_decoder", None) is not None,
     )
 
@@ -98,6 +99,15 @@ def _longest_list(root: nn.Module) -> list[tuple[str, nn.Module]]:
         return []
     prefix, longest = max(lists, key=lambda item: len(item[1]))
     return [(f"{prefix}.{name}", module) for name, module in longest.named_children()]
+
+
+def _undivided(units: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """The parts of blocks around projections that take a mean over their features (Gemma 3n's MLP, which keeps the
+    largest); attention's are over heads."""
+    for part in (part for unit in units for part in unit.modules()):
+        projects = any(isinstance(child, nn.Linear) for child in part.children())
+        if projects and "Attention" not in _class_name(part) and {"mean", "std", "var"} & names_read(model_class(part)):
+            yield part
 
 
 def basic_modules(model: PreTrainedModel, class_names: Iterable[str]) -> list[tuple[str, nn.Module]]:

@@ -8,7 +8,8 @@ before anything is built:
 - `Region`: a part of a block that mixes tokens or splits features (attention, MLP). It is given all tokens, and its
   output is brought back to a rank's own; everything else in a block (norms, residuals) runs on the rank's own tokens.
   A part with matrices that the plan does not split is a region too: every rank computes it for all tokens.
-- Mixers (`tutti.model.mixers`) are regions that every rank computes, whatever the plan says of their matrices.
+- Mixers (`tutti.model.mixers`), and parts that look across their features, are regions that every rank computes,
+  whatever the plan says of their matrices.
 - Experts are not split, and are no region: they look at one token at a time, so each rank sends its own through them
   (see `tutti.parallel.expert` for dividing whole experts among ranks).
 - The input embedding and the output head are split by the vocabulary, whatever the plan says of them.
@@ -141,7 +142,7 @@ def read_plan(structure: ModelStructure) -> TensorPlan:
     not_split: list[str] = []
     for block in inner:
         for region in _regions(block):
-            if any(module in structure.mixers for module in region.modules()):
+            if region in structure.undivided or any(module in structure.mixers for module in region.modules()):
                 not_split.append(names[region] + ".")
                 regions.append(Region(region, False))
                 continue
