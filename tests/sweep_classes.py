@@ -44,7 +44,7 @@ def on_ranks(family: str) -> dict[str, str]:
         def run(name: str, world: int, **changes: Any) -> tuple[str, list[dict[str, Any]], Any]:
             (root / name).mkdir()
             steps = {"train.max_steps": 2, "train.adam_eps": 1e-4, "train.lr": 1e-3}
-            made = run_config(root / name, world=world, **(DATA | steps | changes))
+            made = run_config(root / name, world=world, **(sweep_layouts.SMALL | DATA | steps | changes))
             return *sweep_layouts.outcome(made, world), made
 
         said, want, alone = run("alone", 1, **start, **{"train.save_hf_weights": True})

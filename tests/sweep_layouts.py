@@ -38,6 +38,8 @@ AXES: dict[str, dict[str, Any]] = {
 }
 COLUMNS = ("trained", "adapters", "generated", *AXES)
 MARK = "layouts"
+SMALL = {"data.max_seq_len": 64, "train.global_batch_size": 4}
+"""Two micro batches a step, of two samples or more."""
 USERS = ("ConfigError: ", "ValueError: ", "OtherRankError: ")
 """The errors that a user is told by name."""
 
@@ -96,7 +98,7 @@ def check(family: str, columns: tuple[str, ...] = COLUMNS) -> dict[str, str]:
             changes = {
                 f"train.{key}": value for key, value in ({"max_steps": 2, "adam_eps": 1e-4, "lr": 1e-3} | train).items()
             }
-            made = run_config(root / name, world=world, **where, **changes)
+            made = run_config(root / name, world=world, **SMALL, **where, **changes)
             return *outcome(made, world), made
 
         start = {"model.config_path": str(model)}
