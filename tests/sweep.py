@@ -82,6 +82,7 @@ PARTICULAR: dict[str, dict[str, Any]] = {
         "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16,
         "swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
     },
+    "gemma3n_text": {"intermediate_size": [48, 48], "activation_sparsity_pattern": [0.8, 0.0]},
     "glm_moe_dsa": {"indexer_types": ["full", "shared"]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hy_v4": {"indexer_types": ["full", "shared"]},
