@@ -49,8 +49,7 @@ SIZES: dict[str, Any] = {
     "embedding_size": 32, "emb_dim": 32, "intermediate_size": 48, "ffn_dim": 48, "n_inner": 48, "ffn_hidden_size": 48,
     "shared_expert_intermediate_size": 16, "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16,
     "expert_ffn_hidden_size": 16, "shared_experts_intermediate_size": 16, "index_n_heads": 16, "index_head_dim": 16,
-    "index_topk": 8,
-    "zero_expert_num": 2,
+    "index_topk": 8, "zero_expert_num": 2,
     "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "num_attention_heads": 4, "n_head": 4,
     "n_heads": 4, "num_heads": 4, "num_key_value_heads": 2, "num_kv_heads": 2, "head_dim": 8, "global_head_dim": 8,
     "kv_channels": 8,
@@ -72,15 +71,23 @@ PARTICULAR: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
-        "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0}, "full_attention": None},
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            "full_attention": None,
+        },
     },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0},
         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "dots3_note_text": {
-        "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16,
-        "swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 16,
+        "swa_kv_lora_rank": 16,
+        "swa_head_dim": 24,
+        "swa_qk_nope_head_dim": 16,
+        "swa_v_head_dim": 16,
     },
     "gemma3n_text": {"intermediate_size": [48, 48], "activation_sparsity_pattern": [0.8, 0.0]},
     "glm_moe_dsa": {"indexer_types": ["full", "shared"]},
@@ -92,11 +99,16 @@ PARTICULAR: dict[str, dict[str, Any]] = {
     "mamba2": {"head_dim": 16},
     "llama4_text": {"attention_chunk_size": 8, "floor_scale": 4, "no_rope_layers": [1, 0]},
     "minimax_m3_vl_text": {
-        "layer_types": ["full_attention", "minimax_m3_sparse"], "index_n_heads": 2, "index_block_size": 4,
+        "layer_types": ["full_attention", "minimax_m3_sparse"],
+        "index_n_heads": 2,
+        "index_block_size": 4,
         "index_topk_blocks": 2,
     },
     "qwen4_exp_text": {
-        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 16,
         "indexer_compress_ratio": 4,
     },
     "recurrent_gemma": {"num_hidden_layers": 3, "num_key_value_heads": 4},
@@ -423,11 +435,12 @@ def compared() -> list[str]:
 
 def write_compared() -> None:
     """Write the families that the pages call equal into the list that runs are checked against."""
-    text = COMPARED.read_text(encoding="utf-8")
-    head, mark, rest = text.partition('    """\n')
-    tail = rest[rest.index('    """.split()') :]
-    lines = textwrap.wrap(" ".join(compared()), 116, break_on_hyphens=False)
-    COMPARED.write_text(head + mark + "".join(f"    {line}\n" for line in lines) + tail, encoding="utf-8")
+    head, _, rest = COMPARED.read_text(encoding="utf-8").partition(f"= {_QUOTES}\n")
+    names = "\n".join(textwrap.wrap(" ".join(compared()), 120, break_on_hyphens=False))
+    COMPARED.write_text(f"{head}= {_QUOTES}\n{names}\n{rest[rest.index(_QUOTES) :]}", encoding="utf-8")
+
+
+_QUOTES = '"' * 3
 
 
 def main() -> None:

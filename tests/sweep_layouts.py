@@ -23,7 +23,19 @@ from typing import Any
 import pytest
 
 from tests.harness import run_ranks
-from tests.sweep import EQUAL, FAILED, PAGE, REFUSED, UNTESTED, families, require_tiny, rewrite, rows_of, tiny_config, write_compared
+from tests.sweep import (
+    EQUAL,
+    FAILED,
+    PAGE,
+    REFUSED,
+    UNTESTED,
+    families,
+    require_tiny,
+    rewrite,
+    rows_of,
+    tiny_config,
+    write_compared,
+)
 from tests.train.runs import QUICKSTART, records, train_quietly
 from tests.train.runs import tiny_config as run_config
 
@@ -36,6 +48,9 @@ AXES: dict[str, dict[str, Any]] = {
     "context": {"context_parallel_size": 2},
     "expert": ZERO3 | {"expert_parallel_size": 2},
 }
+TOGETHER: dict[str, dict[str, Any]] = {"tensor, pipeline": AXES["tensor"] | AXES["pipeline"]}
+"""Layouts of four ranks, which are in no table."""
+
 COLUMNS = ("trained", "adapters", "generated", *AXES)
 MARK = "layouts"
 SMALL = {"data.max_seq_len": 64, "train.global_batch_size": 4}
@@ -113,10 +128,10 @@ def check(family: str, columns: tuple[str, ...] = COLUMNS) -> dict[str, str]:
             found["adapters"] = run("adapters", 1, given, architecture="lora", lora_rank=4)[0]
         if "generated" in columns:
             found["generated"] = _said(lambda: generated(exported))
-        for name in AXES:
+        for name, axes in (AXES | TOGETHER).items():
             if name not in columns or (name == "expert" and not _has_experts(exported)):
                 continue
-            said, lines, _ = run(name, 2, start, **AXES[name])
+            said, lines, _ = run(name, 4 if name in TOGETHER else 2, start, **axes)
             found[name] = said if said != EQUAL else compare(lines, want)
         return found
 

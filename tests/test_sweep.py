@@ -10,7 +10,19 @@ from tutti.model import families
 
 @pytest.mark.parametrize(
     "family",
-    ["llama", "opt", "phi3", "gemma2", "olmo2", "gpt_oss", "qwen3_moe", "deepseek_v3", "qwen3_next", "nemotron_h", "hy_v4"],
+    [
+        "llama",
+        "opt",
+        "phi3",
+        "gemma2",
+        "olmo2",
+        "gpt_oss",
+        "qwen3_moe",
+        "deepseek_v3",
+        "qwen3_next",
+        "nemotron_h",
+        "hy_v4",
+    ],
 )
 def test_a_family_is_equal_or_refused(family: str) -> None:
     found = sweep.check(family)
@@ -58,7 +70,7 @@ def test_a_family_that_transformers_adds_gets_a_row_by_itself(monkeypatch: pytes
 
 
 def test_runs_know_the_families_of_the_page() -> None:
-    """What differs is mended by `python -c 'from tests import sweep; sweep.write_compared()'`, as by any sweep."""
+    """Runs have a list of their own, which any sweep writes (`tests.sweep.write_compared`)."""
     found, known = set(sweep.compared()), families.COMPARED
     rows = sweep.rows_of(sweep.PAGE.read_text(encoding="utf-8"), "sweep")
     assert {"qwen3", "gemma3", "gpt_oss"} <= known <= found

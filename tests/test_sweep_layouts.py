@@ -16,7 +16,7 @@ from tests.sweep import EQUAL, REFUSED
         ("gemma4_text", ("tensor",)),
         ("gemma3n_text", ("tensor", "ulysses")),  # which takes the root of hidden states' squares
         ("granite_swa", ("tensor", "pipeline", "generated")),
-        ("gpt_bigcode", ("tensor",)),  # whose decoder reshapes its output
+        ("gpt_bigcode", ("tensor, pipeline",)),  # whose decoder reshapes its output
         ("biogpt", ("pipeline",)),  # whose positions are looked up by a mask
         ("ctrl", ("pipeline",)),  # whose decoder writes into its embeddings
     ],

@@ -232,8 +232,8 @@ def test_nothing_is_dropped_once_dropout_is_off(family):
     [
         ("rwkv", {}),
         ("xlstm", {}),
-        ("deepseek_v32", {}),
-        ("inkling_text", {}),
+        ("deepseek_v4", {}),
+        ("bart", {}),
         ("bloom", {}),
     ],
 )

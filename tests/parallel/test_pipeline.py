@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests import sweep
 from tests.harness import run_ranks
 from tests.model.zoo import FAMILIES, tiny
 from tests.train.runs import run, tiny_config, train_quietly
@@ -273,6 +274,31 @@ def test_a_family_that_is_no_chain_of_blocks_is_refused_by_name(frozen):
     decoder(model).__class__ = Skipping
     with pytest.raises(ValueError, match="LlamaForCausalLM cannot be cut in stages"):
         trace_stages(structure)
+
+
+@pytest.mark.parametrize(
+    ("family", "inputs", "shared", "problem"),
+    [
+        ("gemma4_text", 8, 0, "handed more than hidden states"),
+        ("gemma4_text", 0, 1, "keys and values of ones before"),
+        ("gemma4_text", 0, 0, None),
+        ("hrm_text", 0, 0, "is not a list of blocks"),
+    ],
+)
+def test_families_that_hand_on_more_are_refused_by_name(family, inputs, shared, problem):
+    """Gemma 4's small models, whose blocks have inputs of their own and share keys, and not its large ones."""
+    config = sweep.tiny_config(family)
+    config.hidden_size_per_layer_input = inputs
+    attention = resolve_attention("sdpa", torch.device("cpu"))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model.config.num_kv_shared_layers = shared
+    structure = read_structure(model)
+    if problem is None:
+        assert trace_stages(structure).blocks == "layers"
+    else:
+        with pytest.raises(ValueError, match=problem):
+            trace_stages(structure)
 
 
 def test_check_tells_where_the_cuts_are(tmp_path, capsys):

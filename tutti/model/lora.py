@@ -62,8 +62,8 @@ class Lora:
     """Settings of adapters: which layers, of what rank and scale.
 
     targets: patterns of layer names (of parameter names, for experts); () is every linear layer and every stack of
-    experts in the blocks, but what `_left_out` names. modules_to_save: patterns of modules that are trained whole. ranks, alphas: of
-    adapters, by name, where they differ from `rank` and `alpha`.
+    experts in the blocks, but what `_left_out` names. modules_to_save: patterns of modules that are trained whole.
+    ranks, alphas: of adapters, by name, where they differ from `rank` and `alpha`.
     """
 
     rank: int = 16
@@ -381,7 +381,8 @@ def _left_out(model: PreTrainedModel) -> set[str]:
     found |= {id(part) for mixer in mixing for part in uncalled(mixer, width)}
     inside = {part for mixer in mixing for part in mixer.modules()}
     for part in (part for block in units for part in block.modules() if part not in inside):
-        found |= {id(child) for name, child in part.named_children() if name in weights_read(type(part))}
+        kind: Any = type(part)
+        found |= {id(child) for name, child in part.named_children() if name in weights_read(kind)}
     for block in units:
         for part in block.modules():
             beside = [child for child in part.modules() if isinstance(child, nn.Linear)]

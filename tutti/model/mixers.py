@@ -4,8 +4,8 @@ Hybrid models have such layers beside attention, or in its place: gated delta ne
 Mamba (Granite 4, Bamba, Nemotron-H, Jamba), linear attention (MiniMax), short convolutions (LFM2). Which modules of a
 model they are is read off its classes: those that keep a convolution's or a recurrence's state in transformers' cache,
 or hold a convolution over tokens. Attention is among them where it is written for one sample: where an indexer chooses
-the keys that a query sees (DeepSeek-V3.2, GLM-5), which it would do from all of the row, or where it counts positions by
-itself (Llama 4). It runs as transformers wrote it, by a mask that is causal, or of windows or chunks.
+the keys that a query sees (DeepSeek-V3.2, GLM-5), which it would do from all of the row, or where it counts positions
+by itself (Llama 4). It runs as transformers wrote it, by a mask that is causal, or of windows or chunks.
 
 Here a *mixer* is the outermost such module in a block. It knows nothing of packed samples, so it is given them as a
 batch of its own: `separate_mixers` wraps its forward, cuts the row at the samples' borders, and runs samples of about
@@ -79,9 +79,10 @@ def _carries(module: nn.Module) -> bool:
 def attends_alone(module: Any) -> bool:
     """True for attention that counts positions by itself, or to keys that an indexer has chosen: the layer's own, or
     that of a layer before it."""
-    if "Attention" not in type(module).__name__:
+    kind: Any = type(module)
+    if "Attention" not in kind.__name__:
         return False
-    names = names_read(type(module))
+    names = names_read(kind)
     if _INDEXER in names:
         return getattr(module, _INDEXER, None) is not None or _borrows(module)
     return {"arange", "ALL_ATTENTION_FUNCTIONS"} <= names

@@ -42,6 +42,8 @@ _LENGTHS = range(4)
 def trace_stages(structure: ModelStructure) -> StageTrace:
     """The cuts between the blocks of a model that lies on the meta device. ValueError where it cannot be cut."""
     name, inner = structure.name, structure.text_model
+    if getattr(structure.config, "num_kv_shared_layers", 0):  # which a dict hands on, unseen by stand-ins
+        raise ValueError(f"{name} cannot be cut in stages: its last blocks read keys and values of ones before them")
     lists = _lists_of_blocks(structure)
     path, _, leaf = lists[0].rpartition(".") if lists else ("", "", "")
     loop = inner.get_submodule(path)
@@ -72,14 +74,7 @@ def tensor_plan(structure: ModelStructure, layout: Layout) -> TensorPlan | None:
     if layout.tensor == 1:
         return None
     plan = read_plan(structure)
-    if not reshapes_tokens(structure):
-        return plan
-    if layout.pipeline > 1:
-        raise ValueError(
-            f"train.tensor_parallel_size: {structure.name} gives its last hidden states the shape of its input, which "
-            "a pipeline's stages have a part of; leave train.pipeline_parallel_size at 1"
-        )
-    return replace(plan, reshaping=structure.text_model)
+    return replace(plan, reshaping=structure.text_model) if reshapes_tokens(structure) else plan
 
 
 def reshapes_tokens(structure: ModelStructure) -> bool:

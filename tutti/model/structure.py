@@ -105,8 +105,9 @@ def _undivided(units: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """The parts of blocks around projections that take a mean over their features (Gemma 3n's MLP, which keeps the
     largest); attention's are over heads."""
     for part in (part for unit in units for part in unit.modules()):
+        kind: Any = model_class(part)
         projects = any(isinstance(child, nn.Linear) for child in part.children())
-        if projects and "Attention" not in _class_name(part) and {"mean", "std", "var"} & names_read(model_class(part)):
+        if projects and "Attention" not in kind.__name__ and {"mean", "std", "var"} & names_read(kind):
             yield part
 
 

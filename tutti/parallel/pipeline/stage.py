@@ -124,13 +124,12 @@ class Stage:
     def run(self, decoder: Callable[..., Any], kwargs: Mapping[str, Any], received: Passed | None) -> States:
         """Run `decoder`, called with `kwargs`, through this stage's blocks; `received` from the stage before, if there
         is."""
-        kwargs = dict(kwargs)
+        kwargs, length = dict(kwargs), kwargs["position_ids"].shape[-1] if "position_ids" in kwargs else 0
         if received is not None:
             # Only its shape and dtype matter: the blocks are given the received states themselves.
-            length = kwargs["input_ids"].shape[1]
             blank = received.hidden.detach()[:, :1].expand(-1, length, -1).clone()  # CTRL writes into it
             kwargs |= {"input_ids": None, "inputs_embeds": blank}
-        with self.holder.only(self.blocks, None if received is None else received.hidden) as result:
+        with self.holder.only(self.blocks, None if received is None else received.hidden, length) as result:
             output = decoder(**kwargs)
         own = getattr(output, "router_logits", None) or ()
         before = () if received is None or received.routed is None else received.routed.unbind()
@@ -175,14 +174,19 @@ class StageBlocks(nn.ModuleList):
         return self._found[index]
 
     @contextmanager
-    def only(self, numbers: range, received: Tensor | None) -> Iterator[list[Tensor]]:
+    def only(self, numbers: range, received: Tensor | None, length: int) -> Iterator[list[Tensor]]:
         """Have the loop run these blocks on `received`; what the last of them gives is appended to the result, unless
-        they are the last of all."""
+        they are the last of all. length: of the row that the decoder was given, if known, which its output may be
+        given the shape of."""
         result: list[Tensor] = []
 
         def take_out(hidden: Tensor) -> Tensor:
             result.append(hidden)
-            return hidden
+            return (
+                hidden
+                if length in (0, hidden.shape[-2])
+                else hidden.detach()[..., :1, :].expand(*hidden.shape[:-2], length, -1)
+            )
 
         def stand_in(number: int) -> Any:
             if number in numbers:
