@@ -435,12 +435,9 @@ def compared() -> list[str]:
 
 def write_compared() -> None:
     """Write the families that the pages call equal into the list that runs are checked against."""
-    head, _, rest = COMPARED.read_text(encoding="utf-8").partition(f"= {_QUOTES}\n")
+    head, mark, rest = COMPARED.read_text(encoding="utf-8").partition('= """\n')
     names = "\n".join(textwrap.wrap(" ".join(compared()), 120, break_on_hyphens=False))
-    COMPARED.write_text(f"{head}= {_QUOTES}\n{names}\n{rest[rest.index(_QUOTES) :]}", encoding="utf-8")
-
-
-_QUOTES = '"' * 3
+    COMPARED.write_text(head + mark + names + "\n" + rest[rest.index('"""') :], encoding="utf-8")
 
 
 def main() -> None:

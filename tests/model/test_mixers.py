@@ -167,7 +167,7 @@ def test_attention_that_is_written_for_one_sample_is_one() -> None:
         with pytest.raises(ConfigError, match=r"ulysses_parallel_size: .* attend to a whole sample"):
             check_mixers(structure, replace(ONE, ulysses=2))
     check_mixers(structures["deepseek_v32"], replace(ONE, pipeline=2))
-    with pytest.raises(ConfigError, match="pipeline_parallel_size: .* a layer before them has chosen"):
+    with pytest.raises(ConfigError, match=r"pipeline_parallel_size: .* a layer before them has chosen"):
         check_mixers(structures["glm_moe_dsa"], replace(ONE, pipeline=2))
 
 
