@@ -5,7 +5,10 @@ They share the file system, but for folders that a machine is given privately. N
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,11 +16,19 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+from tests.harness import PRELOAD
 from tutti.cluster.job import Job
 
 ROOT = Path(__file__).parents[2]
 PORT = 29411
+ENVIRONMENT = {
+    "GLOO_SOCKET_IFNAME": "eth0",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+}
 
 
 def available() -> bool:
@@ -43,7 +54,7 @@ class Nodes:
         self.tag = os.getpid() % 250
         self.folder = folder
         self.names = [f"node{number}" for number in range(1, count + 1)]
-        self.processes: dict[str, subprocess.Popen] = {}
+        self.processes: dict[str, Any] = {}
         self._cleaner: subprocess.Popen
 
     def __enter__(self) -> Nodes:
@@ -121,29 +132,36 @@ class Nodes:
         nodes: as in a job's YAML. arguments: a configuration, and overrides. private: a folder that this machine does
         not share.
         """
+        mount = f"mount -t tmpfs none {private} && " if private is not None else ""
+        inside = ["ip", "netns", "exec", self.space(name), "unshare", "-m", "-u", "bash", "-c"]
+        with self.log(name).open("a") as log:
+            self.processes[name] = subprocess.Popen(
+                [*inside, f"hostname {name} && {mount}exec {self._command(name, nodes, arguments)}"],
+                cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def fork(self, name: str, nodes: str, arguments: list[str]) -> None:
+        """`start` within a second: torchrun's agent and its ranks are forked from what has imported everything."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        words = shlex.split(self._command(name, nodes, arguments))
+        place = f"/var/run/netns/{self.space(name)}"
+        process = context.Process(target=_run_agent, args=(words, place, self.log(name)), daemon=False)
+        process.start()
+        self.processes[name] = process
+
+    def _command(self, name: str, nodes: str, arguments: list[str]) -> str:
+        """The command that the machine runs, for a shell."""
         first = self.names[0]
         config, *overrides = arguments
         job = Job(name="test", config=config, overrides=tuple(overrides), nodes=nodes, port=PORT)
         # Quicker than what is waited for between real machines, which have names.
         timeouts = "last_call_timeout=1,join_timeout=60,keep_alive_interval=1"
-        command = (
+        return (
             job.torchrun(self.address(first), str(int(name == first)))
             .replace("is_host=", f"{timeouts},is_host=")
             .replace(" -m tutti ", f" --local-addr={self.address(name)} -m tutti ")
         )
-        mount = f"mount -t tmpfs none {private} && " if private is not None else ""
-        inside = ["ip", "netns", "exec", self.space(name), "unshare", "-m", "-u", "bash", "-c"]
-        environment = os.environ | {
-            "GLOO_SOCKET_IFNAME": "eth0",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        }
-        with self.log(name).open("a") as log:
-            self.processes[name] = subprocess.Popen(
-                [*inside, f"hostname {name} && {mount}exec {command}"],
-                cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
 
     def log(self, name: str) -> Path:
         """All that the machine's processes say."""
@@ -158,14 +176,22 @@ class Nodes:
                 with suppress(ProcessLookupError):
                     os.kill(int(pid), number)
         if name in self.processes:
-            self.processes.pop(name).wait()
+            self.wait(name, 60)
+            del self.processes[name]
 
     def signal(self, name: str, number: signal.Signals) -> None:
         """Signal the machine's torchrun, as a scheduler does that takes the machine away."""
-        self.processes[name].send_signal(number)
+        os.kill(self.processes[name].pid, number)
 
     def wait(self, name: str, timeout: float) -> int:
-        return self.processes[name].wait(timeout)
+        """Wait for the end of the machine's torchrun; its exit status."""
+        process = self.processes[name]
+        if isinstance(process, subprocess.Popen):
+            return process.wait(timeout)
+        process.join(timeout)
+        if process.exitcode is None:
+            raise TimeoutError(f"torchrun of {name} has not ended within {timeout} s")
+        return process.exitcode
 
     def space(self, name: str) -> str:
         """The name of the machine's network namespace."""
@@ -174,3 +200,35 @@ class Nodes:
     def _ip(self, *commands: str) -> None:
         for command in commands:
             subprocess.run(["ip", *command.split()], check=True, capture_output=True)
+
+
+def enter_network(place: str) -> None:
+    """Have this thread, and those it starts, in the network namespace that is mounted at `place`."""
+    with open(place) as space:
+        assert ctypes.CDLL(None).setns(space.fileno(), 0) == 0
+
+
+def _run_agent(words: list[str], place: str, said: Path) -> None:
+    """Do in this process, in a network namespace, what torchrun does when it is started by `words`."""
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
+
+    os.setsid()
+    stream = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    enter_network(place)
+    before, after = words[: words.index("torchrun")], words[words.index("torchrun") + 1 :]
+    os.environ |= ENVIRONMENT | dict(word.split("=", 1) for word in before if "=" in word)
+    config, _, rest = config_from_args(parse_args(after))
+    config.start_method = "fork"
+    elastic_launch(config, _run_rank)(*rest[rest.index("tutti") + 1 :])
+
+
+def _run_rank(*words: str) -> None:
+    import torch
+
+    from tutti.cli import main
+
+    torch.set_num_threads(1)
+    sys.exit(main(list(words)))

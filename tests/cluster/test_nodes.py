@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.nodes import Nodes, available
+from tests.cluster.nodes import Nodes, available, enter_network
 from tests.harness import run_ranks
 from tests.train.runs import tiny_config, train_quietly
 from tutti.config import Config
@@ -81,8 +80,7 @@ def train_there(spaces: list[str], address: str, config: Config, folder: Path) -
     """Train as this rank from now on in the network namespace of its number, with the first one's at `address`."""
     rank = int(os.environ["RANK"])
     shutdown_world()
-    with open(f"/var/run/netns/{spaces[rank]}") as space:
-        assert ctypes.CDLL(None).setns(space.fileno(), 0) == 0
+    enter_network(f"/var/run/netns/{spaces[rank]}")
     os.environ |= {"GLOO_SOCKET_IFNAME": "eth0", "MASTER_ADDR": address, "MASTER_PORT": "29455"}
     os.environ[ERROR_FILE] = str(folder / f"said-{rank}")
     train_quietly(config)
@@ -110,12 +108,12 @@ def test_a_cut_link_ends_the_ranks_on_both_sides_in_time(tmp_path):
     assert said.stat().st_mtime - cut[0] < 3 + 5
 
 
-@soak
-def test_a_machine_that_dies_is_gone_on_without(tmp_path, arguments):
+@pytest.mark.parametrize("start", [Nodes.fork, pytest.param(Nodes.start, marks=soak)])
+def test_a_machine_that_dies_is_gone_on_without(tmp_path, arguments, start):
     words, output = arguments
     with Nodes(2, tmp_path) as nodes:
         for name in nodes.names:
-            nodes.start(name, "1-2", words)
+            start(nodes, name, "1-2", words)
         wait_for_step(nodes, output, 2)
         nodes.kill("node2")
         assert nodes.wait("node1", 90) == 0, said(nodes)
