@@ -98,6 +98,7 @@ def test_every_sample_once_an_epoch_of_runs_that_go_on_on_other_numbers_of_ranks
     tmp_path: Path, *, streamed: bool, dynamic: bool
 ) -> None:
     path, data, train = settings(tmp_path, streamed, dynamic)
+    train |= {"micro_batch_size": 10, "global_batch_size": 80}  # fewer and longer steps, in a minute of both cores
     small = {"vocab_size": COUNT, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8}
     named = {f"data.{name}": value for name, value in data.items()}
     named |= {f"train.{name}": value for name, value in train.items()}
