@@ -235,16 +235,18 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """A copy of the batch on `device`; copies from pinned memory do not block."""
-        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        moved = self.map(lambda tensor: tensor.to(device, non_blocking=True))
         return replace(moved, borders=self.cu_seqlens if self.borders is None else self.borders)
 
     def pin_memory(self) -> Batch:
         """A copy of the batch in page-locked memory (the hook that torch's DataLoader calls)."""
-        return self._map(Tensor.pin_memory)
+        return self.map(Tensor.pin_memory)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def map(self, change: Callable[[Any], Any]) -> Batch:
+        """A copy of the batch with each of its tensors, or arrays on their way, changed."""
         values: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
-        values = {name: change(value) if isinstance(value, Tensor) else value for name, value in values.items()}
+        held = (Tensor, np.ndarray)
+        values = {name: change(value) if isinstance(value, held) else value for name, value in values.items()}
         for name in ("extras", "payload"):
             values[name] = {key: change(value) for key, value in values[name].items()}
         if self.sequence is not None:

@@ -15,7 +15,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +37,9 @@ MANY_SAMPLES = 8
 
 KEEP_ON_DISK = 250_000_000
 """Tokens of long rows that a rank keeps on disk (8 bytes each, with their labels)."""
+
+SENT_WHOLE = 2**18
+"""Bytes up to which a tensor of a batch is sent from a worker within the message, and not in shared memory."""
 
 Fetch = Callable[[Iterator[list[Any]]], Iterator[Batch]]
 """Turns lists of items into packed micro batches, one each, in order; may run ahead."""
@@ -201,7 +204,7 @@ def loader_options(config: Config, num_workers: int) -> dict[str, Any]:
     """The arguments that every DataLoader here is made with."""
     options: dict[str, Any] = {
         "num_workers": num_workers,
-        "collate_fn": _as_it_is,
+        "collate_fn": _to_send if num_workers else _as_it_is,
         "pin_memory": pins_memory(config),
         "generator": torch.Generator().manual_seed(config.train.seed),
     }
@@ -223,6 +226,28 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+class _Sent(NamedTuple):
+    """A batch on its way from a worker, with arrays in the place of its small tensors."""
+
+    batch: Batch
+
+    def received(self) -> Batch:
+        """The batch with tensors again."""
+        return self.batch.map(lambda value: torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory (the hook that torch's DataLoader calls)."""
+        return self.received().pin_memory()
+
+
+def _to_send(batch: Batch | ValueError) -> _Sent | ValueError:
+    """What a worker gives back, in the form in which it gets to the trainer soonest: each tensor would be a file of
+    shared memory, for which the trainer asks the worker, and arrays come with the message."""
+    if isinstance(batch, ValueError):
+        return batch
+    return _Sent(batch.map(lambda value: value.numpy() if value.nbytes <= SENT_WHOLE else value))
+
+
 def fetch_indexed(samples: Dataset, options: dict[str, Any]) -> Fetch:
     """Micro batches that `samples` gives for lists of items, such as an index for numbers of samples."""
 
@@ -233,12 +258,12 @@ def fetch_indexed(samples: Dataset, options: dict[str, Any]) -> Fetch:
     return fetch
 
 
-def _raised(batches: Iterator[Batch | ValueError]) -> Iterator[Batch]:
+def _raised(batches: Iterator[Batch | _Sent | ValueError]) -> Iterator[Batch]:
     """The batches, up to one that is an error."""
     for batch in batches:
         if isinstance(batch, ValueError):
             raise batch
-        yield batch
+        yield batch.received() if isinstance(batch, _Sent) else batch
 
 
 class PackedStream(Dataset):

@@ -8,7 +8,8 @@
 6. Batch invariance: with train.enable_batch_invariant_mode, samples go through it one by one.
 7. Activation offload: tensors that are still kept for the backward pass go to host memory.
 8. FSDP: parameters are sharded or copied, in mixed precision, a unit a block. It gathers outside of all the above. A
-   rank that is alone needs none of it: its local parameters (step 4) are cast as they are used.
+   rank that is alone needs none of it: its parameters stay plain tensors, cast (step 4) where they are used in another
+   dtype.
 
 Steps 2 to 7 wrap forwards, in the order of `tutti.core.modules`; the log says how. The model may be on the meta device;
 weights are loaded afterwards, each rank reading its own slices.
@@ -37,7 +38,7 @@ from tutti.parallel.expert import divide_experts, divided_experts, undivided_par
 from tutti.parallel.fsdp import holds_whole, postpones, shard
 from tutti.parallel.mesh import Mesh
 from tutti.parallel.sequence import sequence_ranks
-from tutti.parallel.tensor import divide, split_tensors, use_local
+from tutti.parallel.tensor import is_cast, split_tensors, use_local
 from tutti.parallel.tp_plan import TensorPlan
 
 log = logging.getLogger(__name__)
@@ -65,14 +66,13 @@ def parallelize(
             # Packed batches differ in length from one to the next, unless they are padded.
             wrap_forward(block, "compile", partial(torch.compile, dynamic=None if train.pad_to_length else True))
     alone = holds_whole(mesh, train)
-    if alone:
-        divide(root, {}, mesh.fsdp)
-    if plan is not None or alone:
+    casts = alone and any(is_cast(parameter, compute_dtype(train)) for parameter in root.parameters())
+    if plan is not None or casts:
         divided = divided_experts(root)
         use_local(
             (*undivided_parts(divided), *basic, *towers, *blocks, root),
             skip=divided,
-            dtype=compute_dtype(train) if alone else None,
+            dtype=compute_dtype(train) if casts else None,
         )
     if train.enable_gradient_checkpointing:
         checkpoint_activations(

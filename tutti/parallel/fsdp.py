@@ -1,9 +1,9 @@
 """Data parallelism and mixed precision, all of it on one engine: torch's `fully_shard` (FSDP2).
 
-ddp is a mesh of copies with one shard each, ZeRO-2 and ZeRO-3 shard, hybrid sharding does both. A single process is a
-mesh of one, whose parameters need no engine, since nothing is gathered or reduced. So parameters are fp32 DTensors
-everywhere, cast to bf16 to compute with, their gradients reduced in fp32, and a checkpoint looks the same whatever made
-it. Each block is a unit that is gathered (and cast) just before it runs; all other parameters (embedding, final norm,
+ddp is a mesh of copies with one shard each, ZeRO-2 and ZeRO-3 shard, hybrid sharding does both. Parameters are fp32
+DTensors, cast to bf16 to compute with, their gradients reduced in fp32. A single process needs no engine, since nothing
+is gathered or reduced: its parameters are plain tensors, cast as they are used, and a checkpoint of them is read by any
+layout. Each block is a unit that is gathered (and cast) just before it runs; all other parameters (embedding, final norm,
 head) belong to the root. Experts that are divided among ranks are units of their own, on a mesh of their own.
 
 fsdp1 is a mode of this engine rather than torch's first FSDP, whose flat parameters would need a second way of loading,
@@ -44,6 +44,7 @@ from torch.distributed.tensor import Shard
 from tutti.config import TrainConfig
 from tutti.core.compat import fsdp_groups
 from tutti.core.compute_dtype import compute_dtype
+from tutti.core.modules import extras
 from tutti.parallel.expert import divided_experts, shard_dim, undivided_parts
 from tutti.parallel.grads import sum_replicated
 from tutti.parallel.mesh import Mesh
@@ -133,7 +134,7 @@ def run_as_forward(root: nn.Module, method: str) -> None:
     """Have the parameters of `root` be there for `method` as they are for its forward."""
     if isinstance(root, FSDPModule):
         register_fsdp_forward_method(root, method)
-    elif method not in root.__dict__:
+    elif extras(root).local_parameters is not None and method not in root.__dict__:
         setattr(root, method, with_local_parameters(getattr(root, method), root))
 
 

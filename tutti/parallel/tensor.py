@@ -344,6 +344,11 @@ def with_local_parameters(forward: Forward, unit: nn.Module) -> Forward:
     return run
 
 
+def is_cast(parameter: Tensor, dtype: torch.dtype) -> bool:
+    """True if `parameter` is cast where it is used in a model that computes in `dtype`."""
+    return parameter.is_floating_point() and parameter.dtype != dtype
+
+
 @contextmanager
 def local_parameters(modules: Iterable[nn.Module], dtype: torch.dtype | None = None) -> Iterator[None]:
     """Put the local parts of the modules' DTensors in their place, floats cast to `dtype`; tied ones are one tensor."""
@@ -351,11 +356,14 @@ def local_parameters(modules: Iterable[nn.Module], dtype: torch.dtype | None = N
     made: dict[int, Tensor] = {}
     for module in modules:
         for name, parameter in module._parameters.items():
-            if isinstance(parameter, DTensor):
+            if parameter is None:
+                continue
+            cast = dtype is not None and is_cast(parameter, dtype)
+            if cast or isinstance(parameter, DTensor):
                 replaced.append((module._parameters, name, parameter))
                 if id(parameter) not in made:
-                    local = parameter.to_local()
-                    made[id(parameter)] = local.to(dtype) if dtype and local.is_floating_point() else local
+                    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                    made[id(parameter)] = local.to(dtype) if cast else local
     try:
         for parameters, name, parameter in replaced:
             parameters[name] = made[id(parameter)]
