@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from tests.data.fakes import ALONE, sample
 from tutti.config.load import from_dict
-from tutti.core.batch import Batch, Sample
+from tutti.core.batch import Batch, Sample, pack
 from tutti.data import index
 from tutti.data import prefetch as fetch
 from tutti.data.index import build_index
@@ -35,6 +36,27 @@ def test_each_worker_prepares_as_many_batches_ahead_as_asked(num_workers, factor
     assert next(batches) == [0]
     assert len(multiprocessing.active_children()) - before == num_workers
     assert len(asked) == 1 + num_workers * factor
+
+
+class Large(torch.utils.data.Dataset):
+    """Micro batches of so many tokens, with values of which one kind is large."""
+
+    def __getitems__(self, lengths):
+        batch = pack([sample(0, length, 0) for length in lengths])
+        values = {"pixel_values": torch.arange(90_000.0), "grid": torch.tensor([[1, 2, 3]])}
+        return replace(batch, extras=values, payload={"half": torch.ones(3, dtype=torch.bfloat16)})
+
+
+def test_a_worker_sends_small_tensors_as_arrays():
+    """Unless they have a dtype that numpy lacks; the trainer gets the batch that it was."""
+    want = Large().__getitems__([3, 5])
+    sent = fetch._to_send(want).batch
+    assert all(isinstance(value, np.ndarray) for value in (sent.input_ids, sent.cu_seqlens, sent.extras["grid"]))
+    assert sent.extras["pixel_values"] is want.extras["pixel_values"] and sent.payload["half"] is want.payload["half"]
+    got = next(fetch.fetch_indexed(Large(), fetch.loader_options(from_dict({}), 1))(iter([[3, 5]])))
+    assert got.input_ids.equal(want.input_ids) and got.labels.equal(want.labels)
+    assert all(got.extras[name].equal(want.extras[name]) for name in ("grid", "pixel_values"))
+    assert got.payload["half"].equal(want.payload["half"])
 
 
 @pytest.mark.parametrize("pins", [True, False])

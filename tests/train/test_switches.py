@@ -80,7 +80,7 @@ class Watcher:
 
     seen, as it is at the first step: share (of all parameters, that this rank holds), dtypes, units (on one rank),
     decay (parameters by their weight decay), collects_by_itself, deterministic; mesh, experts (this rank's group).
-    sharded: whether parameters were DTensors when they got their values. reads: tensors read from weight files.
+    placed: whether the model had been parallelized when its parameters got their values. reads: tensors read from weight files.
     passes: for each time the first block ran, whether a graph was made of it. tokens: this rank's, of each micro batch.
     gathered: whether the first block's parameters were whole after each forward, after each backward pass, in turn.
     norms: of the gradient that each step was taken with. writers: whether the main thread wrote each checkpoint.
@@ -89,7 +89,7 @@ class Watcher:
 
     def __init__(self) -> None:
         self.seen: dict[str, Any] = {"reads": 0, "overlapped": False}
-        self.seen |= {name: [] for name in ("sharded", "passes", "tokens", "gathered", "norms", "writers", "compiled")}
+        self.seen |= {name: [] for name in ("placed", "passes", "tokens", "gathered", "norms", "writers", "compiled")}
         self.root: Any = None
         self.block: Any = None
 
@@ -99,8 +99,8 @@ class Watcher:
     def parallelizes(self, root: torch.nn.Module, *_: Any, **__: Any) -> None:
         self.root = root
 
-    def gets_values(self, model: Any, *_: Any, **__: Any) -> None:
-        self.seen["sharded"].append(isinstance(next(model.parameters()), DTensor))
+    def gets_values(self, *_: Any, **__: Any) -> None:
+        self.seen["placed"].append(self.root is not None)
 
     def overlaps(self, *_: Any) -> None:
         self.seen["overlapped"] = True
@@ -195,7 +195,6 @@ def by_steps(tmp_path_factory):
             "train.no_decay_modules": ["Embedding"],
             "train.enable_gradient_checkpointing": True,
             "train.enable_compile": True,
-            "model.basic_modules": ["Qwen3MLP"],
             "data.dyn_bsz_buffer_size": 1,
         },
     )
@@ -210,6 +209,7 @@ def by_epochs(tmp_path_factory):
         folder,
         **{
             "train.max_steps": 4,
+            "model.basic_modules": ["Qwen3MLP"],
             "train.num_train_epochs": 2,
             "train.log_steps": 3,
             "train.save_epochs": 2,
@@ -356,8 +356,9 @@ def test_blocks_are_compiled_when_asked(by_steps, by_epochs):
 
 
 def test_basic_modules_are_units_of_their_own(by_steps, by_epochs):
-    common = {"Objective": 1, "Qwen3DecoderLayer": 2}
-    assert by_steps[1]["units"] == {**common, "Qwen3MLP": 2} and by_epochs[1]["units"] == common
+    """Units that cast their parameters to bf16; in fp32 a rank that is alone has none."""
+    assert by_epochs[1]["units"] == {"Objective": 1, "Qwen3DecoderLayer": 2, "Qwen3MLP": 2}
+    assert by_steps[1]["units"] == {}
 
 
 def test_a_larger_buffer_fills_batches_better(by_steps, by_epochs):
@@ -446,8 +447,8 @@ def test_a_missing_index_is_told_before_training(tmp_path):
 
 
 def test_the_model_is_built_where_init_device_says(others):
-    """meta: sharded first and then loaded; cpu: the other way round."""
-    assert others["order 1"][1]["sharded"] == [True] and others["index"][1]["sharded"] == [False]
+    """meta: parallelized first and then loaded; cpu: the other way round."""
+    assert others["order 1"][1]["placed"] == [True] and others["index"][1]["placed"] == [False]
 
 
 ZERO2 = {"train.data_parallel_mode": "fsdp2", "train.enable_full_shard": False}

@@ -20,6 +20,7 @@ from torch import nn
 Forward = Callable[..., Any]
 
 WRAPPERS = (
+    "patches",  # a matrix product in the place of a convolution
     "codes",  # codes of pictures, as tokens beyond a table and as logits beyond a head
     "adapter",  # a trained change beside a frozen weight
     "mask",  # a causal one, for attention that is written for one sample

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tutti.config import Config
@@ -240,12 +241,14 @@ class _Sent(NamedTuple):
         return self.received().pin_memory()
 
 
-def _to_send(batch: Batch | ValueError) -> _Sent | ValueError:
-    """What a worker gives back, in the form in which it gets to the trainer soonest: each tensor would be a file of
-    shared memory, for which the trainer asks the worker, and arrays come with the message."""
-    if isinstance(batch, ValueError):
-        return batch
-    return _Sent(batch.map(lambda value: value.numpy() if value.nbytes <= SENT_WHOLE else value))
+def _to_send(item: Any) -> Any:
+    """What a worker gives back, a batch in the form in which it gets to the trainer soonest: each tensor would be a
+    file of shared memory, for which the trainer asks the worker, and arrays come with the message."""
+    return _Sent(item.map(_as_array_if_small)) if isinstance(item, Batch) else item
+
+
+def _as_array_if_small(value: Tensor) -> Any:
+    return value if value.nbytes > SENT_WHOLE or value.dtype == torch.bfloat16 else value.numpy()
 
 
 def fetch_indexed(samples: Dataset, options: dict[str, Any]) -> Fetch:

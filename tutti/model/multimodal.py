@@ -44,6 +44,7 @@ from tutti.core.collectives import RankGroup
 from tutti.core.compat import tree_leaves
 from tutti.core.structure import ModelStructure
 from tutti.model.encoder_parallel import encode_apart, encoders
+from tutti.model.patches import multiply_patches
 from tutti.parallel.pipeline.stage import Passed, Stage
 from tutti.parallel.tensor import local_parameters
 
@@ -95,7 +96,8 @@ def check_first(structure: ModelStructure, num_blocks: int) -> None:
 
 
 class MultimodalForward:
-    """Runs a multimodal model's decoder; made once, it puts its hook on the language model.
+    """Runs a multimodal model's decoder; made once, it puts its hook on the language model, and has its towers multiply
+    patches.
 
     tensor: the ranks that cut the row among themselves within the language model.
     """
@@ -109,6 +111,7 @@ class MultimodalForward:
         self._taken = set(inspect.signature(structure.decoder.forward).parameters)
         self._batch: Batch | None = None
         self._given: dict[str, Any] | None = None
+        multiply_patches(structure.towers)
         self._text = text = cast(Any, structure.text_model)
         text.register_forward_pre_hook(self._hand_over, with_kwargs=True)
         text.get_input_embeddings().register_forward_pre_hook(self._own_ids)
