@@ -112,14 +112,14 @@ def make_run(folder: Path, status: str = "finished") -> None:
     dist = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
     metrics = Metrics(config, dist, total_steps=STEPS, run_info=info)
     metrics.log_text(0, "Capital of Peru?", "the the", right=False)
-    metrics.log_answers(0, [True] + [False] * 39, [])
+    metrics.log_answers(0, [True] + [False] * 39, [False] * 4)
     for step in range(1, STEPS + 1):
         metrics.log_step(training_record(step))
         if step % (STEPS // EVALS) == 0:
             metrics.log_eval(eval_record(step))
     metrics.log_text(STEPS, "Capital of Peru?", "Lima.", right=True)
     metrics.log_text(STEPS, "Once upon", f" a time {HOSTILE}", pictures=[PICTURE, PICTURE])
-    metrics.log_answers(STEPS, [True] * 38 + [False] * 2, [])
+    metrics.log_answers(STEPS, [True] * 38 + [False] * 2, [True] + [False] * 3)
     metrics.close({"status": status, "message": "the disk is full" if status == "failed" else None})
 
 
@@ -227,9 +227,10 @@ def test_figures_are_the_data(looked_at: tuple[Page, str]) -> None:
 
 def test_answers_are_counted_and_shown_beside_those_before_training(looked_at: tuple[Page, str]) -> None:
     page, _ = looked_at
-    assert page.texts["answers"] == "38 of 40 answers are right (95.0 %); 2.5 % at step 0."
+    unseen = "1 of 4 answers to rows that it is not trained on are right (25.0 %); 0.0 % at step 0."
+    assert page.texts["answers"] == f"38 of 40 answers are right (95.0 %); 2.5 % at step 0. {unseen}"
     assert "Lima.after step 120: rightthe thebefore training: wrong" in page.texts["page"]
-    assert len(re.findall("[ML]", page.paths["answers"][0]["d"] or "")) == 2
+    assert [len(re.findall("[ML]", path["d"] or "")) for path in page.paths["answers"]] == [2, 2]
 
 
 def test_pictures_have_pixels_and_are_kept_once_and_bounded(

@@ -152,7 +152,7 @@ class History:
         step = int(record["step"])
         if not record.keys().isdisjoint(("sample_accuracy", "unseen_accuracy")):
             self.evals.add(step, values)
-            self.answers = dict(record) if "sample_accuracy" in record else self.answers
+            self.answers = dict(record)
             return
         if "eval_loss" in record:
             self.evals.add(step, values)

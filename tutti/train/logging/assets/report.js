@@ -4,6 +4,16 @@
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const { run, figures, sources, train, evals } = DATA;
 const column = (table, name) => table.columns[name]?.mean;
+const ANSWERS = [
+  { name: "sample_accuracy", count: "sample_answers", of: "", label: "Right", color: "var(--second)" },
+  {
+    name: "unseen_accuracy",
+    count: "unseen_answers",
+    of: " to rows that it is not trained on",
+    label: "Right, to rows not trained on",
+    color: "var(--accent)",
+  },
+];
 const known = (values) => values?.some((value) => value !== null && value !== 0);
 
 const dataType = run.config?.find((row) => row.name === "data.data_type")?.value;
@@ -304,12 +314,13 @@ function charts() {
         width: 1,
       }).node,
     );
-  if (known(column(evals, "sample_accuracy")))
+  const asked = ANSWERS.filter(({ name }) => column(evals, name)?.some((value) => value !== null));
+  if (asked.some(({ name }) => known(column(evals, name))))
     small.unshift(
       new Chart({
         id: "answers",
         title: "Right answers",
-        series: [{ ...curve(evals, "sample_accuracy", "Right", "var(--second)"), kind: "dots" }],
+        series: asked.map(({ name, label, color }) => ({ ...curve(evals, name, label, color), kind: "dots" })),
         axis: (v) => percent(v, 0),
         exact: (v) => percent(v, 2),
         fromZero: true,
@@ -434,14 +445,18 @@ function continuation(prompt, text, chat) {
   return chat ? added.trimStart() : added;
 }
 
-// How many of the prompts with an expected answer were answered so, now and when they were first asked.
+// How many of the prompts with an expected answer were answered so, now and when they were first asked: of those that
+// the model is trained on, and of those that it is not.
 function rightAnswers() {
-  const { step: at, sample_accuracy: share, sample_answers: count } = figures.answers;
-  if (!count) return null;
-  const first = evals.columns.sample_accuracy.mean.findIndex((value) => value !== null);
-  const before = `${percent(evals.columns.sample_accuracy.mean[first])} at step ${whole(evals.step[first])}`;
-  const now = `${whole(Math.round(share * count))} of ${whole(count)} answers are right (${percent(share)})`;
-  return make("p", { id: "answers" }, `${now}${evals.step[first] === at ? "" : `; ${before}`}.`);
+  const lines = ANSWERS.flatMap(({ name, count: counted, of }) => {
+    const { step: at, [name]: share, [counted]: count } = figures.answers;
+    if (!count) return [];
+    const first = evals.columns[name].mean.findIndex((value) => value !== null);
+    const before = `${percent(evals.columns[name].mean[first])} at step ${whole(evals.step[first])}`;
+    const now = `${whole(Math.round(share * count))} of ${whole(count)} answers${of} are right (${percent(share)})`;
+    return [`${now}${evals.step[first] === at ? "" : `; ${before}`}.`];
+  });
+  return lines.length ? make("p", { id: "answers" }, lines.join(" ")) : null;
 }
 
 function texts() {
