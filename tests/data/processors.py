@@ -151,6 +151,18 @@ def _pixtral() -> Any:
     return transformers.PixtralProcessor(images, tokenizer, patch_size=4, spatial_merge_size=2)
 
 
+def _glm4v() -> Any:
+    begins = ("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")
+    tokenizer = make_tokenizer(
+        "<|image|>", "<|video|>", *begins, marker="<|begin_of_image|><|image|><|end_of_image|>",
+        video="<|begin_of_video|><|video|><|end_of_video|>", video_token="<|video|>",
+    )  # fmt: skip
+    sizes = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+    sizes |= {"size": {"shortest_edge": 64, "longest_edge": 4096}}
+    images, videos = transformers.Glm4vImageProcessor(**sizes), transformers.Glm4vVideoProcessor(**sizes)
+    return transformers.Glm4vProcessor(images, tokenizer, videos)
+
+
 def _janus() -> Any:
     names = {"boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"}
     tokenizer = make_tokenizer("<image_placeholder>", *names.values(), **names)
@@ -191,6 +203,8 @@ PROCESSORS = {
     "qwen2_vl": lambda: _qwen("Qwen2VLProcessor", "Qwen2VLImageProcessor", "Qwen2VLVideoProcessor"),
     "qwen2_5_vl": lambda: _qwen("Qwen2_5_VLProcessor", "Qwen2VLImageProcessor", "Qwen2VLVideoProcessor"),
     "qwen3_vl": lambda: _qwen("Qwen3VLProcessor", "Qwen2VLImageProcessor", "Qwen3VLVideoProcessor"),
+    "qwen3_vl_moe": lambda: _qwen("Qwen3VLProcessor", "Qwen2VLImageProcessor", "Qwen3VLVideoProcessor"),
+    "glm4v": _glm4v,
     "llava": _llava,
     "llava_next": _llava_next,
     "llava_onevision": _llava_onevision,

@@ -51,9 +51,7 @@ def test_one_call_gives_the_values_of_many(family: str, monkeypatch: pytest.Monk
     length = sum(map(len, samples)) + 3
     held._takes_images_together()
     calls, process = [], type(held.processor).__call__
-    monkeypatch.setattr(
-        type(held.processor), "__call__", lambda own, *a, **k: calls.append(1) or process(own, *a, **k)
-    )
+    monkeypatch.setattr(type(held.processor), "__call__", lambda own, *a, **k: calls.append(1) or process(own, *a, **k))
     got = held.values(samples, length)
     assert len(calls) == TOGETHER[family]
     held._images_together = False

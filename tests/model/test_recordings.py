@@ -172,6 +172,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "qwen2_vl": ({"video_max_frames": 6}, [*VIDEOS.values(), TWO, MIXED]),
     "qwen2_5_vl": ({"video_max_frames": 6}, [*VIDEOS.values(), TWO, MIXED]),
     "qwen3_vl": ({}, [*VIDEOS.values(), TWO, MIXED]),
+    "qwen3_vl_moe": ({}, [*VIDEOS.values(), TWO, MIXED]),
     "smolvlm": ({}, [*VIDEOS.values(), TWO]),
     "internvl": ({"video_fps": 1}, [*VIDEOS.values(), MIXED]),
     "llava_onevision": ({"video_max_frames": 3}, [*VIDEOS.values(), TWO, MIXED]),
@@ -334,6 +335,7 @@ def test_kinds_that_a_processor_does_not_take_together_or_at_all_are_bad_rows(fo
         return bad.reason  # type: ignore[union-attr]
 
     assert "has image and video, of which SmolVLMProcessor takes one kind in a row" in reason("smolvlm", MIXED)
+    assert "has a video, whose tokens Glm4vProcessor marks as an image's" in reason("glm4v", VIDEOS["a file"])
     assert "has video, which LlavaProcessor does not take" in reason("llava", VIDEOS["a file"])
     assert "has audio, which Qwen2VLProcessor does not take" in reason("qwen2_vl", row(("audio", "a.wav")))
     marker = make_tokenizer("<audio>").convert_ids_to_tokens(24)  # which Voxtral takes for its own

@@ -80,7 +80,7 @@ class Watcher:
 
     seen, as it is at the first step: share (of all parameters, that this rank holds), dtypes, units (on one rank),
     decay (parameters by their weight decay), collects_by_itself, deterministic; mesh, experts (this rank's group).
-    placed: whether the model had been parallelized when its parameters got their values. reads: tensors read from weight files.
+    placed: whether the model had been parallelized when parameters got their values. reads: tensors read from files.
     passes: for each time the first block ran, whether a graph was made of it. tokens: this rank's, of each micro batch.
     gathered: whether the first block's parameters were whole after each forward, after each backward pass, in turn.
     norms: of the gradient that each step was taken with. writers: whether the main thread wrote each checkpoint.

@@ -242,8 +242,8 @@ class _Sent(NamedTuple):
 
 
 def _to_send(item: Any) -> Any:
-    """What a worker gives back, a batch in the form in which it gets to the trainer soonest: each tensor would be a
-    file of shared memory, for which the trainer asks the worker, and arrays come with the message."""
+    """A worker's result, a batch in the form in which it gets to the trainer soonest: each tensor would be a file of
+    shared memory, for which the trainer asks the worker, and arrays come with the message."""
     return _Sent(item.map(_as_array_if_small)) if isinstance(item, Batch) else item
 
 

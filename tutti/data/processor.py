@@ -8,8 +8,8 @@ the processor would (`expand`), and the trained spans shifted.
 
 When a micro batch is loaded, each sample's media are decoded and processed together, as they would be alone, and the
 samples' values are joined (`values`). Samples of images go through the processor in one call, which takes a fraction of
-the time, where a trial shows that this changes no number. Along which dimension a value grows with the media is found out once, by
-processing one and two blanks of each kind; its other dimensions are padded with zeros to the largest.
+the time, where a trial shows that this changes no number. Along which dimension a value grows with the media is found
+out once, by processing one and two blanks of each kind; its other dimensions are padded with zeros to the largest.
 
 Frames of a video are chosen here and handed over decoded, by the family's own rule (its `sample_frames`) unless
 data.video_fps says otherwise: of what processors do with files themselves, nothing works without further packages.
@@ -311,8 +311,15 @@ class MediaProcessor:
                     along[name] = {token: kind for token, kind in pairs if kind}
                     continue
                 dims[name] = next(iter(_unlike(value, two[name])), 0)
+            if kind == "video" and self._takes_for_images(one, dims):
+                raise RowError(f"has a video, whose tokens {self.name} marks as an image's: they can't be told apart")
             self._layouts[kind] = _Layout(dims, along, kind == "video" and self._stacks(blank, one, dims))
         return self._layouts[kind]
+
+    def _takes_for_images(self, made: Mapping[str, Any], dims: Mapping[str, int]) -> bool:
+        """True if a video's tokens are those of images, though its values are not."""
+        text = "".join(item["replacement"] for item in made["text_replacement_offsets"])
+        return self.markers.get("image", "\0") in text and dims.keys().isdisjoint(self._layout("image").dims)
 
     def _check_text(self, made: Mapping[str, Any]) -> None:
         """RowError: the processor puts more into a text than what takes the place of media, as do those that write
@@ -387,8 +394,9 @@ class MediaProcessor:
             return {}
         made: list[Mapping[str, Any]] = []
         held = ((number, sample) for number, sample in enumerate(samples) if sample.media)
-        for of_images, run in groupby(held, lambda item: _has_images_alone(item[1])):
-            made += self._of_images(list(run)) if of_images else self._one_by_one(run)
+        for of_images, group in groupby(held, lambda item: _has_images_alone(item[1])):
+            run = list(group)
+            made += self._of_images(run) if of_images else self._one_by_one(run)
         media = [medium for sample in samples for medium in sample.media]
         kinds = {medium.kind for medium in media} | {"audio" for medium in media if medium.sound}
         layouts = [self._layout(kind) for kind in sorted(kinds)]
@@ -427,30 +435,19 @@ class MediaProcessor:
         """The processor's outputs for numbered samples that have images alone: of one call for all, if it may be."""
         if len(samples) == 1 or not self._takes_images_together():
             return self._one_by_one(samples)
-        images = []
-        for number, sample in samples:
-            try:
-                images.append([self._load(medium) for medium in sample.media])
-            except RowError as error:
-                raise BrokenMediaError(str(error), number) from None
         try:
-            made = self._process_images(images)
+            made = self._process_images([[self._load(medium) for medium in sample.media] for _, sample in samples])
         except Exception:  # found out below, and whose it is
             return self._one_by_one(samples)
-        for (_, sample), offsets in zip(samples, made["text_replacement_offsets"], strict=True):
-            if [item["replacement"] for item in offsets] != self._replaced(sample.media):
-                return self._one_by_one(samples)
-        return [made]
+        replaced = [[item["replacement"] for item in offsets] for offsets in made["text_replacement_offsets"]]
+        as_measured = replaced == [self._replaced(sample.media) for _, sample in samples]
+        return [made] if as_measured else self._one_by_one(samples)
 
     def _process_images(self, images: Sequence[Sequence[Image.Image]]) -> Mapping[str, Any]:
         """Run the processor on the images of several samples: values as tensors, and how it replaced placeholders."""
-        found: Mapping[str, Any] = self.processor(
-            text=[self.markers["image"] * len(own) for own in images],
-            images=list(images),
-            padding=True,
-            return_text_replacement_offsets=True,
-            return_tensors="pt",
-        )
+        text = [self.markers["image"] * len(own) for own in images]
+        options: dict[str, Any] = {"padding": True, "return_text_replacement_offsets": True, "return_tensors": "pt"}
+        found: Mapping[str, Any] = self.processor(text=text, images=list(images), **options)
         return found
 
     def _takes_images_together(self) -> bool:

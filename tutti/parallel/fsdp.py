@@ -3,8 +3,8 @@
 ddp is a mesh of copies with one shard each, ZeRO-2 and ZeRO-3 shard, hybrid sharding does both. Parameters are fp32
 DTensors, cast to bf16 to compute with, their gradients reduced in fp32. A single process needs no engine, since nothing
 is gathered or reduced: its parameters are plain tensors, cast as they are used, and a checkpoint of them is read by any
-layout. Each block is a unit that is gathered (and cast) just before it runs; all other parameters (embedding, final norm,
-head) belong to the root. Experts that are divided among ranks are units of their own, on a mesh of their own.
+layout. Each block is a unit that is gathered (and cast) just before it runs; all other parameters (embedding, final
+norm, head) belong to the root. Experts that are divided among ranks are units of their own, on a mesh of their own.
 
 fsdp1 is a mode of this engine rather than torch's first FSDP, whose flat parameters would need a second way of loading,
 saving and exporting everything. It has what distinguishes the first generation in use: one switch, full sharding or
