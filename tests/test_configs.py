@@ -1,11 +1,14 @@
 """Every recipe in configs/ is a valid configuration, and names files that are there."""
 
+import base64
+import io
 import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from tests.harness import regroup, run_ranks
 from tests.train.runs import train_quietly
@@ -67,6 +70,31 @@ def test_a_tokenizer_of_pictures_is_trained_and_drawn_by(tmp_path: Path) -> None
     lines = [json.loads(line) for line in (tmp_path / "draw" / "metrics.jsonl").read_text().splitlines()]
     assert [line["targets/code"] % 64 for line in lines if "loss" in line] == [0, 0]
     assert (tmp_path / "draw" / "hf" / "final" / "decoders" / "image" / "config.json").is_file()
+
+
+def test_a_diffusion_decoder_is_led_and_draws_into_the_report(tmp_path: Path) -> None:
+    """Two steps of the recipe on two pictures, and two others that it is not trained on."""
+    folder = ROOT / "data/quickstart"
+    for name in ("images", "images_eval"):
+        rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()[:2]]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({**row, "draw": True}) for row in rows))
+    known, unseen = (str(tmp_path / f"{name}.jsonl") for name in ("images", "images_eval"))
+    config = load([
+        str(ROOT / "configs/draw_flow.yaml"), f"train.output_dir={tmp_path / 'out'}", "train.max_steps=2",
+        "train.num_train_epochs=1", "train.eval_epochs=1", "data.num_workers=0", "train.micro_batch_size=1",
+        f"data.train_path={known}", f"data.eval_path={unseen}", f"train.sample_prompts_path={known}, {unseen}",
+        f"data.media_root={folder}", "train.sample_steps=2",
+    ])  # fmt: skip
+    run_ranks(1, train_quietly, config)
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [line["targets/flow"] for line in lines if "loss" in line] == [1, 1]
+    answers = [(line["sample_answers"], line["unseen_answers"]) for line in lines if "sample_answers" in line]
+    assert answers == [(2, 2)] * 2
+    shown = json.loads((tmp_path / "out/run.json").read_text())["pictures"].values()
+    drawn = [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) for url in shown]
+    assert len(drawn) == 8 and all(picture.size == (24, 24) and picture.getextrema() for picture in drawn)
+    parts = {path.name for path in (tmp_path / "out/hf/final/decoders/image").iterdir()}
+    assert parts == {"transformer", "scheduler", "queries.safetensors"}
 
 
 def test_model_configs_fit_the_quickstart_tokenizer() -> None:

@@ -376,6 +376,31 @@ def test_veomni_decoders(tmp_path: Path) -> None:
     assert row(random, "model.decoders").kind == "none" and "name a trained one" in row(random, "model.decoders").note
 
 
+@pytest.mark.parametrize("known_by", ["name", "field", "folder"])
+def test_veomni_decoders_by_diffusion(tmp_path: Path, known_by: str) -> None:
+    """They are told from tokenizers of pictures by their names, their fields, or the config in their folder."""
+    path = "./ultra-edit-512" if known_by == "name" else "./drawer"
+    field = ", patch_size1: 14" if known_by == "field" else ""
+    if known_by == "folder":
+        (tmp_path / "drawer").mkdir()
+        (tmp_path / "drawer/config.json").write_text('{"model_type": "ultra_edit"}')
+    text = (
+        "model: {model_path: ./llm, input_encoder: encoder, output_encoder: encoder, encode_target: true,\n"
+        f"  decoders: {{image: {{model_path: {path}, output_size: 64{field}}}}}}}\n"
+        "data: {train_path: x.jsonl, data_type: conversation}\n"
+        "train: {freeze_decoder: true, freeze_foundation: true, output_dir: o}\n"
+    )
+    migration = migrated(tmp_path, text)
+    config = loaded(tmp_path, migration)
+    assert config.model.decoders == {"image": {"model_path": path}}
+    assert config.model.output_encoder == "decoder" and config.model.encode_target
+    assert set(config.train.freeze) == {"language_model", "decoders.image.net.*"}
+    assert "transformer/, vae/ and scheduler/" in row(migration, "model.decoders").note
+    assert "led by queries" in row(migration, "model.output_encoder").note
+    unet = row(migrated(tmp_path, text.replace(path, "./instruct-pix2pix")), "model.decoders")
+    assert known_by != "name" or (unet.kind == "none" and "a UNet is no decoder here" in unet.note)
+
+
 def test_what_this_version_refuses_is_given_up_with_its_reason(tmp_path: Path) -> None:
     migration = migrated(tmp_path, VEOMNI_FLAT.replace("lr: 5.0e-6", "lr: fast"))
     assert row(migration, "train.lr").kind == "none"

@@ -4,9 +4,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.diffusion import AUTOENCODERS, TRANSFORMERS, make_folder
 from tutti.model.denoiser import cast_to_infer, make_net
+from tutti.model.denoiser_work import DenoiserWork
 from tutti.model.diffusion import (
     FAMILIES,
     Family,
@@ -169,3 +172,21 @@ def test_a_model_that_draws_in_bf16_is_what_diffusers_loads(name: str, tmp_path:
     text = texts(family)[0].map(lambda part: part.bfloat16() if part.is_floating_point() else part)
     with torch.no_grad():
         assert predict(family, net, *given, text).equal(predict(family, theirs, *given, text))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_work_of_a_class_is_counted_without_storage(name: str) -> None:
+    """A forward pass is what torch counts of the model itself, and training thrice that; of frozen weights less."""
+    family, net = FAMILIES[name], net_of(name)
+    config = {"_class_name": name, **TRANSFORMERS[name]}
+    text, latents = texts(family)[0].map(lambda part: part[:1]), noise_for(family, net)[:1]
+    pooled = None if text.pooled is None else text.pooled.shape[-1]
+    # Of CPUs' own attention torch counts nothing.
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        predict(family, net, latents, torch.tensor([100.0]), text)
+    forward = counter.get_total_flops()
+    assert forward > 0
+    of_two = torch.Size((2, *latents.shape[1:]))
+    assert DenoiserWork(config, net.parameters())(of_two, 5, 16, pooled) == 2 * 3 * forward
+    net.requires_grad_(False)
+    assert DenoiserWork(config, net.parameters())(of_two, 5, 16, pooled) == 2 * 2 * forward

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.train.test_features_run import lines_of, trained_on_two_ranks
 from tests.train.test_run import assert_same_training
 from tutti.config import Config, ModelConfig
 from tutti.core.draws import generator
+from tutti.data import processor
 from tutti.infer.prompts import prompt_request, to_draw
 from tutti.kinds import language
 from tutti.model.conditions import Conditions
@@ -199,7 +201,6 @@ ELSEWHERE = {
     ),
     "split matrices": ({"train.tensor_parallel_size": 2}, "train.tensor_parallel_size: a model that draws"),
     "stages": ({"train.pipeline_parallel_size": 2}, "train.pipeline_parallel_size: a model that draws"),
-    "adapters": ({"train.architecture": "lora"}, "cannot be trained by adapters yet"),
 }
 
 
@@ -224,3 +225,28 @@ def test_parts_that_cannot_be_used_are_refused_by_name(tmp_path: Path) -> None:
     next((folder / "vae").glob("*.safetensors")).unlink()
     with pytest.raises(ValueError, match="has no weights; it is used as it is"):
         read_flow(ModelConfig(decoders={"image": {"config_path": str(folder)}}))
+
+
+def test_pictures_whose_latents_are_known_are_not_decoded(tmp_path: Path, made: Path) -> None:
+    """Training goes on as it did once they are gone."""
+    config = config_of(tmp_path, **{"model.encode_target": True, "train.max_steps": 1, "train.num_train_epochs": 1})
+    run_ranks(1, _train_twice, config, str(tmp_path / "again"))
+    first, second = (lines_of(tmp_path / name)[0]["loss"] for name in (".", "again"))
+    assert first == second
+
+
+def _train_twice(config: Config, again: str) -> None:
+    train_quietly(config)
+    regroup()
+    with pytest.MonkeyPatch.context() as patch:
+        decoded: list[str] = []
+        load = processor.load_image
+
+        def counted(medium: Any) -> Any:
+            decoded.append(medium.kind)
+            return load(medium)
+
+        patch.setattr(processor, "load_image", counted)
+        shutil.copytree(Path(config.train.output_dir or "") / "cache", Path(again) / "out/cache")
+        train_quietly(replace(config, train=replace(config.train, output_dir=str(Path(again) / "out"))))
+        assert "drawn" not in decoded and "image" in decoded

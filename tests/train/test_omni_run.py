@@ -304,7 +304,6 @@ def test_towers_are_taken_out_of_whole_models(tmp_path: Path) -> None:
     [
         ({"data.data_type": "plaintext"}, "cannot be trained with data.data_type plaintext"),
         ({"data.data_type": "reward"}, "cannot be trained with data.data_type reward"),
-        ({"train.architecture": "lora"}, "cannot be trained by adapters yet"),
     ],
 )
 def test_what_a_composed_model_cannot_do_is_refused(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:

@@ -224,7 +224,6 @@ REFUSED = {
         {"train.tensor_parallel_size": 2, "train.cfg_dropout": 0.1},
         "with train.tensor_parallel_size 2 this",
     ),
-    "adapters": ({"train.architecture": "lora", "model.encode_target": True}, "with train.architecture lora this"),
 }
 
 

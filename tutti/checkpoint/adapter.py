@@ -9,7 +9,8 @@ stacks of experts: it is written by the same rules, and read by us alone.
 
 Which layers are adapted, and with which rank, is taken from the keys and shapes rather than from the patterns in the
 config. What would change the computation and is not understood is refused. Adapters are small, so that every rank reads
-a whole one and takes its part.
+a whole one and takes its part. Beside the adapter of a composed model lies composed.yaml, which says what it is
+composed of.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -30,7 +32,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tutti.checkpoint.hf_files import Checkpoint, weights_digest
 from tutti.checkpoint.hf_save import first_holders, gather_from, prepare_folder
-from tutti.config import Config
+from tutti.config import Config, ModelConfig
 from tutti.core.dist import World
 from tutti.core.files import put_folder
 from tutti.core.modules import extras
@@ -48,9 +50,10 @@ from tutti.model.lora import (
     row_norms,
 )
 from tutti.model.pipeline_folder import open_folder
-from tutti.model.structure import ADAPTER_MARK, is_classifier, is_experts
+from tutti.model.structure import ADAPTER_MARK, is_classifier, is_experts, new_parts
 
 CONFIG = "adapter_config.json"
+COMPOSED = "composed.yaml"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 _PREFIX = "base_model.model."
@@ -82,8 +85,8 @@ def base_path(folder: Path) -> str:
 
 
 def plan_adapters(config: Config, model: Any, read: Callable[..., Lora] | None = None) -> Lora | None:
-    """The settings of the adapters that `config` asks for in `model`: as train.lora_* say, or as the adapter at
-    model.adapter_path is, which `read` reads, by default `read_lora`."""
+    """The settings of the adapters that `config` asks for in `model`: as train.lora_* say, with what is new in it
+    trained whole, or as the adapter at model.adapter_path is, which `read` reads, by default `read_lora`."""
     train = config.train
     if train.architecture != "lora":
         return None
@@ -98,7 +101,7 @@ def plan_adapters(config: Config, model: Any, read: Callable[..., Lora] | None =
         rslora=train.lora_rslora,
         dora=train.lora_dora,
         targets=train.lora_targets,
-        modules_to_save=train.lora_full_modules,
+        modules_to_save=(*train.lora_full_modules, *new_parts(model)),
     )
 
 
@@ -181,11 +184,13 @@ def export_adapter(
     base: str | None,
     revision: str | None = None,
     full_model: PreTrainedModel | None = None,
+    composed: ModelConfig | None = None,
 ) -> None:
     """Write what was trained of an adapted `model` to `folder`, with the tokenizer, in place of what was there.
 
     base, revision: the folder of the base model, or its name on the hub and the commit. full_model: the complete
-    model, without storage, where the ranks' models are parts of it. Every rank must call it.
+    model, without storage, where the ranks' models are parts of it. composed: of a composed model, the description of
+    the parts beside its base, which peft does not know of. Every rank must call it.
     """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -208,10 +213,38 @@ def export_adapter(
             (partial / CONFIG).write_text(
                 json.dumps(_config(full_model or model, base, revision), indent=2, sort_keys=True) + "\n"
             )
+            if composed is not None:
+                (partial / COMPOSED).write_text(yaml.safe_dump(_described(composed), sort_keys=False))
             tokenizer.save_pretrained(partial)
             put_folder(partial, folder)
 
     world.run_on_all_ranks(write)
+
+
+def _described(model: ModelConfig) -> dict[str, Any]:
+    """The values of `model` that say which parts a composed model has beside its foundation, with whole paths."""
+    return {
+        **{
+            group: {
+                kind: {key: _absolute(value) if key.endswith("_path") else value for key, value in spec.items()}
+                for kind, spec in getattr(model, group).items()
+            }
+            for group in ("encoders", "decoders")
+        },
+        "input_encoder": model.input_encoder,
+        "output_encoder": model.output_encoder,
+    }
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+def read_composed(folder: Path) -> dict[str, Any]:
+    """The values of model.* by which the adapter in `folder` has parts beside its base; none of one of a model that is
+    not composed."""
+    file = folder / COMPOSED
+    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def open_merged(folder: Path) -> PreTrainedModel:

@@ -58,7 +58,7 @@ from tutti.checkpoint.state import (
 from tutti.core import files
 from tutti.core.dist import World
 from tutti.core.tensors import local_part
-from tutti.model.lora import listed
+from tutti.model.lora import listed, lora_of
 
 log = logging.getLogger(__name__)
 
@@ -344,6 +344,20 @@ def foresee(path: str | None, output: Path) -> Foreseen:
         return Foreseen(manifest.read(folder).facts, json.loads((folder / STATE).read_text())["state"])
     except (OSError, ValueError, IndexError, KeyError, TypeError):
         return Foreseen({}, {})
+
+
+def leave_unsaved(folder: Path, model: nn.Module, world: World) -> None:
+    """Freeze what an adapted `model` has for pictures that it draws, where the checkpoint in `folder` has none of it:
+    the data of its run had no such pictures. Collective."""
+    codes = getattr(model, "code_decoder", None)
+    if codes is None or lora_of(model) is None:
+        return
+    saved = world.run_on_all_ranks(lambda: set(dcp.read_index(folder).state_dict_metadata))
+    mine = {
+        f"model.{name}" for name, item in model.named_parameters() if any(item is one for one in codes.parameters())
+    }
+    if mine and mine.isdisjoint(saved):
+        codes.requires_grad_(False)
 
 
 def read_model(folder: Path, model: nn.Module, world: World) -> None:

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from tutti.checkpoint.hf_load import load_weights
-from tutti.checkpoint.manager import find_checkpoint, read_model
+from tutti.checkpoint.manager import find_checkpoint, leave_unsaved, read_model
 from tutti.checkpoint.manifest import Manifest
+from tutti.checkpoint.omni import load_parts
 from tutti.config import Config
 from tutti.config.load import load
 from tutti.core.dist import World
 from tutti.model.initial import init_weights, materialize
 from tutti.model.lora import lora_of
+from tutti.model.omni import OmniModel
 
 CONFIG, MODEL_CONFIG = "config.yaml", "model_config.json"
 
@@ -70,8 +73,12 @@ def load_trained(trained: TrainedModel, model: PreTrainedModel, world: World) ->
     config = trained.config
     if lora_of(model) is None:
         materialize(model, world.device)
+    elif isinstance(model, OmniModel):
+        options: dict[str, Any] = {"world": world, "device": world.device, "broadcast": False}
+        load_parts(model, config.model.model_path, **options, seed=config.train.seed)
     elif config.model.model_path is None:
         init_weights(model, config.train.seed, world.device)
     else:
         load_weights(model, config.model.model_path, world=world, broadcast=False, seed=config.train.seed)
+    leave_unsaved(trained.folder, model, world)
     read_model(trained.folder, model, world)

@@ -277,7 +277,7 @@ _RULES = (
     ),
     _Rule(
         ("train.freeze",),
-        lambda config: config.train.architecture == "lora",
+        lambda config: config.train.architecture == "lora" and not (config.model.encoders or config.model.decoders),
         "train.architecture is lora, which trains adapters alone; train.lora_targets says which",
     ),
     _Rule(

@@ -45,9 +45,9 @@ class ModelStructure:
     blocks: the language model's repeated units with their names, in the order they run. basic: further units that FSDP
     gathers separately, inner ones first. head: the linear layer from hidden states to logits; classifies: these are of
     classes rather than tokens; transform: what is done to them. towers: encoders of images, video and audio and their
-    projectors; tower_blocks: the repeated units of these. experts: the stacks of experts, in the order they run.
-    mixers: the layers that carry a state along the tokens (`tutti.model.mixers`). undivided: parts of blocks that look
-    across their own features, so that no rank can compute some of these.
+    projectors; tower_blocks: the repeated units of these, and of a diffusion decoder. experts: the stacks of experts,
+    in the order they run. mixers: the layers that carry a state along the tokens (`tutti.model.mixers`). undivided:
+    parts of blocks that look across their own features, so that no rank can compute some of these.
     by_keyword: blocks are given tensors that need gradients by keyword.
     """
 

@@ -204,18 +204,24 @@ class Data:
     """
 
     def __init__(
-        self, train: DataSplit, evaluation: DataSplit | None, share: DataRank, settings: dict[str, Any]
+        self, train: DataSplit, evaluation: DataSplit | None, share: DataRank, settings: dict[str, Any], encoder: Any
     ) -> None:
         self.sources, self.evaluation_sources = train.sources, evaluation.sources if evaluation else ()
         self.chat_date: str | None = settings["data.chat_date"]
         self.digest = train.digest and f"{train.digest} {evaluation.digest if evaluation else None}"
         self._train, self._evaluation, self._share, self._settings = train, evaluation, share, settings
+        self._encoder = encoder
         self._given = np.zeros(4, np.int64)
         self._ahead = False
         self._plan_ahead()
         if evaluation is not None:
             evaluation.planner.count()
             self._evaluation_start = evaluation.planner.position()
+
+    def leave_out_drawn(self) -> None:
+        """Have batches hold blanks in the place of pictures that the model draws, from the next `train` or `evaluate`
+        on: what is made of them is known."""
+        getattr(self._encoder, "encoder", self._encoder).media.decodes_drawn = False  # within ReadyMade
 
     def _plan_ahead(self) -> None:
         planner = self._train.planner
@@ -402,7 +408,7 @@ def build_data(
         evaluation = _indexed_part(config, PackedSamples(index, held_out, collate), supply, one_pass(recipe))
     may_lose = config.data.silent_exception and processor is not None
     part, evaluation = replace(part, may_lose=may_lose), evaluation and replace(evaluation, may_lose=may_lose)
-    return Data(part, evaluation, DataRank(dp_rank, dp_size, pairs, world), settings)
+    return Data(part, evaluation, DataRank(dp_rank, dp_size, pairs, world), settings, encoder)
 
 
 def _require_same_rows(config: Config, sources: Sequence[Source], encoder: Any, world: World) -> None:

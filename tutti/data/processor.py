@@ -60,11 +60,13 @@ class _Layout(NamedTuple):
 @dataclass
 class MediaProcessor:
     """The processor of a model that takes media; picklable. limits: the data.image_*, video_* and audio_* bounds, which
-    media are cut or resized to. cache: of what was decoded."""
+    media are cut or resized to. cache: of what was decoded. decodes_drawn: whether pictures that the model draws are
+    decoded; else they are blank."""
 
     processor: Any
     limits: DataConfig
     cache: MediaCache | None = None
+    decodes_drawn: bool = True
     _replacements: dict[Any, tuple[list[str], int]] = field(default_factory=dict, repr=False)
     _layouts: dict[str, _Layout] = field(default_factory=dict, repr=False)
     _mixed: set[frozenset[str]] = field(default_factory=set, repr=False)
@@ -222,6 +224,8 @@ class MediaProcessor:
         """A decoded medium within its bounds, as a processor takes it."""
         if medium.kind == "audio":
             return self._kept("audio", medium, self._decode_sound)
+        if medium.kind == "drawn" and not self.decodes_drawn:
+            return Image.new("RGB", (1, 1))
         pixels = self._kept(medium.kind, medium, self._decode)
         if medium.kind in ("image", "drawn"):
             return Image.fromarray(pixels)

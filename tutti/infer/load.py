@@ -151,11 +151,11 @@ def _build(
             log.info("computing in float32: products in %s, which the weights are held in, are slower here", dtype)
             dtype = torch.float32
         model = build_model(config, tokenizer=tokenizer, device=device, dtype=dtype)
+        if (folder := ready_folder(config.model)) is not None:
+            let_draw(model, tokenizer, folder, data_of(asked, source))
         lora = plan_adapters(config, model)
         if lora is not None:
             add_adapters(model, lora, model.dtype)
-        elif (folder := ready_folder(config.model)) is not None:
-            let_draw(model, tokenizer, folder, data_of(asked, source))
     if needs_generate(model):
         if is_sparse(model.config):
             raise ValueError(
@@ -233,8 +233,9 @@ def _fill(model: PreTrainedModel, source: Source, world: World) -> str:
         load_parts(model, settings.model_path, world=world, device=world.device, broadcast=False)
         drawn = model.drawing_folder if model.flow is None else model.flow.weights
         beside = [folder for folder in (*model.weights.values(), drawn) if folder]
-        return " ".join([*digests, *map(weights_digest, beside)])
-    load_weights(model, settings.model_path or "", world=world, broadcast=False)
+        digests += map(weights_digest, beside)
+    else:
+        load_weights(model, settings.model_path or "", world=world, broadcast=False)
     if settings.adapter_path is not None:
         world.run_on_all_ranks(lambda: load_adapter(model, Path(settings.adapter_path or "")))
     return " ".join(digests)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tutti.checkpoint.adapter import base_path, is_adapter_folder
+from tutti.checkpoint.adapter import base_path, is_adapter_folder, read_composed
 from tutti.checkpoint.hub import with_local_paths
 from tutti.checkpoint.trained import TrainedModel, find_trained, is_of_run
 from tutti.config import Config, DataConfig, ModelConfig, TrainConfig
@@ -89,7 +89,8 @@ def _adapted(folder: Path, config: Config, tokenizer: str | None) -> Source:
     own = str(folder) if (folder / "tokenizer_config.json").is_file() else None
     if tokenizer == config.model.model_path and "infer.tokenizer_path" not in config.explicit:
         tokenizer = None  # merely the default, and the adapter's own tokenizer knows how its chats are rendered
-    model = ModelConfig(model_path=base, tokenizer_path=tokenizer or own, adapter_path=str(folder))
+    beside = read_composed(folder)
+    model = ModelConfig(model_path=base, tokenizer_path=tokenizer or own, adapter_path=str(folder), **beside)
     return Source(Config(model=model, train=TrainConfig(architecture="lora")))
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tutti.checkpoint.hf_save import gather_full_tensors
 from tutti.checkpoint.hub import with_local_paths
-from tutti.checkpoint.manager import model_reader, read_model
+from tutti.checkpoint.manager import leave_unsaved, model_reader, read_model
 from tutti.checkpoint.trained import find_trained, load_trained
 from tutti.config import Config
 from tutti.core.dist import World, init_world, shutdown_world
@@ -65,6 +65,7 @@ def export(source: str, out: str, *, merge_adapters: bool = False) -> None:
             if merge_adapters or lora.dora:
                 load_trained(trained, model, world)
             else:
+                leave_unsaved(trained.folder, model, world)
                 give_storage(model, world.device, only_trained=True)
                 read_model(trained.folder, model, world)
             if merge_adapters:

@@ -144,4 +144,6 @@ def export_adapters(
 ) -> None:
     path = config.model.model_path or config.model.config_path
     base, revision = (path and name_in_cache(path)) or (path and str(Path(path).absolute()), None)
-    export_adapter(model, folder, tokenizer, world=world, base=base, revision=revision, full_model=full_model)
+    composed = config.model if isinstance(model, OmniModel) else None
+    named: dict[str, Any] = {"base": base, "revision": revision, "composed": composed}
+    export_adapter(model, folder, tokenizer, world=world, full_model=full_model, **named)

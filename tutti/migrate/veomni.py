@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from tutti.config import ARGUMENTS, GROUPS
@@ -178,11 +180,68 @@ def _encoders(value: Any, source: Source) -> Result:
     return Result(MAPPED, {"model.encoders": ours} if ours else {})
 
 
+_OF_DIFFUSION = {
+    "ultra_edit": ("transformer_config", "patch_size1", "patch_size2", "proj_hidden_dim"),
+    "instruct_pix2pix": ("unet_config", "force_zeros_for_empty_prompt", "is_cosxl_edit"),
+}
+"""model_type of decoders by diffusion, and the fields that their configs alone have."""
+
+
+def _diffusion_kind(spec: Mapping[str, Any], source: Source) -> str | None:
+    """The model_type of a decoder by diffusion, by the fields that are set, its folder's config.json or its name; None
+    of a tokenizer of pictures."""
+    path = str(spec.get("config_path") or spec.get("model_path") or "")
+    found = spec.get("model_type")
+    with suppress(OSError, ValueError):  # it may lie on another machine
+        found = found or json.loads((source.folder / path / "config.json").read_text("utf-8")).get("model_type")
+    for kind, fields in _OF_DIFFUSION.items():
+        if found == kind or any(field in spec for field in fields) or kind.replace("_", "") in _letters(path):
+            return kind
+    return None
+
+
+def _letters(text: str) -> str:
+    return "".join(letter for letter in text.lower() if letter.isalnum())
+
+
+def _by_diffusion(kind: str, spec: Mapping[str, Any]) -> Result:
+    """model.decoders, of a language model that leads a diffusion model."""
+    if kind == "instruct_pix2pix":
+        return Result(
+            NONE, note="a UNet is no decoder here: name the pipeline of a diffusion transformer (SD3, Flux ...)"
+        )
+    ours = {key: spec[key] for key in ("model_path", "config_path") if spec.get(key)}
+    left = sorted(set(spec) - {"model_path", "config_path", "output_size"})
+    note = (
+        "give the folder of a pipeline of diffusers with transformer/, vae/ and scheduler/, such as Stable Diffusion "
+        "3's; VeOmni's holds all three in one. Learned queries lead it, not a tower's features"
+    )
+    note += f"; without {', '.join(left)}" if left else ""
+    return Result(CHANGED, {"model.decoders": {"image": ours}}, note)
+
+
+def _leads_diffusion(source: Source) -> bool:
+    parts = dict(source.get("model.decoders", {}))
+    return any(_diffusion_kind(dict(spec or {}), source) for spec in parts.values())
+
+
+def _output_encoder(value: Any, source: Source) -> Result:
+    """model.output_encoder: a diffusion model is led by queries here, whoever embeds pictures."""
+    if value == "encoder" and _leads_diffusion(source):
+        note = "a diffusion model is led by queries, and there is no loss of features beside it"
+        return Result(CHANGED, {"model.output_encoder": "decoder"}, note)
+    return Result(MAPPED, {"model.output_encoder": value})
+
+
 def _decoders(value: Any, source: Source) -> Result:
-    """model.decoders: a tokenizer of pictures stays as it is, and has a head and embeddings of ours."""
+    """model.decoders: a tokenizer of pictures stays as it is, and has a head and embeddings of ours; a diffusion model
+    is trained."""
     parts = {kind: dict(spec or {}) for kind, spec in dict(value or {}).items()}
     if not parts:
         return Result(MAPPED, note="none, and so it is here")
+    kind = next((found for spec in parts.values() if (found := _diffusion_kind(spec, source))), None)
+    if kind is not None:
+        return _by_diffusion(kind, next(iter(parts.values())))
     if not all(spec.get("model_path") for spec in parts.values()):
         return Result(NONE, note="name a trained one by model_path: codes of one that is not trained say nothing")
     ours = {kind: {"model_path": spec["model_path"]} for kind, spec in parts.items()}
@@ -212,6 +271,19 @@ _FREEZES = {
 """Switches, and the parts that ours names."""
 
 
+def _freezes(value: Any, source: Source) -> Result:
+    """Each of the switches that freeze parts of a model."""
+    decoder = {"train.freeze_decoder": ("decoders.image.net.*",)} if _leads_diffusion(source) else {}
+    return frozen({**_FREEZES, **decoder})(value, source)
+
+
+def _freeze_decoder(value: Any, source: Source) -> Result:
+    """train.freeze_decoder: a diffusion transformer may be trained or not, a tokenizer of pictures never is."""
+    if _leads_diffusion(source):
+        return _freezes(value, source)
+    return choice({True: {}}, "what a model draws by stays as it is")(value, source)
+
+
 def _rules() -> dict[str, Rule]:
     contract = [name for name, argument in ARGUMENTS.items() if argument.group in GROUPS and not argument.added]
     rules: dict[str, Rule] = {name: same(name) for name in contract if name != "train.optimizer"}
@@ -233,7 +305,7 @@ def _rules() -> dict[str, Rule]:
         rules[f"{group}.moe_implementation"] = _experts
     for path in ("model_path", "config_path", "tokenizer_path", "condition_model_path"):
         rules[f"model.{path}"] = same(f"model.{path}")
-    return rules | dict.fromkeys(_FREEZES, frozen(_FREEZES)) | _CHANGES
+    return rules | dict.fromkeys(_FREEZES, _freezes) | _CHANGES
 
 
 _CHANGES: dict[str, Rule] = {
@@ -296,8 +368,9 @@ _CHANGES: dict[str, Rule] = {
     "train.training_task": _diffusion_task,
     "model.encoders": _encoders,
     "model.decoders": _decoders,
+    "model.output_encoder": _output_encoder,
     "train.vit_lr": same("train.part_lr", lambda value: {"towers": float(value)}),
-    "train.freeze_decoder": choice({True: {}}, "what a model draws by stays as it is"),
+    "train.freeze_decoder": _freeze_decoder,
     "model.model_config": off("change the model's config.json instead, and name it as model.config_path"),
     "model.foundation": off("change the model's config.json instead, and name it as model.config_path"),
     "model.lora_config": _lora,

@@ -369,8 +369,6 @@ def check_composed(config: Config) -> None:
         _check_drawing(config)
     if not config.data.task.holds_chats or config.data.task.head != "tokens":
         raise ValueError(f"{refuse} with data.data_type {config.data.data_type} (choose conversation or dpo)")
-    if config.train.architecture == "lora":
-        raise ValueError(f"{refuse} by adapters yet; set train.architecture to full, and train.freeze as needed")
 
 
 def _check_drawing(config: Config) -> None:

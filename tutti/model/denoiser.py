@@ -20,7 +20,7 @@ from tutti.config import Config
 from tutti.core.structure import ModelStructure, structure_without_tokens
 from tutti.core.tensors import seed_of
 from tutti.model.diffusion import Family, family_of, require_diffusers
-from tutti.model.structure import FlopCount, basic_modules
+from tutti.model.structure import basic_modules
 
 
 class DenoiserConfig(PreTrainedConfig):
@@ -131,25 +131,18 @@ def random_net(config: DenoiserConfig, seed: int) -> nn.Module:
 def denoiser_structure(model: Denoiser, basic: Iterable[str] = ()) -> ModelStructure:
     """The structure of a diffusion transformer: its repeated blocks, and no head (a layer stands in for it). basic:
     names of the classes of model.basic_modules. ValueError: it has no module of such a class."""
-    names = set(model._no_split_modules or ())
-    lists = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList)]
-    blocks = [
-        (f"{name}.{number}", block)
-        for name, part in lists
-        for number, block in part.named_children()
-        if type(block).__name__ in names
-    ]
+    blocks = [(f"net.{name}", block) for name, block in net_blocks(model.net)]
     units = [module for _, module in basic_modules(model, basic)]
     return structure_without_tokens(model, model.config.net["_class_name"], blocks, units, by_keyword=True)
 
 
-def count_flops(model: Denoiser) -> FlopCount:
-    """The work of a training step for one token, text or latent: the matrix products of the blocks, attention left
-    out."""
-    work = sum(
-        (6.0 if item.requires_grad else 4.0) * item.numel()
-        for _, block in denoiser_structure(model).blocks
-        for item in block.parameters()
-        if item.ndim >= 2
-    )
-    return FlopCount(work, ())
+def net_blocks(net: Any) -> list[tuple[str, nn.Module]]:
+    """The repeated units of a transformer with their names, in the order they run."""
+    kinds = {*(net._repeated_blocks or ()), *(net._no_split_modules or ())}
+    lists = [(name, part) for name, part in net.named_modules() if isinstance(part, nn.ModuleList)]
+    return [
+        (f"{name}.{number}", block)
+        for name, part in lists
+        for number, block in part.named_children()
+        if type(block).__name__ in kinds
+    ]

@@ -93,8 +93,6 @@ def obstacle(config: Config) -> str | None:
     train, task = config.train, config.data.task
     if task.rows != "conversations" or task.head != "tokens":
         return f"data.data_type {config.data.data_type}"
-    if train.architecture == "lora":
-        return "train.architecture lora"
     for name in ("tensor_parallel_size", "pipeline_parallel_size"):
         if (size := getattr(train, name)) > 1:
             return f"train.{name} {size}"

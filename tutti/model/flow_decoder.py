@@ -26,7 +26,7 @@ from tutti.config import ModelConfig
 from tutti.core.batch import Grid
 from tutti.core.pixels import Square
 from tutti.model.conditions import read_grid, text_width
-from tutti.model.denoiser import make_net, parameters_on_meta, read_net
+from tutti.model.denoiser import make_net, net_blocks, parameters_on_meta, read_net
 from tutti.model.diffusion import Family, Text, default_side, family_of, latent_patch, latent_shape
 from tutti.model.extra_tokens import ExtraTokens
 from tutti.model.omni_config import IMAGE_SIZE, decoder_folder, decoder_settings, decoder_size
@@ -40,7 +40,8 @@ class FlowDecoder(ExtraTokens):
     """The part of a model that draws by diffusion.
 
     embed: the queries, of which number 0 is the token `first`. project, pool: from their hidden states to a
-    transformer's text, and of all together to its pooled text. net: the transformer.
+    transformer's text, and of all together to its pooled text, as large as text encoders' states are: from smaller ones
+    a transformer hardly learns to be led. net: the transformer.
     """
 
     def __init__(self, config: dict[str, Any], first: int, number: int, hidden_size: int) -> None:
@@ -48,10 +49,16 @@ class FlowDecoder(ExtraTokens):
         self.family = family_of(config["_class_name"], ARGUMENT)
         width = text_width(config)
         assert width is not None, "no text"
-        self.project = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, width))
-        self.pool = nn.Linear(width, config["pooled_projection_dim"]) if self.family.pooled else None
+        layers = nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, width), nn.LayerNorm(width)
+        self.project = nn.Sequential(*layers)
+        pooled: Any = config.get("pooled_projection_dim")
+        self.pool = nn.Sequential(nn.Linear(width, pooled), nn.LayerNorm(pooled)) if self.family.pooled else None
         with torch.device("cpu"), parameters_on_meta():  # buffers, which the classes compute, are there at once
             self.net = make_net(config)
+
+    def blocks(self) -> list[nn.Module]:
+        """The transformer's repeated units."""
+        return [block for _, block in net_blocks(self.net)]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits [..., Q] of the queries as tokens: none is learned, since which one follows is known."""

@@ -44,6 +44,7 @@ from tutti.core.collectives import RankGroup
 from tutti.core.compat import tree_leaves
 from tutti.core.structure import ModelStructure
 from tutti.model.encoder_parallel import encode_apart, encoders
+from tutti.model.flow_decoder import FlowDecoder
 from tutti.model.patches import multiply_patches
 from tutti.parallel.pipeline.stage import Passed, Stage
 from tutti.parallel.tensor import local_parameters
@@ -104,9 +105,11 @@ class MultimodalForward:
 
     def __init__(self, structure: ModelStructure, tensor: RankGroup | None) -> None:
         self._decoder, self._tensor = structure.decoder, tensor
-        # Towers, and what has parameters of its own around them and the language model.
-        language = set(structure.text_model.modules())
-        self._beside = [part for part in structure.decoder.modules() if part not in language]
+        # Towers, and what has its own parameters around them and the language model. A diffusion decoder runs anyway.
+        running = {*structure.text_model.modules()}
+        for part in structure.decoder.modules():
+            running.update(part.modules() if isinstance(part, FlowDecoder) else ())
+        self._beside = [part for part in structure.decoder.modules() if part not in running]
         self._name = structure.name
         self._taken = set(inspect.signature(structure.decoder.forward).parameters)
         self._batch: Batch | None = None

@@ -330,6 +330,9 @@ class OmniModel(PreTrainedModel, GenerationMixin):
             nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=getattr(self.config.text_config, "initializer_range", 0.02))
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
 
     @property
     def code_decoder(self) -> Any:

@@ -56,7 +56,7 @@ def read_structure(model: PreTrainedModel, basic: Iterable[str] = ()) -> ModelSt
         decoder=decoder(model),
         text_model=text_model(model),
         blocks=tuple(blocks(model)),
-        basic=tuple(module for _, module in basic_modules(model, basic)),
+        basic=(*_led_blocks(model), *(module for _, module in basic_modules(model, basic))),
         head=head(model),
         classifies=is_classifier(model),
         transform=logit_transform(model),
@@ -89,8 +89,19 @@ def blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 
 
 def tower_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The repeated units of what encodes images, video and audio: the longest ModuleList of each tower."""
-    return [block for tower in towers(model) for _, block in _longest_list(tower)]
+    """The repeated units of what encodes images, video and audio, the longest ModuleList of each tower, and of a
+    diffusion decoder."""
+    led = getattr(model, "flow_decoder", None)
+    return [
+        *_led_blocks(model),
+        *(block for tower in towers(model) if tower is not led for _, block in _longest_list(tower)),
+    ]
+
+
+def _led_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The repeated units of a diffusion decoder, which runs in every step, on every rank."""
+    led = getattr(model, "flow_decoder", None)
+    return [] if led is None else led.blocks()
 
 
 def _longest_list(root: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -183,6 +194,24 @@ def drawing_parts(model: PreTrainedModel) -> list[nn.Module]:
     used = set(codes.modules()) if (codes := getattr(model, "code_decoder", None)) is not None else set()
     found = [part for name, part in decoder(model).named_children() if _DRAWS.match(name)]
     return [part for part in found if used.isdisjoint(part.modules())]
+
+
+def new_parts(model: Any) -> tuple[str, ...]:
+    """The names of modules that low-rank adapters leave to be trained whole, where they are trained at all: of a
+    composed model what joins its parts and what it draws by, and towers without weights; of a ready-made one what it
+    draws by beside its vocabulary (Janus)."""
+    if getattr(model, "foundation", None) is not None:
+        names = [
+            f"encoders.{kind}" if model.weights[kind] is None else f"encoders.{kind}.projector"
+            for kind in model.encoders
+        ]
+        names += [f"decoders.{name}" for name in model.decoders]
+    else:
+        codes = getattr(model, "code_decoder", None)
+        used = set() if codes is None else set(codes.modules())
+        found = [name for name, part in decoder(model).named_children() if not used.isdisjoint(part.modules())]
+        names = [f"{model.base_model_prefix}.{name}" for name in found if _DRAWS.match(name)]
+    return tuple(name for name in names if any(item.requires_grad for item in model.get_submodule(name).parameters()))
 
 
 def freeze_parts(model: PreTrainedModel, parts: Iterable[str]) -> None:
@@ -476,7 +505,7 @@ def count_flops(model: PreTrainedModel) -> FlopCount:
             runs[id(parameter)] += times
     work = {key: flops * runs.get(key, 1.0) for key, flops in work.items()}
     beside = {id(p): p for tower in towers(model) for p in tower.parameters()}
-    # A diffusion decoder sees latents, which are neither tokens nor values of images: its work is not counted.
+    # A diffusion decoder sees latents, which are neither tokens nor values of images: its task counts its work.
     led = getattr(model, "flow_decoder", None) or nn.Module()
     lookups |= {id(p) for p in led.parameters()}
     per_token = sum(flops for key, flops in work.items() if key not in lookups and key not in beside)

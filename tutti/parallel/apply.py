@@ -50,7 +50,7 @@ def parallelize(
     """Prepare `root`, which holds a model of this structure, for training, in place.
 
     plan: what is split over the tensor axis; None if nothing is. Towers, which not every batch has inputs for, are
-    checkpointed, and else belong to the root.
+    checkpointed, and else belong to the root; a diffusion decoder's blocks, which every batch runs, are units as well.
     """
     blocks, basic, towers = [block for _, block in structure.blocks], structure.basic, structure.tower_blocks
     divide_experts(structure.experts, mesh, isolated=train.enable_batch_invariant_mode)
@@ -70,7 +70,7 @@ def parallelize(
     if plan is not None or casts:
         divided = divided_experts(root)
         use_local(
-            (*undivided_parts(divided), *basic, *towers, *blocks, root),
+            tuple(dict.fromkeys((*undivided_parts(divided), *basic, *towers, *blocks, root))),
             skip=divided,
             dtype=compute_dtype(train) if casts else None,
         )

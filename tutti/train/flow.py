@@ -5,6 +5,9 @@ latents that the frozen autoencoder makes of it, noise, a time, and a weight. Al
 seed, the step, the sample and the picture's place in it. Latents are made of each batch's pictures, or with
 model.encode_target once, into files below `output_dir/cache`; the numbers are the same.
 
+Each micro batch has at least as many rows as ranks that share it, with pictures of weight 0 if need be: every rank runs
+the transformer once a micro batch, so that its parameters can be gathered as it runs, and always have gradients.
+
 Shapes: P pictures of a micro batch, Q queries of each, R rows of latents: one for a picture that is trained on, several
 (`EVAL_TIMES`) for one that is evaluated.
 """
@@ -46,12 +49,13 @@ def to_bytes(pixels: Tensor) -> Tensor:
 class PictureTargets:
     """Makes the payload of micro batches. placeholder: of queries in their tokens. spec: how pictures are drawn. times:
     draws them. latents: of a sample's pictures [p, C, H, W], by split and name, and of their pixels where these are
-    needed."""
+    needed. least: rows that a micro batch has at least."""
 
     placeholder: int
     spec: FlowSpec
     times: Denoising
     latents: Callable[[Split, Any, Tensor], Tensor]
+    least: int = 1
 
     def payload(self, micro: Batch, names: Sequence[Any], step: int, split: Split) -> dict[str, Tensor]:
         """The payload of a micro batch whose pictures are placeholders yet."""
@@ -73,12 +77,15 @@ class PictureTargets:
                     noise = torch.randn(shape, generator=generator(self.times.seed, *key, "noise"))
                     rows.append((len(places), latents[number], noise, time, weight, source))
                 places.append(where)
-        blank = torch.zeros(0, *shape)
+        if len(rows) < self.least:
+            blank = torch.zeros(shape)
+            places = places or [torch.zeros(queries, dtype=torch.int64)]
+            rows += [(0, blank, blank, 0.5, 0.0, 0)] * (self.least - len(rows))
         found = {
-            PLACES: torch.stack(places) if places else torch.zeros(0, queries, dtype=torch.int64),
+            PLACES: torch.stack(places),
             PICTURE: torch.tensor([row[0] for row in rows], dtype=torch.int64),
-            LATENTS: torch.stack([row[1] for row in rows]) if rows else blank,
-            NOISE: torch.stack([row[2] for row in rows]) if rows else blank,
+            LATENTS: torch.stack([row[1] for row in rows]),
+            NOISE: torch.stack([row[2] for row in rows]),
             TIMES: torch.tensor([row[3] for row in rows], dtype=torch.float32),
             WEIGHTS: torch.tensor([row[4] for row in rows], dtype=torch.float32),
             SOURCES: torch.tensor([row[5] for row in rows], dtype=torch.int64),
@@ -99,6 +106,7 @@ class PictureTargets:
 def make_targets(run: Run, spec: FlowSpec, times: Denoising) -> PictureTargets:
     """The maker of the payload of the micro batches of `run`. A collective call."""
     config, (placeholder,) = run.config, run.inputs.processor.drawn_token_ids
+    least = run.mesh.grid.size() // run.mesh.dp_size
     dtype = compute_dtype(config.train)
     conditions = Conditions(spec.folder, run.world.device, dtype, max_length=0, seed=config.train.seed)
 
@@ -107,7 +115,7 @@ def make_targets(run: Run, spec: FlowSpec, times: Denoising) -> PictureTargets:
         return torch.stack([conditions.encode_pixels(to_bytes(one)).to(dtype).float() for one in pixels])
 
     if not config.model.encode_target:
-        return PictureTargets(placeholder, spec, times, lambda split, name, pixels: encode(pixels))
+        return PictureTargets(placeholder, spec, times, lambda split, name, pixels: encode(pixels), least)
     place = Path(config.train.output_dir or "") / CACHE / _key(run, spec)
     if not is_written(place, run.world):
         _build(run, spec, placeholder, lambda pixels: encode(pixels).to(dtype), place)
@@ -120,7 +128,9 @@ def make_targets(run: Run, spec: FlowSpec, times: Denoising) -> PictureTargets:
             raise ValueError(f"model.encode_target: the pictures of sample {name} are not in {place}; delete it")
         return found
 
-    return PictureTargets(placeholder, spec, times, latents)
+    if not config.data.silent_exception:  # else what cannot be decoded has to be found out
+        run.data.leave_out_drawn()
+    return PictureTargets(placeholder, spec, times, latents, least)
 
 
 def _build(run: Run, spec: FlowSpec, placeholder: int, encode: Callable[[Tensor], Tensor], place: Path) -> None:

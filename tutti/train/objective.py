@@ -24,7 +24,7 @@ from tutti.core.batch import Batch
 from tutti.core.collectives import RankGroup, gather_tensor
 from tutti.core.structure import ModelStructure
 from tutti.model.multimodal import MultimodalForward
-from tutti.model.structure import causal_lm, count_flops, read_structure
+from tutti.model.structure import causal_lm, read_structure
 from tutti.parallel.pipeline.stage import Passed, Stage, by_layer, hand_on
 from tutti.parallel.sequence import gather_tokens
 from tutti.train.head import Head
@@ -38,8 +38,8 @@ from the model and the batch."""
 
 
 class Objective(nn.Module):
-    """The model with its task. sizes: how many values each of its sums has, by name. flops: of training the whole
-    model, also where a rank has a part of its depth."""
+    """The model with its task. sizes: how many values each of its sums has, by name. work: counts the operations of
+    training the whole model on a micro batch, also where a rank has a part of its depth."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Objective(nn.Module):
         self.task = task or LanguageModelling()
         self.structure = structure or read_structure(model)
         whole = self.task if isinstance(self.task, WholeModelTask) else None
-        self.flops = count_flops(model) if whole is None else whole.count_flops(model)
+        self.work = self.task.work_of(model)
         self._by_sample = by_sample
         self._tensor = tensor
         self._shard: VocabularyShard | None = None

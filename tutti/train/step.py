@@ -52,7 +52,7 @@ class TrainStep:
         self._max_grad_norm = max_grad_norm
         self._guard = guard
         self._inspect_gradients = inspect_gradients
-        self._flops = objective.flops
+        self._work = objective.work
         self._parameters: list[nn.Parameter] = list(objective.parameters())
 
     def step(self, batch: GlobalBatch, totals: Totals) -> None:
@@ -65,8 +65,7 @@ class TrainStep:
 
         before = totals.sums["loss"].clone()
         self._executor.train(batch.micro_batches, loss_of)
-        flops = sum(self._flops.batch(micro.lengths(), micro.num_values()) for micro in batch.micro_batches)
-        totals.flops += flops / self._num_sharing
+        totals.flops += sum(map(self._work, batch.micro_batches)) / self._num_sharing
         if self._inspect_gradients is not None:
             self._inspect_gradients()
             self._inspect_gradients = None

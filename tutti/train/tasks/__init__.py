@@ -21,7 +21,7 @@ from tutti.config import Config
 from tutti.core.batch import Batch, GlobalBatch
 from tutti.core.dist import World
 from tutti.data.loader import Data
-from tutti.model.structure import FlopCount
+from tutti.model.structure import count_flops
 from tutti.train.head import Head
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ Split = Literal["train", "eval"]
 
 Prepare = Callable[[Iterable[GlobalBatch], Split], Iterator[GlobalBatch]]
 """Gives global batches what the task's loss needs beside the tokens."""
+
+
+Work = Callable[[Batch], float]
+"""Counts floating-point operations of training on a micro batch, forward and backward, recomputation not counted."""
 
 
 class Shows(Protocol):
@@ -70,6 +74,11 @@ class Task(ABC):
     def metrics(self, sums: Mapping[str, Any], num_targets: int) -> dict[str, float]:
         """Further figures of a line of metrics, from sums over all ranks (numbers, or lists of them)."""
         return {}
+
+    def work_of(self, model: Any) -> Work:
+        """A function that counts the operations of training `model` on a micro batch, which `prepare` has completed."""
+        flops = count_flops(model)
+        return lambda micro: flops.batch(micro.lengths(), micro.num_values())
 
     def check(self, config: Config, data: Data) -> None:
         """ValueError for data that this task cannot be trained on as it is configured."""
@@ -111,8 +120,7 @@ class WholeModelTask(Task):
         """The sums of a micro batch."""
 
     @abstractmethod
-    def count_flops(self, model: Any) -> FlopCount:
-        """The work of a training step."""
+    def work_of(self, model: Any) -> Work: ...
 
     def loss(self, hidden: Tensor, head: Head) -> Sums:
         raise AssertionError("a model without a head has no hidden states")

@@ -25,11 +25,11 @@ from tutti.config import Config
 from tutti.core.batch import Batch
 from tutti.core.compute_dtype import compute_dtype
 from tutti.core.draws import generator
-from tutti.model.denoiser import Denoiser, count_flops
+from tutti.model.denoiser import Denoiser
+from tutti.model.denoiser_work import DenoiserWork
 from tutti.model.diffusion import Text, add_noise, flow_time, predict, squared_errors
 from tutti.model.pipeline_folder import PipelineFolder, open_folder, read_scheduler
-from tutti.model.structure import FlopCount
-from tutti.train.tasks import Prepare, Shows, Sums, WholeModelTask
+from tutti.train.tasks import Prepare, Shows, Sums, WholeModelTask, Work
 
 if TYPE_CHECKING:
     from tutti.parallel.pipeline.executor import Executor
@@ -85,8 +85,16 @@ class Denoising(WholeModelTask):
         loss = own - own.detach() * (1 - 1 / self.ranks)
         return {"loss": loss, **self.by_source(losses.detach() / self.ranks, given[SOURCES])}
 
-    def count_flops(self, model: Denoiser) -> FlopCount:
-        return count_flops(model)
+    def work_of(self, model: Denoiser) -> Work:
+        count = DenoiserWork(model.config.net, model.net.parameters())
+
+        def work(micro: Batch) -> float:
+            text = text_of(micro.payload)
+            pooled = None if text.pooled is None else text.pooled.shape[-1]
+            length, width = text.embeds.shape[1:]
+            return count(micro.payload[LATENTS].shape, length, width, pooled)
+
+        return work
 
     def prepare(self, run: Run, executor: Executor) -> Prepare:
         from tutti.train.latents import make_latents  # which looks at runs, and so imports the tasks

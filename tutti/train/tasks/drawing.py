@@ -63,6 +63,8 @@ class Drawing(LossOfKinds):
         model: Any = run.placed.model
         codes_of, coder = model.code_decoder, _coder(run, model)
         known = _codes_of_all(run, coder) if coder is not None and run.config.model.encode_target else None
+        if known is not None and not run.config.data.silent_exception:  # else what is broken has to be found out
+            run.data.leave_out_drawn()
         sharing = run.mesh.grid.size() // run.mesh.dp_size
         hidden = hiding(run.inputs.tokenizer, model)
 

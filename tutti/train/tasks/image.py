@@ -35,8 +35,7 @@ from tutti.data.augment import Augment, warp
 from tutti.data.images import PIXELS
 from tutti.model.autoencoder import Autoencoder, AutoencoderConfig, flops_per_value, load_autoencoder_config
 from tutti.model.initial import own_part
-from tutti.model.structure import FlopCount
-from tutti.train.tasks import Prepare, Shows, Split, Sums, WholeModelTask
+from tutti.train.tasks import Prepare, Shows, Split, Sums, WholeModelTask, Work
 
 if TYPE_CHECKING:
     from tutti.parallel.pipeline.executor import Executor
@@ -71,8 +70,9 @@ class Reconstructing(WholeModelTask):
         usage = {"usage": self.codes} if self.codes else {}
         return {**super().sizes(), **dict.fromkeys(self.kinds, 1), **usage}
 
-    def count_flops(self, model: Autoencoder) -> FlopCount:
-        return FlopCount(0.0, (), flops_per_value(model))
+    def work_of(self, model: Autoencoder) -> Work:
+        each = flops_per_value(model)
+        return lambda micro: each * micro.num_values()
 
     def run(self, model: Autoencoder, batch: Batch) -> Sums:
         pixels, share = _pixels(model, batch)

@@ -28,13 +28,14 @@ from torch import Tensor
 from tutti.config import Config
 from tutti.core.batch import DRAWN_PIXELS, Batch, GlobalBatch
 from tutti.infer.drawing import hiding
+from tutti.model.denoiser_work import DenoiserWork
 from tutti.model.diffusion import Text, add_noise, predict, squared_errors
 from tutti.model.encoder_parallel import encoders
 from tutti.model.flow_decoder import FlowSpec, read_flow
 from tutti.model.omni_config import regresses
 from tutti.parallel.sequence import gather_tokens
 from tutti.train.head import Head
-from tutti.train.tasks import Prepare, Split, Sums
+from tutti.train.tasks import Prepare, Split, Sums, Work
 from tutti.train.tasks.diffusion import LATENTS, NOISE, SOURCES, TIMES, WEIGHTS, Denoising
 from tutti.train.tasks.drawing import count_labels, hide_prompts
 from tutti.train.tasks.kinds import LossOfKinds
@@ -97,14 +98,19 @@ class Picturing(LossOfKinds):
         latents, noise, times, weights, sources, picture = (
             given[name][own] for name in (LATENTS, NOISE, TIMES, WEIGHTS, SOURCES, PICTURE)
         )
-        if not len(given[PLACES]):
-            return head.states.new_zeros(0, dtype=torch.float32), weights, sources
         text = head.flow.text(gather_tokens(head.states, batch.sequence)[given[PLACES]])
-        if not len(picture):  # other ranks wait for the gradient of what they gave
-            return text.embeds.flatten()[:1].float() * 0, weights, sources[:0].new_zeros(1)
         led = text.map(lambda part: part[picture])
         losses = flow_losses(head.flow, self.times.scheduler, latents, noise, times, led)
         return losses * weights, weights, sources
+
+    def work_of(self, model: Any) -> Work:
+        text, spec = super().work_of(model), self.spec
+        if spec is None:
+            return text
+        decoder: Any = model.flow_decoder
+        count = DenoiserWork(spec.net, decoder.net.parameters())
+        width, pooled = decoder.project[-2].out_features, decoder.pool and decoder.pool[0].out_features
+        return lambda micro: text(micro) + count(micro.payload[LATENTS].shape, spec.tokens, width, pooled)
 
     def prepare(self, run: Run, executor: Executor) -> Prepare:
         from tutti.train.flow import make_targets  # which looks at runs, and so imports the tasks

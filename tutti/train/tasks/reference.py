@@ -30,7 +30,7 @@ from tutti.core.batch import Batch, GlobalBatch
 from tutti.core.dist import World
 from tutti.core.files import make_once
 from tutti.kinds import kind_of
-from tutti.model.lora import adapters_off
+from tutti.model.lora import adapters_off, modules_to_save
 from tutti.model.structure import read_structure
 from tutti.parallel.fsdp import fsdp_modules
 from tutti.parallel.pipeline.executor import Executor
@@ -104,7 +104,7 @@ def _with_reference(batch: GlobalBatch, known: list[Tensor]) -> GlobalBatch:
 def _on_the_fly(run: Run, executor: Executor) -> Scorer:
     """A scorer by the model itself without its adapters, if that is what it began as, else by a second model."""
     train, placed, world = run.config.train, run.placed, run.world
-    if train.architecture == "lora" and run.config.model.adapter_path is None and not train.lora_full_modules:
+    if train.architecture == "lora" and run.config.model.adapter_path is None and not modules_to_save(placed.model):
         return Scorer(placed.objective, executor, lambda: adapters_off(placed.model))
     low = train.enable_mixed_precision and train.compute_dtype == "float32"
     train = replace(train, enable_mixed_precision=low, enable_gradient_checkpointing=False)
