@@ -40,7 +40,7 @@ from tutti.attention.spec import AttentionSpec
 from tutti.attention.ulysses import heads_to_tokens, own_heads, tokens_to_heads
 from tutti.attention.varlen import PACKAGES, fits, fits_package, load_package, package_attention, varlen_attention
 from tutti.core.batch import Batch, GlobalSequence
-from tutti.core.compat import AttentionMaskInterface, sdpa_mask
+from tutti.core.compat import AttentionMaskInterface, presume_packed, sdpa_mask
 from tutti.core.modules import extras
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ def resolve_attention(requested: str, device: torch.device) -> str:
 
     Registers it. Logs one line where something else than the request runs.
     """
+    presume_packed()
     _register(PACKED, packed_forward)
     if requested == "eager":
         return "eager"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -44,6 +45,8 @@ _PLACES = {
     "stage_backward_input": "torch.distributed.pipelining._backward:stage_backward_input",
     "stage_backward_weight": "torch.distributed.pipelining._backward:stage_backward_weight",
     "graph_is_kept": "torch:_C._autograd._get_current_graph_task_keep_graph",
+    # torch: devices that have fused kernels of optimizers
+    "fused_devices": "torch.utils._foreach_utils:_get_fused_kernels_supported_devices",
     # torch: functions that make tensors on a device
     "device_constructors": "torch.utils._device:_device_constructors",
     # torch: sharded tensors, process groups, checkpoints
@@ -113,6 +116,24 @@ def model_mapping(factory: Any) -> Any:
     except AttributeError as error:
         shown = f"{factory.__name__}._model_mapping in transformers {version('transformers')}"
         raise ImportError(f"there is no {shown}; {_advice('transformers')}") from error
+
+
+@cache
+def presume_packed() -> None:
+    """Have transformers' masks take a batch on an accelerator for one of several samples: to find out by its positions
+    whether it is one, the host would wait for the device in each forward pass."""
+    import torch
+
+    masks = import_module("transformers.masking_utils")
+    inner = masks.find_packed_sequence_indices
+
+    def find(position_ids: torch.Tensor) -> torch.Tensor | None:
+        if position_ids.device.type == "cpu":
+            return inner(position_ids)  # type: ignore[no-any-return]
+        steps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1)
+        return (steps != 1).cumsum(-1)
+
+    masks.find_packed_sequence_indices = find
 
 
 @contextmanager

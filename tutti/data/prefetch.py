@@ -220,7 +220,7 @@ def loader_options(config: Config, num_workers: int) -> dict[str, Any]:
 
 def pins_memory(config: Config) -> bool:
     """True if batches go to page-locked memory: only an accelerator has any use for that."""
-    return config.data.pin_memory and torch.cuda.is_available()
+    return config.data.pin_memory and torch.accelerator.is_available()
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -80,12 +80,9 @@ def rebuild_buffers(model: PreTrainedModel, there: Set[str] = frozenset()) -> No
 
 
 def _with_storage(tensor: Tensor, device: torch.device) -> Tensor:
-    local = torch.empty_like(local_part(tensor), device=device)
-    if isinstance(tensor, DTensor):
-        local = DTensor.from_local(
-            local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-        )
-    return nn.Parameter(local, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else local
+    # of a DTensor too, whose `from_local` would move its part to the device of the mesh
+    filled = torch.empty_like(tensor, device=device)
+    return nn.Parameter(filled, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else filled
 
 
 def own_block(target: Tensor) -> tuple[slice, ...] | None:

@@ -125,14 +125,14 @@ def block_of(parameter: Tensor) -> int:
 def _zero_scales(parameter: Tensor, block: int) -> Tensor:
     """fp32 zeros [.., columns / block], split among ranks as `parameter` is."""
     part = local_part(parameter)
-    local = torch.zeros(*part.shape[:-1], part.shape[-1] // block, device=part.device)
-    if not isinstance(parameter, DTensor):
-        return local
-    shape = torch.Size([*parameter.shape[:-1], parameter.shape[-1] // block])
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        local, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
-    )
+    shapes: Tensor = torch.empty(*part.shape[:-1], part.shape[-1] // block, device="meta")
+    if isinstance(parameter, DTensor):
+        shape = torch.Size([*parameter.shape[:-1], parameter.shape[-1] // block])
+        stride = torch.empty(shape, device="meta").stride()
+        shapes = DTensor.from_local(
+            shapes, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
+        )
+    return torch.zeros_like(shapes, device=part.device)
 
 
 def _keep_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:

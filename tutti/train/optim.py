@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from tutti.config import Config, TrainConfig
+from tutti.core.compat import fused_devices
 from tutti.core.compute_dtype import compute_dtype
 from tutti.model.structure import part_parameters
 from tutti.train.adamw import AnyPrecisionAdamW
@@ -40,7 +41,8 @@ def build_optimizer(model: nn.Module, config: Config, *, is_complete: bool = Tru
     if train.optimizer == "muon":
         adam = {"lr": train.lr, "betas": betas, "eps": train.adam_eps}
         return Muon(groups, momentum=train.muon_momentum, dtype=compute_dtype(train), **adam)
-    fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    fused = devices <= set(fused_devices())
     kernel: dict[str, Any] = {"fused": True} if fused else {"foreach": True}
     return torch.optim.AdamW(groups, lr=train.lr, betas=betas, eps=train.adam_eps, **kernel)
 
