@@ -21,3 +21,9 @@ def package_logger() -> Iterator[None]:
     yield
     logger.handlers[:], logger.propagate = handlers, True
     logger.setLevel(level)
+
+
+if os.environ.get("PRETEND_ACCELERATOR"):
+    from tests.accelerator import pretend_accelerator
+
+    pretend_accelerator()

@@ -120,6 +120,10 @@ def _rank(sender: Any, rank: int, world: int, folder: str, function: Callable[..
 
     torch.set_num_threads(1)
     try:
+        if os.environ.get("PRETEND_ACCELERATOR"):
+            from tests.accelerator import pretend_accelerator
+
+            pretend_accelerator()
         _join()
         result = function(*args)
         gc.collect()
@@ -141,4 +145,5 @@ def _join() -> None:
 
     place = f"file://{os.environ['STORE']}/{next(_generation)}"
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=world)
+    backend = os.environ.get("TEST_BACKEND", "gloo")
+    dist.init_process_group(backend, init_method=place, rank=rank, world_size=world)

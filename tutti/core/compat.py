@@ -124,12 +124,12 @@ def presume_packed() -> None:
     whether it is one, the host would wait for the device in each forward pass."""
     import torch
 
-    masks = import_module("transformers.masking_utils")
+    masks: Any = import_module("transformers.masking_utils")
     inner = masks.find_packed_sequence_indices
 
     def find(position_ids: torch.Tensor) -> torch.Tensor | None:
         if position_ids.device.type == "cpu":
-            return inner(position_ids)  # type: ignore[no-any-return]
+            return inner(position_ids)
         steps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1)
         return (steps != 1).cumsum(-1)
 
