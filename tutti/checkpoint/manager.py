@@ -22,8 +22,10 @@ are as many ranks as then; otherwise they are seeded from the checkpoint and the
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -248,7 +250,7 @@ class Checkpointer:
             if world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, (OSError, ValueError)):
-                raise ValueError(f"could not save {final}: {files.describe_error(error)}") from error
+                raise ValueError(f"could not save {final}: {_advised(files.describe_error(error))}") from error
             raise
         log.info("saved %s", final)
 
@@ -437,6 +439,12 @@ class _Background:
 
 def _rng_file(rank: int) -> str:
     return f"rng_{rank}.json"
+
+
+def _advised(reason: str) -> str:
+    """`reason`, why a file could not be written on some rank, with what to do about it if there was no room."""
+    full = any(os.strerror(number) in reason for number in (errno.ENOSPC, errno.EDQUOT))
+    return f"{reason}; make room, or keep fewer checkpoints (train.max_checkpoints)" if full else reason
 
 
 def _require_shared(folder: Path) -> None:

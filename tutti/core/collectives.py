@@ -51,11 +51,16 @@ def process_group(name: str) -> dist.ProcessGroup:
     return resolve_process_group(GroupName(name))
 
 
+# torch 2.14 has new names for these, and warns of the old ones.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
 @torch.library.custom_op("tutti::gather_rows", mutates_args=())
 def gather_rows(part: Tensor, group: str, size: int) -> Tensor:
     """[n, ...] of each rank -> [G * n, ...] of all, in rank order. The gradient is `scatter_rows`."""
     whole = part.new_empty(part.shape[0] * size, *part.shape[1:])
-    dist.all_gather_into_tensor(whole, part.contiguous(), group=process_group(group))
+    _all_gather(whole, part.contiguous(), group=process_group(group))
     return whole
 
 
@@ -63,7 +68,7 @@ def gather_rows(part: Tensor, group: str, size: int) -> Tensor:
 def scatter_rows(whole: Tensor, group: str, size: int) -> Tensor:
     """[G * n, ...] of each rank -> [n, ...], this rank's rows summed over the ranks. The gradient is `gather_rows`."""
     part = whole.new_empty(whole.shape[0] // size, *whole.shape[1:])
-    dist.reduce_scatter_tensor(part, whole.contiguous(), group=process_group(group))
+    _reduce_scatter(part, whole.contiguous(), group=process_group(group))
     return part
 
 

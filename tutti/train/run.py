@@ -108,7 +108,7 @@ def _run(config: Config, world: World, *, asked: Config) -> None:
     if state:
         require_base(state.get("base"), base)
         planned = state.get("total_steps", data.total_steps)
-        if planned != data.total_steps:
+        if planned != data.total_steps and world.is_main:
             log.warning(
                 "the run has %d steps now, and had %d when the checkpoint was made: from step %d the learning rate "
                 "follows the schedule of %d",
