@@ -1,10 +1,13 @@
 """One prepared run on a machine with a GPU: is everything right there, and how fast is it? `make gpu`.
 
-First the tests that need an accelerator: each path of training against the same run on the CPU. Then figures, each in a
-process of its own: a dense Qwen3 of 1.7B parameters on packed rows of up to 8,192 tokens, with transformers' Trainer
-beside it on the same samples in turns; the same with LoRA; a mixture of 64 experts; native sparse attention at 16,384
-tokens against full attention; seconds to the first step. Prints Markdown, and writes it with all figures as JSON to
-`--out`.
+First the tests that need an accelerator: each path of training against the same run on the CPU. Then figures: a dense
+Qwen3 of 1.7B parameters on packed rows of up to 8,192 tokens, with transformers' Trainer beside it on the same samples;
+a mixture of 64 experts; native sparse attention at 16,384 tokens against full attention; LoRA; compiled blocks; seconds
+to the first step.
+
+Each part is a process of its own with a limit to its time, and all have eight minutes together: one that fails or hangs
+takes nothing from the others. Markdown and JSON are written to `--out` after each part, with what was printed by it, so
+that the first results are there whatever comes of the rest.
 
 On a machine without network: `python -m bench.gpu --requirements` lists what has to be installed there besides torch.
 `--tiny` runs the same on a small model, on whatever device there is, to see that the script itself is sound.
@@ -14,7 +17,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,8 +27,9 @@ import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,10 +39,11 @@ from bench.workload import run_python
 ROOT = Path(__file__).parents[1]
 TESTS = (
     "tests/train/test_gpu.py",
-    "tests/attention/test_varlen.py",
+    "tests/attention/test_varlen.py::test_flash_kernel_equals_tiles_on_a_gpu",
     "tests/parallel/test_activation_offload.py::test_device_memory_is_given_back_and_copies_are_right",
 )
 WARMUP_STEPS, STEPS = 4, 6
+GROUPED, PADDED = "Trainer, length-grouped", "Trainer, padded"
 
 
 @dataclass(frozen=True)
@@ -96,29 +103,44 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the results (runs/gpu)")
     parser.add_argument("--only", choices=("tests", "figures"), help="one half of the run")
+    parser.add_argument("--part", choices=PARTS, help="one figure alone, in this process: a line of JSON")
+    parser.add_argument("--seconds", type=float, default=480.0, help="for everything together (480)")
     parser.add_argument("--tiny", action="store_true", help="small models, on any device")
     parser.add_argument("--requirements", action="store_true", help="list the packages that are needed, and end")
     options = parser.parse_args()
     if options.requirements:
         print("\n".join(requirements()))
-        return
-    if not (torch.accelerator.is_available() or options.tiny):
+    elif options.part:
+        print(json.dumps(PARTS[options.part].measure(TINY if options.tiny else FULL)))
+    elif not (torch.accelerator.is_available() or options.tiny):
         sys.exit("bench.gpu: there is no GPU here; --tiny runs the same small on a CPU")
+    else:
+        results = run_all(options)
+        print(table(results))
+        if results.get("tests", {}).get("status"):
+            sys.exit(1)
+
+
+def run_all(options: argparse.Namespace) -> dict[str, Any]:
+    """Run the tests and each part within `options.seconds`; write what is known to `options.out` after each."""
     options.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"device": _device(), "torch": torch.__version__}
-    try:
-        if options.only != "figures":
-            results["tests"] = run_tests(options.out)
-        if options.only != "tests":
-            for name, measure in FIGURES.items():
-                results[name] = _guarded(measure, TINY if options.tiny else FULL)
-                print(f"{name}: {results[name]}", file=sys.stderr, flush=True)
-    finally:
-        (options.out / "results.json").write_text(json.dumps(results, indent=1))
-        (options.out / "results.md").write_text(table(results))
-    print(table(results))
-    if results.get("tests", {}).get("status"):
-        sys.exit(1)
+    end = time.monotonic() + options.seconds
+    if options.only != "figures":
+        results["tests"] = run_tests(options.out / "tests.txt", min(TEST_SECONDS, options.seconds))
+        _write(options.out, results)
+    for name, part in PARTS.items() if options.only != "tests" else ():
+        command = [sys.executable, "-m", "bench.gpu", "--part", name, *(["--tiny"] if options.tiny else [])]
+        limit = min(part.seconds, end - time.monotonic())
+        results[name] = run_part(command, options.out / f"{name}.txt", limit)
+        print(f"{name}: {results[name]}", file=sys.stderr, flush=True)
+        _write(options.out, results)
+    return results
+
+
+def _write(out: Path, results: dict[str, Any]) -> None:
+    (out / "results.json").write_text(json.dumps(results, indent=1))
+    (out / "results.md").write_text(table(results))
 
 
 def requirements() -> list[str]:
@@ -128,37 +150,62 @@ def requirements() -> list[str]:
     return [line for line in lines if not line.startswith(("torch>", "torch="))]
 
 
-def run_tests(out: Path) -> dict[str, Any]:
-    """Run the tests that need an accelerator: how many passed, the names of the others, and the exit status."""
+def run_tests(said: Path, limit: float) -> dict[str, Any]:
+    """Run the tests that need an accelerator for at most `limit` seconds: pytest's summary, the names of those that
+    failed, and the exit status. What pytest prints goes to the file `said`."""
     start = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-v", "-k", "gpu", *TESTS]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    (out / "tests.txt").write_text(done.stdout + done.stderr)
-    lines = done.stdout.splitlines()
+    status = _run([sys.executable, "-m", "pytest", "-vv", *TESTS], said, limit)
+    lines = said.read_text().splitlines()
     failed = [line.split()[1] for line in lines if line.startswith(("FAILED", "ERROR"))]
     last = lines[-1].strip("= ") if lines else ""
-    return {"status": done.returncode, "summary": last, "failed": failed, "seconds": time.perf_counter() - start}
+    if status is None:
+        last = f"ended after {limit:.0f} s, {sum('PASSED' in line for line in lines)} had passed"
+    return {"status": 1 if status is None else status, "summary": last, "failed": failed} | {
+        "seconds": time.perf_counter() - start
+    }
 
 
-def _guarded(measure: Callable[[Scale], dict[str, Any]], scale: Scale) -> dict[str, Any]:
-    try:
-        return measure(scale)
-    except (RuntimeError, SystemExit) as error:  # the other figures are still wanted
-        return {"error": str(error)[-2000:]}
+def run_part(command: list[str], said: Path, limit: float) -> dict[str, Any]:
+    """The figures that a command prints as JSON in its last line, or `error`: why there are none.
+
+    It and the processes that it started are ended after `limit` seconds. What it prints goes to the file `said`.
+    """
+    if limit < 5:
+        return {"error": "not begun: the time was up"}
+    status = _run(command, said, limit)
+    text = said.read_text()
+    if status is None:
+        return {"error": f"ended after {limit:.0f} s"}
+    if status:
+        return {"error": text[-2000:] or f"exit status {status}"}
+    found: dict[str, Any] = json.loads(text.strip().splitlines()[-1])
+    return found
+
+
+def _run(command: list[str], said: Path, limit: float) -> int | None:
+    """The exit status of a process; None where it, with all that it started, had to be ended."""
+    with said.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def dense(scale: Scale) -> dict[str, Any]:
-    """Tutti and transformers' Trainer in turns on the same ragged samples."""
+    """Tutti on ragged samples."""
+    return _of_model(scale, scale.dense)
+
+
+def trainer(scale: Scale, mode: str) -> dict[str, Any]:
+    """transformers' Trainer on the same samples. mode: padded or grouped."""
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        workload.write_model(folder, scale.dense)
-        work = _work(scale)
-        peers = {mode: _trainer(folder, work, mode) for mode in ("padded", "grouped")}
-        ours = _tutti(folder, work, scale.longest)
-    for mode, peer in peers.items():
-        ours[f"to Trainer, {mode}"] = ours["tokens_per_second"] / peer["tokens_per_second"]
-        ours[f"Trainer, {mode}"] = peer
-    return ours
+        workload.write_model(Path(place), scale.dense)
+        return _trainer(Path(place), _work(scale), mode)
 
 
 def lora(scale: Scale) -> dict[str, Any]:
@@ -206,14 +253,25 @@ def startup(scale: Scale) -> dict[str, Any]:
         return {"seconds": time.perf_counter() - start}
 
 
-FIGURES = {
-    "dense": dense,
-    "dense, compiled": compiled,
-    "LoRA": lora,
-    "experts": experts,
-    "native-sparse": sparse,
-    "start-up": startup,
+class Part(NamedTuple):
+    """A figure of the run, and the seconds that it may take."""
+
+    measure: Callable[[Scale], dict[str, Any]]
+    seconds: float
+
+
+TEST_SECONDS = 180.0
+PARTS = {
+    "dense": Part(dense, 90),
+    GROUPED: Part(partial(trainer, mode="grouped"), 90),
+    "experts": Part(experts, 90),
+    "native-sparse": Part(sparse, 40),
+    "LoRA": Part(lora, 90),
+    "dense, compiled": Part(compiled, 120),
+    PADDED: Part(partial(trainer, mode="padded"), 90),
+    "start-up": Part(startup, 60),
 }
+"""In the order of their worth: the time may be up before the last."""
 
 
 def _of_model(scale: Scale, model: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -315,27 +373,25 @@ def table(results: dict[str, Any]) -> str:
         tests = results["tests"]
         lines += [f"Tests: {tests['summary']}", *(f"- {name}" for name in tests["failed"]), ""]
     lines += ["| | trained tokens/s | MFU | peak memory, GiB | further |", "| --- | ---: | ---: | ---: | --- |"]
-    for name in FIGURES:
-        if (figures := dict(results.get(name, {}))) and "error" not in figures:
+    ours = results.get("dense", {}).get("tokens_per_second")
+    for name in PARTS:
+        figures = dict(results.get(name, {}))
+        if "error" in figures:
+            lines.append(f"| {name} | | | | failed: {(figures['error'].strip().splitlines() or [''])[-1][:120]} |")
+        elif figures:
             speed, mfu = figures.pop("tokens_per_second", None), figures.pop("mfu", None)
             memory = figures.pop("memory_gib", None)
+            if ours and speed and name in (GROUPED, PADDED):
+                figures["Tutti to it"] = ours / speed
             cells = [
                 name,
                 "" if speed is None else f"{speed:,.0f}",
                 "" if mfu is None else f"{mfu:.0%}",
                 "" if memory is None else f"{memory:.1f}",
-                ", ".join(f"{key} {_shown(value)}" for key, value in figures.items()),
+                ", ".join(f"{key} {value:,.2f}" for key, value in figures.items()),
             ]
             lines.append("| " + " | ".join(cells) + " |")
-        elif figures:
-            lines.append(f"| {name} | | | | failed: {figures['error'].strip().splitlines()[-1][:120]} |")
     return "\n".join(lines) + "\n"
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, dict):
-        return " ".join(f"{item:,.1f}" for item in value.values())
-    return f"{value:,.2f}"
 
 
 if __name__ == "__main__":

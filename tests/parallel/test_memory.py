@@ -3,11 +3,14 @@
 import logging
 
 import pytest
+import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tests.harness import run_ranks
 from tests.parallel.layouts import assert_same
 from tests.train.runs import records, run, tiny_config, train_quietly
+from tutti.parallel.fsdp import NoSync
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +104,20 @@ def stop_after(config, step):
     calls = []
     StopSignal.requested = lambda self: calls.append(None) or len(calls) == step
     train_quietly(config)
+
+
+def test_a_rank_that_is_alone_keeps_the_place_of_its_gradients_from_step_to_step():
+    layer, unused = nn.Linear(3, 2), nn.Linear(3, 2)
+    sync = NoSync(nn.ModuleList([layer, unused]))
+    places = []
+    for _ in range(2):
+        batches = torch.randn(3, 5, 3)
+        for number, batch in enumerate(batches):
+            sync.before(last=number == 2)
+            layer(batch).square().sum().backward()
+        places.append(layer.weight.grad.data_ptr())
+        (expected,) = torch.autograd.grad(layer(batches).square().sum(), layer.weight)
+        torch.testing.assert_close(layer.weight.grad, expected)
+        assert unused.weight.grad is None
+        layer.zero_grad(set_to_none=True)
+    assert places[0] == places[1]

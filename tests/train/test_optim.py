@@ -13,7 +13,7 @@ from tutti.config import TrainConfig
 from tutti.core.tensors import local_part
 from tutti.train import adamw
 from tutti.train.adamw import AnyPrecisionAdamW
-from tutti.train.optim import build_optimizer, set_lr
+from tutti.train.optim import build_optimizer, room_for_state, set_lr
 
 
 class Block(nn.Module):
@@ -251,3 +251,13 @@ def test_a_step_reads_nothing_back_from_the_device(dtype):
     for _ in range(2):
         optimizer.step()
     assert optimizer.state[parameter]["step"].tolist() == 2
+
+
+def test_room_is_as_large_as_what_the_first_step_makes():
+    model = tiny()
+    optimizer = build_optimizer(model, config())
+    room = room_for_state(optimizer)
+    model(torch.arange(16)).sum().backward()
+    optimizer.step()
+    made = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+    assert sum(item.nbytes for item in room) == sum(value.nbytes for value in made)

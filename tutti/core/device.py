@@ -94,6 +94,20 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, 2**31 - 1)
 
 
+_PRODUCTS = 256
+"""Matrix products whose kernels are kept: those of a step of packed samples, which differ in length."""
+
+
+def keep_few_kernels() -> None:
+    """Have oneDNN, which multiplies matrices in bf16 on CPUs, keep `_PRODUCTS` kernels rather than its 1,024.
+
+    It makes one for each shape that it meets, and so does torch's table of them; each takes some 0.3 MiB, and packed
+    batches bring new shapes at every step. To be called before the first product; the user's own settings stay.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(_PRODUCTS))
+
+
 _PEAK_TFLOPS = {  # dense bf16, from the vendors' data sheets
     "H200": 989.0,
     "H100 PCIe": 756.0,

@@ -85,14 +85,70 @@ def _by_expert(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, pro
     experts, order = chosen.flatten().sort(stable=True)
     counts = torch.bincount(experts, minlength=module.num_experts)
     _count(module, chosen)
-    rows = hidden[order // num_chosen]
+    places = inverse(order)
+    rows: Tensor = _Spread.apply(hidden, order, places, num_chosen)
     exchange = extras(module).exchange
     if exchange is None:
         out = products(module, rows, experts, counts)
     else:
         out = exchange(rows, counts, partial(products, _LocalExperts(module)))
-    weighted = out * weights.flatten()[order, None]
-    return weighted[inverse(order)].view(num_tokens, num_chosen, -1).sum(dim=1).to(hidden.dtype)
+    combined: Tensor = _Combine.apply(out, weights, order, places.view(num_tokens, num_chosen))
+    return combined.to(hidden.dtype)
+
+
+class _Spread(torch.autograd.Function):
+    """A row for each of the S pairs in their `order`: hidden [N, H] -> [S, H]. places [S]: where each pair went.
+
+    The gradient is read from those places. Autograd's own would add row by row into zeros, which a CPU does one row
+    after the other.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, order: Tensor, places: Tensor, num_chosen: int) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.num_chosen = num_chosen
+        return hidden.index_select(0, order // num_chosen)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (places,) = ctx.saved_tensors
+        return _sum_choices(grad, places.view(-1, ctx.num_chosen)).to(grad.dtype), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """The sum of each token's rows of `out` [S, H], by weights [N, k] -> fp32 [N, H]. places [N, k]: where they lie.
+
+    One choice is taken at a time, so that nothing but the rows and their gradient is as large as they are.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, weights: Tensor, order: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(out, weights, order, places)
+        return _sum_choices(out, places, weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        out, weights, order, places = ctx.saved_tensors
+        grad_out, grad_weights = None, None
+        if ctx.needs_input_grad[0]:
+            grad_out = grad.to(out.dtype).index_select(0, order // places.shape[1])
+            grad_out *= weights.flatten()[order, None]
+        if ctx.needs_input_grad[1]:
+            sums = [(out.index_select(0, column) * grad).sum(-1) for column in places.unbind(1)]
+            grad_weights = torch.stack(sums, 1).to(weights.dtype)
+        return grad_out, grad_weights, None, None
+
+
+def _sum_choices(rows: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The sum in fp32 of each token's rows, which lie at `places` [N, k], by `weights` [N, k] if given: [N, H]."""
+    total = rows.new_zeros(len(places), rows.shape[1], dtype=torch.float32)
+    for choice, column in enumerate(places.unbind(1)):
+        picked = rows.index_select(0, column)
+        if weights is None:
+            total += picked
+        else:
+            total.addcmul_(picked.float(), weights[:, choice, None].float())
+    return total
 
 
 @dataclass

@@ -30,7 +30,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -44,6 +44,7 @@ from torch.distributed.tensor import Shard
 from tutti.config import TrainConfig
 from tutti.core.compat import fsdp_groups
 from tutti.core.compute_dtype import compute_dtype
+from tutti.core.device import on_accelerator
 from tutti.core.modules import extras
 from tutti.parallel.expert import divided_experts, shard_dim, undivided_parts
 from tutti.parallel.grads import sum_replicated
@@ -156,14 +157,27 @@ class GradientSync(Protocol):
 
 def gradient_sync(root: nn.Module, mesh: Mesh, train: TrainConfig) -> GradientSync:
     """The synchronisation of gradients over the ranks that `parallelize` has prepared `root` for."""
-    return NoSync() if holds_whole(mesh, train) else FSDPSync(root, mesh, train)
+    return NoSync(root) if holds_whole(mesh, train) else FSDPSync(root, mesh, train)
 
 
 class NoSync:
-    """Of a rank that is alone: gradients are complete as they are."""
+    """Of a rank that is alone: gradients are complete as they are.
+
+    On a CPU they are moved to memory of their own, which they keep from step to step, before a second micro batch adds
+    to them. Where the backward pass made them they would lie scattered among activations, and the room between them
+    would fit hardly any of the next ones.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._parameters = [parameter for parameter in root.parameters() if parameter.requires_grad]
+        self._kept: list[Tensor] = []
 
     def before(self, *, last: bool) -> None:
-        pass
+        if not (self._kept or last or any(map(on_accelerator, self._parameters))):
+            self._kept = [torch.empty_like(parameter) for parameter in self._parameters]
+        for parameter, kept in zip(self._parameters, self._kept, strict=False):
+            if parameter.grad is not None and parameter.grad is not kept:
+                parameter.grad = kept.copy_(parameter.grad)
 
     def finish(self) -> None:
         pass

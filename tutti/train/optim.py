@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 from tutti.config import Config, TrainConfig
 from tutti.core.compat import fused_devices
 from tutti.core.compute_dtype import compute_dtype
+from tutti.core.device import on_accelerator
+from tutti.core.tensors import local_part
 from tutti.model.structure import part_parameters
 from tutti.train.adamw import AnyPrecisionAdamW
 from tutti.train.adamw_8bit import AdamW8bit
@@ -45,6 +47,16 @@ def build_optimizer(model: nn.Module, config: Config, *, is_complete: bool = Tru
     fused = devices <= set(fused_devices())
     kernel: dict[str, Any] = {"fused": True} if fused else {"foreach": True}
     return torch.optim.AdamW(groups, lr=train.lr, betas=betas, eps=train.adam_eps, **kernel)
+
+
+def room_for_state(optimizer: Optimizer) -> list[Tensor]:
+    """Memory set aside on a CPU for what the optimizer makes at its first step, to be freed just before.
+
+    It is not written to, and so takes none of the machine's. Without it the state, which stays, would be spread over
+    the places of the first step's activations, and the room left between would fit hardly any of the next ones.
+    """
+    held = (local_part(parameter) for group in optimizer.param_groups for parameter in group["params"])
+    return [torch.empty_like(item) for item in held if not on_accelerator(item) for _ in range(2)]
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:

@@ -12,7 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 from tutti.config import Config
 from tutti.config.rules import warnings_on_cpu
 from tutti.core.compat import untested
-from tutti.core.device import keep_freed_memory, limit_threads, pick_device
+from tutti.core.device import keep_few_kernels, keep_freed_memory, limit_threads, pick_device
 from tutti.core.files import close_new_files_to_others
 from tutti.core.log import setup_logging
 
@@ -27,6 +27,7 @@ def prepare_process(config: Config) -> torch.device:
     disable_progress_bar()
     limit_threads(local_world)
     keep_freed_memory()
+    keep_few_kernels()
     if config.train.enable_full_determinism:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

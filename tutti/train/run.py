@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -38,7 +37,7 @@ from tutti.train.inputs import open_data
 from tutti.train.logging.metrics import Metrics
 from tutti.train.logging.step_logger import StepLogger
 from tutti.train.lr_schedule import learning_rate
-from tutti.train.optim import build_optimizer, decay_groups, set_lr
+from tutti.train.optim import build_optimizer, decay_groups, room_for_state, set_lr
 from tutti.train.output import begin_run, claim_output
 from tutti.train.placement import load_parameters, make_executor, place_model
 from tutti.train.process import housekeeping, prepare_process
@@ -117,6 +116,12 @@ def _run(config: Config, world: World, *, asked: Config) -> None:
     guard, early = SpikeGuard(config.train, world), EarlyStopping(config.train)
     resumed: dict[str, Stateful] = {"data": data, "guard": guard, "early_stopping": early}
     load_states(resumed, state)
+    room = [] if state else room_for_state(optimizer)
+
+    def inspect_gradients() -> None:
+        require_gradients(model, world)
+        room.clear()
+
     train_step = TrainStep(
         placed.objective,
         optimizer,
@@ -124,7 +129,7 @@ def _run(config: Config, world: World, *, asked: Config) -> None:
         run.mesh,
         config.train.max_grad_norm,
         guard=guard,
-        inspect_gradients=partial(require_gradients, model, world),
+        inspect_gradients=inspect_gradients,
     )
     # From here on the output folder is this run's: all that it was given is good.
     shown = replace(config, model=asked.model)  # by name, not by where the files lie
