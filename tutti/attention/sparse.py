@@ -11,9 +11,10 @@ Each query looks at the tokens before it in three ways, and learned gates add up
 Up to selected * selected_block tokens a sample's selected branch sees everything, and runs as ordinary attention.
 
 The work of the selected branch is arranged by key blocks: the queries that selected a block are gathered and
-multiplied with its keys at once, which makes matrix products of some hundred rows out of single rows. Each pass takes a
-part of the queries at a time, so that the scores stay in the caches; the backward pass computes them anew from the
-saved log-sum-exp. The same code runs on every device.
+multiplied with its keys at once, which makes matrix products of some hundred rows out of single rows. All that is made
+of a block's pairs is used at once and added up by query, so that it stays in the caches, except for the scores, which
+have to wait for the maximum over a query's blocks; the backward pass computes them anew from the saved log-sum-exp. The
+same code runs on every device.
 
 Shapes: T tokens of a batch, n of a sample, H query heads, K key/value heads, G = H / K, D head dimension, E value
 dimension, M compressed blocks, B blocks to select from, S selected ones.
@@ -262,8 +263,8 @@ class _Compressed(torch.autograd.Function):
 
 def _compressed_tiles(count: int, first: int, sizes: SparseSizes) -> Iterator[tuple[int, int, int]]:
     """Parts of the queries at places `first` and on: (start, stop, number of compressed blocks that the last sees)."""
-    for start in range(0, count, _QUERIES // 4):
-        stop = min(start + _QUERIES // 4, count)
+    for start in range(0, count, _QUERIES // 16):
+        stop = min(start + _QUERIES // 16, count)
         yield start, stop, sizes.num_compressed(first + stop)
 
 
@@ -273,13 +274,16 @@ def _compressed_weights(rows: Tensor, keys: Tensor, places: Tensor, sizes: Spars
     rows [H, m, D], keys [K, M, D] -> [K, G * m, M], fp32.
     """
     (kv_heads, seen), groups = keys.shape[:2], rows.shape[0] // keys.shape[0]
-    scores = (rows.reshape(kv_heads, -1, rows.shape[-1]) @ keys.transpose(1, 2)).float().mul_(scale)
+    grouped = rows.reshape(kv_heads, -1, rows.shape[-1])
+    scores = torch.baddbmm(rows.new_zeros(1), grouped, keys.transpose(1, 2), beta=0, alpha=scale).float()
     last = torch.div(places - sizes.block + 1, sizes.stride, rounding_mode="floor")
-    hidden = torch.arange(seen, device=rows.device) > last[:, None]
-    scores.view(kv_heads, groups, len(places), seen).masked_fill_(hidden, -torch.inf)
+    first_last = int(last[0])
+    all_see = max(0, min(first_last + 1, seen))
+    hidden = torch.arange(all_see, seen, device=rows.device) > last[:, None]
+    scores.view(kv_heads, groups, len(places), seen)[..., all_see:].masked_fill_(hidden, -torch.inf)
     weights = torch.softmax(scores, -1)
     # A query before the end of the first block sees none: its softmax is 0 / 0.
-    return weights.nan_to_num_(0.0) if int(last[0]) < 0 else weights
+    return weights.nan_to_num_(0.0) if first_last < 0 else weights
 
 
 def _select(weights: Tensor, places: Tensor, num_blocks: int, sizes: SparseSizes) -> Tensor:
@@ -322,35 +326,16 @@ def selected_attention(query: Tensor, key: Tensor, value: Tensor, chosen: Tensor
 
 
 class _Pairs(NamedTuple):
-    """The pairs of some queries of one key/value head and their selected blocks, in the blocks' order.
+    """The queries, among some of one key/value head, that selected a block: their `rows`, ascending.
 
-    rows: the query of each pair. places: the pair of each query and slot, which is the number of pairs where there is
-    none. ranges: of the pairs of each block (block, begin, end).
+    span: the tokens of the block in the sample. own: how many of the queries are the block's own, which see it
+    up to themselves, and come first; the first of them is the block's token `own_first`.
     """
 
     rows: Tensor
-    places: Tensor
-    ranges: list[tuple[int, int, int]]
-
-    @classmethod
-    def of(cls, chosen: Tensor) -> _Pairs:
-        """From the blocks [m, S] that each query selects."""
-        flat = chosen.flatten()
-        order = torch.argsort(flat, stable=True)
-        counts = torch.bincount(flat + 1).tolist()
-        order = order[counts[0] :]
-        places = torch.full_like(flat, len(order))
-        places[order] = torch.arange(len(order), device=flat.device)
-        ranges, end = [], 0
-        for number, count in enumerate(counts[1:]):
-            if count:
-                ranges.append((number, end, end + count))
-                end += count
-        return cls(torch.div(order, chosen.shape[1], rounding_mode="floor"), places, ranges)
-
-    def add_up(self, values: Tensor, slots: int) -> Tensor:
-        """Sum values [pairs + 1, ...], the last of which is 0, over the slots of each query: [m, ...]."""
-        return values.index_select(0, self.places).view(-1, slots, *values.shape[1:]).sum(1)
+    span: slice
+    own: int
+    own_first: int
 
 
 class _Selected(torch.autograd.Function):
@@ -359,24 +344,20 @@ class _Selected(torch.autograd.Function):
         ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, block: int, scale: float
     ) -> Tensor:
         heads, length, _ = query.shape
-        kv_heads = key.shape[0]
-        out = query.new_empty(heads, length, value.shape[2])
+        kv_heads, width = key.shape[0], value.shape[2]
+        out = query.new_empty(heads, length, width)
         sums = torch.empty(heads, length, device=query.device)
-        for part in _selected_parts(query, key, value, chosen):
-            rows = part.query.index_select(0, part.pairs.rows)
-            scores = _pair_scores(rows, part, block, scale)
-            slots = chosen.shape[2]
-            top = _padded(scores.amax(-1), -torch.inf).index_select(0, part.pairs.places)
-            top = top.view(-1, slots, top.shape[-1]).amax(1)
-            weights = scores.sub_(top[part.pairs.rows][..., None]).exp_()
-            total = part.pairs.add_up(_padded(weights.sum(-1), 0.0), slots)
-            mixed = query.new_empty(len(rows) + 1, *weights.shape[1:2], value.shape[2])
-            mixed[-1] = 0
-            weights = weights.to(value.dtype)
-            for number, begin, end in part.pairs.ranges:
-                held = part.value[number * block : (number + 1) * block]
-                torch.mm(_flat(weights[begin:end])[:, : len(held)], held, out=_flat(mixed[begin:end]))
-            result = part.pairs.add_up(mixed, slots) / total[..., None]
+        for part in _selected_parts(query, key, value, chosen, block):
+            made = [part.scores(pairs, part.queries(pairs), scale) for pairs in part.blocks]
+            top = part.maxima(torch.cat([scores.amax(-1) for scores in made]))
+            total = torch.zeros_like(top)
+            mixed = top.new_zeros(len(top), top.shape[1] * width)
+            for pairs, scores in zip(part.blocks, made, strict=True):
+                weights = scores.sub_(top.index_select(0, pairs.rows)[..., None]).exp_()
+                total.index_add_(0, pairs.rows, weights.sum(-1))
+                product = _flat(weights).to(value.dtype) @ part.value[pairs.span]
+                mixed.index_add_(0, pairs.rows, product.view(len(weights), -1).float())
+            result = mixed.view(*top.shape, width) / total[..., None]
             part.of(out, kv_heads).copy_(result.transpose(0, 1))
             part.of(sums, kv_heads).copy_((top + total.log()).transpose(0, 1))
         ctx.save_for_backward(query, key, value, chosen, out, sums)
@@ -388,87 +369,104 @@ class _Selected(torch.autograd.Function):
         query, key, value, chosen, out, sums = ctx.saved_tensors
         block, scale = ctx.fixed
         kv_heads = key.shape[0]
-        grad_query, grad_key, grad_value = (torch.zeros_like(item) for item in (query, key, value))
+        grad_query = torch.empty_like(query)
+        grad_key, grad_value = (torch.zeros_like(item, dtype=torch.float32) for item in (key, value))
         delta = (grad.float() * out).sum(-1)
-        for part in _selected_parts(query, key, value, chosen):
-            pairs = part.pairs
-            rows = part.query.index_select(0, pairs.rows)
-            coming = part.of(grad, kv_heads).transpose(0, 1).contiguous().index_select(0, pairs.rows)
-            weights = _pair_scores(rows, part, block, scale)
-            weights.sub_(part.of(sums, kv_heads).t()[pairs.rows][..., None]).exp_()
-            change = torch.empty_like(weights, dtype=query.dtype)
-            for number, begin, end in pairs.ranges:
-                held = part.value[number * block : (number + 1) * block]
-                torch.mm(_flat(coming[begin:end]), held.t(), out=_flat(change[begin:end])[:, : len(held)])
-                if len(held) < block:
-                    change[begin:end, :, len(held) :] = 0
-            change = weights * (change - part.of(delta, kv_heads).t()[pairs.rows][..., None]) * scale
-            change, weights = change.to(query.dtype), weights.to(query.dtype)
-            into = query.new_empty(len(rows) + 1, *rows.shape[1:])
-            into[-1] = 0
-            for number, begin, end in pairs.ranges:
-                span = slice(number * block, (number + 1) * block)
-                held = part.key[span]
-                ours = _flat(change[begin:end])[:, : len(held)]
-                torch.mm(ours, held, out=_flat(into[begin:end]))
-                grad_key[part.kv_head, span] += ours.t() @ _flat(rows[begin:end])
-                grad_value[part.kv_head, span] += _flat(weights[begin:end])[:, : len(held)].t() @ _flat(
-                    coming[begin:end]
-                )
-            part.of(grad_query, kv_heads).copy_(pairs.add_up(into, chosen.shape[2]).transpose(0, 1))
-        return grad_query, grad_key, grad_value, None, None, None
+        for part in _selected_parts(query, key, value, chosen, block):
+            coming = part.of(grad, kv_heads).transpose(0, 1).contiguous().flatten(1)
+            subtracted, sum_of = (part.of(item, kv_heads).t().contiguous() for item in (delta, sums))
+            into = torch.zeros_like(part.query, dtype=torch.float32)
+            for pairs in part.blocks:
+                queries, keys, values = part.queries(pairs), part.key[pairs.span], part.value[pairs.span]
+                outer = coming.index_select(0, pairs.rows).view(-1, value.shape[2])
+                weights = part.scores(pairs, queries, scale)
+                weights.sub_(sum_of.index_select(0, pairs.rows)[..., None]).exp_()
+                change = (outer @ values.t()).float().view_as(weights)
+                change = change.sub_(subtracted.index_select(0, pairs.rows)[..., None]).mul_(weights)
+                change, weights = (_flat(item).to(query.dtype) for item in (change.mul_(scale), weights))
+                into.index_add_(0, pairs.rows, (change @ keys).view(len(pairs.rows), -1).float())
+                grad_key[part.kv_head, pairs.span] += change.t() @ queries
+                grad_value[part.kv_head, pairs.span] += weights.t() @ outer
+            into = into.view(len(into), -1, query.shape[2])
+            part.of(grad_query, kv_heads).copy_(into.transpose(0, 1))
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
 
 
 class _Part(NamedTuple):
-    """Some queries of one key/value head [m, G, D], the tokens of its sample, and the pairs to multiply."""
+    """Some queries of one key/value head [m, G * D], the tokens of its sample, and who selected each block.
+
+    places [m * S]: where the pair of each query and slot is in the order of the blocks, which is the number of pairs
+    where there is none. hidden: bool [block, block], the tokens after a block's own queries.
+    """
 
     kv_head: int
     span: slice
     query: Tensor
     key: Tensor
     value: Tensor
-    pairs: _Pairs
+    blocks: list[_Pairs]
+    places: Tensor
+    hidden: Tensor
 
     def of(self, tensor: Tensor, kv_heads: int) -> Tensor:
         """The part [G, m, ...] of a tensor [H, n, ...] that belongs to these queries."""
         return tensor.unflatten(0, (kv_heads, -1))[self.kv_head, :, self.span]
 
+    def queries(self, pairs: _Pairs) -> Tensor:
+        """[pairs * G, D]."""
+        return self.query.index_select(0, pairs.rows).view(-1, self.key.shape[1])
 
-def _selected_parts(query: Tensor, key: Tensor, value: Tensor, chosen: Tensor) -> Iterator[_Part]:
+    def scores(self, pairs: _Pairs, queries: Tensor, scale: float) -> Tensor:
+        """The scores [pairs, G, tokens of the block] of the gathered queries [pairs * G, D], fp32."""
+        keys = self.key[pairs.span]
+        made = torch.addmm(queries.new_zeros(1), queries, keys.t(), beta=0, alpha=scale).float()
+        made = made.view(len(pairs.rows), -1, len(keys))
+        if pairs.own:
+            mask = self.hidden[pairs.own_first : pairs.own_first + pairs.own, None, : len(keys)]
+            made[: pairs.own].masked_fill_(mask, -torch.inf)
+        return made
+
+    def maxima(self, values: Tensor) -> Tensor:
+        """The maximum of values [pairs, G] over the slots of each query: [m, G]."""
+        padded = torch.cat([values, values.new_full((1, values.shape[1]), -torch.inf)])
+        return padded.index_select(0, self.places).view(len(self.query), -1, values.shape[1]).amax(1)
+
+
+def _selected_parts(query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, block: int) -> Iterator[_Part]:
     kv_heads, length = key.shape[:2]
     grouped = query.unflatten(0, (kv_heads, -1))
+    hidden = torch.ones(block, block, dtype=torch.bool, device=query.device).triu(1)
     for head in range(kv_heads):
         keys, values = key[head].contiguous(), value[head].contiguous()
         for start in range(0, length, _QUERIES):
             span = slice(start, min(start + _QUERIES, length))
-            rows = grouped[head, :, span].transpose(0, 1).contiguous()
-            yield _Part(head, span, rows, keys, values, _Pairs.of(chosen[head, span]))
+            rows = grouped[head, :, span].transpose(0, 1).flatten(1)
+            blocks, places = _by_block(chosen[head, span], span, block, length)
+            yield _Part(head, span, rows, keys, values, blocks, places, hidden)
 
 
-def _pair_scores(rows: Tensor, part: _Part, block: int, scale: float) -> Tensor:
-    """The scores [pairs, G, block] of the gathered queries [pairs, G, D] with the keys of their blocks, fp32."""
-    scores = rows.new_full((*rows.shape[:2], block), -torch.inf)
-    hidden = torch.ones(block, block, dtype=torch.bool, device=rows.device).triu(1)
-    for number, begin, end in part.pairs.ranges:
-        held = part.key[number * block : (number + 1) * block]
-        into = scores[begin:end]
-        _flat(into)[:, : len(held)] = _flat(rows[begin:end]) @ held.t()
-        # The pairs of a block begin with its own queries, in order.
-        own = slice(max(number * block, part.span.start), min((number + 1) * block, part.span.stop))
-        if own.start < own.stop:
-            mask = hidden[own.start - number * block : own.stop - number * block, None]
-            into[: own.stop - own.start].masked_fill_(mask, -torch.inf)
-    return scores.float().mul_(scale)
+def _by_block(chosen: Tensor, span: slice, block: int, length: int) -> tuple[list[_Pairs], Tensor]:
+    """The queries of each block, and the pair of each query and slot, of those at `span` in a sample of `length` whose
+    selected blocks are `chosen` [m, S]."""
+    flat = chosen.flatten()
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat + 1).tolist()
+    order = order[counts[0] :]
+    places = torch.full_like(flat, len(order))
+    places[order] = torch.arange(len(order), device=flat.device)
+    rows = torch.div(order, chosen.shape[1], rounding_mode="floor").split(counts[1:])
+    blocks = []
+    for number, found in enumerate(rows):
+        if len(found):
+            tokens = slice(number * block, min((number + 1) * block, length))
+            own = slice(max(tokens.start, span.start), min(tokens.stop, span.stop))
+            blocks.append(_Pairs(found, tokens, max(0, own.stop - own.start), own.start - tokens.start))
+    return blocks, places
 
 
 def _flat(tensor: Tensor) -> Tensor:
     """[pairs, G, X] -> [pairs * G, X]."""
     return tensor.view(-1, tensor.shape[-1])
-
-
-def _padded(tensor: Tensor, fill: float) -> Tensor:
-    """With one more entry at the end."""
-    return torch.cat([tensor, tensor.new_full((1, *tensor.shape[1:]), fill)])
 
 
 def _short_samples(places: list[int], reach: int) -> list[tuple[int, int]]:
