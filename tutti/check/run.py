@@ -19,7 +19,7 @@ from tutti.config import Config
 from tutti.config.layout import Layout, fit
 from tutti.core.batch import Batch, GlobalBatch, Sample
 from tutti.core.compute_dtype import settle_compute_dtype
-from tutti.core.device import pick_device, resident_bytes
+from tutti.core.device import KERNELS_BYTES, pick_device, resident_bytes
 from tutti.core.dist import World
 from tutti.core.log import setup_logging
 from tutti.core.structure import ModelStructure
@@ -196,7 +196,7 @@ def _show_prediction(
     """Print what a step takes of a rank: memory, and traffic along each axis. name: of the model. largest: the micro
     batch that it takes most for, where that has media. on_cpu: this machine has no accelerator, and what its own memory
     would hold is told too."""
-    program = resident_bytes()
+    program = resident_bytes() + (KERNELS_BYTES if config.train.compute_dtype == "bfloat16" else 0)
     sizes, memory = num_params(model), _table("Memory per rank")
     active = f" ({sizes.active:,} active)" if sizes.active != sizes.total else ""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -97,12 +97,15 @@ def keep_freed_memory() -> None:
 _PRODUCTS = 256
 """Matrix products whose kernels are kept: those of a step of packed samples, which differ in length."""
 
+KERNELS_BYTES = _PRODUCTS * 400 * 1024
+"""The memory that so many kernels take: up to 0.6 MiB each of large matrices, 0.1 MiB of attention's small ones."""
+
 
 def keep_few_kernels() -> None:
     """Have oneDNN, which multiplies matrices in bf16 on CPUs, keep `_PRODUCTS` kernels rather than its 1,024.
 
-    It makes one for each shape that it meets, and so does torch's table of them; each takes some 0.3 MiB, and packed
-    batches bring new shapes at every step. To be called before the first product; the user's own settings stay.
+    It makes one for each shape that it meets, torch keeps a table of them, and packed batches bring new shapes at every
+    step. To be called before the first product; the user's own settings stay.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(_PRODUCTS))
