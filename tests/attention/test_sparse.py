@@ -73,6 +73,18 @@ def choose(weights: Tensor, places: Tensor) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(2, index, True)
 
 
+def test_filled_up_rows_count_for_nothing(layer, monkeypatch):
+    results = []
+    for filled in (1, 32):
+        monkeypatch.setattr(sparse, "_FILLED", filled)
+        given, borders = inputs()
+        halves = [item.detach().bfloat16().requires_grad_() for item in given]
+        out = layer.bfloat16()(*halves, borders, SCALE)
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), halves)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02 * float(one.detach().abs().max()))
+
+
 @pytest.mark.parametrize("queries", [2048, 64], ids=["at once", "in parts"])
 def test_equals_its_definition_within_each_sample(layer, monkeypatch, queries):
     monkeypatch.setattr(sparse, "_QUERIES", queries)

@@ -33,12 +33,17 @@ from torch.autograd.function import FunctionCtx
 
 from tutti.attention.packed_cpu import packed_attention
 from tutti.attention.spec import AttentionSpec
+from tutti.core.device import on_accelerator
 
 NAME = "native_sparse"
 """The attribute of an attention layer that holds its `NativeSparse`, and the key of a model's config with its sizes."""
 
 _QUERIES = 2048
 """Queries of a sample that are worked on at a time."""
+
+_FILLED = 32
+"""On a CPU, bf16 products of a block's queries are filled up to a multiple of this many. oneDNN makes a kernel for each
+number of rows, which takes four times as long as such a product."""
 
 
 class SparseSizes(NamedTuple):
@@ -262,10 +267,12 @@ class _Compressed(torch.autograd.Function):
 
 
 def _compressed_tiles(count: int, first: int, sizes: SparseSizes) -> Iterator[tuple[int, int, int]]:
-    """Parts of the queries at places `first` and on: (start, stop, number of compressed blocks that the last sees)."""
+    """Parts of the queries at places `first` and on: (start, stop, number of compressed blocks that the last sees, or a
+    few more, so that there are not as many shapes of products as parts)."""
     for start in range(0, count, _QUERIES // 16):
         stop = min(start + _QUERIES // 16, count)
-        yield start, stop, sizes.num_compressed(first + stop)
+        seen = sizes.num_compressed(first + stop)
+        yield start, stop, min(seen + -seen % 64, sizes.num_compressed(first + count))
 
 
 def _compressed_weights(rows: Tensor, keys: Tensor, places: Tensor, sizes: SparseSizes, scale: float) -> Tensor:
@@ -328,11 +335,13 @@ def selected_attention(query: Tensor, key: Tensor, value: Tensor, chosen: Tensor
 class _Pairs(NamedTuple):
     """The queries, among some of one key/value head, that selected a block: their `rows`, ascending.
 
-    span: the tokens of the block in the sample. own: how many of the queries are the block's own, which see it
-    up to themselves, and come first; the first of them is the block's token `own_first`.
+    count: how many; after them rows may be filled up with the part's last, which is none of its queries. span: the
+    tokens of the block in the sample. own: how many of the queries are the block's own, which see it up to themselves,
+    and come first; the first of them is the block's token `own_first`.
     """
 
     rows: Tensor
+    count: int
     span: slice
     own: int
     own_first: int
@@ -349,7 +358,7 @@ class _Selected(torch.autograd.Function):
         sums = torch.empty(heads, length, device=query.device)
         for part in _selected_parts(query, key, value, chosen, block):
             made = [part.scores(pairs, part.queries(pairs), scale) for pairs in part.blocks]
-            top = part.maxima(torch.cat([scores.amax(-1) for scores in made]))
+            top = part.maxima([scores[: pairs.count].amax(-1) for pairs, scores in zip(part.blocks, made, strict=True)])
             total = torch.zeros_like(top)
             mixed = top.new_zeros(len(top), top.shape[1] * width)
             for pairs, scores in zip(part.blocks, made, strict=True):
@@ -358,8 +367,8 @@ class _Selected(torch.autograd.Function):
                 product = _flat(weights).to(value.dtype) @ part.value[pairs.span]
                 mixed.index_add_(0, pairs.rows, product.view(len(weights), -1).float())
             result = mixed.view(*top.shape, width) / total[..., None]
-            part.of(out, kv_heads).copy_(result.transpose(0, 1))
-            part.of(sums, kv_heads).copy_((top + total.log()).transpose(0, 1))
+            part.of(out, kv_heads).copy_(result[:-1].transpose(0, 1))
+            part.of(sums, kv_heads).copy_((top + total.log())[:-1].transpose(0, 1))
         ctx.save_for_backward(query, key, value, chosen, out, sums)
         ctx.fixed = (block, scale)  # type: ignore[attr-defined]
         return out
@@ -373,8 +382,8 @@ class _Selected(torch.autograd.Function):
         grad_key, grad_value = (torch.zeros_like(item, dtype=torch.float32) for item in (key, value))
         delta = (grad.float() * out).sum(-1)
         for part in _selected_parts(query, key, value, chosen, block):
-            coming = part.of(grad, kv_heads).transpose(0, 1).contiguous().flatten(1)
-            subtracted, sum_of = (part.of(item, kv_heads).t().contiguous() for item in (delta, sums))
+            coming = _with_last(part.of(grad, kv_heads).transpose(0, 1).flatten(1))
+            subtracted, sum_of = (_with_last(part.of(item, kv_heads).t()) for item in (delta, sums))
             into = torch.zeros_like(part.query, dtype=torch.float32)
             for pairs in part.blocks:
                 queries, keys, values = part.queries(pairs), part.key[pairs.span], part.value[pairs.span]
@@ -388,12 +397,13 @@ class _Selected(torch.autograd.Function):
                 grad_key[part.kv_head, pairs.span] += change.t() @ queries
                 grad_value[part.kv_head, pairs.span] += weights.t() @ outer
             into = into.view(len(into), -1, query.shape[2])
-            part.of(grad_query, kv_heads).copy_(into.transpose(0, 1))
+            part.of(grad_query, kv_heads).copy_(into[:-1].transpose(0, 1))
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
 
 
 class _Part(NamedTuple):
-    """Some queries of one key/value head [m, G * D], the tokens of its sample, and who selected each block.
+    """Some queries of one key/value head [m + 1, G * D], the last of which is zeros and stands for none, the tokens of
+    its sample, and who selected each block.
 
     places [m * S]: where the pair of each query and slot is in the order of the blocks, which is the number of pairs
     where there is none. hidden: bool [block, block], the tokens after a block's own queries.
@@ -426,28 +436,30 @@ class _Part(NamedTuple):
             made[: pairs.own].masked_fill_(mask, -torch.inf)
         return made
 
-    def maxima(self, values: Tensor) -> Tensor:
-        """The maximum of values [pairs, G] over the slots of each query: [m, G]."""
-        padded = torch.cat([values, values.new_full((1, values.shape[1]), -torch.inf)])
-        return padded.index_select(0, self.places).view(len(self.query), -1, values.shape[1]).amax(1)
+    def maxima(self, values: list[Tensor]) -> Tensor:
+        """The maximum of each block's values [pairs, G] over the slots of each query: [m + 1, G], the last being 0."""
+        heads = values[0].shape[1]
+        padded = torch.cat([*values, values[0].new_full((1, heads), -torch.inf)])
+        return _with_last(padded.index_select(0, self.places).view(len(self.query) - 1, -1, heads).amax(1))
 
 
 def _selected_parts(query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, block: int) -> Iterator[_Part]:
     kv_heads, length = key.shape[:2]
     grouped = query.unflatten(0, (kv_heads, -1))
     hidden = torch.ones(block, block, dtype=torch.bool, device=query.device).triu(1)
+    filled = _FILLED if query.dtype == torch.bfloat16 and not on_accelerator(query) else 1
     for head in range(kv_heads):
         keys, values = key[head].contiguous(), value[head].contiguous()
         for start in range(0, length, _QUERIES):
             span = slice(start, min(start + _QUERIES, length))
-            rows = grouped[head, :, span].transpose(0, 1).flatten(1)
-            blocks, places = _by_block(chosen[head, span], span, block, length)
+            rows = _with_last(grouped[head, :, span].transpose(0, 1).flatten(1))
+            blocks, places = _by_block(chosen[head, span], span, block, length, filled)
             yield _Part(head, span, rows, keys, values, blocks, places, hidden)
 
 
-def _by_block(chosen: Tensor, span: slice, block: int, length: int) -> tuple[list[_Pairs], Tensor]:
+def _by_block(chosen: Tensor, span: slice, block: int, length: int, filled: int) -> tuple[list[_Pairs], Tensor]:
     """The queries of each block, and the pair of each query and slot, of those at `span` in a sample of `length` whose
-    selected blocks are `chosen` [m, S]."""
+    selected blocks are `chosen` [m, S]. filled: rows are filled up to a multiple of it."""
     flat = chosen.flatten()
     order = torch.argsort(flat, stable=True)
     counts = torch.bincount(flat + 1).tolist()
@@ -457,11 +469,17 @@ def _by_block(chosen: Tensor, span: slice, block: int, length: int) -> tuple[lis
     rows = torch.div(order, chosen.shape[1], rounding_mode="floor").split(counts[1:])
     blocks = []
     for number, found in enumerate(rows):
-        if len(found):
+        if count := len(found):
+            found = nn.functional.pad(found, (0, -count % filled), value=len(chosen))
             tokens = slice(number * block, min((number + 1) * block, length))
             own = slice(max(tokens.start, span.start), min(tokens.stop, span.stop))
-            blocks.append(_Pairs(found, tokens, max(0, own.stop - own.start), own.start - tokens.start))
+            blocks.append(_Pairs(found, count, tokens, max(0, own.stop - own.start), own.start - tokens.start))
     return blocks, places
+
+
+def _with_last(tensor: Tensor) -> Tensor:
+    """With one more row at the end, of zeros."""
+    return nn.functional.pad(tensor, (0, 0, 0, 1))
 
 
 def _flat(tensor: Tensor) -> Tensor:
