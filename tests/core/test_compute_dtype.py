@@ -130,3 +130,11 @@ def test_a_run_on_a_processor_without_bf16(tmp_path: Path) -> None:
     assert load([str(tmp_path / "out/config.yaml")]).train.compute_dtype == "auto"
     steps = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert all(0 < step["mfu"] <= 1 for step in steps)
+
+
+def test_few_kernels_of_products_are_kept_unless_the_user_says_how_many(monkeypatch) -> None:
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "")
+    monkeypatch.delenv("LRU_CACHE_CAPACITY")
+    device.keep_few_kernels()
+    assert (os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["LRU_CACHE_CAPACITY"]) == ("7", "256")

@@ -335,13 +335,13 @@ def selected_attention(query: Tensor, key: Tensor, value: Tensor, chosen: Tensor
 class _Pairs(NamedTuple):
     """The queries, among some of one key/value head, that selected a block: their `rows`, ascending.
 
-    count: how many; after them rows may be filled up with the part's last, which is none of its queries. span: the
+    num: how many; after them rows may be filled up with the part's last, which is none of its queries. span: the
     tokens of the block in the sample. own: how many of the queries are the block's own, which see it up to themselves,
     and come first; the first of them is the block's token `own_first`.
     """
 
     rows: Tensor
-    count: int
+    num: int
     span: slice
     own: int
     own_first: int
@@ -358,7 +358,7 @@ class _Selected(torch.autograd.Function):
         sums = torch.empty(heads, length, device=query.device)
         for part in _selected_parts(query, key, value, chosen, block):
             made = [part.scores(pairs, part.queries(pairs), scale) for pairs in part.blocks]
-            top = part.maxima([scores[: pairs.count].amax(-1) for pairs, scores in zip(part.blocks, made, strict=True)])
+            top = part.maxima([scores[: pairs.num].amax(-1) for pairs, scores in zip(part.blocks, made, strict=True)])
             total = torch.zeros_like(top)
             mixed = top.new_zeros(len(top), top.shape[1] * width)
             for pairs, scores in zip(part.blocks, made, strict=True):
