@@ -1,8 +1,8 @@
 """Peak memory on a CPU: what `tutti check` predicts of a run beside what the operating system reports of it.
 
 `python -m bench.peak [CASE ...]`. The quickstart's model, and one of 64 experts with 27 million parameters, on batches
-of 4,096 tokens. Each case is rehearsed and then trained for a few steps of full micro batches, both in processes of
-their own. The prediction has two parts, which are compared together: what the program itself takes before there is a
+of 4,096 tokens. Each case is rehearsed and trained for a few steps of full micro batches, in two processes side by
+side. The prediction has two parts, which are compared together: what the program itself takes before there is a
 model, and what the tensors of a step take at their peak.
 """
 
@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ MOE: dict[str, Any] = {
 FREED = {"train.enable_gradient_checkpointing": True}
 LONG = {"data.max_seq_len": 512, "train.micro_batch_size": 8, "train.global_batch_size": 16}
 BF16 = {"train.compute_dtype": "bfloat16"}
+LORA = {"train.architecture": "lora"}
 CASES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "quickstart": (None, {}),
     "experts": (MOE, LONG),
@@ -46,6 +48,8 @@ CASES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "experts, checkpointing": (MOE, FREED | LONG),
     "quickstart, bf16": (None, BF16),
     "experts, bf16": (MOE, BF16 | LONG),
+    "LoRA": (None, LORA | LONG),
+    "LoRA, bf16, checkpointing": (None, LORA | BF16 | FREED | LONG),
 }
 """A model's config (the quickstart's if None) and arguments, by name."""
 
@@ -86,8 +90,11 @@ def compare(model: dict[str, Any] | None, arguments: dict[str, Any]) -> tuple[in
             workload.write_model(folder, model)
             values["model.config_path"] = folder
         command = [f"{name}={value}" for name, value in (values | arguments).items()]
-        said, _ = _run([sys.executable, "-m", "tutti", "check", "configs/quickstart.yaml", *command])
-        _, measured = _run([sys.executable, "-m", "tutti", "train", "configs/quickstart.yaml", *command])
+        tutti = [sys.executable, "-m", "tutti"]
+        with ThreadPoolExecutor() as both:
+            checked = both.submit(_run, [*tutti, "check", "configs/quickstart.yaml", *command])
+            _, measured = _run([*tutti, "train", "configs/quickstart.yaml", *command])
+            said, _ = checked.result()
     found = PREDICTED.search(" ".join(said.split()))
     assert found is not None, said
     total, program = (float(found[at]) * UNITS[found[at + 1]] for at in (1, 3))
