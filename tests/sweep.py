@@ -348,22 +348,28 @@ def check(family: str, kind: Kind = TOKENS) -> dict[str, str]:
 
 
 def saved(config: PreTrainedConfig, model: Any, kind: Kind = TOKENS) -> str:
-    """Save with transformers, load and export with ours, load with transformers: what it loads of the first too."""
+    """Save with transformers, load and export with ours, load with transformers: what it loads of the first too, in
+    fp32 and in bf16, of which it keeps some tensors in fp32."""
     from tests.checkpoint.weighing import CPU, ONE
     from tutti.checkpoint.hf_load import load_weights
     from tutti.checkpoint.hf_save import export_hf
+    from tutti.model.build import keep_in_fp32
 
     with tempfile.TemporaryDirectory() as place:
-        first, second = Path(place, "first"), Path(place, "second")
+        first = Path(place, "first")
         model.save_pretrained(first)
-        with torch.device("meta"):
-            ours = kind.model(config)
-        load_weights(ours, first, world=ONE, device=CPU)
-        export_hf(ours, second, _NoTokenizer(), world=ONE)
-        direct, again = (kind.factory.from_pretrained(folder) for folder in (first, second))
-        for name, tensor in direct.state_dict().items():
-            if not torch.equal(again.state_dict()[name], tensor):
-                return f"{FAILED}: {name}"
+        for dtype in (torch.float32, torch.bfloat16):
+            second = Path(place, str(dtype))
+            with torch.device("meta"):
+                ours = kind.model(config, dtype=dtype)
+            keep_in_fp32(ours)
+            load_weights(ours, first, world=ONE, device=CPU)
+            export_hf(ours, second, _NoTokenizer(), world=ONE)
+            direct, again = (kind.factory.from_pretrained(folder, dtype=dtype) for folder in (first, second))
+            dtypes, values = {name: item.dtype for name, item in ours.state_dict().items()}, again.state_dict()
+            for name, tensor in direct.state_dict().items():
+                if not dtypes[name] == values[name].dtype == tensor.dtype or not torch.equal(values[name], tensor):
+                    return f"{FAILED}: {name} in {dtype}"
     return EQUAL
 
 

@@ -38,6 +38,12 @@ def test_what_carries_from_one_sample_into_the_next_is_refused() -> None:
     assert found["packed"].startswith(f"{sweep.REFUSED}: rwkv has layers that mix tokens otherwise"), found
 
 
+def test_a_mask_of_unknown_meaning_is_refused() -> None:
+    found = sweep.check("doge")
+    assert found["packed"].startswith(f"{sweep.REFUSED}: DogeAttention hands on a mask of its own making"), found
+    assert found["eager"] == sweep.EQUAL
+
+
 def test_a_difference_is_told() -> None:
     want = (2.0, {"a": sweep.torch.ones(3)})
     assert sweep.compare((2.0, {"a": sweep.torch.ones(3)}), want) == sweep.EQUAL

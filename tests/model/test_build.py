@@ -21,7 +21,7 @@ from transformers import (
 from tests.checkpoint.weighing import ONE
 from tests.model.zoo import FAMILIES, tiny
 from tests.sweep_layouts import write_family
-from tutti.attention.interface import PACKED
+from tutti.attention.interface import PACKED, resolve_attention
 from tutti.checkpoint.hf_load import load_weights
 from tutti.config import Config
 from tutti.config.load import from_dict
@@ -30,6 +30,7 @@ from tutti.model.build import (
     check_dtypes,
     check_eager,
     check_packable,
+    instantiate,
     load_model_config,
     turn_off_dropout,
 )
@@ -243,6 +244,13 @@ def test_models_that_would_leak_between_samples_are_refused(kind, changes):
         model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match=f"{kind} has layers .* would leak"):
         check_packable(model)
+
+
+@pytest.mark.parametrize("kind", ["falcon", "gptj"])
+def test_attention_of_a_class_of_its_own_alone_is_refused(kind):
+    options = {"attn_implementation": resolve_attention("sdpa", CPU)}
+    with torch.device("meta"), pytest.raises(ValueError, match=f"^{kind} has attention of its own alone"):
+        instantiate(AutoModelForCausalLM, AutoConfig.for_model(kind), **options)
 
 
 def test_every_family_of_the_zoo_can_be_packed():

@@ -22,11 +22,13 @@ from tests.model.zoo import tiny
 from tests.parallel.layouts import assert_same, family_config, train_all
 from tests.train.runs import QUICKSTART, tiny_config
 from tutti.attention.interface import resolve_attention
+from tutti.config import Config, TrainConfig
 from tutti.config.layout import fit
 from tutti.core.batch import IGNORE, Batch, Sample, pack
 from tutti.core.dist import init_world
 from tutti.model.experts import resolve_experts
 from tutti.model.initial import init_weights
+from tutti.model.stage_trace import tensor_plan
 from tutti.model.structure import is_classifier, read_structure
 from tutti.parallel.apply import parallelize
 from tutti.parallel.fsdp import GradientSync, gradient_sync
@@ -188,6 +190,15 @@ def test_parts_that_are_made_otherwise_run_whole_on_every_rank(family, linears, 
     plan = read_plan(read_structure(model))
     assert len(plan.linears) == linears
     assert {type(region.module).__name__ for region in plan.regions if not region.reduces} == whole
+
+
+def test_streams_of_hidden_states_are_refused_by_name():
+    attention = resolve_attention("sdpa", torch.device("cpu"))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(sweep.tiny_config("hy_v4"), attn_implementation=attention)
+    layout = fit(Config(train=TrainConfig(tensor_parallel_size=2)), 2)
+    with pytest.raises(ValueError, match="HYV4ForCausalLM hands its blocks several streams"):
+        tensor_plan(read_structure(model), layout)
 
 
 def test_two_ranks_give_every_family_s_loss_and_gradients(tmp_path):

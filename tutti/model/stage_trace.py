@@ -32,8 +32,8 @@ from tutti.parallel.tp_plan import TensorPlan, read_plan
 
 _HOOKED = "_output_capturing_hooks_installed"
 
-_TOKENS = 4
-"""Tokens of a run with stand-ins."""
+_TOKENS = 6
+"""Tokens of a run with stand-ins: no number of streams that hidden states come in."""
 
 _LENGTHS = range(4)
 """Lengths of the tuples that blocks give, whose first are the hidden states; 0 for these alone."""
@@ -73,28 +73,38 @@ def tensor_plan(structure: ModelStructure, layout: Layout) -> TensorPlan | None:
     cannot be."""
     if layout.tensor == 1:
         return None
-    plan = read_plan(structure)
+    plan, traces = read_plan(structure), _runs(structure, _TOKENS)
+    if any(hidden.shape[-2] != _TOKENS for trace in traces.values() for hidden in trace.given):
+        raise ValueError(
+            f"train.tensor_parallel_size: {structure.name} hands its blocks several streams of hidden states for a token, "
+            "which are not divided yet; leave it at 1"
+        )
     return replace(plan, reshaping=structure.text_model) if reshapes_tokens(structure) else plan
 
 
 def reshapes_tokens(structure: ModelStructure) -> bool:
     """True if the decoder, on the meta device, lays its last hidden states out for as many tokens as it was given,
     although its blocks gave fewer (GPT-BigCode): it fails where it is given half of them, and not where all."""
+    return bool(_runs(structure, _TOKENS).keys() - _runs(structure, _TOKENS // 2).keys())
+
+
+def _runs(structure: ModelStructure, tokens: int) -> dict[int, _Trace]:
+    """The runs with stand-ins that give so many tokens' hidden states, by the length of the tuples that they give them
+    in, as far as the decoder gets to its end."""
     inner, lists = structure.text_model, _lists_of_blocks(structure)
     if not lists:
-        return False
+        return {}
     path, _, leaf = lists[0].rpartition(".")
-    loop = inner.get_submodule(path)
-
-    def runs(length: int, tokens: int) -> bool:
+    found: dict[int, _Trace] = {}
+    for length in _LENGTHS:
+        trace = _Trace(length, tokens)
         try:
-            with _stand_ins(loop, leaf, _Trace(length, tokens)):
+            with _stand_ins(inner.get_submodule(path), leaf, trace):
                 _run(inner, bool(structure.mixers))
-        except Exception:
-            return False
-        return True
-
-    return any(runs(length, _TOKENS) and not runs(length, _TOKENS // 2) for length in _LENGTHS)
+        except Exception:  # whatever the class does with what it does not expect
+            continue
+        found[length] = trace
+    return found
 
 
 def _lists_of_blocks(structure: ModelStructure) -> list[str]:
@@ -124,6 +134,8 @@ class _Trace:
             return f"its blocks run in the order {self.called}"
         if any(got is not gave for got, gave in zip(self.given[1:], self.made[:-1], strict=True)):
             return "something happens to the hidden states between two blocks"
+        if any(hidden.ndim > 3 for hidden in self.given):
+            return "its hidden states come in several streams"
         if any(isinstance(item, Tensor) and item.requires_grad for item in tree_leaves(self.beside)):
             return "its blocks are handed more than hidden states by what comes before them"
         placed = {*self.front, *self.tail}
