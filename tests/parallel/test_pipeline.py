@@ -283,6 +283,7 @@ def test_a_family_that_is_no_chain_of_blocks_is_refused_by_name(frozen):
         ("gemma4_text", 0, 1, "keys and values of ones before"),
         ("gemma4_text", 0, 0, None),
         ("hrm_text", 0, 0, "is not a list of blocks"),
+        ("qwen4_exp_text", 0, 0, "several streams"),
     ],
 )
 def test_families_that_hand_on_more_are_refused_by_name(family, inputs, shared, problem):

@@ -60,7 +60,7 @@ def trace_stages(structure: ModelStructure) -> StageTrace:
             problem = problem or f"its forward fails: {str(error).splitlines()[0] if str(error) else error!r}"
             continue
         with _unfrozen(loop):
-            mistake = trace.mistake(loop, leaf, output)
+            mistake = trace.mistake(loop, leaf, output, structure.config.hidden_size)
         if mistake is None:
             front, tail = (tuple(f"{path}.{key}".lstrip(".") for key in keys) for keys in (trace.front, trace.tail))
             return StageTrace(lists[0], front, tail, length)
@@ -76,8 +76,8 @@ def tensor_plan(structure: ModelStructure, layout: Layout) -> TensorPlan | None:
     plan, traces = read_plan(structure), _runs(structure, _TOKENS)
     if any(hidden.shape[-2] != _TOKENS for trace in traces.values() for hidden in trace.given):
         raise ValueError(
-            f"train.tensor_parallel_size: {structure.name} hands its blocks several streams of hidden states for a token, "
-            "which are not divided yet; leave it at 1"
+            f"train.tensor_parallel_size: {structure.name} hands its blocks several streams of hidden states for a "
+            "token, which are not divided yet; leave it at 1"
         )
     return replace(plan, reshaping=structure.text_model) if reshapes_tokens(structure) else plan
 
@@ -128,13 +128,13 @@ class _Trace:
     tail: list[str] = field(default_factory=list)
     num_blocks: int = 0
 
-    def mistake(self, inner: nn.Module, path: str, output: Any) -> str | None:
-        """The reason why the decoder cannot be cut; None if it can."""
+    def mistake(self, inner: nn.Module, path: str, output: Any, width: int) -> str | None:
+        """The reason why the decoder, of hidden states of this width, cannot be cut; None if it can."""
         if self.called != list(range(self.num_blocks)):
             return f"its blocks run in the order {self.called}"
         if any(got is not gave for got, gave in zip(self.given[1:], self.made[:-1], strict=True)):
             return "something happens to the hidden states between two blocks"
-        if any(hidden.ndim > 3 for hidden in self.given):
+        if any(hidden.ndim > 3 or hidden.shape[-1] != width for hidden in self.given):
             return "its hidden states come in several streams"
         if any(isinstance(item, Tensor) and item.requires_grad for item in tree_leaves(self.beside)):
             return "its blocks are handed more than hidden states by what comes before them"
