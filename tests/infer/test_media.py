@@ -169,10 +169,13 @@ def test_ranks_and_ways_to_ask_give_the_same(
     given = [word for name in pictures for word in ("--image", name)]
     assert main(["infer", *settings, *given, "--prompt", question]) == 0
     assert capsys.readouterr().out.rstrip("\n") == outputs[0][2].rstrip("\n")
-    lines = [f"/image {pictures[0]}", "/image nowhere.png", f"/image {pictures[1]}", question]
+    lines = [f"/image {pictures[0]}", "/image nowhere.png", f"/audio {pictures[0]}", f"/image {source}"]
+    lines += [f"/image '{pictures[1]}'", "<|image_pad|>?", question]
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
     assert main(["infer", *settings]) == 0
     shown = capsys.readouterr().out
+    assert "(not taken: has audio, which " in shown and f"(not taken: {source.name} is not an image" in shown
+    assert "(not sent: the text has " in shown, "what comes before a message waits for the next one"
     assert "(there is no file nowhere.png)" in shown and shown.rstrip("\n").endswith(outputs[0][2].rstrip("\n"))
 
 

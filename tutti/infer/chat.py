@@ -7,6 +7,7 @@ the history, and not the program. With several ranks rank 0 reads and writes.
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ from tutti.data.rows import KINDS, Conversation, RowError
 from tutti.infer.drawing import Pictures
 from tutti.infer.generate import Generator, Request
 from tutti.infer.load import LoadedModel
-from tutti.infer.prompts import as_part, chat_request, chat_tokens
+from tutti.infer.prompts import PromptFormat, as_part, chat_request, chat_tokens
 from tutti.infer.stream import TextStream, answer_text
 
 _HELP = """\
@@ -77,7 +78,7 @@ def chat(config: Config, loaded: LoadedModel, generator: Generator, media: Seque
         if line is None:
             return
         if line.startswith("/") and not line.startswith("//"):
-            if not _command(line, history, show):
+            if not _command(line, loaded.form, history, show):
                 return
         elif line.strip():
             _answer(config, loaded, generator, history, line.removeprefix("/") if line[:2] == "//" else line, show)
@@ -116,13 +117,13 @@ def _read_line(mark: str, terminal: bool) -> str | None:
         return None
 
 
-def _command(line: str, history: History, show: Callable[[str], None]) -> bool:
+def _command(line: str, form: PromptFormat, history: History, show: Callable[[str], None]) -> bool:
     """Obey a line that begins with /; False for one that ends the talk."""
     name, _, text = line.partition(" ")
     if name in ("/exit", "/quit"):
         return False
     if name.removeprefix("/") in KINDS:
-        _attach(name.removeprefix("/"), text.strip(), history, show)
+        _attach(name.removeprefix("/"), text.strip(), form, history, show)
     elif name == "/reset":
         history.messages.clear()
         history.media.clear()
@@ -138,13 +139,28 @@ def _command(line: str, history: History, show: Callable[[str], None]) -> bool:
     return True
 
 
-def _attach(kind: str, path: str, history: History, show: Callable[[str], None]) -> None:
-    """Put a file before the next message."""
-    if not Path(path).expanduser().is_file():
-        show(f"(there is no file {path})\n" if path else f"(/{kind} takes the path of a file)\n")
+def _attach(kind: str, text: str, form: PromptFormat, history: History, show: Callable[[str], None]) -> None:
+    """Put the file that `text` names before the next message, if the model takes it there."""
+    path = _file_named(text)
+    if path is None:
+        show(f"(there is no file {text})\n" if text else f"(/{kind} takes the path of a file)\n")
         return
-    history.media.append(as_part(kind, path))
-    show(f"({Path(path).name} comes before the next message)\n")
+    media = [*history.media, as_part(kind, str(path))]
+    try:
+        chat_tokens(form, Conversation([{"role": "user", "content": media}], (False,)))
+    except RowError as error:
+        show(f"(not taken: {error})\n")
+        return
+    history.media = media
+    show(f"({path.name} comes before the next message)\n")
+
+
+def _file_named(text: str) -> Path | None:
+    """The file of this name, or of the name that a shell would read: terminals quote what is dropped on them."""
+    names = [text]
+    with suppress(ValueError):
+        names += shlex.split(text)
+    return next((path for name in names[:2] if (path := Path(name).expanduser()).is_file()), None)
 
 
 def _answer(
@@ -158,7 +174,6 @@ def _answer(
     """Answer `message`, as far as Ctrl-C lets it, and keep both in the history."""
     content = [*history.media, {"type": "text", "text": message}] if history.media else message
     messages = [*history.messages, {"role": "user", "content": content}]
-    history.media = []
     try:
         asked, dropped = _fitting(config, loaded, replace(history, messages=messages))
     except RowError as error:
@@ -167,7 +182,7 @@ def _answer(
     if dropped:
         left_out = f"its oldest {_turns(dropped)} left out"
         show(f"(the conversation outgrew the context of {loaded.form.context} tokens: {left_out})\n")
-    history.messages = messages[2 * dropped :]
+    history.messages, history.media = messages[2 * dropped :], []
     stream = TextStream(loaded.form.tokenizer, asked.edges)
     ids: list[int] = []
 
