@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +36,7 @@ WEIGHTS = (
     "text_encoder/model.safetensors",
     "text_encoder_2/model.safetensors",
 )
+ALL = ("vae", "text_encoder")
 NEEDLESS = (
     "sd.safetensors",
     "README.md",
@@ -57,14 +59,15 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        ({"weights": True, "conditions": True}, [*SMALL, *WEIGHTS]),
-        ({"weights": False, "conditions": True}, [*SMALL, *(name for name in WEIGHTS if "transformer" not in name)]),
+        ({"weights": True, "conditions": ALL}, [*SMALL, *WEIGHTS]),
+        ({"weights": False, "conditions": ALL}, [*SMALL, *(name for name in WEIGHTS if "transformer" not in name)]),
+        ({"weights": True, "conditions": ("vae",)}, [*SMALL, *(name for name in WEIGHTS if "text" not in name)]),
         ({"weights": False}, SMALL),
     ],
-    ids=["to go on with", "to begin anew", "to describe"],
+    ids=["to go on with", "to begin anew", "to be led", "to describe"],
 )
 def test_the_files_of_parts_that_are_read_are_downloaded(
-    hub: HubServer, options: dict[str, bool], wanted: list[str]
+    hub: HubServer, options: dict[str, Any], wanted: list[str]
 ) -> None:
     files = {name: name.encode() for name in (*SMALL, *WEIGHTS, *NEEDLESS)}
     files[WEIGHTS[0]] = b'{"weight_map": {"a": "diffusion_pytorch_model-1.safetensors"}}'

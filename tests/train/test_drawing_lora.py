@@ -22,7 +22,9 @@ from tests.train.test_run import assert_same_training
 from tutti.checkpoint.adapter import WEIGHTS
 from tutti.config import Config, InferConfig
 from tutti.infer.run import Job, infer
+from tutti.kinds import language
 from tutti.kinds.export import export
+from tutti.model.structure import ADAPTER_MARK
 
 LORA = {"train.architecture": "lora", "train.lora_rank": 4, "train.lora_alpha": 8.0}
 MAKERS = {"codes": test_draw_run.config_of, "diffusion": test_flow_run.config_of}
@@ -117,3 +119,10 @@ def test_a_janus_is_adapted_and_its_own_parts_for_drawing_are_trained(tmp_path: 
     assert torch.equal(head.weight, trained_head)
     assert not torch.equal(trained_head, plain.model.generation_head.vision_head.weight)
     assert not any("vqmodel" in name or "vision_model" in name for name in saved)
+
+
+def test_frozen_parts_are_not_trained_beside_adapters(tmp_path: Path) -> None:
+    _, model = language.build(config_of(tmp_path, **{"train.freeze": ["decoders"]}), torch.device("cpu"))
+    trained_parts = {name.split(".")[0] for name, item in model.named_parameters() if item.requires_grad}
+    assert trained_parts == {"encoders", "foundation"}
+    assert all(ADAPTER_MARK in name for name, item in model.foundation.named_parameters() if item.requires_grad)

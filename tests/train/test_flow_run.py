@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests.diffusion import TRANSFORMERS, make_folder
 from tests.harness import regroup, run_ranks
-from tests.infer.models import open_model
+from tests.infer.models import ONE, open_model
 from tests.train import test_draw_run
 from tests.train.runs import QUICKSTART, train_quietly
 from tests.train.test_draw_run import weights_of
@@ -250,3 +250,12 @@ def _train_twice(config: Config, again: str) -> None:
         shutil.copytree(Path(config.train.output_dir or "") / "cache", Path(again) / "out/cache")
         train_quietly(replace(config, train=replace(config.train, output_dir=str(Path(again) / "out"))))
         assert "drawn" not in decoded and "image" in decoded
+
+
+def test_a_new_decoder_is_led_by_states_of_some_size(tmp_path: Path) -> None:
+    """Otherwise pictures would be learned without a look at what leads to them."""
+    config = config_of(tmp_path)
+    _, model = language.build(config, torch.device("cpu"))
+    language.load(config, model, world=ONE, device=torch.device("cpu"))
+    text = model.flow_decoder.text(torch.randn(8, 4, model.config.text_config.hidden_size))
+    assert 0.2 < float(text.embeds.std(0).mean()) < 2 and 0.05 < float(text.pooled.std(0).mean()) < 2

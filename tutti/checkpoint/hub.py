@@ -84,13 +84,15 @@ def _pin_all(names: Mapping[str, str], weights: bool) -> dict[str, HubFiles]:
         held = [argument for argument in arguments if argument.rpartition(".")[2] in _HOLD_WEIGHTS]
         repo = repo_named("model", name, (held or arguments)[0])
         if repo is not None:
-            found[name] = pin_model(repo, weights=weights and bool(held), conditions=weights)
+            led = all(argument.startswith("model.decoders.") for argument in arguments)  # which needs no text encoders
+            conditions = () if not weights else ("vae",) if led else ("vae", "text_encoder")
+            found[name] = pin_model(repo, weights=weights and bool(held), conditions=conditions)
     return found
 
 
-def pin_model(repo: Repo, *, weights: bool, conditions: bool = False) -> HubFiles:
-    """The files of a model that are read, downloaded; with `weights` those that hold them as well. conditions: whether
-    those of a pipeline's other parts, which a transformer without weights needs too, are read."""
+def pin_model(repo: Repo, *, weights: bool, conditions: Sequence[str] = ()) -> HubFiles:
+    """The files of a model that are read, downloaded; with `weights` those that hold them as well. conditions: parts of
+    a pipeline beside its transformer whose weights are read, by the beginnings of their names."""
     commit = repo.commit()
     there = repo.files(commit)
     # Exports reproduce the layout of the index, whether its weights are needed or not.
@@ -98,8 +100,8 @@ def pin_model(repo: Repo, *, weights: bool, conditions: bool = False) -> HubFile
     parts = {match["part"] for file in there if (match := _PARTS.fullmatch(file))}
     if PIPELINE in there or "transformer" in parts:
         files += [file for file in there if _PARTS.fullmatch(file) and _SMALL_OF_PARTS.fullmatch(file)]
-        read = sorted(part for part in parts if (weights if part == "transformer" else conditions))
-        held = [part for part in read if part.startswith(("transformer", "vae", "text_encoder"))]
+        wanted = (*conditions, *(["transformer"] if weights else []))
+        held = sorted(part for part in parts if part.startswith(wanted))
         files += [file for part in held for file in _weight_files(repo, commit, there, f"{part}/")]
     elif weights:
         files += [*_weight_files(repo, commit, there), *filter(_OF_ENCODERS.fullmatch, there)]

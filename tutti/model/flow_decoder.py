@@ -36,12 +36,22 @@ from tutti.model.vq import PictureCodes
 ARGUMENT = "model.decoders.image"
 
 
+class KeepingSize(nn.Linear):
+    """A linear layer that begins with outputs about as large as its inputs: from the far smaller ones of a language
+    model's own layers a transformer hardly learns to be led."""
+
+    def reset_parameters(self) -> None:
+        """Draw the weights with deviation 1 / sqrt(inputs); the bias is zero."""
+        nn.init.normal_(self.weight, std=self.in_features**-0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
 class FlowDecoder(ExtraTokens):
     """The part of a model that draws by diffusion.
 
     embed: the queries, of which number 0 is the token `first`. project, pool: from their hidden states to a
-    transformer's text, and of all together to its pooled text, as large as text encoders' states are: from smaller ones
-    a transformer hardly learns to be led. net: the transformer.
+    transformer's text, and of all together to its pooled text. net: the transformer.
     """
 
     def __init__(self, config: dict[str, Any], first: int, number: int, hidden_size: int) -> None:
@@ -49,10 +59,8 @@ class FlowDecoder(ExtraTokens):
         self.family = family_of(config["_class_name"], ARGUMENT)
         width = text_width(config)
         assert width is not None, "no text"
-        layers = nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, width), nn.LayerNorm(width)
-        self.project = nn.Sequential(*layers)
-        pooled: Any = config.get("pooled_projection_dim")
-        self.pool = nn.Sequential(nn.Linear(width, pooled), nn.LayerNorm(pooled)) if self.family.pooled else None
+        self.project = nn.Sequential(KeepingSize(hidden_size, hidden_size), nn.GELU(), KeepingSize(hidden_size, width))
+        self.pool = KeepingSize(width, config["pooled_projection_dim"]) if self.family.pooled else None
         with torch.device("cpu"), parameters_on_meta():  # buffers, which the classes compute, are there at once
             self.net = make_net(config)
 

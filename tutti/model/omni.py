@@ -39,7 +39,7 @@ from tutti.config import ModelConfig
 from tutti.core.compat import model_mapping
 from tutti.model.extra_tokens import ExtraTokens
 from tutti.model.features import FeatureHead, normalised
-from tutti.model.flow_decoder import FlowDecoder, FlowSpec, read_flow
+from tutti.model.flow_decoder import FlowDecoder, FlowSpec, KeepingSize, read_flow
 from tutti.model.omni_config import (
     SETTINGS,
     OmniConfig,
@@ -325,14 +325,13 @@ class OmniModel(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
+        if isinstance(module, KeepingSize):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=getattr(self.config.text_config, "initializer_range", 0.02))
             nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=getattr(self.config.text_config, "initializer_range", 0.02))
-        elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
 
     @property
     def code_decoder(self) -> Any:

@@ -109,7 +109,7 @@ class Picturing(LossOfKinds):
             return text
         decoder: Any = model.flow_decoder
         count = DenoiserWork(spec.net, decoder.net.parameters())
-        width, pooled = decoder.project[-2].out_features, decoder.pool and decoder.pool[0].out_features
+        width, pooled = decoder.project[-1].out_features, decoder.pool and decoder.pool.out_features
         return lambda micro: text(micro) + count(micro.payload[LATENTS].shape, spec.tokens, width, pooled)
 
     def prepare(self, run: Run, executor: Executor) -> Prepare:
