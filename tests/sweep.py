@@ -452,11 +452,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     names = options.families or families()
+    new = untried(PAGE.read_text(encoding="utf-8"))
     with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=10) as pool:
-        results = dict(zip(names, pool.imap(check_quietly, names), strict=True))
-    print(table(results))
-    page = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(rewrite(page, untried(page) | results), encoding="utf-8")
+        for name, found in zip(names, pool.imap(check_quietly, names), strict=True):
+            print(name, found, flush=True)
+            PAGE.write_text(rewrite(PAGE.read_text(encoding="utf-8"), new | {name: found}), encoding="utf-8")
+            new.pop(name, None)
     write_compared()
 
 
