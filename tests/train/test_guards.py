@@ -153,12 +153,13 @@ def spoiled(config: Config) -> str:
     return "went on"
 
 
-def test_what_is_not_finite_is_found_beside_the_training_and_told_on_all_ranks(tmp_path):
-    changes = {"train.save_async": True, "train.max_steps": 40, "train.save_steps": 2, "train.max_nonfinite_steps": 40}
+@pytest.mark.parametrize("kind", ["save_steps", "hf_save_steps"])
+def test_what_is_not_finite_is_neither_saved_nor_exported_and_told_on_all_ranks(tmp_path, kind):
+    changes = {"train.save_async": True, "train.max_steps": 40, f"train.{kind}": 2, "train.max_nonfinite_steps": 40}
     config = tiny_config(tmp_path, world=2, **changes, **{"train.data_parallel_mode": "fsdp2"})
     for message in run_ranks(2, spoiled, config):
         assert message.startswith("step 2 left numbers that are not finite in optimizer.")
-    assert not [path for path in (tmp_path / "out/checkpoints").iterdir() if path.is_dir()]
+    assert not list((tmp_path / "out").glob("*/global_step_*"))
     assert len(records(config)) <= 4
 
 

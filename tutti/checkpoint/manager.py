@@ -54,12 +54,11 @@ from tutti.checkpoint.state import (
     require_finite,
     restore_rng,
     rng_state,
-    trained_names,
+    trained_parts,
     unstepped,
 )
 from tutti.core import files
 from tutti.core.dist import World
-from tutti.core.tensors import local_part
 from tutti.model.lora import listed, lora_of
 
 log = logging.getLogger(__name__)
@@ -145,14 +144,16 @@ class Checkpointer:
         """
         self.wait()
         tensors = {**model_tensors(model), **optimizer_tensors(model, optimizer)}
+        trained = trained_parts(model, optimizer)
         if self._save_async:
             dcp.copy_to_host(tensors, self._copies)
+            trained = {name: self._copies[name] for name in trained}
         snapshot = _Snapshot(
             step=step,
             eval_loss=eval_loss,
             tensors=tensors,
             copies=self._copies if self._save_async else None,
-            trained=trained_names(model, optimizer),
+            trained=trained,
             state=_plain(state),
             unstepped=unstepped(model, optimizer),
             rng=json.dumps(rng_state(self._world.device)),
@@ -235,7 +236,7 @@ class Checkpointer:
         final = self._root / manifest.folder_name(snapshot.step)
         partial = self._root / f".{final.name}.tmp"
         world = self._world
-        world.run_on_all_ranks(lambda: require_finite(snapshot.trained_parts(), snapshot.step))
+        world.run_on_all_ranks(lambda: require_finite(snapshot.trained, snapshot.step))
         try:
             world.run_on_all_ranks(lambda: self._prepare(partial))
             world.run_on_all_ranks(lambda: _require_shared(partial))
@@ -398,22 +399,17 @@ def _averaged(name: str, index: Metadata) -> str:
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """The state that one save writes. tensors: the live ones; copies: of their parts on this rank; trained: names of
-    those that the optimizer changes; state and rng: JSON."""
+    """The state that one save writes. tensors: the live ones; copies: of their parts on this rank; trained: what
+    is written of those that the optimizer changes; state and rng: JSON."""
 
     step: int
     eval_loss: float | None
     tensors: Mapping[str, Tensor]
     copies: Mapping[str, Tensor] | None
-    trained: list[str]
+    trained: Mapping[str, Tensor]
     state: str
     unstepped: list[str]
     rng: str
-
-    def trained_parts(self) -> dict[str, Tensor]:
-        """Parts on this rank, by name, of the tensors that the optimizer changes."""
-        parts = self.tensors if self.copies is None else self.copies
-        return {name: local_part(parts[name]) for name in self.trained}
 
 
 class _Background:

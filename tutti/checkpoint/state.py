@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tutti.core.tensors import seed_of
+from tutti.core.tensors import local_part, seed_of
 from tutti.model.lora import listed, lora_of
 
 AVERAGE = "average"
@@ -58,9 +58,12 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
     }
 
 
-def trained_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
-    """The names, as in `model_tensors` and `optimizer_tensors`, of all that the optimizer changes."""
-    return [f"model.{name}" for name in _optimized(model, optimizer)] + list(optimizer_tensors(model, optimizer))
+def trained_parts(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Parts on this rank of all that the optimizer changes, under the names of `model_tensors` and
+    `optimizer_tensors`."""
+    tensors = {f"model.{name}": parameter for name, parameter in _optimized(model, optimizer).items()}
+    tensors |= optimizer_tensors(model, optimizer)
+    return {name: local_part(tensor.detach()) for name, tensor in tensors.items()}
 
 
 def require_finite(parts: Mapping[str, Tensor], step: int) -> None:

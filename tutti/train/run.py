@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from tutti.checkpoint.adapter import base_of, require_base
 from tutti.checkpoint.hub import with_local_paths
 from tutti.checkpoint.manager import Checkpointer, foresee
+from tutti.checkpoint.state import require_finite, trained_parts
 from tutti.config import Config
 from tutti.config.layout import fit
 from tutti.core.batch import GlobalBatch
@@ -210,7 +211,7 @@ class _Loop:
             if stopping or due(batch, config.train.save_steps, config.train.save_epochs):
                 self.save(batch, loss, is_evaluated)
             if due(batch, config.train.hf_save_steps, config.train.hf_save_epochs):
-                self.export(f"global_step_{step}")
+                self.export(f"global_step_{step}", step)
             if stopping:
                 break
             logger.clock.go_on()
@@ -222,7 +223,7 @@ class _Loop:
             return
         self.show_samples(step)
         if config.train.save_hf_weights:
-            self.export("final")
+            self.export("final", step)
         self.metrics.close({"status": "finished", "message": early.reason})
         log.info("report: %s", Path(config.train.output_dir or "") / "report.html")
 
@@ -263,10 +264,11 @@ class _Loop:
         state |= {name: part.state_dict() for name, part in self.resumed.items()}
         self.checkpoints.save(batch.step, self.run.placed.model, self.optimizer, state, eval_loss)
 
-    def export(self, name: str) -> None:
-        """Write the model as a Hugging Face folder of this name."""
+    def export(self, name: str, step: int) -> None:
+        """Write the model as it is after `step` as a Hugging Face folder of this name."""
         self.watchdog.enter(f"the export hf/{name}")
         run, placed = self.run, self.run.placed
+        run.world.run_on_all_ranks(lambda: require_finite(trained_parts(placed.model, self.optimizer), step))
         folder = Path(run.config.train.output_dir or "") / "hf" / name
         tokenizer = run.inputs.processor or run.inputs.tokenizer
         with averaged(placed.objective, self.optimizer):
