@@ -392,13 +392,13 @@ class _Selected(torch.autograd.Function):
                 weights.sub_(sum_of.index_select(0, pairs.rows)[..., None]).exp_()
                 change = (outer @ values.t()).float().view_as(weights)
                 change = change.sub_(subtracted.index_select(0, pairs.rows)[..., None]).mul_(weights)
-                change, weights = (_flat(item).to(query.dtype) for item in (change.mul_(scale), weights))
+                change, weights = (_flat(item).to(query.dtype) for item in (change, weights))
                 into.index_add_(0, pairs.rows, (change @ keys).view(len(pairs.rows), -1).float())
                 grad_key[part.kv_head, pairs.span] += change.t() @ queries
                 grad_value[part.kv_head, pairs.span] += weights.t() @ outer
-            into = into.view(len(into), -1, query.shape[2])
+            into = into.mul_(scale).view(len(into), -1, query.shape[2])
             part.of(grad_query, kv_heads).copy_(into[:-1].transpose(0, 1))
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
+        return grad_query, grad_key.mul_(scale).to(key.dtype), grad_value.to(value.dtype), None, None, None
 
 
 class _Part(NamedTuple):
