@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -93,7 +94,7 @@ def own_loss(plain: Any, processor: Any, row: dict[str, Any], sample: Sample) ->
     assert inputs["input_ids"][0].tolist() == sample.input_ids.tolist()
     labels = torch.full_like(inputs["input_ids"], IGNORE)
     labels[0, 1:] = torch.from_numpy(sample.labels[:-1].copy()).long()
-    if "qwen" not in type(plain).__module__:
+    if "mm_token_type_ids" not in inspect.signature(plain.forward).parameters:
         inputs.pop("mm_token_type_ids", None)
     return plain(**inputs, labels=labels, use_cache=False).loss * (labels != IGNORE).sum()
 
