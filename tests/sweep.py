@@ -95,6 +95,7 @@ PARTICULAR: dict[str, dict[str, Any]] = {
     "hy_v4": {"indexer_types": ["full", "shared"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
     "kimi_linear": {"num_experts_per_token": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"], "num_hidden_layers": 3},
     "mamba2": {"head_dim": 16},
     "llama4_text": {"attention_chunk_size": 8, "floor_scale": 4, "no_rope_layers": [1, 0]},
