@@ -21,8 +21,9 @@ janus jetmoe kimi_linear kolibri1 laguna lfm2 lfm2_moe lfm3 llama llama4_text ll
 longcat_flash mamba mamba2 mellum mimo_v2_flash minicpm3 minimax minimax_m2 minimax_m3_vl_text ministral ministral3
 mistral mistral3 mixtral moshi nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe opt persimmon phi phi3
 phimoe pixtral qwen2 qwen2_5_omni qwen2_5_omni_thinker qwen2_5_vl qwen2_audio qwen2_moe qwen2_vl qwen3 qwen3_5
-qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe qwen4_exp_text
-recurrent_gemma seed_oss smollm3 smolvlm solar_open stablelm starcoder2 vaultgemma youtu zamba zamba2 zaya
+qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next qwen3_omni qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe
+qwen4_exp_text recurrent_gemma seed_oss smollm3 smolvlm solar_open stablelm starcoder2 vaultgemma youtu zamba zamba2
+zaya
 """
 """Written by the sweeps (`tests.sweep.write_compared`)."""
 
