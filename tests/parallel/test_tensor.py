@@ -157,7 +157,7 @@ def config_for(folder: Any, world: int, **train: Any) -> Any:
 @pytest.mark.parametrize(
     ("family", "linears"),
     [
-        ("opt", 8), ("granitemoe", 8), ("phimoe", 8), ("lfm2", 14), ("nemotron_h", 6), ("persimmon", 8),
+        ("opt", 8), ("granitemoe", 8), ("phimoe", 8), ("lfm2", 10), ("nemotron_h", 6), ("persimmon", 8),
         ("granitemoehybrid", 4),
     ],
 )  # fmt: skip
