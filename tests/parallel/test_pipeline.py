@@ -17,6 +17,7 @@ from tests.train.runs import run, tiny_config, train_quietly
 from tutti.attention.interface import packed_kwargs, resolve_attention
 from tutti.config import ConfigError
 from tutti.core.batch import IGNORE, Sample, pack
+from tutti.core.tensors import local_part
 from tutti.model.stage_trace import trace_stages
 from tutti.model.structure import blocks, decoder, read_structure
 from tutti.parallel.pipeline.schedule import rank_schedule
@@ -219,7 +220,7 @@ def trained_embedding(config):
     def step(self, batch, totals):
         original(self, batch, totals)
         largest = max(self._parameters, key=lambda parameter: parameter.numel())
-        kept["embedding"] = largest.to_local().detach().tolist()
+        kept["embedding"] = local_part(largest).detach().tolist()
 
     TrainStep.step = step
     train_quietly(config)

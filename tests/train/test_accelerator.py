@@ -23,12 +23,10 @@ ALONE = {
 SHARDED = {"train.data_parallel_mode": "fsdp2"}
 TOGETHER = {
     "offloaded parameters": SHARDED | {"train.enable_fsdp_offload": True},
-    "the same, built there": SHARDED | {"train.enable_fsdp_offload": True, "train.init_device": "cuda"},
-    "offloaded state in 8 bits": SHARDED | {"train.enable_fsdp_offload": True, "train.optimizer": "adamw_8bit"},
-    "tensor": SHARDED | {"train.tensor_parallel_size": 2, "train.compute_dtype": "bfloat16"},
+    "offloaded state in 8 bits, built there": SHARDED
+    | {"train.enable_fsdp_offload": True, "train.optimizer": "adamw_8bit", "train.init_device": "cuda"},
     "ulysses": SHARDED | {"train.ulysses_parallel_size": 2, "train.compute_dtype": "bfloat16"},
     "ring": SHARDED | {"train.context_parallel_size": 2, "train.compute_dtype": "bfloat16"},
-    "pipeline": {"train.pipeline_parallel_size": 2},
 }
 
 

@@ -79,11 +79,11 @@ def spike_on_one_rank(config: Config) -> list[tuple[float, float]]:
             add(total, {name: value * factor for name, value in sums.items()})
 
         weight = self._parameters[0].detach()
-        before = weight.to_local().double().sum().item()
+        before = local_part(weight).double().sum().item()
         module.add_sums = raised
         original(self, batch, totals)
         module.add_sums = add
-        seen.append((before, weight.to_local().double().sum().item()))
+        seen.append((before, local_part(weight).double().sum().item()))
 
     module.TrainStep.step = step  # type: ignore[method-assign]
     train_quietly(config)

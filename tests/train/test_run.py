@@ -224,6 +224,7 @@ def poisoned_step(config):
     import torch
 
     from tests.train.runs import train_quietly
+    from tutti.core.tensors import local_part
     from tutti.train import step as module
 
     seen = {}
@@ -234,13 +235,13 @@ def poisoned_step(config):
         norm = self._executor.gradient_norm
         self._executor.gradient_norm = lambda parameters: norm(parameters) * (float("nan") if poison else 1.0)
         weight = self._parameters[0]
-        before = weight.to_local().clone(), totals.skipped.item()
+        before = local_part(weight).clone(), totals.skipped.item()
         original(self, batch, totals)
         self._executor.gradient_norm = norm
         if poison:
-            seen["before"], seen["after"] = before[0].sum().item(), weight.to_local().sum().item()
+            seen["before"], seen["after"] = before[0].sum().item(), local_part(weight).sum().item()
             seen["skipped"] = totals.skipped.item() - before[1]
-            assert torch.equal(before[0], weight.to_local())
+            assert torch.equal(before[0], local_part(weight))
 
     module.TrainStep.step = step
     train_quietly(config)

@@ -99,6 +99,7 @@ def watched(configs: list[Config]) -> list[list[Any]]:
     """Train by each of `configs` in turn; of each step its number, samples, norm and what the weights came to."""
     import multiprocessing
 
+    from tutti.core.tensors import local_part
     from tutti.train.step import TrainStep
 
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it has workers
@@ -115,7 +116,7 @@ def watched(configs: list[Config]) -> list[list[Any]]:
                 tokens.update(extra.numpy().tobytes())
                 pictures += extra.numel()
         for parameter in self._parameters:
-            weights.update(parameter.detach().to_local().numpy().tobytes())
+            weights.update(local_part(parameter.detach()).numpy().tobytes())
         seen = (totals.grad_norm.item(), tokens.hexdigest(), weights.hexdigest(), pictures)
         steps.append((batch.step, batch.epoch_end, *seen))
 
