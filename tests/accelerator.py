@@ -293,7 +293,7 @@ class _Module:
 
 
 def pretend_accelerator() -> None:
-    """Have this process run on the pretended accelerator from now on; its next process group is of `BACKEND`."""
+    """Make this process run on the pretended accelerator from now on; its next process group is of `BACKEND`."""
     import tutti.attention.varlen as varlen
     import tutti.train.logging.step_logger as step_logger
 

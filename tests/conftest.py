@@ -3,6 +3,8 @@
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +23,16 @@ def package_logger() -> Iterator[None]:
     yield
     logger.handlers[:], logger.propagate = handlers, True
     logger.setLevel(level)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A `tests.hub.HubServer` that stands for the Hugging Face hub, with a cache of its own."""
+    from tests.hub import hub_server, use_hub
+
+    with hub_server() as server:
+        use_hub(monkeypatch, server.endpoint, tmp_path / "home")
+        yield server
 
 
 if os.environ.get("PRETEND_ACCELERATOR"):

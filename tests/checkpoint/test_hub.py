@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.harness import run_ranks
-from tests.hub import HubServer, hub_server, use_hub
+from tests.hub import HubServer, use_hub
 from tests.infer.models import ONE, write_model
 from tests.train.runs import QUICKSTART, tiny_config
 from tutti.checkpoint.adapter import base_path
@@ -46,13 +45,6 @@ SINGLE = {"model.safetensors": b"1"}
 OLD = {"pytorch_model.bin": b"1"}
 OLD_INDEX = {"pytorch_model.bin.index.json": b"{}"}
 ADAPTER = {"adapter_config.json": b"{ }", "adapter_model.safetensors": b"1"}
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with hub_server() as server:
-        use_hub(monkeypatch, server.endpoint, tmp_path / "home")
-        yield server
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.hub import HubServer, hub_server, use_hub
+from tests.hub import HubServer
 from tests.infer.models import ONE
 from tests.train.test_diffusion_run import config_of
 from tutti.checkpoint.hub import pin_model, with_local_paths
@@ -47,13 +46,6 @@ NEEDLESS = (
     "safety_checker/config.json",
     "vae/flax_model.msgpack",
 )
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with hub_server() as server:
-        use_hub(monkeypatch, server.endpoint, tmp_path / "home")
-        yield server
 
 
 @pytest.mark.parametrize(

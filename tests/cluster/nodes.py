@@ -127,7 +127,7 @@ class Nodes:
         subprocess.run(command, check=True, capture_output=True)
 
     def start(self, name: str, nodes: str, arguments: list[str], *, private: Path | None = None) -> None:
-        """Have the machine run what `tutti launch` renders for one rank on each: torchrun, and `tutti train` under it.
+        """Make the machine run what `tutti launch` renders for one rank on each: torchrun, and `tutti train` under it.
 
         nodes: as in a job's YAML. arguments: a configuration, and overrides. private: a folder that this machine does
         not share.
@@ -203,7 +203,7 @@ class Nodes:
 
 
 def enter_network(place: str) -> None:
-    """Have this thread, and those it starts, in the network namespace that is mounted at `place`."""
+    """Put this thread, and those it starts, in the network namespace that is mounted at `place`."""
     with open(place) as space:
         assert ctypes.CDLL(None).setns(space.fileno(), 0) == 0
 

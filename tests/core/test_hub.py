@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.hub import HubServer, hub_server, use_hub
+from tests.hub import HubServer, use_hub
 from tutti.core.hub import HubFiles, Repo, name_in_cache, repo_named
 from tutti.core.remote import NotCachedError
 
 FILES = {"config.json": b"{}", "a.txt": b"one", "b.txt": b"two"}
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with hub_server() as server:
-        use_hub(monkeypatch, server.endpoint, tmp_path / "home")
-        yield server
 
 
 def model(name: str = "org/tiny", revision: str = "main") -> Repo:

@@ -11,20 +11,13 @@ from typing import Any
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tests.hub import HubServer, hub_server, use_hub
+from tests.hub import HubServer, use_hub
 from tests.infer.models import ONE
 from tutti.config import Config
 from tutti.config.load import from_dict
 from tutti.data.hub import find_splits
 from tutti.data.remote import fetch_data
 from tutti.data.source import is_data, open_sources
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with hub_server() as server:
-        use_hub(monkeypatch, server.endpoint, tmp_path / "home")
-        yield server
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ CONFIGS = {"janus": janus_config, "emu3": emu3_config, "chameleon": chameleon_co
 
 
 def make_various(vq: Any) -> None:
-    """Have pictures various codes."""
+    """Give pictures various codes."""
     with torch.no_grad():
         torch.nn.init.normal_(vq.quantize.embedding.weight)
         next(vq.quant_conv.parameters()).mul_(20)

@@ -92,3 +92,12 @@ def train_quietly(config: Config) -> None:
 
     logging.disable(logging.INFO)
     train(config)
+
+
+def train_or_error(config: Config) -> str:
+    """Train, and return the ValueError that ended it, or that it went on."""
+    try:
+        train_quietly(config)
+    except ValueError as error:
+        return str(error)
+    return "went on"

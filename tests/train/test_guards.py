@@ -13,7 +13,7 @@ import torch
 from tests.checkpoint.conftest import one_rank
 from tests.checkpoint.tiny import build, checkpointer, names, saved
 from tests.harness import run_ranks
-from tests.train.runs import QUICKSTART, records, run, tiny_config, train_quietly
+from tests.train.runs import QUICKSTART, records, run, tiny_config, train_or_error, train_quietly
 from tutti.config import Config, TrainConfig
 from tutti.core.dist import World
 from tutti.core.tensors import local_part
@@ -117,11 +117,7 @@ def poisoned(config: Config) -> str:
 
     gradient_norm.calls = 0  # type: ignore[attr-defined]
     SequentialExecutor.gradient_norm = gradient_norm  # type: ignore[method-assign]
-    try:
-        train_quietly(config)
-    except ValueError as error:
-        return str(error)
-    return "went on"
+    return train_or_error(config)
 
 
 @pytest.mark.parametrize(("limit", "steps"), [(0, 2), (2, 4)])
@@ -146,11 +142,7 @@ def spoiled(config: Config) -> str:
             next(moment for moment in moments if moment.numel()).flatten()[0] = math.nan
 
     TrainStep.step = step  # type: ignore[method-assign]
-    try:
-        train_quietly(config)
-    except ValueError as error:
-        return str(error)
-    return "went on"
+    return train_or_error(config)
 
 
 @pytest.mark.parametrize("kind", ["save_steps", "hf_save_steps"])

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.harness import run_ranks
-from tests.train.runs import QUICKSTART, records, run, tiny_config, train_quietly, write_model_config
+from tests.train.runs import QUICKSTART, records, run, tiny_config, train_or_error, train_quietly, write_model_config
 from tutti.config import Config
 
 
@@ -166,11 +166,7 @@ def fails_in_the_background(config: Config) -> str:
         write(path, text)
 
     TrainStep.step, files.write_synced = step_slowly, write_or_fail  # type: ignore[method-assign]
-    try:
-        train_quietly(config)
-    except ValueError as error:
-        return str(error)
-    return "went on"
+    return train_or_error(config)
 
 
 def test_a_save_that_fails_in_the_background_ends_the_run_on_all_ranks_soon(tmp_path):

@@ -16,7 +16,7 @@ from tutti.config import Config
 
 
 def at_step(action: Any) -> None:
-    """Have `action(step)` called in this process before each step."""
+    """Call `action(step)` in this process before each step."""
     from tutti.train.step import TrainStep
 
     original = TrainStep.step

@@ -39,7 +39,7 @@ def config_of(folder: Path, **changes: Any) -> Config:
 
 
 def wait_there(module: Any, name: str, output: Path, place: str, number: int) -> None:
-    """Have the call with this number of a function leave a file named after `place` in rank 1, and wait a little."""
+    """Make the call with this number of a function leave a file named after `place` in rank 1, and wait a little."""
     original, calls = getattr(module, name), itertools.count(1)
 
     def waiting(*args: Any, **options: Any) -> Any:

@@ -135,7 +135,7 @@ def _value_width(layer: Any) -> int:
 
 
 def overlap_values(blocks: Iterable[nn.Module], ranks: SequenceRanks) -> None:
-    """Have the attention layers in `blocks` send their values early, where they can.
+    """Make the attention layers in `blocks` send their values early, where they can.
 
     Logs a line if none of them can.
     """

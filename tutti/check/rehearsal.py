@@ -132,7 +132,7 @@ class Memory:
 
 @contextmanager
 def rehearse(*, on_cpu: bool = False) -> Iterator[Memory]:
-    """Have what runs in the context, and in the backward passes it starts, be a rehearsal, and count its memory.
+    """Make what runs in the context, and in the backward passes it starts, be a rehearsal, and count its memory.
 
     on_cpu: as a CPU would run it, rather than an accelerator.
     """

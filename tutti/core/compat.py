@@ -120,7 +120,7 @@ def model_mapping(factory: Any) -> Any:
 
 @cache
 def presume_packed() -> None:
-    """Have transformers' masks take a batch on an accelerator for one of several samples: to find out by its positions
+    """Make transformers' masks take a batch on an accelerator for one of several samples: to find out by its positions
     whether it is one, the host would wait for the device in each forward pass."""
     import torch
 
@@ -138,7 +138,7 @@ def presume_packed() -> None:
 
 @contextmanager
 def truncated_normals_seen() -> Iterator[None]:
-    """Have `torch.nn.init.trunc_normal_` write to tensors on meta, which newer versions of torch leave alone, so that
+    """Make `torch.nn.init.trunc_normal_` write to tensors on meta, which newer versions of torch leave alone, so that
     their version counters say what it was called for."""
     import torch
 

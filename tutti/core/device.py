@@ -49,7 +49,7 @@ def on_accelerator(tensor: Tensor) -> bool:
 
 @contextmanager
 def presume_accelerator() -> Iterator[None]:
-    """Have `on_accelerator` hold for all tensors: of interest is what a run on an accelerator takes."""
+    """Make `on_accelerator` hold for all tensors: of interest is what a run on an accelerator takes."""
     global _presumed
     before, _presumed = _presumed, True
     try:
@@ -102,7 +102,7 @@ KERNELS_BYTES = _PRODUCTS * 400 * 1024
 
 
 def keep_few_kernels() -> None:
-    """Have oneDNN, which multiplies matrices in bf16 on CPUs, keep `_PRODUCTS` kernels rather than its 1,024.
+    """Make oneDNN, which multiplies matrices in bf16 on CPUs, keep `_PRODUCTS` kernels rather than its 1,024.
 
     It makes one for each shape that it meets, torch keeps a table of them, and packed batches bring new shapes at every
     step. To be called before the first product; the user's own settings stay.

@@ -56,7 +56,7 @@ def replace_file(path: Path, text: str, *, durable: bool = True) -> None:
 
 
 def close_new_files_to_others() -> None:
-    """Have this process make its files with mode 0640 or tighter, and its folders with 0750."""
+    """Give the files that this process makes mode 0640 or tighter, and its folders 0750."""
     os.umask(os.umask(0o027) | 0o027)
 
 
@@ -66,7 +66,7 @@ def cache_folder() -> Path:
 
 
 def make_once(path: str | Path, write: Callable[[str], None]) -> None:
-    """Have `write(draft)` make the file `path` unless it is there; of several processes one does, and the others wait
+    """Make the file `path` by `write(draft)`, unless it is there; of several processes one does, and the others wait
     for it."""
     place = f"{path}.lock"
     while not os.path.exists(path):

@@ -105,7 +105,7 @@ def _free_port() -> int:
 
 
 def _end_with_parent() -> None:
-    """Have the kernel tell this new process to end (and save) should the launcher be killed."""
+    """Make the kernel tell this new process to end (and save) should the launcher be killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 

@@ -75,7 +75,7 @@ def put_on(module: nn.Module, **changes: Any) -> None:
 
 
 def wrap_forward(module: nn.Module, name: str, wrapper: Callable[[Forward], Forward]) -> None:
-    """Have `wrapper(module.forward)` be the forward of `module`; `name` is its place in `WRAPPERS`."""
+    """Make `wrapper(module.forward)` be the forward of `module`; `name` is its place in `WRAPPERS`."""
     worn = extras(module).wrappers
     assert all(WRAPPERS.index(inner) < WRAPPERS.index(name) for inner in worn), f"{name} around {', '.join(worn)}"
     module.forward = wrapper(module.forward)

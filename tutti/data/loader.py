@@ -219,7 +219,7 @@ class Data:
             self._evaluation_start = evaluation.planner.position()
 
     def leave_out_drawn(self) -> None:
-        """Have batches hold blanks in the place of pictures that the model draws, from the next `train` or `evaluate`
+        """Make batches hold blanks in the place of pictures that the model draws, from the next `train` or `evaluate`
         on: what is made of them is known."""
         getattr(self._encoder, "encoder", self._encoder).media.decodes_drawn = False  # within ReadyMade
 

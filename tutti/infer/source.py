@@ -102,7 +102,7 @@ def data_of(asked: Config, source: Source) -> DataConfig:
 
 @contextmanager
 def named_as_infer() -> Iterator[None]:
-    """Have errors of reading a model name the arguments of `infer.*` that its paths came from."""
+    """Make errors of reading a model name the arguments of `infer.*` that its paths came from."""
     try:
         yield
     except ValueError as error:

@@ -175,7 +175,7 @@ def instantiate(factory: Any, model_config: PreTrainedConfig, **options: Any) ->
 
 
 def keep_in_fp32(model: PreTrainedModel) -> None:
-    """Have in fp32, on the meta device, what `from_pretrained` leaves in fp32 in a model of bf16, such as routers."""
+    """Keep in fp32, on the meta device, what `from_pretrained` leaves in fp32 in a model of bf16, such as routers."""
     kept: Any = model._keep_in_fp32_modules_strict or ()
     if model.dtype == torch.float32 or not kept:
         return

@@ -192,7 +192,7 @@ def _load_text_encoder(path: Path, argument: str, seed: int) -> nn.Module:
 
 @contextmanager
 def _drawn(seed: int, part: str) -> Iterator[None]:
-    """Have torch's random numbers follow from `seed` and the part, and its generator afterwards be as it was."""
+    """Make torch's random numbers follow from `seed` and the part, and its generator afterwards be as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(f"{seed} {part}"))
         yield

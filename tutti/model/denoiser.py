@@ -106,7 +106,7 @@ def read_net(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Have modules that are built get parameters without storage, and all else as ever."""
+    """Make modules that are built get parameters without storage, and all else as ever."""
     register = nn.Module.register_parameter
 
     def without_storage(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

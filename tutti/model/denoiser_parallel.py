@@ -36,7 +36,7 @@ def check_shares(model: Denoiser, ranks: int) -> None:
 
 
 def share_tokens(model: Denoiser, mesh: Mesh, world: World) -> None:
-    """Have the ranks of the ulysses axis share the tokens of `model`, in place. A collective call."""
+    """Make the ranks of the ulysses axis share the tokens of `model`, in place. A collective call."""
     from diffusers.hooks.context_parallel import apply_context_parallel
     from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
 

@@ -129,7 +129,7 @@ class VocabularyCodes(CodeDecoder):
 
 
 def let_draw(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, data: DataConfig) -> None:
-    """Have a ready-made model embed codes and predict them, where they are tokens beyond its vocabulary, and have the
+    """Make a ready-made model embed codes and predict them, where they are tokens beyond its vocabulary, and have the
     chat template of `tokenizer` write their placeholder. folder: of its weights, among which those of its tokenizer of
     pictures are.
     """
@@ -156,7 +156,7 @@ def _with_logits(head: nn.Module, codes: CodeDecoder, forward: Callable[..., Any
 
 
 def write_drawn(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Have the chat template write the placeholder of codes for pictures that are drawn, if the model draws."""
+    """Make the chat template write the placeholder of codes for pictures that are drawn, if the model draws."""
     source = tokenizer.chat_template
     if CODE in tokenizer.get_vocab() and isinstance(source, str) and not source.startswith(_DRAWN_AS_TEXT):
         tokenizer.chat_template = _DRAWN_AS_TEXT + source

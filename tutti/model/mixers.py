@@ -158,7 +158,7 @@ def check_mixers(structure: ModelStructure, layout: Layout) -> None:
 
 
 def separate_mixers(structure: ModelStructure) -> None:
-    """Have the mixers of a model treat each sample of a packed row by itself, in place."""
+    """Make the mixers of a model treat each sample of a packed row by itself, in place."""
     if not structure.mixers:
         return
     row = _Row()
@@ -298,7 +298,7 @@ def _by_group(forward: Forward, mixer: Any, row: _Row) -> Forward:
 
 
 def _attend_by_own_code(mixer: nn.Module, language: Any) -> None:
-    """Have attention run as in its class, by torch's attention if the language model knows it."""
+    """Make attention run as in its class, by torch's attention if the language model knows it."""
     for part in mixer.modules():
         if isinstance(config := getattr(part, "config", None), PreTrainedConfig):
             own: Any = copy.copy(config)
@@ -342,7 +342,7 @@ def _mask_of(mixer: Any, hidden: Tensor) -> Tensor:
 
 @contextmanager
 def _chunks_of(mixer: Any, length: int) -> Iterator[None]:
-    """Have a mixer compute short samples in short chunks: it pads to whole ones, of 256 tokens in Mamba 2."""
+    """Make a mixer compute short samples in short chunks: it pads to whole ones, of 256 tokens in Mamba 2."""
     own = vars(mixer).get("chunk_size")
     if isinstance(own, int):
         mixer.chunk_size = min(own, max(16, 1 << (length - 1).bit_length()))

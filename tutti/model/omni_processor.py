@@ -112,7 +112,7 @@ def drawing_marks(tokenizer: PreTrainedTokenizerBase) -> Marks:
 
 
 def make_room(tokenizer: PreTrainedTokenizerBase, text: Any, *, is_new: bool) -> None:
-    """Have the embedding of a language model, whose config is `text`, as many rows as the tokens that begin and end a
+    """Give the embedding of a language model, whose config is `text`, as many rows as the tokens that begin and end a
     picture need. is_new: it starts from random weights. ValueError: it does not, and lacks rows."""
     needed = max(drawing_marks(tokenizer)) + 1
     if needed <= text.vocab_size:
@@ -162,7 +162,7 @@ def _kinds(model: ModelConfig) -> list[str]:
 
 
 def write_markers(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> None:
-    """Have the chat template write the placeholders for media among a message's parts, if it does not."""
+    """Make the chat template write the placeholders for media among a message's parts, if it does not."""
     source, known = tokenizer.chat_template, tokenizer.get_vocab()
     if not isinstance(source, str):
         return

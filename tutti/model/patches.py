@@ -18,7 +18,7 @@ NAME = "patches"
 
 
 def multiply_patches(towers: Iterable[nn.Module]) -> None:
-    """Have the convolutions in `towers` whose strides are their kernels' sizes multiply what is as large as these."""
+    """Make the convolutions in `towers` whose strides are their kernels' sizes multiply what is as large as these."""
     for module in (part for tower in towers for part in tower.modules()):
         if not isinstance(module, nn.Conv2d | nn.Conv3d) or NAME in extras(module).wrappers:
             continue

@@ -47,7 +47,7 @@ def check_rotary(structure: ModelStructure, layout: Layout) -> None:
 
 
 def rotate_by_sample(model: nn.Module) -> None:
-    """Have the rotary embeddings of `model` that depend on length treat each sample of a packed row by itself."""
+    """Make the rotary embeddings of `model` that depend on length treat each sample of a packed row by itself."""
     for module in model.modules():
         kind: Any = getattr(module, "rope_type", None)
         kinds = kind.values() if isinstance(kind, dict) else [kind]

@@ -83,7 +83,7 @@ class Packing:
 
 
 def hold_quantized(weights: Iterable[tuple[nn.Module, str]], kind: str) -> None:
-    """Have each module hold its frozen parameter of this name, on the meta device, as `kind`: int8 or nf4.
+    """Make each module hold its frozen parameter of this name, on the meta device, as `kind`: int8 or nf4.
 
     Whoever multiplies with it from here on does so by `product`. ValueError: bitsandbytes is not installed.
     """

@@ -183,7 +183,7 @@ class _Positions(nn.Module):
 
 @contextmanager
 def _unfrozen(inner: nn.Module) -> Iterator[None]:
-    """Have what depends on a parameter be seen to, also where the parameter is not trained."""
+    """Make what depends on a parameter be seen to, also where the parameter is not trained."""
     frozen = [p for p in inner.parameters() if p.is_floating_point() and not p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_()

@@ -48,7 +48,7 @@ SMALL = 2**14
 
 
 def offload_activations(root: nn.Module, blocks: Sequence[nn.Module], device_type: str, limit_gb: float) -> Offloader:
-    """Have `blocks`, which `root` runs one after the other, move the tensors that they save in training to host memory,
+    """Make `blocks`, which `root` runs one after the other, move the tensors that they save in training to host memory,
     except for `limit_gb` * 10^9 bytes."""
     offloader = Offloader(torch.device(device_type), int(limit_gb * 1e9))
     root.register_forward_pre_hook(lambda *_: offloader.begin())

@@ -39,7 +39,7 @@ from tutti.parallel.sequence import add_fillers
 
 
 def separate_samples(root: nn.Module, blocks: Iterable[nn.Module]) -> None:
-    """Have `blocks`, and the modules below `root` that are not around them, run one sample after the other, in place.
+    """Make `blocks`, and the modules below `root` that are not around them, run one sample after the other, in place.
 
     `root` is called with a `Batch` as its first argument.
     """

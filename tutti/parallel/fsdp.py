@@ -132,7 +132,7 @@ def offloads(train: TrainConfig) -> bool:
 
 
 def run_as_forward(root: nn.Module, method: str) -> None:
-    """Have the parameters of `root` be there for `method` as they are for its forward."""
+    """Make the parameters of `root` be there for `method` as they are for its forward."""
     if isinstance(root, FSDPModule):
         register_fsdp_forward_method(root, method)
     elif extras(root).local_parameters is not None and method not in root.__dict__:

@@ -186,7 +186,7 @@ def _divided(parameter: nn.Parameter, placement: Placement, mesh: DeviceMesh) ->
 
 
 def _localize_embedding(embedding: Any, ranks: RankGroup) -> None:
-    """Have the table look up the ids that this rank has rows for, and give its own tokens' embeddings, in a row of
+    """Make the table look up the ids that this rank has rows for, and give its own tokens' embeddings, in a row of
     which nothing else is read later."""
     total = embedding.weight.shape[0]
     first = ranks.start(total)
@@ -224,7 +224,7 @@ def _localize_linear(linear: Linear, ranks: RankGroup) -> None:
 
 
 def _share_head(linear: Linear, ranks: RankGroup) -> None:
-    """Have a projection that every rank holds whole compute the one head that this rank's queries read."""
+    """Make a projection that every rank holds whole compute the one head that this rank's queries read."""
     module: Any = linear.module
     sharers = ranks.size // linear.units
     width = module.weight.shape[0] // linear.units
@@ -310,7 +310,7 @@ def _out_of_a_row(forward: Forward, ranks: RankGroup) -> Forward:
 
 
 def use_local(units: Iterable[nn.Module], skip: Iterable[nn.Module] = (), dtype: torch.dtype | None = None) -> None:
-    """Have the parameters of each of `units` (inner ones before outer ones) be plain tensors while it runs.
+    """Make the parameters of each of `units` (inner ones before outer ones) be plain tensors while it runs.
 
     A parameter belongs to the innermost unit around it, as with FSDP, which gathers it just before the unit runs.
     skip: modules within units that see to their own parameters. dtype: what they are cast to, if not left as they are.

@@ -24,7 +24,7 @@ COUNT = "average_count"
 
 
 def keep_average(optimizer: Optimizer, decay: float) -> None:
-    """Have `optimizer` keep an average of each of its parameters from now on; none with a decay of 0."""
+    """Make `optimizer` keep an average of each of its parameters from now on; none with a decay of 0."""
     if decay > 0:
         optimizer.register_step_post_hook(lambda optimizer, args, kwargs: _update(optimizer, decay))
 

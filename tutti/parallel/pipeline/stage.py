@@ -175,7 +175,7 @@ class StageBlocks(nn.ModuleList):
 
     @contextmanager
     def only(self, numbers: range, received: Tensor | None, length: int) -> Iterator[list[Tensor]]:
-        """Have the loop run these blocks on `received`; what the last of them gives is appended to the result, unless
+        """Make the loop run these blocks on `received`; what the last of them gives is appended to the result, unless
         they are the last of all. length: of the row that the decoder was given, if known, which its output may be
         given the shape of."""
         result: list[Tensor] = []
