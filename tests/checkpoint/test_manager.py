@@ -35,6 +35,7 @@ from tests.harness import run_ranks
 from tutti.checkpoint import dcp, manager, manifest
 from tutti.checkpoint.manager import Checkpointer, find_checkpoint, foresee, read_model
 from tutti.checkpoint.state import create_optimizer_state, model_tensors
+from tutti.config.load import from_dict, to_yaml
 from tutti.core.dist import init_world
 from tutti.train.adamw import AnyPrecisionAdamW
 
@@ -416,6 +417,23 @@ def test_missing_optimizer_state_is_listed(tmp_path, one_rank):
     model, optimizer = build("plain", "bf16")
     with pytest.raises(ValueError, match=r"lacks .*optimizer\.embed\.weight\.compensation.*train\.optimizer"):
         checkpointer(tmp_path, one_rank).resume("auto", model, optimizer)
+
+
+def test_arguments_that_make_a_checkpoint_unfit_are_named(tmp_path, one_rank):
+    """Hundreds of tensors are told by a few, and by the arguments that their differing comes from."""
+
+    def keeper(**train):
+        text = to_yaml(from_dict({"train": {"seed": 1, **train}}))
+        return Checkpointer(tmp_path, one_rank, save_async=False, documents={"config.yaml": text})
+
+    model, optimizer = build("plain")
+    keeper(architecture="lora", lora_rank=8).save(1, model, optimizer, {})
+    other = nn.Sequential(*(nn.Linear(2, 2) for _ in range(10)))
+    with pytest.raises(ValueError) as error:
+        keeper(architecture="lora", lora_rank=4, lr=1.0).resume("auto", other, torch.optim.AdamW(other.parameters()))
+    message = str(error.value)
+    assert "it lacks model.0.weight, model.0.bias, model.1.weight and 77 more" in message
+    assert message.endswith("Set back what has changed since it was saved: train.lora_rank is 4 and was 8")
 
 
 def test_another_precision_is_said(tmp_path, one_rank, warnings):

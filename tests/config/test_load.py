@@ -1,5 +1,6 @@
 """Reading rules: files, overrides, precedence, types, and every problem at once with the nearest valid name."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tutti.config import ARGUMENTS, Config, ConfigError, get
 from tutti.config.coerce import coerce
 from tutti.config.layout import resolve_sizes
 from tutti.config.load import from_dict, load, to_yaml
+from tutti.config.synonyms import SYNONYMS
 
 NEEDED = ["--data.train_path", "rows.jsonl", "--train.output_dir=runs/x", "model.model_path=qwen"]
 
@@ -135,7 +137,7 @@ def test_all_problems_at_once_one_line_each(tmp_path: Path) -> None:
         "max_seq_len: unknown argument; did you mean data.max_seq_len?",
         f"train.lr_decay_style: 'cosin' is not one of constant, linear, cosine; did you mean cosine? ({path}:3)",
         f"train.seed: expects a whole number, got 'x' ({path}:4)",
-        f"train.dyn_bsz: expects true or false, got 1 ({path}:5)",
+        f"train.dyn_bsz: expects true or false, got 1; write true ({path}:5)",
         "train.micro_batch_size: expects a whole number, got 1.5",
         "train.lr_warmup_ratio: must be at most 1, got 2.0",
         "data.train_path: required; " + ARGUMENTS["data.train_path"].doc,
@@ -161,19 +163,50 @@ def test_nearest_name(name: str, meant: str) -> None:
     assert problems(f"--{name}", "1") == [f"{name}: unknown argument; did you mean {meant}?"]
 
 
-def test_a_name_like_no_other() -> None:
-    assert problems("zzzz=1") == ["zzzz: unknown argument; see `tutti args`"]
+@pytest.mark.parametrize("name", ["zzzz", "train.neftune_noise_alpha", "train.trust_remote_code"])
+def test_a_name_like_no_other(name: str) -> None:
+    assert problems(f"{name}=1") == [f"{name}: unknown argument; see `tutti args`"]
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("train.learning_rate", "did you mean train.lr?"),
+        ("train.LR", "did you mean train.lr?"),
+        ("model_name_or_path", "did you mean model.model_path?"),
+        ("train.cutoff_len", "did you mean data.max_seq_len?"),
+        ("train.resume_from_checkpoint", "did you mean train.load_checkpoint_path?"),
+        ("train.betas", "write train.adam_beta1 and train.adam_beta2"),
+    ],
+)
+def test_names_of_other_programs(name: str, hint: str) -> None:
+    assert problems(f"--{name}", "1") == [f"{name}: unknown argument; {hint}"]
+
+
+def test_synonyms_name_arguments_that_there_are() -> None:
+    named = re.findall(r"\b(?:model|data|train|infer)\.\w+", " ".join(SYNONYMS.values()))
+    assert set(named) <= set(ARGUMENTS)
+    assert not {argument.leaf for argument in ARGUMENTS.values()} & set(SYNONYMS), "would never be looked up"
+
+
+def test_a_dotted_name_in_a_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "train.lr: 1\n")
+    assert problems(path) == [f"train.lr: in a file it is written as `lr:`, indented below `train:` ({path}:1)"]
 
 
 @pytest.mark.parametrize(
     ("tree", "problem"),
     [
         ({"train": {"seed": True}}, "train.seed: expects a whole number, got true"),
-        ({"train": {"lr": "1e-5"}}, "train.lr: expects a number, got '1e-5'"),
+        ({"train": {"lr": "1e-5"}}, "train.lr: expects a number, got '1e-5'; leave the quotes out"),
+        ({"train": {"dyn_bsz": "true"}}, "train.dyn_bsz: expects true or false, got 'true'; leave the quotes out"),
         ({"train": {"lr": float("nan")}}, "train.lr: expects a finite number, got nan"),
         ({"train": {"seed": 3.0}}, "train.seed: expects a whole number, got 3.0; write 3"),
-        ({"train": {"seed": None}}, "train.seed: expects a whole number, got null"),
-        ({"train": {"no_decay_params": "a"}}, "train.no_decay_params: expects a list of strings, got 'a'"),
+        ({"train": {"seed": None}}, "train.seed: expects a whole number, got null; leave it out for its default"),
+        (
+            {"train": {"no_decay_params": "a, b"}},
+            "train.no_decay_params: expects a list of strings, got 'a, b'; write [a, b]",
+        ),
         ({"train": {"no_decay_params": [1]}}, "train.no_decay_params: expects a list of strings, got [1]"),
         ({"train": {"wandb_name": 7}}, "train.wandb_name: expects a string, got 7; put it in quotes"),
         ({"train": {"micro_batch_size": 0}}, "train.micro_batch_size: must be at least 1, got 0"),
@@ -252,7 +285,11 @@ def test_open_sets(value: str) -> None:
         ("train:\n  lr: 1\n  seed: 2\n  lr: 3\n", "PATH:4: train.lr is given twice, before on line 2"),
         ("train: {lr: 1}\ndata: {}\ntrain: {}\n", "PATH:3: train is given twice, before on line 1"),
         ("train:\n  lr: [1\n", "PATH:3: is not valid YAML: expected ',' or ']', but got '<stream end>'"),
-        ("train:\n\tlr: 1\n", "PATH:2: is not valid YAML: found character '\\t' that cannot start any token"),
+        (
+            "train:\n\tlr: 1\n",
+            "PATH:2: is not valid YAML: found character '\\t' that cannot start any token"
+            ": indent with spaces, not tabs",
+        ),
         ("- a\n", "PATH:1: expects groups such as `train:`, not a single value"),
     ],
 )
@@ -264,7 +301,7 @@ def test_broken_yaml(tmp_path: Path, text: str, problem: str) -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert problems(f"{tmp_path}/no.yaml") == [f"{tmp_path}/no.yaml: No such file or directory"]
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    assert problems(f"{tmp_path}/binary.yaml") == [f"{tmp_path}/binary.yaml: is not a text file"]
+    assert problems(f"{tmp_path}/binary.yaml") == [f"{tmp_path}/binary.yaml: is not text in UTF-8"]
 
 
 def test_an_empty_file_and_an_empty_group_are_defaults(tmp_path: Path) -> None:
@@ -426,6 +463,8 @@ def test_every_path_takes_homes_and_environment_variables(tmp_path: Path, monkey
             assert get(load([f"{name}={text}"], None), name) == path
         with pytest.raises(ConfigError, match=f"{name}: the environment variable NOT_SET in ./.NOT_SET is not set"):
             load([f"{name}=./$NOT_SET"], None)
+        with pytest.raises(ConfigError, match=re.escape(f"{name}: ${{RUNS:-x}} in ./${{RUNS:-x}} is not replaced")):
+            load([f"{name}=./${{RUNS:-x}}"], None)
     assert get(load(["data.train_path=~/a, $RUNS/b,c"], None), "data.train_path") == "/me/a, /runs/b,c"
     towers = coerce(ARGUMENTS["model.encoders"], {"image": {"model_path": "~/x", "note": "~/x"}})
     assert towers == {"image": {"model_path": "/me/x", "note": "~/x"}}

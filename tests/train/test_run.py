@@ -114,6 +114,24 @@ def test_a_finished_run_is_done_and_a_longer_one_goes_on_by_its_own_schedule(tmp
     assert [line["lr"] for line in lines[4:]] == [line["lr"] for line in straight[4:]]
 
 
+def test_a_checkpoint_beyond_the_runs_end_and_a_larger_batch(tmp_path):
+    """The steps that are said to be left are those that are taken."""
+    settings = {"train.save_steps": 2, "train.max_steps": None, "train.global_batch_size": 16}
+    first = run(tiny_config(tmp_path, **settings))
+    resumed = {
+        "train.load_checkpoint_path": str(tmp_path / "out" / "checkpoints" / "global_step_2"),
+        "train.output_dir": str(tmp_path / "other"),
+    }
+    double = tiny_config(tmp_path, **(settings | resumed | {"train.global_batch_size": 32}))
+    (said,) = run_ranks(1, train_and_listen, double)
+    steps = records(double)[-1]["step"]
+    assert steps < first[-1]["step"]
+    assert f"the run has {steps} steps now, and had {first[-1]['step']} when" in said
+    short = settings | resumed | {"train.max_steps": 1, "train.output_dir": str(tmp_path / "short")}
+    (said,) = run_ranks(1, train_and_listen, tiny_config(tmp_path, **short))
+    assert "nothing is left to train after step 2, which" in said
+
+
 def train_and_listen(config):
     """Train; what was logged."""
     import contextlib

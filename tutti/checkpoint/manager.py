@@ -42,6 +42,7 @@ from torch.optim import Optimizer
 
 from tutti import __version__
 from tutti.checkpoint import dcp, manifest
+from tutti.checkpoint.differences import CONFIG, differences
 from tutti.checkpoint.lineage import Start, read_start, write_start
 from tutti.checkpoint.manifest import File, Manifest
 from tutti.checkpoint.state import (
@@ -66,6 +67,9 @@ log = logging.getLogger(__name__)
 STATE = "state.json"
 LATEST = "latest"
 EVAL_LOSS = "eval_loss"
+
+_LISTED = 3
+"""Tensors of each kind that are named where a checkpoint does not fit."""
 
 _REPLACED, _SURPLUS = ".replaced.tmp", ".surplus.tmp"
 
@@ -203,7 +207,8 @@ class Checkpointer:
         saved = world.run_on_all_ranks(lambda: json.loads((folder / STATE).read_text()))
         create_optimizer_state(model, optimizer, skip=set(saved["unstepped"]))
         tensors = {**model_tensors(model), **optimizer_tensors(model, optimizer)}
-        cast = _read(folder, tensors, model, world, prefixes=("model.", "optimizer."))
+        config = self._documents.get(CONFIG, "")
+        cast = _read(folder, tensors, model, world, prefixes=("model.", "optimizer."), now=config)
         if cast and world.is_main:
             log.warning("%s has another precision than this run, and is converted: %s", folder, listed(cast))
         if saved["world"] == world.size:
@@ -211,7 +216,7 @@ class Checkpointer:
             restore_rng(rng, world.device)
         else:
             derive_rng(found.files[_rng_file(0)].sha256, world.rank)
-        log.info("loaded %s, saved by %d ranks", folder, saved["world"])
+        log.info("loaded %s, saved by %d rank%s", folder, saved["world"], "" if saved["world"] == 1 else "s")
         own = folder.resolve().parent == self._root.resolve()
         origin = folder.name if own else str(folder.resolve())
         self._start = Start(origin, found.step, self._start.id)
@@ -504,23 +509,23 @@ def _candidates(root: Path) -> tuple[list[Path], dict[Path, str]]:
 
 
 def _read(
-    folder: Path, tensors: dict[str, Tensor], model: nn.Module, world: World, prefixes: Sequence[str]
+    folder: Path, tensors: dict[str, Tensor], model: nn.Module, world: World, prefixes: Sequence[str], now: str = ""
 ) -> list[str]:
     """Fill `tensors` from a verified checkpoint; returns the names of those that it holds in another precision, and
-    that were converted. model, prefixes: as in `_fitting_index`."""
-    index = _fitting_index(folder, tensors, model, world, prefixes)
+    that were converted. model, prefixes, now: as in `_fitting_index`."""
+    index = _fitting_index(folder, tensors, model, world, prefixes, now)
     dcp.read(folder, index, tensors, world.group)
     stored: dict[str, Any] = index.state_dict_metadata
     return [name for name, tensor in tensors.items() if stored[name].properties.dtype != tensor.dtype]
 
 
 def _fitting_index(
-    folder: Path, tensors: Mapping[str, Tensor], model: nn.Module, world: World, prefixes: Sequence[str]
+    folder: Path, tensors: Mapping[str, Tensor], model: nn.Module, world: World, prefixes: Sequence[str], now: str = ""
 ) -> Metadata:
     """The index of a verified checkpoint, which holds exactly `tensors` of those whose names begin with a prefix.
 
-    model: its tensors may be in the checkpoint under each name that tied ones have. ValueError, on every rank: names or
-    shapes differ.
+    model: its tensors may be in the checkpoint under each name that tied ones have. now: this run's config.yaml.
+    ValueError, on every rank: names or shapes differ.
     """
     index = world.run_on_all_ranks(lambda: dcp.read_index(folder))
     stored = {name: entry for name, entry in index.state_dict_metadata.items() if name.startswith(tuple(prefixes))}
@@ -538,12 +543,10 @@ def _fitting_index(
             "it holds in another shape": reshaped,
             "it holds and the run does not": [name for name in stored if name not in known],
         }
-        found = "; ".join(f"{what} {listed(names)}" for what, names in problems.items() if names)
+        found = "; ".join(f"{what} {listed(names, _LISTED)}" for what, names in problems.items() if names)
         if found:
-            raise ValueError(
-                f"{folder} does not fit the model and optimizer of this run: {found}. Load it with the model.*, "
-                "train.architecture and train.optimizer it was saved with"
-            )
+            advice = differences(folder / CONFIG, now)
+            raise ValueError(f"{folder} does not fit the model and optimizer of this run: {found}. {advice}")
 
     world.run_on_all_ranks(compare)
     return index

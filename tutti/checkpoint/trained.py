@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from tutti.checkpoint.differences import CONFIG
 from tutti.checkpoint.hf_load import load_weights
 from tutti.checkpoint.manager import find_checkpoint, leave_unsaved, read_model
 from tutti.checkpoint.manifest import Manifest
@@ -24,7 +25,7 @@ from tutti.model.initial import init_weights, materialize
 from tutti.model.lora import lora_of
 from tutti.model.omni import OmniModel
 
-CONFIG, MODEL_CONFIG = "config.yaml", "model_config.json"
+MODEL_CONFIG = "model_config.json"
 
 
 @dataclass(frozen=True)

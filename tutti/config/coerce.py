@@ -34,7 +34,7 @@ def coerce(argument: Argument, value: Any, *, text: bool = False) -> Any:
         if argument.kind in (tuple, dict):
             return argument.kind()
         if value is None:
-            raise ValueError(f"expects {_WANTED[argument.kind]}, got null")
+            raise ValueError(f"expects {_WANTED[argument.kind]}, got null; leave it out for its default")
     typed = _from_text(argument, value) if text else value
     typed = _of_type(argument, typed)
     if argument.path:
@@ -44,19 +44,23 @@ def coerce(argument: Argument, value: Any, *, text: bool = False) -> Any:
     return typed
 
 
-def nearest(word: str, names: list[str] | tuple[str, ...]) -> str | None:
-    """The one of `names` that `word` was probably meant to be."""
-    matches = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+def nearest(word: str, names: list[str] | tuple[str, ...], cutoff: float = 0.5) -> str | None:
+    """The one of `names` that `word` was probably meant to be; cutoff: how alike they must be, of 1."""
+    matches = difflib.get_close_matches(word, names, n=1, cutoff=cutoff)
     return matches[0] if matches else None
 
 
 def expand_path(path: str) -> str:
     """A path, or a comma list of paths, with `~` and environment variables replaced.
 
-    Raises ValueError: a variable is not set, and no file has that very name.
+    Raises ValueError: a variable is not set, or has more within its braces than a name, and no file is called so.
     """
     if os.path.exists(path):
         return path
+    if odd := re.search(r"\$\{(?!\w+\})[^}]*\}?", path):
+        raise ValueError(
+            f"{odd.group()} in {path} is not replaced by anything: variables are written $NAME or ${{NAME}}"
+        )
     for name in re.findall(r"\$(\w+)|\$\{(\w+)\}", path):
         if "".join(name) not in os.environ:
             raise ValueError(f"the environment variable {''.join(name)} in {path} is not set")
@@ -102,12 +106,23 @@ def _of_type(argument: Argument, value: Any) -> Any:
         return tuple(value)
     if type(value) is kind and kind is not tuple:
         return value
-    hint = ""
+    raise ValueError(f"expects {_WANTED[kind]}, got {_show(value)}{_hint(argument, value)}")
+
+
+def _hint(argument: Argument, value: Any) -> str:
+    """How to write `value`, which is not of the argument's type, if it is plain what was meant."""
+    kind = argument.kind
     if kind is str and isinstance(value, bool | int | float):
-        hint = "; put it in quotes"
-    elif kind is int and isinstance(value, float) and value.is_integer():
-        hint = f"; write {int(value)}"
-    raise ValueError(f"expects {_WANTED[kind]}, got {_show(value)}{hint}")
+        return "; put it in quotes"
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return f"; write {int(value)}"
+    if kind is bool and value in (0, 1, "0", "1"):
+        return f"; write {str(bool(int(value))).lower()}"
+    if kind is tuple and isinstance(value, str | int | float):
+        return f"; write [{', '.join(part.strip() for part in str(value).split(','))}]"
+    if isinstance(value, str) and type(_from_text(argument, value)) in (kind, int if kind is float else kind):
+        return "; leave the quotes out"
+    return ""
 
 
 def _check_set(argument: Argument, value: Any) -> None:

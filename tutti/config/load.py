@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from tutti.config import ARGUMENTS, FOLLOW_WORLD, GROUPS, Config, ConfigError, away_from_default, get, resolve
 from tutti.config.coerce import coerce, nearest
 from tutti.config.rules import contradictions, unavailable
+from tutti.config.synonyms import SYNONYMS
 from tutti.config.yamlfile import parse_value, read_file, to_yaml
 
 __all__ = ["ConfigError", "from_dict", "load", "to_yaml"]
@@ -105,6 +106,9 @@ def _add_tree(draft: _Draft, tree: dict[str, Any], where: dict[str, str]) -> Non
             draft.explicit.append(frozenset(map(str, values)))
         elif group == "derived" and isinstance(values, dict):
             draft.derived.update(values)
+        elif group in ARGUMENTS:
+            above, _, leaf = group.partition(".")
+            draft.problems.append(f"{group}: in a file it is written as `{leaf}:`, indented below `{above}:`{place}")
         elif group not in GROUPS:
             draft.problems.append(_unknown(str(group)) + place)
         elif values is None:
@@ -198,16 +202,30 @@ def _missing(config: Config, verb: str | None, refused: list[str]) -> list[str]:
 
 
 def _unknown(name: str) -> str:
-    """The problem line for a name that is none, with the nearest one that is."""
-    leaf = name.rpartition(".")[2]
+    """The problem line for a name that is none, with the one that was probably meant."""
+    group, _, leaf = name.rpartition(".")
+    leaf = leaf.lower()
     same_leaf = [known for known, argument in ARGUMENTS.items() if argument.leaf == leaf]
-    if "." not in name and not same_leaf:
-        guess = nearest(name, [*GROUPS, *ARGUMENTS])
+    elsewhere = SYNONYMS.get(leaf)
+    if same_leaf:
+        guess: str | None = same_leaf[0]
+    elif elsewhere is None:
+        guess = _nearest(group, name if not group else leaf)
+    elif elsewhere in ARGUMENTS:
+        guess = elsewhere
     else:
-        guess = same_leaf[0] if same_leaf else nearest(name, list(ARGUMENTS))
-    if guess is None:
-        by_leaf = {argument.leaf: known for known, argument in ARGUMENTS.items()}
-        guess = by_leaf.get(nearest(leaf, list(by_leaf)) or "")
+        return f"{name}: unknown argument; {elsewhere}"
     return (
         f"{name}: unknown argument; did you mean {guess}?" if guess else f"{name}: unknown argument; see `tutti args`"
     )
+
+
+def _nearest(group: str, leaf: str) -> str | None:
+    """The argument (or without `group` the group) whose name is most like `leaf`, of this group's before others'."""
+    if not group and (guess := nearest(leaf, list(GROUPS))):
+        return guess
+    for groups in ({group}, set(GROUPS)):
+        by_leaf = {argument.leaf: name for name, argument in ARGUMENTS.items() if argument.group in groups}
+        if guess := nearest(leaf, list(by_leaf), cutoff=0.6):
+            return by_leaf[guess]
+    return None

@@ -51,7 +51,7 @@ def read_file(path: str, expects: str = "groups such as `train:`") -> tuple[dict
         with open(path, encoding="utf-8") as file:
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not a text file"
+        reason = error.strerror if isinstance(error, OSError) else "is not text in UTF-8"
         raise ConfigError([f"{path}: {reason}"]) from None
     loader = _Loader(text)
     try:
@@ -69,7 +69,9 @@ def read_file(path: str, expects: str = "groups such as `train:`") -> tuple[dict
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{path}:{mark.line + 1}" if mark else path
-        raise ConfigError([f"{place}: is not valid YAML: {error.problem or error.context}"]) from None
+        problem = error.problem or error.context or ""
+        hint = ": indent with spaces, not tabs" if "\\t" in problem else ""
+        raise ConfigError([f"{place}: is not valid YAML: {problem}{hint}"]) from None
     except yaml.YAMLError as error:
         raise ConfigError([f"{path}: is not valid YAML: {' '.join(str(error).split())}"]) from None
     finally:

@@ -324,7 +324,10 @@ class Data:
                 continue
             if name == "digest":
                 raise data_changed()
-            raise ValueError(f"{name} is {now} but was {before} when the checkpoint was made: set it back to go on")
+            raise ValueError(
+                f"{name} is {now} but was {before} when the checkpoint was made: set it back to go on, or start a run "
+                "of its own from an exported model (model.model_path: .../hf/final, another train.output_dir)"
+            )
         self._train.planner.load_position(state["position"])
         self._given = np.array(state["given"], np.int64)
         self._ahead = False

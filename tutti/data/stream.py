@@ -326,7 +326,8 @@ def find_rows(reader: ChunkReader, source: int, names: Sequence[Sequence[int]]) 
 def data_changed() -> ValueError:
     return ValueError(
         "data.train_path does not hold the data that the checkpoint was made with (files, tokenizer, template or "
-        "data.max_seq_len have changed): bring it back, or start anew without train.load_checkpoint_path"
+        "data.max_seq_len have changed): bring it back, or start a run of its own from an exported model "
+        "(model.model_path: .../hf/final, another train.output_dir)"
     )
 
 

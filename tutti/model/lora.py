@@ -334,9 +334,9 @@ def merge(model: PreTrainedModel) -> None:
     put_on(model, lora=None)
 
 
-def listed(names: Sequence[str]) -> str:
-    """The first of `names`, and how many more there are."""
-    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+def listed(names: Sequence[str], most: int = LISTED) -> str:
+    """The first of `names`, `most` of them, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _shapes(weight: Sequence[int], rank: int, *, dora: bool) -> list[tuple[int, ...]]:

@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from tutti import __version__
-from tutti.checkpoint.trained import CONFIG, MODEL_CONFIG
+from tutti.checkpoint.differences import CONFIG
+from tutti.checkpoint.trained import MODEL_CONFIG
 from tutti.config import Config
 from tutti.config.layout import Layout
 from tutti.config.yamlfile import to_yaml

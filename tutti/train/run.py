@@ -107,16 +107,11 @@ def _run(config: Config, world: World, *, asked: Config) -> None:
     base = base_of(config, world)
     if state:
         require_base(state.get("base"), base)
-        planned = state.get("total_steps", data.total_steps)
-        if planned != data.total_steps and world.is_main:
-            log.warning(
-                "the run has %d steps now, and had %d when the checkpoint was made: from step %d the learning rate "
-                "follows the schedule of %d",
-                data.total_steps, planned, step + 1, data.total_steps,
-            )  # fmt: skip
     guard, early = SpikeGuard(config.train, world), EarlyStopping(config.train)
     resumed: dict[str, Stateful] = {"data": data, "guard": guard, "early_stopping": early}
     load_states(resumed, state)
+    if state and world.is_main:
+        _say_what_is_left(step, data.total_steps, before=state.get("total_steps", data.total_steps))
     room = [] if state else room_for_state(optimizer)
 
     def inspect_gradients() -> None:
@@ -288,6 +283,18 @@ def _checkpointer(run: Run, output: Path, asked: Config) -> Checkpointer:
         facts=run.facts(asked),
         documents=run.documents(asked),
     )
+
+
+def _say_what_is_left(step: int, total: int, before: int) -> None:
+    """Log that nothing is left to train after `step` of a run of `total` steps, or that it had `before` of them."""
+    if step >= total:
+        log.info("nothing is left to train after step %d, which the checkpoint is of", step)
+    elif total != before:
+        log.warning(
+            "the run has %d steps now, and had %d when the checkpoint was made: from step %d the learning rate "
+            "follows the schedule of %d",
+            total, before, step + 1, total,
+        )  # fmt: skip
 
 
 def load_states(parts: Mapping[str, Stateful], state: Mapping[str, Any] | None) -> None:

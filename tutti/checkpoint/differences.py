@@ -1,0 +1,39 @@
+"""Arguments that shape a run's tensors and are not what they were when a checkpoint was saved.
+
+A checkpoint that does not fit is told by hundreds of tensors; what its user can mend is one argument or two.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tutti.config import ARGUMENTS, get
+from tutti.config.load import from_dict
+from tutti.config.yamlfile import parse_value
+
+CONFIG = "config.yaml"
+
+_SHAPING = (
+    "model.",
+    "train.architecture",
+    "train.optimizer",
+    "train.lora_",
+    "train.freeze",
+    "train.ema_",
+    "data.data_type",
+)
+
+
+def differences(saved: Path, now: str) -> str:
+    """A sentence that names the arguments to set back. saved: the config.yaml of a checkpoint, if it has one. now: the
+    text of the run's ("": it has none)."""
+    changes: list[str] = []
+    if now and saved.is_file():
+        before, after = (from_dict(parse_value(text)) for text in (saved.read_text(encoding="utf-8"), now))
+        for name in ARGUMENTS:
+            old, new = get(before, name), get(after, name)
+            if name.startswith(_SHAPING) and old != new:
+                changes.append(f"{name} is {new} and was {old}")
+    if changes:
+        return f"Set back what has changed since it was saved: {'; '.join(changes)}"
+    return "Load it with the model.*, train.architecture and train.optimizer it was saved with"
