@@ -6,7 +6,8 @@ its samples above all. Attention stays within a sample, by one of these:
 
 - On CUDA, one variable-length kernel (`tutti.attention.varlen`): that of the flash-attn packages where
   `model.attn_implementation` asks for one that is installed, else torch's.
-- Elsewhere, and for what that kernel does not know, tiles of matrix products (`tutti.attention.packed_cpu`).
+- There, for soft-capped scores, a kernel that FlexAttention compiles (`tutti.attention.flex`).
+- Elsewhere, and for what those kernels do not know, tiles of matrix products (`tutti.attention.packed_cpu`).
 - Where layers have `native_sparse` parameters, by these (`tutti.attention.sparse`).
 - Where a model's mask is more than causal or a sliding window (Gemma 3, where the tokens of an image see one another),
   torch's attention over the batch as a whole, with the mask cut at the samples' borders.
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 
+from tutti.attention import flex
 from tutti.attention.packed_cpu import packed_attention
 from tutti.attention.ring import ring_attention
 from tutti.attention.sparse import NAME as SPARSE
@@ -270,7 +272,10 @@ def _attend(
         return package_attention(query, key, value, cu_seqlens, kwargs["max_length_q"], spec, package)
     if fits(query, value, spec):
         return varlen_attention(query, key, value, cu_seqlens, kwargs["max_length_q"], spec, sinks)
-    return packed_attention(query, key, value, kwargs.get("borders", cu_seqlens), spec, sinks)
+    borders = kwargs.get("borders", cu_seqlens)
+    if spec.softcap and sinks is None and flex.takes(query):
+        return flex.capped_attention(query, key, value, cu_seqlens, borders, spec)
+    return packed_attention(query, key, value, borders, spec, sinks)
 
 
 def spec_of(module: nn.Module, query: Tensor, scaling: float | None, kwargs: Mapping[str, Any]) -> AttentionSpec:

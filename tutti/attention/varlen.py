@@ -2,9 +2,9 @@
 
 A variable-length kernel takes the tokens of many samples end to end, and where each sample begins: it does for a packed
 batch what `tutti.attention.packed_cpu` does on a CPU, in one call and without waiting for the device. What it does not
-know goes by tiles instead (`fits`): fp32, heads wider than 256, values wider than keys, devices before Ampere, and of
-torch's kernel soft-capping. Widths that are no multiple of 8, and values narrower than keys (MLA), are filled up with
-zeros, which change no score, and cut off again.
+know goes by tiles instead (`fits`): fp32, heads wider than 256, values wider than keys, devices before Ampere. torch's
+kernel does not know soft-capping either (`tutti.attention.flex` does). Widths that are no multiple of 8, and values
+narrower than keys (MLA), are filled up with zeros, which change no score, and cut off again.
 
 The kernel also serves a ring of ranks, whose queries see their keys in blocks (`tutti.attention.online_softmax`): it
 gives the log of the softmax denominator beside its output, and its backward pass takes those of the whole softmax, so
