@@ -321,8 +321,8 @@ BAD = [
     (
         "conversation",
         {"dialog": [], "id": 1},
-        "has no column messages (data.text_keys), nor conversations, nor instruction and output; "
-        "its columns are dialog, id",
+        "has no column messages (data.text_keys), nor conversations, nor instruction and output, nor prompt and "
+        "completion; its columns are dialog, id (data.row_template makes messages of them)",
     ),
     ("conversation", chat(), "the conversation is empty"),
     (
@@ -404,6 +404,33 @@ def test_bad_rows_pass_through() -> None:
     bad = BadRow("x", 1, "not valid JSON")
     assert encoder()([bad]) == [bad]
     assert encoder()([]) == []
+
+
+def test_of_a_prompt_and_its_completion_the_completion_is_trained_on() -> None:
+    """As TRL has it: texts or messages, and no answer that is part of the prompt."""
+    before = [{"role": "system", "content": "Be kind."}, *CHAT, {"role": "user", "content": "Fine."}]
+    answer = [{"role": "assistant", "content": "Good."}]
+    rows = [
+        {"prompt": "Hi there!", "completion": CHAT[1]["content"]},
+        {"prompt": before, "completion": answer},
+        {"prompt": json.dumps(before), "completion": json.dumps(answer)},
+        {"prompt": "Hi", "completion": 3},
+    ]
+    (plain,), (chat,), (packed,), bad = encode(encoder(), *rows)
+    assert trained_text(plain) == TRAINED
+    assert trained_text(chat) == "Good.<|im_end|>"
+    np.testing.assert_array_equal(chat.labels, packed.labels)
+    assert bad.reason == "completion must be text or a list of messages, not int"
+
+
+def test_a_column_that_rows_lack_is_told() -> None:
+    """Conversations found elsewhere than asked for are not taken without a word."""
+    made = encoder(text_keys="dialog")
+    encode(made, {"messages": CHAT}, {"dialog": CHAT})
+    assert dict(made.notes) == {"rows lack the column of data.text_keys (dialog); their conversation is in another": 1}
+    made = encoder()
+    encode(made, SHAPES["sharegpt"])
+    assert not made.notes
 
 
 def test_text_keys() -> None:

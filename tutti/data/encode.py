@@ -31,7 +31,7 @@ from tutti.data.media import MediaFolder, MediaSummary, described
 from tutti.data.media_cache import MediaCache
 from tutti.data.parts import not_taken, with_media
 from tutti.data.processor import MediaProcessor, shift
-from tutti.data.rows import RowError, class_of, conversation_of, fill, half_surrogate, text_of
+from tutti.data.rows import CONVERSATIONS, RowError, class_of, conversation_of, fill, half_surrogate, text_of
 from tutti.data.source import BadRow, Row, text_columns
 from tutti.data.template import ChatTemplate, read_template
 from tutti.data.tokenize import BatchTokenizer, Tokens
@@ -129,6 +129,9 @@ class Encoder:
             if self.row_template:
                 value = fill(self.row_template, value)
             conversation, entries = with_media(conversation_of(value, self.columns), value)
+            if self.columns != CONVERSATIONS[:1] and not any(value.get(column) is not None for column in self.columns):
+                named = ", ".join(self.columns)
+                self.notes[f"rows lack the column of data.text_keys ({named}); their conversation is in another"] += 1
             if entries and self.media is None:
                 raise not_taken(entries)
             if self.media is not None:

@@ -211,10 +211,28 @@ def _turns(value: dict[str, Any], columns: Sequence[str]) -> Any:
                 return as_json(turns, list, column) if isinstance(turns, str) else turns
     if "instruction" in value:
         return _alpaca(value)
+    if value.get("prompt") is not None and value.get("completion") is not None:
+        return _completed(value)
     raise RowError(
-        f"has no column {' or '.join(columns)} (data.text_keys), nor conversations, nor instruction and output; "
-        f"its columns are {listed(value)}"
+        f"has no column {' or '.join(columns)} (data.text_keys), nor conversations, nor instruction and output, nor "
+        f"prompt and completion; its columns are {listed(value)} (data.row_template makes messages of them)"
     )
+
+
+def _completed(value: dict[str, Any]) -> list[Any]:
+    """The messages of a row with a `prompt` and its `completion`, texts or messages; the latter alone is trained on."""
+    turns: list[Any] = []
+    for column, role in (("prompt", "user"), ("completion", "assistant")):
+        side = value[column]
+        if isinstance(side, str) and side.lstrip().startswith("[{"):
+            side = as_json(side, list, column)
+        if not isinstance(side, str | list):
+            raise RowError(f"{column} must be text or a list of messages, not {kind_of(side)}")
+        said = [{"role": role, "content": side}] if isinstance(side, str) else side
+        if column == "prompt":
+            said = [{"loss_mask": 0, **turn} if isinstance(turn, dict) else turn for turn in said]
+        turns += said
+    return turns
 
 
 def _system(value: dict[str, Any]) -> str:

@@ -193,7 +193,9 @@ class ChatTemplate:
                 ),
             )
         except Exception as error:  # a template may fail in any way on messages it was not made for
-            raise RowError(f"the chat template can't render it: {error}") from None
+            calls = any("tool_calls" in message for message in messages)
+            hint = "; a message calls tools, and the template may not write such" if calls else ""
+            raise RowError(f"the chat template can't render it: {error}{hint}") from None
         return texts[0], spans[0] if self._tagged else []
 
     def _find_form(self) -> _Form:
