@@ -409,10 +409,11 @@ submitted. docs/cluster.md lists the keys.""",
     "migrate": _Verb(
         run=_migrate,
         usage="FILE.yaml [-o OUT.yaml] [--nproc N]",
-        brief="turn a YAML of another framework into ours",
+        brief="turn a file of another framework into ours",
         text="""\
-Turn a training YAML of VeOmni, LLaMA-Factory or Axolotl into ours, and list every key of it: what it is mapped to, what
-changed its meaning and how, and what has no counterpart.""",
+Turn a training file of VeOmni, LLaMA-Factory, Axolotl, TRL, transformers' Trainer (YAML or JSON) or torchtitan (TOML)
+into ours, and list every key of it: what it is mapped to, what changed its meaning and how, and what has no
+counterpart.""",
         options={
             "-o": {
                 "metavar": "OUT.yaml",
@@ -535,9 +536,23 @@ def _configure(command: _Command, world: int) -> Config:
     from tutti.config.layout import resolve_sizes
     from tutti.config.load import load
 
-    config = resolve_sizes(load(command.rest, command.words[0]), world)
+    try:
+        config = load(command.rest, command.words[0])
+    except ConfigError as error:
+        raise ConfigError(error.problems + _whose(command.rest)) from None
+    config = resolve_sizes(config, world)
     _warn(config)
     return config
+
+
+def _whose(words: Sequence[str]) -> list[str]:
+    """A line that names the way out, if the file among `words` is one of another framework."""
+    from tutti.migrate import recognised
+
+    for path in (word for word in words if os.path.isfile(word)):
+        if framework := recognised(path):
+            return [f"{path}: has keys of {framework}; `tutti migrate {path} -o run.yaml` makes one of ours of it"]
+    return []
 
 
 def _warn(config: Config) -> None:

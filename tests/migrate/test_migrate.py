@@ -1,211 +1,29 @@
 """Files of other frameworks become configurations that load, and every key of them is accounted for."""
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.migrate.files import (
+    AXOLOTL,
+    FILES,
+    LLAMA_FACTORY,
+    TRAINER,
+    VEOMNI_FLAT,
+    VEOMNI_NESTED,
+    loaded,
+    migrated,
+    row,
+)
 from tutti.cli import main
-from tutti.config import ARGUMENTS, Config, ConfigError, get
+from tutti.config import ARGUMENTS, ConfigError, get
 from tutti.config.load import load
-from tutti.migrate import FRAMEWORKS, Migration, migrate
+from tutti.migrate import FRAMEWORKS
 from tutti.migrate.rules import Source
-from tutti.migrate.show import account, as_yaml
-
-VEOMNI_FLAT = """
-model:
-  model_path: ./Qwen3-8B
-  attn_implementation: flash_attention_2
-  moe_implementation: fused
-data:
-  train_path: corpus/tulu
-  train_size: 80000000
-  data_type: conversation
-  max_seq_len: 4096
-  text_keys: messages
-  chat_template: qwen
-  num_workers: 8
-  drop_last: true
-train:
-  output_dir: qwen3_sft
-  data_parallel_mode: fsdp2
-  ulysses_parallel_size: 1
-  global_batch_size: 32
-  micro_batch_size: 2
-  rmpad: false
-  rmpad_with_pos_ids: true
-  dyn_bsz: true
-  dyn_bsz_margin: 0
-  lr: 5.0e-6
-  lr_warmup_ratio: 0.007
-  lr_decay_style: constant
-  weight_decay: 0.01
-  optimizer: adamw
-  enable_gradient_checkpointing: true
-  init_device: meta
-  save_epochs: 1
-  load_checkpoint_path: ""
-  use_wandb: true
-  wandb_project: qwen
-  max_steps: 4000
-"""
-
-VEOMNI_NESTED = """
-model:
-  model_path: Qwen/Qwen3-0.6B
-  ops_implementation:
-    attn_implementation: flash_attention_3
-    moe_implementation: fused_triton
-    rms_norm_implementation: liger_kernel
-  lora_config: {rank: 16, alpha: 32, lora_modules: [q_proj, v_proj], seed: 3}
-data:
-  train_path: corpus.jsonl
-  eval_path: held_out.jsonl
-  mm_configs: {fps: 2.0}
-  dataloader: {type: native, num_workers: 4, persistent_workers: true}
-train:
-  micro_batch_size: 1
-  num_train_epochs: 2
-  moe_load_balance_monitor_interval: 0
-  optimizer: {type: muon, lr: 1.0e-5, lr_decay_style: cosine, max_grad_norm: 0.5, muon_lr: 1.0e-3}
-  wandb: {enable: false, project: run, name: first}
-  accelerator:
-    ulysses_size: 1
-    dp_shard_size: -1
-    fsdp_config:
-      fsdp_mode: fsdp2
-      mixed_precision: {enable: true, param_dtype: bfloat16}
-  checkpoint: {output_dir: out, manager: dcp, save_hf_weights: false}
-  gradient_checkpointing: {enable: true, early_stop: true}
-"""
-
-LLAMA_FACTORY = """
-### model
-model_name_or_path: models/llama-3-8b
-trust_remote_code: true
-flash_attn: fa2
-
-### method
-stage: sft
-do_train: true
-finetuning_type: lora
-lora_rank: 16
-lora_dropout: 0.05
-lora_target: q_proj, v_proj
-deepspeed: configs/ds_z3_offload_config.json
-quantization_bit: 4
-
-### dataset
-dataset: letters,recipes
-dataset_dir: sets
-template: llama3
-cutoff_len: 2048
-max_samples: 1000
-overwrite_cache: true
-preprocessing_num_workers: 16
-neat_packing: true
-packing: true
-mask_history: false
-
-### output
-output_dir: saves/llama3
-logging_steps: 10
-save_steps: 500
-plot_loss: true
-report_to: tensorboard
-run_name: first
-
-### train
-per_device_train_batch_size: 2
-gradient_accumulation_steps: 8
-learning_rate: 1.0e-4
-num_train_epochs: 2.5
-lr_scheduler_type: polynomial
-warmup_steps: 20
-bf16: true
-optim: paged_adamw_8bit
-neftune_noise_alpha: 5
-resume_from_checkpoint: null
-ddp_timeout: 180000000
-
-### eval
-val_size: 0.1
-eval_strategy: steps
-eval_steps: 500
-"""
-
-AXOLOTL = """
-base_model: NousResearch/Llama-3.2-1B
-model_type: LlamaForCausalLM
-tokenizer_type: AutoTokenizer
-load_in_8bit: false
-load_in_4bit: true
-strict: false
-chat_template: llama3
-datasets:
-  - path: owner/alpaca
-    type: alpaca
-    split: train
-    name: cleaned
-    revision: v1
-    shards: 4
-  - path: json
-    data_files: letters.jsonl
-    ds_type: json
-    type: chat_template
-    field_messages: turns
-dataset_prepared_path: last_run_prepared
-val_set_size: 0.05
-output_dir: ./outputs/lora
-sequence_len: 4096
-sample_packing: true
-eval_sample_packing: false
-pad_to_sequence_len: true
-adapter: qlora
-lora_model_dir:
-lora_r: 32
-lora_alpha: 16
-lora_dropout: 0.05
-lora_target_linear: true
-lora_modules_to_save: [embed_tokens, lm_head]
-wandb_project: songs
-wandb_entity:
-wandb_name: first
-gradient_accumulation_steps: 4
-micro_batch_size: 2
-num_epochs: 4
-optimizer: adamw_bnb_8bit
-lr_scheduler: cosine
-learning_rate: 0.0002
-train_on_inputs: false
-group_by_length: false
-bf16: auto
-tf32: false
-gradient_checkpointing: true
-gradient_checkpointing_kwargs: {use_reentrant: false}
-early_stopping_patience:
-resume_from_checkpoint:
-logging_steps: 1
-flash_attention: true
-warmup_ratio: 0.1
-evals_per_epoch: 4
-saves_per_epoch: 1
-weight_decay: 0.0
-fsdp: [full_shard, auto_wrap]
-fsdp_config:
-  fsdp_offload_params: false
-  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
-  fsdp_state_dict_type: FULL_STATE_DICT
-special_tokens: {pad_token: <|end_of_text|>}
-"""
-
-FILES = {
-    "VeOmni": VEOMNI_FLAT,
-    "VeOmni, nested": VEOMNI_NESTED,
-    "LLaMA-Factory": LLAMA_FACTORY,
-    "Axolotl": AXOLOTL,
-}
+from tutti.migrate.show import account
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> set[str]:
@@ -216,36 +34,21 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> set[str]:
     return found
 
 
-def migrated(tmp_path: Path, text: str, ranks: int = 1) -> Migration:
-    path = tmp_path / "theirs.yaml"
-    path.write_text(text)
-    return migrate(str(path), ranks)
-
-
-def loaded(tmp_path: Path, migration: Migration) -> Config:
-    path = tmp_path / "ours.yaml"
-    path.write_text(as_yaml(migration, "theirs.yaml"))
-    return load([str(path)])
-
-
-def row(migration: Migration, key: str) -> Any:
-    (found,) = [row for row in migration.rows if row.key == key]
-    return found
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_every_key_is_accounted_for_once(tmp_path: Path, name: str) -> None:
     migration = migrated(tmp_path, FILES[name])
     assert migration.framework == name.partition(",")[0]
     keys = [row.key for kind in ("mapped", "changed", "none") for row in migration.of(kind)]
     assert len(keys) == len(set(keys))
-    for leaf in leaves(yaml.safe_load(FILES[name])):
+    read = tomllib.loads if name == "torchtitan" else yaml.safe_load
+    for leaf in leaves(read(FILES[name])):
         assert any(leaf == key or leaf.startswith(f"{key}.") for key in keys), f"{leaf} was dropped"
     text = account(migration, "theirs.yaml")
     for kind in ("changed", "none"):
         for found in migration.of(kind):
             assert found.note, f"{found.key} says nothing"
             assert f"  {found.key}:" in text
+            assert found.note.split(":")[0][:60] in text, f"what {found.key} means is not shown"
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -415,6 +218,31 @@ def test_a_max_of_steps_and_warmup_in_steps(tmp_path: Path) -> None:
     assert (config.train.max_steps, config.train.num_train_epochs, config.train.lr_warmup_ratio) == (200, 1, 0.1)
     assert (config.data.data_type, config.data.text_keys) == ("plaintext", "body,text")
     assert config.train.compute_dtype == "float32"
+
+
+def test_newer_settings_of_llama_factory_and_axolotl(tmp_path: Path) -> None:
+    factory = "model_name_or_path: x\noutput_dir: o\ndataset: a\nstage: "
+    config = loaded(tmp_path, migrated(tmp_path, f"{factory}pt\nreport_to: [mlflow]\nuse_audio_in_video: true\n"))
+    assert (config.data.data_type, config.train.dyn_bsz) == ("plaintext", True), "pretraining is packed by default"
+    assert (config.train.trackers, config.data.audio_in_video) == (("mlflow",), True)
+    assert loaded(tmp_path, migrated(tmp_path, f"{factory}rm\n")).data.data_type == "reward"
+    neat = f"{factory}sft\nneat_packing: true\npacking: false\n"
+    assert loaded(tmp_path, migrated(tmp_path, neat)).train.dyn_bsz
+    axolotl = "base_model: x\ndatasets: [{path: a.jsonl}]\nuse_mlflow: true\nuse_comet: true\nreward_model: true\n"
+    config = loaded(tmp_path, migrated(tmp_path, axolotl))
+    assert (config.train.trackers, config.data.data_type) == (("mlflow", "comet"), "reward")
+
+
+def test_a_file_of_another_framework_is_told_when_it_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in (("a.yaml", AXOLOTL), ("b.yaml", VEOMNI_NESTED), ("c.json", TRAINER)):
+        (tmp_path / name).write_text(text)
+        assert main(["train", str(tmp_path / name)]) == 2
+        assert f"`tutti migrate {tmp_path / name} -o run.yaml` makes one of ours of it" in capsys.readouterr().err
+    (tmp_path / "ours.yaml").write_text("train: {lrr: 1}\n")
+    assert main(["check", str(tmp_path / "ours.yaml")]) == 2
+    assert "tutti migrate" not in capsys.readouterr().err
 
 
 def test_unknown_files_are_refused(tmp_path: Path) -> None:

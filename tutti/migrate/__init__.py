@@ -1,31 +1,39 @@
 """Moving in: the YAML of another framework turned into one of ours, with an account of every key.
 
-Each framework has a table (`veomni`, `llamafactory`, `axolotl`) from its own dotted key to a rule: a function of the
-key's value that gives our settings and says whether they mean the same. The steps: find out whose file it is by the
-keys in it; lay the file out as dotted keys; apply the rules; write out defaults of theirs that differ from ours; then
-load the result as any configuration is loaded, and give up what this version refuses, with its reason. Every key of
-the file ends up in exactly one of three lists: mapped, changed, or without a counterpart. Nothing is dropped silently.
+Each framework has a table (`veomni`, `llamafactory`, `axolotl`, `huggingface`, `torchtitan`) from its own dotted key to
+a rule: a function of the key's value that gives our settings and says whether they mean the same. The steps: find out
+whose file it is by the keys in it; lay the file out as dotted keys; apply the rules; write out defaults of theirs that
+differ from ours; then load the result as any configuration is loaded, and give up what this version refuses, with its
+reason. Every key of the file ends up in exactly one of three lists: mapped, changed, or without a counterpart. Nothing
+is dropped silently.
 
 The tables were written from the public documentation of these frameworks.
 """
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tutti.config import ConfigError
+from tutti.config import ARGUMENTS, ConfigError
 from tutti.config.coerce import nearest
 from tutti.config.load import from_dict
 from tutti.config.yamlfile import read_file
-from tutti.migrate import axolotl, llamafactory, veomni
-from tutti.migrate.rules import CHANGED, MAPPED, NONE, Framework, Result, Source, none
+from tutti.migrate import axolotl, huggingface, llamafactory, torchtitan, veomni
+from tutti.migrate.rules import CHANGED, MAPPED, NONE, Framework, Result, Source, none, whole_run
 
-__all__ = ["Migration", "Row", "migrate"]
+__all__ = ["Migration", "Row", "migrate", "recognised"]
 
-FRAMEWORKS: tuple[Framework, ...] = (veomni.FRAMEWORK, llamafactory.FRAMEWORK, axolotl.FRAMEWORK)
+FRAMEWORKS: tuple[Framework, ...] = (
+    veomni.FRAMEWORK,
+    llamafactory.FRAMEWORK,
+    axolotl.FRAMEWORK,
+    huggingface.FRAMEWORK,
+    torchtitan.FRAMEWORK,
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,8 @@ class Migration:
 
     @property
     def defaults(self) -> list[Row]:
-        return [row for row in self.rows if not row.given and row.ours]
+        """Defaults of theirs that are not ours: settings, or what differs in another way."""
+        return [row for row in self.rows if not row.given and (row.ours or row.kind != MAPPED)]
 
     def settings(self) -> dict[str, tuple[Any, Row]]:
         """Our settings, each with the row it comes from; a key of the file beats a default, a later one an earlier."""
@@ -65,15 +74,52 @@ class Migration:
 
 
 def migrate(path: str, ranks: int = 1) -> Migration:
-    """Read the YAML file at `path`, made for `ranks` ranks.  ConfigError: it is no YAML, or of no framework we know."""
-    tree, _ = read_file(path)
+    """Read the file at `path`, made for `ranks` ranks.  ConfigError: it is no YAML or TOML, or of none of these."""
+    tree = _read(path)
     framework = _recognise(tree, path)
     source = Source(_flatten(tree, framework), ranks, Path(path).parent)
     rows = [_row(framework, source, key, value, given=True) for key, value in source.values.items()]
     for key, value in framework.defaults(source).items():
         if key not in source.values:
             rows.append(_row(framework, source, key, value, given=False))
-    return _loadable(Migration(framework.name, tuple(rows)))
+    return _loadable(_with_length(Migration(framework.name, tuple(rows)), framework, ranks))
+
+
+def recognised(path: str) -> str | None:
+    """The framework whose file the YAML or TOML at `path` is, if it has keys of one that are none of ours."""
+    try:
+        tree = _read(path)
+        framework = _recognise(tree, path)
+    except ConfigError:
+        return None
+    keys = _flatten(tree, framework)
+    return framework.name if any(key in framework.rules and key not in ARGUMENTS for key in keys) else None
+
+
+def _read(path: str) -> Mapping[str, Any]:
+    """The mapping in a YAML, JSON or TOML file.  ConfigError: it is none."""
+    if not path.endswith(".toml"):
+        return read_file(path, "the keys of another framework")[0]
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError([f"{path}: {error.strerror}"]) from None
+    except ValueError as error:
+        raise ConfigError([f"{path}: is not valid TOML: {error}"]) from None
+
+
+def _with_length(migration: Migration, framework: Framework, ranks: int) -> Migration:
+    """The migration with the length of its one epoch, where the framework counts the steps of a whole run."""
+    settings = {name: value for name, (value, _) in migration.settings().items()}
+    steps = settings.get("train.max_steps")
+    if not framework.counts_whole_run or steps is None:
+        return migration
+    length = whole_run(steps, settings, ranks)
+    rows = [
+        replace(row, ours={**row.ours, **length}) if row.ours.get("train.max_steps") == steps else row
+        for row in migration.rows
+    ]
+    return replace(migration, rows=tuple(rows))
 
 
 def _recognise(tree: Mapping[str, Any], path: str) -> Framework:
@@ -108,7 +154,7 @@ def _row(framework: Framework, source: Source, key: str, value: Any, *, given: b
     if value is None:
         result = Result(MAPPED, note="unset, and so it is here")
     elif rule is None:
-        guess = nearest(key, list(framework.rules))
+        guess = nearest(key, list(framework.rules), cutoff=0.75)
         hint = f"; did you mean {guess}?" if guess else ""
         result = none(f"is no key of {framework.name} that is known here{hint}")(value, source)
     else:

@@ -17,6 +17,7 @@ from tutti.migrate.rules import (
     bf16,
     changed,
     choice,
+    decay,
     deepspeed,
     epochs,
     every,
@@ -34,8 +35,10 @@ from tutti.migrate.rules import (
     schedule,
     strategy,
     switch,
+    warmup_ratio,
     warmup_steps,
 )
+from tutti.migrate.trainer import FSDP
 
 _CHATS = ("chat_template", "sharegpt", "alpaca", "openai", "messages", "instruct", "gpteacher", "chat")
 _TAKEN = {"path", "type", "data_files", "ds_type", "split", "field", "name", "revision"}
@@ -120,18 +123,6 @@ def _is_adapted(source: Source) -> bool:
     return source.get("adapter") in ("lora", "qlora")
 
 
-def _fsdp(value: Any, source: Source) -> Result:
-    words = " ".join(names(value)) if isinstance(value, list | str) else ""
-    ours: dict[str, Any] = {"train.data_parallel_mode": "fsdp2"}
-    if "shard_grad_op" in words:
-        ours["train.enable_full_shard"] = False
-    if "offload" in words:
-        ours["train.enable_fsdp_offload"] = True
-    if not words:
-        return Result(MAPPED, note="off, and so it is here")
-    return Result(CHANGED, ours, "torch's FSDP2, with the blocks as its units")
-
-
 def _checkpointing(value: Any, source: Source) -> Result:
     ours: dict[str, Any] = {"train.enable_gradient_checkpointing": bool(value)}
     if isinstance(value, str) and value.startswith("offload"):
@@ -154,6 +145,14 @@ def _packing(value: Any, source: Source) -> Result:
 
 def _watch(value: Any, source: Source) -> Result:
     return Result(MAPPED, {"train.wandb_project": value, "train.use_wandb": True} if value else {})
+
+
+def _tracker(value: Any, source: Source) -> Result:
+    """A switch for one of several trackers; the setting is that of all that are on."""
+    if not value:
+        return Result(MAPPED, note="off, and so it is here")
+    names = ("tensorboard", "mlflow", "comet", "swanlab", "trackio")
+    return Result(MAPPED, {"train.trackers": [name for name in names if source.get(f"use_{name}")]})
 
 
 def _per_epoch(verb: str) -> Rule:
@@ -215,10 +214,12 @@ _RULES: dict[str, Rule] = {
     "pretraining_dataset": _datasets("data.train_path"),
     "val_set_size": off("rows to evaluate on have a file of their own: data.eval_path, with train.eval_steps"),
     "dataset_prepared_path": _DATA_ONCE,
-    "dataset_processes": _DATA_ONCE,
+    **dict.fromkeys(("dataset_processes", "dataset_num_proc", "dataset_shard_num"), _DATA_ONCE),
     "dataset_keep_in_memory": _DATA_ONCE,
     "dataset_exact_deduplication": off("rows are taken as they are"),
     "shuffle_merged_datasets": same("data.shuffle"),
+    "shuffle_before_merging_datasets": needless("all rows are shuffled together"),
+    "curriculum_sampling": switch({"data.shuffle": False}),
     "skip_prepare_dataset": _DATA_ONCE,
     "streaming": switch({"data.datasets_type": "iterable"}, {"data.datasets_type": "mapping"}),
     "dataloader_num_workers": same("data.num_workers"),
@@ -238,6 +239,10 @@ _RULES: dict[str, Rule] = {
     "sample_packing_bin_size": needless("as many samples as fit"),
     "multipack_real_batches": needless("a micro batch is one row"),
     "pad_to_sequence_len": same("train.pad_to_length", bool),
+    "roles_to_train": none(
+        'the assistant\'s turns are trained on; "loss_mask" in a message says otherwise (docs/data.md)'
+    ),
+    "train_on_eos": choice({"turn": {}}, "the end of each turn that is trained on is trained on as well"),
     "group_by_length": off("packing makes padding, and so grouping, needless"),
     "adapter": _adapter,
     "lora_model_dir": same("model.adapter_path"),
@@ -259,8 +264,11 @@ _RULES: dict[str, Rule] = {
         "of preferences dpo and ipo are there",
     ),
     "rl_beta": same("train.dpo_beta", float),
-    "reward_model": off("there is none"),
-    "unfrozen_parameters": off("see train.architecture lora"),
+    "reward_model": switch({"data.data_type": "reward"}),
+    **dict.fromkeys(("dpo_use_weighting", "dpo_norm_loss", "rpo_alpha", "orpo_alpha"), off("dpo and ipo are there")),
+    "dpo_label_smoothing": same("train.dpo_label_smoothing", float),
+    "trl": off("reinforcement learning is not there"),
+    "unfrozen_parameters": off("train.freeze names what stays as it is instead, by patterns such as model.layers.1?.*"),
     "processor_type": needless("the processor in the model's folder is used for rows with media"),
     "processor_config": off("put its files into the model's folder"),
     "image_size": _image_size,
@@ -273,10 +281,12 @@ _RULES: dict[str, Rule] = {
     "wandb_mode": off("set WANDB_MODE in the environment"),
     "wandb_watch": off("gradients are not recorded one by one"),
     "wandb_log_model": off("models are not uploaded"),
-    "use_tensorboard": off("see report.html and metrics.jsonl"),
-    "use_mlflow": off("see report.html and metrics.jsonl"),
-    "mlflow_experiment_name": off("see report.html and metrics.jsonl"),
-    "use_comet": off("see report.html and metrics.jsonl"),
+    **dict.fromkeys(("use_tensorboard", "use_mlflow", "use_comet", "use_swanlab", "use_trackio"), _tracker),
+    **dict.fromkeys(("mlflow_experiment_name", "comet_project_name", "swanlab_project"), same("train.wandb_project")),
+    **dict.fromkeys(
+        ("mlflow_tracking_uri", "comet_workspace", "comet_api_key", "swanlab_workspace", "swanlab_mode"),
+        off("set it in the tracker's own environment"),
+    ),
     "output_dir": same("train.output_dir"),
     "hub_model_id": _ON_HUB,
     "hub_strategy": _ON_HUB,
@@ -292,13 +302,11 @@ _RULES: dict[str, Rule] = {
     "lr_scheduler": schedule,
     "cosine_min_lr_ratio": _min_ratio,
     "cosine_constant_lr_ratio": same("train.lr_decay_ratio", float),
-    "warmup_ratio": same("train.lr_warmup_ratio", float),
+    "warmup_ratio": warmup_ratio,
     "warmup_steps": warmup_steps,
     "optimizer": optimizer,
     "optim_args": off("see train.adam_beta1 and those beside it"),
-    "weight_decay": changed(
-        "norms and biases decay as well, unless train.no_decay_params names them", "train.weight_decay", convert=float
-    ),
+    "weight_decay": decay,
     "adam_beta1": same("train.adam_beta1", float),
     "adam_beta2": same("train.adam_beta2", float),
     "adam_epsilon": same("train.adam_eps", float),
@@ -352,31 +360,7 @@ _RULES: dict[str, Rule] = {
         {"train.load_checkpoint_path": "auto"}, note="of checkpoints that Tutti wrote"
     ),
     "deepspeed": deepspeed,
-    "fsdp": _fsdp,
-    "fsdp_version": needless("FSDP2 is used"),
-    "fsdp_config.offload_params": same("train.enable_fsdp_offload"),
-    "fsdp_config.fsdp_offload_params": same("train.enable_fsdp_offload"),
-    "fsdp_config.cpu_ram_efficient_loading": switch({"train.init_device": "meta"}),
-    "fsdp_config.fsdp_cpu_ram_efficient_loading": switch({"train.init_device": "meta"}),
-    "fsdp_config.reshard_after_forward": same("train.enable_full_shard"),
-    "fsdp_config.fsdp_reshard_after_forward": same("train.enable_full_shard"),
-    "fsdp_config.activation_checkpointing": same("train.enable_gradient_checkpointing"),
-    "fsdp_config.fsdp_activation_checkpointing": same("train.enable_gradient_checkpointing"),
-    **{
-        f"fsdp_config.{prefix}{key}": needless("the blocks are the units, and checkpoints are sharded")
-        for prefix in ("", "fsdp_")
-        for key in (
-            "auto_wrap_policy",
-            "transformer_layer_cls_to_wrap",
-            "state_dict_type",
-            "final_state_dict_type",
-            "limit_all_gathers",
-            "sync_module_states",
-            "use_orig_params",
-            "backward_prefetch",
-            "forward_prefetch",
-        )
-    },
+    **FSDP,
     "sequence_parallel_degree": changed("a ring of attention blocks", "train.context_parallel_size"),
     "context_parallel_size": changed("a ring of attention blocks", "train.context_parallel_size"),
     "tensor_parallel_size": same("train.tensor_parallel_size"),
@@ -395,6 +379,23 @@ _RULES: dict[str, Rule] = {
     "gc_steps": same("train.gc_steps", lambda value: max(0, int(value))),
     "seed": same("train.seed"),
     "debug": off("see --debug"),
+    **dict.fromkeys(
+        ("ddp", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "world_size"), needless("chosen by the layout")
+    ),
+    "gpu_memory_limit": off("`tutti check` says what a run would take"),
+    "lora_on_cpu": off("adapters are on the device"),
+    "embeddings_skip_upcast": needless("parameters are held in fp32, with mixed precision"),
+    "tokenizer_save_jinja_files": needless("exports have chat_template.jinja"),
+    "fix_untrained_tokens": off("embeddings are trained as they are"),
+    "save_first_step": off("see train.save_steps"),
+    "include_tokens_per_second": needless("metrics.jsonl has it"),
+    **dict.fromkeys(
+        ("lr_quadratic_warmup", "lr_groups", "embedding_lr", "embedding_lr_scale"), off("see train.part_lr")
+    ),
+    **dict.fromkeys(
+        ("do_bench_eval", "do_causal_lm_eval", "eval_causal_lm_metrics"),
+        off("the loss is evaluated, and train.sample_prompts"),
+    ),
     "strict": needless("an unknown key is an error in any case"),
 }
 

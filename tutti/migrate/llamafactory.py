@@ -16,29 +16,19 @@ from tutti.migrate.rules import (
     Result,
     Rule,
     Source,
-    accumulation,
-    bf16,
     changed,
     choice,
-    deepspeed,
-    epochs,
-    every,
     frozen,
-    max_steps,
     model_path,
     names,
     needless,
     none,
     off,
-    optimizer,
     quantized,
-    report_to,
     same,
-    schedule,
-    strategy,
     switch,
-    warmup_steps,
 )
+from tutti.migrate.trainer import TRAINER
 
 
 def _files(key: str) -> Rule:
@@ -81,9 +71,9 @@ def _template(value: Any, source: Source) -> Result:
 
 
 def _stage(value: Any, source: Source) -> Result:
-    kinds = {"sft": "conversation", "pt": "plaintext", "dpo": "dpo"}
+    kinds = {"sft": "conversation", "pt": "plaintext", "dpo": "dpo", "rm": "reward"}
     if value not in kinds:
-        return Result(NONE, note="pretraining, fine-tuning and preferences (dpo) are there")
+        return Result(NONE, note="pretraining, fine-tuning, reward models and preferences (dpo) are there")
     ours: dict[str, Any] = {"data.data_type": kinds[value]}
     if value == "pt":
         ours["data.text_keys"] = "text,content_split"
@@ -93,7 +83,8 @@ def _stage(value: Any, source: Source) -> Result:
 def _method(value: Any, source: Source) -> Result:
     if value in ("full", "lora"):
         return Result(MAPPED, {"train.architecture": value})
-    return Result(NONE, note="all weights are trained, or adapters (train.architecture lora)")
+    note = "all weights are trained, those that train.freeze leaves, or adapters (train.architecture lora)"
+    return Result(NONE, note=note)
 
 
 def _is_adapted(source: Source) -> bool:
@@ -107,7 +98,7 @@ def _targets(value: Any, source: Source) -> Result:
 
 
 def _packing(value: Any, source: Source) -> Result:
-    if not value:
+    if not value and not source.get("neat_packing"):
         return Result(MAPPED, {"train.dyn_bsz": False})
     note = "whole samples are packed and never see each other, as with neat_packing"
     return Result(MAPPED if source.get("neat_packing") else CHANGED, {"train.dyn_bsz": True}, note)
@@ -117,15 +108,6 @@ def _alpha(value: Any, source: Source) -> Result:
     return Result(MAPPED, {"train.lora_alpha": float(value)})
 
 
-def _resume(value: Any, source: Source) -> Result:
-    if not value:
-        return Result(MAPPED, note="off, and so it is here")
-    if value is True:
-        note = "the newest checkpoint that Tutti wrote to train.output_dir, if there is one"
-        return Result(CHANGED, {"train.load_checkpoint_path": "auto"}, note)
-    return Result(NONE, note="its checkpoints cannot be resumed from: name the folder as model.model_path instead")
-
-
 _FROZEN = {
     "freeze_vision_tower": ["towers"],
     "freeze_multi_modal_projector": ["projectors"],
@@ -133,6 +115,23 @@ _FROZEN = {
 }
 _FROZEN_BY_DEFAULT = ("freeze_vision_tower", "freeze_multi_modal_projector")
 _BOUNDS = ("image_min_pixels", "image_max_pixels", "video_min_pixels", "video_max_pixels")
+
+
+_OTHER_OPTIMIZERS = tuple(
+    f"{name}_{key}"
+    for name, keys in {
+        "galore": ("target", "rank", "update_interval", "scale", "proj_type", "layerwise"),
+        "apollo": ("target", "rank", "update_interval", "scale", "proj", "proj_type", "scale_type", "layerwise"),
+        "badam": ("mode", "start_block", "switch_mode", "switch_interval", "update_ratio", "mask_mode", "verbose"),
+    }.items()
+    for key in keys
+)
+_OTHER_STAGES = (
+    *(f"ppo_{key}" for key in ("buffer_size", "epochs", "score_norm", "target", "whiten_rewards")),
+    *(f"kto_{key}" for key in ("chosen_weight", "rejected_weight")),
+    *(f"reward_model{key}" for key in ("", "_adapters", "_quantization_bit", "_type")),
+    "simpo_gamma",
+)
 
 
 def _takes_media(source: Source) -> bool:
@@ -148,12 +147,6 @@ def _frozen(value: Any, source: Source) -> Result:
     return frozen(_FROZEN, _FROZEN_BY_DEFAULT)(value, source)
 
 
-_PRECISION = {
-    "bf16": bf16,
-    "fp16": switch({"train.enable_mixed_precision": True}, note="bf16 instead of fp16, without a loss scale"),
-    "pure_bf16": switch({"train.enable_mixed_precision": False}),
-    "tf32": needless("torch's own setting"),
-}
 _ATTENTION = choice(
     {
         "auto": {"model.attn_implementation": "flash_attention_2"},
@@ -166,6 +159,7 @@ _ATTENTION = choice(
 )
 
 _RULES: dict[str, Rule] = {
+    **TRAINER,
     "model_name_or_path": model_path("model_revision"),
     "adapter_name_or_path": same("model.adapter_path"),
     "trust_remote_code": off("code in a model's folder is never run; the class must be one of transformers'"),
@@ -185,8 +179,6 @@ _RULES: dict[str, Rule] = {
     "disable_gradient_checkpointing": lambda value, source: Result(
         MAPPED, {"train.enable_gradient_checkpointing": not value}
     ),
-    "gradient_checkpointing": same("train.enable_gradient_checkpointing"),
-    "gradient_checkpointing_kwargs.use_reentrant": same("train.enable_reentrant"),
     "use_reentrant_gc": same("train.enable_reentrant"),
     "upcast_layernorm": needless("parameters are held in fp32, with mixed precision"),
     "upcast_lmhead_output": needless("the loss is computed in fp32"),
@@ -197,9 +189,6 @@ _RULES: dict[str, Rule] = {
     "quantization_type": choice({"nf4": {}}, "4 bits are nf4"),
     "double_quantization": needless("see quantization_bit"),
     "stage": _stage,
-    "do_train": choice({True: {}}, "`tutti train` trains; evaluation alone is not there"),
-    "do_eval": needless("see train.eval_steps and train.eval_epochs"),
-    "do_predict": off("see `tutti infer`"),
     "predict_with_generate": off("see train.sample_prompts_path, and `tutti infer`"),
     "finetuning_type": _method,
     "lora_rank": same("train.lora_rank"),
@@ -212,20 +201,22 @@ _RULES: dict[str, Rule] = {
     "loraplus_lr_ratio": off("A and B learn at the same rate"),
     "pissa_init": off("A is drawn at random, and B is zero"),
     "create_new_adapter": off("the adapter that is named goes on being trained"),
-    "freeze_trainable_layers": off("see train.architecture lora"),
+    **dict.fromkeys(
+        ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules"),
+        none("train.freeze names what stays as it is, by patterns such as model.layers.1?.*"),
+    ),
+    "use_llama_pro": off("blocks are not added"),
     **dict.fromkeys(_FROZEN, _frozen),
     **{name: same(f"data.{name}") for name in _BOUNDS},
     "video_fps": same("data.video_fps", float),
     "video_maxlen": same("data.video_max_frames"),
     "image_do_pan_and_scan": off("set it in the model's preprocessor_config.json"),
     "crop_to_patches": off("set it in the model's preprocessor_config.json"),
-    "use_audio_in_video": off("the sound of a video is left out"),
+    "use_audio_in_video": same("data.audio_in_video", bool),
     "audio_sampling_rate": needless("that of the model's processor"),
-    "use_galore": off("AdamW is used"),
-    "use_badam": off("AdamW is used"),
-    "use_apollo": off("AdamW is used"),
+    **dict.fromkeys(("use_galore", "use_badam", "use_apollo", "use_adam_mini"), off("AdamW is used")),
+    **dict.fromkeys(_OTHER_OPTIMIZERS, needless("it goes with an optimizer that is not there")),
     "use_muon": switch({"train.optimizer": "muon"}, note=MUON_NOTE),
-    "use_adam_mini": off("AdamW is used"),
     "pref_beta": same("train.dpo_beta", float),
     "pref_loss": choice(
         {"sigmoid": {"train.dpo_loss": "sigmoid"}, "ipo": {"train.dpo_loss": "ipo"}},
@@ -233,7 +224,13 @@ _RULES: dict[str, Rule] = {
     ),
     "pref_ftx": off("no supervised loss is added"),
     "dpo_label_smoothing": same("train.dpo_label_smoothing", float),
-    "ref_model": off("the model as it is when training starts is the reference"),
+    "pref_bco_weight": off("the losses sigmoid and ipo are there"),
+    "ld_alpha": off("the losses sigmoid and ipo are there"),
+    **dict.fromkeys(
+        ("ref_model", "ref_model_adapters", "ref_model_quantization_bit"),
+        off("the model as it is when training starts is the reference"),
+    ),
+    **dict.fromkeys(_OTHER_STAGES, needless("it goes with a stage that is not there")),
     "dataset": _files("data.train_path"),
     "eval_dataset": _files("data.eval_path"),
     "dataset_dir": needless("the data files' paths have it"),
@@ -247,6 +244,7 @@ _RULES: dict[str, Rule] = {
     "mask_history": off('set "loss_mask": 0 in the messages not to train on; see docs/data.md'),
     "packing": _packing,
     "neat_packing": switch({"train.dyn_bsz": True}),
+    "eval_packing": needless("evaluation packs as training does"),
     "streaming": switch({"data.datasets_type": "iterable"}, {"data.datasets_type": "mapping"}),
     "buffer_size": same("data.shuffle_buffer_size"),
     "mix_strategy": choice({"concat": {}}, "write a YAML of sources with weights, and name it as data.train_path"),
@@ -257,67 +255,29 @@ _RULES: dict[str, Rule] = {
     "overwrite_cache": needless("rows are tokenised while the run goes on"),
     "preprocessing_num_workers": needless("rows are tokenised while the run goes on, by data.num_workers processes"),
     "preprocessing_batch_size": needless("rows are tokenised while the run goes on"),
-    "dataloader_num_workers": same("data.num_workers"),
-    "dataloader_drop_last": same("data.drop_last"),
-    "dataloader_pin_memory": same("data.pin_memory"),
-    "dataloader_prefetch_factor": same("data.prefetch_factor"),
     "disable_shuffling": lambda value, source: Result(MAPPED, {"data.shuffle": not value}),
-    "group_by_length": off("packing makes padding, and so grouping, needless"),
-    "output_dir": same("train.output_dir"),
-    "logging_dir": needless("everything is in train.output_dir"),
-    "logging_steps": same("train.log_steps", lambda value: max(1, int(value))),
     "plot_loss": needless("report.html has the charts"),
-    "overwrite_output_dir": off(
-        "a folder that holds a run is never written over; choose another, or go on with the run"
+    "early_stopping_steps": same("train.early_stopping_patience"),
+    "data_shared_file_system": needless("rank 0 of each machine prepares what is cached"),
+    "print_param_status": needless("`tutti check` shows the model"),
+    "use_swanlab": switch({"train.trackers": ["swanlab"]}),
+    "swanlab_project": same("train.wandb_project"),
+    "swanlab_run_name": same("train.wandb_name"),
+    **dict.fromkeys(
+        ("swanlab_workspace", "swanlab_mode", "swanlab_api_key", "swanlab_logdir"),
+        off("set it in swanlab's environment (SWANLAB_...)"),
     ),
-    "save_steps": every("save"),
-    "save_strategy": strategy("save"),
-    "save_total_limit": same("train.max_checkpoints"),
-    "save_only_model": off("checkpoints are whole, so that they can be resumed; see train.hf_save_steps"),
-    "resume_from_checkpoint": _resume,
-    "report_to": report_to,
-    "run_name": same("train.wandb_name"),
-    "per_device_train_batch_size": same("train.micro_batch_size"),
-    "per_device_eval_batch_size": needless("evaluation packs as training does"),
-    "gradient_accumulation_steps": accumulation("per_device_train_batch_size", 8),
-    "learning_rate": same("train.lr", float),
-    "num_train_epochs": epochs,
-    "max_steps": max_steps,
-    "lr_scheduler_type": schedule,
-    "lr_scheduler_kwargs.min_lr": same("train.lr_min", float),
-    "warmup_ratio": same("train.lr_warmup_ratio", float),
-    "warmup_steps": warmup_steps,
-    "weight_decay": changed(
-        "norms and biases decay as well, unless train.no_decay_params names them", "train.weight_decay", convert=float
+    **dict.fromkeys(
+        ("infer_backend", "infer_dtype", "vllm_maxlen", "vllm_gpu_util"), needless("`tutti infer` generates")
     ),
-    "optim": optimizer,
-    "adam_beta1": same("train.adam_beta1", float),
-    "adam_beta2": same("train.adam_beta2", float),
-    "adam_epsilon": same("train.adam_eps", float),
-    "max_grad_norm": same("train.max_grad_norm", float),
-    "neftune_noise_alpha": off("no noise is added"),
-    "label_smoothing_factor": off("targets are not smoothed"),
-    **_PRECISION,
-    "seed": same("train.seed"),
-    "data_seed": none("train.seed is that of the data's order as well"),
-    "full_determinism": same("train.enable_full_determinism"),
-    "torch_compile": same("train.enable_compile"),
-    "ddp_timeout": needless("torch's own"),
-    "ddp_find_unused_parameters": needless("FSDP2 does not ask"),
-    "local_rank": needless("torchrun sets it"),
-    "deepspeed": deepspeed,
-    "fsdp": lambda value, source: Result(CHANGED, {"train.data_parallel_mode": "fsdp2"}, "FSDP2, full sharding"),
-    "eval_strategy": strategy("eval"),
-    "evaluation_strategy": strategy("eval"),
-    "eval_steps": every("eval"),
-    "eval_on_start": off("evaluation comes after a step"),
-    "load_best_model_at_end": off("the last model is exported; the report shows the best evaluation"),
-    "metric_for_best_model": needless("the report shows the best evaluation"),
+    **dict.fromkeys(
+        ("export_dir", "export_size", "export_device", "export_legacy_format"), needless("see `tutti export`")
+    ),
+    "hf_hub_token": needless("HF_TOKEN and `hf auth login` are honoured in any case"),
+    "fp8": off("fp8 is not there"),
+    "use_mca": off("train.*_parallel_size divide a model"),
+    "pure_bf16": switch({"train.enable_mixed_precision": False}),
     "compute_accuracy": off("the loss alone is evaluated"),
-    "include_num_input_tokens_seen": needless("metrics.jsonl has tokens"),
-    "remove_unused_columns": needless("other columns are ignored"),
-    "push_to_hub": off("upload the folder yourself: hf upload"),
-    "hub_model_id": off("upload the folder yourself: hf upload"),
     "max_new_tokens": same("infer.max_tokens"),
     "temperature": same("infer.temperature", float),
     "top_p": same("infer.top_p", float),
@@ -339,6 +299,8 @@ def _defaults(source: Source) -> Mapping[str, Any]:
         "dataloader_drop_last": False,
         "disable_gradient_checkpointing": False,
     }
+    if source.get("stage") == "pt":
+        defaults["packing"] = True
     if source.get("max_steps", 0) and source.get("max_steps") > 0:
         del defaults["num_train_epochs"]
     if not any(source.get(key) for key in ("bf16", "fp16", "pure_bf16")):

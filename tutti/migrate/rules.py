@@ -9,11 +9,14 @@ something else, and the note says what), `none` (there is no counterpart, and th
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from tutti.config.train import TrackerName
 
 MAPPED, CHANGED, NONE = "mapped", "changed", "none"
 
@@ -48,7 +51,8 @@ class Framework:
     """A framework whose files are known.
 
     sign: by what its files are told, in words. is_meant: whether a file may be one. rules: by its own dotted key.
-    defaults: values that the framework takes where a file says nothing and that differ from ours.
+    defaults: values that the framework takes where a file says nothing and that differ from ours. counts_whole_run:
+    its steps are those of all epochs together.
     """
 
     name: str
@@ -56,6 +60,7 @@ class Framework:
     is_meant: Callable[[Mapping[str, Any]], bool]
     rules: Mapping[str, Rule]
     defaults: Callable[[Source], Mapping[str, Any]]
+    counts_whole_run: bool = True
 
 
 def same(name: str, convert: Callable[[Any], Any] = lambda value: value) -> Rule:
@@ -202,23 +207,58 @@ def schedule(value: Any, source: Source) -> Result:
 
 
 def warmup_steps(value: Any, source: Source) -> Result:
-    """Warmup is a part of all steps here, which are only known beforehand where max_steps is given."""
-    total = source.get("max_steps", 0)
-    if value == 0 or isinstance(value, float):
+    """Warmup is a part of all steps here, which are only known beforehand where the file counts steps."""
+    if _is_constant(source):
+        return Result(MAPPED, note="of no effect with the schedule constant")
+    total = source.get("max_steps", source.get("training.steps", 0))
+    if value == 0 or (isinstance(value, float) and value < 1):
         return Result(MAPPED, {"train.lr_warmup_ratio": float(value)})
     if isinstance(total, int) and total > 0:
-        return Result(CHANGED, {"train.lr_warmup_ratio": min(1.0, value / total)}, f"a part of all {total} steps")
+        ratio = min(1.0, value / total)
+        # A run's warmup is the whole number below its part of the steps.
+        ratio = ratio if int(total * ratio) >= int(value) else math.nextafter(ratio, 1)
+        return Result(CHANGED, {"train.lr_warmup_ratio": ratio}, f"a part of all {total} steps")
     return Result(
         NONE, note="a part of all steps here: `tutti check` says how many there are; set train.lr_warmup_ratio"
     )
 
 
+def warmup_ratio(value: Any, source: Source) -> Result:
+    """The part of all steps; the schedule `constant` has no warmup, whatever this says."""
+    if _is_constant(source):
+        return Result(MAPPED, note="of no effect with the schedule constant")
+    return Result(MAPPED, {"train.lr_warmup_ratio": float(value)})
+
+
+def _is_constant(source: Source) -> bool:
+    return source.get("lr_scheduler_type", source.get("lr_scheduler")) == "constant"
+
+
+def decay(value: Any, source: Source) -> Result:
+    """Weight decay of transformers' trainer, which spares biases and norms."""
+    spared = {"train.no_decay_params": ["bias", "norm"]} if float(value) else {}
+    return Result(MAPPED, {"train.weight_decay": float(value), **spared})
+
+
 def max_steps(value: Any, source: Source) -> Result:
-    """Theirs counts the whole run, ours an epoch."""
+    """Theirs counts the whole run, ours an epoch, whose length `whole_run` then sets."""
     if not isinstance(value, int) or value <= 0:
         return Result(MAPPED, note="off, and so it is here")
-    ours = {"train.max_steps": value, "train.num_train_epochs": 1}
-    return Result(CHANGED, ours, "caps the steps of an epoch; of one epoch then, so that the run ends there or before")
+    return Result(MAPPED, {"train.max_steps": value, "train.num_train_epochs": 1})
+
+
+_SHARING = ("tensor", "pipeline", "context", "ulysses")
+"""Axes whose ranks share samples."""
+
+
+def whole_run(steps: int, settings: Mapping[str, Any], ranks: int) -> dict[str, Any]:
+    """The length of one epoch of just `steps` steps, in which shorter data begins again; settings: ours, by name."""
+    sharing = math.prod(settings.get(f"train.{axis}_parallel_size", 1) for axis in _SHARING)
+    micro = settings.get("train.micro_batch_size", 1)
+    samples = steps * settings.get("train.global_batch_size", micro * (ranks // sharing or 1))
+    if settings.get("train.dyn_bsz"):
+        return {"data.train_size": samples * settings.get("data.max_seq_len", 2048)}
+    return {"data.train_sample": samples}
 
 
 def epochs(value: Any, source: Source) -> Result:
@@ -259,6 +299,29 @@ def strategy(verb: str) -> Rule:
         return Result(CHANGED, {steps: 0, per_epoch: 1}, "by steps or epochs here; an epoch is taken")
 
     return rule
+
+
+def resume(value: Any, source: Source) -> Result:
+    """Going on from a checkpoint, which must be one of ours."""
+    if not value:
+        return Result(MAPPED, note="off, and so it is here")
+    if value is True:
+        note = "the newest checkpoint that Tutti wrote to train.output_dir, if there is one"
+        return Result(CHANGED, {"train.load_checkpoint_path": "auto"}, note)
+    return Result(NONE, note="its checkpoints cannot be resumed from: name the folder as model.model_path instead")
+
+
+def fsdp(value: Any, source: Source) -> Result:
+    """How FSDP shards: words such as full_shard, shard_grad_op, offload."""
+    words = "full_shard" if value is True else " ".join(names(value)) if isinstance(value, list | str) else ""
+    ours: dict[str, Any] = {"train.data_parallel_mode": "fsdp2"}
+    if "shard_grad_op" in words:
+        ours["train.enable_full_shard"] = False
+    if "offload" in words:
+        ours["train.enable_fsdp_offload"] = True
+    if not words:
+        return Result(MAPPED, note="off, and so it is here")
+    return Result(CHANGED, ours, "torch's FSDP2, with the blocks as its units")
 
 
 def deepspeed(value: Any, source: Source) -> Result:
@@ -303,14 +366,23 @@ def bf16(value: Any, source: Source) -> Result:
     return Result(MAPPED, {"train.compute_dtype": "float32"} if precise else {})
 
 
+_TRACKERS = {"comet_ml": "comet"} | {name: name for name in get_args(TrackerName)}
+
+
+def trackers(places: Sequence[str]) -> Result:
+    """The settings by which a run logs to `places`, names of trackers."""
+    ours: dict[str, Any] = {"train.use_wandb": "wandb" in places}
+    known = [_TRACKERS[place] for place in places if place in _TRACKERS and place != "wandb"]
+    if known:
+        ours["train.trackers"] = known
+    if others := [place for place in places if place not in (*_TRACKERS, "none", "all")]:
+        return Result(CHANGED, ours, f"{', '.join(others)}: not there; see train.trackers")
+    return Result(MAPPED, ours)
+
+
 def report_to(value: Any, source: Source) -> Result:
     """A rule for the trackers that transformers logs to."""
-    places = [str(place).lower() for place in (value if isinstance(value, list) else [value])]
-    others = [place for place in places if place not in ("wandb", "none", "all")]
-    ours = {"train.use_wandb": "wandb" in places}
-    if others:
-        return Result(CHANGED, ours, f"{', '.join(others)}: not there; see report.html and metrics.jsonl")
-    return Result(MAPPED, ours)
+    return trackers([str(place).lower() for place in (value if isinstance(value, list) else [value]) if place])
 
 
 def names(value: Any) -> list[str]:

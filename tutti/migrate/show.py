@@ -66,7 +66,7 @@ def _lines(row: Row) -> Iterator[str]:
     head = f"  {row.key}: {_shown(row.value)}"
     # What needs no setting has its reason in place of one.
     yield f"{head}  ->  {ours or row.note or 'nothing to set'}" if row.kind == MAPPED or ours else head
-    if row.note and (ours or row.kind == NONE):
+    if row.note and (ours or row.kind != MAPPED):
         yield from textwrap.wrap(
             row.note, _WIDTH, initial_indent="      ", subsequent_indent="      ", break_on_hyphens=False
         )

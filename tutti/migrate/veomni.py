@@ -402,4 +402,4 @@ def _defaults(source: Source) -> Mapping[str, Any]:
     }
 
 
-FRAMEWORK = Framework("VeOmni", "groups model, data and train", _is_meant, _rules(), _defaults)
+FRAMEWORK = Framework("VeOmni", "groups model, data and train", _is_meant, _rules(), _defaults, counts_whole_run=False)
