@@ -9,7 +9,7 @@ import sys
 import threading
 from contextlib import suppress
 
-from tutti.cli import main
+from tutti.core.heap import restart_without_cache
 
 
 def run() -> None:
@@ -19,6 +19,11 @@ def run() -> None:
     Python objects at that moment (of gloo, say) can abort it, and a finished run would count as failed.
     """
     faulthandler.enable()
+    if next((word for word in sys.argv[1:] if not word.startswith("-")), None) == "train":
+        restart_without_cache()
+
+    from tutti.cli import main
+
     status = main()
     if "torch" in sys.modules:
         # As the interpreter does at its end: first threads that are no daemons, then what was registered.

@@ -358,14 +358,16 @@ class _Selected(torch.autograd.Function):
         sums = torch.empty(heads, length, device=query.device)
         for part in _selected_parts(query, key, value, chosen, block):
             made = [part.scores(pairs, part.queries(pairs), scale) for pairs in part.blocks]
-            top = part.maxima([scores[: pairs.num].amax(-1) for pairs, scores in zip(part.blocks, made, strict=True)])
+            best = [scores[: pairs.num].float().amax(-1) for pairs, scores in zip(part.blocks, made, strict=True)]
+            top = part.maxima(best)
+            exact = top.to(query.dtype)  # it is one of the scores, or 0
             total = torch.zeros_like(top)
             mixed = top.new_zeros(len(top), top.shape[1] * width)
             for pairs, scores in zip(part.blocks, made, strict=True):
-                weights = scores.sub_(top.index_select(0, pairs.rows)[..., None]).exp_()
-                total.index_add_(0, pairs.rows, weights.sum(-1))
-                product = _flat(weights).to(value.dtype) @ part.value[pairs.span]
-                mixed.index_add_(0, pairs.rows, product.view(len(weights), -1).float())
+                weights = scores.sub_(exact.index_select(0, pairs.rows)[..., None]).exp_()
+                total.index_add_(0, pairs.rows, weights.sum(-1, dtype=torch.float32))
+                product = _flat(weights) @ part.value[pairs.span]
+                mixed.index_add_(0, pairs.rows, product.float().view(len(weights), -1))
             result = mixed.view(*top.shape, width) / total[..., None]
             part.of(out, kv_heads).copy_(result[:-1].transpose(0, 1))
             part.of(sums, kv_heads).copy_((top + total.log())[:-1].transpose(0, 1))
@@ -377,26 +379,24 @@ class _Selected(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, chosen, out, sums = ctx.saved_tensors
         block, scale = ctx.fixed
-        kv_heads = key.shape[0]
+        kv_heads, width = key.shape[0], key.shape[2]
         grad_query = torch.empty_like(query)
         grad_key, grad_value = (torch.zeros_like(item, dtype=torch.float32) for item in (key, value))
         delta = (grad.float() * out).sum(-1)
-        for part in _selected_parts(query, key, value, chosen, block):
-            coming = _with_last(part.of(grad, kv_heads).transpose(0, 1).flatten(1))
-            subtracted, sum_of = (_with_last(part.of(item, kv_heads).t()) for item in (delta, sums))
-            into = torch.zeros_like(part.query, dtype=torch.float32)
+        ones = (nn.functional.pad(item, (0, 2), value=1.0) for item in (key, value))
+        lowered, coming = _with_columns(query, sums / -scale), _with_columns(grad, -delta)
+        for part in _selected_parts(lowered, *ones, chosen, block):
+            outers = _with_last(part.of(coming, kv_heads).transpose(0, 1).flatten(1))
+            into = outers.new_zeros(len(outers), query.shape[0] // kv_heads * width, dtype=torch.float32)
             for pairs in part.blocks:
                 queries, keys, values = part.queries(pairs), part.key[pairs.span], part.value[pairs.span]
-                outer = coming.index_select(0, pairs.rows).view(-1, value.shape[2])
-                weights = part.scores(pairs, queries, scale)
-                weights.sub_(sum_of.index_select(0, pairs.rows)[..., None]).exp_()
-                change = (outer @ values.t()).float().view_as(weights)
-                change = change.sub_(subtracted.index_select(0, pairs.rows)[..., None]).mul_(weights)
-                change, weights = (_flat(item).to(query.dtype) for item in (change, weights))
-                into.index_add_(0, pairs.rows, (change @ keys).view(len(pairs.rows), -1).float())
-                grad_key[part.kv_head, pairs.span] += change.t() @ queries
-                grad_value[part.kv_head, pairs.span] += weights.t() @ outer
-            into = into.mul_(scale).view(len(into), -1, query.shape[2])
+                outer = outers.index_select(0, pairs.rows).view(-1, values.shape[1])
+                weights = _flat(part.scores(pairs, queries, scale).exp_())
+                change = (outer @ values.t()).mul_(weights)
+                into.index_add_(0, pairs.rows, (change @ keys[:, :width]).float().view(len(pairs.rows), -1))
+                grad_key[part.kv_head, pairs.span] += (change.t() @ queries)[:, :width]
+                grad_value[part.kv_head, pairs.span] += (weights.t() @ outer)[:, : value.shape[2]]
+            into = into.mul_(scale).view(len(into), -1, width)
             part.of(grad_query, kv_heads).copy_(into[:-1].transpose(0, 1))
         return grad_query, grad_key.mul_(scale).to(key.dtype), grad_value.to(value.dtype), None, None, None
 
@@ -427,9 +427,9 @@ class _Part(NamedTuple):
         return self.query.index_select(0, pairs.rows).view(-1, self.key.shape[1])
 
     def scores(self, pairs: _Pairs, queries: Tensor, scale: float) -> Tensor:
-        """The scores [pairs, G, tokens of the block] of the gathered queries [pairs * G, D], fp32."""
+        """The scores [pairs, G, tokens of the block] of the gathered queries [pairs * G, D]."""
         keys = self.key[pairs.span]
-        made = torch.addmm(queries.new_zeros(1), queries, keys.t(), beta=0, alpha=scale).float()
+        made = torch.addmm(queries.new_zeros(1), queries, keys.t(), beta=0, alpha=scale)
         made = made.view(len(pairs.rows), -1, len(keys))
         if pairs.own:
             mask = self.hidden[pairs.own_first : pairs.own_first + pairs.own, None, : len(keys)]
@@ -480,6 +480,12 @@ def _by_block(chosen: Tensor, span: slice, block: int, length: int, filled: int)
 def _with_last(tensor: Tensor) -> Tensor:
     """With one more row at the end, of zeros."""
     return nn.functional.pad(tensor, (0, 0, 0, 1))
+
+
+def _with_columns(tensor: Tensor, added: Tensor) -> Tensor:
+    """[H, n, D] with `added` [H, n] as two more columns, whose sum it is to more digits than one would hold."""
+    coarse = added.to(tensor.dtype)
+    return torch.cat([tensor, coarse[..., None], (added - coarse).to(tensor.dtype)[..., None]], -1)
 
 
 def _flat(tensor: Tensor) -> Tensor:
