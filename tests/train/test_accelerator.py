@@ -4,7 +4,7 @@ import pytest
 
 from tests.harness import regroup, run_ranks
 from tests.model.zoo import tiny
-from tests.train.runs import records, tiny_config, train_quietly
+from tests.train.runs import records, tiny_config, train_quietly, write_pairs
 
 LOG = {"train/step.py reduce", "train/step.py reduce_sums", "train/step.py <dictcomp>", "model/experts.py take"}
 """The functions that read a line's figures."""
@@ -17,6 +17,8 @@ ALONE = {
     "experts": {"model": "qwen3_moe", "train.compute_dtype": "bfloat16"},
     "offloaded activations": {"train.enable_activation_offload": True},
     "checkpoints": {"train.save_steps": 2, "train.save_async": True},
+    "muon": {"train.optimizer": "muon"},
+    "pairs, compared on the fly": {"data.data_type": "dpo", "train.dpo_reference": "on_the_fly"},
 }
 """One rank's runs, in which the host waits for the device for figures and for saves alone."""
 
@@ -34,6 +36,10 @@ def config_of(folder, world, changes):
     model = folder / "config"
     special = {"vocab_size": 2048, "eos_token_id": 2, "bos_token_id": None, "pad_token_id": 0}
     kept = {name: value for name, value in changes.items() if name != "model"}
+    if changes.get("data.data_type") == "dpo":
+        folder.mkdir(exist_ok=True)
+        kept["data.train_path"] = write_pairs(folder / "pairs.jsonl", 24, 400)
+        kept["data.max_seq_len"] = 256
     if not model.exists():
         # Tensors of ours are no longer tied once they are moved, as those of devices are.
         tiny(changes.get("model", "qwen3"), tie_word_embeddings=False, **special).save_pretrained(model)

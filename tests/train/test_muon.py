@@ -63,6 +63,25 @@ def test_a_matrix_is_stepped_as_torch_steps_it(shape):
         torch.testing.assert_close(parameter, other, rtol=1e-6, atol=1e-7, msg=name)
 
 
+def test_a_step_that_is_refused_on_the_device_changes_nothing():
+    told, asked = Blocks((6, 4), (3, 4, 6)), Blocks((6, 4), (3, 4, 6))
+    optimizer, other = build(told), build(asked)
+    for step, refused in enumerate((1.0, 0.0, 1.0, 0.0)):
+        told.set_grads(step)
+        if refused:
+            for parameter in told.parameters():
+                parameter.grad.view(-1)[0] = torch.nan
+        optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(refused)
+        optimizer.step()
+        if not refused:
+            asked.set_grads(step)
+            other.step()
+    for (name, parameter), same in zip(told.named_parameters(), asked.parameters(), strict=True):
+        torch.testing.assert_close(parameter, same, rtol=1e-6, atol=1e-7, msg=name)
+        for key, value in other.state[same].items():
+            torch.testing.assert_close(optimizer.state[parameter][key], value, rtol=1e-6, atol=1e-7, msg=key)
+
+
 def test_singular_values_end_near_one():
     made = orthogonalise(torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0)), torch.float32)
     values = torch.linalg.svdvals(made)

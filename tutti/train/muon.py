@@ -43,7 +43,8 @@ SIZE_OF_ADAM = 0.2
 class Muon(torch.optim.AdamW):
     """Muon on the groups that say `matrices`, and torch's AdamW on the others, in one optimizer.
 
-    State of a matrix: `momentum_buffer`. dtype: what the orthogonalisation computes in.
+    State of a matrix: `momentum_buffer`. dtype: what the orthogonalisation computes in. A step for which `found_inf`, on
+    the device, is 1 changes nothing, as with torch's fused AdamW.
     """
 
     def __init__(self, params: Iterable[Any], *, momentum: float, dtype: torch.dtype, **adam: Any) -> None:
@@ -66,22 +67,31 @@ class Muon(torch.optim.AdamW):
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        refused = getattr(self, "found_inf", None)
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
         for alike in _alike(parameters):
-            updates = _orthogonal_parts([self._advance(parameter) for parameter in alike], alike[0], self._dtype)
+            momenta = [self._advance(parameter, refused) for parameter in alike]
+            updates = _orthogonal_parts(momenta, alike[0], self._dtype)
             for parameter, update in zip(alike, updates, strict=True):
-                size = SIZE_OF_ADAM * math.sqrt(max(parameter.shape[-2:]))
-                weight = local_part(parameter)
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update, alpha=-group["lr"] * size)
+                rate = group["lr"] * SIZE_OF_ADAM * math.sqrt(max(parameter.shape[-2:]))
+                weight, decay = local_part(parameter), group["lr"] * group["weight_decay"]
+                if refused is None:
+                    weight.mul_(1 - decay).add_(update, alpha=-rate)
+                else:
+                    taken = 1 - refused
+                    weight.mul_(1 - decay * taken).add_(update.float() * (-rate * taken))
 
-    def _advance(self, parameter: Tensor) -> Tensor:
-        """This rank's part of Nesterov's momentum after the step's gradient."""
+    def _advance(self, parameter: Tensor, refused: Tensor | None) -> Tensor:
+        """This rank's part of Nesterov's momentum after the step's gradient, which counts for nothing if `refused`."""
         assert parameter.grad is not None
         grad, buffer = local_part(parameter.grad), local_part(self.state[parameter]["momentum_buffer"])
-        buffer.lerp_(grad, 1 - self._momentum)
+        if refused is None:
+            buffer.lerp_(grad, 1 - self._momentum)
+        else:
+            grad = grad.masked_fill(refused.bool(), 0.0)
+            buffer.lerp_(grad, ((1 - self._momentum) * (1 - refused)).to(buffer.dtype))
         return grad.lerp(buffer, self._momentum)
 
 

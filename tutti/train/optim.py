@@ -40,13 +40,13 @@ def build_optimizer(model: nn.Module, config: Config, *, is_complete: bool = Tru
         return AnyPrecisionAdamW(groups, lr=train.lr, betas=betas, eps=train.adam_eps)
     if train.optimizer == "adamw_8bit":
         return AdamW8bit(groups, lr=train.lr, betas=betas, eps=train.adam_eps)
-    if train.optimizer == "muon":
-        adam = {"lr": train.lr, "betas": betas, "eps": train.adam_eps}
-        return Muon(groups, momentum=train.muon_momentum, dtype=compute_dtype(train), **adam)
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     fused = devices <= set(fused_devices())
-    kernel: dict[str, Any] = {"fused": True} if fused else {"foreach": True}
-    return torch.optim.AdamW(groups, lr=train.lr, betas=betas, eps=train.adam_eps, **kernel)
+    adam: dict[str, Any] = {"lr": train.lr, "betas": betas, "eps": train.adam_eps}
+    adam |= {"fused": True} if fused else {"foreach": True}
+    if train.optimizer == "muon":
+        return Muon(groups, momentum=train.muon_momentum, dtype=compute_dtype(train), **adam)
+    return torch.optim.AdamW(groups, **adam)
 
 
 def room_for_state(optimizer: Optimizer) -> list[Tensor]:

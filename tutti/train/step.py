@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tutti.core.batch import Batch, GlobalBatch
+from tutti.core.device import on_accelerator
 from tutti.core.dist import World
 from tutti.parallel.grads import clip_gradients
 from tutti.parallel.mesh import Mesh
@@ -86,8 +87,8 @@ class TrainStep:
 
 
 def _update(optimizer: Optimizer, admitted: Tensor) -> None:
-    """Take the optimizer's step, if `admitted`; fused optimizers decide that on the device."""
-    if optimizer.defaults.get("fused"):
+    """Take the optimizer's step, if `admitted`; on an accelerator fused optimizers decide that there."""
+    if optimizer.defaults.get("fused") and on_accelerator(admitted):
         optimizer.grad_scale, optimizer.found_inf = None, (~admitted).float()  # type: ignore[attr-defined]
         optimizer.step()
     elif admitted:

@@ -79,14 +79,14 @@ class Scorer:
             yield _with_reference(batch, self.score(batch))
 
     def score(self, batch: GlobalBatch) -> list[Tensor]:
-        """fp32 [P, 2] for each of this rank's micro batches, on the host; [] where the rank does not have the model's
+        """fp32 [P, 2] for each of this rank's micro batches, on the device; [] where the rank does not have the model's
         end. A collective call."""
         training = self.objective.training
         self.objective.eval()
         with torch.no_grad(), self.isolated():
             found = list(self.executor.evaluate(batch.micro_batches, compute=answer_log_probs))
         self.objective.train(training)
-        return [one.cpu() for one in found]
+        return found
 
 
 def _with_reference(batch: GlobalBatch, known: list[Tensor]) -> GlobalBatch:
@@ -94,7 +94,7 @@ def _with_reference(batch: GlobalBatch, known: list[Tensor]) -> GlobalBatch:
         return batch
 
     def complete(micro: Batch, reference: Tensor) -> Batch:
-        if micro.input_ids.is_pinned():
+        if micro.input_ids.is_pinned() and reference.device.type == "cpu":
             reference = reference.pin_memory()
         return replace(micro, payload={**micro.payload, REFERENCE: reference})
 
@@ -148,7 +148,7 @@ def _table(batches: Iterable[GlobalBatch], score: Callable[[GlobalBatch], list[T
     for batch in batches:
         scores = score(batch)
         names += [name for one in batch.names for name in one] if scores else []
-        values += scores
+        values += [one.cpu() for one in scores]
     shares = world.gather((names, torch.cat([torch.empty(0, 2), *values])))
     found = torch.tensor([name for share, _ in shares for name in share])
     assert len(found.unique()) == found.max() + 1, "a pair was passed over"
