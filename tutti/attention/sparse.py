@@ -383,9 +383,10 @@ class _Selected(torch.autograd.Function):
         grad_query = torch.empty_like(query)
         grad_key, grad_value = (torch.zeros_like(item, dtype=torch.float32) for item in (key, value))
         delta = (grad.float() * out).sum(-1)
-        ones = (nn.functional.pad(item, (0, 2), value=1.0) for item in (key, value))
+        # One product gives scores less the log-sum-exp, and one the gradients of weights less delta: by two more columns.
         lowered, coming = _with_columns(query, sums / -scale), _with_columns(grad, -delta)
-        for part in _selected_parts(lowered, *ones, chosen, block):
+        key_and_ones, value_and_ones = (nn.functional.pad(item, (0, 2), value=1.0) for item in (key, value))
+        for part in _selected_parts(lowered, key_and_ones, value_and_ones, chosen, block):
             outers = _with_last(part.of(coming, kv_heads).transpose(0, 1).flatten(1))
             into = outers.new_zeros(len(outers), query.shape[0] // kv_heads * width, dtype=torch.float32)
             for pairs in part.blocks:
