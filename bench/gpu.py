@@ -147,7 +147,7 @@ def _write(out: Path, results: dict[str, Any]) -> None:
 def requirements() -> list[str]:
     """The packages that Tutti and its tests need, as pip takes them, without torch and what is only for developing."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [*project["dependencies"], "bitsandbytes", "peft", "pytest", "hypothesis"]
+    lines = [*project["dependencies"], "accelerate", "bitsandbytes", "peft", "pytest", "hypothesis"]
     return [line for line in lines if not line.startswith(("torch>", "torch="))]
 
 
@@ -167,7 +167,7 @@ def run_tests(said: Path, limit: float) -> dict[str, Any]:
 
 
 def run_part(command: list[str], said: Path, limit: float) -> dict[str, Any]:
-    """The figures that a command prints as JSON in its last line, or `error`: why there are none.
+    """The figures that a command prints as JSON in its last line of such, or `error`: why there are none.
 
     It and the processes that it started are ended after `limit` seconds. What it prints goes to the file `said`.
     """
@@ -179,7 +179,10 @@ def run_part(command: list[str], said: Path, limit: float) -> dict[str, Any]:
         return {"error": f"ended after {limit:.0f} s"}
     if status:
         return {"error": text[-2000:] or f"exit status {status}"}
-    found: dict[str, Any] = json.loads(text.strip().splitlines()[-1])
+    figures = [line for line in text.splitlines() if line.startswith("{")]  # warnings may come after them
+    if not figures:
+        return {"error": text[-2000:] or "it printed no figures"}
+    found: dict[str, Any] = json.loads(figures[-1])
     return found
 
 
@@ -340,7 +343,8 @@ def _trainer(folder: Path, work: workload.Workload, mode: str) -> dict[str, Any]
         "gradient_checkpointing": True,
     }
     (folder / "workload.json").write_text(json.dumps(plan))
-    result = json.loads(run_python("-m", "bench._trainer", str(folder), mode).splitlines()[-1])
+    said = run_python("-m", "bench._trainer", str(folder), mode).splitlines()
+    result = json.loads(next(line for line in reversed(said) if line.startswith("{")))
     return {
         "tokens_per_second": result["trained_tokens"] / result["seconds"],
         "memory_gib": result["memory_gib"],

@@ -15,6 +15,8 @@ def test_a_part_that_fails_or_hangs_is_told_of(tmp_path):
     said = tmp_path / "said.txt"
     good = gpu.run_part(python("print('loading'); print('{\"tokens_per_second\": 2.0}')"), said, 60)
     assert good == {"tokens_per_second": 2.0}
+    assert gpu.run_part(python("print('{\"ratio\": 3.0}\\nWarning: leaked')"), said, 60) == {"ratio": 3.0}
+    assert gpu.run_part(python("print('done')"), said, 60) == {"error": "done\n"}
     assert "no memory" in gpu.run_part(python("raise MemoryError('no memory')"), said, 60)["error"]
     start = time.monotonic()
     child = (

@@ -383,7 +383,7 @@ class _Selected(torch.autograd.Function):
         grad_query = torch.empty_like(query)
         grad_key, grad_value = (torch.zeros_like(item, dtype=torch.float32) for item in (key, value))
         delta = (grad.float() * out).sum(-1)
-        # One product gives scores less the log-sum-exp, and one the gradients of weights less delta: by two more columns.
+        # By two more columns, products give scores less the log-sum-exp, and gradients of weights less delta.
         lowered, coming = _with_columns(query, sums / -scale), _with_columns(grad, -delta)
         key_and_ones, value_and_ones = (nn.functional.pad(item, (0, 2), value=1.0) for item in (key, value))
         for part in _selected_parts(lowered, key_and_ones, value_and_ones, chosen, block):

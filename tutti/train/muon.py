@@ -43,8 +43,8 @@ SIZE_OF_ADAM = 0.2
 class Muon(torch.optim.AdamW):
     """Muon on the groups that say `matrices`, and torch's AdamW on the others, in one optimizer.
 
-    State of a matrix: `momentum_buffer`. dtype: what the orthogonalisation computes in. A step for which `found_inf`, on
-    the device, is 1 changes nothing, as with torch's fused AdamW.
+    State of a matrix: `momentum_buffer`. dtype: what the orthogonalisation computes in. A step changes nothing where
+    `found_inf`, a tensor on the device, is 1, as with torch's fused AdamW.
     """
 
     def __init__(self, params: Iterable[Any], *, momentum: float, dtype: torch.dtype, **adam: Any) -> None:
