@@ -1,5 +1,7 @@
 """The fused head and loss against torch's own cross-entropy on full logits."""
 
+from functools import cache, partial
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -19,11 +21,12 @@ def make(dtype=torch.float64, positions=37, width=12, vocabulary=50):
 
 @pytest.mark.parametrize("chunk_rows", [1, 10, 1000])
 @pytest.mark.parametrize(
-    "transform", [LogitTransform(), LogitTransform(0.25, 0.0), LogitTransform(1.0, 2.0), LogitTransform(2.0, 1.5)]
+    "transform", [LogitTransform(), LogitTransform(0.25), LogitTransform(1.0, 2.0), LogitTransform(2.0, 1.5, (3, 9))]
 )
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_equals_full_logits(monkeypatch, chunk_rows, transform, with_bias):
     hidden, weight, bias, targets = make(torch.float32)
+    targets = targets.clamp(min=9)  # some transforms mask those before
     monkeypatch.setattr(module, "CHUNK_BYTES", chunk_rows * weight.shape[0] * weight.element_size())
     monkeypatch.setattr(module, "CACHED_ELEMENTS", 3 * weight.shape[0])
     used = [hidden, weight, *([bias] if with_bias else [])]
@@ -66,6 +69,53 @@ def test_weights_known_only_in_the_backward_pass(monkeypatch, chunk_rows, transf
     torch.testing.assert_close(losses, want, rtol=1e-5, atol=1e-6)
     for ours, item in zip(got, used, strict=True):
         torch.testing.assert_close(ours, item.grad, rtol=1e-4, atol=1e-5)
+
+
+def presume_compiler(monkeypatch, backend):
+    """Make the loss compile its kernel, by `backend`, as it does on a GPU."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setattr(module, "_compiles", lambda logits: not module._failures)
+    monkeypatch.setattr(module, "on_accelerator", lambda tensor: True)
+    monkeypatch.setattr(module, "_failures", [])
+    monkeypatch.setattr(module, "_kernel", cache(module._kernel.__wrapped__))
+
+
+def test_without_a_c_compiler_the_loss_takes_several_passes(monkeypatch, caplog):
+    def backend(graph, _):
+        raise RuntimeError("Failed to find C compiler")
+
+    hidden, weight, _, targets = make(torch.float32)
+    want, _ = linear_cross_entropy(hidden, weight, targets)
+    presume_compiler(monkeypatch, backend)
+    for _ in range(2):
+        total, _ = linear_cross_entropy(hidden, weight, targets)
+        assert total == want
+    (record,) = (item for item in caplog.records if item.name == module.__name__)
+    assert "Failed to find C compiler" in record.getMessage()
+
+
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(2.0, 1.5, (3, 9))])
+@pytest.mark.parametrize("weighted", [False, True], ids=["summed", "weighted"])
+def test_one_kernel_on_a_gpu_makes_the_same_losses_and_gradients(monkeypatch, transform, weighted):
+    hidden, weight, bias, targets = make(torch.float32)
+    targets = targets.clamp(min=9)
+    made = []
+
+    def run():
+        inputs = [item.detach().clone().requires_grad_() for item in (hidden, weight, bias)]
+        function = target_losses if weighted else linear_cross_entropy
+        out = function(*inputs[:2], targets, bias=inputs[2], transform=transform)
+        losses = out if weighted else out[1]
+        (losses.square().sum() if weighted else out[0]).backward()
+        return [losses.detach(), *(item.grad for item in inputs)]
+
+    want = run()
+    monkeypatch.setattr(module, "CHUNK_BYTES", 10 * weight.shape[0] * weight.element_size())
+    presume_compiler(monkeypatch, lambda graph, _: made.append(graph) or graph)
+    got = run()
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert 1 <= len(made) <= 2, "compiled anew for each number of rows"
 
 
 def test_no_positions_is_a_zero_loss_with_zero_gradients():

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tutti.attention.packed_cpu import packed_attention
 from tutti.attention.spec import AttentionSpec
+from tutti.core.compat import FakeTensor
 
 log = logging.getLogger(__name__)
 

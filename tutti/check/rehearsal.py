@@ -51,6 +51,7 @@ _COMPUTE = {
     "tutti::packed_attention_backward",
     "tutti::attend_blocks",
     "tutti::attend_blocks_backward",
+    "tutti::loss_and_gradient",
     "tutti::to_host",
 }
 """Operators of our own that only compute. All others communicate."""

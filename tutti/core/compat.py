@@ -47,6 +47,9 @@ _PLACES = {
     "graph_is_kept": "torch:_C._autograd._get_current_graph_task_keep_graph",
     # torch: devices that have fused kernels of optimizers
     "fused_devices": "torch.utils._foreach_utils:_get_fused_kernels_supported_devices",
+    # torch: compilers
+    "BackendCompilerFailed": "torch._dynamo.exc:BackendCompilerFailed",
+    "has_triton": "torch.utils._triton:has_triton",
     # torch: functions that make tensors on a device
     "device_constructors": "torch.utils._device:_device_constructors",
     # torch: sharded tensors, process groups, checkpoints

@@ -16,15 +16,17 @@ Where the head is split by the vocabulary over ranks (`VocabularyShard`), each r
 others: the ranks' log-sum-exps are merged, the target's logit comes from the rank that has it, both a number a row, and
 each rank goes on to the gradients of its own columns.
 
-On the CPU the elementwise part runs over a few rows at a time that stay in the cache: the softmax is taken in fp32 of
-rows that came out of the product in the compute dtype, as Hugging Face's own loss does.
+The softmax is taken in fp32 of rows that came out of the product in the compute dtype, as Hugging Face's own loss does.
+On the CPU this elementwise part runs over a few rows at a time that stay in the cache, on a GPU in one compiled kernel.
 
 Shapes: N positions, H hidden size, V vocabulary (or classes).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tutti.core.collectives import process_group
-from tutti.core.compat import graph_is_kept
+from tutti.core.compat import BackendCompilerFailed, graph_is_kept, has_triton
 from tutti.core.device import on_accelerator
 from tutti.model.structure import LogitTransform
 
@@ -42,6 +44,8 @@ CHUNK_BYTES = 256 * 2**20
 CACHED_ELEMENTS = 2**20
 """Logits that the CPU's elementwise part handles at a time, so that its fp32 copies stay in the cache."""
 
+
+log = logging.getLogger(__name__)
 
 _AS_IS = LogitTransform()
 
@@ -144,6 +148,9 @@ def _chunk_by_chunk(
             logits += bias
         if shard is not None:
             _shard_loss_and_gradient(logits, targets[chunk], losses[chunk], transform, shard, scale)
+        elif pieces is None and on_accelerator(logits):
+            packed = [*transform[:2], *(transform.masked or (0, 0))]
+            _fused_loss_and_gradient(logits, targets[chunk], losses[chunk], packed, any(needs), scale)
         else:
             _loss_and_gradient(logits, targets[chunk], losses[chunk], transform, any(needs), scale)
         if grad_hidden is not None:
@@ -249,6 +256,60 @@ def _loss_and_gradient(
         raw.copy_(_before_transform(grad, shaped, transform, None if weights is None else weights[part]))
 
 
+@torch.library.custom_op("tutti::loss_and_gradient", mutates_args=("logits", "losses"))
+def _fused_loss_and_gradient(
+    logits: Tensor,
+    targets: Tensor,
+    losses: Tensor,
+    transform: list[float],
+    differentiate: bool,
+    weights: Tensor | None = None,
+) -> None:
+    """Write losses and gradients as `_loss_and_gradient` does, on an accelerator: where there is Triton, in one kernel
+    that torch compiles, which reads the logits twice and writes them once."""
+    scale, softcap, *masked = transform
+    rule = LogitTransform(scale, softcap, (int(masked[0]), int(masked[1])) if any(masked) else None)
+    if _compiles(logits):
+        for rows in (logits, targets, losses, *(() if weights is None else (weights,))):
+            torch._dynamo.maybe_mark_dynamic(rows, 0)
+        try:
+            _kernel(rule, differentiate)(logits, targets, losses, weights)
+            return
+        except BackendCompilerFailed as error:  # without a C compiler, for one; nothing has been written yet
+            _failures.append(error)
+            log.warning("the loss is computed in several passes, since its kernel cannot be compiled: %s", error)
+    _loss_and_gradient(logits, targets, losses, rule, differentiate, weights)
+
+
+@_fused_loss_and_gradient.register_fake
+def _(logits, targets, losses, transform, differentiate, weights=None):  # type: ignore[no-untyped-def]
+    return None
+
+
+_failures: list[Exception] = []
+"""The error of the compiler, once there was one."""
+
+
+def _compiles(logits: Tensor) -> bool:
+    return logits.is_cuda and not _failures and has_triton()
+
+
+@cache
+def _kernel(transform: LogitTransform, differentiate: bool) -> Callable[..., None]:
+    """The compiled form of `_loss_and_gradient` for many rows at once."""
+
+    def run(logits: Tensor, targets: Tensor, losses: Tensor, weights: Tensor | None) -> None:
+        shaped = transform(logits.float())
+        log_sum = shaped.logsumexp(dim=-1, keepdim=True)
+        losses.copy_((log_sum - shaped.gather(1, targets[:, None]))[:, 0])
+        if differentiate:
+            is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+            grad = torch.exp(shaped - log_sum) - is_target.float()
+            logits.copy_(_before_transform(grad, shaped, transform, weights))
+
+    return torch.compile(run)
+
+
 def _shard_loss_and_gradient(
     logits: Tensor,
     targets: Tensor,
@@ -292,7 +353,7 @@ def _before_transform(grad: Tensor, shaped: Tensor, transform: LogitTransform, w
     if weights is not None:
         grad *= weights[:, None]
     if transform.softcap:
-        grad *= 1 - (shaped / transform.softcap).square()
+        grad *= 1 - (shaped / transform.softcap).clamp(min=-1).square()  # what is masked lies far below
     if transform.scale != 1.0:
         grad *= transform.scale
     return grad
