@@ -115,7 +115,6 @@ CASES = [
     (["train.wandb_name=x"], "train.wandb_name", "train.use_wandb is off, and there are no train.trackers"),
     (["train.wandb_project=x"], "train.wandb_project", "train.use_wandb is off, and there are no train.trackers"),
     (["train.wandb_id=x"], "train.wandb_id", "train.use_wandb is off"),
-    (["train.freeze=towers", "train.architecture=lora"], "train.freeze", "train.lora_targets says which"),
     (["data.image_min_pixels=9", *PLAIN], "data.image_min_pixels", "data.data_type is neither conversation nor dpo"),
     (["data.image_max_pixels=9", *PLAIN], "data.image_max_pixels", "data.data_type is neither conversation nor dpo"),
     (["data.video_fps=9", *PLAIN], "data.video_fps", "data.data_type is neither conversation nor dpo"),

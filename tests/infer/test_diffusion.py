@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tests.diffusion import make_data, make_folder
 from tests.harness import run_ranks
 from tests.train.runs import run
+from tests.train.test_diffusion_parts import LORA, drawn_net
 from tests.train.test_diffusion_run import config_of
+from tutti.checkpoint.denoiser_adapter import ADAPTERS
 from tutti.config.load import load
 from tutti.infer.run import Job, infer
 
@@ -73,6 +77,33 @@ def test_videos_have_frames(tmp_path: Path) -> None:
     asked = ("data.max_seq_len=8", "infer.video_frames=4", "infer.image_size=16x16")
     drawn(tmp_path / "out", tmp_path / "drawn", *asked, prompts=("a cat",))
     assert Image.open(tmp_path / "drawn/1.webp").n_frames == 3
+
+
+def test_adapters_draw_on_the_base_that_they_name(tmp_path: Path) -> None:
+    changes = {"train.num_train_epochs": 1, "train.lr": 0.1, "train.save_hf_weights": True, "train.save_steps": 2}
+    config = config_of(tmp_path, **LORA, **changes)
+    base = tmp_path / "diffusion"
+    drawn_net().save_pretrained(base / "transformer")
+    run(replace(config, model=replace(config.model, config_path=None, model_path=str(base))))
+    prompts, length = ("a cat",), "data.max_seq_len=8"
+    adapter = tmp_path / "out/hf/final"
+    (plain,) = drawn(base, tmp_path / "plain", length, prompts=prompts)
+    (want,) = drawn(tmp_path / "out", tmp_path / "checkpoint", prompts=prompts)
+    (found,) = drawn(adapter, tmp_path / "adapter", length, prompts=prompts)
+    assert (found == want).all()
+    assert (found != plain).any()
+    # As other programs write it: without its base, and alpha.
+    tensors = load_file(adapter / ADAPTERS)
+    other = tmp_path / "other"
+    other.mkdir()
+    save_file({name: item * 3**0.5 for name, item in tensors.items()}, other / ADAPTERS)
+    with pytest.raises(AssertionError, match=r"does not name the model .*; name it in model\.model_path"):
+        drawn(other, tmp_path / "none", length, prompts=prompts)
+    (again,) = drawn(other, tmp_path / "again", length, f"model.model_path={base}", prompts=prompts)
+    assert np.abs(again.astype(int) - found.astype(int)).max() <= 1
+    save_file({name.replace("to_q", "to_x"): item for name, item in tensors.items()}, other / ADAPTERS)
+    with pytest.raises(AssertionError, match=r"infer\.model_path: .* adapts .*to_x, which this model does not have"):
+        drawn(other, tmp_path / "none", length, f"model.model_path={base}", prompts=prompts)
 
 
 def test_what_does_not_draw_and_what_does_not_write(tmp_path: Path, trained: Path) -> None:

@@ -21,6 +21,7 @@ from tests.train.test_features_run import lines_of
 from tests.train.test_run import assert_same_training
 from tutti.checkpoint.adapter import WEIGHTS
 from tutti.config import Config, InferConfig
+from tutti.config.rules import warnings
 from tutti.infer.run import Job, infer
 from tutti.kinds import language
 from tutti.kinds.export import export
@@ -126,3 +127,33 @@ def test_frozen_parts_are_not_trained_beside_adapters(tmp_path: Path) -> None:
     trained_parts = {name.split(".")[0] for name, item in model.named_parameters() if item.requires_grad}
     assert trained_parts == {"encoders", "foundation"}
     assert all(ADAPTER_MARK in name for name, item in model.foundation.named_parameters() if item.requires_grad)
+
+
+def test_some_of_what_is_new_may_be_frozen(tmp_path: Path) -> None:
+    frozen = "decoders.image.net.*"
+    _, model = language.build(config_of(tmp_path, "diffusion", **{"train.freeze": [frozen]}), torch.device("cpu"))
+    names = {name for name, item in model.named_parameters() if item.requires_grad and name.startswith("decoders.")}
+    assert names and not any(name.startswith("decoders.image.net.") for name in names)
+    adapted = {"train.freeze": [frozen], "train.lora_targets": ["q_proj", "to_q"]}
+    _, model = language.build(config_of(tmp_path, "diffusion", **adapted), torch.device("cpu"))
+    found = {name for name, item in model.named_parameters() if item.requires_grad and ".net." in name}
+    assert found and all("to_q" in name and ADAPTER_MARK in name for name in found)
+
+
+def test_freezing_is_warned_of_where_adapters_leave_nothing_to_freeze(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    janus, cpu = write_drawer(tmp_path / "janus"), torch.device("cpu")
+    configs = {"composed": lambda **changes: config_of(tmp_path, **changes)}
+    configs["ready"] = lambda **changes: drawer_config(tmp_path, janus, **LORA, **changes)
+    parts = {"composed": {"decoders", "towers", "projectors"}, "ready": {"decoders"}}  # the tower has no weights
+    for name, make in configs.items():
+        for part in ("decoders", "towers", "projectors", "language_model"):
+            caplog.clear()
+            config = make(**{"train.freeze": [part]})
+            language.build(config, cpu)
+            warned = f"train.freeze: {part} has no effect" in caplog.text
+            assert warned == (part not in parts[name]), (name, part)
+            assert not any("train.freeze" in line for line in warnings(config))
+    with pytest.raises(ValueError, match=r"train\.lora_full_modules: vqmodel is frozen"):
+        language.build(configs["ready"](**{"train.lora_full_modules": ["vqmodel"]}), cpu)

@@ -43,6 +43,7 @@ from tutti.model.lora import (
     Lora,
     adapters,
     add_adapters,
+    check_frozen,
     listed,
     lora_of,
     merge,
@@ -86,23 +87,27 @@ def base_path(folder: Path) -> str:
 
 def plan_adapters(config: Config, model: Any, read: Callable[..., Lora] | None = None) -> Lora | None:
     """The settings of the adapters that `config` asks for in `model`: as train.lora_* say, with what is new in it
-    trained whole, or as the adapter at model.adapter_path is, which `read` reads, by default `read_lora`."""
+    trained whole, or as the adapter at model.adapter_path is, which `read` reads, by default `read_lora`. What of
+    train.freeze has no effect beside them is logged."""
     train = config.train
     if train.architecture != "lora":
         return None
     # Preference training drops nothing, as its reference model does not.
     dropout = 0.0 if config.data.data_type == "dpo" else train.lora_dropout
     if config.model.adapter_path is not None:
-        return (read or read_lora)(Path(config.model.adapter_path), model, dropout=dropout)
-    return Lora(
-        rank=train.lora_rank,
-        alpha=train.lora_alpha,
-        dropout=dropout,
-        rslora=train.lora_rslora,
-        dora=train.lora_dora,
-        targets=train.lora_targets,
-        modules_to_save=(*train.lora_full_modules, *new_parts(model)),
-    )
+        lora = (read or read_lora)(Path(config.model.adapter_path), model, dropout=dropout)
+    else:
+        lora = Lora(
+            rank=train.lora_rank,
+            alpha=train.lora_alpha,
+            dropout=dropout,
+            rslora=train.lora_rslora,
+            dora=train.lora_dora,
+            targets=train.lora_targets,
+            modules_to_save=(*train.lora_full_modules, *new_parts(model)),
+        )
+    check_frozen(model, lora, train.freeze, () if config.model.adapter_path else train.lora_full_modules)
+    return lora
 
 
 def read_lora(folder: Path, model: PreTrainedModel, dropout: float = 0.0) -> Lora:

@@ -6,7 +6,6 @@ the class, so that diffusers' `from_pretrained` reads what is written.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tutti.checkpoint.hf_save import Full, prepare_folder
+from tutti.checkpoint.net_files import write_net_config
 from tutti.core.dist import World
-from tutti.core.files import describe_error, put_folder, write_synced
+from tutti.core.files import describe_error, put_folder
 from tutti.core.tensors import local_part
 from tutti.model.autoencoder import Autoencoder
 from tutti.model.initial import init_weights, materialize, own_part
@@ -85,6 +85,6 @@ def export_autoencoder(model: Autoencoder, folder: Path, world: World, full: Ful
 
 def write_net(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
     """Write the config and the full tensors of an autoencoder into `folder`, which is there."""
-    write_synced(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_net_config(config, folder)
     contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})

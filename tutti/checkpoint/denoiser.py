@@ -49,7 +49,7 @@ def export_pipeline(
     def finish() -> None:
         try:
             finish_weights()
-            write_net_config(model.config, partial / TRANSFORMER)
+            write_net_config(model.config.net, partial / TRANSFORMER)
             _copy_parts(source, partial, seed)
             put_folder(partial, folder)
         except OSError as error:

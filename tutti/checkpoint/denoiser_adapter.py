@@ -3,7 +3,8 @@
 diffusers' `load_lora_weights` reads what is written here, and what its `save_lora_weights` writes is read. A key is
 `transformer.`, the layer's name in the transformer, and `.lora_A.weight` or `.lora_B.weight`. Ranks are those of the
 tensors; alpha and further settings are in the file's metadata, or in older files in tensors `.alpha`, or where there is
-neither alpha is the rank. Names of other programs (lora_down, lora_up) are refused: diffusers turns them into its own.
+neither alpha is the rank. What is written names its base model there too, as peft's adapters do. Names of other
+programs (lora_down, lora_up) are refused: diffusers turns them into its own.
 """
 
 from __future__ import annotations
@@ -30,6 +31,19 @@ from tutti.model.pipeline_folder import TRANSFORMER
 ADAPTERS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
 _PREFIX = "net."
+
+
+def holds_adapters(folder: Path) -> bool:
+    """True if the adapters of a diffusion transformer lie in `folder`."""
+    return (folder / ADAPTERS).is_file()
+
+
+def base_of_adapters(folder: Path) -> str | None:
+    """The path, or the name on the hub, of the model that the adapters in `folder` were trained on; None if their file
+    does not name it. ValueError: it cannot be read."""
+    _, settings = _read(folder)
+    base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    return f"{base}@{revision}" if base and revision and not Path(base).exists() else base
 
 
 def read_lora(folder: Path, model: Denoiser, dropout: float = 0.0) -> Lora:
@@ -107,9 +121,14 @@ def _read(folder: Path) -> tuple[dict[tuple[str, str], Tensor], dict[str, Any]]:
     return found, settings
 
 
-def export_adapters(model: Denoiser, folder: Path, world: World) -> None:
-    """Write the adapters of `model` to `folder`, which is replaced. Collective. ValueError, on all ranks: it cannot be
-    written."""
+def export_adapters(
+    model: Denoiser, folder: Path, world: World, base: str | None = None, revision: str | None = None
+) -> None:
+    """Write the adapters of `model` to `folder`, which is replaced. Collective.
+
+    base, revision: the folder of the base model, or its name on the hub and the commit. ValueError, on all ranks: they
+    cannot be written.
+    """
     lora = lora_of(model)
     assert lora is not None
     partial = folder.with_name(f".{folder.name}.partial")
@@ -131,6 +150,8 @@ def export_adapters(model: Denoiser, folder: Path, world: World) -> None:
         "alpha_pattern": {name.removeprefix(_PREFIX): alpha for name, alpha in lora.alphas.items()},
         "use_rslora": lora.rslora,
         "target_modules": names,
+        "base_model_name_or_path": base,
+        "revision": revision,
     }
     described = json.dumps({f"{TRANSFORMER}.{name}": value for name, value in settings.items()}, sort_keys=True)
 

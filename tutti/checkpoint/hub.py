@@ -18,12 +18,13 @@ from typing import Any
 from tutti.checkpoint import adapter
 from tutti.checkpoint.denoiser_adapter import ADAPTERS
 from tutti.checkpoint.hf_files import INDEX, WEIGHT_FILES, read_index
-from tutti.checkpoint.net_files import WEIGHTS, WEIGHTS_INDEX
+from tutti.checkpoint.net_files import WEIGHTS_INDEX
 from tutti.config import Config
 from tutti.core.dist import World
 from tutti.core.hub import HubFiles, Repo, repo_named
 from tutti.core.remote import fetch
 from tutti.model.pipeline_folder import INDEX as PIPELINE
+from tutti.model.vq import WEIGHTS
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,9 @@ the class. Every rank reads its own slices of them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,8 +22,8 @@ from tutti.core.files import describe_error, write_synced
 from tutti.core.tensors import local_part
 from tutti.model.denoiser import DenoiserConfig, random_net
 from tutti.model.initial import own_part
+from tutti.model.vq import WEIGHTS
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
 _FILE_BYTES = 5 * 10**9
 
@@ -90,9 +91,9 @@ def weight_files(folder: Path, argument: str) -> Iterator[tuple[Path, list[str]]
         raise ValueError(f"{argument}: there is no {WEIGHTS} in {folder}")
 
 
-def write_net_config(config: DenoiserConfig, place: Path) -> None:
-    """Write the config of a transformer to its folder."""
-    write_synced(place / "config.json", json.dumps(config.net, indent=2, sort_keys=True) + "\n")
+def write_net_config(net: Mapping[str, Any], place: Path) -> None:
+    """Write the config `net` of a model of diffusers to its folder."""
+    write_synced(place / "config.json", json.dumps(net, indent=2, sort_keys=True) + "\n")
 
 
 def write_weights(

@@ -27,7 +27,6 @@ from tutti.checkpoint.net_files import write_net_config, write_weights
 from tutti.core.dist import World
 from tutti.core.files import write_synced
 from tutti.model.conditions import write_part
-from tutti.model.denoiser import DenoiserConfig
 from tutti.model.flow_decoder import FlowSpec
 from tutti.model.omni import OmniModel
 from tutti.model.omni_config import DECODER, IMAGE_SIZE, OMNI, SETTINGS
@@ -111,7 +110,7 @@ def write_joins(joins: Joins, folder: Path) -> None:
 def _write_flow(joins: Joins, flow: FlowSpec, place: Path) -> None:
     """Write a diffusion decoder, whose transformer's weights are there but for their end, to `place`."""
     joins.finish_flow()
-    write_net_config(DenoiserConfig(net=flow.net), place / TRANSFORMER)
+    write_net_config(flow.net, place / TRANSFORMER)
     if "vae" in flow.folder.parts:
         write_part(flow.folder, "vae", place / "vae", seed=0)
     read_scheduler(flow.folder).save_pretrained(place / "scheduler")

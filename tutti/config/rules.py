@@ -276,11 +276,6 @@ _RULES = (
         "the model of this data.data_type has no tokens",
     ),
     _Rule(
-        ("train.freeze",),
-        lambda config: config.train.architecture == "lora" and not (config.model.encoders or config.model.decoders),
-        "train.architecture is lora, which trains adapters alone; train.lora_targets says which",
-    ),
-    _Rule(
         ("data.shuffle_buffer_size",),
         lambda config: config.data.datasets_type == "mapping",
         "data.datasets_type mapping shuffles all of the data",

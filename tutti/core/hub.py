@@ -183,6 +183,12 @@ def name_in_cache(path: str | Path) -> tuple[str, str] | None:
     return None if match is None else (f"{match[1]}/{match[2]}", match[3])
 
 
+def named_base(path: str | None) -> tuple[str | None, str | None]:
+    """How an adapter names its base model, which lies in `path`: the name and the commit on the hub, or the whole path
+    and None; of none (None) neither."""
+    return (path and name_in_cache(path)) or (path and str(Path(path).absolute()), None)
+
+
 def _unreachable(error: Exception) -> str | None:
     """Why the hub gave no answer; None where it gave one, or the error is another."""
     from huggingface_hub import constants

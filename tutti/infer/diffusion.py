@@ -1,7 +1,8 @@
 """Drawing: pictures or videos that a diffusion model makes of prompts, into a folder.
 
-The model is a folder laid out as diffusers' pipelines are (an export of a run, or one of diffusers), a run's output
-folder, or a checkpoint; of the last the averaged weights where there are such. Prompts are dealt out over the ranks,
+The model is a folder laid out as diffusers' pipelines are (an export of a run, or one of diffusers), one of adapters as
+diffusers reads them (on the base that they name, or model.model_path), a run's output folder, or a checkpoint; of the
+last the averaged weights where there are such. Prompts are dealt out over the ranks,
 each of which has the whole model. The noise that a picture begins as is drawn from infer.seed and the prompt, so that
 the same command makes the same pictures on any number of ranks.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,15 +24,16 @@ from torch import Tensor
 
 from tutti.checkpoint.adapter import is_adapter_folder, plan_adapters
 from tutti.checkpoint.denoiser import load_denoiser
-from tutti.checkpoint.denoiser_adapter import read_lora
+from tutti.checkpoint.denoiser_adapter import ADAPTERS, base_of_adapters, holds_adapters, load_adapters, read_lora
 from tutti.checkpoint.hub import with_local_paths
 from tutti.checkpoint.manager import read_model
 from tutti.checkpoint.trained import TrainedModel, find_trained, is_of_run, load_trained
-from tutti.config import Config
+from tutti.config import Config, ModelConfig, TrainConfig
 from tutti.core.batch import Grid
 from tutti.core.dist import World
 from tutti.core.draws import generator
 from tutti.core.pixels import frame_image
+from tutti.infer.source import named_as_infer
 from tutti.model.conditions import Conditions, read_grid
 from tutti.model.denoiser import Denoiser, build_denoiser, cast_to_infer
 from tutti.model.diffusion import Guided, Text, default_side, join_texts, latent_patch, latent_shape, sample
@@ -44,17 +47,26 @@ _FPS = 16
 
 
 class Source(NamedTuple):
-    """A diffusion model: the parts of its folder, and the checkpoint that holds its weights, if one does."""
+    """A diffusion model: the parts of its folder, the checkpoint that holds its weights, if one does, and of adapters
+    in a folder of their own the configuration that names this and their base."""
 
     folder: PipelineFolder
-    trained: TrainedModel | None
+    trained: TrainedModel | None = None
+    adapted: Config | None = None
 
 
-def find_denoiser(path: Path, world: World) -> Source | None:
-    """The diffusion model at `path`; None where that is another kind of model. Collective."""
+def find_denoiser(config: Config, world: World) -> Source | None:
+    """The diffusion model that infer.model_path is; None where that is another kind of model. Collective.
+
+    ValueError, on all ranks: it lacks something, such as the base of adapters.
+    """
+    path = Path(config.infer.model_path or "").expanduser()
     for folder in (path, path / "hf" / "final"):
         if (folder / TRANSFORMER / "config.json").is_file():
-            return Source(world.run_on_all_ranks(partial(read_folder, folder, "infer.model_path")), None)
+            return Source(world.run_on_all_ranks(partial(read_folder, folder, "infer.model_path")))
+    if holds_adapters(path):
+        adapted = with_local_paths(world.run_on_all_ranks(lambda: _adapted(path, config.model)), world)
+        return Source(world.run_on_all_ranks(lambda: open_folder(adapted)), adapted=adapted)
     folders = (path, path / "hf" / "final")
     is_folder = any(is_adapter_folder(folder) or (folder / "config.json").is_file() for folder in folders)
     if not path.is_dir() or not is_of_run(path) or is_folder:
@@ -66,6 +78,21 @@ def find_denoiser(path: Path, world: World) -> Source | None:
     return Source(world.run_on_all_ranks(lambda: open_folder(trained.config)), trained)
 
 
+def _adapted(folder: Path, asked: ModelConfig) -> Config:
+    """The configuration of the adapters in `folder` on model.model_path, or else on the model that they name as their
+    base."""
+    with named_as_infer():
+        base = asked.model_path or base_of_adapters(folder)
+    if base is None:
+        raise ValueError(
+            f"infer.model_path: {folder / ADAPTERS} does not name the model that it was trained on; name it in "
+            "model.model_path"
+        )
+    beside = {"config_path": asked.config_path, "condition_model_path": asked.condition_model_path}
+    model = ModelConfig(model_path=base, adapter_path=str(folder), **beside)
+    return Config(model=model, train=TrainConfig(architecture="lora"))
+
+
 def draw(config: Config, source: Source, prompts: Sequence[str], output: Path, world: World) -> list[Path]:
     """Write a picture (.png) or video (.webp) for each of `prompts` to the folder `output`; this rank's files.
 
@@ -73,8 +100,9 @@ def draw(config: Config, source: Source, prompts: Sequence[str], output: Path, w
     """
     settings = config.infer
     dtype = torch.float32 if world.device.type == "cpu" else torch.bfloat16
-    model = world.run_on_all_ranks(lambda: _build(config, source))
-    _load(model, source, world)
+    with named_as_infer() if source.adapted else nullcontext():
+        model = world.run_on_all_ranks(lambda: _build(config, source))
+        _load(model, source, world)
     model.to(world.device).eval()
     cast_to_infer(model.net, dtype)
     family, folder = model.family, source.folder
@@ -101,9 +129,9 @@ def draw(config: Config, source: Source, prompts: Sequence[str], output: Path, w
 
 
 def _build(config: Config, source: Source) -> Denoiser:
-    trained = config if source.trained is None else source.trained.config
-    model = build_denoiser(trained, source.folder.transformer)
-    if (lora := plan_adapters(trained, model, read_lora)) is not None:
+    described = source.adapted or (config if source.trained is None else source.trained.config)
+    model = build_denoiser(described, source.folder.transformer)
+    if (lora := plan_adapters(described, model, read_lora)) is not None:
         add_adapters(model, lora, torch.float32)
     return model
 
@@ -111,7 +139,11 @@ def _build(config: Config, source: Source) -> Denoiser:
 def _load(model: Denoiser, source: Source, world: World) -> None:
     """Fill `model` from its folder, or from a checkpoint; of adapters the base from its folder, or drawn."""
     trained, cpu = source.trained, torch.device("cpu")
-    if trained is None:
+    if source.adapted is not None:
+        load_denoiser(model, source.folder.weights, seed=0, device=cpu, world=world)
+        adapters = Path(source.adapted.model.adapter_path or "")
+        world.run_on_all_ranks(lambda: load_adapters(model, adapters))
+    elif trained is None:
         load_denoiser(model, source.folder.transformer, seed=0, device=cpu, world=world)
     elif lora_of(model) is None:
         load_trained(trained, model, world)

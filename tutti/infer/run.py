@@ -64,7 +64,7 @@ def infer(config: Config, job: Job) -> None:
     try:
         with named_as_infer():
             config = with_local_paths(config, world)
-        denoiser = find_denoiser(Path(config.infer.model_path or "").expanduser(), world)
+        denoiser = find_denoiser(config, world)
         if denoiser is not None:
             _draw(config, denoiser, job, world)
             return

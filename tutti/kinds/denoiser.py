@@ -15,6 +15,7 @@ from tutti.config import Config
 from tutti.config.layout import Layout, fit
 from tutti.core.compute_dtype import compute_dtype
 from tutti.core.dist import World
+from tutti.core.hub import named_base
 from tutti.core.structure import ModelStructure
 from tutti.data.captions import CaptionEncoder
 from tutti.data.source import text_columns
@@ -68,4 +69,4 @@ def export(config: Config, model: Denoiser, tokenizer: Any, folder: Path, world:
 def export_adapters(
     config: Config, model: Denoiser, tokenizer: Any, folder: Path, world: World, full_model: Denoiser | None = None
 ) -> None:
-    denoiser_adapter.export_adapters(model, folder, world)
+    denoiser_adapter.export_adapters(model, folder, world, *named_base(config.model.model_path))

@@ -18,7 +18,7 @@ from tutti.config import Config
 from tutti.config.layout import Layout, ModelFacts, Piece, fit
 from tutti.core.compute_dtype import compute_dtype
 from tutti.core.dist import World
-from tutti.core.hub import name_in_cache
+from tutti.core.hub import named_base
 from tutti.core.structure import ModelStructure
 from tutti.kinds import Inputs
 from tutti.model.build import build_model, check_composed, check_dtypes, check_eager, check_packable, language_config
@@ -142,8 +142,7 @@ def export_adapters(
     world: World,
     full_model: PreTrainedModel | None = None,
 ) -> None:
-    path = config.model.model_path or config.model.config_path
-    base, revision = (path and name_in_cache(path)) or (path and str(Path(path).absolute()), None)
+    base, revision = named_base(config.model.model_path or config.model.config_path)
     composed = config.model if isinstance(model, OmniModel) else None
     named: dict[str, Any] = {"base": base, "revision": revision, "composed": composed}
     export_adapter(model, folder, tokenizer, world=world, full_model=full_model, **named)

@@ -27,6 +27,9 @@ from torch import Tensor, nn
 
 from tutti.core.batch import Grid
 
+_JOINED = 2**14
+"""Latent values up to which the predictions for a prompt and for the empty one are made together: of small pictures
+calls cost more than products, of large ones memory counts."""
 TIMES = 1000
 """Times of a schedule, as all these models count them."""
 
@@ -284,18 +287,33 @@ def sample(
     for guidance; not looked at where that is 1, or an input of the model."""
     scheduler = type(scheduler).from_config(scheduler.config)
     _set_times(family, scheduler, noise, model.config, settings.steps)
-    distilled = takes_guidance(model.config)
+    if settings.guidance == 1 or takes_guidance(model.config):
+        empty = None
+    both = None if empty is None or noise.numel() > _JOINED else _joined(text, empty)
     latents = noise
     for time in scheduler.timesteps:
         times = time.expand(len(latents)).to(latents)
         given = scheduler.scale_model_input(latents, time) if hasattr(scheduler, "scale_model_input") else latents
-        out = predict(family, model, given.to(text.embeds.dtype), times, text, settings.guidance).float()
-        if settings.guidance != 1 and empty is not None and not distilled:
-            away = predict(family, model, given.to(text.embeds.dtype), times, empty).float()
-            led = away + settings.guidance * (out - away)
+        given = given.to(text.embeds.dtype)
+        if both is not None:
+            out, away = predict(family, model, given.repeat(2, *[1] * (given.ndim - 1)), times.repeat(2), both).chunk(2)
+        else:
+            out = predict(family, model, given, times, text, settings.guidance)
+            away = None if empty is None else predict(family, model, given, times, empty)
+        out = out.float()
+        if away is not None:
+            led = away.float() + settings.guidance * (out - away.float())
             out = _with_norm_of(led, out, family) if family.rescales else led
         latents = scheduler.step(out, time, latents, return_dict=False)[0]
     return latents
+
+
+def _joined(one: Text, other: Text) -> Text | None:
+    """Two encoded prompts as one batch; None where they are of other lengths."""
+    pairs = list(zip(one, other, strict=True))
+    if any((a is None) != (b is None) or (a is not None and b is not None and a.shape != b.shape) for a, b in pairs):
+        return None
+    return Text(*(None if a is None or b is None else torch.cat([a, b]) for a, b in pairs))  # type: ignore[arg-type]
 
 
 def _set_times(family: Family, scheduler: Any, latents: Tensor, config: Any, steps: int) -> None:

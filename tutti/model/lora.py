@@ -29,10 +29,11 @@ Shapes: r rank, E experts; A [(E,) r, in], B [(E,) out, r], offset [(E,) out].
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from types import MethodType
@@ -50,8 +51,10 @@ from tutti.core.tensors import local_part, seed_of
 from tutti.model.initial import own_part
 from tutti.model.mixers import indexers, mixers, uncalled, weights_read
 from tutti.model.quantized import packing_of, product, whole_weight
-from tutti.model.structure import ADAPTER_MARK, blocks, head, is_classifier, is_experts
+from tutti.model.structure import ADAPTER_MARK, blocks, head, is_classifier, is_experts, part_parameters
 from tutti.parallel.tensor import WHOLE, LinearShard
+
+log = logging.getLogger(__name__)
 
 LISTED = 20
 """Names that an error lists before it only counts."""
@@ -189,16 +192,15 @@ def row_norms(weight: Tensor) -> Tensor:
 
 
 def add_adapters(model: PreTrainedModel, lora: Lora, frozen_dtype: torch.dtype) -> None:
-    """Freeze `model`, all but what `lora` trains, and add the adapters' parameters, in place.
+    """Freeze `model`, all but what `lora` trains, and add the adapters' parameters, in place. What is frozen before
+    (train.freeze) stays so.
 
     Frozen parameters are held in `frozen_dtype`, trained ones in the dtype they had; what is added holds nothing in
     particular. ValueError: a pattern that matches nothing, or experts that run by the model's own loop.
     """
     full = _full_modules(model, lora)
-    targets = _targets(model, lora, full)
-    trained = {parameter for module in full.values() for parameter in module.parameters()}
-    if is_classifier(model):
-        trained.update(head(model).parameters())
+    trained = {parameter for parameter in _in_full(model, full) if parameter.requires_grad}
+    targets = _targets(model, lora, trained)
     dtype = next(iter(trained), next(model.parameters())).dtype
     if any(is_experts(module) for module, _ in targets.values()) and "eager" in str(
         model.config._experts_implementation
@@ -392,10 +394,10 @@ def _left_out(model: PreTrainedModel) -> set[str]:
     return {name for name, module in model.named_modules() if id(module) in found}
 
 
-def _targets(model: PreTrainedModel, lora: Lora, full: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, str]]:
-    """The layers that `lora` adapts, each with the module and the name of its weight in there."""
-    whole = {id(part) for module in full.values() for part in module.modules()}
-    candidates = {name: item for name, item in _candidates(model).items() if id(item[0]) not in whole}
+def _targets(model: PreTrainedModel, lora: Lora, trained: set[nn.Parameter]) -> dict[str, tuple[nn.Module, str]]:
+    """The layers that `lora` adapts, none of them `trained` whole, each with the module and the name of its weight in
+    there."""
+    candidates = {name: item for name, item in _candidates(model).items() if getattr(*item) not in trained}
     if not lora.targets:
         inside = tuple(f"{name}." for name, _ in blocks(model))
         left_out = _left_out(model)
@@ -429,6 +431,31 @@ def _full_modules(model: PreTrainedModel, lora: Lora) -> dict[str, nn.Module]:
             raise ValueError(f"train.lora_full_modules: nothing is called {pattern}; there are {kinds}")
         found.update(hits)
     return found
+
+
+def _in_full(model: PreTrainedModel, full: Mapping[str, nn.Module]) -> Iterator[nn.Parameter]:
+    """The parameters of the modules `full`, and of a classifier's head, which adapters leave to be trained whole."""
+    for module in (*full.values(), *([head(model)] if is_classifier(model) else ())):
+        yield from module.parameters()
+
+
+def check_frozen(model: PreTrainedModel, lora: Lora, parts: Iterable[str], asked: Iterable[str]) -> None:
+    """Warn of those of the frozen `parts` (train.freeze) that hold nothing which `lora` would train whole. ValueError:
+    a module that is `asked` to be trained whole (train.lora_full_modules) is frozen."""
+    whole = set(_in_full(model, _full_modules(model, lora)))
+    for part in parts:
+        if whole.isdisjoint(part_parameters(model, part, "train.freeze").values()):
+            log.warning(
+                "train.freeze: %s has no effect: of that part train.architecture lora trains adapters alone; "
+                "train.lora_targets says which",
+                part,
+            )
+    for pattern in asked:
+        modules = _full_modules(model, replace(lora, modules_to_save=(pattern,))).values()
+        if not any(parameter.requires_grad for module in modules for parameter in module.parameters()):
+            raise ValueError(
+                f"train.lora_full_modules: {pattern} is frozen, by train.freeze or because it makes pictures of codes"
+            )
 
 
 def matches(pattern: str, name: str) -> bool:

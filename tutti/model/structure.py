@@ -197,9 +197,9 @@ def drawing_parts(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def new_parts(model: Any) -> tuple[str, ...]:
-    """The names of modules that low-rank adapters leave to be trained whole, where they are trained at all: of a
-    composed model what joins its parts and what it draws by, and towers without weights; of a ready-made one what it
-    draws by beside its vocabulary (Janus)."""
+    """The names of modules that low-rank adapters leave to be trained whole: of a composed model what joins its parts
+    and what it draws by, and towers without weights; of a ready-made one what it draws by beside its vocabulary
+    (Janus)."""
     if getattr(model, "foundation", None) is not None:
         names = [
             f"encoders.{kind}" if model.weights[kind] is None else f"encoders.{kind}.projector"
@@ -211,7 +211,7 @@ def new_parts(model: Any) -> tuple[str, ...]:
         used = set() if codes is None else set(codes.modules())
         found = [name for name, part in decoder(model).named_children() if not used.isdisjoint(part.modules())]
         names = [f"{model.base_model_prefix}.{name}" for name in found if _DRAWS.match(name)]
-    return tuple(name for name in names if any(item.requires_grad for item in model.get_submodule(name).parameters()))
+    return tuple(names)
 
 
 def freeze_parts(model: PreTrainedModel, parts: Iterable[str]) -> None:
