@@ -78,6 +78,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ddp": {"data_parallel_mode": "ddp"},
     "fsdp2, remat": {"data_parallel_mode": "fsdp2", "enable_gradient_checkpointing": True},
     "ulysses": {"ulysses_parallel_size": 2},
+    "tensor": {"tensor_parallel_size": 2},
 }
 
 
@@ -172,7 +173,6 @@ REFUSED = {
         "is of ChameleonVQVAE, which makes no pictures",
     ),
     "of sounds": ({"model.decoders": {"audio": {"model_path": "x"}}}, "there are decoders for image"),
-    "split matrices": ({"train.tensor_parallel_size": 2}, "train.tensor_parallel_size: a model that draws"),
     "stages": ({"train.pipeline_parallel_size": 2}, "train.pipeline_parallel_size: a model that draws"),
     "pairs": ({"data.data_type": "dpo", "train.cfg_dropout": 0.0}, "not trained with data.data_type dpo"),
     "streams": ({"data.datasets_type": "iterable", "model.encode_target": True}, "goes over the data beforehand"),
@@ -186,7 +186,7 @@ def test_what_cannot_be_done_is_refused_by_name(tmp_path: Path, case: str) -> No
         changes = {"model.decoders": {"image": {"model_path": write_tokenizer(tmp_path), "image_size": 8}}}
     if "CHAMELEON" in str(changes):
         changes = {"model.decoders": {"image": {"model_path": write_drawer(tmp_path / "seeing", "chameleon")}}}
-    world = changes.get("train.tensor_parallel_size", changes.get("train.pipeline_parallel_size", 1))
+    world = changes.get("train.pipeline_parallel_size", 1)
     with pytest.raises(ValueError, match=message):
         language.build(config_of(tmp_path, world=world, **changes), torch.device("cpu"))
 

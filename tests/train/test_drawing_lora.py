@@ -122,6 +122,32 @@ def test_a_janus_is_adapted_and_its_own_parts_for_drawing_are_trained(tmp_path: 
     assert not any("vqmodel" in name or "vision_model" in name for name in saved)
 
 
+@pytest.mark.parametrize("family", ["emu3", "chameleon"])
+def test_adapters_of_models_whose_codes_are_tokens_are_those_that_peft_applies(tmp_path: Path, family: str) -> None:
+    peft = pytest.importorskip("peft")
+    base = write_drawer(tmp_path / family, family)
+    changes = {"train.save_hf_weights": True, "train.save_steps": 1, "train.lr": 3e-2, "data.image_max_pixels": 64}
+    run_ranks(1, _train_and_merge, drawer_config(tmp_path, base, **LORA, **changes), str(tmp_path / "merged"))
+    assert lines_of(tmp_path)[0]["targets/code"] > 0
+    saved = load_file(tmp_path / "out/hf/final" / WEIGHTS[0])
+    assert saved and all(".layers." in name and ".lora_" in name and "vqmodel" not in name for name in saved)
+    plain: Any = AutoModelForMultimodalLM.from_pretrained(base)
+    adapted = peft.PeftModel.from_pretrained(AutoModelForMultimodalLM.from_pretrained(base), tmp_path / "out/hf/final")
+    merged: Any = AutoModelForMultimodalLM.from_pretrained(tmp_path / "merged")
+    ids = torch.arange(1, 30)[None]
+    with torch.no_grad():
+        before, theirs, ours = (model.eval()(input_ids=ids).logits for model in (plain, adapted, merged))
+    assert (theirs - before).abs().max() > 1e-2
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def _train_and_merge(config: Config, merged: str) -> None:
+    torch.set_num_threads(1)
+    train_quietly(config)
+    regroup()
+    export(config.train.output_dir or "", merged, merge_adapters=True)
+
+
 def test_frozen_parts_are_not_trained_beside_adapters(tmp_path: Path) -> None:
     _, model = language.build(config_of(tmp_path, **{"train.freeze": ["decoders"]}), torch.device("cpu"))
     trained_parts = {name.split(".")[0] for name, item in model.named_parameters() if item.requires_grad}

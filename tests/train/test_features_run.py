@@ -101,6 +101,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ddp": {"data_parallel_mode": "ddp"},
     "fsdp2, remat": {"data_parallel_mode": "fsdp2", "enable_gradient_checkpointing": True},
     "ulysses": {"ulysses_parallel_size": 2},
+    "tensor": {"tensor_parallel_size": 2},
 }
 
 

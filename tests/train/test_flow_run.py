@@ -199,7 +199,6 @@ ELSEWHERE = {
         {"model.decoders": {}, "train.flow_shift": 2.0, "train.cfg_dropout": None},
         "train.flow_shift: is about pictures that are drawn by diffusion",
     ),
-    "split matrices": ({"train.tensor_parallel_size": 2}, "train.tensor_parallel_size: a model that draws"),
     "stages": ({"train.pipeline_parallel_size": 2}, "train.pipeline_parallel_size: a model that draws"),
 }
 
@@ -210,8 +209,7 @@ def test_what_cannot_be_done_is_refused_by_name(tmp_path: Path, case: str) -> No
     if case in REFUSED:
         decoder = {"config_path": write_decoder(tmp_path), "tokens": 4, "image_size": 16}
         changes = {"model.decoders": {"image": decoder | changes}}
-    world = max(changes.get(f"train.{axis}_parallel_size", 1) for axis in ("tensor", "pipeline"))
-    config = config_of(tmp_path, world=world, **changes)
+    config = config_of(tmp_path, world=changes.get("train.pipeline_parallel_size", 1), **changes)
     with pytest.raises(ValueError, match=message):
         language.build(config, torch.device("cpu"))
         make_task(config)

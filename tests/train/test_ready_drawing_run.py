@@ -40,6 +40,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_drawer(tmp_path_factory.mktemp("janus"))
 
 
+def test_codes_of_the_vocabulary_are_split_among_tensor_ranks(tmp_path: Path) -> None:
+    path = write_drawer(tmp_path / "emu3", "emu3")
+    changes = {"data.image_max_pixels": 64, "train.lr": 1e-3}
+    got = run(drawer_config(tmp_path / "two", path, world=2, **changes, **{"train.tensor_parallel_size": 2}), 2)
+    assert_same_training(got, run(drawer_config(tmp_path / "one", path, **changes)))
+
+
 def exported(folder: Path, model: str) -> None:
     torch.set_num_threads(1)
     train_quietly(drawer_config(folder, model, **{"train.save_hf_weights": True}))
@@ -224,12 +231,18 @@ REFUSED = {
         {"train.tensor_parallel_size": 2, "train.cfg_dropout": 0.1},
         "with train.tensor_parallel_size 2 this",
     ),
+    "stages": (
+        {"train.pipeline_parallel_size": 2, "train.cfg_dropout": 0.1},
+        "with train.pipeline_parallel_size 2 this",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_done_is_refused_by_name(tmp_path: Path, model: str, case: str) -> None:
     changes, message = REFUSED[case]
-    config = drawer_config(tmp_path, model, world=changes.get("train.tensor_parallel_size", 1), **changes)
+    config = drawer_config(
+        tmp_path, model, world=2 if any("parallel_size" in name for name in changes) else 1, **changes
+    )
     with pytest.raises(ValueError, match=message):
         language.build(config, torch.device("cpu"))

@@ -38,11 +38,16 @@ from tutti.data.tokenize import BatchTokenizer, Tokens
 
 _LIMITS = {
     "image": "data.image_max_pixels",
-    "drawn": "the sample_size of model.decoders.image",
+    "drawn": "image_size or tokens of model.decoders.image (of a ready-made model data.image_max_pixels)",
     "video": "data.video_max_frames and data.video_max_pixels",
     "audio": "data.audio_max_seconds",
 }
 """The arguments that make media of a kind take fewer tokens."""
+
+
+def _plural(kind: str) -> str:
+    return "drawn pictures" if kind == "drawn" else f"{kind}s"
+
 
 _HALVES = re.compile("[\ud800-\udfff]")
 
@@ -166,7 +171,7 @@ class Encoder:
             kinds = sorted({medium.kind for medium in media})
             raise RowError(
                 f"is longer than data.max_seq_len {max_seq_len}, and only text can be cut, of which it has too "
-                f"little beside the {needed:,} tokens of its {' and '.join(f'{kind}s' for kind in kinds)}: raise "
+                f"little beside the {needed:,} tokens of its {' and '.join(map(_plural, kinds))}: raise "
                 f"data.max_seq_len, or lower {' or '.join(_LIMITS[kind] for kind in kinds)}"
             )
 

@@ -390,9 +390,8 @@ def _check_drawing(config: Config) -> None:
             "model.input_encoder: the queries of a diffusion decoder say nothing about a picture that is there; set "
             "encoder, and model.encoders.image to see by"
         )
-    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-        if getattr(config.train, name) > 1:
-            raise ValueError(f"train.{name}: a model that draws is not divided along this axis yet; set 1")
+    if config.train.pipeline_parallel_size > 1:
+        raise ValueError("train.pipeline_parallel_size: a model that draws is not cut into stages yet; set 1")
     _check_target(config)
 
 

@@ -9,7 +9,7 @@
   on the sizes of those that it is padded beside. Chameleon's tokenizer makes no pictures of codes.
 
 A model draws if its weights are read from a folder with a processor. In training it does so with chats, and where its
-matrices and its depth are not divided over ranks; elsewhere it sees pictures alone.
+depth (of Janus also its matrices) is not divided over ranks; elsewhere it sees pictures alone.
 """
 
 from __future__ import annotations
@@ -93,7 +93,14 @@ def obstacle(config: Config) -> str | None:
     train, task = config.train, config.data.task
     if task.rows != "conversations" or task.head != "tokens":
         return f"data.data_type {config.data.data_type}"
-    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+    folder = ready_folder(config.model)
+    # What embeds codes beyond the vocabulary lies within the table that tensor ranks split.
+    axes = (
+        ["pipeline_parallel_size"]
+        if folder and sees_codes(folder)
+        else ["tensor_parallel_size", "pipeline_parallel_size"]
+    )
+    for name in axes:
         if (size := getattr(train, name)) > 1:
             return f"train.{name} {size}"
     return None

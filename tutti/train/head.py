@@ -61,33 +61,28 @@ class Head:
     def cross_entropy(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The summed cross-entropy of the targets (to differentiate) and each target's own, fp32 [N], detached; a
         rank's share of them."""
-        loss, losses = self._apply(linear_cross_entropy, hidden)
-        if self.shard is None and self.tensor is not None:
-            loss, losses = loss * self.share, losses * self.share
-        return loss, losses
+        return self._shared(*self._apply(linear_cross_entropy, hidden))
 
     def cross_entropy_of(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """As `cross_entropy`, of some of the targets alone, int64 [n], from the hidden states [n, H] that predict them;
-        where no matrices are split."""
-        weight, bias = self.layer.weight, self.layer.bias
-        return linear_cross_entropy(hidden, weight, targets, bias=bias, transform=self.transform)
+        """As `cross_entropy`, of some of the targets alone, int64 [n], from the hidden states [n, H] that predict
+        them."""
+        return self._by_vocabulary(hidden, targets, self.transform)
 
     def code_cross_entropy(self, hidden: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """As `cross_entropy_of`, of codes of pictures, int64 [n]."""
         head = self.codes.head
         if head is None:  # they are tokens of the vocabulary
-            layer, transform = self.layer, self.transform._replace(masked=None)
-            ids = codes + self.codes.first
-            return linear_cross_entropy(hidden, layer.weight, ids, bias=layer.bias, transform=transform)
-        return linear_cross_entropy(self.codes.middle(hidden), head.weight, codes, bias=head.bias)
+            return self._by_vocabulary(hidden, codes + self.codes.first, self.transform._replace(masked=None))
+        loss, losses = linear_cross_entropy(self.codes.middle(hidden), head.weight, codes, bias=head.bias)
+        return loss * self.share, losses * self.share
 
     def feature_losses(self, hidden: Tensor, numbers: Tensor) -> Tensor:
         """The losses fp32 [n], to differentiate, of features by their `numbers`, int64 [n], among those of the micro
-        batch, from the hidden states [n, H] that predict them."""
+        batch, from the hidden states [n, H] that predict them; a rank's share of them."""
         predicted = self.feature_head(hidden)
         if self.features is None:  # there are none: gradients of zero, which other ranks wait for
             return feature_losses(predicted, predicted)
-        return feature_losses(predicted, self.features.index_select(0, numbers))
+        return feature_losses(predicted, self.features.index_select(0, numbers)) * self.share
 
     def target_losses(self, hidden: Tensor) -> Tensor:
         """Each target's cross-entropy, fp32 [N], to differentiate; the same on all tensor ranks."""
@@ -121,6 +116,15 @@ class Head:
         total = losses.sum()
         own = total if self.shard is not None else total * self.share
         return own + (total.detach() * share - own.detach()), share
+
+    def _by_vocabulary(self, hidden: Tensor, targets: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
+        weight, bias = self.layer.weight, self.layer.bias
+        found = linear_cross_entropy(hidden, weight, targets, bias=bias, transform=transform, shard=self.shard)
+        return self._shared(*found)
+
+    def _shared(self, loss: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+        """A rank's share of what the head makes: all of it where ranks split the head, and have other parts of it."""
+        return (loss, losses) if self.shard is not None else (loss * self.share, losses * self.share)
 
     def _apply(self, function: Callable[..., Any], hidden: Tensor) -> Any:
         return function(

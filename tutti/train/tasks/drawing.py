@@ -55,7 +55,7 @@ class Drawing(LossOfKinds):
         text, texts = head.cross_entropy_of(hidden[places[0]], targets[places[0]])
         code, codes = head.code_cross_entropy(hidden[places[1]], targets[places[1]] - first)
         losses = texts.new_zeros(len(targets)).index_copy_(0, places[0], texts).index_copy_(0, places[1], codes)
-        found = {"text": (text, (~drawn).sum()), "code": (code, drawn.sum())}
+        found = {"text": (text, (~drawn).sum() * head.share), "code": (code, drawn.sum() * head.share)}
         sources = head.batch.segment_sources[head.batch.target_segment]
         return {**self.total(found, head.batch.payload), **self.by_source(losses, sources)}
 

@@ -71,12 +71,12 @@ class Picturing(LossOfKinds):
         drawn = targets >= first
         places = (~drawn).nonzero().flatten(), drawn.nonzero().flatten()
         text, texts = head.cross_entropy_of(hidden[places[0]], targets[places[0]])
-        found = {"text": (text, (~drawn).sum())}
+        found = {"text": (text, (~drawn).sum() * head.share)}
         losses = texts.new_zeros(len(targets)).index_copy_(0, places[0], texts)
         if "feature" in self.kinds:
             apart = head.feature_losses(hidden[places[1]], targets[places[1]] - first)
             losses.index_copy_(0, places[1], apart.detach().to(losses.dtype))
-            found["feature"] = (apart.sum(), drawn.sum())
+            found["feature"] = (apart.sum(), drawn.sum() * head.share)
         by_source = self.by_source(losses, batch.segment_sources[batch.target_segment])
         if self.spec is not None:
             flow, weights, sources = self._flow(head)
@@ -93,7 +93,7 @@ class Picturing(LossOfKinds):
         assert head.states is not None
         own = slice(None)
         if batch.sequence is not None:
-            ranks = encoders(batch.sequence.ranks, None)
+            ranks = encoders(batch.sequence.ranks, head.tensor)
             own = slice(ranks.place, None, ranks.size)
         latents, noise, times, weights, sources, picture = (
             given[name][own] for name in (LATENTS, NOISE, TIMES, WEIGHTS, SOURCES, PICTURE)
