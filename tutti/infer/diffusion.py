@@ -88,8 +88,12 @@ def _adapted(folder: Path, asked: ModelConfig) -> Config:
             f"infer.model_path: {folder / ADAPTERS} does not name the model that it was trained on; name it in "
             "model.model_path"
         )
-    beside = {"config_path": asked.config_path, "condition_model_path": asked.condition_model_path}
-    model = ModelConfig(model_path=base, adapter_path=str(folder), **beside)
+    model = ModelConfig(
+        model_path=base,
+        config_path=asked.config_path,
+        condition_model_path=asked.condition_model_path,
+        adapter_path=str(folder),
+    )
     return Config(model=model, train=TrainConfig(architecture="lora"))
 
 

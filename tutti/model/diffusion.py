@@ -291,6 +291,7 @@ def sample(
         empty = None
     both = None if empty is None or noise.numel() > _JOINED else _joined(text, empty)
     latents = noise
+    away: Tensor | None
     for time in scheduler.timesteps:
         times = time.expand(len(latents)).to(latents)
         given = scheduler.scale_model_input(latents, time) if hasattr(scheduler, "scale_model_input") else latents
