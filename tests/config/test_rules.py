@@ -4,7 +4,7 @@ import pytest
 
 from tutti.config import ARGUMENTS, ConfigError
 from tutti.config.load import from_dict, load, to_yaml
-from tutti.config.rules import _RULES, contradictions, warnings, warnings_on_cpu
+from tutti.config.rules import _RULES, contradictions, warnings, warnings_on_cpu, warnings_on_length
 
 EVALUATED = ["data.eval_path=x", "train.eval_steps=5"]
 PLAIN = ["data.data_type=plaintext"]
@@ -218,6 +218,26 @@ def test_a_secret_in_a_url_is_refused_and_not_shown(url: str, is_refused: bool) 
             problems = error.value.problems
             assert len(problems) == 1 and "hunter2" not in problems[0] and "abc" not in problems[0]
         assert any(f"{name}: holds a password or a signature" in line for line in problems) == is_refused
+
+
+def test_what_never_comes_in_a_run_of_so_many_steps_has_no_effect() -> None:
+    asked = ["train.eval_steps=11", "train.save_epochs=3", "train.log_steps=20", "train.lr_warmup_ratio=0.05"]
+    asked += ["train.enable_profiling=yes", "train.profile_start_step=11", "train.profile_end_step=12"]
+    found = [line.partition(": has no effect: ") for line in warnings_on_length(load(asked, None), 10)]
+    names = {name: why for name, _, why in found}
+    assert names.keys() == {
+        "train.eval_steps", "train.save_epochs", "train.log_steps", "train.lr_warmup_ratio", "train.profile_start_step"
+    }  # fmt: skip
+    assert names["train.eval_steps"] == "the run ends with step 10"
+    assert names["train.save_epochs"] == "train.num_train_epochs is 1"
+    assert warnings_on_length(load(asked, None), 20)[0].startswith("train.save_epochs")
+    assert warnings_on_length(load(["train.eval_steps=10", "train.save_epochs=1"], None), 10) == []
+
+
+def test_a_learning_rate_does_not_rise_to_its_least() -> None:
+    with pytest.raises(ConfigError, match=r"train\.lr_min: must not be above train\.lr \(1e-06\)"):
+        load(["train.lr=1e-6", "train.lr_min=1e-5"], None)
+    assert load(["train.lr=1e-6", "train.lr_min=1e-5", "train.lr_decay_style=constant"], None).train.lr_min == 1e-5
 
 
 def test_what_is_about_an_accelerator_has_no_effect_on_a_cpu() -> None:

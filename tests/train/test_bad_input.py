@@ -67,6 +67,28 @@ def test_bad_data_and_models(tmp_path, case):
     assert errors[0] == errors[1]
 
 
+def error_of_own(configs) -> str:
+    import os
+
+    return error_of(configs[int(os.environ["RANK"])])
+
+
+def test_ranks_that_were_started_with_other_arguments(tmp_path):
+    """Replicas with learning rates of their own would part without a word; ranks of other layouts would hang."""
+    same = {"data.train_path": str(QUICKSTART / "chat.jsonl")}
+    ours = tiny_config(tmp_path, world=2, **same)
+    changes = {"train.lr": 0.5, "train.weight_decay": 0.1, "train.load_checkpoint_path": "auto"}
+    errors = run_ranks(2, error_of_own, [ours, tiny_config(tmp_path, world=2, **same, **changes)], timeout=60)
+    assert errors[0] == errors[1]
+    assert "rank 1 was started with other arguments than rank 0" in errors[0]
+    for text in (
+        "train.lr 0.5 instead of 0.01",
+        "train.weight_decay 0.1 instead of 0.0",
+        "train.load_checkpoint_path True",
+    ):
+        assert text in errors[0]
+
+
 def test_output_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     config = tiny_config(tmp_path, world=2, **{"train.output_dir": str(tmp_path / "file" / "out")})

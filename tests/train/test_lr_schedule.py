@@ -53,3 +53,8 @@ def test_one_step():
 
 def test_a_warmup_of_the_whole_run():
     assert rates(4, lr_warmup_ratio=1.0) == [0, 0.25, 0.5, 0.75]
+
+
+@pytest.mark.parametrize("style", ["linear", "cosine"])
+def test_a_peak_below_the_default_of_the_least_rate_is_kept(style: str) -> None:
+    assert set(rates(10, lr=1e-8, lr_min=1e-7, lr_decay_style=style, lr_decay_ratio=0.5)) == {1e-8}

@@ -6,6 +6,7 @@ device, and the data plan is the same whatever process looks at it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from tutti.check.dry_run import Unpredictable, full_batch_of, predict
 from tutti.checkpoint.hub import with_local_paths
 from tutti.config import Config
 from tutti.config.layout import Layout, fit
+from tutti.config.rules import warnings_on_length
 from tutti.core.batch import Batch, GlobalBatch, Sample
 from tutti.core.compute_dtype import settle_compute_dtype
 from tutti.core.device import KERNELS_BYTES, pick_device, resident_bytes
@@ -36,6 +38,8 @@ from tutti.parallel.mesh import AXES
 from tutti.train.inputs import open_data
 from tutti.train.record import model_name
 
+log = logging.getLogger(__name__)
+
 SHOWN_SAMPLES = 4
 SHOWN_CHARACTERS = 1200
 
@@ -52,6 +56,8 @@ def check(config: Config, world: int = 1) -> None:
     structure = kind.inspect(config, layout, model)
     inputs = kind.read_inputs(config, tokenizer, structure)
     data = open_data(config, inputs, model, ranks, dp_rank=0, dp_size=layout.data)
+    for warning in warnings_on_length(config, data.total_steps):
+        log.warning("%s", warning)
     first = next(iter(data.train()), None)
     if first is None:
         raise ValueError("the data gives no global batch: see data.train_size, data.train_sample and data.drop_last")

@@ -72,6 +72,8 @@ def contradictions(config: Config) -> list[str]:
             f"train.lora_base_dtype: {train.lora_base_dtype} is what weights are quantized to as they are read, and "
             "random ones are not read; set model.model_path, or leave it at compute"
         )
+    if train.lr_min > train.lr and "train.lr_min" in config.explicit and train.lr_decay_style != "constant":
+        problems.append(f"train.lr_min: must not be above train.lr ({train.lr:g}), from which it is decayed to")
     problems += _of_numbers_by_name(config)
     for kind in ("image", "video"):
         least, most = (getattr(config.data, f"{kind}_{bound}_pixels") for bound in ("min", "max"))
@@ -456,6 +458,27 @@ def warnings(config: Config) -> list[str]:
 def warnings_on_cpu(config: Config) -> list[str]:
     """One line for each argument that was set and has no effect where the run is on a CPU."""
     return _apply(_ON_CPU, config)
+
+
+def warnings_on_length(config: Config, total_steps: int) -> list[str]:
+    """One line for each argument that was set and whose time never comes in a run of `total_steps`."""
+    train = config.train
+    late = {
+        f"train.{name}_{unit}": why
+        for unit, have, why in (
+            ("steps", total_steps, f"the run ends with step {total_steps:,}"),
+            ("epochs", train.num_train_epochs, f"train.num_train_epochs is {train.num_train_epochs}"),
+        )
+        for name in ("save", "hf_save", "eval")
+        if getattr(train, f"{name}_{unit}") > have
+    }
+    if train.log_steps > total_steps:
+        late["train.log_steps"] = f"the run ends with step {total_steps:,}, which is logged"
+    if train.enable_profiling and train.profile_start_step > total_steps:
+        late["train.profile_start_step"] = f"the run ends with step {total_steps:,}"
+    if 0 < train.lr_warmup_ratio * total_steps < 1:
+        late["train.lr_warmup_ratio"] = f"it is less than one of {total_steps:,} steps"
+    return [f"{name}: has no effect: {why}" for name, why in late.items() if name in config.explicit]
 
 
 def _apply(rule: _Rule, config: Config) -> list[str]:

@@ -161,7 +161,8 @@ class _TextFile(DataFile):
         try:
             return self.row(json.loads(text.decode("utf-8-sig")), line)
         except json.JSONDecodeError as error:
-            return BadRow(self.path, line, f"not valid JSON: {error.msg} at column {error.colno}")
+            reason = error.msg.removesuffix(" at")  # json says "Unterminated string starting at"
+            return BadRow(self.path, line, f"not valid JSON: {reason} at column {error.colno}")
         except (ValueError, RecursionError) as error:  # no UTF-8, a number of too many digits, too deep
             return BadRow(self.path, line, f"not valid JSON: {error}")
 

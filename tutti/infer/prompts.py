@@ -196,7 +196,8 @@ def _with_codes(form: PromptFormat, ids: list[int], media: tuple[Media, ...]) ->
 def _tokens(form: PromptFormat, text: str, *, special: bool) -> list[int]:
     if (half := half_surrogate(text)) is not None:
         raise RowError(f"the prompt has half a surrogate pair, {half!r}, which is no character")
-    return form.tokenizer(text, add_special_tokens=special).input_ids
+    # Not verbose: it is said in our own words if the prompt is too long.
+    return form.tokenizer(text, add_special_tokens=special, verbose=False).input_ids
 
 
 def _request(form: PromptFormat, ids: Sequence[int], number: int, max_tokens: int, edges: Edges = NO_EDGES) -> Request:

@@ -24,8 +24,9 @@ def learning_rate(step: int, total_steps: int, train: TrainConfig) -> float:
         return train.lr_start + (train.lr - train.lr_start) * step / warmup_end
     if train.lr_decay_style == "constant":
         return train.lr
+    lr_min = min(train.lr_min, train.lr)  # a peak below the default of lr_min is kept
     if step >= decay_end:
-        return train.lr_min
+        return lr_min
     progress = (step - warmup_end) / (decay_end - warmup_end)
     remaining = 1 - progress if train.lr_decay_style == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return train.lr_min + (train.lr - train.lr_min) * remaining
+    return lr_min + (train.lr - lr_min) * remaining

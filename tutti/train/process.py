@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import logging
 import os
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from tutti.config import Config
+from tutti.config import ARGUMENTS, Config, get
 from tutti.config.rules import warnings_on_cpu
 from tutti.core.compat import untested
 from tutti.core.device import keep_few_kernels, keep_freed_memory, limit_threads, pick_device
+from tutti.core.dist import World
 from tutti.core.files import close_new_files_to_others
 from tutti.core.log import setup_logging
 
@@ -43,6 +45,28 @@ def prepare_process(config: Config) -> torch.device:
         for warning in warnings_on_cpu(config):
             log.warning("%s", warning)
     return device
+
+
+def require_one_configuration(config: Config, world: World) -> None:
+    """ValueError, on every rank, if ranks were started with different arguments, under which their weights would part.
+
+    Paths may differ where machines do; only whether there is one is compared. A collective call.
+    """
+    given = {name: get(config, name) for name in ARGUMENTS}
+    mine = {name: bool(value) if ARGUMENTS[name].path else repr(value) for name, value in given.items()}
+    digest = hashlib.sha256(repr(mine).encode()).hexdigest()
+    digests = world.gather(digest)
+    odd = next((rank for rank, other in enumerate(digests) if other != digests[0]), None)
+    if odd is None:
+        return
+    everyone = world.gather(mine)
+    names = [name for name in ARGUMENTS if everyone[odd][name] != everyone[0][name]]
+    shown = ", ".join(f"{name} {everyone[odd][name]} instead of {everyone[0][name]}" for name in names)
+
+    def refuse() -> None:
+        raise ValueError(f"rank {odd} was started with other arguments than rank 0 ({shown}): give all ranks the same")
+
+    world.run_on_all_ranks(refuse)
 
 
 def housekeeping(step: int, config: Config) -> None:

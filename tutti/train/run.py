@@ -22,6 +22,7 @@ from tutti.checkpoint.manager import Checkpointer, foresee
 from tutti.checkpoint.state import require_finite, trained_parts
 from tutti.config import Config
 from tutti.config.layout import fit
+from tutti.config.rules import warnings_on_length
 from tutti.core.batch import GlobalBatch
 from tutti.core.compute_dtype import settle_compute_dtype
 from tutti.core.dist import World, init_world, shutdown_world
@@ -41,7 +42,7 @@ from tutti.train.lr_schedule import learning_rate
 from tutti.train.optim import build_optimizer, decay_groups, room_for_state, set_lr
 from tutti.train.output import begin_run, claim_output
 from tutti.train.placement import load_parameters, make_executor, place_model
-from tutti.train.process import housekeeping, prepare_process
+from tutti.train.process import housekeeping, prepare_process, require_one_configuration
 from tutti.train.profile import make_profiler
 from tutti.train.record import Run
 from tutti.train.step import TrainStep
@@ -60,6 +61,7 @@ def train(config: Config) -> None:
     world = init_world(prepare_process(config), timeout_seconds=config.train.hang_timeout)
     output = Path(config.train.output_dir or "")
     try:
+        require_one_configuration(config, world)
         with claim_output(output, world, fresh=config.train.load_checkpoint_path is None):
             before = foresee(config.train.load_checkpoint_path, output).facts.get("compute_dtype")
             settled = settle_compute_dtype(config, world, before=before)
@@ -83,6 +85,8 @@ def assemble(config: Config, world: World) -> Run:
     inputs = world.run_on_all_ranks(lambda: kind.read_inputs(config, tokenizer, structure))
     data = open_data(config, inputs, model, world, mesh.dp_rank, mesh.dp_size)
     log.info("%s", data.steps_reason)
+    for warning in warnings_on_length(config, data.total_steps) if world.is_main else ():
+        log.warning("%s", warning)
     task = make_task(config, max(len(data.sources), len(data.evaluation_sources)))
     task.check(config, data)
     placed = place_model(config, model, structure, task, layout, mesh)
