@@ -376,7 +376,7 @@ adapters (train.architecture lora) it makes an adapter folder, which peft reads 
         options={
             "--merge": {
                 "action": "store_true",
-                "help": "add the adapters to the base model instead, and write it complete",
+                "help": "add the adapters (of a run, or of an adapter folder) to the base model, and write it complete",
             }
         },
         examples=("runs/first runs/first/hf/final", "runs/lora runs/lora/hf/merged --merge"),

@@ -317,6 +317,7 @@ def chat(*messages: Any, **row: Any) -> dict[str, Any]:
 ANSWER = {"role": "assistant", "content": "a"}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
 NOT_TRAINED = "no trained token: no assistant message, or none that is to be trained on"
+ID2LABEL = "; classes are named by id2label in the model's config.json"
 BAD = [
     (
         "conversation",
@@ -366,9 +367,9 @@ BAD = [
     ("classification", {"text": "x", "label": 4}, "label 4 is outside 0 to 3"),
     ("classification", {"text": "x", "label": -1}, "label -1 is outside 0 to 3"),
     ("classification", {"text": "x", "label": 1.5}, "label must be a whole number, not float 1.5"),
-    ("classification", {"text": "x", "label": "good"}, "label must be a whole number, not str 'good'"),
+    ("classification", {"text": "x", "label": "good"}, f"label must be a whole number, not str 'good'{ID2LABEL}"),
     ("classification", {"text": "x", "label": [1]}, "label must be a whole number, not list [1]"),
-    ("classification", {"text": "x", "label": "nan"}, "label must be a whole number, not str 'nan'"),
+    ("classification", {"text": "x", "label": "nan"}, f"label must be a whole number, not str 'nan'{ID2LABEL}"),
     ("conversation", chat({**ANSWER, "weight": 0.5}), "message 0: weight must be 0 or 1, not 0.5"),
     ("conversation", chat({**ANSWER, "train": True, "loss": 0}), "message 0: train and loss contradict each other"),
     ("conversation", chat({"role": "function_call", "content": "add 2 3"}), "message 0: function_call is text that "

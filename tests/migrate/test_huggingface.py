@@ -37,6 +37,8 @@ def test_arguments_of_the_trainer_count_a_whole_run(tmp_path: Path) -> None:
     config = loaded(tmp_path, migrated(tmp_path, TRAINER, ranks=2))
     assert (config.train.max_steps, config.train.num_train_epochs, config.data.train_sample) == (500, 1, 4000)
     assert int(500 * config.train.lr_warmup_ratio) == 37
+    ends = TRAINER.replace('"seed"', '"lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "seed"')
+    assert loaded(tmp_path, migrated(tmp_path, ends)).train.lr_min == pytest.approx(3e-5)
     for steps in range(1, 60):
         text = f"output_dir: o\nper_device_train_batch_size: 1\nmax_steps: 59\nwarmup_steps: {steps}\n"
         assert int(59 * loaded(tmp_path, migrated(tmp_path, text)).train.lr_warmup_ratio) == steps

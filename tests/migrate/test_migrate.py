@@ -82,7 +82,7 @@ def test_llama_factory(tmp_path: Path) -> None:
     migration = migrated(tmp_path, LLAMA_FACTORY, ranks=4)
     config = loaded(tmp_path, migration)
     assert config.data.train_path == "sets/letters.jsonl,sets/recipes.json"
-    assert "columns" in row(migration, "dataset").note
+    assert "columns" in row(migration, "dataset").note and config.data.text_keys == "turns"
     assert (config.train.micro_batch_size, config.train.global_batch_size) == (2, 64)
     assert (config.train.data_parallel_mode, config.train.enable_full_shard) == ("fsdp2", True)
     assert (config.train.lr, config.train.num_train_epochs, config.train.dyn_bsz) == (1e-4, 2, True)
@@ -106,7 +106,10 @@ def test_axolotl(tmp_path: Path) -> None:
     config = loaded(tmp_path, migration)
     assert config.data.train_path == "owner/alpaca@v1:cleaned/train,letters.jsonl"
     note = row(migration, "datasets").note
-    assert all(word in note for word in ("shards", "field_messages"))
+    assert "shards" in note and "field_messages" not in note and config.data.text_keys == "turns"
+    asked = "base_model: x\ndatasets: [{path: a.jsonl, type: chat_template, roles_to_train: [%s]}]\n"
+    assert row(migrated(tmp_path, asked % "assistant"), "datasets").kind == "mapped"
+    assert "roles_to_train" in row(migrated(tmp_path, asked % "user"), "datasets").note
     assert (config.data.data_type, config.data.max_seq_len, config.train.pad_to_length) == ("conversation", 4096, True)
     assert (config.train.architecture, config.train.lora_rank, config.train.lora_base_dtype) == ("lora", 32, "nf4")
     assert config.train.lora_full_modules == ("embed_tokens", "lm_head")

@@ -76,6 +76,13 @@ def test_resume_with_another_base_is_refused(make, bases):
         run(make(base="other", load_checkpoint_path="auto"))
 
 
+def assert_same_files(first, second):
+    names = {file.name for file in first.iterdir()}
+    assert names == {file.name for file in second.iterdir()}
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
 @pytest.mark.parametrize("base", ["dense", "moe"])
 def test_adapter_folder_and_merged_folder_are_the_trained_model(make, tmp_path, base):
     config = make(base=base, save_hf_weights=True, save_epochs=1, lora_dora=base == "dense", lora_full_modules=["norm"])
@@ -87,6 +94,8 @@ def test_adapter_folder_and_merged_folder_are_the_trained_model(make, tmp_path, 
     }
     run_ranks(1, export_quietly, str(output), str(tmp_path / "merged"), True)
     run_ranks(1, export_quietly, str(output), str(tmp_path / "adapter"), False)
+    run_ranks(1, export_quietly, str(adapter), str(tmp_path / "of_folder"), True)
+    assert_same_files(tmp_path / "of_folder", tmp_path / "merged")
     weights = "adapter_model.safetensors"
     assert (tmp_path / "adapter" / weights).read_bytes() == (adapter / weights).read_bytes()
     ids = torch.arange(40)[None]

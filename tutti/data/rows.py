@@ -131,7 +131,9 @@ def class_of(value: dict[str, Any], num_labels: int | None, label_names: Sequenc
     number = names.index(label) if label in names else _whole(label)
     if number is None:
         known = f"one of {', '.join(label_names)}" if label_names else "a whole number"
-        raise RowError(f"label must be {known}, not {kind_of(label)} {label!r}")
+        named = isinstance(label, str) and not label_names
+        hint = "; classes are named by id2label in the model's config.json" if named else ""
+        raise RowError(f"label must be {known}, not {kind_of(label)} {label!r}{hint}")
     if number < 0 or (num_labels is not None and number >= num_labels):
         raise RowError(f"label {number} is outside 0 to {num_labels - 1 if num_labels else '...'}")
     return number

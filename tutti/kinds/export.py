@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tutti.checkpoint.adapter import base_path, is_adapter_folder, read_composed
 from tutti.checkpoint.hf_save import gather_full_tensors
 from tutti.checkpoint.hub import with_local_paths
 from tutti.checkpoint.manager import leave_unsaved, model_reader, read_model
 from tutti.checkpoint.trained import find_trained, load_trained
-from tutti.config import Config
+from tutti.config import Config, ModelConfig, TrainConfig
 from tutti.core.dist import World, init_world, shutdown_world
 from tutti.core.files import close_new_files_to_others
 from tutti.core.log import setup_logging
@@ -31,7 +33,8 @@ def export(source: str, out: str, *, merge_adapters: bool = False) -> None:
 
     Runs in one process on the CPU, whatever layout wrote the checkpoint, and holds about one tensor at a time; merging
     adapters, and DoRA, take the whole model in memory.
-    merge_adapters: of an adapted model not the adapter, but the complete model that it makes of its base.
+    merge_adapters: of an adapted model not the adapter, but the complete model that it makes of its base; `source` may
+    then be an adapter folder, of peft as well.
     ValueError: there is no checkpoint, it is damaged, or `out` exists or cannot be written.
     """
     setup_logging(0)
@@ -40,7 +43,16 @@ def export(source: str, out: str, *, merge_adapters: bool = False) -> None:
         raise ValueError(f"{out} exists already: give the name of a new folder")
     world = init_world(torch.device("cpu"))
     try:
-        trained = find_trained(Path(source), world)
+        if is_adapter_folder(Path(source)):
+            if not merge_adapters:
+                raise ValueError(f"{source} is an adapter folder already; --merge adds it to its base model")
+            _export_merged(Path(source), Path(out), world)
+            log.info("wrote the model to %s", out)
+            return
+        try:
+            trained = find_trained(Path(source), world)
+        except ValueError as error:
+            raise ValueError(str(error).replace("train.load_checkpoint_path: ", "").replace(", or auto", "")) from error
         # A pipeline's other parts are copied; adapters need their base.
         copies = trained.config.data.task.kind == "denoiser" or trained.config.train.architecture == "lora"
         config = with_local_paths(trained.config, world, weights=copies)
@@ -74,6 +86,22 @@ def export(source: str, out: str, *, merge_adapters: bool = False) -> None:
     finally:
         shutdown_world()
     log.info("wrote the model to %s", out)
+
+
+def _export_merged(folder: Path, out: Path, world: World) -> None:
+    """Write the complete model that the adapter in `folder` makes of the base that it names, in fp32."""
+    own = str(folder) if (folder / "tokenizer_config.json").is_file() else None
+    base: dict[str, Any] = {"model_path": base_path(folder), "tokenizer_path": own, "adapter_path": str(folder)}
+    model_config = ModelConfig(**base, **read_composed(folder))
+    adapted = TrainConfig(architecture="lora", compute_dtype="float32", broadcast_model_weights_from_rank0=False)
+    config = with_local_paths(Config(model=model_config, train=adapted), world, weights=True)
+    kind = kind_of(config)
+    tokenizer, model = kind.build(config, world.device)
+    tokenizer = build_processor(config, tokenizer) or tokenizer
+    kind.load(config, model, world=world, device=world.device)
+    kind.load_adapters(config, model)
+    merge(model)
+    export_trained(config, model, tokenizer, out, world)
 
 
 def export_trained(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tutti.migrate.rules import (
@@ -45,6 +45,22 @@ _TAKEN = {"path", "type", "data_files", "ds_type", "split", "field", "name", "re
 _FILE_KINDS = ("json", "csv", "parquet", "arrow", "text")
 
 
+def _never(value: Any) -> bool:
+    return False
+
+
+_AS_HERE: dict[str, Callable[[Any], bool]] = {
+    "field_messages": bool,
+    "message_property_mappings": lambda value: all(key == column for key, column in value.items()),
+    "message_field_role": lambda value: value in ("role", "from"),
+    "message_field_content": lambda value: value in ("content", "value"),
+    "roles_to_train": lambda value: set(value) <= {"assistant", "gpt", "model"},
+    "train_on_eos": lambda value: value == "turn",
+    "chat_template": lambda value: value == "tokenizer_default",
+}
+"""Keys of a data set that mean what is done here in any case, if their value is such."""
+
+
 def _datasets(key: str) -> Rule:
     """A list of data sets: their paths, and how rows are read, in one setting each for all of them."""
 
@@ -57,12 +73,15 @@ def _datasets(key: str) -> Rule:
             files = names(files) if files else [_on_hub(entry)]
             paths += files
             kinds.add(_kind(entry.get("type"), source))
-            left = sorted(str(item) for item in set(entry) - _TAKEN)
+            left = sorted(str(item) for item in set(entry) - _TAKEN if not _AS_HERE.get(item, _never)(entry[item]))
             if left:
                 notes.append(f"{files[0]}: {', '.join(left)} not read; the shape of a row is detected (docs/data.md)")
         ours: dict[str, Any] = {key: ",".join(paths)}
         if key == "data.train_path":
             ours |= _shape(kinds, entries, notes)
+        columns = dict.fromkeys(str(entry["field_messages"]) for entry in entries if entry.get("field_messages"))
+        if columns and set(columns) - {"messages", "conversations"}:
+            ours["data.text_keys"] = ",".join(columns)
         return Result(CHANGED if notes else MAPPED, ours, "; ".join(dict.fromkeys(notes)))
 
     return rule

@@ -37,19 +37,23 @@ def _files(key: str) -> Rule:
     def rule(value: Any, source: Source) -> Result:
         folder = Path(str(source.get("dataset_dir", "data")))
         registered = _registered(source.folder / folder)
-        paths, notes = [], []
+        paths: list[str] = []
+        notes: list[str] = []
+        columns: dict[str, None] = {}
         for name in names(value):
             entry = registered.get(name, {})
             file = entry.get("file_name")
             paths.append(str(folder / (file or f"{name}.json")))
             if file is None:
                 notes.append(f"{name}: a file is expected at {paths[-1]}")
+            column = (entry.get("columns") or {}).get("messages", "messages")
+            if column not in ("messages", "conversations"):
+                columns[column] = None
             left = [item for item in entry if item not in ("file_name", "formatting")]
             if left:
                 notes.append(f"{name}: {', '.join(left)} not read; the shape of a row is detected (docs/data.md)")
-        return Result(
-            CHANGED, {key: ",".join(paths)}, "; ".join(notes) or "files instead of names in dataset_info.json"
-        )
+        ours = {key: ",".join(paths)} | ({"data.text_keys": ",".join(columns)} if columns else {})
+        return Result(CHANGED, ours, "; ".join(notes) or "files instead of names in dataset_info.json")
 
     return rule
 

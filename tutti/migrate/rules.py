@@ -206,6 +206,11 @@ def schedule(value: Any, source: Source) -> Result:
     return Result(NONE, note="linear, cosine and constant are there; cosine is taken")
 
 
+def min_lr_rate(value: Any, source: Source) -> Result:
+    """Where a cosine ends, as a part of the learning rate."""
+    return Result(MAPPED, {"train.lr_min": float(value) * float(source.get("learning_rate", 5e-5))})
+
+
 def warmup_steps(value: Any, source: Source) -> Result:
     """Warmup is a part of all steps here, which are only known beforehand where the file counts steps."""
     if _is_constant(source):
