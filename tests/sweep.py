@@ -6,7 +6,7 @@ lists with an entry a layer are cut. Weights are random, with nothing left at ze
 
 Columns: *packed*, a batch of ragged samples in one row; *eager*, the same with the model's own attention;
 *checkpointed*, by the default (reentrant) mechanism; *saved*, an export that transformers loads bit for bit as it loads
-what was exported.
+what was exported; *varied*, packed, checkpointed and saved with features at other values than by default.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from transformers.models.auto.modeling_auto import (
 LENGTHS = (7, 1, 23, 2, 12, 40)
 VOCAB = 96
 COLUMNS = ("packed", "eager", "checkpointed", "saved")
+FIRST_TABLE = (*COLUMNS, "varied")
 EQUAL, REFUSED, FAILED, UNTESTED = "equal", "refused", "**differs**", "untested"
 MOST = 5_000_000
 """Parameters that a tiny model may have."""
@@ -68,6 +69,7 @@ SIZES: dict[str, Any] = {
 """Sizes by the names that configs have for them; only those that a family's config has are set."""
 
 PARTICULAR: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"num_expert_group": 2, "num_experts_per_token": 2},
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
@@ -93,6 +95,7 @@ PARTICULAR: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": {"indexer_types": ["full", "shared"]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hy_v4": {"indexer_types": ["full", "shared"]},
+    "inkling_text": {"sliding_window_size": 8, "log_scaling_n_floor": 4},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
     "kimi_linear": {"num_experts_per_token": 2},
     "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
@@ -182,6 +185,8 @@ def tiny_config(family: str) -> PreTrainedConfig:
         if name in ("layer_types", "layers_block_type") and isinstance(value, list):
             changes[name] = kinds_of(value)
             changes["num_hidden_layers"] = len(changes[name])
+        elif name == "mlp_layer_types" and isinstance(value, list):
+            changes[name] = kinds_of(value)[:2]
         elif isinstance(value, list) and layers > 2 and len(value) == layers:
             changes[name] = value[:2]
         elif OFF.search(name):
@@ -249,6 +254,7 @@ def packed_loss(
     from tutti.model.build import check_eager, check_packable, instantiate
     from tutti.model.experts import resolve_experts
     from tutti.model.mixers import separate_mixers
+    from tutti.model.passing import pass_arguments
     from tutti.model.positions import rotate_by_sample
     from tutti.train.objective import Objective
 
@@ -264,6 +270,7 @@ def packed_loss(
     check_eager(model)
     rotate_by_sample(model)
     objective = Objective(model, kind.task())
+    pass_arguments(objective.structure.text_model, objective.structure.blocks)
     separate_mixers(objective.structure)
     prepare(objective)
     batch = pack(
@@ -309,7 +316,19 @@ def disturbed(config: PreTrainedConfig, kind: Kind = TOKENS) -> Any:
 
 def check(family: str, kind: Kind = TOKENS) -> dict[str, str]:
     """The cells of a family, by column."""
-    config = kind.config(family)
+    return check_config(kind.config(family), kind)
+
+
+def check_varied(family: str, kind: Kind = TOKENS) -> str:
+    """The cell of a family whose features are at other values than by default (`tests.varied`)."""
+    from tests.varied import varied_config
+
+    found = check_config(varied_config(family, kind), kind)
+    return next((found[column] for column in ("packed", "checkpointed", "saved") if found[column] != EQUAL), EQUAL)
+
+
+def check_config(config: PreTrainedConfig, kind: Kind = TOKENS) -> dict[str, str]:
+    """The cells of the model of a config, by column."""
     model = disturbed(config, kind)
     state = model.state_dict()
     want = own_loss(config, state, kind=kind)
@@ -385,9 +404,12 @@ def check_quietly(family: str) -> dict[str, str]:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     try:
-        return check(family)
+        found = check(family)
     except Exception as error:
         return {COLUMNS[0]: f"{UNTESTED}: {type(error).__name__}: {error}"}
+    if EQUAL in (found["packed"], found["eager"]):
+        found["varied"] = check_varied(family)
+    return found
 
 
 def table(results: dict[str, dict[str, str]], columns: Sequence[str] = COLUMNS) -> str:
@@ -457,7 +479,7 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=10) as pool:
         for name, found in zip(names, pool.imap(check_quietly, names), strict=True):
             print(name, found, flush=True)
-            PAGE.write_text(rewrite(PAGE.read_text(encoding="utf-8"), new | {name: found}), encoding="utf-8")
+            PAGE.write_text(rewrite(PAGE.read_text(encoding="utf-8"), new | {name: found}, FIRST_TABLE), encoding="utf-8")
             new.pop(name, None)
     write_compared()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests import sweep
+from tests.varied import varied_config
 from tutti.model import families
 
 
@@ -29,6 +30,21 @@ def test_a_family_is_equal_or_refused(family: str) -> None:
     assert set(found) == set(sweep.COLUMNS)
     assert found["packed"] == found["checkpointed"] == found["saved"] == sweep.EQUAL, found
     assert found["eager"].startswith((sweep.EQUAL, f"{sweep.REFUSED}: model.attn_implementation")), found
+
+
+@pytest.mark.parametrize("family", ["granite", "deepseek_v32", "hy_v4", "inkling_text"])
+def test_a_family_is_equal_with_other_features_than_by_default(family: str) -> None:
+    assert sweep.check_varied(family) == sweep.EQUAL
+
+
+def test_features_are_varied_as_far_as_a_class_takes_them() -> None:
+    found = varied_config("granite")
+    assert (found.attention_bias, found.residual_multiplier, found.tie_word_embeddings) == (True, 0.7, True)
+    assert found.num_key_value_heads == 2 and found.rope_parameters["rope_type"] == "yarn"
+    found = varied_config("deepseek_v3")
+    assert found.n_group == 2 and found.num_key_value_heads == 4  # of latent attention there are as many as queries'
+    found = varied_config("qwen2")
+    assert found.layer_types == ["full_attention", "sliding_attention"] and found.sliding_window == 8
 
 
 def test_what_carries_from_one_sample_into_the_next_is_refused() -> None:

@@ -19,6 +19,8 @@ from tests.sweep import EQUAL, REFUSED
         ("gpt_bigcode", ("tensor, pipeline",)),  # whose decoder reshapes its output
         ("biogpt", ("pipeline",)),  # whose positions are looked up by a mask
         ("ctrl", ("pipeline",)),  # whose decoder writes into its embeddings
+        ("stablelm", ("tensor",)),  # whose attention lays out keys by their number
+        ("zamba", ("fsdp2",)),  # whose blocks share their attention
     ],
 )
 def test_a_family_trains_alike_in_layouts(family, columns):

@@ -23,6 +23,7 @@ WRAPPERS = (
     "patches",  # a matrix product in the place of a convolution
     "codes",  # codes of pictures, as tokens beyond a table and as logits beyond a head
     "adapter",  # a trained change beside a frozen weight
+    "arguments",  # what a block is given and drops, for its attention
     "mask",  # a causal one, for attention that is written for one sample
     "samples",  # a mixer's own batch of the samples in a packed row
     "borders",  # where samples begin, for mixers within a block

@@ -49,10 +49,11 @@ from tutti.model.multimodal import MultimodalForward
 from tutti.model.omni import OmniModel
 from tutti.model.omni_config import is_composed
 from tutti.model.omni_processor import add_placeholders, write_markers
+from tutti.model.passing import pass_arguments
 from tutti.model.positions import rotate_by_sample
 from tutti.model.processor import build_processor
 from tutti.model.sparse import is_sparse
-from tutti.model.structure import blocks, num_params, read_structure, towers
+from tutti.model.structure import blocks, num_params, read_structure, text_model, towers
 from tutti.model.tokenizer import build_tokenizer, end_ids, set_chat_template
 
 log = logging.getLogger(__name__)
@@ -164,6 +165,7 @@ def _build(
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     else:
         model.set_attn_implementation(attention_by_part(model.config, register()))
+        pass_arguments(text_model(model), blocks(model))
     return tokenizer, model
 
 

@@ -180,12 +180,15 @@ def keep_in_fp32(model: PreTrainedModel) -> None:
     if model.dtype == torch.float32 or not kept:
         return
     pattern = re.compile("|".join(re.escape(name).replace(r"\*", ".*") for name in sorted(kept)))
+    tied = set(getattr(model, "all_tied_weights_keys", ()))  # to others, whose dtype they have
     for prefix, module in model.named_modules():
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for store in stores:
             for name, tensor in store.items():
                 path = f"{prefix}.{name}"
-                if tensor is not None and tensor.is_floating_point() and pattern.search(path):
+                if tensor is None or path in tied:
+                    continue
+                if tensor.is_floating_point() and pattern.search(path):
                     wide = tensor.float()
                     store[name] = nn.Parameter(wide) if isinstance(tensor, nn.Parameter) else wide
 

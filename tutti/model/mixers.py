@@ -129,10 +129,14 @@ def weights_read(cls: Any) -> frozenset[str]:
 def names_read(cls: Any) -> frozenset[str]:
     """The names of the attributes and globals that the methods of a class of transformers' models look up, and of the
     arguments that they pass by name."""
-    codes = _codes(cls)
-    passed = [item for code in codes for item in code.co_consts if isinstance(item, tuple)]
-    texts = {item for names in passed for item in names if isinstance(item, str)}
-    return frozenset({name for code in codes for name in code.co_names} | texts)
+    return names_passed(cls) | {name for code in _codes(cls) for name in code.co_names}
+
+
+@lru_cache(maxsize=1024)
+def names_passed(cls: Any) -> frozenset[str]:
+    """The names of the arguments that the methods of a class of transformers' models pass by name."""
+    passed = [item for code in _codes(cls) for item in code.co_consts if isinstance(item, tuple)]
+    return frozenset(item for names in passed for item in names if isinstance(item, str))
 
 
 def check_mixers(structure: ModelStructure, layout: Layout) -> None:
@@ -328,8 +332,8 @@ def _mask_of(mixer: Any, hidden: Tensor) -> Tensor:
     seen = ago >= 0
     kinds = getattr(config, "layer_types", None)
     kind = kinds[mixer.layer_idx] if kinds else "full_attention"
-    if kind == "sliding_attention":
-        seen &= ago < config.sliding_window
+    if (window := getattr(mixer, "sliding_window", None)) is not None:
+        seen &= ago < window
     elif kind == "chunked_attention":
         chunks = places // config.attention_chunk_size
         seen &= chunks[:, None] == chunks

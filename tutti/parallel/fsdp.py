@@ -85,15 +85,26 @@ def shard(root: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, train: Train
             reshard_after_forward=frees and mesh.num_expert_shards > 1 and experts not in last,
             shard_placement_fn=lambda parameter: Shard(shard_dim(parameter, mesh.num_expert_shards)),
         )
-    for block in blocks:
-        if block in divided:
-            continue
-        unit(block, mesh=mesh.fsdp, reshard_after_forward=reshard and block not in last)
+    for together in _sharing([block for block in blocks if block not in divided]):
+        stays = any(block in last for block in together)
+        unit(together, mesh=mesh.fsdp, reshard_after_forward=reshard and not stays)
     unit(root, mesh=mesh.fsdp, reshard_after_forward=False)
     for module in fsdp_modules(root):
         if max(mesh.fsdp.size(), mesh.expert_fsdp.size()) > 1:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _sharing(blocks: Sequence[nn.Module]) -> list[list[nn.Module]]:
+    """`blocks` in groups, those together that share parameters (Zamba's attention)."""
+    groups: list[tuple[list[nn.Module], set[nn.Parameter]]] = []
+    for block in blocks:
+        members, held = [block], set(block.parameters())
+        for other in [group for group in groups if not held.isdisjoint(group[1])]:
+            groups.remove(other)
+            members, held = [*other[0], *members], held | other[1]
+        groups.append((members, held))
+    return [members for members, _ in groups]
 
 
 def _offload_policy(train: TrainConfig, mesh: Mesh) -> OffloadPolicy:

@@ -119,6 +119,8 @@ def split_tensors(root: nn.Module, plan: TensorPlan, mesh: Mesh) -> None:
     counting: tuple[Any, ...] = plan.counting
     for attention in counting:
         attention.num_heads = attention.num_heads // ranks.size
+        if (groups := getattr(attention, "num_key_value_heads", 0)) > 0:
+            attention.num_key_value_heads = max(1, groups // ranks.size)
     for linear in plan.linears:
         if linear in shared:
             continue

@@ -202,6 +202,8 @@ def _usual_styles(region: nn.Module, heads: tuple[int]) -> dict[nn.Module, str]:
     width = (getattr(region, "head_dim", 0),)
     for path, module in region.named_modules():
         leaf, own = path.rpartition(".")[2], list(module.parameters(recurse=False))
+        if isinstance(module, nn.ModuleList):
+            return {}  # such as a norm for each head
         if isinstance(module, nn.Linear) and leaf in _USUAL:
             if leaf == _HEAD_BY_HEAD and module.out_features != 3 * module.in_features:
                 return {}

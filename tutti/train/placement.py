@@ -25,6 +25,7 @@ from tutti.model.denoiser import Denoiser
 from tutti.model.denoiser_parallel import share_tokens
 from tutti.model.lora import init_adapters
 from tutti.model.mixers import separate_mixers
+from tutti.model.passing import pass_arguments
 from tutti.model.multimodal import make_placing
 from tutti.model.positions import rotate_by_sample
 from tutti.model.stage_trace import tensor_plan
@@ -81,6 +82,7 @@ def place_model(
     plan = tensor_plan(structure, layout)
     if layout.pipeline == 1:
         rotate_by_sample(model)
+        pass_arguments(structure.text_model, structure.blocks)
         separate_mixers(structure)
         return PlacedModel(objective, structure, plan=plan)
     full_model, per_rank = copy.deepcopy(model), config.train.pipeline_stages_per_rank
@@ -89,6 +91,7 @@ def place_model(
     )
     left = structure.within(model)
     rotate_by_sample(model)
+    pass_arguments(left.text_model, left.blocks)
     separate_mixers(left)
     return PlacedModel(objective, left, pipeline, full_model, plan)
 
