@@ -168,10 +168,7 @@ def instantiate(factory: Any, model_config: PreTrainedConfig, **options: Any) ->
     except KeyError as error:
         if str(error).strip("'") != options.get("attn_implementation"):
             raise
-        raise ValueError(
-            f"{model_config.model_type} has attention of its own alone, which knows no borders of packed samples; it "
-            "cannot be trained"
-        ) from None
+        raise ValueError(f"{model_config.model_type}{_ATTENDS_ALONE}") from None
 
 
 def keep_in_fp32(model: PreTrainedModel) -> None:
@@ -212,12 +209,19 @@ def check_packable(model: PreTrainedModel) -> None:
     unknown = set(kinds) - {"full_attention", "sliding_attention", "mlp", "moe"}
     if len(kinds) == len(units):
         unknown -= {kind for kind, block in zip(kinds, units, strict=True) if mixers([block])}
-    if unknown or (language._is_stateful and not mixing) or not _attends_by_interface(language, units, mixing):
+    carries = bool(unknown) or (language._is_stateful and not mixing)
+    attends = _attends_by_interface(language, units, mixing)
+    if not carries and not attends and attention_classes(units, mixing):
+        raise ValueError(f"{model.config.model_type}{_ATTENDS_ALONE}")
+    if carries or not attends:
         kind = f"of type {', '.join(sorted(unknown))}" if unknown else "that mix tokens otherwise than by attention"
         raise ValueError(
             f"{model.config.model_type} has layers {kind}, which would leak from one packed sample into the next; "
             "models of full and sliding-window attention, gated delta nets, Mamba and short convolutions can be trained"
         )
+
+
+_ATTENDS_ALONE = " has attention of its own alone, which knows no borders of packed samples; it cannot be trained"
 
 
 def _attends_by_interface(language: Any, units: Sequence[nn.Module], mixing: Sequence[nn.Module]) -> bool:

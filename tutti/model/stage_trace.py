@@ -41,7 +41,7 @@ _LENGTHS = range(4)
 
 def trace_stages(structure: ModelStructure) -> StageTrace:
     """The cuts between the blocks of a model that lies on the meta device. ValueError where it cannot be cut."""
-    name, inner = structure.name, structure.text_model
+    name, inner = f"train.pipeline_parallel_size: {structure.name}", structure.text_model
     if getattr(structure.config, "num_kv_shared_layers", 0):  # which a dict hands on, unseen by stand-ins
         raise ValueError(f"{name} cannot be cut in stages: its last blocks read keys and values of ones before them")
     lists = _lists_of_blocks(structure)
