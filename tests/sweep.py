@@ -479,7 +479,9 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=10) as pool:
         for name, found in zip(names, pool.imap(check_quietly, names), strict=True):
             print(name, found, flush=True)
-            PAGE.write_text(rewrite(PAGE.read_text(encoding="utf-8"), new | {name: found}, FIRST_TABLE), encoding="utf-8")
+            PAGE.write_text(
+                rewrite(PAGE.read_text(encoding="utf-8"), new | {name: found}, FIRST_TABLE), encoding="utf-8"
+            )
             new.pop(name, None)
     write_compared()
 

@@ -25,18 +25,19 @@ from tutti.core.modules import Forward, wrap_forward
 from tutti.model.mixers import names_passed, names_read
 
 
-def pass_arguments(language: nn.Module, blocks: Iterable[tuple[str, nn.Module]]) -> None:
+def pass_arguments(language: Any, blocks: Iterable[tuple[str, nn.Module]]) -> None:
     """Give the attention of `blocks` (with their names) of a language model what its code does not pass, in place."""
-    masks_windows = "create_sliding_window_causal_mask" in names_read(type(language))
+    of: Any = type(language)
+    masks_windows = "create_sliding_window_causal_mask" in names_read(of)
     for _, block in blocks:
         told: dict[str, Any] = {}
-        attentions = list(filter(_takes_any, block.modules()))
         if drops := _drops(type(block)):
             named = frozenset(inspect.signature(block.forward).parameters)
             wrap_forward(block, "arguments", partial(_remembered, named=named, told=told))
-        for attention in attentions:
-            fixed = {}
-            if masks_windows and "sliding_window" not in names_passed(type(attention)):
+        for attention in filter(_takes_any, block.modules()):
+            kind: Any = type(attention)
+            fixed: dict[str, Any] = {}
+            if masks_windows and "sliding_window" not in names_passed(kind):
                 fixed["sliding_window"] = _window(attention, language.config)
             if drops or any(fixed.values()):
                 wrap_forward(attention, "arguments", partial(_added, told=told, fixed=fixed))
