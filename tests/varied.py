@@ -1,8 +1,8 @@
 """Configs of families with their features at other values than by default.
 
-By default many features of a family are not there to be seen: multipliers are one, layers have no bias, windows and caps
-are wider than any sample, experts are in one group. `varied_config` changes all that it knows by name: flags are turned
-over, numbers are set such that they matter for a tiny model. What a class does not take it is left without.
+By default many features of a family are not there to be seen: multipliers are one, layers have no bias, windows and
+caps are wider than any sample, experts are in one group. `varied_config` changes all that it knows by name: flags are
+turned over, numbers are set such that they matter for a tiny model. What a class does not take it is left without.
 """
 
 from __future__ import annotations

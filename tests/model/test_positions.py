@@ -97,20 +97,23 @@ def test_ranks_with_parts_of_samples_are_refused(tmp_path, axis):
         language.inspect(config, fit(config, 2), model)
 
 
-@pytest.mark.parametrize(("family", "limit"), [("gpt2", 64), ("opt", 64)])
+@pytest.mark.parametrize(("family", "limit"), [("gpt2", 64), ("opt", 64), ("ctrl", 64)])
 def test_samples_longer_than_learned_positions_are_refused(tmp_path, family, limit):
     from transformers import AutoConfig
 
     sizes = {
         "gpt2": {"n_positions": limit, "n_embd": 32, "n_layer": 2, "n_head": 4},
         "opt": {"max_position_embeddings": limit, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+        "ctrl": {"n_positions": limit, "n_embd": 32, "n_layer": 2, "n_head": 4, "dff": 48},
     }[family]
     extra = {"word_embed_proj_dim": 32, "ffn_dim": 48} if family == "opt" else {}
     AutoConfig.for_model(family, vocab_size=2048, **sizes, **extra).save_pretrained(tmp_path / "config")
     changes = {"model.config_path": str(tmp_path / "config"), "data.max_seq_len": limit + 1}
     config = tiny_config(tmp_path, **changes)
     _, model = language.build(config, torch.device("cpu"))
-    with pytest.raises(ValueError, match=rf"data\.max_seq_len: .* has learned positions .* set {limit} or less"):
+    with pytest.raises(
+        ValueError, match=rf"data\.max_seq_len: .* has (learned|computed) positions .* set {limit} or less"
+    ):
         language.inspect(config, fit(config, 1), model)
     fitting = tiny_config(tmp_path / "fits", **changes | {"data.max_seq_len": limit})
     language.inspect(fitting, fit(fitting, 1), model)

@@ -1,9 +1,9 @@
 """Arguments that the function which attends needs, and that a family's code does not pass to it.
 
 - transformers' models pass on the keyword arguments that they do not know: so packed attention learns where samples
-  begin, and the cache of generated text reaches it. The blocks of some families (Nemotron, StableLM) take such arguments
-  and drop them. There a block remembers what it is given while it runs, and its attention takes from that what it was
-  not given itself.
+  begin, and the cache of generated text reaches it. The blocks of some families (Nemotron, StableLM) take such
+  arguments and drop them. There a block remembers what it is given while it runs, and its attention takes from that
+  what it was not given itself.
 - A sliding window is an argument of attention and a mask. Some families (Qwen2-MoE, Phi-MoE) have it in the mask alone,
   which packed attention makes no use of. There the window is added to the arguments.
 

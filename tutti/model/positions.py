@@ -93,10 +93,13 @@ def check_positions(structure: ModelStructure, max_seq_len: int) -> None:
         for name, module in structure.text_model.named_modules()
         if isinstance(module, nn.Embedding) and _LEARNED.search(name.rpartition(".")[2])
     ]
-    if learned and limit is not None and max_seq_len > limit:
+    # One that is computed (CTRL's) is a table as well.
+    tables = [*learned, *(name for name, _ in structure.text_model.named_buffers() if name == "pos_encoding")]
+    if tables and limit is not None and max_seq_len > limit:
+        kind = "learned" if learned else "computed"
         raise ValueError(
-            f"data.max_seq_len: {structure.name} has learned positions ({learned[0]}) for {limit} tokens; set "
-            f"{limit} or less, got {max_seq_len}"
+            f"data.max_seq_len: {structure.name} has {kind} positions ({tables[0]}) for {limit} tokens; set {limit} or "
+            f"less, got {max_seq_len}"
         )
 
 

@@ -25,8 +25,8 @@ from tutti.model.denoiser import Denoiser
 from tutti.model.denoiser_parallel import share_tokens
 from tutti.model.lora import init_adapters
 from tutti.model.mixers import separate_mixers
-from tutti.model.passing import pass_arguments
 from tutti.model.multimodal import make_placing
+from tutti.model.passing import pass_arguments
 from tutti.model.positions import rotate_by_sample
 from tutti.model.stage_trace import tensor_plan
 from tutti.model.stages import cut_into_stages
