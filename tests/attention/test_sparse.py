@@ -85,7 +85,7 @@ def test_filled_up_rows_count_for_nothing(layer, monkeypatch):
         torch.testing.assert_close(one, other, rtol=0.02, atol=0.02 * float(one.detach().abs().max()))
 
 
-@pytest.mark.parametrize("queries", [2048, 64], ids=["at once", "in parts"])
+@pytest.mark.parametrize("queries", [4096, 64], ids=["at once", "in parts"])
 def test_equals_its_definition_within_each_sample(layer, monkeypatch, queries):
     monkeypatch.setattr(sparse, "_QUERIES", queries)
     given, borders = inputs()

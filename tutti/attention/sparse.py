@@ -38,8 +38,12 @@ from tutti.core.device import on_accelerator
 NAME = "native_sparse"
 """The attribute of an attention layer that holds its `NativeSparse`, and the key of a model's config with its sizes."""
 
-_QUERIES = 2048
-"""Queries of a sample that are worked on at a time."""
+_QUERIES = 4096
+"""Queries of a sample whose selected blocks are worked on at a time: each block's product is the larger for more of
+them, and their scores wait for one another in memory."""
+
+_ROWS = 128
+"""Queries of a sample that are multiplied with compressed keys at a time."""
 
 _FILLED = 32
 """On a CPU, bf16 products of a block's queries are filled up to a multiple of this many. oneDNN makes a kernel for each
@@ -237,8 +241,9 @@ class _Compressed(torch.autograd.Function):
             rows, places = query[:, start:stop], torch.arange(first + start, first + stop, device=query.device)
             weights = _compressed_weights(rows, keys[:, :seen], places, sizes, scale)
             if seen:
-                out[:, start:stop] = (weights.to(values.dtype) @ values[:, :seen]).view(heads, stop - start, -1)
-            by_kv_head = weights.view(kv_heads, heads // kv_heads, stop - start, seen).sum(1)
+                out[:, start:stop] = (weights @ values[:, :seen]).view(heads, stop - start, -1)
+            grouped = weights.view(kv_heads, heads // kv_heads, stop - start, seen)
+            by_kv_head = grouped.sum(1, dtype=torch.float32)
             chosen[:, start:stop] = _select(by_kv_head, places, num_blocks, sizes)
         ctx.save_for_backward(query, keys, values)
         ctx.fixed = (sizes, scale, first)  # type: ignore[attr-defined]
@@ -250,27 +255,29 @@ class _Compressed(torch.autograd.Function):
         query, keys, values = ctx.saved_tensors
         sizes, scale, first = ctx.fixed
         kv_heads = keys.shape[0]
-        grads = torch.zeros_like(query), keys.new_zeros(keys.shape), values.new_zeros(values.shape)
+        unused, grad_query = query.new_zeros(1), torch.zeros_like(query)
+        grad_keys, grad_values = (torch.zeros_like(item, dtype=torch.float32) for item in (keys, values))
         for start, stop, seen in _compressed_tiles(query.shape[1], first, sizes):
             if not seen:
                 continue
-            rows, places = query[:, start:stop], torch.arange(first + start, first + stop, device=query.device)
-            weights = _compressed_weights(rows, keys[:, :seen], places, sizes, scale)
+            places = torch.arange(first + start, first + stop, device=query.device)
+            rows = query[:, start:stop].reshape(kv_heads, -1, query.shape[-1])
+            weights = _compressed_weights(query[:, start:stop], keys[:, :seen], places, sizes, scale)
             coming = grad[:, start:stop].reshape(kv_heads, -1, grad.shape[-1])
             change = coming @ values[:, :seen].transpose(1, 2)
-            change = weights * (change - (weights * change).sum(-1, keepdim=True)) * scale
-            change = change.to(query.dtype)
-            grads[0][:, start:stop] = (change @ keys[:, :seen]).view(rows.shape)
-            grads[1][:, :seen] += change.transpose(1, 2) @ rows.reshape(kv_heads, -1, rows.shape[-1])
-            grads[2][:, :seen] += weights.to(grad.dtype).transpose(1, 2) @ coming
-        return *grads, None, None, None, None
+            change = torch._softmax_backward_data(change, weights, -1, weights.dtype)
+            into = torch.baddbmm(unused, change, keys[:, :seen], beta=0, alpha=scale)
+            grad_query[:, start:stop] = into.view(query.shape[0], stop - start, -1)
+            grad_keys[:, :seen] += torch.baddbmm(unused, change.transpose(1, 2), rows, beta=0, alpha=scale)
+            grad_values[:, :seen] += weights.transpose(1, 2) @ coming
+        return grad_query, grad_keys.to(keys.dtype), grad_values.to(values.dtype), None, None, None, None
 
 
 def _compressed_tiles(count: int, first: int, sizes: SparseSizes) -> Iterator[tuple[int, int, int]]:
     """Parts of the queries at places `first` and on: (start, stop, number of compressed blocks that the last sees, or a
     few more, so that there are not as many shapes of products as parts)."""
-    for start in range(0, count, _QUERIES // 16):
-        stop = min(start + _QUERIES // 16, count)
+    for start in range(0, count, _ROWS):
+        stop = min(start + _ROWS, count)
         seen = sizes.num_compressed(first + stop)
         yield start, stop, min(seen + -seen % 64, sizes.num_compressed(first + count))
 
@@ -278,11 +285,11 @@ def _compressed_tiles(count: int, first: int, sizes: SparseSizes) -> Iterator[tu
 def _compressed_weights(rows: Tensor, keys: Tensor, places: Tensor, sizes: SparseSizes, scale: float) -> Tensor:
     """The softmax of queries at `places` over compressed keys that end by then, 0 where there are none.
 
-    rows [H, m, D], keys [K, M, D] -> [K, G * m, M], fp32.
+    rows [H, m, D], keys [K, M, D] -> [K, G * m, M].
     """
     (kv_heads, seen), groups = keys.shape[:2], rows.shape[0] // keys.shape[0]
     grouped = rows.reshape(kv_heads, -1, rows.shape[-1])
-    scores = torch.baddbmm(rows.new_zeros(1), grouped, keys.transpose(1, 2), beta=0, alpha=scale).float()
+    scores = torch.baddbmm(rows.new_zeros(1), grouped, keys.transpose(1, 2), beta=0, alpha=scale)
     last = torch.div(places - sizes.block + 1, sizes.stride, rounding_mode="floor")
     first_last = int(last[0])
     all_see = max(0, min(first_last + 1, seen))
@@ -356,7 +363,8 @@ class _Selected(torch.autograd.Function):
         kv_heads, width = key.shape[0], value.shape[2]
         out = query.new_empty(heads, length, width)
         sums = torch.empty(heads, length, device=query.device)
-        for part in _selected_parts(query, key, value, chosen, block):
+        counts = _count_pairs(chosen, -(-length // block))
+        for part in _selected_parts(query, key, value, chosen, counts, block):
             made = [part.scores(pairs, part.queries(pairs), scale) for pairs in part.blocks]
             best = [scores[: pairs.num].float().amax(-1) for pairs, scores in zip(part.blocks, made, strict=True)]
             top = part.maxima(best)
@@ -372,13 +380,13 @@ class _Selected(torch.autograd.Function):
             part.of(out, kv_heads).copy_(result[:-1].transpose(0, 1))
             part.of(sums, kv_heads).copy_((top + total.log())[:-1].transpose(0, 1))
         ctx.save_for_backward(query, key, value, chosen, out, sums)
-        ctx.fixed = (block, scale)  # type: ignore[attr-defined]
+        ctx.fixed = (counts, block, scale)  # type: ignore[attr-defined]
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, chosen, out, sums = ctx.saved_tensors
-        block, scale = ctx.fixed
+        counts, block, scale = ctx.fixed
         kv_heads, width = key.shape[0], key.shape[2]
         grad_query = torch.empty_like(query)
         grad_key, grad_value = (torch.zeros_like(item, dtype=torch.float32) for item in (key, value))
@@ -386,7 +394,7 @@ class _Selected(torch.autograd.Function):
         # By two more columns, products give scores less the log-sum-exp, and gradients of weights less delta.
         lowered, coming = _with_columns(query, sums / -scale), _with_columns(grad, -delta)
         key_and_ones, value_and_ones = (nn.functional.pad(item, (0, 2), value=1.0) for item in (key, value))
-        for part in _selected_parts(lowered, key_and_ones, value_and_ones, chosen, block):
+        for part in _selected_parts(lowered, key_and_ones, value_and_ones, chosen, counts, block):
             outers = _with_last(part.of(coming, kv_heads).transpose(0, 1).flatten(1))
             into = outers.new_zeros(len(outers), query.shape[0] // kv_heads * width, dtype=torch.float32)
             for pairs in part.blocks:
@@ -444,27 +452,43 @@ class _Part(NamedTuple):
         return _with_last(padded.index_select(0, self.places).view(len(self.query) - 1, -1, heads).amax(1))
 
 
-def _selected_parts(query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, block: int) -> Iterator[_Part]:
+def _count_pairs(chosen: Tensor, num_blocks: int) -> list[list[list[int]]]:
+    """How many queries of each key/value head and part selected none, block 0, block 1 and so on, of chosen [K, n, S].
+
+    The host has to know, and waits for it once.
+    """
+    kv_heads, length, _ = chosen.shape
+    num_parts, device = -(-length // _QUERIES), chosen.device
+    heads, places = torch.arange(kv_heads, device=device)[:, None], torch.arange(length, device=device)
+    part = heads * num_parts + torch.div(places, _QUERIES, rounding_mode="floor")
+    bins = chosen + 1 + part[..., None] * (num_blocks + 1)
+    counts = torch.bincount(bins.flatten(), minlength=kv_heads * num_parts * (num_blocks + 1))
+    found: list[list[list[int]]] = counts.view(kv_heads, num_parts, -1).tolist()
+    return found
+
+
+def _selected_parts(
+    query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, counts: list[list[list[int]]], block: int
+) -> Iterator[_Part]:
     kv_heads, length = key.shape[:2]
     grouped = query.unflatten(0, (kv_heads, -1))
     hidden = torch.ones(block, block, dtype=torch.bool, device=query.device).triu(1)
     filled = _FILLED if query.dtype == torch.bfloat16 and not on_accelerator(query) else 1
     for head in range(kv_heads):
         keys, values = key[head].contiguous(), value[head].contiguous()
-        for start in range(0, length, _QUERIES):
+        for number, start in enumerate(range(0, length, _QUERIES)):
             span = slice(start, min(start + _QUERIES, length))
             rows = _with_last(grouped[head, :, span].transpose(0, 1).flatten(1))
-            blocks, places = _by_block(chosen[head, span], span, block, length, filled)
+            blocks, places = _by_block(chosen[head, span], counts[head][number], span, block, filled)
             yield _Part(head, span, rows, keys, values, blocks, places, hidden)
 
 
-def _by_block(chosen: Tensor, span: slice, block: int, length: int, filled: int) -> tuple[list[_Pairs], Tensor]:
-    """The queries of each block, and the pair of each query and slot, of those at `span` in a sample of `length` whose
-    selected blocks are `chosen` [m, S]. filled: rows are filled up to a multiple of it."""
+def _by_block(chosen: Tensor, counts: list[int], span: slice, block: int, filled: int) -> tuple[list[_Pairs], Tensor]:
+    """The queries of each block, and the pair of each query and slot, of those at `span` in a sample whose selected
+    blocks are `chosen` [m, S], so many of none and of each as `counts` says. filled: rows are filled up to a multiple
+    of it."""
     flat = chosen.flatten()
-    order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat + 1).tolist()
-    order = order[counts[0] :]
+    order = torch.argsort(flat, stable=True)[counts[0] :]
     places = torch.full_like(flat, len(order))
     places[order] = torch.arange(len(order), device=flat.device)
     rows = torch.div(order, chosen.shape[1], rounding_mode="floor").split(counts[1:])
@@ -472,7 +496,7 @@ def _by_block(chosen: Tensor, span: slice, block: int, length: int, filled: int)
     for number, found in enumerate(rows):
         if count := len(found):
             found = nn.functional.pad(found, (0, -count % filled), value=len(chosen))
-            tokens = slice(number * block, min((number + 1) * block, length))
+            tokens = slice(number * block, (number + 1) * block)
             own = slice(max(tokens.start, span.start), min(tokens.stop, span.stop))
             blocks.append(_Pairs(found, count, tokens, max(0, own.stop - own.start), own.start - tokens.start))
     return blocks, places
