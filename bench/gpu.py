@@ -230,9 +230,10 @@ def compiled(scale: Scale) -> dict[str, Any]:
 def sparse(scale: Scale) -> dict[str, Any]:
     """Milliseconds of one attention layer over one long sample, forward and backward: full and native-sparse."""
     from tutti.attention.sparse import NativeSparse, SparseSizes
+    from tutti.core.device import faster_dtype
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    dtype, length, heads, width = torch.bfloat16, scale.sparse_length, 16, 128
+    dtype, length, heads, width = faster_dtype(device), scale.sparse_length, 16, 128
     layer = NativeSparse(heads * width, heads, width, width, SparseSizes(), 0.02).to(device, dtype)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
