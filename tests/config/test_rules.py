@@ -14,6 +14,7 @@ CASES = [
         (["infer.do_sample=no", f"infer.{name}=0.5"], f"infer.{name}", "infer.do_sample")
         for name in ("temperature", "top_p")
     ),
+    (["infer.do_sample=no", "infer.top_k=5"], "infer.top_k", "infer.do_sample"),
     (["infer.do_sample=no", "infer.seed=5"], "infer.seed", "infer.do_sample"),
     (["infer.temperature=0", "infer.seed=5"], "infer.seed", "infer.temperature is 0"),
     (["infer.temperature=0", "infer.top_p=0.5"], "infer.top_p", "infer.temperature is 0"),

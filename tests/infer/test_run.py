@@ -63,6 +63,8 @@ def say(capsys):
         ("do_sample", False),
         ("temperature", 0.2),
         ("top_p", 0.2),
+        ("top_k", 1),
+        ("repetition_penalty", 2.0),
         ("max_tokens", 3),
         ("chat_template", "none"),
     ],

@@ -57,6 +57,25 @@ def test_the_kept_set_is_that_of_transformers():
             assert kept.gather(1, tokens[:, None]).all(), top_p
 
 
+def test_top_k_keeps_the_most_likely():
+    assert shares(sampler(top_k=1)) == [0, 1, 0, 0]
+    assert shares(sampler(top_k=2)) == pytest.approx([0, 0.625, 0, 0.375], abs=0.03)
+    assert shares(sampler(top_k=4)) == shares(sampler(top_k=400)) == shares(sampler())
+    # As transformers has it, top_p is of what top_k leaves: 0.6 is reached by the first of two.
+    assert shares(sampler(top_k=2, top_p=0.6)) == [0, 1, 0, 0]
+
+
+def test_the_repetition_penalty_is_that_of_transformers():
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) * 3
+    seen = torch.randint(0, 50, (3, 20), generator=torch.Generator().manual_seed(1))
+    for penalty in (0.5, 1.0, 1.3):
+        want = RepetitionPenaltyLogitsProcessor(penalty)(seen, logits.clone())
+        got = sampler(repetition_penalty=penalty).penalize(logits, seen.tolist())
+        torch.testing.assert_close(got, want)
+
+
 def test_a_sequence_draws_by_its_own_seed_and_number():
     chosen = sampler(seed=3)
     logits = torch.zeros(1, 1000)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +16,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tutti.check.dry_run import Unpredictable, full_batch_of, predict
+from tutti.checkpoint.hf_files import Checkpoint
 from tutti.checkpoint.hub import with_local_paths
 from tutti.config import Config
 from tutti.config.layout import Layout, fit
@@ -50,6 +52,8 @@ def check(config: Config, world: int = 1) -> None:
     layout = fit(config, world)
     ranks = World(rank=0, size=1, local_rank=0, device=pick_device(config.train.init_device))
     config = settle_compute_dtype(config, ranks)
+    if (folder := config.model.model_path) and config.data.task.kind == "language" and Path(folder).is_dir():
+        Checkpoint(Path(folder), config.model.safetensor_idx_path)  # ValueError: weights are missing or damaged
     config = with_local_paths(config, ranks, weights=False)
     kind = kind_of(config)
     tokenizer, model = kind.build(config, ranks.device)

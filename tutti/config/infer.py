@@ -28,6 +28,14 @@ class InferConfig:
     temperature: float = arg(1.0, "Divides the logits before sampling: below 1 sharper, above 1 flatter.", low=0)
     top_p: float = arg(1.0, "Sample from the smallest set of tokens whose probabilities reach this sum.", low=0, high=1)
     max_tokens: int = arg(1024, "Most tokens that one answer may have.", low=1)
+    top_k: int = arg(0, "Sample from this many of the most likely tokens; 0: from all.", low=0, added=True)
+    repetition_penalty: float = arg(
+        1.0,
+        "Divides the positive logits of tokens that prompt or answer have already, and multiplies the negative ones; "
+        "above 1 there is less repetition.",
+        low=0.01,
+        added=True,
+    )
     chat_template: str = arg(
         "default",
         "How conversations are rendered: default (as the model was trained, or by its tokenizer's template), none "

@@ -179,17 +179,17 @@ _OF_ADAPTERS = tuple(name for name in _prefixed("train.lora_") if name != "train
 
 _RULES = (
     _Rule(
-        ("infer.temperature", "infer.top_p", "infer.seed"),
+        ("infer.temperature", "infer.top_p", "infer.top_k", "infer.seed"),
         lambda config: not config.infer.do_sample,
         "infer.do_sample is off: the most likely token is always taken",
     ),
     _Rule(
-        ("infer.top_p", "infer.seed"),
+        ("infer.top_p", "infer.top_k", "infer.seed"),
         lambda config: config.infer.do_sample and config.infer.temperature == 0,
         "infer.temperature is 0: the most likely token is always taken",
     ),
     _Rule(
-        ("infer.temperature", "infer.seed"),
+        ("infer.temperature", "infer.top_k", "infer.seed"),
         lambda config: config.infer.do_sample and config.infer.temperature > 0 and config.infer.top_p == 0,
         "infer.top_p is 0: the most likely token is always taken",
     ),

@@ -14,7 +14,7 @@ _BETAS = "write train.adam_beta1 and train.adam_beta2"
 _TRACKERS = "write train.use_wandb: true, or train.trackers: [tensorboard]"
 _HELD_OUT = "rows to evaluate on have a file of their own, data.eval_path, with train.eval_steps or train.eval_epochs"
 _SHARDING = "write train.data_parallel_mode: fsdp2 (docs/parallelism.md)"
-_SAMPLING = "answers are greedy (infer.do_sample: false), or sampled by infer.temperature and infer.top_p"
+_SAMPLING = "answers are greedy (infer.do_sample: false), or sampled by infer.temperature, infer.top_p and infer.top_k"
 _STOP = "an answer ends with the model's turn, or after infer.max_tokens"
 
 SYNONYMS: dict[str, str] = {
@@ -135,9 +135,7 @@ SYNONYMS: dict[str, str] = {
     "dp": "train.data_parallel_shard_size",
     "dp_size": "train.data_parallel_shard_size",
     "max_new_tokens": "infer.max_tokens",
-    "top_k": _SAMPLING,
     "min_p": _SAMPLING,
-    "repetition_penalty": _SAMPLING,
     "num_beams": _SAMPLING,
     "stop": _STOP,
     "stop_strings": _STOP,

@@ -121,19 +121,22 @@ class CachedLogits:
 
 @dataclass
 class _Row:
-    """A sequence under way. last: its newest token. made: how many the answer has. end: as in `Token`. state: where its
-    pictures are."""
+    """A sequence under way. answer: its tokens so far. end: as in `Token`. state: where its pictures are."""
 
     request: Request
     random: torch.Generator
     state: DrawingState
-    last: int = -1
-    made: int = 0
+    answer: list[int] = field(default_factory=list)
     end: str | None = None
 
+    @property
+    def seen(self) -> list[int]:
+        """The tokens of prompt and answer."""
+        return [*self.request.ids, *self.answer]
+
     def add(self, token: int, stop_ids: frozenset[int]) -> Token:
-        self.last, self.made = token, self.made + 1
-        self.end = "stop" if token in stop_ids else "length" if self.made == self.request.limit else None
+        self.answer.append(token)
+        self.end = "stop" if token in stop_ids else "length" if len(self.answer) == self.request.limit else None
         return Token(self.request.number, token, self.end)
 
 
@@ -168,7 +171,7 @@ class Generator:
                 if joining:
                     logits = self.logits.start([row.request for row in joining])
                 else:
-                    logits = self.logits.step([row.last for row in rows])
+                    logits = self.logits.step([row.answer[-1] for row in rows])
                 active = joining or rows
                 rows = rows + joining
                 tokens = self._choose(logits, active)
@@ -209,6 +212,8 @@ class Generator:
 
     def _choose(self, logits: Tensor, rows: Sequence[_Row]) -> list[int] | None:
         """Rank 0's choice for each of `rows` from logits [B, V]; None if it was interrupted."""
+        if self.sampler.repetition_penalty != 1:
+            logits = self.sampler.penalize(logits, [row.seen for row in rows])
         if self.drawing is not None:
             logits = self.drawing.allow(logits, [row.state for row in rows])
         tokens = self.sampler.pick(logits, [row.random for row in rows])

@@ -27,16 +27,30 @@ class Sampler:
     temperature: float
     top_p: float
     seed: int
+    top_k: int = 0
+    repetition_penalty: float = 1.0
 
     @classmethod
     def of(cls, config: InferConfig) -> Sampler:
         """Make a sampler as configured; a temperature of 0 is the limit, which is greedy."""
         greedy = not config.do_sample or config.temperature == 0
-        return cls(greedy, config.temperature, config.top_p, config.seed)
+        limits = config.temperature, config.top_p, config.seed, config.top_k
+        return cls(greedy, *limits, repetition_penalty=config.repetition_penalty)
 
     def generator(self, number: int) -> torch.Generator:
         """The random generator of sequence `number`."""
         return torch.Generator().manual_seed(seed_of(f"{self.seed} {number}"))
+
+    def penalize(self, logits: Tensor, seen: Sequence[Sequence[int]]) -> Tensor:
+        """The logits [B, V], those of the tokens that each sequence has `seen` made smaller (arXiv 1909.05858)."""
+        if self.repetition_penalty == 1:
+            return logits
+        factor = torch.ones_like(logits, dtype=torch.float32)
+        for row, tokens in enumerate(seen):
+            factor[row, torch.tensor(sorted(set(tokens)), dtype=torch.long, device=logits.device)] = (
+                self.repetition_penalty
+            )
+        return torch.where(logits > 0, logits / factor, logits * factor)
 
     def pick(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """The next token of each sequence, [B], from logits [B, V]. ValueError: they are not finite."""
@@ -45,6 +59,10 @@ class Sampler:
         probabilities = torch.softmax(logits.float() / self.temperature, dim=-1)
         if not bool(probabilities[:, 0].isfinite().all()):
             raise ValueError("infer.model_path: the model's logits are not finite")
+        if 0 < self.top_k < logits.shape[-1]:
+            least = probabilities.topk(self.top_k, dim=-1).values[:, -1:]
+            probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+            probabilities = probabilities / probabilities.sum(-1, keepdim=True)
         if self.top_p < 1:
             probabilities = probabilities.masked_fill(self._outside(probabilities), 0.0)
         # In the vocabulary's order: among sorted ones, rounding would swap neighbours and so change the draw.

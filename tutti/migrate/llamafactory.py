@@ -286,6 +286,11 @@ _RULES: dict[str, Rule] = {
     "temperature": same("infer.temperature", float),
     "top_p": same("infer.top_p", float),
     "do_sample": same("infer.do_sample"),
+    "top_k": same("infer.top_k"),
+    "repetition_penalty": same("infer.repetition_penalty", float),
+    **dict.fromkeys(
+        ("num_beams", "length_penalty", "max_length"), off("answers are sampled, or greedy; see infer.max_tokens")
+    ),
     "ray_run_name": off("runs are started by torchrun"),
     "ray_num_workers": off("runs are started by torchrun"),
 }
