@@ -473,6 +473,22 @@ def test_every_path_takes_homes_and_environment_variables(tmp_path: Path, monkey
     assert load(["data.train_path=$NOT_SET"], None).data.train_path == "$NOT_SET"
 
 
+def test_paths_that_lie_beside_the_file_and_not_where_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "project" / "data").mkdir(parents=True)
+    (tmp_path / "project" / "data" / "rows.jsonl").touch()
+    (tmp_path / "project" / "out").mkdir()
+    text = "data: {train_path: data/rows.jsonl, eval_path: none}\ntrain: {output_dir: out}\n"
+    write(tmp_path / "project", text)
+    monkeypatch.chdir(tmp_path)
+    assert problems("project/run.yaml") == [
+        "data.train_path: data/rows.jsonl is not in the working directory, from which paths are taken, but in project, "
+        "where the file lies: cd project (project/run.yaml:1)"
+    ]
+    monkeypatch.chdir(tmp_path / "project")
+    assert load(["run.yaml"], None).data.train_path == "data/rows.jsonl"
+    assert load([str(tmp_path / "project" / "run.yaml")], None).train.output_dir == "out"
+
+
 def test_get_and_direct_construction() -> None:
     assert get(Config(), "train.lr") == 5e-5
     assert Config() == Config(explicit=frozenset({"train.lr"}))

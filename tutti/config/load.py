@@ -19,6 +19,10 @@ from tutti.config.yamlfile import parse_value, read_file, to_yaml
 __all__ = ["ConfigError", "from_dict", "load", "to_yaml"]
 
 
+_WRITTEN = ("train.output_dir", "train.profile_trace_dir")
+"""Paths that a run writes to."""
+
+
 class _Entry(NamedTuple):
     """A value as written for one argument; text: on the command line; where: in which line of which file."""
 
@@ -47,11 +51,27 @@ def load(argv: list[str], verb: str | None = "train") -> Config:
     for path in files:
         tree, lines = read_file(path)
         _add_tree(draft, tree, {name: f" ({path}:{line})" for name, line in lines.items()})
+        draft.problems.extend(_beside(draft, os.path.dirname(path)))
         if draft.explicit:
             _drop_defaults(draft)
     for name, value in overrides:
         _add_override(draft, name, value)
     return _build(draft, verb)
+
+
+def _beside(draft: _Draft, folder: str) -> list[str]:
+    """One problem for each path that is not there from the working directory, and is from the file's `folder`."""
+    problems = []
+    for name, entry in draft.entries.items():
+        path = entry.value
+        if not (folder and ARGUMENTS[name].path and isinstance(path, str) and path) or name in _WRITTEN:
+            continue
+        if not os.path.exists(os.path.expanduser(path)) and os.path.exists(os.path.join(folder, path)):
+            problems.append(
+                f"{name}: {path} is not in the working directory, from which paths are taken, but in {folder}, where "
+                f"the file lies: cd {folder}{entry.where}"
+            )
+    return problems
 
 
 def from_dict(tree: dict[str, Any]) -> Config:
