@@ -1,12 +1,14 @@
-"""Trained tokens a second: transformers' Trainer, padded and length-grouped, against Tutti. `make bench`.
+"""Trained tokens a second: transformers' Trainer, padded and length-grouped, and a packed loop, against Tutti.
+
+`make bench`.
 
 Each contender trains the same 60M-parameter model on the same ragged samples (bench.workload says which) in a process
 of its own with the same two threads: fp32 weights, computed with in the faster of bf16 and fp32, AdamW, no gradient
 checkpointing, the same number of micro batches a step and as near as possible the same tokens in them. Warm-up steps
 are not timed. Rounds are interleaved (Trainer, Tutti, Trainer, Tutti ...), so that a machine that slows down does so
 for all, and each round measures the machine's own rate of matrix products in that dtype. Reported are medians over the
-rounds: trained tokens a second, the ratio to each Trainer within a round, and the share of the matrix rate that the
-model's operations reach.
+rounds: trained tokens a second, the ratio to each other contender within a round, the share of the matrix rate that the
+model's operations reach, and the peak of resident memory.
 """
 
 from __future__ import annotations
@@ -28,15 +30,18 @@ ROOT = Path(__file__).parents[1]
 BATCH_SIZE, ACCUMULATION = 10, 2
 MICRO_BATCH_SLOTS = 2 * workload.MAX_LENGTH
 WARMUP_STEPS = 4
-CONTENDERS = ("Trainer, padded", "Trainer, length-grouped", "Tutti", "Tutti, compiled")
+LOOP = "packed loop by hand"
+CONTENDERS = ("Trainer, padded", "Trainer, length-grouped", LOOP, "Tutti", "Tutti, compiled")
 
 
 @dataclass(frozen=True)
 class Result:
-    """One contender in one round: trained tokens a second, and its share of the matrix rate measured beside it."""
+    """One contender in one round: trained tokens a second, its share of the matrix rate measured beside it, and its
+    peak of memory."""
 
     tokens_per_second: float
     share: float
+    memory_gib: float
 
 
 def main() -> None:
@@ -61,41 +66,45 @@ def main() -> None:
         )
         for name in contenders:
             rates.append(_matrix_rate(dtype))
-            speed = _run(name, work, dtype)
+            speed, memory = _run(name, work, dtype)
             operations = workload.flops_per_token(work.measured) * work.tokens / (work.tokens - len(work.measured))
-            results[name].append(Result(speed, speed * operations / rates[-1]))
-            print(f"round {number + 1}/{rounds}  {name:24} {speed:8.1f} tokens/s", file=sys.stderr, flush=True)
+            results[name].append(Result(speed, speed * operations / rates[-1], memory))
+            said = f"round {number + 1}/{rounds}  {name:24} {speed:8.1f} tokens/s {memory:6.2f} GiB"
+            print(said, file=sys.stderr, flush=True)
     print(_table(results))
     low, middle, high = (rate / 1e9 for rate in (min(rates), statistics.median(rates), max(rates)))
     print(f"\n{dtype} matrix rate: median {middle:.0f} GFLOP/s, from {low:.0f} to {high:.0f} over the run")
     print(f"{rounds} rounds of {steps} timed steps, {options.threads} threads")
 
 
-def _run(name: str, work: Workload, dtype: str) -> float:
-    """Trained tokens a second of one contender on `work`, computing in `dtype`."""
+def _run(name: str, work: Workload, dtype: str) -> tuple[float, float]:
+    """Trained tokens a second of one contender on `work`, computing in `dtype`, and its peak of memory in GiB."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         workload.write_model(folder)
+        if name == LOOP:
+            return _run_peer(folder, work, dtype, "bench._loop", str(folder))
         if name.startswith("Trainer"):
-            return _run_trainer(folder, work, dtype, "grouped" if "grouped" in name else "padded")
+            mode = "grouped" if "grouped" in name else "padded"
+            return _run_peer(folder, work, dtype, "bench._trainer", str(folder), mode)
         return _run_tutti(folder, work, dtype, compile="compiled" in name)
 
 
-def _run_trainer(folder: Path, work: Workload, dtype: str, mode: str) -> float:
+def _run_peer(folder: Path, work: Workload, dtype: str, *command: str) -> tuple[float, float]:
     plan = {
         "warmup": work.warmup,
         "measured": work.measured,
         "batch_size": BATCH_SIZE,
         "accumulation": ACCUMULATION,
         "compute_dtype": dtype,
+        "slots": MICRO_BATCH_SLOTS,
     }
     (folder / "workload.json").write_text(json.dumps(plan))
-    lines = run_python("-m", "bench._trainer", str(folder), mode).splitlines()
-    result = json.loads(lines[-1])
-    return result["trained_tokens"] / result["seconds"]
+    result = json.loads(run_python("-m", *command).splitlines()[-1])
+    return result["trained_tokens"] / result["seconds"], result["memory_gib"]
 
 
-def _run_tutti(folder: Path, work: Workload, dtype: str, *, compile: bool) -> float:
+def _run_tutti(folder: Path, work: Workload, dtype: str, *, compile: bool) -> tuple[float, float]:
     workload.write_text(folder / "rows.jsonl", work.warmup + work.measured)
     arguments = {
         "model.config_path": folder,
@@ -121,7 +130,8 @@ def _run_tutti(folder: Path, work: Workload, dtype: str, *, compile: bool) -> fl
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     timed = [line for line in lines if "step_seconds" in line and line["step"] > WARMUP_STEPS]
     shutil.rmtree(folder / "run")
-    return sum(line["trained_tokens"] for line in timed) / sum(line["step_seconds"] for line in timed)
+    speed = sum(line["trained_tokens"] for line in timed) / sum(line["step_seconds"] for line in timed)
+    return speed, max(line["memory_gib"] for line in timed)
 
 
 def _matrix_rate(dtype: str) -> float:
@@ -130,8 +140,8 @@ def _matrix_rate(dtype: str) -> float:
 
 def _table(results: dict[str, list[Result]]) -> str:
     """A Markdown table of medians over the rounds."""
-    baselines = [name for name in results if name.startswith("Trainer")]
-    header = ["", "trained tokens/s", "of matrix rate", *(f"to {name}" for name in baselines)]
+    baselines = [name for name in results if not name.startswith("Tutti")]
+    header = ["", "trained tokens/s", "of matrix rate", "peak memory, GiB", *(f"to {name}" for name in baselines)]
     rows = [header, ["---", *["---:"] * (len(header) - 1)]]
     for name, rounds in results.items():
         ratios = [
@@ -143,7 +153,8 @@ def _table(results: dict[str, list[Result]]) -> str:
         ]
         speed = statistics.median(result.tokens_per_second for result in rounds)
         share = statistics.median(result.share for result in rounds)
-        rows.append([name, f"{speed:.0f}", f"{share:.0%}", *(f"{ratio:.2f}" for ratio in ratios)])
+        memory = statistics.median(result.memory_gib for result in rounds)
+        rows.append([name, f"{speed:.0f}", f"{share:.0%}", f"{memory:.2f}", *(f"{ratio:.2f}" for ratio in ratios)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
