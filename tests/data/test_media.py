@@ -58,6 +58,16 @@ def test_orientation_is_minded(folder: MediaFolder) -> None:
     assert found.size == (20, 30) and load_image(found).size == (20, 30)
 
 
+def test_the_folder_of_a_file_that_is_named_without_one_is_this_one(
+    folder: MediaFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = next(path.name for path in Path(folder.folder).iterdir() if path.suffix == ".png")
+    monkeypatch.chdir(folder.folder)
+    assert MediaFolder("").path_of(name) == str(Path(folder.folder).resolve() / name)
+    with pytest.raises(RowError, match="lies outside"):
+        MediaFolder("").path_of("../outside.png")
+
+
 def test_a_root_beside_the_data(folder: MediaFolder, tmp_path: Path) -> None:
     assert measure("outside.png", MediaFolder(folder.folder, str(tmp_path))).size == (30, 20)
 

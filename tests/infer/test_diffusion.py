@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,19 @@ def test_a_checkpoint_draws_what_its_export_draws(tmp_path: Path, trained: Path)
 def test_a_size_between_latents_is_refused(tmp_path: Path, trained: Path) -> None:
     with pytest.raises(AssertionError, match=r"infer.image_size: 17x16 must be .* of 4 each"):
         drawn(trained, tmp_path / "odd", "infer.image_size=17x16")
+    with pytest.raises(AssertionError, match=r"infer.image_size: 16x80 is beyond the 64 pixels a side"):
+        drawn(trained, tmp_path / "odd", "infer.image_size=16x80")
+
+
+def test_parts_that_are_missing_may_lie_elsewhere(tmp_path: Path, trained: Path) -> None:
+    whole, folder = trained / "hf/final", tmp_path / "folder"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "text_encoder")
+    (want,) = drawn(whole, tmp_path / "want", prompts=("a cat",))
+    (got,) = drawn(folder, tmp_path / "got", f"model.condition_model_path={whole}", prompts=("a cat",))
+    assert (got == want).all()
+    with pytest.raises(AssertionError, match=r"infer\.model_path: .* has no text_encoder"):
+        drawn(folder, tmp_path / "none", prompts=("a cat",))
 
 
 def test_videos_have_frames(tmp_path: Path) -> None:

@@ -103,6 +103,17 @@ def test_training_goes_on_with_an_adapter(tmp_path: Path) -> None:
     assert got == pytest.approx(want, rel=1e-5)
 
 
+def test_all_layers_of_the_blocks_are_adapted_by_default(tmp_path: Path) -> None:
+    """Also those of SD3's last block that make queries of text, which nothing takes."""
+    changes = {"train.lora_targets": [], "train.lr": 0.1, "train.save_hf_weights": True, "train.num_train_epochs": 1}
+    lines = run(config_of(tmp_path, **{**LORA, **changes}))
+    assert losses(lines)[-1] < losses(lines)[0]
+    tensors = load_file(tmp_path / "out/hf/final" / ADAPTERS)
+    still = {name for name, item in tensors.items() if name.endswith("lora_B.weight") and not item.any()}
+    assert still == {"transformer.transformer_blocks.1.attn.add_q_proj.lora_B.weight"}
+    assert any(".ff.net.0.proj." in name for name in tensors)
+
+
 def described(folder: Path) -> str:
     with safe_open(folder / ADAPTERS, "pt") as content:
         return content.metadata()[METADATA]

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -312,9 +313,21 @@ def test_limits_on_pixels_change_the_latents(tmp_path: Path) -> None:
 def _encoder(folder: Path, **changes: Any) -> CaptionEncoder:
     config = config_of(folder, **changes)
     found = read_folder(folder / "diffusion", "x")
-    grid = read_grid(found, 2)
+    transformer = SimpleNamespace(**json.loads((found.transformer / "config.json").read_text()))
+    grid = read_grid(found, transformer)
     assert grid == Grid(2, 0, 2)
     return CaptionEncoder(text_columns(config), grid, config.data)
+
+
+def test_latents_that_the_transformer_does_not_take_are_refused(tmp_path: Path) -> None:
+    _encoder(tmp_path)
+    file = tmp_path / "diffusion/transformer/config.json"
+    write_json(file, {**json.loads(file.read_text()), "in_channels": 3})
+    found = read_folder(tmp_path / "diffusion", "x")
+    transformer = SimpleNamespace(**json.loads(file.read_text()))
+    with pytest.raises(ValueError, match=r"x: the latents of .*vae have 4 channels, and SD3.* takes 3"):
+        read_grid(found, transformer)
+    read_grid(replace(found, parts={"transformer": found.transformer}), transformer)  # pixels
 
 
 def test_a_class_that_is_not_known_is_refused_by_name(tmp_path: Path) -> None:

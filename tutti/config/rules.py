@@ -173,7 +173,7 @@ def _draws(config: Config) -> bool:
 
 _OF_DENOISERS = (*_prefixed("train.flow_"), "train.sample_steps", "train.sample_guidance")
 """About models of diffusion, and about such beside a language model (model.decoders)."""
-_OF_DIFFUSION = ("train.cache_latents", "model.condition_model_path")
+_OF_DIFFUSION = ("train.cache_latents",)
 _LIMITS = (*_prefixed("data.image_"), *_prefixed("data.video_"), *_prefixed("data.audio_"))
 _OF_ADAPTERS = tuple(name for name in _prefixed("train.lora_") if name != "train.lora_base_dtype")
 
@@ -248,6 +248,11 @@ _RULES = (
     _Rule(
         _OF_DIFFUSION,
         lambda config: not _draws(config),
+        "data.data_type is not diffusion",
+    ),
+    _Rule(
+        ("model.condition_model_path",),
+        lambda config: not _draws(config) and config.infer.model_path is None,
         "data.data_type is not diffusion",
     ),
     _Rule(

@@ -156,9 +156,10 @@ class CaptionEncoder:
             width, height = resized((width, height), limits.image_min_pixels, limits.image_max_pixels)
         width, height = (size // step * step for size in (width, height))
         if not width or not height:
+            kind = "image" if medium.frames is None else "video"
             raise RowError(
                 f"{described(medium)} is smaller than {step} pixels a side, which make one latent token: raise "
-                "data.image_min_pixels"
+                f"data.{kind}_min_pixels or data.{kind}_max_pixels"
             )
         return Extent(width, height, len(medium.frames.indices) if medium.frames is not None else 1)
 

@@ -95,7 +95,7 @@ class MediaFolder:
 
     def path_of(self, name: str) -> str:
         """The file that `name` refers to; RowError: there is none, or it is outside."""
-        allowed = [_real_folder(base) for base in (self.folder, self.root) if base]
+        allowed = [_real_folder(base) for base in (self.folder or os.curdir, self.root) if base]
         for base in allowed:
             folder, file = os.path.split(os.path.join(base, name))
             path = os.path.join(_real_folder(folder), file)

@@ -36,9 +36,9 @@ from tutti.core.pixels import frame_image
 from tutti.infer.source import named_as_infer
 from tutti.model.conditions import Conditions, read_grid
 from tutti.model.denoiser import Denoiser, build_denoiser, cast_to_infer
-from tutti.model.diffusion import Guided, Text, default_side, join_texts, latent_patch, latent_shape, sample
+from tutti.model.diffusion import Guided, Text, default_side, join_texts, latent_shape, sample
 from tutti.model.lora import add_adapters, lora_of
-from tutti.model.pipeline_folder import TRANSFORMER, PipelineFolder, open_folder, read_folder, read_scheduler
+from tutti.model.pipeline_folder import TRANSFORMER, PipelineFolder, open_folder, read_scheduler
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,9 @@ def find_denoiser(config: Config, world: World) -> Source | None:
     path = Path(config.infer.model_path or "").expanduser()
     for folder in (path, path / "hf" / "final"):
         if (folder / TRANSFORMER / "config.json").is_file():
-            return Source(world.run_on_all_ranks(partial(read_folder, folder, "infer.model_path")))
+            described = Config(model=replace(config.model, config_path=None, model_path=str(folder)))
+            with named_as_infer():
+                return Source(world.run_on_all_ranks(partial(open_folder, described)))
     if holds_adapters(path):
         adapted = with_local_paths(world.run_on_all_ranks(lambda: _adapted(path, config.model)), world)
         return Source(world.run_on_all_ranks(lambda: open_folder(adapted)), adapted=adapted)
@@ -110,7 +112,7 @@ def draw(config: Config, source: Source, prompts: Sequence[str], output: Path, w
     model.to(world.device).eval()
     cast_to_infer(model.net, dtype)
     family, folder = model.family, source.folder
-    grid = world.run_on_all_ranks(lambda: read_grid(folder, latent_patch(family, model.net.config)))
+    grid = world.run_on_all_ranks(lambda: read_grid(folder, model.net.config))
     width, height = world.run_on_all_ranks(lambda: _size(config, model, grid))
     frames = 1 + (settings.video_frames - 1) // grid.frames * grid.frames if family.video else 1
     lengths = source.trained.config.data.max_seq_len if source.trained else config.data.max_seq_len
@@ -164,6 +166,9 @@ def _size(config: Config, model: Denoiser, grid: Grid) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)x(\d+)", asked)
     if found is None or not all(int(part) > 0 and int(part) % grid.step == 0 for part in found.groups()):
         raise ValueError(f"infer.image_size: {asked} must be a width and a height such as 512x512, of {grid.step} each")
+    most = (getattr(model.net.config, "pos_embed_max_size", None) or 0) * grid.step
+    if most and max(int(found[1]), int(found[2])) > most:
+        raise ValueError(f"infer.image_size: {asked} is beyond the {most} pixels a side that the model has places for")
     return int(found[1]), int(found[2])
 
 

@@ -29,7 +29,7 @@ from tutti.infer.generate import Generator, Request
 from tutti.infer.load import LoadedModel, load_model
 from tutti.infer.prompts import prompt_request, to_draw
 from tutti.infer.sampling import Sampler
-from tutti.infer.source import named_as_infer
+from tutti.infer.source import find_source, named_as_infer
 from tutti.infer.stream import TextStream
 
 log = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ def infer(config: Config, job: Job) -> None:
             _draw(config, denoiser, job, world)
             return
         if job.output and not job.input:
+            find_source(config, world)  # which says so if there is no model
             raise ValueError(
                 "--output: goes with --input, or with a diffusion model, which draws; this one writes text"
             )

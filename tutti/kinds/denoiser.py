@@ -23,7 +23,6 @@ from tutti.kinds import Inputs
 from tutti.model.conditions import read_grid
 from tutti.model.denoiser import Denoiser, build_denoiser, denoiser_structure
 from tutti.model.denoiser_parallel import check_shares
-from tutti.model.diffusion import latent_patch
 from tutti.model.lora import add_adapters
 from tutti.model.pipeline_folder import open_folder
 from tutti.model.structure import freeze_parts
@@ -45,7 +44,7 @@ def inspect(config: Config, layout: Layout, model: Denoiser) -> ModelStructure:
 
 def read_inputs(config: Config, tokenizer: Any, structure: ModelStructure) -> Inputs:
     folder, net = open_folder(config), structure.text_model.net
-    grid = read_grid(folder, latent_patch(folder.family, net.config))  # type: ignore[union-attr]
+    grid = read_grid(folder, net.config)  # type: ignore[union-attr]
     return Inputs(
         tokenizer, CaptionEncoder(text_columns(config), grid, config.data, config.train.ulysses_parallel_size)
     )

@@ -29,14 +29,16 @@ from torch import Tensor, nn
 
 from tutti.core.batch import Grid
 from tutti.core.tensors import seed_of
-from tutti.model.diffusion import Text, class_named_in, require_diffusers
+from tutti.model.diffusion import Text, class_named_in, latent_channels, latent_patch, require_diffusers
 from tutti.model.pipeline_folder import PipelineFolder
 
 
-def read_grid(folder: PipelineFolder, patch: int) -> Grid:
-    """The grid of latents, tried out on an autoencoder without storage. patch: latents a side of a token."""
-    video = folder.family.video
+def read_grid(folder: PipelineFolder, config: Any) -> Grid:
+    """The grid of latents of a transformer with this config, tried out on an autoencoder without storage. ValueError:
+    these are of another number of channels than the transformer takes."""
+    video, patch = folder.family.video, latent_patch(folder.family, config)
     if "vae" not in folder.parts:
+        _check_channels(folder, config, 3, "the pixels (it has no vae) have")
         return Grid(1, int(video), patch)
     with torch.device("meta"), torch.no_grad():
         vae = _autoencoder(folder.parts["vae"], folder.argument)
@@ -45,8 +47,19 @@ def read_grid(folder: PipelineFolder, patch: int) -> Grid:
         if _has_frames(vae):
             blank = blank.unsqueeze(2).expand(-1, -1, frames, -1, -1)
         out = _encoded(vae, blank)
+    _check_channels(folder, config, out.shape[1], f"the latents of {folder.parts['vae']} have")
     per_latent = (frames - 1) // max(1, out.shape[2] - 1) if video else 0
     return Grid(side // out.shape[-1], per_latent, patch)
+
+
+def _check_channels(folder: PipelineFolder, config: Any, found: int, what: str) -> None:
+    """ValueError: the transformer takes latents of another number of channels than `found`, which `what` has."""
+    wanted = latent_channels(folder.family, config)
+    if found != wanted:
+        raise ValueError(
+            f"{folder.argument}: {what} {found} channels, and {folder.class_name} takes {wanted}: give one "
+            "of that number, or another autoencoder"
+        )
 
 
 class Conditions:

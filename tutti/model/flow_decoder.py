@@ -27,7 +27,7 @@ from tutti.core.batch import Grid
 from tutti.core.pixels import Square
 from tutti.model.conditions import read_grid, text_width
 from tutti.model.denoiser import make_net, net_blocks, parameters_on_meta, read_net
-from tutti.model.diffusion import Family, Text, default_side, family_of, latent_patch, latent_shape
+from tutti.model.diffusion import Family, Text, default_side, family_of, latent_shape
 from tutti.model.extra_tokens import ExtraTokens
 from tutti.model.omni_config import IMAGE_SIZE, decoder_folder, decoder_settings, decoder_size
 from tutti.model.pipeline_folder import WEIGHTS_OF, PipelineFolder, is_pipeline, read_folder
@@ -126,7 +126,7 @@ def read_flow(model: ModelConfig) -> FlowSpec | None:
     if "vae" in folder.parts and not any(folder.parts["vae"].glob("*.safetensors")):
         raise ValueError(f"{argument}: the autoencoder in {folder.parts['vae']} has no weights; it is used as it is")
     config: Any = SimpleNamespace(**net)
-    grid = read_grid(folder, latent_patch(family, config))
+    grid = read_grid(folder, config)
     side = decoder_size(model) or default_side(config, grid)
     if side % grid.step:
         raise ValueError(

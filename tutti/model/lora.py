@@ -303,7 +303,8 @@ def init_adapters(model: nn.Module, seed: int) -> None:
 def require_gradients(model: nn.Module, world: World) -> None:
     """To be called after the first backward pass. Collective.
 
-    ValueError, on all ranks, that names the adapters whose B has no gradient on any rank.
+    ValueError, on all ranks, that names the adapters whose B has no gradient on any rank. Of a diffusion transformer,
+    whose last blocks compute for text what nothing takes, they are logged.
     """
     if lora_of(model) is None:
         return
@@ -315,7 +316,9 @@ def require_gradients(model: nn.Module, world: World) -> None:
     gathered = world.gather(flags)
     names = {name: None for part in gathered for name in part}
     dead = [name for name in names if not any(part.get(name) for part in gathered)]
-    if dead:
+    if dead and getattr(model, "main_part", "language_model") != "language_model":
+        log.info("adapters of %s stay as they are: nothing takes what these layers compute", listed(dead))
+    elif dead:
         raise ValueError(
             f"the adapters of {listed(dead)} got no gradient in the first step: what these layers compute does not "
             "reach the loss (they are unused, or the model reads their weights without calling them); name the layers "
@@ -377,10 +380,11 @@ def _candidates(model: PreTrainedModel) -> dict[str, tuple[nn.Module, str]]:
 def _left_out(model: PreTrainedModel) -> set[str]:
     """The names of the linear layers that have no adapter unless they are named: those that choose experts, beside a
     stack of these and with an output for each, or keys of attention; and those that are read without being called."""
-    units, width = [block for _, block in blocks(model)], model.config.get_text_config().hidden_size
+    units = [block for _, block in blocks(model)]
     found = {id(part) for chooser in indexers(units) for part in chooser.modules()}
     mixing = mixers(units)
-    found |= {id(part) for mixer in mixing for part in uncalled(mixer, width)}
+    # Only language models have mixers, and say their width.
+    found |= {id(part) for mixer in mixing for part in uncalled(mixer, model.config.get_text_config().hidden_size)}
     inside = {part for mixer in mixing for part in mixer.modules()}
     for part in (part for block in units for part in block.modules() if part not in inside):
         kind: Any = type(part)
