@@ -212,7 +212,11 @@ def test_what_is_no_model_is_refused(capsys, tmp_path, model, trained):
         return _refused(capsys, f"--infer.model_path={path}", "--prompt", "x", *argv)
 
     assert "infer.model_path: " in refused(tmp_path / "none") and "is not there" in refused(tmp_path / "none")
+    assert "is not there" in refused(tmp_path / "none", "--output", "pictures")
     assert "is neither a Hugging Face folder" in refused(tmp_path)
+    (tmp_path / "config.json").write_text('{"_class_name": "VQModel"}')
+    assert "is of VQModel, which writes no text" in refused(tmp_path)
+    (tmp_path / "config.json").unlink()
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "infer.model_path: " in refused(tmp_path)
     (tmp_path / "adapter_config.json").unlink()

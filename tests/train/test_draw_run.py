@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.harness import run_ranks
+from tests.infer.models import ONE
 from tests.model.composed import write_foundation, write_tower
 from tests.model.drawers import write_drawer, write_emu3_vq
 from tests.train.runs import QUICKSTART, run, tiny_config, train_quietly
@@ -24,7 +25,9 @@ from tutti.infer.drawing import Hidden
 from tutti.kinds import language
 from tutti.model.autoencoder import make_net
 from tutti.model.omni_config import decoder_folder, decoder_size
+from tutti.model.structure import read_structure
 from tutti.model.vq import WEIGHTS, PictureTokenizer, read_codes
+from tutti.train.inputs import open_data
 
 
 def write_tokenizer(folder: Path) -> str:
@@ -177,6 +180,14 @@ REFUSED = {
     "pairs": ({"data.data_type": "dpo", "train.cfg_dropout": 0.0}, "not trained with data.data_type dpo"),
     "streams": ({"data.datasets_type": "iterable", "model.encode_target": True}, "goes over the data beforehand"),
 }
+
+
+def test_pictures_to_see_need_an_encoder_of_them(tmp_path: Path) -> None:
+    config = config_of(tmp_path, **{"model.encoders": {}})
+    tokenizer, model = language.build(config, torch.device("cpu"))
+    inputs = language.read_inputs(config, tokenizer, read_structure(model))
+    with pytest.raises(ValueError, match=r"line 1: has image, .* takes it by model\.encoders\.image; it draws images"):
+        open_data(config, inputs, model, ONE, 0, 1)
 
 
 @pytest.mark.parametrize("case", REFUSED)

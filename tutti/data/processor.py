@@ -95,7 +95,8 @@ class MediaProcessor:
     def measure(self, kind: str, entry: Any, folder: MediaFolder) -> Media:
         """The medium of an entry, with its size. RowError: it cannot be read, or the model takes none of its kind."""
         if kind not in self.markers or (kind == "audio" and not self._rate):
-            raise RowError(f"has {kind}, which {self.name} does not take")
+            advice = getattr(self.processor, "advice", None)
+            raise RowError(f"has {kind}, which {self.name} does not take{advice(kind) if advice else ''}")
         self._layout(kind)  # which refuses a processor that cannot be trained with
         if kind == "video":
             source, fps = video_source(entry, folder)

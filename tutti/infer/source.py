@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -74,6 +75,7 @@ def _folder_source(path: Path, config: Config, tokenizer: str | None) -> Source 
         if is_adapter_folder(folder):
             return _adapted(folder, config, tokenizer)
         if (folder / "config.json").is_file():
+            _require_language_model(folder)
             return Source(Config(model=ModelConfig(model_path=str(folder), tokenizer_path=tokenizer)))
     if not is_of_run(path):
         raise ValueError(
@@ -81,6 +83,19 @@ def _folder_source(path: Path, config: Config, tokenizer: str | None) -> Source 
             "output folder of a run (with its config.yaml) nor a checkpoint in one"
         )
     return None
+
+
+def _require_language_model(folder: Path) -> None:
+    """ValueError: the config.json in `folder` is of a part of diffusers."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # which building the model tells of
+        return
+    if isinstance(content, dict) and "_class_name" in content and "model_type" not in content:
+        raise ValueError(
+            f"infer.model_path: {folder} is of {content['_class_name']}, which writes no text and draws by itself "
+            "nothing; models that use it name it in model.decoders, or have it as a part of their folder"
+        )
 
 
 def _adapted(folder: Path, config: Config, tokenizer: str | None) -> Source:

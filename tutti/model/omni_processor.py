@@ -222,6 +222,12 @@ class OmniProcessor:
             setattr(self, f"{kind}_token", token)
             setattr(self, f"{kind}_token_ids", [self.tokenizer.get_vocab()[token]])
 
+    def advice(self, kind: str) -> str:
+        """The way to have the model take media of a kind that it does not take, at the end of an error."""
+        encoder = "audio" if kind == "audio" else "image"
+        drawn = "; it draws images whose place is in the assistant's message" if self.drawn and kind == "image" else ""
+        return f": a composed model takes it by model.encoders.{encoder}{drawn}"
+
     @property
     def chat_template(self) -> Any:
         return self.tokenizer.chat_template
