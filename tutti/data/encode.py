@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tutti.config import Config
 from tutti.core.batch import IGNORE, Media, Sample
-from tutti.data.media import MediaFolder, MediaSummary, described
+from tutti.data.media import MediaFolder, MediaSummary, described, plural
 from tutti.data.media_cache import MediaCache
 from tutti.data.parts import not_taken, with_media
 from tutti.data.processor import MediaProcessor, shift
@@ -43,10 +43,6 @@ _LIMITS = {
     "audio": "data.audio_max_seconds",
 }
 """The arguments that make media of a kind take fewer tokens."""
-
-
-def _plural(kind: str) -> str:
-    return "drawn pictures" if kind == "drawn" else f"{kind}s"
 
 
 _HALVES = re.compile("[\ud800-\udfff]")
@@ -171,7 +167,7 @@ class Encoder:
             kinds = sorted({medium.kind for medium in media})
             raise RowError(
                 f"is longer than data.max_seq_len {max_seq_len}, and only text can be cut, of which it has too "
-                f"little beside the {needed:,} tokens of its {' and '.join(map(_plural, kinds))}: raise "
+                f"little beside the {needed:,} tokens of its {' and '.join(map(plural, kinds))}: raise "
                 f"data.max_seq_len, or lower {' or '.join(_LIMITS[kind] for kind in kinds)}"
             )
 

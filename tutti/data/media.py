@@ -86,6 +86,11 @@ def described(medium: Media) -> str:
     return size if medium.frames is None else f"{size}, {len(medium.frames.indices)} of {medium.frames.total} frames"
 
 
+def plural(kind: str) -> str:
+    """The name of several media of a kind."""
+    return "drawn pictures" if kind == "drawn" else f"{kind}s"
+
+
 @dataclass(frozen=True)
 class MediaFolder:
     """The folders in which the media of a data file may lie. root: data.media_root."""

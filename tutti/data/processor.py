@@ -31,7 +31,7 @@ from torch import Tensor
 from tutti.config import DataConfig
 from tutti.core.batch import Frames, Media, Sample
 from tutti.data.audio import decode_sound, has_sound, load_sound
-from tutti.data.media import MediaFolder, identity, load_image, measure_image, reference, resized
+from tutti.data.media import MediaFolder, identity, load_image, measure_image, plural, reference, resized
 from tutti.data.media_cache import MediaCache
 from tutti.data.parts import Entry, as_drawn
 from tutti.data.rows import KINDS, BrokenMediaError, Conversation, RowError
@@ -95,8 +95,8 @@ class MediaProcessor:
     def measure(self, kind: str, entry: Any, folder: MediaFolder) -> Media:
         """The medium of an entry, with its size. RowError: it cannot be read, or the model takes none of its kind."""
         if kind not in self.markers or (kind == "audio" and not self._rate):
-            advice = getattr(self.processor, "advice", None)
-            raise RowError(f"has {kind}, which {self.name} does not take{advice(kind) if advice else ''}")
+            advice = getattr(self.processor, "advice", lambda kind: "")
+            raise RowError(f"has {kind}, which {self.name} does not take{advice(kind)}")
         self._layout(kind)  # which refuses a processor that cannot be trained with
         if kind == "video":
             source, fps = video_source(entry, folder)
@@ -593,9 +593,8 @@ def _join(values: Sequence[Tensor], dim: int) -> Tensor:
 
 
 def _mismatch(kinds: Sequence[str], media: Sequence[Media]) -> str:
-    said = {kind: kinds.count(kind) for kind in _KINDS}
-    given = {kind: sum(medium.kind == kind for medium in media) for kind in _KINDS}
     for kind in _KINDS:
-        if said[kind] != given[kind]:
-            return f"the text has {said[kind]} places for {kind}s, and the row has {given[kind]}"
+        said, given = kinds.count(kind), sum(medium.kind == kind for medium in media)
+        if said != given:
+            return f"the text has {said} places for {plural(kind)}, and the row has {given}"
     return "images, videos and sounds come in another order in the text than in the row"
