@@ -52,7 +52,6 @@ class Biases:
     def __init__(self, groups: int, spec: AttentionSpec, like: Tensor) -> None:
         self._groups, self._spec, self._like = groups, spec, like
         self._made: dict[tuple[int, int, int], Tensor | None] = {}
-        self._triangle: Tensor | None = None
 
     def __call__(self, tile: Tile) -> Tensor | None:
         start, stop, first, last = tile
@@ -68,11 +67,6 @@ class Biases:
         nearest, farthest = start - (last - 1), stop - 1 - first
         if (nearest >= 0 or not causal) and (max(farthest, -nearest) < window or not window):
             return None
-        if causal and not window and (start, stop) == (first, last):
-            # The first tile of a sample, and all of a short one: cut from one triangle, as there are many lengths.
-            if self._triangle is None:
-                self._triangle = self._like.new_full((TILE, TILE), -torch.inf).triu_(1)
-            return self._triangle[: stop - start, : stop - start].repeat(self._groups, 1)
         distance = torch.arange(start, stop, device=device)[:, None] - torch.arange(first, last, device=device)
         hidden = distance < 0 if causal else distance < -(window - 1)
         if window:
