@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests import sweep
 from tests.harness import regroup, run_ranks
 from tests.model.zoo import EXPERTS, tiny
 from tests.parallel.layouts import assert_same, family_config, train_all
@@ -220,3 +221,28 @@ def test_a_run_on_ranks_equals_one_process_without_it(tmp_path, world):
     ]
     for lines in train_all(configs, world):
         assert_same(lines, want)
+
+
+@pytest.mark.parametrize("lengths", [(7, 7, 7), (9, 1, 5)])
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
+def test_blocks_that_share_keys_read_those_of_their_own_sample(family, lengths, monkeypatch):
+    """Gemma 3n's hidden states are several streams besides."""
+    monkeypatch.setattr(sweep, "LENGTHS", lengths)
+    layers = {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+    }
+    particular = {
+        "gemma3n_text": {"intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.9, 0.0, 0.0, 0.0]},
+        "gemma4_text": {"per_layer_config": {1: {"head_dim": 16}, 3: {"head_dim": 16}}},
+    }
+    monkeypatch.setitem(sweep.PARTICULAR, family, layers | particular[family])
+    config = sweep.tiny_config(family)
+    state = sweep.disturbed(config).state_dict()
+
+    def separate(objective):
+        separate_samples(objective, [block for _, block in blocks(objective.model)])
+
+    found = sweep.packed_loss(config, state, "sdpa", separate)
+    assert sweep.compare(found, sweep.own_loss(config, state)) == sweep.EQUAL

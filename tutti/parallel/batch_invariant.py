@@ -24,7 +24,8 @@ Shapes: T tokens of S samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Iterable, Iterator, MutableMapping
 from functools import partial, wraps
 from typing import Any
 
@@ -74,17 +75,20 @@ class _Samples:
     """The samples of the batch that is being run.
 
     lengths: the tokens of each that this rank is given; where tensor ranks divide these between the parts of a block,
-    then those that it has to itself. known: the arguments that tell attention of each sample.
+    then those that it has to itself. known: the arguments that tell attention of each sample. shared: what blocks write
+    into for later ones (keys and values), by its id, with one for each sample.
     """
 
     def __init__(self) -> None:
         self.lengths: list[list[int]] = []
         self.known: list[dict[str, Any]] = []
+        self.shared: dict[int, tuple[Any, list[Any]]] = {}
 
     def note(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A forward hook of the root."""
         (batch,) = args
         assert isinstance(batch, Batch)
+        self.shared = {}
         if batch.sequence is None:
             host = batch.cu_seqlens if batch.borders is None else batch.borders
             given = host.diff().tolist()
@@ -107,6 +111,11 @@ class _Samples:
                 for dim in dims[1:]:
                     parts = [part.split(lengths, dim)[number] for number, part in enumerate(parts)]
                 return [part.clone(memory_format=torch.contiguous_format) for part in parts]
+        if isinstance(leaf, MutableMapping):
+            if id(leaf) not in self.shared:
+                assert not leaf, "what blocks share is filled by something else"
+                self.shared[id(leaf)] = leaf, [copy.copy(leaf) for _ in self.known]
+            return self.shared[id(leaf)][1]
         return [leaf] * len(self.known)
 
     def join(self, outputs: list[Any]) -> Any:
@@ -146,13 +155,13 @@ def _by_sample(forward: Forward, samples: _Samples) -> Forward:
 
 
 def _token_dims(tensor: Tensor, length: int) -> tuple[int, ...]:
-    """The dimensions of a tensor that run along a row of `length` tokens: [T, ..], [1, T, ..], positions [3, 1, T], and
-    masks [1, .., T, T]."""
+    """The dimensions of a tensor that run along a row of `length` tokens: [T, ..], [1, T, ..], positions [3, 1, T],
+    several streams of hidden states [.., 1, T, H], and masks [1, .., T, T]."""
     shape = tensor.shape
     if tensor.ndim == 4 and shape[2] == shape[3] == length:
         return 2, 3
     if tensor.ndim >= 2 and shape[0] == 1 and shape[1] == length:
         return (1,)
-    if tensor.ndim == 3 and shape[1] == 1 and shape[2] == length:
+    if tensor.ndim in (3, 4) and shape[1] == 1 and shape[2] == length:
         return (2,)
     return (0,) if tensor.ndim and shape[0] == length else ()
