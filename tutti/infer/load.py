@@ -55,6 +55,7 @@ from tutti.model.processor import build_processor
 from tutti.model.sparse import is_sparse
 from tutti.model.structure import blocks, num_params, read_structure, text_model, towers
 from tutti.model.tokenizer import build_tokenizer, end_ids, set_chat_template
+from tutti.parallel.fsdp import units_of
 
 log = logging.getLogger(__name__)
 
@@ -213,8 +214,8 @@ def _shard(model: PreTrainedModel, world: World) -> None:
     if world.size == 1:
         return
     mesh = init_device_mesh(world.device.type, (world.size,))
-    for _, block in blocks(model):
-        fully_shard(block, mesh=mesh)
+    for unit in units_of(block for _, block in blocks(model)):
+        fully_shard(unit, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 

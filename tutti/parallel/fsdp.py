@@ -25,7 +25,7 @@ Gradients are summed over ranks, not averaged: the loss is divided by the number
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -85,7 +85,7 @@ def shard(root: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, train: Train
             reshard_after_forward=frees and mesh.num_expert_shards > 1 and experts not in last,
             shard_placement_fn=lambda parameter: Shard(shard_dim(parameter, mesh.num_expert_shards)),
         )
-    for together in _sharing([block for block in blocks if block not in divided]):
+    for together in units_of([block for block in blocks if block not in divided]):
         stays = any(block in last for block in together)
         unit(together, mesh=mesh.fsdp, reshard_after_forward=reshard and not stays)
     unit(root, mesh=mesh.fsdp, reshard_after_forward=False)
@@ -95,8 +95,8 @@ def shard(root: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, train: Train
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _sharing(blocks: Sequence[nn.Module]) -> list[list[nn.Module]]:
-    """`blocks` in groups, those together that share parameters (Zamba's attention)."""
+def units_of(blocks: Iterable[nn.Module]) -> list[list[nn.Module]]:
+    """`blocks` in groups that `fully_shard` takes as one unit each: those together that share parameters (Zamba)."""
     groups: list[tuple[list[nn.Module], set[nn.Parameter]]] = []
     for block in blocks:
         members, held = [block], set(block.parameters())
