@@ -73,6 +73,15 @@ def test_each_argument_changes_the_text(model, say, name, value):
     assert say(model, **{name: value}) != say(model)
 
 
+def test_a_text_that_ends_an_answer(model, say):
+    """Nothing of it is shown, and what comes before it is what comes without it."""
+    whole = say(model, do_sample=False).strip("\n")
+    stop = whole[len(whole) // 2 :][:3]
+    cut = say(model, do_sample=False, stop=json.dumps([stop, "never there"], ensure_ascii=False)).strip("\n")
+    assert cut == whole[: whole.index(stop)]
+    assert say(model, do_sample=False, stop="never there").strip("\n") == whole
+
+
 def test_the_same_seed_gives_the_same_text(model, say):
     assert say(model, seed=5) == say(model, seed=5) == say(model, seed=5, batch_tokens=1)
 

@@ -26,6 +26,27 @@ def test_pieces_add_up(text, first, last, before, after):
     assert answer_text(TOKENIZER, ids) == first + text + last
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text("ab \n", max_size=20),
+    st.text(" \n", max_size=1),
+    st.text(" \n", max_size=2),
+    st.lists(st.text("ab\n", min_size=1, max_size=3), max_size=2),
+)
+def test_pieces_add_up_to_the_text_before_the_first_stop(text, before, after, stops):
+    ids, edges = TOKENIZER(text, add_special_tokens=False).input_ids, Edges(before, after, tuple(stops))
+    stream = TextStream(TOKENIZER, edges)
+    pieces, made = "", 0
+    while made < len(ids) and not stream.is_stopped:  # as an answer is made
+        pieces += stream.add(ids[made])
+        made += 1
+    assert stream.is_stopped == any(stop in text for stop in stops)
+    text = answer_text(TOKENIZER, ids[:made])
+    whole = min((text.find(stop) for stop in stops if stop in text), default=len(text))
+    want = text[:whole].removeprefix(before).removesuffix(after)
+    assert pieces + stream.end() == answer_text(TOKENIZER, ids[:made], edges) == want
+
+
 def _pieces_words() -> PreTrainedTokenizerFast:
     """A tokenizer that writes a token differently where a text begins, and leaves some out."""
     words = ["[UNK]", "[CLS]", "hel", "##lo", "wor", "##ld", ",", "don", "'", "t", "."]
@@ -88,7 +109,7 @@ NAMED = {name: template_named(name) for name in (*TEMPLATES, "default")}
 
 def test_blanks_of_templates():
     found = {name: edges_of(NAMED[name]) for name in TEMPLATES}
-    assert found == {"plain": (" ", ""), "chatml": ("", ""), "llama2": (" ", " ")}
+    assert found == {"plain": Edges(" ", ""), "chatml": Edges("", ""), "llama2": Edges(" ", " ")}
 
 
 @settings(max_examples=100, deadline=None)

@@ -36,6 +36,12 @@ class InferConfig:
         low=0.01,
         added=True,
     )
+    stop: tuple[str, ...] = arg(
+        (),
+        "Texts that end an answer as the end of a turn does, and are no part of it.",
+        added=True,
+        prose=True,
+    )
     chat_template: str = arg(
         "default",
         "How conversations are rendered: default (as the model was trained, or by its tokenizer's template), none "

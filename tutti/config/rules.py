@@ -74,6 +74,8 @@ def contradictions(config: Config) -> list[str]:
         )
     if train.lr_min > train.lr and "train.lr_min" in config.explicit and train.lr_decay_style != "constant":
         problems.append(f"train.lr_min: must not be above train.lr ({train.lr:g}), from which it is decayed to")
+    if "" in config.infer.stop:
+        problems.append("infer.stop: an empty text would end every answer before it begins; leave it out")
     problems += _of_numbers_by_name(config)
     for kind in ("image", "video"):
         least, most = (getattr(config.data, f"{kind}_{bound}_pixels") for bound in ("min", "max"))

@@ -15,7 +15,6 @@ _TRACKERS = "write train.use_wandb: true, or train.trackers: [tensorboard]"
 _HELD_OUT = "rows to evaluate on have a file of their own, data.eval_path, with train.eval_steps or train.eval_epochs"
 _SHARDING = "write train.data_parallel_mode: fsdp2 (docs/parallelism.md)"
 _SAMPLING = "answers are greedy (infer.do_sample: false), or sampled by infer.temperature, infer.top_p and infer.top_k"
-_STOP = "an answer ends with the model's turn, or after infer.max_tokens"
 
 SYNONYMS: dict[str, str] = {
     "model": "model.model_path",
@@ -137,6 +136,6 @@ SYNONYMS: dict[str, str] = {
     "max_new_tokens": "infer.max_tokens",
     "min_p": _SAMPLING,
     "num_beams": _SAMPLING,
-    "stop": _STOP,
-    "stop_strings": _STOP,
+    "stop_strings": "infer.stop",
+    "stop_words": "infer.stop",
 }

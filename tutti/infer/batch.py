@@ -187,7 +187,7 @@ def _header(config: Config, loaded: LoadedModel, rows: Rows, requests: Sequence[
     return {
         "input": _digest(list(rows.items())),
         "weights": loaded.weights,
-        "infer": settings | {"stop_ids": sorted(loaded.stop_ids)},
+        "infer": settings | {"stop_ids": sorted(loaded.stop_ids), "stop": list(config.infer.stop)},
         "prompts": _digest([_identity(item) for item in requests]),
     }
 

@@ -32,7 +32,7 @@ from tutti.core.dist import World
 from tutti.infer.drawing import Drawing, DrawingState
 from tutti.infer.media import MediaInputs
 from tutti.infer.sampling import Sampler
-from tutti.infer.stream import NO_EDGES, Edges, answer_text
+from tutti.infer.stream import NO_EDGES, Edges, TextStream, answer_text
 
 
 class Request(NamedTuple):
@@ -59,7 +59,8 @@ class Request(NamedTuple):
 
 
 class Token(NamedTuple):
-    """One more token of sequence `number`. end: `stop` (it is a stop token), `length` (the limit), or None."""
+    """One more token of sequence `number`. end: `stop` (it is a stop token), `text` (the answer's text has one of
+    infer.stop), `length` (the limit), or None."""
 
     number: int
     id: int
@@ -121,11 +122,13 @@ class CachedLogits:
 
 @dataclass
 class _Row:
-    """A sequence under way. answer: its tokens so far. end: as in `Token`. state: where its pictures are."""
+    """A sequence under way. state: where its pictures are. text: looks for texts that end it. answer: its tokens so
+    far. end: as in `Token`."""
 
     request: Request
     random: torch.Generator
     state: DrawingState
+    text: TextStream | None = None
     answer: list[int] = field(default_factory=list)
     end: str | None = None
 
@@ -136,7 +139,14 @@ class _Row:
 
     def add(self, token: int, stop_ids: frozenset[int]) -> Token:
         self.answer.append(token)
-        self.end = "stop" if token in stop_ids else "length" if len(self.answer) == self.request.limit else None
+        if self.text is not None:
+            self.text.add(token)
+        if token in stop_ids:
+            self.end = "stop"
+        elif self.text is not None and self.text.is_stopped:
+            self.end = "text"
+        elif len(self.answer) == self.request.limit:
+            self.end = "length"
         return Token(self.request.number, token, self.end)
 
 
@@ -146,7 +156,7 @@ class Generator:
 
     stop_ids: tokens that end an answer. batch_tokens: most sequences under way times the size of the largest of them,
     unless it is one alone. interrupted: asked once a round; true (on rank 0) ends the streams. drawing: of a model that
-    draws.
+    draws. make_text: makes what looks for texts that end an answer, if there are such.
     """
 
     logits: NextLogits
@@ -156,6 +166,7 @@ class Generator:
     batch_tokens: int
     interrupted: Callable[[], bool] = field(default=lambda: False)
     drawing: Drawing | None = None
+    make_text: Callable[[], TextStream] | None = None
 
     @torch.no_grad()
     def stream(self, requests: Iterable[Request]) -> Iterator[Token]:
@@ -206,7 +217,8 @@ class Generator:
                 break
             request = waiting.popleft()
             state = DrawingState.of(request, self.drawing)
-            joining.append(_Row(request, self.sampler.generator(request.number), state))
+            text = self.make_text and self.make_text()
+            joining.append(_Row(request, self.sampler.generator(request.number), state, text))
         waiting.extendleft(reversed(passed_over))
         return joining
 

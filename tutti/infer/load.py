@@ -110,7 +110,9 @@ def load_model(config: Config, world: World) -> LoadedModel:
     return LoadedModel(
         model=model,
         logits=logits,
-        form=PromptFormat(tokenizer, template, is_chat, context, processor, *folders, drawing, encode),
+        form=PromptFormat(
+            tokenizer, template, is_chat, context, processor, *folders, drawing, encode, config.infer.stop
+        ),
         stop_ids=stop_ids,
         weights=f"{weights} {model.dtype}",
         drawing=drawing,

@@ -40,7 +40,7 @@ class PromptFormat:
     text to continue. context: most tokens of prompt and answer together; None: no limit known. media: the processor of
     a model that takes images and more. media_root: a folder in which files of media may lie, beside that of the rows
     (data.media_root). row_template: the messages of a row without any, by role (data.row_template). drawing: of a model
-    that draws; encode: makes codes [N, n] of pictures, for one that sees them as it draws them.
+    that draws; encode: makes codes [N, n] of pictures, for one that sees them as it draws them. stops: infer.stop.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -52,6 +52,7 @@ class PromptFormat:
     row_template: Mapping[str, str] = field(default_factory=dict)
     drawing: Drawing | None = None
     encode: Callable[[Any], Any] | None = None
+    stops: tuple[str, ...] = ()
 
     def dated(self, day: str) -> PromptFormat:
         """The format with a template that is told `day`, YYYY-MM-DD, when it asks for the date."""
@@ -210,4 +211,4 @@ def _request(form: PromptFormat, ids: Sequence[int], number: int, max_tokens: in
             f"the prompt has {len(ids)} tokens, which leaves no room for an answer in the model's context of "
             f"{form.context}; shorten it"
         )
-    return Request(number, ids, min(room, max_tokens), edges)
+    return Request(number, ids, min(room, max_tokens), edges._replace(stops=form.stops))

@@ -30,7 +30,7 @@ from tutti.infer.load import LoadedModel, load_model
 from tutti.infer.prompts import prompt_request, to_draw
 from tutti.infer.sampling import Sampler
 from tutti.infer.source import find_source, named_as_infer
-from tutti.infer.stream import TextStream
+from tutti.infer.stream import Edges, TextStream
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +78,9 @@ def infer(config: Config, job: Job) -> None:
         sampler = Sampler.of(config.infer)
         generator = Generator(loaded.logits, sampler, loaded.stop_ids, world, config.infer.batch_tokens)
         generator = replace(generator, drawing=loaded.drawing)
+        if config.infer.stop:
+            ends = Edges(stops=config.infer.stop)
+            generator = replace(generator, make_text=lambda: TextStream(loaded.form.tokenizer, ends))
         if job.input and job.output:
             answer_rows(config, loaded, generator, rows, Path(job.input), Path(job.output), draw=job.draw)
         elif job.prompts:

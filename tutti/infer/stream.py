@@ -13,17 +13,32 @@ from tutti.data.template import ChatTemplate
 
 
 class Edges(NamedTuple):
-    """The blanks that a chat template writes before and after the content of an answer.
+    """The blanks that a chat template writes before and after the content of an answer, and texts that end one.
 
-    A model that was trained with the template generates them too, and the template writes them again around an answer
-    that is fed back, so they are no part of its text.
+    A model that was trained with the template generates the blanks too, and the template writes them again around an
+    answer that is fed back, so they are no part of its text. Neither are `stops` (infer.stop) and what follows one.
     """
 
     before: str = ""
     after: str = ""
+    stops: tuple[str, ...] = ()
 
     def strip(self, text: str) -> str:
-        return text.removeprefix(self.before).removesuffix(self.after)
+        return text[: self.end_of(text)].removeprefix(self.before).removesuffix(self.after)
+
+    def end_of(self, text: str) -> int:
+        """The place of the first of `stops` in `text`, or its length."""
+        return min((place for stop in self.stops if (place := text.find(stop)) >= 0), default=len(text))
+
+    def uncertain(self, text: str) -> int:
+        """The characters at the end of `text` that may turn out to be no part of the answer."""
+        begun = {size for stop in self.stops for size in range(len(stop)) if text.endswith(stop[:size])} | {0}
+        return max(size + self._blanks(text[: len(text) - size]) for size in begun)
+
+    def _blanks(self, text: str) -> int:
+        """The characters at the end of `text` that the blanks after an answer may begin with."""
+        after = self.after
+        return next(size for size in range(min(len(after), len(text)), -1, -1) if text.endswith(after[:size]))
 
 
 NO_EDGES = Edges()
@@ -37,7 +52,7 @@ def edges_of(template: ChatTemplate) -> Edges:
     except RowError:
         return NO_EDGES
     found = re.match(r"(\s*)x(\s*)", text[slice(*spans[-1])]) if spans else None
-    return Edges(*found.groups()) if found else NO_EDGES
+    return Edges(found[1], found[2]) if found else NO_EDGES
 
 
 class TextStream:
@@ -58,9 +73,13 @@ class TextStream:
         self._shown = 0
         self._begun = False
         self._held = ""
+        self.is_stopped = False
+        """True once a text was made that ends the answer."""
 
     def add(self, token: int) -> str:
         """One more token; the text that is now complete."""
+        if self.is_stopped:
+            return ""
         self._ids.append(token)
         text = self._decoded(self._start, len(self._ids))
         if text.endswith("\ufffd"):
@@ -69,22 +88,29 @@ class TextStream:
 
     def end(self) -> str:
         """The text that is left when no token follows."""
-        rest = self._held + self._advance(self._decoded(self._start, len(self._ids)))
+        rest = self._held
+        if not self.is_stopped:
+            rest += self._advance(self._decoded(self._start, len(self._ids)))
+            rest = rest[: self._edges.end_of(rest)]
         if not self._begun:
             rest = rest.removeprefix(self._edges.before)
         return rest.removesuffix(self._edges.after)
 
     def _within_edges(self, piece: str) -> str:
         """The part of the held back text and `piece` that is certain to belong to the answer."""
-        text, (before, after) = self._held + piece, self._edges
+        text, before = self._held + piece, self._edges.before
+        if (end := self._edges.end_of(text)) < len(text):
+            self._held, self.is_stopped = text[:end], True
+            return ""
+        keep = self._edges.uncertain(text)
+        sure = text[: len(text) - keep]
         if not self._begun:
-            if len(text) < len(before) and before.startswith(text):
+            if len(sure) < len(before) and before.startswith(sure):
                 self._held = text
                 return ""
-            text, self._begun = text.removeprefix(before), bool(text)
-        keep = next(size for size in range(min(len(after), len(text)), -1, -1) if text.endswith(after[:size]))
+            sure, self._begun = sure.removeprefix(before), bool(sure)
         self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        return sure
 
     def _advance(self, text: str) -> str:
         before = self._decoded(self._start, self._shown)
