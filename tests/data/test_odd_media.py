@@ -96,6 +96,7 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "1 x 20000": ("image", picture(size=(1, 20_000)), "cannot take its images: absolute aspect ratio"),
     "a bomb": ("image", picture(size=(1200, 900)), "has 1200 x 900 pixels, too many to decode"),
     "http": ("video", "http://example.org/a.mp4", "would have to be downloaded"),
+    "32 bits": ("image", picture("TIFF", mode="F"), "has pixels of 32 bits, whose black and white are not known"),
     "bad base64": ("image", "data:image/png;base64,@@@@", "a data URL that is not base64"),
     "a text as a video": ("video", "text.mp4", "text.mp4 cannot be read as a video: Invalid data"),
     "a video as a sound": ("audio", video(), "has no sound"),
@@ -133,6 +134,14 @@ def test_odd_media_are_read(tmp_path: Path, name: str) -> None:
     extras = encoder_of(kind).extras(found, len(found[0]))
     values = next(extras[key] for key in ("pixel_values", "pixel_values_videos", "input_features") if key in extras)
     assert values.isfinite().all() and (values.std() > 0 or name == "one pixel")
+
+
+@pytest.mark.parametrize(("form", "mode"), [("PNG", "I;16"), ("TIFF", "I;16B")])
+def test_gray_of_16_bits_keeps_its_brightness(form: str, mode: str) -> None:
+    buffer = io.BytesIO()
+    order = "big" if mode.endswith("B") else "little"
+    Image.frombytes(mode, (2, 1), b"".join(value.to_bytes(2, order) for value in (30_000, 2_560))).save(buffer, form)
+    assert np.asarray(media.decode_image(buffer.getvalue())).tolist() == [[[117] * 3, [10] * 3]]
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tutti.data.parts import place_media
-from tutti.data.rows import RowError
+from tutti.data.rows import RowError, fill
 
 ASKED = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
 ANSWER = {"role": "assistant", "content": "A dog."}
@@ -112,3 +112,18 @@ def test_rows_without_media_are_left_alone() -> None:
 def test_what_does_not_add_up_is_said(content: Any, columns: dict[str, Any], reason: str) -> None:
     with pytest.raises(RowError, match=reason):
         place_media([{"role": "user", "content": content}], columns)
+
+
+@pytest.mark.parametrize("column", ["image", "images", "file_name", "image_file_name", "images_file_names"])
+def test_the_image_of_a_table_s_row(column: str) -> None:
+    """Its own column, or the path in the metadata of a folder as Hugging Face's datasets read it."""
+    value = ["a.png"] if column.endswith("s") else "a.png"
+    row = fill({"user": "<image>What is this?", "assistant": "{text}"}, {column: value, "text": "A dog."})
+    messages, entries = place_media(row["messages"], row)
+    assert messages == [{"role": "user", "content": ASKED}, ANSWER] and entries == [("image", "a.png")]
+
+
+@pytest.mark.parametrize("row", [{"path": "a.png"}, {"image": ""}, {"images": []}, {"videos": ["a.mp4"]}])
+def test_a_table_s_row_without_the_medium_that_its_template_has_a_place_for(row: dict[str, Any]) -> None:
+    with pytest.raises(RowError, match="has nothing in a column image, images or file_name for the <image> of data"):
+        fill({"user": "<image>What is this?", "assistant": "{text}"}, {**row, "text": "A dog."})

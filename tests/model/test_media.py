@@ -32,6 +32,7 @@ from tutti.train.objective import Objective
 QUICKSTART = Path(__file__).parents[2] / "data" / "quickstart"
 CPU = torch.device("cpu")
 CONFIGS = {"pixtral": "mistral3"} | {name: name for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "gemma3")}
+CONFIGS |= {name: name for name in ("gemma4", "gemma4_seeing")}
 CONFIGS |= {"qwen3_vl_moe": "qwen3_vl_moe", "glm4v": "glm4v"}
 OTHERS = {
     "qwen2_audio": "qwen2_audio", "qwen2_5_omni": "qwen2_5_omni_thinker", "qwen3_omni": "qwen3_omni_moe_thinker",
@@ -157,6 +158,22 @@ def test_bounds_on_pixels_change_how_many_tokens_an_image_takes() -> None:
     assert fewer < free and small[0] < whole[0]
     assert (4 * fewer, 4 * free) == (small[0], whole[0])  # four patches make a token
     assert encoded(image_max_pixels=256, image_min_pixels=256)[0] >= fewer
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_placeholder_that_no_column_fills_is_told_of(parts: bool) -> None:
+    processor = PROCESSORS["qwen2_vl"]()
+    tree = {"train_path": "x", "data_type": "conversation", "max_seq_len": 512}
+    encoder = make_encoder(from_dict({"data": tree}), processor.tokenizer, vocab_size=4096, processor=processor)
+    (row,) = make_rows((1,))
+    wrong = {"messages": row["messages"], "image_path": row["images"][0]}
+    if parts:
+        question = {"role": "user", "content": [{"type": "text", "text": row["messages"][0]["content"]}]}
+        wrong = {"messages": [question, row["messages"][1]]}
+    encoder([Row(row, str(QUICKSTART / "rows.jsonl"), 1)])
+    assert not encoder.notes
+    encoder([Row(wrong, str(QUICKSTART / "rows.jsonl"), 2)])
+    assert encoder.notes == {"<image> stays a word of the text, as no column of the row has a medium for it": 1}
 
 
 def test_what_is_remembered_of_sizes_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ from tutti.config import Config
 from tutti.core.batch import IGNORE, Media, Sample
 from tutti.data.media import MediaFolder, MediaSummary, described, plural
 from tutti.data.media_cache import MediaCache
-from tutti.data.parts import not_taken, with_media
+from tutti.data.parts import literal_places, not_taken, with_media
 from tutti.data.processor import MediaProcessor, shift
 from tutti.data.rows import CONVERSATIONS, RowError, class_of, conversation_of, fill, half_surrogate, text_of
 from tutti.data.source import BadRow, Row, text_columns
@@ -140,8 +140,12 @@ class Encoder:
             text, spans = self.template(conversation)
             if self.media is None:
                 return text, spans, None
+            literal = literal_places(conversation.messages)
             if not entries:
                 self.media.expand(text, ())  # which minds a marker that a text spells
+            for place in literal:
+                self.notes[f"{place} stays a word of the text, as no column of the row has a medium for it"] += 1
+            if not entries:
                 return text, spans, None
             folder = MediaFolder(os.path.dirname(row.file), self.media_root)
             found = tuple(self.media.measure(kind, entry, folder) for kind, entry in entries)

@@ -164,6 +164,8 @@ def _member(entry: Any, name: Any, folder: MediaFolder) -> str | bytes:
 def measure_image(source: Source) -> tuple[int, int]:
     """The width and height of an image, upright, from its header. RowError: it cannot be read."""
     with readable(source), opened(source) as image:
+        if image.mode in ("I", "F"):
+            raise RowError(f"{name_of(source)} has pixels of 32 bits, whose black and white are not known: make 8 bits")
         width, height = image.size
         turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
         return (height, width) if turned else (width, height)
@@ -179,9 +181,12 @@ def is_image(source: Source) -> bool:
 
 
 def decode_image(source: Source) -> Image.Image:
-    """The decoded image, upright, in RGB. RowError: it cannot be decoded."""
+    """The decoded image, upright, in RGB of 8 bits; of 16 bits of gray the upper 8. RowError: it cannot be decoded."""
     with readable(source), opened(source) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I;16"):  # of which pillow would make white of all that is brighter than 255
+            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        return upright.convert("RGB")
 
 
 def load_image(medium: Media) -> Image.Image:

@@ -97,6 +97,15 @@ def as_drawn(conversation: Conversation, entries: list[Entry], *, everyone: bool
     return replace(conversation, messages=messages), renamed
 
 
+def literal_places(messages: list[dict[str, Any]]) -> set[str]:
+    """The placeholders that texts of messages spell once media have been placed: no medium was there for them."""
+    found: set[str] = set()
+    for content in (message.get("content") or "" for message in messages):
+        texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+        found.update(place.group() for text in texts for place in _PLACEHOLDER.finditer(text))
+    return found
+
+
 def not_taken(entries: list[Entry]) -> RowError:
     """The error that media are for a model without a processor for them."""
     kinds = " and ".join(sorted({kind for kind, _ in entries}))

@@ -58,6 +58,10 @@ MEDIA_PARTS = {
 """The kind of medium in a part of this type."""
 
 
+_FILE_NAMES = ("{}_file_name", "{}s_file_names", "file_name", "file_names")
+"""Columns with paths of media in the metadata.csv or metadata.jsonl of a folder that Hugging Face's datasets read."""
+
+
 class RowError(Exception):
     """A row that can't be used; the message is the reason."""
 
@@ -191,9 +195,20 @@ def conversation_of(value: dict[str, Any], columns: Sequence[str]) -> Conversati
 
 def fill(template: Mapping[str, str], value: dict[str, Any]) -> dict[str, Any]:
     """The row with messages of the texts that `template` (data.row_template) has for each role, columns filled in; a
-    row that has messages stays as it is. RowError: it lacks a column."""
+    row that has messages stays as it is. RowError: it lacks a column, or a medium that a text has a place for."""
     if any(value.get(column) is not None for column in CONVERSATIONS):
         return value
+    texts = "".join(template.values())
+    for kind in (kind for kind in KINDS if f"<{kind}>" in texts):
+        names = (kind, f"{kind}s", *(name.format(kind) for name in _FILE_NAMES))
+        found = next((name for name in names if value.get(name)), None)
+        if found is None:
+            raise RowError(
+                f"has nothing in a column {kind}, {kind}s or file_name for the <{kind}> of data.row_template; its "
+                f"columns are {listed(value)}"
+            )
+        if found not in names[:2]:
+            value = {**value, f"{kind}s": value[found]}
 
     def column(found: re.Match[str]) -> str:
         entry = value.get(found.group(1))

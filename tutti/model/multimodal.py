@@ -49,7 +49,7 @@ from tutti.model.patches import multiply_patches
 from tutti.parallel.pipeline.stage import Passed, Stage
 from tutti.parallel.tensor import local_parameters
 
-_ALONG = {"inputs_embeds": 1, "position_ids": -1, "visual_pos_masks": -1}
+_ALONG = {"inputs_embeds": 1, "position_ids": -1, "visual_pos_masks": -1, "per_layer_inputs": 1}
 """Arguments of a language model that lie along its tokens, and in which dimension."""
 
 _BESIDE = {"attention_mask", "deepstack_visual_embeds", "cu_seq_lens_q", "cu_seq_lens_k", "borders"}
