@@ -39,7 +39,7 @@ def test_media_are_shown_in_the_place_of_their_tokens(tmp_path: Path, capsys: py
     assert "largest image of 48 tokens: 64x48 a.png" in shown
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava", "gemma3", "pixtral", "internvl"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava", "gemma3", "pixtral", "internvl", "qwen2_5_omni"])
 def test_the_images_of_the_largest_micro_batch_are_foreseen(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

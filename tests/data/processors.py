@@ -228,7 +228,6 @@ PROCESSORS = {
     "qwen3_omni": lambda: _omni("Qwen3OmniMoeProcessor"),
     "gemma3": _gemma3,
     "gemma4": _gemma4,
-    "gemma4_seeing": _gemma4,
     "pixtral": _pixtral,
     "janus": _janus,
     "emu3": _emu3,

@@ -179,6 +179,27 @@ def test_ranks_and_ways_to_ask_give_the_same(
     assert "(there is no file nowhere.png)" in shown and shown.rstrip("\n").endswith(outputs[0][2].rstrip("\n"))
 
 
+def test_a_part_that_knows_no_sdpa_attends_by_its_own_code(tmp_path: Path) -> None:
+    _, loaded = open_model(write_model(tmp_path, "gemma4"))
+    config = loaded.model.config
+    parts = (config.get_text_config(), config.vision_config, config.audio_config)
+    assert isinstance(loaded.logits, GeneratedLogits)
+    assert [part._attn_implementation for part in parts] == ["sdpa", "sdpa", "eager"]
+
+
+def test_what_a_conversation_has_no_room_for_is_not_taken(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else no message could be sent any more, as what was taken waits for one that can."""
+    make_pictures(tmp_path)
+    pictures = [f"/image {tmp_path / '1.png'}"] * 40
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([*pictures, "What?", ""])))
+    assert main(["infer", f"--infer.model_path={model}", "--infer.max_tokens=3"]) == 0
+    shown = capsys.readouterr().out
+    assert "(not taken: with it a message has 2" in shown and "tokens, and the model's context 256)" in shown
+    assert "(1.png comes before the next message)" in shown and "not sent" not in shown
+
+
 def test_what_cannot_be_asked_is_one_line(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(*words: str) -> str:
         assert main(["infer", f"--infer.model_path={model}", *words]) > 0

@@ -149,39 +149,6 @@ _HEARING: dict[str, Any] = {
 
 _ENDS = {"vision_start_token_id": 252, "vision_end_token_id": 253, "audio_end_token_id": 254}
 
-_GEMMA4: dict[str, Any] = {
-    "model_type": "gemma4",
-    "text_config": _TEXT
-    | {
-        "head_dim": 16,
-        "global_head_dim": 16,
-        "sliding_window": 64,
-        "layer_types": ["sliding_attention", "full_attention"],
-        "vocab_size_per_layer_input": VOCAB,
-        "hidden_size_per_layer_input": 0,
-    },
-    "vision_config": {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "patch_size": 4,
-        "pooling_kernel_size": 2,
-        "position_embedding_size": 64,
-        "initializer_range": 0.1,
-    },
-    "audio_config": {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "subsampling_conv_channels": [32, 4],
-        "output_proj_dims": 32,
-        "initializer_range": 0.1,
-    },
-}
-
 FROM_FILES: dict[str, dict[str, Any]] = {
     "qwen2_audio": {
         "text_config": _TEXT | {"model_type": "qwen2"},
@@ -202,9 +169,40 @@ FROM_FILES: dict[str, dict[str, Any]] = {
         "audio_config": _HEARING
         | {"n_window": 50, "output_dim": 32, "n_window_infer": 100, "downsample_hidden_size": 8},
     },
-    "gemma4": _GEMMA4 | {"text_config": _GEMMA4["text_config"] | {"hidden_size_per_layer_input": 8}},
-    "gemma4_seeing": _GEMMA4
-    | {"text_config": _GEMMA4["text_config"] | {"use_bidirectional_attention": "vision"}, "audio_config": None},
+    "gemma4": {
+        "text_config": _TEXT
+        | {
+            "head_dim": 16,
+            "global_head_dim": 16,
+            "sliding_window": 64,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "vocab_size_per_layer_input": VOCAB,
+            "hidden_size_per_layer_input": 8,
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "use_bidirectional_attention": "vision",
+        },
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "patch_size": 4,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 64,
+            "initializer_range": 0.1,
+        },
+        "audio_config": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "subsampling_conv_channels": [32, 4],
+            "output_proj_dims": 32,
+            "initializer_range": 0.1,
+        },
+    },
     "llava_next": {
         "text_config": _TEXT | {"model_type": "llama"},
         "vision_config": _VISION | {"model_type": "clip_vision_model"},
@@ -230,11 +228,11 @@ GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v
 
 def tiny(name: str, **text: Any) -> PreTrainedConfig:
     """The tiny config of family `name` (of FAMILIES or FROM_FILES), with `text` set on its language model's part."""
-    values = {"model_type": name} | (FAMILIES | FROM_FILES)[name]
-    values["text_config"] = values["text_config"] | text
-    if "vocab_size_per_layer_input" in values["text_config"]:
-        values["text_config"]["vocab_size_per_layer_input"] = values["text_config"]["vocab_size"]
-    return AutoConfig.for_model(values.pop("model_type"), **values)
+    values = (FAMILIES | FROM_FILES)[name]
+    text = values["text_config"] | text
+    if "vocab_size_per_layer_input" in text:
+        text["vocab_size_per_layer_input"] = text["vocab_size"]
+    return AutoConfig.for_model(name, **{**values, "text_config": text})
 
 
 @dataclass(frozen=True)

@@ -178,8 +178,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "llava_onevision": ({"video_max_frames": 3}, [*VIDEOS.values(), TWO, MIXED]),
     "qwen2_audio": ({}, [*SOUNDS.values()]),
     "qwen2_5_omni": ({}, [*SOUNDS.values(), VIDEOS["a file"], VIDEOS["an image"], ALL]),
-    "gemma4": ({"video_fps": 1}, [*SOUNDS.values(), VIDEOS["a file"], VIDEOS["an image"], TWO, ALL]),
-    "gemma4_seeing": ({"video_fps": 1}, [VIDEOS["a file"], VIDEOS["text"], TWO, MIXED]),
+    "gemma4": ({"video_fps": 1}, [*SOUNDS.values(), VIDEOS["a file"], VIDEOS["an image"], TWO, MIXED, ALL]),
     "qwen3_omni": ({"video_fps": 1}, [*SOUNDS.values(), VIDEOS["a file"], VIDEOS["an image"], ALL]),
 }
 """The limits on data, and the rows, that a family is tried with."""

@@ -51,6 +51,7 @@ from tutti.core.dist import World
 from tutti.core.tensors import local_part
 from tutti.data.processor import MediaProcessor
 from tutti.model.initial import give_storage
+from tutti.model.multimodal import make_placing
 from tutti.model.structure import is_classifier, read_structure
 from tutti.parallel.apply import parallelize
 from tutti.parallel.fsdp import postpones
@@ -124,6 +125,9 @@ def predict_rank(
         placed = place_model(config, copied, structure, make_task(config), layout, mesh)
         objective = placed.objective
         parallelize(objective, placed.structure, mesh, train, placed.plan)
+        # A family makes positions of media on the host, from numbers that a rehearsal has no values of.
+        place = make_placing(placed.structure)
+        given = [_without_values(place(batch)) for batch in batches or [full or full_batch(config, model)]]
         with count_traffic(mesh) as traffic, rehearse(on_cpu=on_cpu) as memory:
             give_storage(objective.model, ranks.device)
             objective.train()
@@ -140,8 +144,8 @@ def predict_rank(
                 return _combined(traffic.sent, before, lambda after, so_far: after - so_far)
 
             if batches:
-                return sizes.prediction(rank, sent_by([_without_values(batch) for batch in batches]))
-            full, count = _without_values(full or full_batch(config, model)), layout.accumulation
+                return sizes.prediction(rank, sent_by(given))
+            (full,), count = given, layout.accumulation
             few, many = _short_steps(count, layout, train, mesh.rank("pipeline"))
             sent = sent_by([full] * many)
             found = sizes.prediction(rank, sent)

@@ -583,6 +583,8 @@ def _moved(at: int, places: Sequence[tuple[int, int, int]]) -> int:
 
 def _join(values: Sequence[Tensor], dim: int) -> Tensor:
     """Values of several samples, one after the other along `dim`; other dimensions padded with zeros at their ends."""
+    if len(values) == 1:
+        return values[0]
     shape = [max(value.shape[d] for value in values) for d in range(values[0].ndim)]
     padded = []
     for value in values:

@@ -17,6 +17,10 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+NICE = 10
+"""How much lower than the trainer's the priority of workers is. Where both need a core, the threads of a step would
+wait for the one whose core a worker has; a worker finds a core when the step has no use for it, or waits for data."""
+
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
@@ -44,6 +48,7 @@ def quiet_fork() -> Iterator[None]:
 
 def be_a_worker(*_: Any) -> None:
     """Prepare a worker process."""
+    os.nice(NICE)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(signal, "sigtimedwait"):

@@ -147,7 +147,9 @@ def _attach(kind: str, text: str, form: PromptFormat, history: History, show: Ca
         return
     media = [*history.media, as_part(kind, str(path))]
     try:
-        chat_tokens(form, Conversation([{"role": "user", "content": media}], (False,)))
+        ids, _ = chat_tokens(form, Conversation([{"role": "user", "content": media}], (False,)))
+        if form.context is not None and len(ids) >= form.context:
+            raise RowError(f"with it a message has {len(ids):,} tokens, and the model's context {form.context:,}")
     except RowError as error:
         show(f"(not taken: {error})\n")
         return

@@ -165,11 +165,23 @@ def _build(
             raise ValueError(
                 "infer.model_path: native-sparse attention runs in models that Tutti generates with itself"
             )
-        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        model.set_attn_implementation(_own_attention(model))
     else:
         model.set_attn_implementation(attention_by_part(model.config, register()))
         pass_arguments(text_model(model), blocks(model))
     return tokenizer, model
+
+
+def _own_attention(model: PreTrainedModel) -> dict[str, str]:
+    """transformers' own attention for each part of a model: sdpa, or eager where the part knows no other."""
+    best = "sdpa" if model._supports_sdpa else "eager"
+    slow = {
+        id(part.config) for part in model.modules() if isinstance(part, PreTrainedModel) and not part._supports_sdpa
+    }
+    parts = {name: getattr(model.config, name, None) for name in model.config.sub_configs}
+    return {"": best} | {
+        name: "eager" if id(part) in slow else best for name, part in parts.items() if part is not None
+    }
 
 
 def _media_processor(data: DataConfig, source: Source, tokenizer: Any, model: Any) -> MediaProcessor | None:
