@@ -34,7 +34,8 @@ CPU = torch.device("cpu")
 CONFIGS = {"pixtral": "mistral3"} | {name: name for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "gemma3")}
 CONFIGS |= {"qwen3_vl_moe": "qwen3_vl_moe", "glm4v": "glm4v"}
 OTHERS = {
-    "gemma4": "gemma4", "qwen2_audio": "qwen2_audio", "qwen2_5_omni": "qwen2_5_omni_thinker", "qwen3_omni": "qwen3_omni_moe_thinker",
+    "gemma4": "gemma4", "qwen2_audio": "qwen2_audio", "qwen2_5_omni": "qwen2_5_omni_thinker",
+    "qwen3_omni": "qwen3_omni_moe_thinker",
 }  # fmt: skip
 CONFIGS |= {name: name for name in ("idefics3", "smolvlm", "internvl", "llava_next", "llava_onevision")}
 
