@@ -583,15 +583,13 @@ def _moved(at: int, places: Sequence[tuple[int, int, int]]) -> int:
 
 def _join(values: Sequence[Tensor], dim: int) -> Tensor:
     """Values of several samples, one after the other along `dim`; other dimensions padded with zeros at their ends."""
-    if len(values) == 1:
-        return values[0]
     shape = [max(value.shape[d] for value in values) for d in range(values[0].ndim)]
     padded = []
     for value in values:
         pads = [[0, shape[d] - value.shape[d] if d != dim else 0] for d in range(value.ndim)]
         flat = [amount for pair in reversed(pads) for amount in pair]
         padded.append(torch.nn.functional.pad(value, flat) if any(flat) else value)
-    return torch.cat(padded, dim)
+    return torch.cat(padded, dim) if len(padded) > 1 else padded[0]
 
 
 def _mismatch(kinds: Sequence[str], media: Sequence[Media]) -> str:
