@@ -414,6 +414,7 @@ class _Part(NamedTuple):
     """Some queries of one key/value head [m + 1, G * D], the last of which is zeros and stands for none, the tokens of
     its sample, and who selected each block.
 
+    Keys, values and each head of a query have two more columns in the backward pass.
     places [m * S]: where the pair of each query and slot is in the order of the blocks, which is the number of pairs
     where there is none. hidden: bool [block, block], the tokens after a block's own queries.
     """

@@ -5,7 +5,7 @@ tensor begins at a multiple of 64 bytes, and the few bytes before it, which that
 there to small objects that live longer than the tensor. Once it is freed, its memory can't grow together with what lies
 before it, and is a little too short for the next tensor of its size, which needs as many bytes to spare. Without the
 cache most of these bytes become part of their neighbours again. A step whose tensors take 1.1 GiB had holes of 246 MiB
-before and of 151 after, in equal time.
+before and of 151 after, in equal time; tokenising takes a tenth more.
 
 The cache is set up when a process starts, by an environment variable. So the process starts anew, before it has
 imported anything large.
