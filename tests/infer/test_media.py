@@ -76,7 +76,9 @@ def requests_of(loaded: Any, rows: list[dict[str, Any]], folder: Path, limit: in
 
 
 def answers(loaded: Any, config: Any, requests: list[Request], *, batch_tokens: int = 10_000) -> list[list[int]]:
-    generator = Generator(loaded.logits, Sampler.of(config.infer), frozenset(), ONE, batch_tokens)
+    generator = Generator(
+        loaded.logits, Sampler.of(config.infer), frozenset(), ONE, batch_tokens, drawing=loaded.drawing
+    )
     made: list[list[int]] = [[] for _ in requests]
     for token in generator.stream(requests):
         made[token.number].append(token.id)

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoModelForMultimodalLM
 
 from tests.data.processors import PROCESSORS
-from tests.model import gallery
+from tests.model import drawers, gallery
 from tests.model.test_multimodal import assert_same_gradients
 from tutti.attention.interface import attention_by_part, resolve_attention
 from tutti.config.load import from_dict
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 CONFIGS = {"pixtral": "mistral3"} | {name: name for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "gemma3")}
 CONFIGS |= {"qwen3_vl_moe": "qwen3_vl_moe", "glm4v": "glm4v"}
 OTHERS = {
-    "gemma4": "gemma4", "qwen2_audio": "qwen2_audio", "qwen2_5_omni": "qwen2_5_omni_thinker",
+    "gemma4": "gemma4", "janus": "janus", "qwen2_audio": "qwen2_audio", "qwen2_5_omni": "qwen2_5_omni_thinker",
     "qwen3_omni": "qwen3_omni_moe_thinker",
 }  # fmt: skip
 CONFIGS |= {name: name for name in ("idefics3", "smolvlm", "internvl", "llava_next", "llava_onevision")}
@@ -54,7 +54,9 @@ def make_rows(counts: tuple[int, ...]) -> list[dict[str, Any]]:
 
 
 def fitted_config(name: str, processor: Any) -> Any:
-    """The tiny config of that name in the gallery, with the tokens of a processor."""
+    """The tiny config of that name in the gallery or among models that draw, with the tokens of a processor."""
+    if name in drawers.CONFIGS:
+        return drawers.CONFIGS[name](processor)
     config = copy.deepcopy(gallery.tiny(name, vocab_size=len(processor.tokenizer) + 8))
     for kind in ("image", "video", "audio"):
         for name in (f"{kind}_token_id", f"{kind}_token_index"):
