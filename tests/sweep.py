@@ -108,6 +108,7 @@ PARTICULAR: dict[str, dict[str, Any]] = {
         "index_block_size": 4,
         "index_topk_blocks": 2,
     },
+    "mistral4": {"num_key_value_heads": 4, "head_dim": 16},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
