@@ -39,7 +39,7 @@ def on_ranks(family: str) -> dict[str, str]:
     """The cells of a family in the columns of whole runs."""
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
-        start = {"model.config_path": str(sweep_layouts.write_family(family, root / "model"))}
+        start = {"model.config_path": str(sweep_layouts.write_family(family, root / "model", CLASSES))}
 
         def run(name: str, world: int, **changes: Any) -> tuple[str, list[dict[str, Any]], Any]:
             (root / name).mkdir()

@@ -28,7 +28,9 @@ from tests.sweep import (
     FAILED,
     PAGE,
     REFUSED,
+    TOKENS,
     UNTESTED,
+    Kind,
     families,
     require_tiny,
     rewrite,
@@ -61,14 +63,14 @@ USERS = ("ConfigError: ", "ValueError: ", "OtherRankError: ")
 VOCAB = 2048
 
 
-def write_family(family: str, folder: Path) -> Path:
+def write_family(family: str, folder: Path, kind: Kind = TOKENS) -> Path:
     """The tiny config of a family, for texts of the quickstart's tokenizer, in a folder with this."""
     config = tiny_config(family)
     config.vocab_size = VOCAB
     if hasattr(config, "vocab_size_per_layer_input"):
         config.vocab_size_per_layer_input = VOCAB
     config.eos_token_id, config.pad_token_id = 2, 0
-    require_tiny(config)
+    require_tiny(config, kind)
     config.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(QUICKSTART / name, folder)
