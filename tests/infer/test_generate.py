@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -13,8 +14,9 @@ from tests.model.zoo import HYBRIDS
 from tutti.attention.kv_cache import CACHED
 from tutti.infer import load as load_module
 from tutti.infer.generate import Generator, Request
-from tutti.infer.hf_generate import needs_generate
+from tutti.infer.hf_generate import GeneratedLogits, needs_generate
 from tutti.infer.load import load_model
+from tutti.infer.media import MediaInputs
 from tutti.infer.prompts import prompt_request
 from tutti.infer.sampling import Sampler
 
@@ -187,6 +189,30 @@ def test_other_models_run_by_transformers_generate(tmp_path, kind):
     config, _ = open_model(path)
     sampled = answers(config, loaded, prompts, limit=10)
     assert sampled == answers(config, loaded, prompts, limit=10) != answers(config, loaded, prompts[::-1], limit=10)
+
+
+def generated_logits(folder, **generation):
+    """A model run by transformers' generate, without tokens that end an answer."""
+    path = write_model(folder)
+    (folder / "generation_config.json").write_text(
+        json.dumps({"repetition_penalty": 1.3, "eos_token_id": 2} | generation)
+    )
+    _, loaded = open_model(path)
+    return GeneratedLogits(loaded.model, frozenset(), MediaInputs(None))
+
+
+def test_transformers_generate_goes_on_after_the_end_token_of_the_model_s_settings(tmp_path):
+    logits = generated_logits(tmp_path)
+    logits.start([Request(0, [5, 9], 4)])
+    assert all(logits.step([token]).isfinite().all() for token in (2, 7))
+    logits.keep([])
+
+
+def test_an_answer_that_transformers_generate_ends_is_told_of(tmp_path):
+    logits = generated_logits(tmp_path, max_time=1e-9)
+    logits.start([Request(0, [5, 9], 4)])
+    with pytest.raises(ValueError, match="generate ended an answer of Qwen3ForCausalLM by itself"):
+        logits.step([7])
 
 
 @pytest.mark.parametrize("penalty", [False, True], ids=["own loop", "transformers' generate"])

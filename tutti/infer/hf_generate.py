@@ -84,7 +84,9 @@ class GeneratedLogits:
         self._model, self._media = model, media
         self._config = copy.deepcopy(model.generation_config)
         self._config.update(do_sample=False, num_beams=1, max_length=None, return_dict_in_generate=False)
-        self._config.update(temperature=None, top_p=None, top_k=None, eos_token_id=sorted(stop_ids) or None)
+        # None would be filled from the model's own settings: a token that there is not ends no row.
+        never = model.config.get_text_config().vocab_size
+        self._config.update(temperature=None, top_p=None, top_k=None, eos_token_id=sorted(stop_ids) or [never])
         self._config.pad_token_id = min(stop_ids, default=0)
         self._loop: _Loop | None = None
         self._rows: list[int] = []
@@ -163,6 +165,11 @@ class _Loop:
                 logits_processor=LogitsProcessorList([_Processor(self._exchange)]),
                 stopping_criteria=StoppingCriteriaList([_Stop(lambda: self._stopped)]),
             )
+            if not self._stopped:
+                raise ValueError(
+                    f"transformers' generate ended an answer of {type(model).__name__} by itself; look for what does "
+                    "so in the model's generation_config.json (max_time, for one)"
+                )
         except BaseException as error:
             self._made.put(error)
 
