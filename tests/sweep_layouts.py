@@ -164,11 +164,16 @@ def generated(folder: Path) -> str:
 
     from tests.infer.models import ONE, open_model
     from tutti.infer.generate import Generator, Request
+    from tutti.infer.hf_generate import GeneratedLogits
+    from tutti.infer.media import MediaInputs
     from tutti.infer.sampling import Sampler
 
     config, loaded = open_model(str(folder), do_sample=False)
     prompts = [[5, 9, 200, 31], [17, 40, 41, 300, 301, 77, 5, 9, 13, 800]]
-    generator = Generator(loaded.logits, Sampler.of(config.infer), frozenset(), ONE, 10_000)
+    logits = loaded.logits
+    if isinstance(logits, GeneratedLogits):  # no token is to end an answer
+        logits = GeneratedLogits(loaded.model, frozenset(), MediaInputs(None))
+    generator = Generator(logits, Sampler.of(config.infer), frozenset(), ONE, 10_000)
     made: dict[int, list[int]] = {0: [], 1: []}
     for token in generator.stream([Request(number, ids, 6) for number, ids in enumerate(prompts)]):
         made[token.number].append(token.id)
@@ -180,7 +185,7 @@ def generated(folder: Path) -> str:
             attention_mask=torch.ones_like(ids),
             do_sample=False,
             max_new_tokens=6,
-            eos_token_id=None,
+            eos_token_id=plain.config.get_text_config().vocab_size,
             pad_token_id=0,
         )
         if own[0, len(prompt) :].tolist() != made[number]:
