@@ -14,7 +14,7 @@ from pathlib import Path
 FORBIDDEN = {
     "a path of one machine": r"(?<![\w.$}])/(?:work|root|home)/[\w.]|\.\./shared\b",
     "a package host": r"\b(?:pypi|npmjs|debian)\.org\b|\bpythonhosted\b",
-    "a docstring that names neither what it does nor what it is": r'^\s*"{3}(?:What|Whether|Have|The same)\b',
+    "a docstring that names neither what it does nor what it is": r'^\s*"{3}(?:What|Whether|Have|How|The same)\b',
     "a tracker number": r"\b(?:issue|ticket|pull request)s? #?\d",
 }
 SKIPPED = ("data/", "LICENSE")

@@ -55,7 +55,7 @@ _TAKES_BOTH = _COPIES | {
 """Operators that take tensors of both devices: copies, and those with indices, which may be the host's."""
 
 waits: Counter[str] = Counter()
-"""How often the host waited for the device, by the function that had it wait: `train/step.py reduce`."""
+"""The times that the host waited for the device, by the function that had it wait: `train/step.py reduce`."""
 
 
 def _wait() -> None:

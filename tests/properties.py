@@ -1,4 +1,4 @@
-"""How many examples a property is tried on: few in CI, as many as the environment variable TUTTI_EXAMPLES says else."""
+"""The number of examples that a property is tried on: few in CI, otherwise what the variable TUTTI_EXAMPLES says."""
 
 import os
 from typing import Any

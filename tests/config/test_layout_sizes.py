@@ -20,7 +20,7 @@ AXES = ("tensor_parallel_size", "pipeline_parallel_size", "ulysses_parallel_size
 
 
 def shares(things: Sequence[Any], hands: int) -> list[int]:
-    """How many each hand holds after dealing the things out one by one."""
+    """The number that each hand holds after dealing the things out one by one."""
     held = [0] * hands
     for number, _ in enumerate(things):
         held[number % hands] += 1

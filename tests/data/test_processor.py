@@ -19,7 +19,7 @@ TOGETHER = {
     "qwen2_vl": 1, "qwen2_5_vl": 1, "qwen3_vl": 1, "qwen2_5_omni": 1, "qwen3_omni": 1, "llava": 1, "internvl": 1,
     "gemma3": 1, "janus": 1, "llava_next": 1, "llava_onevision": 1, "pixtral": 1, "idefics3": 4, "smolvlm": 4,
 }  # fmt: skip
-"""How often each family's processor is called for four samples with images: once, or for each of them."""
+"""The calls of each family's processor for four samples with images: once, or for each of them."""
 
 SIZES = [((64, 48),), (), ((40, 56), (64, 48)), ((24, 24),), ((96, 40),)]
 """Of the images of each sample."""

@@ -93,7 +93,7 @@ def train_both(*configs: Config) -> None:
 
 
 def peak_of_export(small: Path, source: Path, out: Path) -> int:
-    """How many bytes more than before an export of `source` held at most; `small` is exported first, for what is loaded
+    """The bytes more than before that an export of `source` held at most; `small` is exported first, for what is loaded
     but once."""
     import logging
 

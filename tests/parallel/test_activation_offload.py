@@ -189,7 +189,7 @@ def test_gradients_of_parameters_can_come_later():
 
 
 def num_brought_back():
-    """How many storages that came back from the host are kept."""
+    """Count the storages that came back from the host and are kept."""
     return sum(type(item) is _Stored and item.back is not None for item in gc.get_objects())
 
 

@@ -145,7 +145,7 @@ def test_a_parameter_that_is_not_contiguous():
 
 
 def distance_from_fp32(make, dtype: torch.dtype, steps: int = 200) -> float:
-    """How far 200 steps on noisy gradients end from fp32 AdamW, relative to the way that AdamW went."""
+    """The distance from fp32 AdamW after 200 steps on noisy gradients, relative to the way that AdamW went."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(4096, generator=generator).bfloat16()
     reference, tested = nn.Parameter(start.float()), nn.Parameter(start.clone().to(dtype))

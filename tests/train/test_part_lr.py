@@ -20,7 +20,7 @@ def vision_model() -> Any:
 
 
 def moves(optimizer: str, **train: Any) -> dict[str, float]:
-    """How far the first step moves a parameter of each part, all of whose gradients are 1."""
+    """The distance that the first step moves a parameter of each part, all of whose gradients are 1."""
     model = vision_model()
     built = build_optimizer(model, Config(train=TrainConfig(optimizer=optimizer, **train)))  # type: ignore[arg-type]
     before = {name: item.detach().clone() for name, item in model.named_parameters()}

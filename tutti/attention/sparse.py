@@ -454,7 +454,8 @@ class _Part(NamedTuple):
 
 
 def _count_pairs(chosen: Tensor, num_blocks: int) -> list[list[list[int]]]:
-    """How many queries of each key/value head and part selected none, block 0, block 1 and so on, of chosen [K, n, S].
+    """Count the queries of each key/value head and part that selected none, block 0, block 1 and so on, of chosen
+    [K, n, S].
 
     The host has to know, and waits for it once.
     """

@@ -35,6 +35,7 @@ from tutti.checkpoint.hf_save import first_holders, gather_from, prepare_folder
 from tutti.config import Config, ModelConfig
 from tutti.core.dist import World
 from tutti.core.files import put_folder
+from tutti.core.hub import path_of_base
 from tutti.core.modules import extras
 from tutti.core.tensors import local_part
 from tutti.model.initial import own_part
@@ -82,7 +83,7 @@ def base_path(folder: Path) -> str:
     path, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not path:
         raise ValueError(f"{folder / CONFIG} does not name its base model (base_model_name_or_path)")
-    return f"{path}@{revision}" if revision and not Path(path).exists() else path
+    return path_of_base(path, revision)
 
 
 def plan_adapters(config: Config, model: Any, read: Callable[..., Lora] | None = None) -> Lora | None:

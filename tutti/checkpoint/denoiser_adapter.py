@@ -22,6 +22,7 @@ from torch import Tensor
 from tutti.checkpoint.hf_save import gather_full, prepare_folder
 from tutti.core.dist import World
 from tutti.core.files import describe_error, put_folder
+from tutti.core.hub import path_of_base
 from tutti.core.tensors import local_part
 from tutti.model.denoiser import Denoiser
 from tutti.model.initial import own_part
@@ -43,7 +44,7 @@ def base_of_adapters(folder: Path) -> str | None:
     does not name it. ValueError: it cannot be read."""
     _, settings = _read(folder)
     base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
-    return f"{base}@{revision}" if base and revision and not Path(base).exists() else base
+    return path_of_base(base, revision) if base else None
 
 
 def read_lora(folder: Path, model: Denoiser, dropout: float = 0.0) -> Lora:

@@ -110,7 +110,8 @@ def _of_type(argument: Argument, value: Any) -> Any:
 
 
 def _hint(argument: Argument, value: Any) -> str:
-    """How to write `value`, which is not of the argument's type, if it is plain what was meant."""
+    """The end of an error that says how to write `value`, which is not of the argument's type, if it is plain what was
+    meant."""
     kind = argument.kind
     if kind is str and isinstance(value, bool | int | float):
         return "; put it in quotes"

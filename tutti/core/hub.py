@@ -184,9 +184,15 @@ def name_in_cache(path: str | Path) -> tuple[str, str] | None:
 
 
 def named_base(path: str | None) -> tuple[str | None, str | None]:
-    """How an adapter names its base model, which lies in `path`: the name and the commit on the hub, or the whole path
-    and None; of none (None) neither."""
+    """The name that an adapter has for its base model, which lies in `path`: the name and the commit on the hub, or
+    the whole path and None; of none (None) neither."""
     return (path and name_in_cache(path)) or (path and str(Path(path).absolute()), None)
+
+
+def path_of_base(name: str, revision: str | None) -> str:
+    """The model that an adapter names as its base, as model.model_path has it: a path, or a name on the hub at a
+    revision. Undoes `named_base`."""
+    return f"{name}@{revision}" if revision and not Path(name).exists() else name
 
 
 def _unreachable(error: Exception) -> str | None:

@@ -408,7 +408,7 @@ class ChatTemplate:
         raise RowError(f"the chat template ends message {number} in another way when others follow, {_INEXACT}")
 
     def _shape(self, conversation: Conversation) -> _Shape | None:
-        """How conversations with the roles, parts and flags of this one are written; None if the template won't say."""
+        """The form of conversations with the roles, parts and flags of this one; None if the template won't say."""
         key = (*[_kinds(message) for message in conversation.messages], *conversation.trained)
         if key not in self._shapes:
             try:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 NICE = 10
-"""How much lower than the trainer's the priority of workers is. Where both need a core, the threads of a step would
+"""Steps by which the priority of workers is below the trainer's. Where both need a core, the threads of a step would
 wait for the one whose core a worker has; a worker finds a core when the step has no use for it, or waits for data."""
 
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}

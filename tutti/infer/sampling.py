@@ -43,8 +43,6 @@ class Sampler:
 
     def penalize(self, logits: Tensor, seen: Sequence[Sequence[int]]) -> Tensor:
         """The logits [B, V], those of the tokens that each sequence has `seen` made smaller (arXiv 1909.05858)."""
-        if self.repetition_penalty == 1:
-            return logits
         factor = torch.ones_like(logits, dtype=torch.float32)
         for row, tokens in enumerate(seen):
             factor[row, torch.tensor(sorted(set(tokens)), dtype=torch.long, device=logits.device)] = (

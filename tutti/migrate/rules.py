@@ -207,7 +207,7 @@ def schedule(value: Any, source: Source) -> Result:
 
 
 def min_lr_rate(value: Any, source: Source) -> Result:
-    """Where a cosine ends, as a part of the learning rate."""
+    """The end of a cosine, as a part of the learning rate."""
     return Result(MAPPED, {"train.lr_min": float(value) * float(source.get("learning_rate", 5e-5))})
 
 
@@ -317,7 +317,7 @@ def resume(value: Any, source: Source) -> Result:
 
 
 def fsdp(value: Any, source: Source) -> Result:
-    """How FSDP shards: words such as full_shard, shard_grad_op, offload."""
+    """FSDP's kind of sharding: words such as full_shard, shard_grad_op, offload."""
     words = "full_shard" if value is True else " ".join(names(value)) if isinstance(value, list | str) else ""
     ours: dict[str, Any] = {"train.data_parallel_mode": "fsdp2"}
     if "shard_grad_op" in words:

@@ -101,7 +101,7 @@ class Encoder(nn.Module):
         return self.projector(self.features(values, sizes))
 
     def features(self, values: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """Those of images before they are projected."""
+        """The features of images before they are projected."""
         return features(self.tower, values, sizes, self.layer, self.pool)
 
 
