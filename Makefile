@@ -54,7 +54,7 @@ sweep-media: $(VENV)/.stamp-dev ## The same of families that take images, videos
 
 # The oldest and the newest tested torch and transformers lie over .venv, whose other packages serve them as well: some
 # 600 MB, and several GB with the newest libraries of CUDA.
-SMOKE := tests/core/test_compat.py tests/checkpoint/test_hf_load.py tests/model/test_build.py tests/model/test_initial.py \
+SMOKE := tests/core/test_compat.py tests/checkpoint/test_hf_load.py tests/model/test_build.py tests/model/test_initialize.py \
 	tests/attention/test_ring.py tests/attention/test_flex.py tests/parallel/test_mesh.py tests/check/test_comm_volume.py \
 	tests/train/test_loss.py tests/train/test_golden.py
 

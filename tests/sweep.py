@@ -252,10 +252,10 @@ def packed_loss(
 
     from tutti.attention.interface import resolve_attention
     from tutti.core.batch import Sample, pack
+    from tutti.model.attention_arguments import pass_arguments
     from tutti.model.build import check_eager, check_packable, instantiate
     from tutti.model.experts import resolve_experts
     from tutti.model.mixers import separate_mixers
-    from tutti.model.passing import pass_arguments
     from tutti.model.positions import rotate_by_sample
     from tutti.train.objective import Objective
 

@@ -38,7 +38,7 @@ from tutti.config.load import from_dict
 from tutti.core.batch import pack
 from tutti.infer.load import load_model
 from tutti.infer.media import MediaInputs
-from tutti.model.multimodal import make_placing
+from tutti.model.multimodal import make_media_positions
 from tutti.model.structure import read_structure
 from tutti.train.objective import Objective
 
@@ -89,7 +89,7 @@ def compared(family: str, folder: Path) -> dict[str, str]:
     def loss_of(batch: list[Any]) -> Tensor:
         made = pack(batch, pad_to=sum(map(len, batch)) + 3)
         made = replace(made, extras=encoder.extras(batch, len(made.input_ids)))
-        return Objective(packed)(make_placing(read_structure(packed))(made))["loss"]
+        return Objective(packed)(make_media_positions(read_structure(packed))(made))["loss"]
 
     alone = _measured(packed, sum((loss_of([sample]) for sample in samples), torch.zeros(())))
     together = _measured(packed, loss_of(samples))

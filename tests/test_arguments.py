@@ -49,7 +49,7 @@ SHOWN_BY = {
     "data.train_sample": f"{LOADER}::test_steps_by_formula",
     "data.data_type": f"{RUN}::test_classification_learns_and_reports_accuracy",
     "data.dataloader_type": REFUSED,
-    "data.datasets_type": "data/test_ready.py::test_a_dataset_of_the_users_own",
+    "data.datasets_type": "data/test_preencoded.py::test_a_dataset_of_the_users_own",
     "data.multisource_datasets_type": REFUSED,
     "data.source_name": f"{SWITCHES}::test_a_label_names_the_figures_of_the_one_source",
     "data.dyn_bsz_buffer_size": f"{SWITCHES}::test_a_larger_buffer_fills_batches_better",

@@ -170,7 +170,7 @@ def test_half_of_a_launchers_environment_is_refused(
 def test_what_follows_an_option_that_takes_a_value_is_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     module = ModuleType("tutti.infer.run")
-    module.Job = lambda *parts: parts  # type: ignore[attr-defined]
+    module.InferenceJob = lambda *parts: parts  # type: ignore[attr-defined]
     module.infer = lambda config, job: seen.append((config.infer.chat_template, job))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "tutti.infer.run", module)
     texts = ["-h", "--help", "--nproc=3", "--debug", "-5 degrees", "--prompt", "a=b", "", "--infer.seed 3"]

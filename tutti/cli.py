@@ -264,10 +264,10 @@ def _infer(command: _Command) -> int:
         return launch(_as_rank(command), command.nproc)
     _world()
 
-    from tutti.infer.run import Job, infer
+    from tutti.infer.run import InferenceJob, infer
 
     source, output = (expand_path(files[0]) if files else None for files in (options.input, options.output))
-    job = Job(tuple(options.prompt), source, output, tuple(options.media), options.draw)
+    job = InferenceJob(tuple(options.prompt), source, output, tuple(options.media), options.draw)
     infer(config, job)
     return 0
 

@@ -21,7 +21,7 @@ from tests.model.zoo import EXPERTS, FAMILIES
 from tutti.checkpoint.hf_files import INDEX, find_index
 from tutti.checkpoint.hf_load import load_weights
 from tutti.checkpoint.hf_save import export_hf
-from tutti.model.initial import init_weights
+from tutti.model.initialize import init_weights
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -14,7 +14,7 @@ from tutti.checkpoint.hub import pin_model, with_local_paths
 from tutti.config import Config, ModelConfig
 from tutti.config.load import load
 from tutti.core.hub import Repo
-from tutti.infer.run import Job, infer
+from tutti.infer.run import InferenceJob, infer
 from tutti.train.run import train
 
 SMALL = (
@@ -95,6 +95,6 @@ def test_training_and_drawing_take_a_name(hub: HubServer, tmp_path: Path) -> Non
     assert "model_path: org/drawer" in (tmp_path / "named/config.yaml").read_text()
     for model, place in (("org/drawer", "by_name"), (str(exported), "by_path"), (str(tmp_path / "named"), "of_run")):
         settings = [f"infer.model_path={model}", "infer.image_steps=2", "data.max_seq_len=8"]
-        infer(load(settings, "infer"), Job(("a cat",), output=str(tmp_path / place)))
+        infer(load(settings, "infer"), InferenceJob(("a cat",), output=str(tmp_path / place)))
     drawn = [(tmp_path / place / "1.png").read_bytes() for place in ("by_name", "by_path", "of_run")]
     assert drawn[0] == drawn[1] != drawn[2]

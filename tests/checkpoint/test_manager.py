@@ -33,7 +33,7 @@ from tests.checkpoint.tiny import (
 )
 from tests.harness import run_ranks
 from tutti.checkpoint import dcp, manager, manifest
-from tutti.checkpoint.manager import Checkpointer, find_checkpoint, foresee, read_model
+from tutti.checkpoint.manager import Checkpointer, find_checkpoint, preview_resume, read_model
 from tutti.checkpoint.state import create_optimizer_state, model_tensors
 from tutti.config.load import from_dict, to_yaml
 from tutti.core.dist import init_world
@@ -78,13 +78,13 @@ def test_a_checkpoint_describes_itself(tmp_path, one_rank):
 def test_another_compute_dtype_than_before_is_told(tmp_path, one_rank, warnings):
     saved(tmp_path, one_rank, 1, facts={"compute_dtype": "bfloat16"})
     for path in ("auto", str(tmp_path), str(tmp_path / "checkpoints/global_step_1")):
-        assert foresee(path, tmp_path).facts["compute_dtype"] == "bfloat16"
+        assert preview_resume(path, tmp_path).facts["compute_dtype"] == "bfloat16"
     for dtype in ("bfloat16", "float32"):
         warnings.clear()
         checkpointer(tmp_path, one_rank, facts={"compute_dtype": dtype}).resume("auto", *build("plain"))
         told = [record.getMessage() for record in warnings.records if "computed in bfloat16" in record.getMessage()]
         assert len(told) == (dtype == "float32")
-    assert foresee("auto", tmp_path / "none") == foresee(None, tmp_path) == ({}, {})
+    assert preview_resume("auto", tmp_path / "none") == preview_resume(None, tmp_path) == ({}, {})
 
 
 def test_tied_once_and_buffers(tmp_path, one_rank):

@@ -1,4 +1,4 @@
-"""Wrappers go around a module's forward in one order, and are listed; extras are put on one module at a time."""
+"""Wrappers go around a module's forward in one order, and are listed; things are attached to one module at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tutti.core.modules import Forward, describe_wrappers, extras, put_on, unwrap_forward, wrap_forward
+from tutti.core.modules import Forward, attach, attached, describe_wrappers, unwrap_forward, wrap_forward
 
 
 def adding(number: float) -> object:
@@ -23,14 +23,14 @@ def test_wrappers_run_from_the_outside_in_and_in_one_order():
     wrap_forward(layer, "shard", adding(1))
     wrap_forward(layer, "checkpoint", lambda forward: lambda hidden: 10 * forward(hidden))
     assert layer(torch.zeros(())) == 10
-    assert extras(layer).wrappers == ("shard", "checkpoint")
+    assert attached(layer).wrappers == ("shard", "checkpoint")
     for name in ("compile", "checkpoint", "adapter"):
         with pytest.raises(AssertionError, match=f"{name} around shard, checkpoint"):
             wrap_forward(layer, name, adding(0))
     with pytest.raises(ValueError):
         wrap_forward(layer, "unheard of", adding(0))
     unwrap_forward(layer)
-    assert layer(torch.zeros(())) == 0 and extras(layer).wrappers == ()
+    assert layer(torch.zeros(())) == 0 and attached(layer).wrappers == ()
 
 
 def test_a_blocks_wrappers_are_listed_by_stack():
@@ -45,11 +45,11 @@ def test_a_blocks_wrappers_are_listed_by_stack():
 
 def test_extras_are_a_modules_own_and_go_with_its_copies():
     layers = [nn.Identity(), nn.Identity()]
-    put_on(layers[0], adapters={"weight": "it"})
-    assert extras(layers[1]).adapters == {}
+    attach(layers[0], adapters={"weight": "it"})
+    assert attached(layers[1]).adapters == {}
     copied = copy.deepcopy(layers[0])
-    put_on(layers[0], adapters={}, early_values="it")
-    assert extras(copied).adapters == {"weight": "it"} and extras(copied).early_values is None
-    assert extras(layers[0]).adapters == {} and extras(layers[0]).early_values == "it"
+    attach(layers[0], adapters={}, early_values="it")
+    assert attached(copied).adapters == {"weight": "it"} and attached(copied).early_values is None
+    assert attached(layers[0]).adapters == {} and attached(layers[0]).early_values == "it"
     with pytest.raises(TypeError, match="unheard_of"):
-        put_on(layers[0], unheard_of=1)
+        attach(layers[0], unheard_of=1)

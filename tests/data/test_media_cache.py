@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoProcessor
 
 from tests.train.test_media_run import ALONE, QUICKSTART, config_of, write_model
-from tutti.data import processor as module
+from tutti.data import media_processor as module
 from tutti.data.loader import build_data
 from tutti.data.media_cache import MediaCache
 

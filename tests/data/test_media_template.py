@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.data.test_template import SYSTEM, assistant, bracketed, user
 from tests.data.test_template_property import rendered, template_of, texts, written
 from tests.properties import examples
-from tutti.data.parts import with_media
+from tutti.data.media_places import with_media
 from tutti.data.rows import Conversation, conversation_of
 from tutti.data.template import ChatTemplate
 

@@ -12,8 +12,8 @@ from tutti.config.load import from_dict
 from tutti.core.batch import IGNORE, Sample, pack
 from tutti.core.dist import World
 from tutti.data.loader import build_data
+from tutti.data.preencoded import PreEncoded
 from tutti.data.preference import make_pair_encoder
-from tutti.data.ready import ReadyMade
 from tutti.data.source import BadRow, Row
 
 TOKENIZER = AutoTokenizer.from_pretrained(QUICKSTART)
@@ -193,7 +193,7 @@ def test_a_pair_is_packed_as_two_sequences():
 
 
 def ready(sample: Sample) -> str | None:
-    (result,) = ReadyMade(encoder(), 512, VOCABULARY, pairs=True)([Row(sample, "f", 1)])
+    (result,) = PreEncoded(encoder(), 512, VOCABULARY, pairs=True)([Row(sample, "f", 1)])
     return result.reason if isinstance(result, BadRow) else None
 
 

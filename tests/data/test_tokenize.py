@@ -8,7 +8,7 @@ from tokenizers import AddedToken
 
 from tests.data.processors import PROCESSORS
 from tutti.config import DataConfig
-from tutti.data.processor import MediaProcessor
+from tutti.data.media_processor import MediaProcessor
 from tutti.data.tokenize import BatchTokenizer
 
 SENTENCE = "Déjà vu: 2 + 2 = 4,  isn't\n\nit? "

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.infer.models import PROMPTS, infer_config, write_model
 from tutti.infer import batch
 from tutti.infer.generate import Token
-from tutti.infer.run import Job, infer
+from tutti.infer.run import InferenceJob, infer
 
 ROWS = [
     *({"prompt": prompt, "id": number} for number, prompt in enumerate(PROMPTS)),
@@ -42,7 +42,7 @@ def write(path: Path, rows: list) -> Path:
 
 def answer(model: str, source: Path, output: Path, **settings) -> list[dict]:
     values = {"max_tokens": 8, "batch_tokens": 600} | settings
-    infer(infer_config(model, **values), Job((), str(source), str(output)))
+    infer(infer_config(model, **values), InferenceJob((), str(source), str(output)))
     return [json.loads(line) for line in output.read_text().split("\n")[:-1]]
 
 

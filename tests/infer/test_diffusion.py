@@ -19,7 +19,7 @@ from tests.train.test_diffusion_parts import LORA, drawn_net
 from tests.train.test_diffusion_run import config_of
 from tutti.checkpoint.denoiser_adapter import ADAPTERS
 from tutti.config.load import load
-from tutti.infer.run import Job, infer
+from tutti.infer.run import InferenceJob, infer
 
 
 def drawn(
@@ -30,7 +30,7 @@ def drawn(
 
 
 def _infer(settings: list[str], prompts: tuple[str, ...], output: str) -> None:
-    infer(load(settings, "infer"), Job(prompts, output=output))
+    infer(load(settings, "infer"), InferenceJob(prompts, output=output))
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from tests.harness import run_ranks
 from tests.train.runs import QUICKSTART, run, train_quietly
 from tests.train.test_draw_run import config_of
 from tutti.config import Config, InferConfig
-from tutti.infer.drawing import Drawing, DrawingState, GuidedLogits, Pictures
+from tutti.infer.drawing import Drawing, DrawingState, GuidedLogits, PictureCollector
 from tutti.infer.generate import Request, Token
-from tutti.infer.run import Job, infer
+from tutti.infer.run import InferenceJob, infer
 
 DRAWING = Drawing(
     start=1, pattern=(-1, -1, 2), first=4, number=3, decode=lambda codes: torch.ones(1, 3, 2, 2) * codes[0, 0]
@@ -38,7 +38,7 @@ def test_codes_come_within_a_picture_and_nowhere_else() -> None:
 
 def test_codes_become_pictures_and_leave_the_text() -> None:
     made: list[tuple[int, int]] = []
-    pictures = Pictures(DRAWING, lambda number, place, picture: made.append((number, place)))
+    pictures = PictureCollector(DRAWING, lambda number, place, picture: made.append((number, place)))
     tokens = [Token(7, token, None) for token in (3, 1, 5, 4, 2, 1, 4, 4, 2)]
     assert [token.id for token in pictures.watch(tokens)] == [3, 1, 2, 1, 2]
     assert made == [(7, 1), (7, 2)]
@@ -72,7 +72,7 @@ def answered(folder: Path, guidance: float) -> None:
         model_path=str(folder / "out" / "hf" / "final"), max_tokens=8, image_guidance=guidance, seed=3
     )
     output = folder / f"answers{guidance}.jsonl"
-    infer(Config(infer=settings), Job(input=str(folder / "ask.jsonl"), output=str(output), draw=True))
+    infer(Config(infer=settings), InferenceJob(input=str(folder / "ask.jsonl"), output=str(output), draw=True))
 
 
 def test_pictures_lie_beside_the_answers(tmp_path: Path) -> None:

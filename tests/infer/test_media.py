@@ -29,7 +29,7 @@ from tutti.infer.hf_generate import GeneratedLogits
 from tutti.infer.load import load_model
 from tutti.infer.media import MediaInputs, encoded_once
 from tutti.infer.prompts import row_request
-from tutti.infer.run import Job, infer
+from tutti.infer.run import InferenceJob, infer
 from tutti.infer.sampling import Sampler
 from tutti.model.structure import read_structure
 
@@ -149,7 +149,7 @@ def test_transformers_generate_is_given_the_media(tmp_path: Path) -> None:
 
 
 def infer_on_rank(path: str, source: str, output: str) -> None:
-    infer(infer_config(path, max_tokens=8, do_sample=False), Job((), source, output))
+    infer(infer_config(path, max_tokens=8, do_sample=False), InferenceJob((), source, output))
 
 
 def test_ranks_and_ways_to_ask_give_the_same(

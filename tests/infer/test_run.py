@@ -15,7 +15,7 @@ from tests.infer.models import PROMPTS, infer_config, write_model
 from tests.train.runs import QUICKSTART, tiny_config
 from tutti.cli import main
 from tutti.infer.generate import Generator
-from tutti.infer.run import Job, infer
+from tutti.infer.run import InferenceJob, infer
 
 
 @pytest.fixture(scope="module")
@@ -179,12 +179,12 @@ def test_answers_of_two_checkpoints_are_not_mixed(tmp_path, trained, monkeypatch
     config = infer_config(str(tmp_path / "run"), max_tokens=4)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Generator, "stream", breaking)
-        infer(config, Job((), str(source), output))
+        infer(config, InferenceJob((), str(source), output))
     (tmp_path / "global_step_2").rename(newest)
     with pytest.raises(ValueError, match="is what a run with another model left"):
-        infer(config, Job((), str(source), output))
+        infer(config, InferenceJob((), str(source), output))
     shutil.rmtree(newest)
-    infer(config, Job((), str(source), output))
+    infer(config, InferenceJob((), str(source), output))
     assert len(Path(output).read_text().splitlines()) == len(PROMPTS)
 
 
@@ -256,7 +256,7 @@ def _infer_on_rank(path, source, output, settings):
     import logging
 
     logging.disable(logging.INFO)
-    infer(infer_config(path, **settings), Job((), source, output))
+    infer(infer_config(path, **settings), InferenceJob((), source, output))
     return torch.get_num_threads()
 
 

@@ -16,7 +16,7 @@ from tests.train.runs import tiny_config, train_quietly, write_model_config
 from tutti.checkpoint.hf_save import export_hf
 from tutti.config import Config
 from tutti.core import files
-from tutti.model.initial import init_weights
+from tutti.model.initialize import init_weights
 
 MIB = 2**20
 

@@ -20,8 +20,8 @@ from tests.model.test_diffusion import net_of
 from tests.train.runs import run
 from tests.train.test_diffusion_run import config_of
 from tutti.config.load import load
-from tutti.core.draws import generator
-from tutti.infer.run import Job, infer
+from tutti.core.keyed_random import generator
+from tutti.infer.run import InferenceJob, infer
 from tutti.model.conditions import Conditions
 from tutti.model.diffusion import FAMILIES, to_tokens
 from tutti.model.pipeline_folder import read_folder, read_scheduler
@@ -148,7 +148,9 @@ def test_a_model_with_its_own_encoders_trains_and_draws_as_its_export_does_in_di
     run(config_of(tmp_path, "FluxTransformer2DModel", **changes))
     exported = tmp_path / "out/hf/final"
     settings = [f"infer.model_path={exported}", "infer.image_steps=2", "infer.image_guidance=2.5"]
-    infer(load([*settings, "infer.image_size=16x16"], "infer"), Job(("a fox",), output=str(tmp_path / "drawn")))
+    infer(
+        load([*settings, "infer.image_size=16x16"], "infer"), InferenceJob(("a fox",), output=str(tmp_path / "drawn"))
+    )
     pipeline = diffusers.DiffusionPipeline.from_pretrained(exported)
     pipeline.set_progress_bar_config(disable=True)
     noise = torch.randn(4, 8, 8, generator=generator(load(settings, "infer").infer.seed, "sample", "a fox"))

@@ -10,12 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.diffusion import AUTOENCODERS, TRANSFORMERS, make_folder
 from tutti.model import diffusion
 from tutti.model.denoiser import cast_to_infer, make_net
-from tutti.model.denoiser_work import DenoiserWork
+from tutti.model.denoiser_flops import DenoiserFlops
 from tutti.model.diffusion import (
     FAMILIES,
+    EncodedText,
     Family,
     Guided,
-    Text,
     add_noise,
     flow_time,
     latent_channels,
@@ -37,7 +37,7 @@ def net_of(name: str) -> Any:
     return net
 
 
-def texts(family: Family, length: int = 5) -> tuple[Text, Text]:
+def texts(family: Family, length: int = 5) -> tuple[EncodedText, EncodedText]:
     """Two encoded prompts each, and as many empty ones."""
     torch.manual_seed(1)
     found = []
@@ -45,7 +45,7 @@ def texts(family: Family, length: int = 5) -> tuple[Text, Text]:
         mask = torch.ones(2, length, dtype=torch.bool)
         mask[1, 3:] = False
         pooled = torch.randn(2, 16) if family.pooled else None
-        found.append(Text(torch.randn(2, length, 16), mask if family.mask else None, pooled))
+        found.append(EncodedText(torch.randn(2, length, 16), mask if family.mask else None, pooled))
     return found[0], found[1]
 
 
@@ -55,7 +55,7 @@ def noise_for(family: Family, net: Any) -> Tensor:
     return torch.randn(2, latent_channels(family, net.config), *frames, 8, 8)
 
 
-def by_pipeline(name: str, net: Any, scheduler: Any, prompts: Text, empty: Text, noise: Tensor) -> Tensor:
+def by_pipeline(name: str, net: Any, scheduler: Any, prompts: EncodedText, empty: EncodedText, noise: Tensor) -> Tensor:
     """The latents that diffusers' own pipeline of the class makes."""
     import diffusers
 
@@ -193,6 +193,6 @@ def test_the_work_of_a_class_is_counted_without_storage(name: str) -> None:
     forward = counter.get_total_flops()
     assert forward > 0
     of_two = torch.Size((2, *latents.shape[1:]))
-    assert DenoiserWork(config, net.parameters())(of_two, 5, 16, pooled) == 2 * 3 * forward
+    assert DenoiserFlops(config, net.parameters())(of_two, 5, 16, pooled) == 2 * 3 * forward
     net.requires_grad_(False)
-    assert DenoiserWork(config, net.parameters())(of_two, 5, 16, pooled) == 2 * 2 * forward
+    assert DenoiserFlops(config, net.parameters())(of_two, 5, 16, pooled) == 2 * 2 * forward

@@ -33,8 +33,8 @@ from tutti.model.structure import part_parameters, read_structure
 from tutti.model.vq import PictureTokenizer, read_codes
 from tutti.train.inputs import num_ids
 from tutti.train.objective import Objective
-from tutti.train.tasks.drawing import Coder, Drawing
-from tutti.train.tasks.kinds import SCALES
+from tutti.train.tasks.draw_codes import CodeDrawing, Coder
+from tutti.train.tasks.weighted_losses import SCALES
 
 CPU = torch.device("cpu")
 
@@ -54,7 +54,7 @@ def packed_sums(folder: Path, path: str, **changes: Any) -> tuple[Any, dict[str,
     pictures = PictureTokenizer(model.drawing_folder, CPU, size=model.drawing_size)
     coder = Coder(inputs.processor.drawn_token_ids[0], model.code_decoder, pictures.encode)
     batch = replace(coder(batch), payload={SCALES: torch.ones(2, dtype=torch.float64)})
-    sums: Any = Objective(model, Drawing(weights={"text": 1.0, "code": 1.0}), structure=structure)(batch)
+    sums: Any = Objective(model, CodeDrawing(weights={"text": 1.0, "code": 1.0}), structure=structure)(batch)
     sums["loss"].backward()
     return model, sums, [replace(one, input_ids=ids, labels=labels) for one, ids, labels in _coded(samples, batch)]
 

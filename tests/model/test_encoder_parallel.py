@@ -14,7 +14,7 @@ from tests.harness import run_ranks
 from tests.model.gallery import FAMILIES, pack_pictures, picture, tiny
 from tutti.core.batch import SequenceRanks
 from tutti.core.collectives import RankGroup
-from tutti.model.encoder_parallel import Encoders, encode_apart, encoders, shares
+from tutti.model.encoder_parallel import EncoderRanks, encode_own_share, encoder_ranks, shares
 from tutti.model.structure import decoder, towers
 
 
@@ -30,9 +30,9 @@ def test_every_image_is_of_one_rank_and_shares_are_even(lengths: list[int], size
 
 def test_ranks_are_counted_from_the_innermost_group() -> None:
     ranks = SequenceRanks(1, 2, "context", 0, 3, "ulysses", tensor_size=2)
-    found = encoders(ranks, RankGroup(1, 2, "tensor"))
-    assert found == Encoders(("tensor", "ulysses", "context"), 12, 1 + 2 * 0 + 6 * 1)
-    assert encoders(ranks._replace(context_size=1, context_rank=0), None) == Encoders(("ulysses",), 3, 0)
+    found = encoder_ranks(ranks, RankGroup(1, 2, "tensor"))
+    assert found == EncoderRanks(("tensor", "ulysses", "context"), 12, 1 + 2 * 0 + 6 * 1)
+    assert encoder_ranks(ranks._replace(context_size=1, context_rank=0), None) == EncoderRanks(("ulysses",), 3, 0)
 
 
 def compare_all() -> None:
@@ -60,8 +60,8 @@ def compare(family: str, images: list[int], *, video: bool = False) -> None:
     towers(model)[0].register_forward_pre_hook(
         lambda module, args, kwargs: seen.append((args or (kwargs["pixel_values"],))[0].numel()), with_kwargs=True
     )
-    group = Encoders((dist.group.WORLD.group_name,), dist.get_world_size(), dist.get_rank())
-    out = encode_apart(inner, extras, group)
+    group = EncoderRanks((dist.group.WORLD.group_name,), dist.get_world_size(), dist.get_rank())
+    out = encode_own_share(inner, extras, group)
     assert values not in out and out.keys() - {"mm_encoder_outputs"} == extras.keys() - {values}
     got = _rows(out["mm_encoder_outputs"][kind])
     assert sum(seen) < extras[values].numel() or sum(images) == 1, f"{family}: a rank has encoded all images"
@@ -97,7 +97,7 @@ def test_what_takes_more_than_images_is_encoded_whole() -> None:
     masked = extras | {"pixel_attention_mask": torch.ones(1, 2, 16, 16, dtype=torch.bool)}
     blank = {"pixel_values": torch.zeros_like(extras["pixel_values"])}
     for inputs in (masked, blank, {}):
-        assert encode_apart(decoder(model), inputs, Encoders(("",), 2, 0)) == inputs
+        assert encode_own_share(decoder(model), inputs, EncoderRanks(("",), 2, 0)) == inputs
     model = AutoModelForMultimodalLM.from_config(tiny("mistral3"))
     sized = dict(pack_pictures([picture("mistral3", 0, 9, 2)]).extras)
-    assert encode_apart(decoder(model), sized, Encoders(("",), 2, 0)) == sized
+    assert encode_own_share(decoder(model), sized, EncoderRanks(("",), 2, 0)) == sized

@@ -24,7 +24,7 @@ from tutti.data.encode import make_encoder
 from tutti.data.formats import BadRow, Row
 from tutti.data.preference import make_pair_encoder
 from tutti.model.build import build_model
-from tutti.model.multimodal import make_placing
+from tutti.model.multimodal import make_media_positions
 from tutti.model.processor import build_processor
 from tutti.model.structure import read_structure
 from tutti.train.objective import Objective
@@ -113,7 +113,7 @@ def test_packed_files_equal_the_family_s_own(family: str) -> None:
     samples = [found[0] for found in encoded]
     batch = pack(samples, pad_to=sum(map(len, samples)) + 3)
     batch = replace(batch, extras=encoder.extras(samples, len(batch.input_ids)))
-    out = Objective(packed)(make_placing(read_structure(packed))(batch))
+    out = Objective(packed)(make_media_positions(read_structure(packed))(batch))
     out["loss"].backward()
     want = torch.stack([own_loss(plain, processor, row, one) for row, one in zip(rows, samples, strict=True)]).sum()
     want.backward()
@@ -179,7 +179,7 @@ def test_a_placeholder_that_no_column_fills_is_told_of(parts: bool) -> None:
 
 
 def test_what_is_remembered_of_sizes_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tutti.data.processor.REMEMBERED", 2)
+    monkeypatch.setattr("tutti.data.media_processor.REMEMBERED", 2)
     processor = PROCESSORS["qwen2_vl"]()
     tree = {"train_path": "x", "data_type": "conversation", "max_seq_len": 512}
     encoder = make_encoder(from_dict({"data": tree}), processor.tokenizer, vocab_size=4096, processor=processor)

@@ -21,9 +21,9 @@ from tutti.config import ConfigError
 from tutti.config.layout import fit
 from tutti.core.batch import IGNORE
 from tutti.model.build import build_model, language_factory
-from tutti.model.initial import init_weights
+from tutti.model.initialize import init_weights
 from tutti.model.mixers import separate_mixers
-from tutti.model.multimodal import check_first, check_multimodal, make_placing
+from tutti.model.multimodal import check_first, check_multimodal, make_media_positions
 from tutti.model.structure import basic_modules, blocks, count_flops, read_structure, text_model, tower_blocks, towers
 from tutti.model.tokenizer import build_tokenizer
 from tutti.train.objective import Objective
@@ -68,7 +68,7 @@ def assert_same_gradients(packed: Any, plain: Any) -> None:
 
 def assert_packed_equals_own(family: str, pictures: list[Picture], attention: str = "sdpa", **text: Any) -> None:
     plain, packed = build_pair(family, attention, **text)
-    batch = make_placing(read_structure(packed))(pack_pictures(pictures, pad_to=160))
+    batch = make_media_positions(read_structure(packed))(pack_pictures(pictures, pad_to=160))
     objective = Objective(packed)
     separate_mixers(objective.structure)
     out = objective(batch)
@@ -118,7 +118,7 @@ def test_text_alone_leaves_towers_with_a_gradient_of_zero(family: str) -> None:
 def test_the_router_loss_is_the_family_s_own_times_tokens() -> None:
     item = picture("qwen3_vl_moe", 0, 12, 2)
     plain, packed = build_pair("qwen3_vl_moe", output_router_logits=True, router_aux_loss_coef=0.01)
-    out = Objective(packed)(make_placing(read_structure(packed))(pack_pictures([item])))
+    out = Objective(packed)(make_media_positions(read_structure(packed))(pack_pictures([item])))
     ids = torch.from_numpy(item.sample.input_ids).long()[None]
     own = plain(input_ids=ids, output_router_logits=True, use_cache=False, **item.inputs).aux_loss
     assert out["router_loss"].item() == pytest.approx(0.01 * own.item() * len(item.sample), rel=1e-5)
@@ -128,15 +128,15 @@ def test_positions_that_come_with_the_batch_are_taken() -> None:
     pictures = [picture("qwen3_vl", 0, 12, 2), picture("qwen3_vl", 1, 9, 1)]
     _, packed = build_pair("qwen3_vl")
     objective, batch = Objective(packed), pack_pictures(pictures)
-    placed = make_placing(read_structure(packed))(batch)
+    placed = make_media_positions(read_structure(packed))(batch)
     assert placed.extras["position_ids"].shape == (4, 1, len(batch.input_ids))
-    assert make_placing(read_structure(packed))(placed) is placed
+    assert make_media_positions(read_structure(packed))(placed) is placed
     rows = replace(placed, extras=placed.extras | {"position_ids": placed.extras["position_ids"][1:]})
     losses = [objective(one)["loss"].item() for one in (rows, placed, batch)]
     assert losses[0] == losses[1] != losses[2]
     del batch.extras["mm_token_type_ids"]  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="needs mm_token_type_ids beside image_grid_thw"):
-        make_placing(read_structure(packed))(batch)
+        make_media_positions(read_structure(packed))(batch)
 
 
 def configured(tmp_path: Path, family: str, **changes: Any) -> Any:

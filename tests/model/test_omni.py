@@ -21,7 +21,7 @@ from tutti.core.batch import IGNORE, Sample, pack
 from tutti.data.encode import make_encoder
 from tutti.data.formats import Row
 from tutti.model.build import build_model, load_model_config, num_token_ids
-from tutti.model.initial import init_weights
+from tutti.model.initialize import init_weights
 from tutti.model.omni import OmniModel
 from tutti.model.omni_config import OmniConfig
 from tutti.model.omni_processor import add_placeholders, compose_processor, write_markers

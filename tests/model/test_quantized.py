@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from tests.model.zoo import VOCAB, tiny
 from tutti.checkpoint.hf_load import load_weights
 from tutti.core.dist import World
-from tutti.core.modules import extras
+from tutti.core.modules import attached
 from tutti.model.experts import FUSED, resolve_experts
 from tutti.model.lora import Lora, adapters, add_adapters, init_adapters
 from tutti.model.quantized import Packing, hold_quantized, packings
@@ -131,7 +131,7 @@ def test_base_takes_the_room_of_its_codes_and_autograd_keeps_no_weight(base):
 
 
 def _own(module):
-    return extras(module).adapters.values()
+    return attached(module).adapters.values()
 
 
 def test_weights_of_another_width_are_refused(tmp_path):

@@ -23,7 +23,7 @@ from tutti.core.batch import IGNORE, Sample, pack
 from tutti.data.audio import decode_sound
 from tutti.data.encode import Encoder, make_encoder
 from tutti.data.formats import Row
-from tutti.model.multimodal import make_placing
+from tutti.model.multimodal import make_media_positions
 from tutti.model.structure import read_structure
 from tutti.train.objective import Objective
 
@@ -161,7 +161,7 @@ def assert_packed_equals(packed: Any, plain: Any, encoder: Encoder, samples: lis
     """Loss and gradients of samples packed into one batch are those of `total`, the loss of the class on each."""
     batch = pack(samples, pad_to=sum(map(len, samples)) + 3)
     batch = replace(batch, extras=encoder.extras(samples, len(batch.input_ids)))
-    out = Objective(packed)(make_placing(read_structure(packed))(batch))
+    out = Objective(packed)(make_media_positions(read_structure(packed))(batch))
     out["loss"].backward()
     total.backward()
     assert out["loss"].item() == pytest.approx(total.item(), rel=1e-5)
@@ -324,7 +324,7 @@ def test_a_limit_on_sounds_reaches_the_tokens_and_the_values(folder: Path) -> No
 def test_a_video_of_too_many_pixels_is_refused_before_it_is_decoded(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tutti.data.processor.MAX_VIDEO_PIXELS", 10_000)
+    monkeypatch.setattr("tutti.data.media_processor.MAX_VIDEO_PIXELS", 10_000)
     chat = Row(VIDEOS["a file"], str(folder / "rows.jsonl"), 1)
     (bad,) = encoder_of(PROCESSORS["qwen3_vl"]())([chat])
     assert "10 frames of 64 x 48 pixels would be taken, too many" in bad.reason  # type: ignore[union-attr]

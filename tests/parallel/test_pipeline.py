@@ -21,7 +21,7 @@ from tutti.core.tensors import local_part
 from tutti.model.stage_trace import trace_stages
 from tutti.model.structure import blocks, decoder, read_structure
 from tutti.parallel.pipeline.schedule import rank_schedule
-from tutti.parallel.pipeline.stage import Cost, cut, hand_on, split_blocks
+from tutti.parallel.pipeline.stage import Cost, cut, make_handoff, split_blocks
 
 
 def test_the_split_is_the_best_there_is():
@@ -124,7 +124,7 @@ def test_stages_of_every_family_make_the_whole(family):
         part = copy.deepcopy(whole)
         part.zero_grad()
         (stage,) = cut(part, read_structure(part), trace, [range(1), range(1, 2)], rank, 2)
-        made = hand_on(stage.run(decoder(part), kwargs, received))
+        made = make_handoff(stage.run(decoder(part), kwargs, received))
         runs.append((part, received, made.hidden))
         received = made._replace(hidden=made.hidden.detach().requires_grad_())
     assert torch.allclose(runs[-1][2], states, rtol=1e-6, atol=1e-6)

@@ -27,7 +27,7 @@ from tutti.config.layout import fit
 from tutti.core.batch import IGNORE, Batch, Sample, pack
 from tutti.core.dist import init_world
 from tutti.model.experts import resolve_experts
-from tutti.model.initial import init_weights
+from tutti.model.initialize import init_weights
 from tutti.model.stage_trace import tensor_plan
 from tutti.model.structure import is_classifier, read_structure
 from tutti.parallel.apply import parallelize

@@ -9,7 +9,7 @@ from tests.train.runs import records, tiny_config, train_quietly, write_pairs
 LOG = {"train/step.py reduce", "train/step.py reduce_sums", "train/step.py <dictcomp>", "model/experts.py take"}
 """The functions that read a line's figures."""
 
-SAVE = {"train/guard.py state_dict", "train/step.py state_dict", "checkpoint/state.py require_finite"}
+SAVE = {"train/spike_guard.py state_dict", "train/step.py state_dict", "checkpoint/state.py require_finite"}
 """The functions that read a run's state, beside the copies of its tensors."""
 
 ALONE = {

@@ -25,7 +25,7 @@ from tutti.config import Config
 from tutti.core.dist import init_world
 from tutti.kinds import denoiser
 from tutti.model.denoiser import DenoiserConfig, random_net
-from tutti.model.diffusion import FAMILIES, Text, predict
+from tutti.model.diffusion import FAMILIES, EncodedText, predict
 
 EXPORTED = Path("out/hf/final/transformer") / WEIGHTS
 LORA = {"train.architecture": "lora", "train.lora_rank": 2, "train.lora_alpha": 6.0, "train.lora_targets": ["to_q"]}
@@ -139,7 +139,7 @@ def test_alphas_in_a_file_are_those_of_their_layers(tmp_path: Path) -> None:
 def test_what_others_wrote_is_read_as_diffusers_reads_it(tmp_path: Path) -> None:
     save_file(pairs(to_q=2, to_k=4, to_v=4), tmp_path / ADAPTERS)
     config = config_of(tmp_path, **{"model.adapter_path": str(tmp_path), "train.architecture": "lora"})
-    given = torch.randn(1, 4, 8, 8), torch.tensor([300.0]), Text(torch.randn(1, 8, 16), None, torch.randn(1, 16))
+    given = torch.randn(1, 4, 8, 8), torch.tensor([300.0]), EncodedText(torch.randn(1, 8, 16), None, torch.randn(1, 16))
     run_ranks(1, _predict_adapted, config, given, str(tmp_path / "ours.pt"))
     from diffusers import StableDiffusion3Pipeline
 

@@ -30,7 +30,7 @@ from tutti.config.layout import resolve_sizes
 from tutti.config.load import load
 from tutti.core.batch import Frames, Grid, Media
 from tutti.core.dist import init_world
-from tutti.core.draws import generator
+from tutti.core.keyed_random import generator
 from tutti.data.captions import LATENT, PIXELS, CaptionEncoder, captions_of
 from tutti.data.source import BadRow, Row, text_columns
 from tutti.data.video import load_video
@@ -39,9 +39,9 @@ from tutti.kinds.export import export
 from tutti.model.conditions import Conditions, read_grid
 from tutti.model.denoiser import DenoiserConfig, build_denoiser, random_net
 from tutti.model.denoiser_parallel import check_shares
-from tutti.model.diffusion import Guided, Text, flow_time, predict, sample
+from tutti.model.diffusion import EncodedText, Guided, flow_time, predict, sample
 from tutti.model.pipeline_folder import PipelineFolder, open_folder, read_folder, read_scheduler
-from tutti.train.average import averaged, keep_average
+from tutti.train.ema import averaged, keep_average
 from tutti.train.tasks.diffusion import make_task
 
 SD3 = "SD3Transformer2DModel"
@@ -388,7 +388,7 @@ def test_adapters_are_read_by_diffusers(tmp_path: Path) -> None:
     content = json.loads((folder.transformer / "config.json").read_text())
     net = random_net(DenoiserConfig(net=content), config.train.seed)
     latents, times, pooled = torch.randn(1, 4, 8, 8), torch.tensor([300.0]), torch.randn(1, 16)
-    text = Text(torch.randn(1, 8, 16), None, pooled)
+    text = EncodedText(torch.randn(1, 8, 16), None, pooled)
     family = folder.family
     before = predict(family, net, latents, times, text)
     lacking = {f"{part}{number}": None for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")}

@@ -22,7 +22,7 @@ from tests.train.test_run import assert_same_training
 from tutti.checkpoint.adapter import WEIGHTS
 from tutti.config import Config, InferConfig
 from tutti.config.rules import warnings
-from tutti.infer.run import Job, infer
+from tutti.infer.run import InferenceJob, infer
 from tutti.kinds import language
 from tutti.kinds.export import export
 from tutti.model.structure import ADAPTER_MARK
@@ -56,7 +56,9 @@ def drawn(folder: Path, model: str) -> None:
     torch.set_num_threads(1)
     settings = InferConfig(model_path=str(folder / model), max_tokens=8, image_guidance=2.0, image_steps=2, seed=3)
     (folder / "ask.jsonl").write_text('{"prompt": "Draw: dog"}\n')
-    job = Job(input=str(folder / "ask.jsonl"), output=str(folder / f"{model.replace('/', '_')}.jsonl"), draw=True)
+    job = InferenceJob(
+        input=str(folder / "ask.jsonl"), output=str(folder / f"{model.replace('/', '_')}.jsonl"), draw=True
+    )
     infer(Config(infer=settings), job)
 
 

@@ -18,7 +18,7 @@ from tests.train.test_draw_run import weights_of
 from tests.train.test_run import assert_same_training
 from tutti.config import Config
 from tutti.kinds import language
-from tutti.model.features import feature_losses, normalised
+from tutti.model.feature_head import feature_losses, normalised
 from tutti.train.tasks import make_task
 
 

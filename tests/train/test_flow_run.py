@@ -24,8 +24,7 @@ from tests.train.test_draw_run import weights_of
 from tests.train.test_features_run import lines_of, trained_on_two_ranks
 from tests.train.test_run import assert_same_training
 from tutti.config import Config, ModelConfig
-from tutti.core.draws import generator
-from tutti.data import processor
+from tutti.core.keyed_random import generator
 from tutti.infer.prompts import prompt_request, to_draw
 from tutti.kinds import language
 from tutti.model.conditions import Conditions
@@ -33,7 +32,7 @@ from tutti.model.denoiser import DenoiserConfig, random_net
 from tutti.model.diffusion import flow_time, predict, require_diffusers
 from tutti.model.flow_decoder import FlowDecoder, read_flow
 from tutti.train.tasks import make_task
-from tutti.train.tasks.picturing import flow_losses
+from tutti.train.tasks.draw_continuous import flow_losses
 
 SD3 = "SD3Transformer2DModel"
 TEMPLATE = {"user": "Draw: {caption}", "assistant": "<image>"}
@@ -238,13 +237,13 @@ def _train_twice(config: Config, again: str) -> None:
     regroup()
     with pytest.MonkeyPatch.context() as patch:
         decoded: list[str] = []
-        load = processor.load_image
+        load = media_processor.load_image
 
         def counted(medium: Any) -> Any:
             decoded.append(medium.kind)
             return load(medium)
 
-        patch.setattr(processor, "load_image", counted)
+        patch.setattr(media_processor, "load_image", counted)
         shutil.copytree(Path(config.train.output_dir or "") / "cache", Path(again) / "out/cache")
         train_quietly(replace(config, train=replace(config.train, output_dir=str(Path(again) / "out"))))
         assert "drawn" not in decoded and "image" in decoded

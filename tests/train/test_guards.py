@@ -17,7 +17,7 @@ from tests.train.runs import QUICKSTART, records, run, tiny_config, train_or_err
 from tutti.config import Config, TrainConfig
 from tutti.core.dist import World
 from tutti.core.tensors import local_part
-from tutti.train.guard import SpikeGuard
+from tutti.train.spike_guard import SpikeGuard
 from tutti.train.stop import EarlyStopping
 
 __all__ = ["one_rank"]

@@ -22,17 +22,17 @@ from tutti.config import Config, InferConfig
 from tutti.config.load import from_dict
 from tutti.core.pixels import to_image
 from tutti.data.rows import RowError
-from tutti.infer.drawing import Pictures, hiding
+from tutti.infer.drawing import PictureCollector, hiding
 from tutti.infer.generate import Generator, Request, Token
 from tutti.infer.load import load_model
 from tutti.infer.prompts import row_request, to_draw
-from tutti.infer.run import Job, infer
+from tutti.infer.run import InferenceJob, infer
 from tutti.infer.sampling import Sampler
 from tutti.kinds import language
 from tutti.model.omni_processor import CODE
 from tutti.model.structure import read_structure
 from tutti.train.inputs import open_data
-from tutti.train.tasks import drawing as task
+from tutti.train.tasks import draw_codes as task
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def test_emu3_writes_the_size_and_the_rows_of_a_picture(tmp_path: Path) -> None:
         assert ours[:22] == theirs[0, begin:].tolist()
         with torch.no_grad():
             image = plain.decode_image_tokens(image_tokens=torch.tensor([ours[:20] + [0] * 3]), height=4, width=4)
-        pictures = Pictures(drawing)
+        pictures = PictureCollector(drawing)
         assert [token.id for token in pictures.watch(Token(0, token, None) for token in ours[:23])] == ours[21:23]
         assert pictures.found[0][0].tobytes() == to_image(image[0]).tobytes()
 
@@ -205,7 +205,10 @@ def answered(folder: Path) -> None:
     torch.set_num_threads(1)
     (folder / "ask.jsonl").write_text('{"prompt": "Draw: dog"}\n')
     settings = InferConfig(model_path=str(folder / "out"), max_tokens=8, image_guidance=2.0, seed=3)
-    infer(Config(infer=settings), Job(input=str(folder / "ask.jsonl"), output=str(folder / "answers.jsonl"), draw=True))
+    infer(
+        Config(infer=settings),
+        InferenceJob(input=str(folder / "ask.jsonl"), output=str(folder / "answers.jsonl"), draw=True),
+    )
 
 
 def test_a_trained_model_draws(one: Path) -> None:

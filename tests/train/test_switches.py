@@ -126,7 +126,7 @@ class Watcher:
         self.seen["decay"] = {group["weight_decay"]: len(group["params"]) for group in optimizer.param_groups}
 
     def steps(self, *_: Any) -> None:
-        from tutti.core.modules import extras
+        from tutti.core.modules import attached
 
         if self.block is not None:
             return
@@ -139,7 +139,7 @@ class Watcher:
         self.seen.update(
             share=sum(item.numel() for item in local) / sum(item.numel() for item in parameters),
             dtypes={str(item.dtype) for item in parameters},
-            units=Counter(type(m).__name__ for m in self.root.modules() if "local parameters" in extras(m).wrappers),
+            units=Counter(type(m).__name__ for m in self.root.modules() if "local parameters" in attached(m).wrappers),
             collects_by_itself=gc.isenabled(),
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )

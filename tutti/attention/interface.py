@@ -43,7 +43,7 @@ from tutti.attention.ulysses import heads_to_tokens, own_heads, tokens_to_heads
 from tutti.attention.varlen import PACKAGES, fits, fits_package, load_package, package_attention, varlen_attention
 from tutti.core.batch import Batch, GlobalSequence
 from tutti.core.compat import AttentionMaskInterface, presume_packed, sdpa_mask
-from tutti.core.modules import extras
+from tutti.core.modules import attached
 
 log = logging.getLogger(__name__)
 
@@ -222,7 +222,7 @@ def packed_forward(
         # Gates go where the queries go.
         heads = (torch.cat([heads[0], sparse.take_gates().to(query.dtype)], -1), *heads[1:])
     if whole is not None:
-        heads = tokens_to_heads(*heads, whole.ranks, extras(module).early_values)
+        heads = tokens_to_heads(*heads, whole.ranks, attached(module).early_values)
         sinks = own_heads(sinks, whole.ranks)
     if sparse is not None:
         both, key, value = heads

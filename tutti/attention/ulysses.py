@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from tutti.core.batch import SequenceRanks
 from tutti.core.collectives import Journey, all_to_all, finish_all_to_all, start_all_to_all
-from tutti.core.modules import put_on, wrap_forward
+from tutti.core.modules import attach, wrap_forward
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def overlap_values(blocks: Iterable[nn.Module], ranks: SequenceRanks) -> None:
     """
     found = [layer for block in blocks for layer in block.modules() if projects_values(layer)]
     for layer in found:
-        put_on(layer, early_values=EarlyValues(layer, ranks))
+        attach(layer, early_values=EarlyValues(layer, ranks))
     if not found:
         log.info(
             "train.async_enabled: this model does not project its values on their own, so that their exchange cannot "

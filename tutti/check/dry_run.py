@@ -49,9 +49,9 @@ from tutti.core.compat import (
 )
 from tutti.core.dist import World
 from tutti.core.tensors import local_part
-from tutti.data.processor import MediaProcessor
-from tutti.model.initial import give_storage
-from tutti.model.multimodal import make_placing
+from tutti.data.media_processor import MediaProcessor
+from tutti.model.initialize import give_storage
+from tutti.model.multimodal import make_media_positions
 from tutti.model.structure import is_classifier, read_structure
 from tutti.parallel.apply import parallelize
 from tutti.parallel.fsdp import postpones
@@ -126,7 +126,7 @@ def predict_rank(
         objective = placed.objective
         parallelize(objective, placed.structure, mesh, train, placed.plan)
         # A family makes positions of media on the host, from numbers that a rehearsal has no values of.
-        place = make_placing(placed.structure)
+        place = make_media_positions(placed.structure)
         given = [_without_values(place(batch)) for batch in batches or [full or full_batch(config, model)]]
         with count_traffic(mesh) as traffic, rehearse(on_cpu=on_cpu) as memory:
             give_storage(objective.model, ranks.device)

@@ -29,7 +29,7 @@ from tutti.core.log import setup_logging
 from tutti.core.structure import ModelStructure
 from tutti.data.encode import describe
 from tutti.data.loader import Data
-from tutti.data.processor import MediaProcessor
+from tutti.data.media_processor import MediaProcessor
 from tutti.data.rows import RowError
 from tutti.kinds import Inputs, kind_of
 from tutti.model.stage_trace import trace_stages
@@ -38,7 +38,7 @@ from tutti.model.structure import is_classifier, num_params, towers
 from tutti.parallel.fsdp import offloads, reshards
 from tutti.parallel.mesh import AXES
 from tutti.train.inputs import open_data
-from tutti.train.record import model_name
+from tutti.train.run_parts import model_name
 
 log = logging.getLogger(__name__)
 

@@ -36,9 +36,9 @@ from tutti.config import Config, ModelConfig
 from tutti.core.dist import World
 from tutti.core.files import put_folder
 from tutti.core.hub import path_of_base
-from tutti.core.modules import extras
+from tutti.core.modules import attached
 from tutti.core.tensors import local_part
-from tutti.model.initial import own_part
+from tutti.model.initialize import own_part
 from tutti.model.lora import (
     Adapter,
     Lora,
@@ -358,7 +358,7 @@ def _key(module: nn.Module, adapter: Adapter) -> str:
     """The layer's name in the file."""
     if not is_experts(module):
         return _PREFIX + adapter.name
-    adapted = [leaf for leaf, _ in module.named_parameters(recurse=False) if leaf in extras(module).adapters]
+    adapted = [leaf for leaf, _ in module.named_parameters(recurse=False) if leaf in attached(module).adapters]
     depth = len(adapted) - 1 - adapted.index(adapter.weight)
     return _PREFIX + adapter.name.removesuffix(f".{adapter.weight}") + ".base_layer" * depth
 

@@ -20,7 +20,7 @@ from tutti.core.dist import World
 from tutti.core.files import describe_error, put_folder
 from tutti.core.tensors import local_part
 from tutti.model.autoencoder import Autoencoder
-from tutti.model.initial import init_weights, materialize, own_part
+from tutti.model.initialize import init_weights, materialize, own_part
 from tutti.model.vq import WEIGHTS
 
 _PREFIX = "net."

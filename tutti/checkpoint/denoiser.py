@@ -20,7 +20,7 @@ from tutti.core.files import describe_error, put_folder, write_synced
 from tutti.model.conditions import write_part
 from tutti.model.denoiser import Denoiser
 from tutti.model.diffusion import require_diffusers
-from tutti.model.initial import give_storage
+from tutti.model.initialize import give_storage
 from tutti.model.pipeline_folder import CONDITIONS, INDEX, TRANSFORMER, PipelineFolder, read_scheduler
 
 _PREFIX = "net."

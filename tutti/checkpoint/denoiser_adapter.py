@@ -25,7 +25,7 @@ from tutti.core.files import describe_error, put_folder
 from tutti.core.hub import path_of_base
 from tutti.core.tensors import local_part
 from tutti.model.denoiser import Denoiser
-from tutti.model.initial import own_part
+from tutti.model.initialize import own_part
 from tutti.model.lora import Lora, adapters, listed, lora_of
 from tutti.model.pipeline_folder import TRANSFORMER
 

@@ -40,7 +40,7 @@ from tutti.core.compat import (
 )
 from tutti.core.dist import World
 from tutti.core.tensors import local_part
-from tutti.model.initial import fill_by_rules, materialize, own_block, own_part
+from tutti.model.initialize import fill_by_rules, materialize, own_block, own_part
 from tutti.model.quantized import Packing, packings
 from tutti.model.speech import THINKER, speech_of
 from tutti.model.structure import ADAPTER_MARK, head, is_classifier, model_class, weight_conversions

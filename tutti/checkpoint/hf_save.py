@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from tutti.checkpoint.hf_files import INDEX, SINGLE, Checkpoint, RestOfCheckpoint, TensorFile, read_index
-from tutti.checkpoint.omni_files import joins_of, write_joins
+from tutti.checkpoint.omni_files import connectors_of, write_connectors
 from tutti.core.compat import (
     PrefixChange,
     WeightConverter,
@@ -89,14 +89,14 @@ def export_hf(
                 value = beside.read(key)
                 writer.add({key: value if isinstance(value, Tensor) else value[...]})
         written.append((part, place, writer, failure))
-    joins = joins_of(model, full, partial, world) if isinstance(model, OmniModel) else None
+    joins = connectors_of(model, full, partial, world) if isinstance(model, OmniModel) else None
 
     def finish() -> None:
         try:
             for part, place, writer, failure in written:
                 _finish(part, place, tokenizer, writer, failure)
             if joins is not None:
-                write_joins(joins, partial)
+                write_connectors(joins, partial)
             tokenizer.save_pretrained(partial)
             put_folder(partial, folder)
         except OSError as error:

@@ -327,20 +327,20 @@ def find_checkpoint(path: Path, world: World) -> tuple[Path, Manifest]:
     return newest
 
 
-class Foreseen(NamedTuple):
+class ResumePreview(NamedTuple):
     """A checkpoint that will be resumed, before it is verified. facts: of its manifest. state: as it was saved."""
 
     facts: Mapping[str, Any]
     state: Mapping[str, Any]
 
 
-def foresee(path: str | None, output: Path) -> Foreseen:
+def preview_resume(path: str | None, output: Path) -> ResumePreview:
     """The checkpoint that `Checkpointer.resume` is to find at `path`, for what is needed before tensors can be read.
 
     output: the run's output folder. Empty where there is none, or none that can be read: `resume` says why.
     """
     if path is None:
-        return Foreseen({}, {})
+        return ResumePreview({}, {})
     folder = output if path == "auto" else Path(path)
     try:
         if not manifest.is_folder_name(folder.name):
@@ -349,9 +349,9 @@ def foresee(path: str | None, output: Path) -> Foreseen:
             if not candidates and start is not None and start.origin is not None:
                 candidates = [root / start.origin]
             folder = candidates[0]
-        return Foreseen(manifest.read(folder).facts, json.loads((folder / STATE).read_text())["state"])
+        return ResumePreview(manifest.read(folder).facts, json.loads((folder / STATE).read_text())["state"])
     except (OSError, ValueError, IndexError, KeyError, TypeError):
-        return Foreseen({}, {})
+        return ResumePreview({}, {})
 
 
 def leave_unsaved(folder: Path, model: nn.Module, world: World) -> None:

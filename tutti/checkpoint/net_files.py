@@ -21,7 +21,7 @@ from tutti.core.dist import World
 from tutti.core.files import describe_error, write_synced
 from tutti.core.tensors import local_part
 from tutti.model.denoiser import DenoiserConfig, random_net
-from tutti.model.initial import own_part
+from tutti.model.initialize import own_part
 from tutti.model.vq import WEIGHTS
 
 WEIGHTS_INDEX = f"{WEIGHTS}.index.json"

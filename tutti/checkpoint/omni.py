@@ -24,7 +24,7 @@ from tutti.checkpoint.omni_files import CODE_DECODER, FEATURE_HEAD, NET, PROJECT
 from tutti.core.dist import World
 from tutti.core.tensors import local_part
 from tutti.model.denoiser import DenoiserConfig
-from tutti.model.initial import fill_by_rules, materialize, own_part
+from tutti.model.initialize import fill_by_rules, materialize, own_part
 from tutti.model.omni import OmniModel
 
 log = logging.getLogger(__name__)

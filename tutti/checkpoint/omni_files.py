@@ -44,7 +44,7 @@ NET = "decoders.image.net."
 """The beginning of the names of the tensors of a diffusion decoder's transformer."""
 
 
-class Joins(NamedTuple):
+class Connectors(NamedTuple):
     """settings: of each encoder, by kind. projectors: the tensors of each encoder's projector, by name within it.
     drawing_folder, drawing_size, codes: of a model that draws, the folder of its tokenizer of pictures, their side
     where that has none of its own, and the tensors of what the model has for their codes, or for queries. flow: the
@@ -61,7 +61,7 @@ class Joins(NamedTuple):
     finish_flow: Callable[[], None] = lambda: None
 
 
-def joins_of(model: OmniModel, full: Callable[[str], Tensor], folder: Path, world: World) -> Joins:
+def connectors_of(model: OmniModel, full: Callable[[str], Tensor], folder: Path, world: World) -> Connectors:
     """Collect what joins the parts of `model`, whose full tensors `full` gives by name on rank 0; the transformer of a
     diffusion decoder goes to the `folder` of the export at once. Collective."""
     projectors: dict[str, dict[str, Tensor]] = {}
@@ -71,7 +71,7 @@ def joins_of(model: OmniModel, full: Callable[[str], Tensor], folder: Path, worl
     encoders: Any = model.config.encoders
     settings = {kind: {name: encoders[kind][name] for name in SETTINGS} for kind in projectors}
     codes, features = (_tensors_of(model, part, full) for part in ("decoders.image", "decoders.features"))
-    joins = Joins(settings, projectors, model.drawing_folder, model.drawing_size, codes, features, model.flow)
+    joins = Connectors(settings, projectors, model.drawing_folder, model.drawing_size, codes, features, model.flow)
     if model.flow is None:
         return joins
     names = [name for name in model.state_dict() if name.startswith(NET)]
@@ -84,7 +84,7 @@ def _tensors_of(model: OmniModel, part: str, full: Callable[[str], Tensor]) -> d
     return {name.removeprefix(f"{part}."): full(name).contiguous() for name in names}
 
 
-def write_joins(joins: Joins, folder: Path) -> None:
+def write_connectors(joins: Connectors, folder: Path) -> None:
     """Write them to the folder of an export, which has those of its parts."""
     content: dict[str, Any] = {"encoders": dict(joins.settings)}
     if joins.drawing_folder is not None:
@@ -107,7 +107,7 @@ def write_joins(joins: Joins, folder: Path) -> None:
             save_file(contiguous, folder / "encoders" / kind / PROJECTOR, metadata={"format": "pt"})
 
 
-def _write_flow(joins: Joins, flow: FlowSpec, place: Path) -> None:
+def _write_flow(joins: Connectors, flow: FlowSpec, place: Path) -> None:
     """Write a diffusion decoder, whose transformer's weights are there but for their end, to `place`."""
     joins.finish_flow()
     write_net_config(flow.net, place / TRANSFORMER)

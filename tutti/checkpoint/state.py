@@ -25,7 +25,7 @@ from tutti.core.tensors import local_part, seed_of
 from tutti.model.lora import listed, lora_of
 
 AVERAGE = "average"
-"""The name, among a parameter's optimizer state, of the moving average of the weights (`tutti.train.average`)."""
+"""The name, among a parameter's optimizer state, of the moving average of the weights (`tutti.train.ema`)."""
 
 
 def model_entries(model: nn.Module) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from tutti.checkpoint.omni import load_parts
 from tutti.config import Config
 from tutti.config.load import load
 from tutti.core.dist import World
-from tutti.model.initial import init_weights, materialize
+from tutti.model.initialize import init_weights, materialize
 from tutti.model.lora import lora_of
 from tutti.model.omni import OmniModel
 

@@ -76,7 +76,7 @@ TASKS: dict[str, TaskRow] = {
         head="scalar",
     ),
     "image": TaskRow(
-        module="tutti.train.tasks.image",
+        module="tutti.train.tasks.reconstruction",
         doc="an image, which an autoencoder of diffusers (VQModel, AutoencoderKL) learns to reconstruct",
         columns="image",
         rows="images",

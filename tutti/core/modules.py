@@ -2,7 +2,7 @@
 
 Models are transformers' own classes and stay what they are. What training adds to a module is a wrapper around its
 `forward` (which FSDP's hooks, module names and parameter names do not notice), or a fact that other code looks up. Both
-are kept in one record on the module, `Extras`.
+are kept in one record on the module, `Attached`.
 
 Wrappers have one order, from the inside out, whoever applies them and whenever: `WRAPPERS`. `wrap_forward` asserts it,
 and `describe_wrappers` prints what a module and its parts wear.
@@ -41,7 +41,7 @@ WRAPPERS = (
 
 
 @dataclass(frozen=True)
-class Extras:
+class Attached:
     """The record of one module.
 
     wrappers: the names of those around its forward, innermost first. adapters: of its weights, by their names
@@ -62,37 +62,37 @@ class Extras:
     local_parameters: Callable[[], AbstractContextManager[None]] | None = None
 
 
-_NONE = Extras()
+_NONE = Attached()
 
 
-def extras(module: Any) -> Extras:
+def attached(module: Any) -> Attached:
     """The record of `module`, or of what stands for it; an empty one where nothing was put on it."""
-    return getattr(module, "_tutti_extras", _NONE)
+    return getattr(module, "_tutti_attached", _NONE)
 
 
-def put_on(module: nn.Module, **changes: Any) -> None:
-    """Change the record of `module` by these fields of `Extras`."""
-    module.__dict__["_tutti_extras"] = replace(extras(module), **changes)
+def attach(module: nn.Module, **changes: Any) -> None:
+    """Change the record of `module` by these fields of `Attached`."""
+    module.__dict__["_tutti_attached"] = replace(attached(module), **changes)
 
 
 def wrap_forward(module: nn.Module, name: str, wrapper: Callable[[Forward], Forward]) -> None:
     """Make `wrapper(module.forward)` be the forward of `module`; `name` is its place in `WRAPPERS`."""
-    worn = extras(module).wrappers
+    worn = attached(module).wrappers
     assert all(WRAPPERS.index(inner) < WRAPPERS.index(name) for inner in worn), f"{name} around {', '.join(worn)}"
     module.forward = wrapper(module.forward)
-    put_on(module, wrappers=(*worn, name))
+    attach(module, wrappers=(*worn, name))
 
 
 def unwrap_forward(module: nn.Module) -> None:
     """Leave `module` with the forward of its class."""
     module.__dict__.pop("forward", None)
-    put_on(module, wrappers=())
+    attach(module, wrappers=())
 
 
 def describe_wrappers(module: nn.Module) -> str:
     """The wrappers of `module` and of its parts, outermost first, as `checkpoint > compile; mlp, self_attn: tokens`."""
     found: dict[str, list[str]] = {}
     for name, part in module.named_modules():
-        if worn := extras(part).wrappers:
+        if worn := attached(part).wrappers:
             found.setdefault(" > ".join(reversed(worn)), []).append(name)
     return "; ".join(stack if names == [""] else f"{', '.join(names)}: {stack}" for stack, names in found.items())

@@ -1,8 +1,8 @@
 """Variation of training images: mirrored, moved and scaled a little, each time anew.
 
-What an image undergoes is drawn by a key of its sample and the epoch (`tutti.core.draws`), so that it is the same on
-any number of ranks and after a restart. It is one affine map of the image's plane, which is applied to a batch of
-images at once, wherever they are (`warp`); what comes in from outside repeats the image's border.
+The random numbers depend on the sample and the epoch alone (`tutti.core.keyed_random`), so an image is varied in the
+same way on any number of ranks and after a restart. The variation is one affine map, applied to a whole batch of images
+on whatever device they are (`warp`); pixels that come in from outside repeat the image's border.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tutti.core.draws import generator
+from tutti.core.keyed_random import generator
 
 
 @dataclass(frozen=True)

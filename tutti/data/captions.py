@@ -29,7 +29,7 @@ from torch import Tensor
 from tutti.config import DataConfig
 from tutti.core.batch import IGNORE, Frames, Grid, Media, Sample
 from tutti.data.media import MediaFolder, MediaSummary, described, load_image, measure_image, reference, resized
-from tutti.data.parts import with_media
+from tutti.data.media_places import with_media
 from tutti.data.rows import (
     CONVERSATIONS,
     BrokenMediaError,

@@ -29,8 +29,8 @@ from tutti.config import Config
 from tutti.core.batch import IGNORE, Media, Sample
 from tutti.data.media import MediaFolder, MediaSummary, described, plural
 from tutti.data.media_cache import MediaCache
-from tutti.data.parts import literal_places, not_taken, with_media
-from tutti.data.processor import MediaProcessor, shift
+from tutti.data.media_places import literal_places, not_taken, with_media
+from tutti.data.media_processor import MediaProcessor, shift
 from tutti.data.rows import CONVERSATIONS, RowError, class_of, conversation_of, fill, half_surrogate, text_of
 from tutti.data.source import BadRow, Row, text_columns
 from tutti.data.template import ChatTemplate, read_template

@@ -41,11 +41,11 @@ from tutti.data.plan import (
     make_batching_plan,
     one_pass,
 )
+from tutti.data.preencoded import PreEncoded
 from tutti.data.preference import make_pair_encoder
 from tutti.data.prefetch import Collator, Fetch, PackedSamples, fetch_indexed, fetch_streamed, loader_options
-from tutti.data.ready import ReadyMade
 from tutti.data.remote import fetch_data
-from tutti.data.source import Elsewhere, Source, open_sources
+from tutti.data.source import LocalCopies, Source, open_sources
 from tutti.data.stream import ChunkPrefetcher, StreamSource, data_changed, row_counts
 from tutti.data.template import is_dated
 
@@ -221,7 +221,7 @@ class Data:
     def leave_out_drawn(self) -> None:
         """Make batches hold blanks in the place of pictures that the model draws, from the next `train` or `evaluate`
         on: what is made of them is known."""
-        getattr(self._encoder, "encoder", self._encoder).media.decodes_drawn = False  # within ReadyMade
+        getattr(self._encoder, "encoder", self._encoder).media.decodes_drawn = False  # within PreEncoded
 
     def _plan_ahead(self) -> None:
         planner = self._train.planner
@@ -380,7 +380,7 @@ def build_data(
         lambda: (find_encoder(), open_sources(config, elsewhere=elsewhere), _held_out(config, elsewhere))
     )
     if ":" in config.data.datasets_type:
-        encoder = ReadyMade(encoder, config.data.sample_tokens, vocab_size, pairs=pairs)
+        encoder = PreEncoded(encoder, config.data.sample_tokens, vocab_size, pairs=pairs)
     pad_id = _pad_id(tokenizer)
     streams = config.data.datasets_type == "iterable" or not all(source.mapping for source in sources)
     _require_same_rows(config, sources, encoder, world)
@@ -434,7 +434,7 @@ def _require_same_rows(config: Config, sources: Sequence[Source], encoder: Any, 
         )
 
 
-def _held_out(config: Config, elsewhere: Elsewhere) -> list[Source | Loaded] | None:
+def _held_out(config: Config, elsewhere: LocalCopies) -> list[Source | Loaded] | None:
     """The sources of data.eval_path, if it is set."""
     if not config.data.eval_path:
         return None

@@ -31,7 +31,7 @@ from tutti.config import Config
 from tutti.core.batch import IGNORE, Sample
 from tutti.data.encode import Encoder, make_encoder
 from tutti.data.media import MediaSummary
-from tutti.data.parts import media_columns
+from tutti.data.media_places import media_columns
 from tutti.data.rows import CONVERSATIONS, RowError, as_json, kind_of, listed, message_of, question_of
 from tutti.data.source import BadRow, Row, text_columns
 

@@ -23,7 +23,7 @@ from tutti.core.files import cache_folder, make_once
 from tutti.core.hub import HubFiles
 from tutti.core.remote import NotCachedError, fetch, progress_bars
 from tutti.data.hub import IsData, is_rows, pin_path, pin_split
-from tutti.data.source import Elsewhere, is_data, open_sources
+from tutti.data.source import LocalCopies, is_data, open_sources
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ _PACKAGES = {
 }
 
 
-def fetch_data(config: Config, world: World) -> Elsewhere:
+def fetch_data(config: Config, world: World) -> LocalCopies:
     """Bring what the data paths name that is not here; gives the local copies of a part of a path. Collective.
 
     ValueError, on all ranks: it is not there, or another part of a path is wrong.

@@ -27,9 +27,9 @@ from tutti.config.coerce import expand_path
 from tutti.config.yamlfile import read_file
 from tutti.data.formats import BadRow, Csv, DataFile, JsonArray, JsonLines, Row, Text, read_blocks, suffixes
 from tutti.data.hub import repo_name
-from tutti.data.own import OwnDataset
 from tutti.data.tables import Arrow, Parquet
 from tutti.data.tars import Tar
+from tutti.data.user_dataset import UserDataset
 
 __all__ = ["BadRow", "Row", "Source", "open_sources", "text_columns"]
 
@@ -48,7 +48,7 @@ _FORMATS: dict[str, Callable[[str], DataFile]] = {
 _COMPRESSIBLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
-Elsewhere = Callable[[str, str], Sequence[str] | None]
+LocalCopies = Callable[[str, str], Sequence[str] | None]
 """Given an argument and a part of its path: the local copies of what that names elsewhere; None: it names nothing."""
 
 
@@ -65,8 +65,8 @@ class Source:
         self.name = name
         self.files = tuple(files)
         self.schedule = tuple(schedule)
-        self.own = any(isinstance(file, OwnDataset) for file in files)
-        self.mapping = all(not isinstance(file, OwnDataset) or file.mapping for file in files)
+        self.own = any(isinstance(file, UserDataset) for file in files)
+        self.mapping = all(not isinstance(file, UserDataset) or file.mapping for file in files)
 
     @property
     def weighted(self) -> bool:
@@ -124,7 +124,7 @@ def text_columns(config: Config) -> tuple[str, ...]:
 
 
 def open_sources(
-    config: Config, path: str | None = None, *, elsewhere: Elsewhere = lambda argument, part: None
+    config: Config, path: str | None = None, *, elsewhere: LocalCopies = lambda argument, part: None
 ) -> list[Source]:
     """The sources that `path` (default: data.train_path) names; ValueError says what is missing and what would work.
 
@@ -137,7 +137,7 @@ def open_sources(
         raise ValueError(f"{key} is not set: give a file, a folder, a comma list of those, or a multi-source YAML")
     if ":" in config.data.datasets_type:
         name = config.data.source_name or Path(path).stem
-        return [Source(name, [OwnDataset(config.data.datasets_type, path)])]
+        return [Source(name, [UserDataset(config.data.datasets_type, path)])]
     if _is_yaml(path):
         return _from_yaml(config, key, Path(path), elsewhere)
     return [_source(config, key, config.data.source_name or _stem(path.split(",")[0]), path, elsewhere)]
@@ -152,7 +152,7 @@ def _source(
     key: str,
     name: str,
     path: str,
-    elsewhere: Elsewhere,
+    elsewhere: LocalCopies,
     schedule: Sequence[tuple[int, float, bool]] = (),
     folder: str = "",
 ) -> Source:
@@ -165,7 +165,7 @@ def _source(
     return source
 
 
-def _files(key: str, path: str, folder: str, elsewhere: Elsewhere) -> list[str]:
+def _files(key: str, path: str, folder: str, elsewhere: LocalCopies) -> list[str]:
     """The data files that `path` stands for, in order; parts of it are relative to `folder` where they exist there."""
     found: list[str] = []
     whole = _matches(path, folder)
@@ -288,7 +288,7 @@ def _stem(path: str) -> str:
     return name.split(".")[0] or name
 
 
-def _from_yaml(config: Config, key: str, path: Path, elsewhere: Elsewhere) -> list[Source]:
+def _from_yaml(config: Config, key: str, path: Path, elsewhere: LocalCopies) -> list[Source]:
     """The sources of a YAML with `sources`, and optionally `names` and `weights` or `schedule`."""
     if not path.exists():
         raise ValueError(f"{key}: {path} does not exist{_nearest(str(path), '')}")

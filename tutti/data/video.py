@@ -5,7 +5,7 @@ A video is a file, which PyAV reads, an animated image (WebP, GIF), which pillow
 1. `measure_video` reads the header: size, number of frames, and how many there are a second. Where a header has no
    number of frames, the packets of the file are counted, which decodes nothing.
 2. The processor of the family says which frames it takes of such a video, or data.video_fps and data.video_max_frames
-   do (`tutti.data.processor`).
+   do (`tutti.data.media_processor`).
 3. `load_video` decodes up to the last of them, and keeps these alone, each made smaller as it comes.
 
 Frames are numbered as they are decoded, in the order in which they are shown, and a number divided by the frames a

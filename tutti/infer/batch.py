@@ -30,7 +30,7 @@ from tutti.core.files import replacing
 from tutti.data.formats import BadRow, JsonLines
 from tutti.data.media import identity
 from tutti.data.rows import RowError
-from tutti.infer.drawing import Pictures
+from tutti.infer.drawing import PictureCollector
 from tutti.infer.generate import Generator, Request, Token, whole_answers
 from tutti.infer.load import LoadedModel
 from tutti.infer.prompts import PromptFormat, row_request, to_draw
@@ -85,7 +85,7 @@ def answer_rows(
 ) -> None:
     """Answer `rows`, which are those of `source`, into `output`, going on from what an earlier run left. Collective.
 
-    draw: each answer begins with a picture. Pictures are files in a folder beside the output, which their row names.
+    draw: each answer begins with a picture. Pictures are written to a folder beside the output, and named in their row.
     ValueError, on all ranks: rows that can't be asked, with their places; an output that belongs to something else.
     """
     world = generator.world
@@ -110,7 +110,7 @@ def answer_rows(
             folder.mkdir(exist_ok=True)
             picture.save(folder / f"{number}_{place}.png")
 
-    pictures = Pictures(generator.drawing, keep)
+    pictures = PictureCollector(generator.drawing, keep)
     world.barrier()
     with _writing(journal, header, active=world.is_main) as write, _Progress(len(left), active=world.is_main) as bar:
         try:

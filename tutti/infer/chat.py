@@ -20,9 +20,9 @@ from typing import Any
 from PIL import Image
 
 from tutti.config import Config
-from tutti.data.parts import Entry
+from tutti.data.media_places import Entry
 from tutti.data.rows import KINDS, Conversation, RowError
-from tutti.infer.drawing import Pictures
+from tutti.infer.drawing import PictureCollector
 from tutti.infer.generate import Generator, Request
 from tutti.infer.load import LoadedModel
 from tutti.infer.prompts import PromptFormat, as_part, chat_request, chat_tokens
@@ -42,7 +42,7 @@ _LEAST_ROOM = 256
 
 
 @dataclass
-class History:
+class ChatHistory:
     """The conversation so far. media: parts that come before the next message. answered: turns answered since the
     start, which seeds the next one."""
 
@@ -72,7 +72,7 @@ def chat(config: Config, loaded: LoadedModel, generator: Generator, media: Seque
     if terminal and world.is_main:
         # Python leaves SIGINT ignored where it was at the start, as it is for what a shell runs in the background.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    history = History(media=[as_part(*entry) for entry in media])
+    history = ChatHistory(media=[as_part(*entry) for entry in media])
     while True:
         line = world.broadcast(_read_turn(terminal) if world.is_main else None)
         if line is None:
@@ -117,7 +117,7 @@ def _read_line(mark: str, terminal: bool) -> str | None:
         return None
 
 
-def _command(line: str, form: PromptFormat, history: History, show: Callable[[str], None]) -> bool:
+def _command(line: str, form: PromptFormat, history: ChatHistory, show: Callable[[str], None]) -> bool:
     """Obey a line that begins with /; False for one that ends the talk."""
     name, _, text = line.partition(" ")
     if name in ("/exit", "/quit"):
@@ -139,7 +139,7 @@ def _command(line: str, form: PromptFormat, history: History, show: Callable[[st
     return True
 
 
-def _attach(kind: str, text: str, form: PromptFormat, history: History, show: Callable[[str], None]) -> None:
+def _attach(kind: str, text: str, form: PromptFormat, history: ChatHistory, show: Callable[[str], None]) -> None:
     """Put the file that `text` names before the next message, if the model takes it there."""
     path = _file_named(text)
     if path is None:
@@ -169,7 +169,7 @@ def _answer(
     config: Config,
     loaded: LoadedModel,
     generator: Generator,
-    history: History,
+    history: ChatHistory,
     message: str,
     show: Callable[[str], None],
 ) -> None:
@@ -195,7 +195,7 @@ def _answer(
         show(f"[{file}]")
 
     with _interruptible(generator) if generator.world.is_main else nullcontext():
-        for token in Pictures(generator.drawing, keep).watch(generator.stream([asked])):
+        for token in PictureCollector(generator.drawing, keep).watch(generator.stream([asked])):
             if token.end != "stop":
                 ids.append(token.id)
                 show(stream.add(token.id))
@@ -205,7 +205,7 @@ def _answer(
     history.answered += 1
 
 
-def _fitting(config: Config, loaded: LoadedModel, history: History) -> tuple[Request, int]:
+def _fitting(config: Config, loaded: LoadedModel, history: ChatHistory) -> tuple[Request, int]:
     """Make a request of the history without the oldest turns, as far as the context demands; and count these.
 
     RowError: its last message alone leaves no room for an answer.

@@ -31,12 +31,12 @@ from tutti.checkpoint.trained import TrainedModel, find_trained, is_of_run, load
 from tutti.config import Config, ModelConfig, TrainConfig
 from tutti.core.batch import Grid
 from tutti.core.dist import World
-from tutti.core.draws import generator
+from tutti.core.keyed_random import generator
 from tutti.core.pixels import frame_image
-from tutti.infer.source import named_as_infer
+from tutti.infer.model_source import named_as_infer
 from tutti.model.conditions import Conditions, read_grid
 from tutti.model.denoiser import Denoiser, build_denoiser, cast_to_infer
-from tutti.model.diffusion import Guided, Text, default_side, join_texts, latent_shape, sample
+from tutti.model.diffusion import EncodedText, Guided, default_side, join_texts, latent_shape, sample
 from tutti.model.lora import add_adapters, lora_of
 from tutti.model.pipeline_folder import TRANSFORMER, PipelineFolder, open_folder, read_scheduler
 
@@ -46,7 +46,7 @@ _FPS = 16
 """Frames a second of a video that is written."""
 
 
-class Source(NamedTuple):
+class DiffusionSource(NamedTuple):
     """A diffusion model: the parts of its folder, the checkpoint that holds its weights, if one does, and of adapters
     in a folder of their own the configuration that names this and their base."""
 
@@ -55,7 +55,7 @@ class Source(NamedTuple):
     adapted: Config | None = None
 
 
-def find_denoiser(config: Config, world: World) -> Source | None:
+def find_denoiser(config: Config, world: World) -> DiffusionSource | None:
     """The diffusion model that infer.model_path is; None where that is another kind of model. Collective.
 
     ValueError, on all ranks: it lacks something, such as the base of adapters.
@@ -65,10 +65,10 @@ def find_denoiser(config: Config, world: World) -> Source | None:
         if (folder / TRANSFORMER / "config.json").is_file():
             described = Config(model=replace(config.model, config_path=None, model_path=str(folder)))
             with named_as_infer():
-                return Source(world.run_on_all_ranks(partial(open_folder, described)))
+                return DiffusionSource(world.run_on_all_ranks(partial(open_folder, described)))
     if holds_adapters(path):
         adapted = with_local_paths(world.run_on_all_ranks(lambda: _adapted(path, config.model)), world)
-        return Source(world.run_on_all_ranks(lambda: open_folder(adapted)), adapted=adapted)
+        return DiffusionSource(world.run_on_all_ranks(lambda: open_folder(adapted)), adapted=adapted)
     folders = (path, path / "hf" / "final")
     is_folder = any(is_adapter_folder(folder) or (folder / "config.json").is_file() for folder in folders)
     if not path.is_dir() or not is_of_run(path) or is_folder:
@@ -77,7 +77,7 @@ def find_denoiser(config: Config, world: World) -> Source | None:
     if trained.config.data.task.kind != "denoiser":
         return None
     trained = replace(trained, config=with_local_paths(trained.config, world))
-    return Source(world.run_on_all_ranks(lambda: open_folder(trained.config)), trained)
+    return DiffusionSource(world.run_on_all_ranks(lambda: open_folder(trained.config)), trained)
 
 
 def _adapted(folder: Path, asked: ModelConfig) -> Config:
@@ -99,7 +99,7 @@ def _adapted(folder: Path, asked: ModelConfig) -> Config:
     return Config(model=model, train=TrainConfig(architecture="lora"))
 
 
-def draw(config: Config, source: Source, prompts: Sequence[str], output: Path, world: World) -> list[Path]:
+def draw(config: Config, source: DiffusionSource, prompts: Sequence[str], output: Path, world: World) -> list[Path]:
     """Write a picture (.png) or video (.webp) for each of `prompts` to the folder `output`; this rank's files.
 
     Collective. ValueError, on all ranks: what the user can mend.
@@ -123,7 +123,7 @@ def draw(config: Config, source: Source, prompts: Sequence[str], output: Path, w
     shape = latent_shape(family, model.net.config, grid, (width, height, frames))
     for number in range(world.rank, len(prompts), world.size):
         text, empty = (
-            Text(**join_texts([conditions.encode_text(caption)])).map(lambda part: part.to(world.device))
+            EncodedText(**join_texts([conditions.encode_text(caption)])).map(lambda part: part.to(world.device))
             for caption in (prompts[number], "")
         )
         noise = torch.randn(shape, generator=generator(settings.seed, "sample", prompts[number])).unsqueeze(0)
@@ -134,7 +134,7 @@ def draw(config: Config, source: Source, prompts: Sequence[str], output: Path, w
     return written
 
 
-def _build(config: Config, source: Source) -> Denoiser:
+def _build(config: Config, source: DiffusionSource) -> Denoiser:
     described = source.adapted or (config if source.trained is None else source.trained.config)
     model = build_denoiser(described, source.folder.transformer)
     if (lora := plan_adapters(described, model, read_lora)) is not None:
@@ -142,7 +142,7 @@ def _build(config: Config, source: Source) -> Denoiser:
     return model
 
 
-def _load(model: Denoiser, source: Source, world: World) -> None:
+def _load(model: Denoiser, source: DiffusionSource, world: World) -> None:
     """Fill `model` from its folder, or from a checkpoint; of adapters the base from its folder, or drawn."""
     trained, cpu = source.trained, torch.device("cpu")
     if source.adapted is not None:

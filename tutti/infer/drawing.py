@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from tutti.core.pixels import to_image
-from tutti.infer.flow import FlowPainter
+from tutti.infer.flow_painter import FlowPainter
 from tutti.model.drawing import picture_text
 from tutti.model.omni_processor import CODE
 from tutti.model.vq import PictureTokenizer
@@ -38,8 +38,8 @@ class Drawing:
     """A model's drawing. start: the token that begins a picture. pattern: what follows it up to the token that ends it,
     ids and places of codes (-1). first, number: the id of code 0, and how many there are. decode: from codes [N, n] to
     pictures [N, 3, S, S]; None where the model sees pictures as codes and draws none. temperature: divides the logits
-    of codes, beside infer.temperature. paint: of a model that draws by queries (`tutti.infer.flow`), which the pattern
-    has in the place of codes, makes the picture [3, S, S] that an answer, by its number, has at a place."""
+    of codes, on top of infer.temperature. paint: for a model that draws by queries (`tutti.infer.flow_painter`), whose
+    pattern holds queries in place of codes: makes a picture [3, S, S] from an answer's number and the picture's index."""
 
     start: int
     pattern: tuple[int, ...]
@@ -118,7 +118,7 @@ class DrawingState:
 
 
 @dataclass
-class Pictures:
+class PictureCollector:
     """Collects the pictures of answers, by number. made: what is done with each as it is complete: its answer's number,
     its place among the answer's pictures, and itself."""
 

@@ -32,15 +32,16 @@ from tutti.core.compute_dtype import compute_dtype, slow_dtypes
 from tutti.core.dist import World
 from tutti.core.files import sha256
 from tutti.core.hub import name_in_cache
-from tutti.data.processor import MediaProcessor
+from tutti.data.media_processor import MediaProcessor
 from tutti.data.template import ChatTemplate, read_template
 from tutti.infer.drawing import Drawing, GuidedLogits, drawing_of, hiding
-from tutti.infer.flow import FlowPainter, LedLogits
+from tutti.infer.flow_painter import FlowPainter, LedLogits
 from tutti.infer.generate import CachedLogits, NextLogits
 from tutti.infer.hf_generate import GeneratedLogits, needs_generate
 from tutti.infer.media import MediaInputs, media_inputs
+from tutti.infer.model_source import ModelSource, data_of, find_source, named_as_infer
 from tutti.infer.prompts import PromptFormat
-from tutti.infer.source import Source, data_of, find_source, named_as_infer
+from tutti.model.attention_arguments import pass_arguments
 from tutti.model.build import build_model, load_model_config
 from tutti.model.diffusion import Guided
 from tutti.model.drawing import let_draw, ready_folder, write_drawn
@@ -49,7 +50,6 @@ from tutti.model.multimodal import MultimodalForward
 from tutti.model.omni import OmniModel
 from tutti.model.omni_config import is_composed
 from tutti.model.omni_processor import add_placeholders, write_markers
-from tutti.model.passing import pass_arguments
 from tutti.model.positions import rotate_by_sample
 from tutti.model.processor import build_processor
 from tutti.model.sparse import is_sparse
@@ -136,7 +136,7 @@ def _drawing(config: Config, model: Any, tokenizer: Any, world: World, painter: 
 
 
 def _build(
-    asked: Config, source: Source, device: torch.device, slow: frozenset[torch.dtype]
+    asked: Config, source: ModelSource, device: torch.device, slow: frozenset[torch.dtype]
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Build the tokenizer, and the model without storage, with the attention that generation runs on.
 
@@ -184,7 +184,7 @@ def _own_attention(model: PreTrainedModel) -> dict[str, str]:
     }
 
 
-def _media_processor(data: DataConfig, source: Source, tokenizer: Any, model: Any) -> MediaProcessor | None:
+def _media_processor(data: DataConfig, source: ModelSource, tokenizer: Any, model: Any) -> MediaProcessor | None:
     """The processor of a model that takes media, with the bounds of `data`; None where it has none."""
     takes = _takes_media(model) or getattr(model, "code_decoder", None) is not None
     processor = build_processor(replace(source.config, data=data), tokenizer) if takes else None
@@ -212,7 +212,7 @@ def _next_logits(
     )
 
 
-def _dtype(source: Source, model_config: PreTrainedConfig) -> torch.dtype:
+def _dtype(source: ModelSource, model_config: PreTrainedConfig) -> torch.dtype:
     """The dtype of the parameters in the model's files, in those of an adapter's base, or in the run's checkpoints."""
     if source.trained is None and any(
         name.endswith("ForSequenceClassification") for name in model_config.architectures or ()
@@ -233,7 +233,7 @@ def _shard(model: PreTrainedModel, world: World) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def _fill(model: PreTrainedModel, source: Source, world: World) -> str:
+def _fill(model: PreTrainedModel, source: ModelSource, world: World) -> str:
     """Load the weights of `source` into `model`, and return their digest. Collective."""
     settings = source.config.model
     parts = [Path(path) for path in (settings.model_path, settings.adapter_path) if path is not None]
@@ -258,7 +258,7 @@ def _fill(model: PreTrainedModel, source: Source, world: World) -> str:
     return " ".join(digests)
 
 
-def _template(config: Config, source: Source, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
+def _template(config: Config, source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
     """The chat template, which the tokenizer is given too; None where nothing says how a turn ends."""
     wanted = config.infer.chat_template
     name = source.template if wanted in ("default", "none") else wanted
@@ -271,7 +271,7 @@ def _template(config: Config, source: Source, tokenizer: PreTrainedTokenizerBase
     return read_template(tokenizer)
 
 
-def _is_chat(config: Config, source: Source, tokenizer: PreTrainedTokenizerBase) -> bool:
+def _is_chat(config: Config, source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> bool:
     if config.infer.chat_template != "default":
         return config.infer.chat_template != "none"
     return source.of_chats or bool(tokenizer.chat_template)

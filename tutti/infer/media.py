@@ -1,8 +1,8 @@
 """Media of prompts: what a model is given beside their tokens, made when they are first run.
 
-The values (pixels, and what goes with them) are those that training makes of the same row (`tutti.data.processor`), and
-so are the positions of models that rotate by several (`tutti.model.multimodal`). A prompt is run once; from then on its
-images are keys and values in the cache like everything else.
+The values (pixels, and what goes with them) are those that training makes of the same row
+(`tutti.data.media_processor`), and so are the positions of models with multi-dimensional rotary embeddings
+(`tutti.model.multimodal`). A prompt is run once; from then on its images are keys and values in the cache like the rest.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor
 from tutti.core.batch import ALONG_TOKENS, IGNORE, Batch, Media, Sample, pack
 from tutti.core.compat import tree_leaves
 from tutti.core.structure import ModelStructure
-from tutti.data.processor import MediaProcessor
+from tutti.data.media_processor import MediaProcessor
 from tutti.data.rows import KINDS, RowError
-from tutti.model.multimodal import make_placing
+from tutti.model.multimodal import make_media_positions
 
 _KEPT = 8
 """Calls of encoders that are remembered."""
@@ -35,8 +35,8 @@ Prompt = tuple[Sequence[int], tuple[Media, ...]]
 @dataclass(frozen=True)
 class MediaInputs:
     """Makes the inputs beside tokens. processor: None where the model takes no media. place: gives a batch its media's
-    positions (`tutti.model.multimodal.make_placing`). masks: the model attends to prompts with media by a mask of all
-    tokens by all tokens, so that they are better run one by one."""
+    positions (`tutti.model.multimodal.make_media_positions`). masks: prompts with media need a full [T, T] attention
+    mask, so that they are better run one by one."""
 
     processor: MediaProcessor | None = None
     place: Callable[[Batch], Batch] = lambda batch: batch
@@ -74,7 +74,7 @@ class MediaInputs:
 def media_inputs(structure: ModelStructure, processor: MediaProcessor | None) -> MediaInputs:
     """The maker of the inputs beside tokens for the model of `structure`."""
     masks = "token_type_ids" in inspect.signature(structure.decoder.forward).parameters
-    return MediaInputs(processor, make_placing(structure), masks)
+    return MediaInputs(processor, make_media_positions(structure), masks)
 
 
 @contextmanager

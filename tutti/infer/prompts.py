@@ -4,7 +4,7 @@ A conversation is rendered with the model's chat template up to where the assist
 it is. A row asks by its columns: `prompt` (a text, or a list of messages), a conversation in any of
 the shapes that training takes, or `content_split` or `text`, which are continued. A conversation that ends with an
 assistant's message is asked again: that message is left out. Media of a conversation are found, measured and put in the
-place of the template's markers as in training (`tutti.data.processor`).
+place of the template's markers as in training (`tutti.data.media_processor`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tutti.core.batch import Media
 from tutti.data.media import MediaFolder
-from tutti.data.parts import Entry, media_columns, not_taken, with_media
-from tutti.data.processor import MediaProcessor
+from tutti.data.media_places import Entry, media_columns, not_taken, with_media
+from tutti.data.media_processor import MediaProcessor
 from tutti.data.rows import Conversation, RowError, conversation_of, fill, half_surrogate
 from tutti.data.template import ChatTemplate
 from tutti.infer.drawing import Drawing

@@ -19,24 +19,24 @@ from tutti.config import Config
 from tutti.core.device import keep_freed_memory, limit_threads, pick_device
 from tutti.core.dist import World, init_world, shutdown_world
 from tutti.core.log import setup_logging
-from tutti.data.parts import Entry
+from tutti.data.media_places import Entry
 from tutti.data.rows import RowError
 from tutti.infer.batch import answer_rows, read_rows
 from tutti.infer.chat import chat
-from tutti.infer.diffusion import Source, draw, find_denoiser
-from tutti.infer.drawing import Pictures
+from tutti.infer.diffusion import DiffusionSource, draw, find_denoiser
+from tutti.infer.drawing import PictureCollector
 from tutti.infer.generate import Generator, Request
 from tutti.infer.load import LoadedModel, load_model
+from tutti.infer.model_source import find_source, named_as_infer
 from tutti.infer.prompts import prompt_request, to_draw
 from tutti.infer.sampling import Sampler
-from tutti.infer.source import find_source, named_as_infer
 from tutti.infer.stream import Edges, TextStream
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Job:
+class InferenceJob:
     """The prompts to answer, or the rows of `input`, into `output`; with neither, a conversation.
     Or the prompts to draw into the folder `output`.
 
@@ -51,7 +51,7 @@ class Job:
     draw: bool = False
 
 
-def infer(config: Config, job: Job) -> None:
+def infer(config: Config, job: InferenceJob) -> None:
     """Do `job` with the model of `config.infer`, on this rank; every rank of the job calls it.
 
     ValueError and OSError, on every rank: a mistake that the user can mend.
@@ -91,14 +91,14 @@ def infer(config: Config, job: Job) -> None:
         shutdown_world()
 
 
-def _draw(config: Config, denoiser: Source, job: Job, world: World) -> None:
+def _draw(config: Config, denoiser: DiffusionSource, job: InferenceJob, world: World) -> None:
     """Draw the prompts of `job`. ValueError: it asks for something else."""
     if job.input or job.media or not job.prompts or not job.output:
         raise ValueError("infer.model_path is a diffusion model, which draws: give --prompt TEXT ... --output FOLDER")
     draw(config, denoiser, job.prompts, Path(job.output), world)
 
 
-def _answer_prompts(config: Config, loaded: LoadedModel, generator: Generator, job: Job) -> None:
+def _answer_prompts(config: Config, loaded: LoadedModel, generator: Generator, job: InferenceJob) -> None:
     """Print the answers in the order of the prompts, each as it comes, under its prompt if there are several."""
     prompts = job.prompts
     requests: list[Request] = []
@@ -121,7 +121,7 @@ def _answer_prompts(config: Config, loaded: LoadedModel, generator: Generator, j
             picture.save(file)
         waiting[number].append(f"[{file}]")
 
-    for token in Pictures(generator.drawing, keep).watch(generator.stream(requests)):
+    for token in PictureCollector(generator.drawing, keep).watch(generator.stream(requests)):
         stream = streams[token.number]
         if token.end != "stop":
             waiting[token.number].append(stream.add(token.id))

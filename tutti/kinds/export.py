@@ -21,7 +21,7 @@ from tutti.core.files import close_new_files_to_others
 from tutti.core.log import setup_logging
 from tutti.kinds import kind_of
 from tutti.model.denoiser import Denoiser
-from tutti.model.initial import give_storage
+from tutti.model.initialize import give_storage
 from tutti.model.lora import lora_of, merge
 from tutti.model.processor import build_processor
 

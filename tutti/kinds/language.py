@@ -24,7 +24,7 @@ from tutti.kinds import Inputs
 from tutti.model.build import build_model, check_composed, check_dtypes, check_eager, check_packable, language_config
 from tutti.model.drawing import draws, let_draw
 from tutti.model.families import untested
-from tutti.model.initial import init_weights
+from tutti.model.initialize import init_weights
 from tutti.model.lora import adapters, add_adapters
 from tutti.model.mixers import check_mixers
 from tutti.model.multimodal import check_multimodal

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from tutti.core.batch import Grid
 from tutti.core.tensors import seed_of
-from tutti.model.diffusion import Text, class_named_in, latent_channels, latent_patch, require_diffusers
+from tutti.model.diffusion import EncodedText, class_named_in, latent_channels, latent_patch, require_diffusers
 from tutti.model.pipeline_folder import PipelineFolder
 
 
@@ -99,11 +99,11 @@ class Conditions:
         return module.to(self._device, self._dtype).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def encode_text(self, caption: str) -> Text:
+    def encode_text(self, caption: str) -> EncodedText:
         """The encoded caption, on the host, without the dimension of the batch."""
         found = self._text(caption)
         mask = None if found.mask is None else found.mask.bool()
-        return Text(found.embeds, mask, found.pooled).map(lambda part: part[0].cpu())
+        return EncodedText(found.embeds, mask, found.pooled).map(lambda part: part[0].cpu())
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ class _PipelineText:
         given = {**{name: None for name in lacking if name not in defaults}, **parts, "transformer": model}
         self._pipeline = kind(**given)
 
-    def __call__(self, caption: str) -> Text:
+    def __call__(self, caption: str) -> EncodedText:
         takes = inspect.signature(self._pipeline.encode_prompt).parameters
         called = inspect.signature(self._pipeline.__call__).parameters
         asked: dict[str, Any] = {"prompt": caption, "device": self._device}
@@ -245,7 +245,7 @@ class _PipelineText:
             asked["do_classifier_free_guidance"] = False
         found = self._pipeline.encode_prompt(**asked)
         found = found if isinstance(found, tuple) else (found,)
-        return Text(**{name: value for name, value in zip(self._family.encoded, found, strict=False) if name})
+        return EncodedText(**{name: value for name, value in zip(self._family.encoded, found, strict=False) if name})
 
 
 _OF_CALLS = ("max_sequence_length", "clean_caption", "complex_human_instruction")
@@ -273,16 +273,16 @@ class _LanguageModelText:
                 f"{wanted}: give a transformer config of that width"
             )
 
-    def __call__(self, caption: str) -> Text:
+    def __call__(self, caption: str) -> EncodedText:
         ids = self._tokenizer(caption, add_special_tokens=True)["input_ids"][: self._max_length]
         ids = ids or [self._tokenizer.eos_token_id or 0]
         hidden = self._model(torch.tensor([ids], device=self._device)).last_hidden_state
         pooled = hidden.mean(1) if self._family.pooled else None
         if self._family.mask is not None:
-            return Text(hidden, torch.ones(1, len(ids), dtype=torch.bool), pooled)
+            return EncodedText(hidden, torch.ones(1, len(ids), dtype=torch.bool), pooled)
         padded = hidden.new_zeros(1, self._max_length, hidden.shape[-1])
         padded[:, : len(ids)] = hidden
-        return Text(padded, None, pooled)
+        return EncodedText(padded, None, pooled)
 
 
 def text_width(config: dict[str, Any]) -> int | None:

@@ -34,18 +34,18 @@ TIMES = 1000
 """Times of a schedule, as all these models count them."""
 
 
-class Text(NamedTuple):
+class EncodedText(NamedTuple):
     """Encoded prompts: embeds [B, L, D], mask bool [B, L] (None: all tokens count), pooled [B, P]."""
 
     embeds: Tensor
     mask: Tensor | None = None
     pooled: Tensor | None = None
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Text:
-        return Text(*(None if part is None else change(part) for part in self))  # type: ignore[arg-type]
+    def map(self, change: Callable[[Tensor], Tensor]) -> EncodedText:
+        return EncodedText(*(None if part is None else change(part) for part in self))  # type: ignore[arg-type]
 
 
-Extra = Callable[[Tensor, Text, Any], dict[str, Any]]
+Extra = Callable[[Tensor, EncodedText, Any], dict[str, Any]]
 """Further arguments of a class, from latents, text and the model's config."""
 
 
@@ -72,7 +72,7 @@ class Family:
     extra: Extra = lambda latents, text, config: {}
 
 
-def _flux_places(latents: Tensor, text: Text, config: Any) -> dict[str, Any]:
+def _flux_places(latents: Tensor, text: EncodedText, config: Any) -> dict[str, Any]:
     height, width = (size // 2 for size in latents.shape[-2:])
     places = latents.new_zeros(height, width, 3)
     places[..., 1] += torch.arange(height, device=latents.device)[:, None]
@@ -80,18 +80,18 @@ def _flux_places(latents: Tensor, text: Text, config: Any) -> dict[str, Any]:
     return {"img_ids": places.view(-1, 3), "txt_ids": latents.new_zeros(text.embeds.shape[1], 3)}
 
 
-def _qwen_shapes(latents: Tensor, text: Text, config: Any) -> dict[str, Any]:
+def _qwen_shapes(latents: Tensor, text: EncodedText, config: Any) -> dict[str, Any]:
     height, width = (size // 2 for size in latents.shape[-2:])
     return {"img_shapes": [[(1, height, width)]] * len(latents)}
 
 
-def _ltx_sizes(latents: Tensor, text: Text, config: Any) -> dict[str, Any]:
+def _ltx_sizes(latents: Tensor, text: EncodedText, config: Any) -> dict[str, Any]:
     frames, height, width = latents.shape[2:]
     # LTX's autoencoder: 8 frames and 32 pixels to a latent; its pipeline takes videos for 25 frames a second.
     return {"num_frames": frames, "height": height, "width": width, "rope_interpolation_scale": (8 / 25, 32, 32)}
 
 
-def _pixart_conditions(latents: Tensor, text: Text, config: Any) -> dict[str, Any]:
+def _pixart_conditions(latents: Tensor, text: EncodedText, config: Any) -> dict[str, Any]:
     return {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
 
 
@@ -181,7 +181,7 @@ def latent_shape(family: Family, config: Any, grid: Grid, extent: tuple[int, int
 
 
 def predict(
-    family: Family, model: nn.Module, latents: Tensor, times: Tensor, text: Text, guidance: float = 1.0
+    family: Family, model: nn.Module, latents: Tensor, times: Tensor, text: EncodedText, guidance: float = 1.0
 ) -> Tensor:
     """The model's prediction for noisy latents, of their shape: velocities, or noise of an eps model.
 
@@ -214,7 +214,7 @@ def takes_guidance(config: Any) -> bool:
     return bool(getattr(config, "guidance_embeds", False))
 
 
-def _mask(family: Family, text: Text) -> Tensor | None:
+def _mask(family: Family, text: EncodedText) -> Tensor | None:
     if text.mask is not None or family.rescales:
         return text.mask
     return torch.ones(text.embeds.shape[:2], dtype=torch.bool, device=text.embeds.device)
@@ -281,7 +281,13 @@ class Guided(NamedTuple):
 
 @torch.no_grad()
 def sample(
-    family: Family, model: nn.Module, scheduler: Any, text: Text, empty: Text | None, noise: Tensor, settings: Guided
+    family: Family,
+    model: nn.Module,
+    scheduler: Any,
+    text: EncodedText,
+    empty: EncodedText | None,
+    noise: Tensor,
+    settings: Guided,
 ) -> Tensor:
     """Latents that the model makes of `noise`, both of one shape, for encoded prompts. empty: encoded empty prompts,
     for guidance; not looked at where that is 1, or an input of the model."""
@@ -309,12 +315,12 @@ def sample(
     return latents
 
 
-def _joined(one: Text, other: Text) -> Text | None:
+def _joined(one: EncodedText, other: EncodedText) -> EncodedText | None:
     """Two encoded prompts as one batch; None where they are of other lengths."""
     pairs = list(zip(one, other, strict=True))
     if any((a is None) != (b is None) or (a is not None and b is not None and a.shape != b.shape) for a, b in pairs):
         return None
-    return Text(*(None if a is None or b is None else torch.cat([a, b]) for a, b in pairs))  # type: ignore[arg-type]
+    return EncodedText(*(None if a is None or b is None else torch.cat([a, b]) for a, b in pairs))  # type: ignore[arg-type]
 
 
 def _set_times(family: Family, scheduler: Any, latents: Tensor, config: Any, steps: int) -> None:
@@ -338,7 +344,7 @@ def _with_norm_of(led: Tensor, plain: Tensor, family: Family) -> Tensor:
     return from_tokens(tokens * (before.norm(dim=-1, keepdim=True) / tokens.norm(dim=-1, keepdim=True)), led, family)
 
 
-def join_texts(texts: Sequence[Text], multiple: int = 1) -> dict[str, Tensor]:
+def join_texts(texts: Sequence[EncodedText], multiple: int = 1) -> dict[str, Tensor]:
     """Encoded captions as one batch, shorter ones filled up with zeros that the mask leaves out; no mask where it would
     leave out nothing. multiple: of which their length is one."""
     longest = -(-max(len(text.embeds) for text in texts) // multiple) * multiple

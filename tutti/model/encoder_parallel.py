@@ -43,7 +43,7 @@ _LISTS = ("deepstack_features",)
 """Outputs of an encoder beside the features: a list, of the same form each."""
 
 
-class Encoders(NamedTuple):
+class EncoderRanks(NamedTuple):
     """The ranks that are given the same images: the groups that they make, the innermost first, their number, and this
     rank's place among them."""
 
@@ -52,7 +52,7 @@ class Encoders(NamedTuple):
     place: int
 
 
-def encoders(ranks: SequenceRanks, tensor: RankGroup | None) -> Encoders:
+def encoder_ranks(ranks: SequenceRanks, tensor: RankGroup | None) -> EncoderRanks:
     """The ranks that share a batch, those of a tensor group among them."""
     axes = [] if tensor is None else [(tensor.group, tensor.size, tensor.rank)]
     axes.append((ranks.ulysses_group, ranks.ulysses_size, ranks.ulysses_rank))
@@ -62,10 +62,10 @@ def encoders(ranks: SequenceRanks, tensor: RankGroup | None) -> Encoders:
         if number > 1:
             groups.append(group)
             size, place = size * number, place + rank * size
-    return Encoders(tuple(groups), size, place)
+    return EncoderRanks(tuple(groups), size, place)
 
 
-def encode_apart(decoder: Any, inputs: Mapping[str, Tensor], ranks: Encoders) -> dict[str, Any]:
+def encode_own_share(decoder: Any, inputs: Mapping[str, Tensor], ranks: EncoderRanks) -> dict[str, Any]:
     """`inputs` of an outer decoder's forward, with features in the place of images, where that is known to be right.
 
     A collective call of `ranks`, forward and backward.
@@ -124,7 +124,7 @@ def shares(lengths: Sequence[int], size: int) -> list[tuple[int, int]]:
     return [(sum(owner < rank for owner in owners), sum(owner <= rank for owner in owners)) for rank in range(size)]
 
 
-def _share(method: Any, values: str, sizes: str, images: _Images, ranks: Encoders) -> Any:
+def _share(method: Any, values: str, sizes: str, images: _Images, ranks: EncoderRanks) -> Any:
     """The output of `method` for all images, of which this rank runs it on its share."""
     parts = shares(images.lengths, ranks.size)
     first, last = parts[ranks.place]

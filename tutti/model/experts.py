@@ -39,7 +39,7 @@ from torch.nn.functional import grouped_mm
 from tutti.core.batch import Batch
 from tutti.core.compat import ExpertsInterface
 from tutti.core.device import on_accelerator
-from tutti.core.modules import extras, put_on
+from tutti.core.modules import attach, attached
 from tutti.model.lora import adapter_for
 from tutti.model.quantized import product
 from tutti.parallel.expert import inverse
@@ -70,7 +70,7 @@ def fused_experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) 
 
 def eager_experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """Run the experts by the layer's own loop over them; arguments as for `fused_experts`."""
-    if extras(module).exchange is not None:
+    if attached(module).exchange is not None:
         return _by_expert(module, hidden, chosen, weights, _one_by_one)
     _count(module, chosen)
     return _own_loop(module)(module, hidden, chosen, weights)
@@ -87,7 +87,7 @@ def _by_expert(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, pro
     _count(module, chosen)
     places = inverse(order)
     rows: Tensor = _Spread.apply(hidden, order, places, num_chosen)
-    exchange = extras(module).exchange
+    exchange = attached(module).exchange
     if exchange is None:
         out = products(module, rows, experts, counts)
     else:
@@ -163,7 +163,7 @@ class _LayerLoad:
 
 
 def _count(module: Any, chosen: Tensor) -> None:
-    load = extras(module).expert_load
+    load = attached(module).expert_load
     if load is None or not load.real:
         return
     real = load.real[load.part]
@@ -187,7 +187,7 @@ class ExpertLoad:
         self._counts = torch.zeros(sum(self._sizes), dtype=torch.int64, device=device)
         self._loads = [_LayerLoad(counts) for counts in self._counts.split(self._sizes)]
         for layer, load in zip(layers, self._loads, strict=True):
-            put_on(layer, expert_load=load)
+            attach(layer, expert_load=load)
         if self._sizes:
             root.register_forward_pre_hook(self._begin)
             root.register_forward_hook(self._end)
@@ -244,7 +244,7 @@ class _LocalExperts:
 
     @property
     def num_experts(self) -> int:
-        return self._module.num_experts // extras(self._module).exchange.group.size()
+        return self._module.num_experts // attached(self._module).exchange.group.size()
 
 
 def _grouped(module: Any, rows: Tensor, experts: Tensor, counts: Tensor) -> Tensor:

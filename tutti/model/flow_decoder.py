@@ -27,7 +27,7 @@ from tutti.core.batch import Grid
 from tutti.core.pixels import Square
 from tutti.model.conditions import read_grid, text_width
 from tutti.model.denoiser import make_net, net_blocks, parameters_on_meta, read_net
-from tutti.model.diffusion import Family, Text, default_side, family_of, latent_shape
+from tutti.model.diffusion import EncodedText, Family, default_side, family_of, latent_shape
 from tutti.model.extra_tokens import ExtraTokens
 from tutti.model.omni_config import IMAGE_SIZE, decoder_folder, decoder_settings, decoder_size
 from tutti.model.pipeline_folder import WEIGHTS_OF, PipelineFolder, is_pipeline, read_folder
@@ -72,10 +72,10 @@ class FlowDecoder(ExtraTokens):
         """Logits [..., Q] of the queries as tokens: none is learned, since which one follows is known."""
         return hidden.new_zeros(*hidden.shape[:-1], self.number)
 
-    def text(self, states: Tensor) -> Text:
+    def text(self, states: Tensor) -> EncodedText:
         """The text that leads the transformer, from the hidden states [P, Q, H] of each picture's queries."""
         embeds = self.project(states.to(self.project[0].weight.dtype))  # type: ignore[arg-type]
-        return Text(embeds, None, None if self.pool is None else self.pool(embeds.mean(1)))
+        return EncodedText(embeds, None, None if self.pool is None else self.pool(embeds.mean(1)))
 
 
 class FlowSpec(NamedTuple):

@@ -46,9 +46,9 @@ from transformers import PreTrainedModel
 
 from tutti.core.compat import Conv1D
 from tutti.core.dist import World
-from tutti.core.modules import Forward, extras, put_on, unwrap_forward, wrap_forward
+from tutti.core.modules import Forward, attach, attached, unwrap_forward, wrap_forward
 from tutti.core.tensors import local_part, seed_of
-from tutti.model.initial import own_part
+from tutti.model.initialize import own_part
 from tutti.model.mixers import indexers, mixers, uncalled, weights_read
 from tutti.model.quantized import packing_of, product, whole_weight
 from tutti.model.structure import ADAPTER_MARK, blocks, head, is_classifier, is_experts, part_parameters
@@ -210,7 +210,7 @@ def add_adapters(model: PreTrainedModel, lora: Lora, frozen_dtype: torch.dtype) 
             "unset, or name the layers to adapt without the experts in train.lora_targets"
         )
     _freeze(model, trained, frozen_dtype)
-    put_on(model, lora=lora)
+    attach(model, lora=lora)
     added: list[str] = []
     for name, (module, weight) in targets.items():
         transposed = isinstance(module, Conv1D) or bool(is_experts(module) and module.is_transposed)
@@ -221,7 +221,7 @@ def add_adapters(model: PreTrainedModel, lora: Lora, frozen_dtype: torch.dtype) 
             module.register_parameter(leaf, nn.Parameter(torch.empty(shape, dtype=dtype, device=base.device)))
             owner = name.removesuffix(f".{weight}") if is_experts(module) else name
             added.append(f"{owner}.{leaf}")
-        put_on(module, adapters=extras(module).adapters | {weight: adapter})
+        attach(module, adapters=attached(module).adapters | {weight: adapter})
         if not is_experts(module):
             wrap_forward(module, "adapter", partial(_adapting, module))
     model._keys_to_ignore_on_save = [*(model._keys_to_ignore_on_save or ()), *added]
@@ -251,17 +251,17 @@ def _frozen_product(module: Any, inputs: Tensor, share: LinearShard = WHOLE) -> 
 
 def adapter_for(module: Any, weight: str) -> Adapter | None:
     """The adapter of the parameter of this name in `module` (or what stands for it), if it has one."""
-    return extras(module).adapters.get(weight)
+    return attached(module).adapters.get(weight)
 
 
 def adapters(model: nn.Module) -> list[tuple[nn.Module, Adapter]]:
     """Every adapter of `model` with the module that holds it, in the order of modules."""
-    return [(module, item) for module in model.modules() for item in extras(module).adapters.values()]
+    return [(module, item) for module in model.modules() for item in attached(module).adapters.values()]
 
 
 def lora_of(model: nn.Module) -> Lora | None:
     """The settings of the adapters in `model`; None for a model that trains as a whole."""
-    return extras(model).lora
+    return attached(model).lora
 
 
 def modules_to_save(model: nn.Module) -> dict[str, nn.Module]:
@@ -276,14 +276,14 @@ def modules_to_save(model: nn.Module) -> dict[str, nn.Module]:
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Compute without the adapters' changes: as the base model, if no module is trained whole."""
-    adapted = [(module, extras(module).adapters) for module in model.modules() if extras(module).adapters]
+    adapted = [(module, attached(module).adapters) for module in model.modules() if attached(module).adapters]
     for module, _ in adapted:
-        put_on(module, adapters={})
+        attach(module, adapters={})
     try:
         yield
     finally:
         for module, before in adapted:
-            put_on(module, adapters=before)
+            attach(module, adapters=before)
 
 
 def init_adapters(model: nn.Module, seed: int) -> None:
@@ -333,10 +333,10 @@ def merge(model: PreTrainedModel) -> None:
         for leaf in Factors.names(adapter.weight):
             module._parameters.pop(leaf, None)
     for module in model.modules():
-        if extras(module).adapters:
+        if attached(module).adapters:
             unwrap_forward(module)
-            put_on(module, adapters={})
-    put_on(model, lora=None)
+            attach(module, adapters={})
+    attach(model, lora=None)
 
 
 def listed(names: Sequence[str], most: int = LISTED) -> str:

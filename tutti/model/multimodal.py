@@ -43,10 +43,10 @@ from tutti.core.batch import ALONG_TOKENS, Batch, FullTokens
 from tutti.core.collectives import RankGroup
 from tutti.core.compat import tree_leaves
 from tutti.core.structure import ModelStructure
-from tutti.model.encoder_parallel import encode_apart, encoders
+from tutti.model.encoder_parallel import encode_own_share, encoder_ranks
 from tutti.model.flow_decoder import FlowDecoder
-from tutti.model.patches import multiply_patches
-from tutti.parallel.pipeline.stage import Passed, Stage
+from tutti.model.patch_embedding import multiply_patches
+from tutti.parallel.pipeline.stage import Handoff, Stage
 from tutti.parallel.tensor import local_parameters
 
 _ALONG = {"inputs_embeds": 1, "position_ids": -1, "visual_pos_masks": -1, "per_layer_inputs": 1}
@@ -120,7 +120,7 @@ class MultimodalForward:
         text.get_input_embeddings().register_forward_pre_hook(self._own_ids)
         text.get_input_embeddings().register_forward_hook(self._in_the_row)
 
-    def run(self, batch: Batch, stage: Stage | None = None, received: Passed | None = None, **options: Any) -> Any:
+    def run(self, batch: Batch, stage: Stage | None = None, received: Handoff | None = None, **options: Any) -> Any:
         """The decoder's output for `batch`, of this rank's tokens where ranks divide them. options: of the language
         model's forward.
 
@@ -141,7 +141,7 @@ class MultimodalForward:
         row = _row(batch)
         inputs = {key: value for key, value in batch.extras.items() if key in self._taken or key not in ALONG_TOKENS}
         if batch.sequence is not None:
-            inputs = encode_apart(self._decoder, inputs, encoders(batch.sequence.ranks, self._tensor))
+            inputs = encode_own_share(self._decoder, inputs, encoder_ranks(batch.sequence.ranks, self._tensor))
         kwargs = inputs | {"input_ids": row.input_ids[None], "use_cache": False}
         # One sample, as far as the outer decoder knows.
         kwargs["position_ids"] = torch.arange(len(row.input_ids), device=row.input_ids.device)[None]
@@ -283,7 +283,7 @@ class _Anchor(torch.autograd.Function):
         return grad, *(grad.new_zeros(shape, dtype=dtype) for shape, dtype in ctx.like)
 
 
-def make_placing(structure: ModelStructure) -> Callable[[Batch], Batch]:
+def make_media_positions(structure: ModelStructure) -> Callable[[Batch], Batch]:
     """A function that gives a batch on the host the positions of its media's tokens, where the model rotates by
     several."""
     index: Any = getattr(structure.decoder, "get_rope_index", None)

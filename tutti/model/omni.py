@@ -38,7 +38,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from tutti.config import ModelConfig
 from tutti.core.compat import model_mapping
 from tutti.model.extra_tokens import ExtraTokens
-from tutti.model.features import FeatureHead, normalised
+from tutti.model.feature_head import FeatureHead, normalised
 from tutti.model.flow_decoder import FlowDecoder, FlowSpec, KeepingSize, read_flow
 from tutti.model.omni_config import (
     SETTINGS,
@@ -71,13 +71,13 @@ def tower_class(config: PreTrainedConfig) -> type[Any]:
         if isinstance(item, type) and issubclass(item, PreTrainedModel) and item.config_class is type(config)
     ]
     if config.is_encoder_decoder:
-        fitting = [item for item in fitting if item.__name__.endswith("Encoder")]
+        fitting = [item for item in fitting if item.__name__.endswith("ProjectedTower")]
     if not fitting:
         raise ValueError(f"transformers has no model for {type(config).__name__}")
     return fitting[0]
 
 
-class Encoder(nn.Module):
+class ProjectedTower(nn.Module):
     """A tower, and what brings its features to the width of a language model. settings: of `omni_config.SETTINGS`, and
     `width`, the features' own."""
 
@@ -303,7 +303,7 @@ class OmniModel(PreTrainedModel, GenerationMixin):
         self.foundation = model_mapping(AutoModelForCausalLM)[type(text)](text)
         made = {}
         for kind, settings in (config.encoders or {}).items():
-            made[kind] = Encoder(part_config(config, kind), settings, text.hidden_size)
+            made[kind] = ProjectedTower(part_config(config, kind), settings, text.hidden_size)
         self.encoders = nn.ModuleDict(made)
         self.weights: dict[str, Path | None] = dict.fromkeys(made)
         self.decoders = nn.ModuleDict()

@@ -1,10 +1,10 @@
 """The processor of a composed model: the towers' own image processor and feature extractor beside the foundation's
 tokenizer.
 
-It has what `tutti.data.processor` asks of a Hugging Face processor: called with a text and media it gives ids, values,
-and what it has put in place of each placeholder, which is as many placeholders as the tower makes features. Of a tower
-that takes images of one size that number is found by running it once without storage; a tower that takes patches says
-it by its grid; a sound takes as many as it fills of the tower's window.
+It has the interface that `tutti.data.media_processor` expects of a Hugging Face processor: called with a text and media
+it returns token ids, values, and the text that replaced each placeholder: one placeholder per feature of the tower.
+For a tower with a fixed image size that number is found by running the tower once on the meta device; for a tower that
+takes patches it follows from the grid; for a sound it is the part of the tower's window that the sound fills.
 
 Placeholders are tokens that the tokenizer has for a kind of media, or new ones. Chat templates of language models know
 no media: `write_markers` puts a few lines before such a template, by which parts of a message become text.

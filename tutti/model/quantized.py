@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 
-from tutti.core.modules import extras, put_on
+from tutti.core.modules import attach, attached
 
 BLOCK = 64
 """Weights of a row that share a scale, with nf4."""
@@ -94,12 +94,12 @@ def hold_quantized(weights: Iterable[tuple[nn.Module, str]], kind: str) -> None:
         packing = Packing(kind, weight.shape[-1], weight.dtype)
         packed = torch.empty((*weight.shape[:-1], packing.row_bytes), dtype=torch.uint8, device="meta")
         module._parameters[name] = nn.Parameter(packed, requires_grad=False)
-        put_on(module, packed=extras(module).packed | {name: packing})
+        attach(module, packed=attached(module).packed | {name: packing})
 
 
 def packing_of(module: Any, name: str) -> Packing | None:
     """The packing of the module's parameter of this name; None for one that is not packed."""
-    return extras(module).packed.get(name)
+    return attached(module).packed.get(name)
 
 
 def packings(model: nn.Module) -> dict[str, Packing]:
@@ -107,7 +107,7 @@ def packings(model: nn.Module) -> dict[str, Packing]:
     return {
         f"{path}.{name}": packing
         for path, module in model.named_modules()
-        for name, packing in extras(module).packed.items()
+        for name, packing in attached(module).packed.items()
     }
 
 
@@ -123,7 +123,7 @@ def num_weights(model: nn.Module) -> dict[nn.Parameter, int]:
     """The numbers that each parameter of `model` stands for: its elements, unless it is packed."""
     counts = {parameter: parameter.numel() for parameter in model.parameters()}
     for module in model.modules():
-        for name, packing in extras(module).packed.items():
+        for name, packing in attached(module).packed.items():
             packed = getattr(module, name)
             counts[packed] = packed.numel() // packing.row_bytes * packing.columns
     return counts

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from tutti.core.collectives import all_to_all
-from tutti.core.modules import extras, put_on
+from tutti.core.modules import attach, attached
 from tutti.core.tensors import local_part
 from tutti.parallel.mesh import Mesh
 
@@ -96,12 +96,12 @@ def divide_experts(experts: Iterable[nn.Module], mesh: Mesh, *, isolated: bool =
             own = parameter.detach().chunk(size)[rank].clone()
             divided = DTensor.from_local(own, mesh.expert, [Shard(0)], run_check=False)
             module.register_parameter(name, nn.Parameter(divided, requires_grad=parameter.requires_grad))
-        put_on(module, exchange=Exchange(mesh.expert.get_group(), isolated))
+        attach(module, exchange=Exchange(mesh.expert.get_group(), isolated))
 
 
 def divided_experts(root: nn.Module) -> list[nn.Module]:
     """The layers of experts below `root` that `divide_experts` has divided."""
-    return [module for module in root.modules() if extras(module).exchange is not None]
+    return [module for module in root.modules() if attached(module).exchange is not None]
 
 
 def undivided_parts(divided: Iterable[nn.Module]) -> list[nn.Module]:

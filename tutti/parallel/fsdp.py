@@ -45,7 +45,7 @@ from tutti.config import TrainConfig
 from tutti.core.compat import fsdp_groups
 from tutti.core.compute_dtype import compute_dtype
 from tutti.core.device import on_accelerator
-from tutti.core.modules import extras
+from tutti.core.modules import attached
 from tutti.parallel.expert import divided_experts, shard_dim, undivided_parts
 from tutti.parallel.grads import sum_replicated
 from tutti.parallel.mesh import Mesh
@@ -146,7 +146,7 @@ def run_as_forward(root: nn.Module, method: str) -> None:
     """Make the parameters of `root` be there for `method` as they are for its forward."""
     if isinstance(root, FSDPModule):
         register_fsdp_forward_method(root, method)
-    elif extras(root).local_parameters is not None and method not in root.__dict__:
+    elif attached(root).local_parameters is not None and method not in root.__dict__:
         setattr(root, method, with_local_parameters(getattr(root, method), root))
 
 

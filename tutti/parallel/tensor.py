@@ -37,7 +37,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from tutti.core.collectives import RankGroup, gather_rows, gather_tensor, scatter_tensor
-from tutti.core.modules import Forward, extras, put_on, wrap_forward
+from tutti.core.modules import Forward, attach, attached, wrap_forward
 from tutti.parallel.mesh import Mesh
 from tutti.parallel.tp_plan import GATHERED, SLICED, Linear, TensorPlan
 
@@ -90,7 +90,7 @@ class Change(Protocol):
 
 
 def _change(module: Any) -> Change | None:
-    return extras(module).adapters.get("weight")
+    return attached(module).adapters.get("weight")
 
 
 _TOKENS, _FEATURES = -2, -1
@@ -321,7 +321,7 @@ def use_local(units: Iterable[nn.Module], skip: Iterable[nn.Module] = (), dtype:
     for unit in units:
         modules = list(_outside_of(unit, taken))
         taken.add(unit)
-        put_on(unit, local_parameters=partial(local_parameters, modules, dtype))
+        attach(unit, local_parameters=partial(local_parameters, modules, dtype))
         wrap_forward(unit, "local parameters", partial(with_local_parameters, unit=unit))
 
 
@@ -335,7 +335,7 @@ def _outside_of(module: nn.Module, units: set[nn.Module]) -> Iterator[nn.Module]
 
 def with_local_parameters(forward: Forward, unit: nn.Module) -> Forward:
     """`forward` with the parameters of `unit`, which has been told to `use_local`, as plain tensors."""
-    localize = extras(unit).local_parameters
+    localize = attached(unit).local_parameters
     assert localize is not None, f"{type(unit).__name__} is no unit"
 
     @wraps(forward)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tutti.core.batch import Batch
 from tutti.core.collectives import RankGroup, gather_tensor
 from tutti.core.structure import LogitTransform
-from tutti.model.features import feature_losses
+from tutti.model.feature_head import feature_losses
 from tutti.parallel.sequence import sum_shares
 from tutti.train.loss import VocabularyShard, linear_cross_entropy, target_losses
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from tutti.checkpoint.manager import foresee
+from tutti.checkpoint.manager import preview_resume
 from tutti.config import Config
 from tutti.core.dist import World
 from tutti.data.loader import Classes, Data, build_data
@@ -66,7 +66,7 @@ def _dated(config: Config, world: World) -> Config:
         return config
 
     def find() -> str:
-        state = foresee(config.train.load_checkpoint_path, Path(config.train.output_dir or "")).state
+        state = preview_resume(config.train.load_checkpoint_path, Path(config.train.output_dir or "")).state
         return state.get("data", {}).get("settings", {}).get("data.chat_date") or date.today().isoformat()
 
     found = world.broadcast(find() if world.is_main else None)

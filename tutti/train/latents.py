@@ -33,14 +33,14 @@ from tutti.checkpoint.hf_files import weights_digest
 from tutti.core.batch import Batch, GlobalBatch
 from tutti.core.compute_dtype import compute_dtype
 from tutti.core.dist import World
-from tutti.core.draws import generator
 from tutti.core.files import replace_file
+from tutti.core.keyed_random import generator
 from tutti.data.captions import PIXELS, captions_of
 from tutti.model.conditions import Conditions
 from tutti.model.denoiser import Denoiser
-from tutti.model.diffusion import Text, join_texts, latent_channels
+from tutti.model.diffusion import EncodedText, join_texts, latent_channels
 from tutti.model.pipeline_folder import PipelineFolder, open_folder
-from tutti.train.record import Run
+from tutti.train.run_parts import Run
 from tutti.train.tasks import Split
 from tutti.train.tasks.diffusion import EVAL_TIMES, LATENTS, NOISE, SOURCES, TEXT, TIMES, WEIGHTS, Denoising
 
@@ -59,7 +59,7 @@ class Store(Protocol):
         """The latents of a sample by its name, or of its pixels; None of one whose picture is broken."""
         ...
 
-    def text(self, caption: str) -> Text:
+    def text(self, caption: str) -> EncodedText:
         """An encoded caption, without the dimension of the batch."""
         ...
 
@@ -69,13 +69,13 @@ class Live:
     """Encodes what is asked for when it is asked for; captions are remembered."""
 
     conditions: Conditions
-    texts: dict[str, Text]
+    texts: dict[str, EncodedText]
     dtype: torch.dtype
 
     def latents(self, split: Split, name: Any, pixels: Tensor | None) -> Tensor | None:
         return None if pixels is None else self.conditions.encode_pixels(pixels).to(self.dtype).float()
 
-    def text(self, caption: str) -> Text:
+    def text(self, caption: str) -> EncodedText:
         if caption not in self.texts:
             if len(self.texts) >= 4096:
                 self.texts.clear()
@@ -100,11 +100,11 @@ class Cached:
         found = self._get(f"{split}/{name}")
         return None if found is None else found.float()
 
-    def text(self, caption: str) -> Text:
+    def text(self, caption: str) -> EncodedText:
         parts = [self._get(f"{part}/{_short(caption)}") for part in TEXT]
         if parts[0] is None:
             raise ValueError(f"train.cache_latents: the caption {caption!r} is not in the cache")
-        return Text(*parts)  # type: ignore[arg-type]
+        return EncodedText(*parts)  # type: ignore[arg-type]
 
 
 def _short(caption: str) -> str:

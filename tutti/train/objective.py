@@ -25,7 +25,7 @@ from tutti.core.collectives import RankGroup, gather_tensor
 from tutti.core.structure import ModelStructure
 from tutti.model.multimodal import MultimodalForward
 from tutti.model.structure import causal_lm, read_structure
-from tutti.parallel.pipeline.stage import Passed, Stage, by_layer, hand_on
+from tutti.parallel.pipeline.stage import Handoff, Stage, by_layer, make_handoff
 from tutti.parallel.sequence import gather_tokens
 from tutti.train.head import Head
 from tutti.train.loss import VocabularyShard
@@ -59,7 +59,7 @@ class Objective(nn.Module):
         self.task = task or LanguageModelling()
         self.structure = structure or read_structure(model)
         whole = self.task if isinstance(self.task, WholeModelTask) else None
-        self.work = self.task.work_of(model)
+        self.work = self.task.flop_counter(model)
         self._by_sample = by_sample
         self._tensor = tensor
         self._shard: VocabularyShard | None = None
@@ -82,8 +82,8 @@ class Objective(nn.Module):
         *,
         compute: Compute | None = None,
         stage: Stage | None = None,
-        received: Passed | None = None,
-    ) -> Sums | Passed | Any:
+        received: Handoff | None = None,
+    ) -> Sums | Handoff | Any:
         """The task's sums over the micro batch, and `router_loss`: the auxiliary loss of a mixture of experts (already
         weighted by its coefficient) times the batch's tokens. Or what `compute` makes of the hidden states.
 
@@ -103,7 +103,7 @@ class Objective(nn.Module):
         else:
             states = stage.run(self.structure.decoder, packed_kwargs(batch) | options, received)
         if stage is not None and not stage.is_last:
-            return hand_on(states)
+            return make_handoff(states)
         every = self._of_all_ranks(states.last_hidden_state.squeeze(0), batch)
         hidden = every.index_select(0, batch.target_index)
         head = replace(self._head(batch), states=every, features=getattr(states, "drawn_features", None))

@@ -20,13 +20,13 @@ from tutti.core.compute_dtype import compute_dtype
 from tutti.core.dist import World
 from tutti.core.structure import ModelStructure
 from tutti.kinds import kind_of
+from tutti.model.attention_arguments import pass_arguments
 from tutti.model.build import turn_off_dropout
 from tutti.model.denoiser import Denoiser
 from tutti.model.denoiser_parallel import share_tokens
 from tutti.model.lora import init_adapters
 from tutti.model.mixers import separate_mixers
-from tutti.model.multimodal import make_placing
-from tutti.model.passing import pass_arguments
+from tutti.model.multimodal import make_media_positions
 from tutti.model.positions import rotate_by_sample
 from tutti.model.stage_trace import tensor_plan
 from tutti.model.stages import cut_into_stages
@@ -130,7 +130,7 @@ def load_parameters(config: Config, placed: PlacedModel, mesh: Mesh, world: Worl
 def make_executor(train: TrainConfig, placed: PlacedModel, mesh: Mesh, device: torch.device) -> Executor:
     """The executor of a step's micro batches on the parallelized model. A collective call."""
     sync = gradient_sync(placed.objective, mesh, train)
-    sharing, place = sequence_ranks(mesh), make_placing(placed.structure)
+    sharing, place = sequence_ranks(mesh), make_media_positions(placed.structure)
 
     def prepare(micro: Batch) -> Batch:
         return split_tokens(place(micro), sharing).to(device)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from tutti.checkpoint.adapter import base_of, require_base
 from tutti.checkpoint.hub import with_local_paths
-from tutti.checkpoint.manager import Checkpointer, foresee
+from tutti.checkpoint.manager import Checkpointer, preview_resume
 from tutti.checkpoint.state import require_finite, trained_parts
 from tutti.config import Config
 from tutti.config.layout import fit
@@ -32,9 +32,8 @@ from tutti.kinds.export import export_trained
 from tutti.model.lora import lora_of, require_gradients
 from tutti.parallel.mesh import build_mesh
 from tutti.parallel.pipeline.executor import Executor
-from tutti.train.average import averaged, keep_average
+from tutti.train.ema import averaged, keep_average
 from tutti.train.evaluate import evaluate
-from tutti.train.guard import SpikeGuard
 from tutti.train.inputs import open_data
 from tutti.train.logging.metrics import Metrics
 from tutti.train.logging.step_logger import StepLogger
@@ -44,10 +43,11 @@ from tutti.train.output import begin_run, claim_output
 from tutti.train.placement import load_parameters, make_executor, place_model
 from tutti.train.process import housekeeping, prepare_process, require_one_configuration
 from tutti.train.profile import make_profiler
-from tutti.train.record import Run
+from tutti.train.run_parts import Run
+from tutti.train.spike_guard import SpikeGuard
 from tutti.train.step import TrainStep
 from tutti.train.stop import EarlyStopping, StopSignal
-from tutti.train.tasks import Shows, make_task
+from tutti.train.tasks import SampleDisplay, make_task
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def train(config: Config) -> None:
     try:
         require_one_configuration(config, world)
         with claim_output(output, world, fresh=config.train.load_checkpoint_path is None):
-            before = foresee(config.train.load_checkpoint_path, output).facts.get("compute_dtype")
+            before = preview_resume(config.train.load_checkpoint_path, output).facts.get("compute_dtype")
             settled = settle_compute_dtype(config, world, before=before)
             _run(with_local_paths(settled, world), world, asked=config)
     finally:
@@ -175,7 +175,7 @@ class _Loop:
     optimizer: Optimizer
     train_step: TrainStep
     checkpoints: Checkpointer
-    samples: Shows
+    samples: SampleDisplay
     prepare: Callable[[Iterable[GlobalBatch], Literal["train", "eval"]], Iterator[GlobalBatch]]
     logger: StepLogger
     metrics: Metrics

@@ -41,12 +41,12 @@ from tutti.core.pixels import to_data_url, to_values
 from tutti.data.formats import BadRow, JsonLines, Row
 from tutti.data.media import MediaFolder, load_image
 from tutti.data.media_cache import MediaCache
-from tutti.data.processor import MediaProcessor
+from tutti.data.media_processor import MediaProcessor
 from tutti.data.rows import MEDIA_PARTS, RowError
 from tutti.data.template import read_template
 from tutti.data.video import load_video
-from tutti.infer.drawing import Drawing, Pictures, drawing_of, hiding
-from tutti.infer.flow import FlowPainter, LedLogits
+from tutti.infer.drawing import Drawing, PictureCollector, drawing_of, hiding
+from tutti.infer.flow_painter import FlowPainter, LedLogits
 from tutti.infer.generate import CachedLogits, Generator, NextLogits, Request, whole_answers
 from tutti.infer.hf_generate import needs_generate
 from tutti.infer.media import MediaInputs, as_sample, encoded_once, media_inputs
@@ -60,7 +60,7 @@ from tutti.parallel.pipeline.executor import Executor
 from tutti.parallel.sequence import sequence_ranks, split_samples, split_tokens
 from tutti.train.logging.metrics import Metrics
 from tutti.train.objective import logits
-from tutti.train.record import Run
+from tutti.train.run_parts import Run
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ class Samples:
             self._painter.begin()
         with self._next_logits(executor) as source:
             drawing = self._drawing[0] if self._drawing else None
-            drawn = Pictures(drawing)
+            drawn = PictureCollector(drawing)
             generator = Generator(source, _GREEDY, ends, self._run.world, self._budget, drawing=drawing)
             tokens = drawn.watch(generator.stream(requests))
             texts = dict(whole_answers(tokens, requests, self._run.inputs.tokenizer))

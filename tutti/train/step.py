@@ -6,7 +6,7 @@ all trained tokens, however they were packed and spread. Nothing here waits for 
 left there in `Totals` and read when a line of metrics is due.
 
 A step whose gradient is not finite changes nothing (neither parameters nor optimizer state) and is counted; on request
-one that is a spike as well (`tutti.train.guard`).
+one that is a spike as well (`tutti.train.spike_guard`).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from tutti.core.dist import World
 from tutti.parallel.grads import clip_gradients
 from tutti.parallel.mesh import Mesh
 from tutti.parallel.pipeline.executor import Executor
-from tutti.train.guard import SpikeGuard
 from tutti.train.objective import Objective
+from tutti.train.spike_guard import SpikeGuard
 from tutti.train.tasks import Sums
 
 

@@ -24,8 +24,8 @@ from tutti.config import Config
 from tutti.core.batch import Sample, pack
 from tutti.core.dist import World
 from tutti.model.autoencoder import build_autoencoder, decode_map, nearest
-from tutti.model.initial import init_weights
-from tutti.train.tasks.image import make_task, restart_codes
+from tutti.model.initialize import init_weights
+from tutti.train.tasks.reconstruction import make_task, restart_codes
 
 NETS: dict[str, dict[str, Any]] = {
     "VQModel": {"vq_embed_dim": 4, "num_vq_embeddings": 16},

@@ -31,7 +31,7 @@ from tutti.core.tensors import local_part
 from tutti.parallel.fsdp import GradientSync
 from tutti.parallel.grads import gradient_norm
 from tutti.parallel.pipeline.schedule import Action, forward_schedule, rank_schedule
-from tutti.parallel.pipeline.stage import Passed, Pipeline, Stage
+from tutti.parallel.pipeline.stage import Handoff, Pipeline, Stage
 
 LossOf = Callable[[Batch, Any], Tensor]
 """From a micro batch, on the device, and what the root module gives for it to what is differentiated."""
@@ -165,7 +165,7 @@ class PipelineExecutor:
         if received is not None:
             hidden, *routed = [tensor.grad for tensor in inputs]
             assert hidden is not None, "the stage before gets no gradient"
-            self._wires.send(action, Passed(hidden, routed[0] if routed else None))
+            self._wires.send(action, Handoff(hidden, routed[0] if routed else None))
 
     def _backward_weights(self, action: Action, step: _Step) -> None:
         stage_backward_weight(iter(self._root.parameters()), step.postponed.pop((action.stage, action.batch)))
@@ -174,7 +174,7 @@ class PipelineExecutor:
 class _Run(NamedTuple):
     """A forward pass that its backward pass has yet to follow: the stage's input, and its output (or the loss)."""
 
-    received: Passed | None
+    received: Handoff | None
     made: list[Tensor]
 
 
@@ -196,7 +196,7 @@ def _differentiate(made: Sequence[Tensor], given: Sequence[Tensor] | None) -> No
         torch.autograd.backward([made[number] for number in wanted], grads)
 
 
-def _tensors(passed: Passed | None) -> list[Tensor]:
+def _tensors(passed: Handoff | None) -> list[Tensor]:
     return [] if passed is None else [tensor for tensor in passed if tensor is not None]
 
 
@@ -214,7 +214,7 @@ class P2PTransport:
             for onward in (True, False)
             for wrap in wraps
         }
-        self._arriving: dict[Action, tuple[Passed, list[Any]]] = {}
+        self._arriving: dict[Action, tuple[Handoff, list[Any]]] = {}
         self._leaving: deque[tuple[Any, Tensor]] = deque()
 
     def ahead(self, order: Iterable[Action], batches: Sequence[Batch]) -> Iterator[Action]:
@@ -228,7 +228,7 @@ class P2PTransport:
         if waiting is not None:
             yield waiting
 
-    def take(self, action: Action) -> Passed | None:
+    def take(self, action: Action) -> Handoff | None:
         """The tensors that another rank sent for `action`; None if it needs none."""
         if action not in self._arriving:
             return None
@@ -237,7 +237,7 @@ class P2PTransport:
             work.wait()
         return passed
 
-    def send(self, action: Action, passed: Passed) -> None:
+    def send(self, action: Action, passed: Handoff) -> None:
         """Send what `action` made to the rank that goes on with it."""
         assert passed.hidden.dtype == self._dtype, f"hidden states are {passed.hidden.dtype}, not {self._dtype}"
         onward = action.kind == "F"
@@ -267,7 +267,7 @@ class P2PTransport:
         routed = None
         if layers:
             routed = tokens.new_empty((layers, length, self._pipeline.num_experts), dtype=torch.float32)
-        passed = Passed(hidden, routed)
+        passed = Handoff(hidden, routed)
         self._arriving[action] = passed, [dist.irecv(tensor, peer, group=group) for tensor in _tensors(passed)]
 
     def _way(self, onward: bool, *, leaving: bool) -> tuple[int, Any]:

@@ -96,7 +96,7 @@ def _search(
     return best[num_blocks]
 
 
-class Passed(NamedTuple):
+class Handoff(NamedTuple):
     """The tensors that a stage hands to the next. hidden: [1, t, H]. routed: fp32 [n, t, E], the routers' logits of all
     layers so far, where a loss is made of them; else None."""
 
@@ -121,7 +121,7 @@ class Stage:
     is_last: bool
     holder: StageBlocks
 
-    def run(self, decoder: Callable[..., Any], kwargs: Mapping[str, Any], received: Passed | None) -> States:
+    def run(self, decoder: Callable[..., Any], kwargs: Mapping[str, Any], received: Handoff | None) -> States:
         """Run `decoder`, called with `kwargs`, through this stage's blocks; `received` from the stage before, if there
         is."""
         kwargs, length = dict(kwargs), kwargs["position_ids"].shape[-1] if "position_ids" in kwargs else 0
@@ -137,10 +137,10 @@ class Stage:
         return States(hidden, (*before, *own))
 
 
-def hand_on(states: States) -> Passed:
+def make_handoff(states: States) -> Handoff:
     """The tensors that the next stage is given."""
     hidden, logits = states.last_hidden_state, [each.float() for each in states.router_logits]
-    return Passed(hidden, torch.stack(by_layer(logits, hidden.shape[1])) if logits else None)
+    return Handoff(hidden, torch.stack(by_layer(logits, hidden.shape[1])) if logits else None)
 
 
 def by_layer(router_logits: Sequence[Tensor], num_tokens: int) -> tuple[Tensor, ...]:

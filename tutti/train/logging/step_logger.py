@@ -11,7 +11,7 @@ from tutti.core.batch import GlobalBatch
 from tutti.core.device import memory_gib, peak_flops
 from tutti.model.experts import ExpertLoad
 from tutti.train.logging.metrics import Metrics
-from tutti.train.record import Run
+from tutti.train.run_parts import Run
 from tutti.train.step import Reduced, Totals, losses_by_source
 
 log = logging.getLogger(__name__)

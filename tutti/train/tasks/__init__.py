@@ -27,7 +27,7 @@ from tutti.train.head import Head
 if TYPE_CHECKING:
     from tutti.parallel.pipeline.executor import Executor
     from tutti.train.logging.metrics import Metrics
-    from tutti.train.record import Run
+    from tutti.train.run_parts import Run
 
 Sums = dict[str, Tensor]
 """Sums over a micro batch, by name: a rank's share of each sum. `loss` is the one to differentiate; the others
@@ -43,7 +43,7 @@ Work = Callable[[Batch], float]
 """Counts floating-point operations of training on a micro batch, forward and backward, recomputation not counted."""
 
 
-class Shows(Protocol):
+class SampleDisplay(Protocol):
     """Shows what the model does by now, in the log and the report."""
 
     def show(self, step: int, metrics: Metrics, executor: Executor) -> None:
@@ -75,7 +75,7 @@ class Task(ABC):
         """Further figures of a line of metrics, from sums over all ranks (numbers, or lists of them)."""
         return {}
 
-    def work_of(self, model: Any) -> Work:
+    def flop_counter(self, model: Any) -> Work:
         """A function that counts the operations of training `model` on a micro batch, which `prepare` has completed."""
         flops = count_flops(model)
         return lambda micro: flops.batch(micro.lengths(), micro.num_values())
@@ -93,7 +93,7 @@ class Task(ABC):
         """Change `model` beyond what the optimizer did in the step of `batch`, before anything is saved. Collective."""
         return
 
-    def make_samples(self, run: Run) -> Shows:
+    def make_samples(self, run: Run) -> SampleDisplay:
         """The display of the model as it is trained: how it answers the prompts of the configuration. ValueError:
         one of them cannot be used."""
         from tutti.train.samples import Samples  # which looks at runs, and so imports the tasks
@@ -120,7 +120,7 @@ class WholeModelTask(Task):
         """The sums of a micro batch."""
 
     @abstractmethod
-    def work_of(self, model: Any) -> Work: ...
+    def flop_counter(self, model: Any) -> Work: ...
 
     def loss(self, hidden: Tensor, head: Head) -> Sums:
         raise AssertionError("a model without a head has no hidden states")

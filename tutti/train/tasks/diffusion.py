@@ -24,16 +24,16 @@ from torch import Tensor
 from tutti.config import Config
 from tutti.core.batch import Batch
 from tutti.core.compute_dtype import compute_dtype
-from tutti.core.draws import generator
+from tutti.core.keyed_random import generator
 from tutti.model.denoiser import Denoiser
-from tutti.model.denoiser_work import DenoiserWork
-from tutti.model.diffusion import Text, add_noise, flow_time, predict, squared_errors
+from tutti.model.denoiser_flops import DenoiserFlops
+from tutti.model.diffusion import EncodedText, add_noise, flow_time, predict, squared_errors
 from tutti.model.pipeline_folder import PipelineFolder, open_folder, read_scheduler
-from tutti.train.tasks import Prepare, Shows, Sums, WholeModelTask, Work
+from tutti.train.tasks import Prepare, SampleDisplay, Sums, WholeModelTask, Work
 
 if TYPE_CHECKING:
     from tutti.parallel.pipeline.executor import Executor
-    from tutti.train.record import Run
+    from tutti.train.run_parts import Run
 
 EVAL_TIMES = 4
 """Times at which a sample is evaluated."""
@@ -85,8 +85,8 @@ class Denoising(WholeModelTask):
         loss = own - own.detach() * (1 - 1 / self.ranks)
         return {"loss": loss, **self.by_source(losses.detach() / self.ranks, given[SOURCES])}
 
-    def work_of(self, model: Denoiser) -> Work:
-        count = DenoiserWork(model.config.net, model.net.parameters())
+    def flop_counter(self, model: Denoiser) -> Work:
+        count = DenoiserFlops(model.config.net, model.net.parameters())
 
         def work(micro: Batch) -> float:
             text = text_of(micro.payload)
@@ -101,10 +101,10 @@ class Denoising(WholeModelTask):
 
         return make_latents(run, self)
 
-    def make_samples(self, run: Run) -> Shows:
-        from tutti.train.pictures import Pictures
+    def make_samples(self, run: Run) -> SampleDisplay:
+        from tutti.train.diffusion_samples import DiffusionSamples
 
-        return Pictures(run)
+        return DiffusionSamples(run)
 
     def training_time(self, *key: object) -> float:
         """The time in (0, 1) of the training sample with this key."""
@@ -122,9 +122,9 @@ class Denoising(WholeModelTask):
         return uniform if self.scheduler is not None else flow_time(uniform, self.mean, self.std, self.shift)
 
 
-def text_of(payload: Mapping[str, Tensor]) -> Text:
+def text_of(payload: Mapping[str, Tensor]) -> EncodedText:
     """The encoded captions in a payload."""
-    return Text(*(payload.get(name) for name in TEXT))  # type: ignore[arg-type]
+    return EncodedText(*(payload.get(name) for name in TEXT))  # type: ignore[arg-type]
 
 
 def make_task(config: Config) -> Denoising:

@@ -34,7 +34,7 @@ from tutti.train.tasks import Prepare, Sums, Task
 
 if TYPE_CHECKING:
     from tutti.parallel.pipeline.executor import Executor
-    from tutti.train.record import Run
+    from tutti.train.run_parts import Run
 
 REFERENCE = "reference_log_probs"
 """The name, in a batch's payload, of fp32 [P, 2]: the log-probabilities of the chosen and the rejected answers by the

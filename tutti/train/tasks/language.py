@@ -22,11 +22,11 @@ class LanguageModelling(Task):
 
 def make_task(config: Config) -> Task:
     if regresses(config.model) or read_flow(config.model) is not None:
-        from tutti.train.tasks.picturing import Picturing
+        from tutti.train.tasks.draw_continuous import ContinuousDrawing
 
-        return Picturing.of(config)
+        return ContinuousDrawing.of(config)
     if decoder_folder(config.model) is None and not draws(config):
         return LanguageModelling()
-    from tutti.train.tasks.drawing import Drawing  # which needs what language modelling alone does not
+    from tutti.train.tasks.draw_codes import CodeDrawing  # which needs what language modelling alone does not
 
-    return Drawing.of(config)
+    return CodeDrawing.of(config)

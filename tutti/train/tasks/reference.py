@@ -36,7 +36,7 @@ from tutti.parallel.fsdp import fsdp_modules
 from tutti.parallel.pipeline.executor import Executor
 from tutti.train.objective import Objective
 from tutti.train.placement import load_parameters, make_executor, place_model
-from tutti.train.record import Run
+from tutti.train.run_parts import Run
 from tutti.train.tasks import Prepare, Split
 from tutti.train.tasks.dpo import REFERENCE, answer_log_probs
 

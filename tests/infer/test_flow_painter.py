@@ -16,11 +16,11 @@ from tests.infer.models import open_model
 from tests.train.runs import QUICKSTART, train_quietly
 from tests.train.test_flow_run import config_of, states_of
 from tutti.config import Config, InferConfig
-from tutti.core.draws import generator
+from tutti.core.keyed_random import generator
 from tutti.core.pixels import to_image
 from tutti.infer.drawing import hiding
 from tutti.infer.prompts import prompt_request, to_draw
-from tutti.infer.run import Job, infer
+from tutti.infer.run import InferenceJob, infer
 from tutti.model.conditions import Conditions
 from tutti.model.diffusion import Guided, sample
 from tutti.model.pipeline_folder import read_scheduler
@@ -34,7 +34,7 @@ def answered(folder: Path, ranks: int, guidance: float) -> None:
         model_path=str(folder / "out" / "hf" / "final"), max_tokens=4, image_guidance=guidance, image_steps=3, seed=3
     )
     output = folder / f"{ranks} {guidance}.jsonl"
-    infer(Config(infer=settings), Job(input=str(folder / "ask.jsonl"), output=str(output), draw=True))
+    infer(Config(infer=settings), InferenceJob(input=str(folder / "ask.jsonl"), output=str(output), draw=True))
 
 
 def trained_and_asked(folder: Path) -> None:

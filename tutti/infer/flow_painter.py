@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tutti.core.draws import generator
+from tutti.core.keyed_random import generator
 from tutti.model.conditions import Conditions
 from tutti.model.diffusion import Guided, sample
 from tutti.model.flow_decoder import FlowDecoder, FlowSpec
-from tutti.model.initial import give_storage
+from tutti.model.initialize import give_storage
 from tutti.model.pipeline_folder import read_scheduler
 
 if TYPE_CHECKING:

@@ -28,19 +28,19 @@ from torch import Tensor
 from tutti.config import Config
 from tutti.core.batch import Batch, GlobalBatch
 from tutti.core.dist import World
-from tutti.core.draws import generator
+from tutti.core.keyed_random import generator
 from tutti.core.pixels import to_data_url, to_image
 from tutti.core.tensors import local_part
 from tutti.data.augment import Augment, warp
 from tutti.data.images import PIXELS
 from tutti.model.autoencoder import Autoencoder, AutoencoderConfig, flops_per_value, load_autoencoder_config
-from tutti.model.initial import own_part
-from tutti.train.tasks import Prepare, Shows, Split, Sums, WholeModelTask, Work
+from tutti.model.initialize import own_part
+from tutti.train.tasks import Prepare, SampleDisplay, Split, Sums, WholeModelTask, Work
 
 if TYPE_CHECKING:
     from tutti.parallel.pipeline.executor import Executor
     from tutti.train.logging.metrics import Metrics
-    from tutti.train.record import Run
+    from tutti.train.run_parts import Run
 
 RESTART = 20
 """Steps after which codes that were not used in any of them are put elsewhere; also once after the first step."""
@@ -70,7 +70,7 @@ class Reconstructing(WholeModelTask):
         usage = {"usage": self.codes} if self.codes else {}
         return {**super().sizes(), **dict.fromkeys(self.kinds, 1), **usage}
 
-    def work_of(self, model: Autoencoder) -> Work:
+    def flop_counter(self, model: Autoencoder) -> Work:
         each = flops_per_value(model)
         return lambda micro: each * micro.num_values()
 
@@ -144,7 +144,7 @@ class Reconstructing(WholeModelTask):
         found = torch.cat([part for parts in world.gather(mine) for part in parts])
         restart_codes(model, found[found[:, 0].argsort(), 1:])
 
-    def make_samples(self, run: Run) -> Shows:
+    def make_samples(self, run: Run) -> SampleDisplay:
         return Reconstructions(run)
 
 

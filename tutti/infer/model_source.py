@@ -16,7 +16,7 @@ from tutti.core.dist import World
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """The place that a model is loaded from.
 
     config: describes the model and its tokenizer. trained: holds the weights, unless config.model.model_path does.
@@ -34,7 +34,7 @@ class Source:
         return self.trained is None or self.config.train.architecture == "lora"
 
 
-def find_source(config: Config, world: World) -> Source:
+def find_source(config: Config, world: World) -> ModelSource:
     """The model that infer.model_path is, with files that a hub's names stand for. Collective.
 
     ValueError, on all ranks, in the name of `infer.*`: there is none there.
@@ -46,7 +46,7 @@ def find_source(config: Config, world: World) -> Source:
         return replace(source, config=described)
 
 
-def _look(config: Config, world: World) -> Source:
+def _look(config: Config, world: World) -> ModelSource:
     """The model that infer.model_path is. Collective."""
     path = Path(config.infer.model_path or "").expanduser()
     given = config.infer.tokenizer_path
@@ -61,10 +61,10 @@ def _look(config: Config, world: World) -> Source:
     if tokenizer is not None:
         run = replace(run, model=replace(run.model, tokenizer_path=tokenizer))
     of_chats = run.data.task.holds_chats
-    return Source(run, trained, run.data.chat_template if of_chats else "default", of_chats)
+    return ModelSource(run, trained, run.data.chat_template if of_chats else "default", of_chats)
 
 
-def _folder_source(path: Path, config: Config, tokenizer: str | None) -> Source | None:
+def _folder_source(path: Path, config: Config, tokenizer: str | None) -> ModelSource | None:
     """The Hugging Face or adapter folder that `path` is, or has as an output folder; None if it is an output folder
     without one, or a checkpoint."""
     if not path.exists():
@@ -76,7 +76,7 @@ def _folder_source(path: Path, config: Config, tokenizer: str | None) -> Source 
             return _adapted(folder, config, tokenizer)
         if (folder / "config.json").is_file():
             _require_language_model(folder)
-            return Source(Config(model=ModelConfig(model_path=str(folder), tokenizer_path=tokenizer)))
+            return ModelSource(Config(model=ModelConfig(model_path=str(folder), tokenizer_path=tokenizer)))
     if not is_of_run(path):
         raise ValueError(
             f"infer.model_path: {path} is neither a Hugging Face folder (with its config.json) nor an adapter nor an "
@@ -98,7 +98,7 @@ def _require_language_model(folder: Path) -> None:
         )
 
 
-def _adapted(folder: Path, config: Config, tokenizer: str | None) -> Source:
+def _adapted(folder: Path, config: Config, tokenizer: str | None) -> ModelSource:
     """The adapter in `folder` on model.model_path, or else on the model that it names as its base."""
     base = config.model.model_path or base_path(folder)
     own = str(folder) if (folder / "tokenizer_config.json").is_file() else None
@@ -106,10 +106,10 @@ def _adapted(folder: Path, config: Config, tokenizer: str | None) -> Source:
         tokenizer = None  # merely the default, and the adapter's own tokenizer knows how its chats are rendered
     beside = read_composed(folder)
     model = ModelConfig(model_path=base, tokenizer_path=tokenizer or own, adapter_path=str(folder), **beside)
-    return Source(Config(model=model, train=TrainConfig(architecture="lora")))
+    return ModelSource(Config(model=model, train=TrainConfig(architecture="lora")))
 
 
-def data_of(asked: Config, source: Source) -> DataConfig:
+def data_of(asked: Config, source: ModelSource) -> DataConfig:
     """The settings by which rows are read: as in training, where the model is of a run, and as is asked for."""
     names = [name.removeprefix("data.") for name in asked.explicit if name.startswith("data.")]
     return replace(source.config.data, **{name: getattr(asked.data, name) for name in names})

@@ -11,8 +11,8 @@ from PIL import Image
 from tests.data.processors import PROCESSORS
 from tutti.config.load import from_dict
 from tutti.core.batch import Media, Sample
-from tutti.data import processor as module
-from tutti.data.processor import MediaProcessor
+from tutti.data import media_processor as module
+from tutti.data.media_processor import MediaProcessor
 from tutti.data.rows import BrokenMediaError, RowError
 
 TOGETHER = {

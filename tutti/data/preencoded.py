@@ -16,7 +16,7 @@ from tutti.data.source import BadRow
 
 
 @dataclass
-class ReadyMade:
+class PreEncoded:
     """An encoder for rows of which some are samples already; `encoder` does the others. pairs: samples are pairs."""
 
     encoder: Any

@@ -3,17 +3,17 @@
 Beside tokens (`text`) there are one or both of:
 
 - `feature` (model.output_encoder encoder): the features of pictures, which the tower makes of them in the forward pass
-  (`tutti.model.features`), are predicted by the hidden states before them.
-- `flow` (a diffusion decoder, `tutti.model.flow_decoder`): a diffusion transformer, led by the hidden states of a
-  picture's queries, tells noise from its latents, which come beside the tokens (`tutti.train.flow`). The loss of a
-  picture is the mean over its latents' values.
+  (`tutti.model.feature_head`), are predicted by the hidden states before them.
+- `flow` (a diffusion decoder, `tutti.model.flow_decoder`): a diffusion transformer, conditioned on the hidden states of
+  a picture's queries, denoises the picture's latents, which come with the batch (`tutti.train.flow_targets`). The loss
+  of a picture is the mean over its latents' values.
 
 Samples hold placeholders, in whole micro batches, before ranks share one. A label that is a placeholder becomes the
 number of its feature in the micro batch, or of its query in the picture, beyond all tokens; so that every rank knows
 what its own tokens predict. Ranks that share a batch give one another the hidden states of queries, and each runs the
 transformer on its share of the pictures.
 
-With train.cfg_dropout the prompts of some pictures are hidden, as with codes (`tutti.train.tasks.drawing`).
+With train.cfg_dropout the prompts of some pictures are hidden, as with codes (`tutti.train.tasks.draw_codes`).
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from torch import Tensor
 from tutti.config import Config
 from tutti.core.batch import DRAWN_PIXELS, Batch, GlobalBatch
 from tutti.infer.drawing import hiding
-from tutti.model.denoiser_work import DenoiserWork
-from tutti.model.diffusion import Text, add_noise, predict, squared_errors
-from tutti.model.encoder_parallel import encoders
+from tutti.model.denoiser_flops import DenoiserFlops
+from tutti.model.diffusion import EncodedText, add_noise, predict, squared_errors
+from tutti.model.encoder_parallel import encoder_ranks
 from tutti.model.flow_decoder import FlowSpec, read_flow
 from tutti.model.omni_config import regresses
 from tutti.parallel.sequence import gather_tokens
 from tutti.train.head import Head
 from tutti.train.tasks import Prepare, Split, Sums, Work
 from tutti.train.tasks.diffusion import LATENTS, NOISE, SOURCES, TIMES, WEIGHTS, Denoising
-from tutti.train.tasks.drawing import count_labels, hide_prompts
-from tutti.train.tasks.kinds import LossOfKinds
+from tutti.train.tasks.draw_codes import count_labels, hide_prompts
+from tutti.train.tasks.weighted_losses import WeightedLosses
 
 if TYPE_CHECKING:
     from tutti.parallel.pipeline.executor import Executor
-    from tutti.train.record import Run
+    from tutti.train.run_parts import Run
 
 
 PICTURE, PLACES = "picture", "places"
@@ -51,14 +51,14 @@ pictures' queries among the tokens, int64 [P, Q]."""
 
 
 @dataclass(frozen=True)
-class Picturing(LossOfKinds):
+class ContinuousDrawing(WeightedLosses):
     """Sums over tokens, and over features or pictures. times: of pictures' noise. spec: how they are drawn."""
 
     times: Denoising = field(default_factory=Denoising)
     spec: FlowSpec | None = None
 
     @classmethod
-    def of(cls, config: Config) -> Picturing:
+    def of(cls, config: Config) -> ContinuousDrawing:
         """The task of a configuration."""
         spec = read_flow(config.model)
         kinds = ("text", *(["feature"] if regresses(config.model) else []), *([] if spec is None else ["flow"]))
@@ -93,7 +93,7 @@ class Picturing(LossOfKinds):
         assert head.states is not None
         own = slice(None)
         if batch.sequence is not None:
-            ranks = encoders(batch.sequence.ranks, head.tensor)
+            ranks = encoder_ranks(batch.sequence.ranks, head.tensor)
             own = slice(ranks.place, None, ranks.size)
         latents, noise, times, weights, sources, picture = (
             given[name][own] for name in (LATENTS, NOISE, TIMES, WEIGHTS, SOURCES, PICTURE)
@@ -103,17 +103,17 @@ class Picturing(LossOfKinds):
         losses = flow_losses(head.flow, self.times.scheduler, latents, noise, times, led)
         return losses * weights, weights, sources
 
-    def work_of(self, model: Any) -> Work:
-        text, spec = super().work_of(model), self.spec
+    def flop_counter(self, model: Any) -> Work:
+        text, spec = super().flop_counter(model), self.spec
         if spec is None:
             return text
         decoder: Any = model.flow_decoder
-        count = DenoiserWork(spec.net, decoder.net.parameters())
+        count = DenoiserFlops(spec.net, decoder.net.parameters())
         width, pooled = decoder.project[-1].out_features, decoder.pool and decoder.pool.out_features
         return lambda micro: text(micro) + count(micro.payload[LATENTS].shape, spec.tokens, width, pooled)
 
     def prepare(self, run: Run, executor: Executor) -> Prepare:
-        from tutti.train.flow import make_targets  # which looks at runs, and so imports the tasks
+        from tutti.train.flow_targets import make_targets  # which looks at runs, and so imports the tasks
 
         model: Any = run.placed.model
         placeholder, first = run.inputs.processor.drawn_token_ids[0], model.config.first_code
@@ -148,7 +148,7 @@ class Picturing(LossOfKinds):
         return [counts[kind] for kind in self.kinds]
 
 
-def flow_losses(flow: Any, scheduler: Any, latents: Tensor, noise: Tensor, times: Tensor, text: Text) -> Tensor:
+def flow_losses(flow: Any, scheduler: Any, latents: Tensor, noise: Tensor, times: Tensor, text: EncodedText) -> Tensor:
     """The mean squared error fp32 [R] of what a diffusion decoder makes of latents [R, C, H, W] and noise, mixed by
     times [R] from 0 to 1."""
     noised = add_noise(flow.family, scheduler, latents, noise, times)

@@ -21,21 +21,21 @@ from torch import Tensor
 
 from tutti.config import Config
 from tutti.core.batch import DRAWN_PIXELS, IGNORE, Batch, GlobalBatch
-from tutti.core.draws import generator
+from tutti.core.keyed_random import generator
 from tutti.infer.drawing import Hidden, hiding
 from tutti.model.omni import CodeDecoder
 from tutti.model.vq import PictureTokenizer
 from tutti.train.head import Head
 from tutti.train.tasks import Prepare, Split, Sums
-from tutti.train.tasks.kinds import LossOfKinds
+from tutti.train.tasks.weighted_losses import WeightedLosses
 
 if TYPE_CHECKING:
     from tutti.parallel.pipeline.executor import Executor
-    from tutti.train.record import Run
+    from tutti.train.run_parts import Run
 
 
 @dataclass(frozen=True)
-class Drawing(LossOfKinds):
+class CodeDrawing(WeightedLosses):
     """Sums over tokens and codes. dropout: train.cfg_dropout."""
 
     kinds: tuple[str, ...] = ("text", "code")
@@ -43,7 +43,7 @@ class Drawing(LossOfKinds):
     seed: int = 0
 
     @classmethod
-    def of(cls, config: Config) -> Drawing:
+    def of(cls, config: Config) -> CodeDrawing:
         """The task of a configuration."""
         weights = cls.weights_of(config, cls.kinds)
         return cls(weights=weights, dropout=config.train.cfg_dropout, seed=config.train.seed)

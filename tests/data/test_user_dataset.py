@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from tests.data.fakes import ALONE, build, configure, encode, fake_encoder, ids, record
 from tutti.data import index, loader
 from tutti.data.formats import BadRow, Row
-from tutti.data.own import OwnDataset
+from tutti.data.user_dataset import UserDataset
 
 __all__ = ["fake_encoder"]  # a fixture that every test here uses
 
@@ -165,9 +165,9 @@ def number(path: str) -> Any:
 
 def test_what_is_no_dataset_is_refused() -> None:
     with pytest.raises(ValueError, match=r"splits returns a dict \(train, test\): let it return one dataset of it"):
-        OwnDataset(f"{__name__}:splits", "x")
+        UserDataset(f"{__name__}:splits", "x")
     with pytest.raises(ValueError, match=r"number returns a int, which has neither items nor can be iterated"):
-        OwnDataset(f"{__name__}:number", "x")
+        UserDataset(f"{__name__}:number", "x")
 
 
 CALLS = [{"calls": [{"arguments": {"to": "me"}}], "list": []}, {"calls": [{"arguments": {"n": 3}}], "list": [None, 1]}]
@@ -181,8 +181,8 @@ def calls(path: str) -> Any:
 
 
 def test_nulls_of_a_hugging_face_dataset_are_left_out() -> None:
-    assert [row.value for row in OwnDataset(f"{__name__}:calls", "map").read([0, 1])] == CALLS
-    assert [row.value for row in OwnDataset(f"{__name__}:calls", "stream").stream()] == CALLS
+    assert [row.value for row in UserDataset(f"{__name__}:calls", "map").read([0, 1])] == CALLS
+    assert [row.value for row in UserDataset(f"{__name__}:calls", "stream").stream()] == CALLS
 
 
 def with_null(path: str) -> Any:
@@ -190,7 +190,7 @@ def with_null(path: str) -> Any:
 
 
 def test_nulls_of_other_datasets_stay() -> None:
-    first, second = OwnDataset(f"{__name__}:with_null", "x").read([0, 1])
+    first, second = UserDataset(f"{__name__}:with_null", "x").read([0, 1])
     assert isinstance(first, Row) and first.value == {"text": None}
     assert isinstance(second, BadRow)
 

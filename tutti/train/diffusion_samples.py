@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tutti.core.compute_dtype import compute_dtype
-from tutti.core.draws import generator
+from tutti.core.keyed_random import generator
 from tutti.core.pixels import frame_image, to_data_url
 from tutti.data.captions import Extent, captions_of
 from tutti.model.conditions import Conditions
@@ -28,7 +28,7 @@ from tutti.model.diffusion import Guided, default_side, join_texts, latent_shape
 from tutti.model.pipeline_folder import open_folder, read_scheduler
 from tutti.parallel.pipeline.executor import Executor
 from tutti.train.logging.metrics import Metrics
-from tutti.train.record import Run
+from tutti.train.run_parts import Run
 from tutti.train.samples import prompt_rows
 from tutti.train.tasks import Split
 from tutti.train.tasks.diffusion import Denoising, text_of
@@ -55,7 +55,7 @@ class Originals(NamedTuple):
     unseen: frozenset[str]
 
 
-class Pictures:
+class DiffusionSamples:
     """The prompts of train.sample_prompts and train.sample_prompts_path, and what the model draws for them.
 
     ValueError: the file is not there, or a row has no text under "prompt".

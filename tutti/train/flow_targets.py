@@ -28,14 +28,14 @@ from torch import Tensor
 from tutti.checkpoint.hf_files import weights_digest
 from tutti.core.batch import DRAWN_PIXELS, Batch
 from tutti.core.compute_dtype import compute_dtype
-from tutti.core.draws import generator
+from tutti.core.keyed_random import generator
 from tutti.model.conditions import Conditions
 from tutti.model.flow_decoder import FlowSpec
 from tutti.train.latents import CACHE, Cached, is_written, micro_batches_of, writing
-from tutti.train.record import Run
+from tutti.train.run_parts import Run
 from tutti.train.tasks import Split
 from tutti.train.tasks.diffusion import EVAL_TIMES, LATENTS, NOISE, SOURCES, TIMES, WEIGHTS, Denoising
-from tutti.train.tasks.picturing import PICTURE, PLACES
+from tutti.train.tasks.draw_continuous import PICTURE, PLACES
 
 log = logging.getLogger(__name__)
 

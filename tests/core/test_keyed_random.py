@@ -2,7 +2,7 @@
 
 import torch
 
-from tutti.core.draws import generator
+from tutti.core.keyed_random import generator
 
 
 def draw(*key: object) -> list[float]:

@@ -12,7 +12,7 @@ from functools import partial, wraps
 
 from torch import Tensor, nn
 
-from tutti.core.modules import Forward, extras, wrap_forward
+from tutti.core.modules import Forward, attached, wrap_forward
 
 NAME = "patches"
 
@@ -20,7 +20,7 @@ NAME = "patches"
 def multiply_patches(towers: Iterable[nn.Module]) -> None:
     """Make the convolutions in `towers` whose strides are their kernels' sizes multiply what is as large as these."""
     for module in (part for tower in towers for part in tower.modules()):
-        if not isinstance(module, nn.Conv2d | nn.Conv3d) or NAME in extras(module).wrappers:
+        if not isinstance(module, nn.Conv2d | nn.Conv3d) or NAME in attached(module).wrappers:
             continue
         plain = module.groups == 1 and not any(module.padding) and set(module.dilation) == {1}
         if plain and module.stride == module.kernel_size:

@@ -33,7 +33,7 @@ from tutti.core.batch import Frames, Media, Sample
 from tutti.data.audio import decode_sound, has_sound, load_sound
 from tutti.data.media import MediaFolder, identity, load_image, measure_image, plural, reference, resized
 from tutti.data.media_cache import MediaCache
-from tutti.data.parts import Entry, as_drawn
+from tutti.data.media_places import Entry, as_drawn
 from tutti.data.rows import KINDS, BrokenMediaError, Conversation, RowError
 from tutti.data.video import FRAMES_FPS, MAX_VIDEO_PIXELS, Header, load_video, measure_video, video_source
 

@@ -24,10 +24,10 @@ _TRIES = 100
 """So many errors in a row of an iterator mean that it will not go on."""
 
 
-class OwnDataset(DataFile):
+class UserDataset(DataFile):
     """The dataset that the factory `name` makes of `path`. mapping: whether it has a length and random access.
 
-    Its items are rows like those of files, or samples that need no encoding: `ready.ReadyMade` tells them apart.
+    Its items are rows like those of files, or samples that need no encoding: `PreEncoded` tells them apart.
     """
 
     def __init__(self, name: str, path: str) -> None:

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import sweep, sweep_layouts
 from tests.sweep import EQUAL
-from tutti.model.passing import pass_arguments
+from tutti.model.attention_arguments import pass_arguments
 from tutti.model.structure import blocks, text_model
 
 

@@ -24,7 +24,7 @@ divided by the number of all targets are the step's loss."""
 
 
 @dataclass(frozen=True)
-class LossOfKinds(Task):
+class WeightedLosses(Task):
     """Sums over targets by kind, and their numbers. kinds: their names. weights: of each."""
 
     kinds: tuple[str, ...] = ("text",)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tutti.data.parts import place_media
+from tutti.data.media_places import place_media
 from tutti.data.rows import RowError, fill
 
 ASKED = [{"type": "image"}, {"type": "text", "text": "What is this?"}]

@@ -17,10 +17,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tutti.model.denoiser import make_net
-from tutti.model.diffusion import Text, family_of, predict
+from tutti.model.diffusion import EncodedText, family_of, predict
 
 
-class DenoiserWork:
+class DenoiserFlops:
     """Counts the operations of training a transformer of a config. parameters: its own, of which some may be frozen."""
 
     def __init__(self, net: dict[str, Any], parameters: Iterable[nn.Parameter]) -> None:
@@ -41,7 +41,7 @@ def _forward(described: str, shape: tuple[int, ...], length: int, width: int, po
     family = family_of(json.loads(described)["_class_name"])
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         mask = None if family.mask is None else torch.ones(1, length, dtype=torch.bool)
-        text = Text(torch.empty(1, length, width), mask, None if pooled is None else torch.empty(1, pooled))
+        text = EncodedText(torch.empty(1, length, width), mask, None if pooled is None else torch.empty(1, pooled))
         predict(family, _without_storage(described), torch.empty(1, *shape), torch.empty(1), text)
     return float(counter.get_total_flops())
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from tutti.core.modules import extras
-from tutti.model.patches import multiply_patches
+from tutti.core.modules import attached
+from tutti.model.patch_embedding import multiply_patches
 
 CASES = {
     "pictures": (nn.Conv2d(3, 8, 4, 4), (5, 3, 4, 4)),
@@ -24,7 +24,7 @@ def test_as_a_convolution(name: str) -> None:
     ours = copy.deepcopy(theirs)
     multiply_patches([nn.Sequential(ours)])
     multiply_patches([ours])  # once is enough
-    assert extras(ours).wrappers == ("patches",)
+    assert attached(ours).wrappers == ("patches",)
     found = []
     for convolution in (theirs, ours):
         pixels = torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape).sin().requires_grad_()
@@ -49,4 +49,4 @@ def test_patches_take_no_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_others_stay_what_they_are(convolution: nn.Module) -> None:
     multiply_patches([convolution])
-    assert extras(convolution).wrappers == ()
+    assert attached(convolution).wrappers == ()

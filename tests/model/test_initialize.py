@@ -14,7 +14,7 @@ from tests.checkpoint.weighing import CPU, SHARDED, full, logits, nothing_on_met
 from tests.harness import run_ranks
 from tests.model.zoo import FAMILIES, tiny
 from tests.sweep import tiny_config
-from tutti.model.initial import init_weights, materialize
+from tutti.model.initialize import init_weights, materialize
 
 
 @pytest.mark.parametrize("name", FAMILIES)
