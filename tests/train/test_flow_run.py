@@ -25,6 +25,7 @@ from tests.train.test_features_run import lines_of, trained_on_two_ranks
 from tests.train.test_run import assert_same_training
 from tutti.config import Config, ModelConfig
 from tutti.core.keyed_random import generator
+from tutti.data import media_processor
 from tutti.infer.prompts import prompt_request, to_draw
 from tutti.kinds import language
 from tutti.model.conditions import Conditions

@@ -39,7 +39,7 @@ class Drawing:
     ids and places of codes (-1). first, number: the id of code 0, and how many there are. decode: from codes [N, n] to
     pictures [N, 3, S, S]; None where the model sees pictures as codes and draws none. temperature: divides the logits
     of codes, on top of infer.temperature. paint: for a model that draws by queries (`tutti.infer.flow_painter`), whose
-    pattern holds queries in place of codes: makes a picture [3, S, S] from an answer's number and the picture's index."""
+    pattern holds queries for codes: makes a picture [3, S, S] from the answer's number and the picture's index."""
 
     start: int
     pattern: tuple[int, ...]

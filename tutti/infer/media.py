@@ -2,7 +2,7 @@
 
 The values (pixels, and what goes with them) are those that training makes of the same row
 (`tutti.data.media_processor`), and so are the positions of models with multi-dimensional rotary embeddings
-(`tutti.model.multimodal`). A prompt is run once; from then on its images are keys and values in the cache like the rest.
+(`tutti.model.multimodal`). A prompt is run once; from then on its images are keys and values in the cache.
 """
 
 from __future__ import annotations
