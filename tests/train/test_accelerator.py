@@ -18,6 +18,8 @@ ALONE = {
     "offloaded activations": {"train.enable_activation_offload": True},
     "checkpoints": {"train.save_steps": 2, "train.save_async": True},
     "muon": {"train.optimizer": "muon"},
+    "state in bf16": {"train.optimizer": "anyprecision_adamw", "train.enable_mixed_precision": False},
+    "state in 8 bits": {"train.optimizer": "adamw_8bit"},
     "pairs, compared on the fly": {"data.data_type": "dpo", "train.dpo_reference": "on_the_fly"},
 }
 """One rank's runs, in which the host waits for the device for figures and for saves alone."""

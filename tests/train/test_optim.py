@@ -13,6 +13,7 @@ from tutti.config import TrainConfig
 from tutti.core.tensors import local_part
 from tutti.train import adamw
 from tutti.train.adamw import AnyPrecisionAdamW
+from tutti.train.adamw_8bit import AdamW8bit
 from tutti.train.optim import build_optimizer, room_for_state, set_lr
 
 
@@ -244,13 +245,52 @@ def partly_sharded() -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_reads_nothing_back_from_the_device(dtype):
-    """On the meta device, which has no values to read; its own count of steps stays with the host."""
+    """On the meta device, which has no values to read."""
     parameter = nn.Parameter(torch.empty(3, 5, dtype=dtype, device="meta"))
     parameter.grad = torch.empty_like(parameter)
     optimizer = AnyPrecisionAdamW([parameter], weight_decay=0.1)
-    for _ in range(2):
+    optimizer.step()
+    optimizer.found_inf = torch.empty((), device="meta")
+    optimizer.step()
+    assert optimizer.state[parameter]["step"].is_meta
+    saved = optimizer.state_dict()
+    saved["state"][0] = saved["state"][0] | {"step": torch.ones(())}
+    optimizer.load_state_dict(saved)
+    assert optimizer.state[parameter]["step"].is_meta, "a count of the host's is loaded to where the parameter is"
+
+
+@pytest.mark.parametrize("make", [AnyPrecisionAdamW, AdamW8bit])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_step_that_is_refused_on_the_device_changes_nothing(make, dtype):
+    def make_model():
+        torch.manual_seed(0)
+        return nn.Linear(64, 96).to(dtype)
+
+    told, asked = make_model(), make_model()
+    optimizer, other = (make(model.parameters(), lr=1e-2, weight_decay=0.1) for model in (told, asked))
+    for step, refused in enumerate((1.0, 0.0, 0.0, 1.0, 0.0)):
+        for parameter, same in zip(told.parameters(), asked.parameters(), strict=True):
+            same.grad = torch.full_like(same, step + 1).cumsum(0).cos()
+            parameter.grad = torch.full_like(parameter, torch.nan) if refused else same.grad
+        optimizer.found_inf, other.found_inf = torch.tensor(refused), torch.tensor(0.0)
         optimizer.step()
-    assert optimizer.state[parameter]["step"].tolist() == 2
+        if not refused:
+            other.step()
+    for parameter, same in zip(told.parameters(), asked.parameters(), strict=True):
+        assert torch.equal(parameter, same)
+        for key, value in other.state[same].items():
+            assert torch.equal(optimizer.state[parameter][key], value), key
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.999, 0.99999])
+def test_corrections_of_a_count_on_the_device_are_those_of_the_host(beta):
+    for step in (1, 2, 10, 100_000):
+        got = adamw._correction(beta, torch.tensor(step)).item()
+        assert got == pytest.approx(adamw._correction(beta, step), rel=1e-6)
+        rounded = [torch.full((999,), 1.0).add_(torch.arange(999) * 1e-5) for _ in range(2)]
+        for tensor, count in zip(rounded, (step, torch.tensor(step)), strict=True):
+            adamw._round_by_step(tensor, count)
+        assert torch.equal(*rounded)
 
 
 def test_room_is_as_large_as_what_the_first_step_makes():

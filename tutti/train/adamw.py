@@ -14,6 +14,9 @@ neighbouring values lie up to 0.8 % apart:
 
 One step, for a bucket of parameters at a time: widen p + c, momentum and variance to fp32, do AdamW on them, round
 back, and keep the parameter's rounding error as the new c. fp32 parameters are updated in place, without compensation.
+
+An accelerator decides by itself whether a step is taken (`found_inf`), and therefore counts the steps as well: then
+all is updated in a copy, from which nothing is stored if the step is refused.
 """
 
 from __future__ import annotations
@@ -32,14 +35,16 @@ from tutti.core.tensors import local_part
 BUCKET_ON_CPU, BUCKET_ON_DEVICE = 1 << 18, 1 << 24
 """Elements that are widened to fp32 at once: within a CPU's caches; on an accelerator, enough to hide the launches."""
 
-GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+GOLDEN_RATIO = round((math.sqrt(5) - 1) / 2 * (1 << 32))
+"""In units of 2^-32, so that a device multiplies by it exactly."""
 
 
 class AnyPrecisionAdamW(Optimizer):
     """AdamW whose momentum and variance are kept in `state_dtype`, with compensation for parameters below fp32.
 
     Works on the local shards of DTensors. With fp32 parameters and `state_dtype` fp32 it is AdamW. State per parameter:
-    `step` (a scalar on the CPU), `exp_avg`, `exp_avg_sq`, and `compensation` where the parameter is not fp32.
+    `step` (a scalar where the parameter is), `exp_avg`, `exp_avg_sq`, and `compensation` where the parameter is not
+    fp32. A step changes nothing where `found_inf`, a tensor on the device, is 1, as with torch's fused AdamW.
     """
 
     def __init__(
@@ -63,12 +68,20 @@ class AnyPrecisionAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        refused = self._refused()
         for group in self.param_groups:
-            for bucket in _buckets(self._advance(group["params"])):
-                _update(bucket, group)
+            for bucket in _buckets(self._advance(group["params"], refused)):
+                _update(bucket, group, refused)
         return loss
 
-    def _advance(self, parameters: Iterable[Tensor]) -> Iterator[Part]:
+    def _refused(self) -> Tensor | None:
+        """True, where the parameters are, if the step is to change nothing; None: it is taken."""
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        first = next(parameters, None)
+        return None if found_inf is None or first is None else found_inf.bool().to(first.device)
+
+    def _advance(self, parameters: Iterable[Tensor], refused: Tensor | None) -> Iterator[Part]:
         """Count the step of every parameter that has a gradient, and cut it up for the update."""
         for parameter in parameters:
             if parameter.grad is None:
@@ -76,13 +89,13 @@ class AnyPrecisionAdamW(Optimizer):
             if not self.state[parameter]:
                 self.state[parameter] = self._fresh_state(parameter)
             state = self.state[parameter]
-            state["step"] += 1
-            yield from self._parts(parameter, state)
+            state["step"] += 1 if refused is None else ~refused
+            on_host = refused is None and state["step"].device.type == "cpu"
+            yield from self._parts(parameter, state, int(state["step"]) if on_host else state["step"].long())
 
-    def _parts(self, parameter: Tensor, state: dict[str, Any]) -> Iterator[Part]:
+    def _parts(self, parameter: Tensor, state: dict[str, Any], step: Tensor | int) -> Iterator[Part]:
         """The parts of a parameter with a gradient; of one that is not contiguous, the whole."""
         assert parameter.grad is not None
-        step = int(state["step"].item())
         whole = [local_part(tensor) for tensor in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
         if "compensation" in state:
             whole.append(local_part(state["compensation"]))
@@ -95,7 +108,7 @@ class AnyPrecisionAdamW(Optimizer):
 
     def _fresh_state(self, parameter: Tensor) -> dict[str, Tensor]:
         state = {
-            "step": torch.zeros((), dtype=torch.float32),
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter, dtype=self._state_dtype),
             "exp_avg_sq": torch.zeros_like(parameter, dtype=self._state_dtype),
         }
@@ -105,22 +118,26 @@ class AnyPrecisionAdamW(Optimizer):
 
 
 def _restore_state_dtype(optimizer: Optimizer) -> None:
-    """Undo that torch's load_state_dict casts all state to its parameter's type."""
+    """Undo that torch's load_state_dict casts all state but `step` to its parameter's type, and leaves `step` where it
+    was."""
     assert isinstance(optimizer, AnyPrecisionAdamW)
-    for state in optimizer.state.values():
+    for parameter, state in optimizer.state.items():
+        state["step"] = state["step"].to(parameter.device)
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = state[name].to(optimizer._state_dtype)
 
 
 class Part(NamedTuple):
-    """At most a bucket's elements of a parameter on this rank, with gradient and state; `step` counts its steps."""
+    """At most a bucket's elements of a parameter on this rank, with gradient and state.
+
+    step: how many the parameter has taken with this one, an int64 tensor where the host would have to wait for it."""
 
     parameter: Tensor
     grad: Tensor
     average: Any
     square: Any
     compensation: Tensor | None
-    step: int
+    step: Tensor | int
 
 
 def bucket_size(tensor: Tensor) -> int:
@@ -142,14 +159,13 @@ def _buckets(parts: Iterable[Part]) -> Iterator[list[Part]]:
         yield bucket
 
 
-def _update(bucket: Sequence[Part], group: dict[str, Any]) -> None:
-    """One AdamW step of a bucket, in fp32."""
+def _update(bucket: Sequence[Part], group: dict[str, Any], refused: Tensor | None) -> None:
+    """One AdamW step of a bucket, in fp32, of which nothing is kept if it is `refused`."""
     lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
-    # .float() of an fp32 tensor is that tensor: fp32 parameters and state are updated in place.
-    wide = [part.parameter.float() for part in bucket]
+    wide = [_widened(part.parameter, refused) for part in bucket]
     grads = [part.grad.float() for part in bucket]
-    averages = [part.average.float() for part in bucket]
-    squares = [part.square.float() for part in bucket]
+    averages = [_widened(part.average, refused) for part in bucket]
+    squares = [_widened(part.square, refused) for part in bucket]
     for tensor, part in zip(wide, bucket, strict=True):
         if part.compensation is not None:
             tensor.add_(part.compensation)
@@ -159,28 +175,55 @@ def _update(bucket: Sequence[Part], group: dict[str, Any]) -> None:
     torch._foreach_mul_(squares, beta2)
     torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
     denominators = torch._foreach_sqrt(squares)
-    torch._foreach_div_(denominators, [math.sqrt(1 - beta2**part.step) for part in bucket])
+    torch._foreach_div_(denominators, [_correction(beta2, part.step) ** 0.5 for part in bucket])
     torch._foreach_add_(denominators, eps)
-    torch._foreach_addcdiv_(wide, averages, denominators, [-lr / (1 - beta1**part.step) for part in bucket])
+    updates = torch._foreach_div(averages, denominators)
+    torch._foreach_mul_(updates, [lr / _correction(beta1, part.step) for part in bucket])
+    torch._foreach_sub_(wide, updates)
 
     for part, parameter, average, square in zip(bucket, wide, averages, squares, strict=True):
         if part.square.dtype == torch.bfloat16:
             _round_by_step(square, part.step)
-        if part.square is not square:
-            part.average.copy_(average)
-            part.square.copy_(square)
-        if part.compensation is not None:
-            part.parameter.copy_(parameter)
-            parameter.sub_(part.parameter)
-            if part.compensation.dtype == torch.bfloat16:
-                _round_by_step(parameter, part.step)
-            part.compensation.copy_(parameter)
+        store(part.average, average, refused)
+        store(part.square, square, refused)
+        if part.compensation is None:
+            store(part.parameter, parameter, refused)
+            continue
+        rounded = parameter.to(part.parameter.dtype)
+        store(part.parameter, rounded, refused)
+        parameter.sub_(rounded)
+        if part.compensation.dtype == torch.bfloat16:
+            _round_by_step(parameter, part.step)
+        store(part.compensation, parameter, refused)
 
 
-def _round_by_step(tensor: Tensor, step: int) -> None:
+def _widened(held: Any, refused: Tensor | None) -> Tensor:
+    """`held` in fp32: itself, where it is that and a step is taken in any case."""
+    wide: Tensor = held.float()
+    return wide.clone() if wide is held and refused is not None else wide
+
+
+def store(held: Any, new: Tensor, refused: Tensor | None) -> None:
+    """Put `new` in the place of `held`, a tensor or what else keeps a state, unless the device has `refused` the step."""
+    if not isinstance(held, Tensor):
+        held.store(new, refused)
+    elif refused is not None:
+        held.copy_(torch.where(refused, held, new.to(held.dtype)))
+    elif held is not new:
+        held.copy_(new)
+
+
+def _correction(beta: float, step: Tensor | int) -> Any:
+    """1 - beta^step, which a tensor of fp32 would not tell to enough digits: a number, or a tensor where `step` is."""
+    if not isinstance(step, Tensor):
+        return 1 - beta**step
+    return -torch.expm1(step * (math.log(beta) if beta else -math.inf))
+
+
+def _round_by_step(tensor: Tensor, step: Tensor | int) -> None:
     """Round fp32 `tensor` in place to bf16 values, away from zero where the lost fraction is above a threshold.
 
     bf16 is fp32 without its low 16 bits: adding an offset to them carries into the bits that stay, or is cut off.
     """
     bits = tensor.view(torch.int32)
-    bits.add_(int((step * GOLDEN_RATIO) % 1 * (1 << 16))).bitwise_and_(-(1 << 16))
+    bits.add_((step * GOLDEN_RATIO >> 16) & ((1 << 16) - 1)).bitwise_and_(-(1 << 16))

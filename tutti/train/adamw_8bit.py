@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from tutti.core.tensors import local_part
 from tutti.model.quantized import require_bitsandbytes
-from tutti.train.adamw import AnyPrecisionAdamW, Part, bucket_size
+from tutti.train.adamw import AnyPrecisionAdamW, Part, bucket_size, store
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 64, 256
 SMALLEST = 4096
@@ -46,6 +46,7 @@ class AdamW8bit(AnyPrecisionAdamW):
         from bitsandbytes.functional import create_dynamic_map
 
         self._tables = {name: create_dynamic_map(signed=signed).float() for name, signed in STATES.items()}
+        self._zero_codes = {name: int((table == 0).nonzero()) for name, table in self._tables.items()}
         self._loading: dict[str, Any] = {}
         super().__init__(params, state_dtype=torch.float32, **adam)
         self.register_load_state_dict_pre_hook(_keep_state)
@@ -56,13 +57,13 @@ class AdamW8bit(AnyPrecisionAdamW):
         block = block_of(parameter)
         for name in STATES if block else ():
             state[name] = torch.zeros_like(parameter, dtype=torch.uint8)
-            local_part(state[name]).fill_(int((self._tables[name] == 0).nonzero()))
+            local_part(state[name]).fill_(self._zero_codes[name])
             state[f"{name}_scale"] = _zero_scales(parameter, block)
         return state
 
-    def _parts(self, parameter: Tensor, state: dict[str, Tensor]) -> Iterator[Part]:
+    def _parts(self, parameter: Tensor, state: dict[str, Tensor], step: Tensor | int) -> Iterator[Part]:
         if "exp_avg_scale" not in state:
-            yield from super()._parts(parameter, state)
+            yield from super()._parts(parameter, state, step)
             return
         block = block_of(parameter)
         size = bucket_size(parameter)
@@ -77,7 +78,6 @@ class AdamW8bit(AnyPrecisionAdamW):
             pieces.append([Coded(*pair, table, block) for pair in zip(codes, scales, strict=True)])
         if "compensation" in state:
             pieces.append(local_part(state["compensation"]).view(-1).split(size))
-        step = int(state["step"].item())
         for stored, gradient, average, square, *rest in zip(*pieces, strict=True):
             yield Part(stored, gradient, average, square, rest[0] if rest else None, step)
 
@@ -96,11 +96,11 @@ class Coded:
         wide: Tensor = decode(self._codes, self._scales, self._table, self._block, torch.float32)
         return wide
 
-    def copy_(self, wide: Tensor) -> None:
-        """Hold these numbers, fp32 [n], as nearly as there are codes."""
+    def store(self, wide: Tensor, refused: Tensor | None) -> None:
+        """Hold these numbers, fp32 [n], as nearly as there are codes, unless the step is `refused`."""
         codes, scales = torch.ops.bitsandbytes.quantize_blockwise(wide, self._table, self._block)
-        self._codes.copy_(codes)
-        self._scales.copy_(scales)
+        store(self._codes, codes, refused)
+        store(self._scales, scales, refused)
 
 
 def block_of(parameter: Tensor) -> int:

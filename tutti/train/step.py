@@ -27,6 +27,7 @@ from tutti.core.dist import World
 from tutti.parallel.grads import clip_gradients
 from tutti.parallel.mesh import Mesh
 from tutti.parallel.pipeline.executor import Executor
+from tutti.train.adamw import AnyPrecisionAdamW
 from tutti.train.objective import Objective
 from tutti.train.spike_guard import SpikeGuard
 from tutti.train.tasks import Sums
@@ -87,8 +88,9 @@ class TrainStep:
 
 
 def _update(optimizer: Optimizer, admitted: Tensor) -> None:
-    """Take the optimizer's step, if `admitted`; on an accelerator fused optimizers decide that there."""
-    if optimizer.defaults.get("fused") and on_accelerator(admitted):
+    """Take the optimizer's step, if `admitted`; on an accelerator fused optimizers and our own decide that there."""
+    decides = optimizer.defaults.get("fused") or isinstance(optimizer, AnyPrecisionAdamW)
+    if decides and on_accelerator(admitted):
         optimizer.grad_scale, optimizer.found_inf = None, (~admitted).float()  # type: ignore[attr-defined]
         optimizer.step()
     elif admitted:
