@@ -204,7 +204,7 @@ def _widened(held: Any, refused: Tensor | None) -> Tensor:
 
 
 def store(held: Any, new: Tensor, refused: Tensor | None) -> None:
-    """Put `new` in the place of `held`, a tensor or what else keeps a state, unless the device has `refused` the step."""
+    """Put `new` in the place of `held`, a tensor or what else keeps a state, unless the step is `refused`."""
     if not isinstance(held, Tensor):
         held.store(new, refused)
     elif refused is not None:
