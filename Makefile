@@ -29,31 +29,31 @@ dev: $(VENV)/.stamp-dev ## Install Tutti and what its tests and checks need into
 test: $(VENV)/.stamp-dev ## Run the whole test suite (WORKERS=2 test processes)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-# Proofs that grow with the number of tries: crashes, kills, corruption, random rows and templates.
+# Randomized tests, worth more with more tries: crashes, kills, corruption, random rows and templates.
 SOAKED := tests/train/test_killed.py tests/train/test_signals.py tests/train/test_stop_anywhere.py \
 	tests/train/test_elastic.py tests/checkpoint/test_faults.py tests/checkpoint/test_untrusted.py \
 	tests/checkpoint/test_manager.py tests/kinds/test_export.py tests/cluster/test_nodes.py tests/data/test_formats.py \
 	tests/data/test_template_property.py tests/data/test_no_row_lost.py tests/data/test_ledger.py \
 	tests/parallel/test_mixed_steps.py
 
-soak: $(VENV)/.stamp-dev ## Run the proofs by many tries with many more of them, for hours
+soak: $(VENV)/.stamp-dev ## Run the randomized tests with many more tries, for hours
 	SOAK=1 TUTTI_EXAMPLES=$${TUTTI_EXAMPLES:-5000} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) \
 		--dist worksteal $(SOAKED)
 
 sweep: $(VENV)/.stamp-dev ## Compare every family of transformers with its own class, and write the table in docs/models.md
 	$(BIN)/python -m tests.sweep --workers $(WORKERS)
 
-sweep-layouts: $(VENV)/.stamp-dev ## The same in layouts of two ranks, and write the second table there
+sweep-layouts: $(VENV)/.stamp-dev ## Compare every family on layouts of two ranks, and write the second table in docs/models.md
 	$(BIN)/python -m tests.sweep_layouts $(ARGS)
 
-sweep-classes: $(VENV)/.stamp-dev ## The same of sequence classifiers, and write the third table there
+sweep-classes: $(VENV)/.stamp-dev ## Compare every sequence classifier, and write the third table in docs/models.md
 	$(BIN)/python -m tests.sweep_classes $(ARGS)
 
-sweep-media: $(VENV)/.stamp-dev ## The same of families that take images, videos and sounds, into docs/multimodal.md
+sweep-media: $(VENV)/.stamp-dev ## Compare the families that take images, videos and sounds, and write the table in docs/multimodal.md
 	$(BIN)/python -m tests.sweep_multimodal $(ARGS)
 
-# The oldest and the newest tested torch and transformers lie over .venv, whose other packages serve them as well: some
-# 600 MB, and several GB with the newest libraries of CUDA.
+# The oldest and the newest tested torch and transformers are installed on top of .venv and share its other packages: some
+# 600 MB, and several GB with the newest CUDA libraries.
 SMOKE := tests/core/test_compat.py tests/checkpoint/test_hf_load.py tests/model/test_build.py tests/model/test_initialize.py \
 	tests/attention/test_ring.py tests/attention/test_flex.py tests/parallel/test_mesh.py tests/check/test_comm_volume.py \
 	tests/train/test_loss.py tests/train/test_golden.py
@@ -63,7 +63,7 @@ test-versions: test-oldest test-newest ## Run a short selection with the oldest 
 test-oldest test-newest: test-%: $(VENV)/%/.stamp
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/$*/bin/python -m pytest -n $(WORKERS) --dist worksteal $(SMOKE)
 
-# The oldest loads without libraries of CUDA of its own; the newest needs them.
+# The oldest runs without CUDA libraries of its own; the newest needs them.
 $(VENV)/oldest/.stamp: OVERLAY := --no-deps --force-reinstall
 
 $(VENV)/oldest/.stamp $(VENV)/newest/.stamp: $(VENV)/%/.stamp: $(VENV)/.stamp-dev tutti/core/compat.py
@@ -86,10 +86,10 @@ format: $(VENV)/.stamp-dev ## Format the code and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.stamp-dev ## Measure speed side by side with transformers' Trainer (ARGS=--quick for a short look)
+bench: $(VENV)/.stamp-dev ## Measure speed side by side with transformers' Trainer (ARGS=--quick for a short run)
 	$(BIN)/python -m bench.speed $(ARGS)
 
-gpu: $(VENV)/.stamp-dev ## Test and measure everything on this machine's GPU, in some eight minutes
+gpu: $(VENV)/.stamp-dev ## Test and measure everything on this machine's GPU, in about eight minutes
 	$(BIN)/python -m bench.gpu $(ARGS)
 
 clean: ## Remove .venv and caches (runs/ stays)
