@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 
-from tutti.attention import sparse
+import tutti.attention
+from tutti.attention import sparse, sparse_tensors
 from tutti.attention.kv_cache import KVCache
 from tutti.attention.sparse import NativeSparse, SparseSizes
 
@@ -37,7 +43,7 @@ def inputs(lengths: tuple[int, ...] = LENGTHS) -> tuple[list[Tensor], Tensor]:
 def by_masks(layer: NativeSparse, query: Tensor, key: Tensor, value: Tensor, gates: Tensor) -> Tensor:
     """One sample's attention as the paper defines it: [H, n, ...] -> [n, H, E]."""
     heads, length = query.shape[:2]
-    kv_heads, places = key.shape[0], torch.arange(length)
+    kv_heads, places, sizes = key.shape[0], torch.arange(length), layer.sizes
     grouped = query.view(kv_heads, -1, length, query.shape[-1])
 
     def attend(keys: Tensor, values: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,37 +52,37 @@ def by_masks(layer: NativeSparse, query: Tensor, key: Tensor, value: Tensor, gat
         return weights, torch.einsum("kgnm,kme->kgne", weights, values).reshape(heads, length, -1)
 
     keys, values = layer.compress(key, value)
-    starts = torch.arange(keys.shape[1]) * SIZES.stride
-    weights, compressed = attend(keys, values, starts + SIZES.block - 1 <= places[:, None])
-    chosen = choose(weights.detach().sum(1), places)
-    tokens = chosen.repeat_interleave(SIZES.selected_block, -1)[:, None, :, :length]
+    starts = torch.arange(keys.shape[1]) * sizes.stride
+    weights, compressed = attend(keys, values, starts + sizes.block - 1 <= places[:, None])
+    chosen = choose(weights.detach().sum(1), places, sizes)
+    tokens = chosen.repeat_interleave(sizes.selected_block, -1)[:, None, :, :length]
     behind = places[:, None] - places
     _, selected = attend(key, value, tokens & (behind >= 0))
-    _, sliding = attend(key, value, (behind >= 0) & (behind < SIZES.window))
+    _, sliding = attend(key, value, (behind >= 0) & (behind < sizes.window))
     branches = torch.stack([compressed, selected, sliding], -1)
     return (branches * gates[:, :, None]).sum(-1).transpose(0, 1)
 
 
-def choose(weights: Tensor, places: Tensor) -> Tensor:
+def choose(weights: Tensor, places: Tensor, sizes: SparseSizes) -> Tensor:
     """The blocks, bool [K, n, B], that compressed blocks of these weights [K, n, M] select."""
-    num_blocks = -(-len(places) // SIZES.selected_block)
+    num_blocks = -(-len(places) // sizes.selected_block)
     shares = torch.zeros(weights.shape[-1], num_blocks)
     for number in range(weights.shape[-1]):
-        for start in range(number * SIZES.stride, number * SIZES.stride + SIZES.block, SIZES.stride):
-            shares[number, start // SIZES.selected_block] += 1
+        for start in range(number * sizes.stride, number * sizes.stride + sizes.block, sizes.stride):
+            shares[number, start // sizes.selected_block] += 1
     scores = weights @ shares
     for place in places.tolist():
-        own = place // SIZES.selected_block
+        own = place // sizes.selected_block
         scores[:, place, sorted({0, max(own - 1, 0), own})] = 1e9
         scores[:, place, own + 1 :] = -1e9
-    index = scores.topk(min(SIZES.selected, num_blocks), -1).indices
+    index = scores.topk(min(sizes.selected, num_blocks), -1).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(2, index, True)
 
 
 def test_filled_up_rows_count_for_nothing(layer, monkeypatch):
     results = []
     for filled in (1, 32):
-        monkeypatch.setattr(sparse, "_FILLED", filled)
+        monkeypatch.setattr(sparse_tensors, "_FILLED", filled)
         given, borders = inputs()
         halves = [item.detach().bfloat16().requires_grad_() for item in given]
         out = layer.bfloat16()(*halves, borders, SCALE)
@@ -87,7 +93,7 @@ def test_filled_up_rows_count_for_nothing(layer, monkeypatch):
 
 @pytest.mark.parametrize("queries", [4096, 64], ids=["at once", "in parts"])
 def test_equals_its_definition_within_each_sample(layer, monkeypatch, queries):
-    monkeypatch.setattr(sparse, "_QUERIES", queries)
+    monkeypatch.setattr(sparse_tensors, "_QUERIES", queries)
     given, borders = inputs()
     weight = torch.randn(sum(LENGTHS), 8, 12, generator=torch.Generator().manual_seed(2))
     learned = [*layer.keys.parameters(), *layer.values.parameters()]
@@ -130,6 +136,36 @@ def test_a_token_at_a_time_with_a_cache_gives_the_same(layer):
         cache.keep(kept)
         rows = [rows[number] for number in kept]
     assert rows == []
+
+
+def fails(*given):
+    raise RuntimeError("no such instruction")
+
+
+@pytest.mark.parametrize(
+    ("trial", "works", "said"),
+    [
+        (fails, False, "no such instruction"),
+        (lambda *given: None, False, "has no kernels"),
+        (lambda *given: 0.5, False, "other values"),
+        (lambda *given: math.nan, False, "other values"),
+        (lambda *given: 1e-3, True, None),
+    ],
+    ids=["fail", "none", "differ", "nan", "equal"],
+)
+def test_kernels_are_used_where_their_trial_succeeds(monkeypatch, caplog, trial, works, said):
+    made = SimpleNamespace(try_kernels=trial)
+    monkeypatch.setitem(sys.modules, "tutti.attention.sparse_triton", made)
+    monkeypatch.setattr(tutti.attention, "sparse_triton", made, raising=False)
+    given = (torch.device("cpu"), torch.bfloat16, (4, 2, 16, 16), SIZES, SCALE)
+    with caplog.at_level(logging.WARNING):
+        assert [sparse._kernels_tried.__wrapped__(*given)] == [works]
+    assert [said in record.getMessage() for record in caplog.records] == [True] * (said is not None)
+
+
+def test_no_kernels_are_tried_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(sparse, "_kernels_tried", fails)
+    assert not sparse._kernels_work(*(item.detach() for item in inputs()[0][:3]), SIZES, SCALE)
 
 
 @pytest.mark.parametrize(

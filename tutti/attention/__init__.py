@@ -6,5 +6,7 @@
 - `varlen`: CUDA's variable-length kernel, for a batch and for the blocks of a ring.
 - `ulysses`: ranks that share a batch exchange tokens for heads.
 - `ring`, `online_softmax`: ranks that share a batch pass keys and values around, and merge what they see.
+- `sparse`: native sparse attention, by kernels of our own (`sparse_triton`, `sparse_kernels`) or by tensor operations
+  (`sparse_tensors`).
 - `kv_cache`: generation.
 """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 
 class AttentionSpec(NamedTuple):
@@ -22,3 +23,40 @@ class AttentionSpec(NamedTuple):
         """The spec from a list of them as floats, which is what custom operators can be given."""
         scale, causal, window, softcap = numbers
         return cls(scale, bool(causal), int(window), softcap)
+
+
+class SparseSizes(NamedTuple):
+    """The sizes of native sparse attention in tokens; `selected` in blocks. The defaults are the paper's."""
+
+    block: int = 32
+    stride: int = 16
+    selected_block: int = 64
+    selected: int = 16
+    window: int = 512
+
+    @classmethod
+    def read(cls, entry: Mapping[str, Any]) -> SparseSizes:
+        """The sizes in the `native_sparse` of a model's config; ValueError for what can't be."""
+        unknown = sorted(set(entry) - set(cls._fields))
+        wrong = [name for name, value in entry.items() if not isinstance(value, int) or value < 1]
+        if unknown or wrong:
+            known = ", ".join(cls._fields)
+            raise ValueError(
+                f"config.json: native_sparse: {', '.join(unknown or wrong)}: give positive numbers for {known}"
+            )
+        sizes = cls(**entry)
+        if sizes.block % sizes.stride or sizes.selected_block % sizes.stride or sizes.selected < 3:
+            raise ValueError(
+                "config.json: native_sparse: stride has to divide block and selected_block, and selected has to be at "
+                "least 3"
+            )
+        return sizes
+
+    def num_compressed(self, length: int) -> int:
+        """The number of whole blocks of a sample, M."""
+        return max(0, (length - self.block) // self.stride + 1)
+
+    @property
+    def reach(self) -> int:
+        """The length up to which the selected branch sees all of a sample."""
+        return self.selected * self.selected_block
