@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 NAME = "native_sparse"
 """The attribute of an attention layer that holds its `NativeSparse`, and the key of a model's config with its sizes."""
 
-
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.04}
 """The difference from tensor operations, relative to the largest value, that roundings can make of kernels' results."""
 
