@@ -27,14 +27,14 @@ interprets = has_triton and tuple(map(int, numpy.__version__.split(".")[:2])) < 
 OVERLAPPING = SparseSizes(block=16, stride=2, selected_block=8, selected=5, window=24)
 LONG = SparseSizes(block=32, stride=16, selected_block=64, selected=3, window=50)
 CASES = {
-    "groups of 2, values narrower": ((4, 2, 16, 12), LENGTHS[:5], SIZES),
-    "one head, 64 wide": ((1, 1, 64, 64), (130, 33), SIZES),
-    "groups of 4, 128 wide": ((4, 1, 128, 128), (300, 71), LONG),
-    "groups of 16": ((16, 1, 16, 16), (5, 120), SIZES),
+    "groups of 2, values narrower": ((4, 2, 16, 12), LENGTHS[:2], SIZES),
+    "one head, 64 wide": ((1, 1, 64, 64), (90, 33), SIZES),
+    "groups of 4, 128 wide": ((4, 1, 128, 128), (200, 1, 9), LONG),
+    "groups of 16": ((16, 1, 16, 16), (5, 90), SIZES),
     "groups of 3": ((6, 2, 24, 24), (97,), SIZES),
     "blocks of many strides": ((2, 1, 16, 16), (21, 100), OVERLAPPING),
     "nothing compressed": ((2, 2, 16, 16), (5, 3), SIZES),
-    "in segments": ((4, 2, 16, 12), LENGTHS[:3], SIZES),
+    "in segments": ((2, 1, 16, 12), LENGTHS[:2], SIZES),
 }
 
 
@@ -60,7 +60,9 @@ def difference(name: str) -> float:
         grads = torch.autograd.grad((out * weight).sum(), [*given, *learned], allow_unused=True)
         found.append([out, *(torch.zeros(1) if grad is None else grad for grad in grads)])
     pairs = zip(*found, strict=True)
-    return max(float((one - other).abs().max() / other.abs().max().clamp_min(1e-9)) for one, other in pairs)
+    return max(
+        float((one - other).detach().abs().max() / other.detach().abs().max().clamp_min(1e-9)) for one, other in pairs
+    )
 
 
 @pytest.fixture(scope="module")

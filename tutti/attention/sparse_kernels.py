@@ -28,7 +28,7 @@ FAR = tl.constexpr(2**30)
 
 
 class Fixed(NamedTuple):
-    """What a kernel is compiled for. A P at the end of a name: filled up to a power of two.
+    """Constants of a compiled kernel. A P at the end of a name: filled up to a power of two.
 
     PER_BLOCK, WITHIN: strides of a block to select, and of a compressed one. WIDTH: of a row of blocks' scores. ROWS,
     KEYS: of a tile. CHUNK: pairs of a program. ADDS: gradients of keys add to earlier ones.
@@ -421,8 +421,8 @@ def query_backward(heads, seen, outer, part, chosen, grad_query, stop, c: tl.con
 
 @triton.jit(do_not_specialize=["count", "span"])
 def compressed_backward(heads, seers, outer, parts, count, span, c: tl.constexpr):
-    """What the queries of one of the spans of so many add to the gradients of `count` compressed keys and values:
-    [spans, M, K, D or E]."""
+    """The gradients of `count` compressed keys and values from each span of queries, so many long: parts [spans, M, K,
+    D or E]."""
     keys = tl.program_id(0) * c.KEYS + tl.arange(0, c.KEYS)
     number, head = tl.program_id(1), tl.program_id(2)
     key = _load(heads.key, keys * c.K + head, keys < count, c.D, c.DP)

@@ -387,7 +387,7 @@ def try_kernels(
     draws = torch.Generator(device).manual_seed(0)
     shapes = [(num_heads, total, width), (kv_heads, total, width), (kv_heads, total, value_width)]
     drawn = [torch.randn(shape, generator=draws, device=device, dtype=dtype) for shape in shapes]
-    if not fits(*drawn, sizes):
+    if not fits(drawn[0], drawn[1], drawn[2], sizes):
         return None
     drawn.append(torch.rand(num_heads, total, 3, generator=draws, device=device, dtype=dtype))
     drawn.append(torch.randn(total, num_heads, value_width, generator=draws, device=device, dtype=dtype))
