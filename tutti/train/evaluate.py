@@ -23,11 +23,12 @@ def evaluate(
     *,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
-    """`eval_loss` (mean over targets), `eval_tokens` and, where the task counts what is correct, `eval_accuracy`.
+    """Evaluate on `batches`; returns `eval_loss` (mean over targets), `eval_tokens`, and `eval_accuracy` if the task
+    counts correct predictions.
 
-    If the evaluation data has several sources, the loss of each as well: `eval_source_loss/<name>`. Leaves the model in
-    training mode. interrupted: asked before each batch, alike on all ranks; once it is True, None is returned.
-    A collective call.
+    With several sources, it also returns the loss of each: `eval_source_loss/<name>`. The model is left in training
+    mode. interrupted: called before each batch, with the same answer on all ranks; if True, None is returned. A
+    collective call.
     """
     total = zero_sums(objective.sizes, world.device)
     targets: Counter[str] = Counter()

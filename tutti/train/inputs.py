@@ -21,9 +21,11 @@ log = logging.getLogger(__name__)
 
 
 def open_data(config: Config, inputs: Inputs, model: PreTrainedModel, world: World, dp_rank: int, dp_size: int) -> Data:
-    """The run's data, encoded for `model`, whose towers are frozen if the data has nothing for them. dp_rank, dp_size:
-    this rank's place among those with other data. A collective call. ValueError, on all ranks: data that cannot be
-    used."""
+    """The run's data, encoded for `model`; freezes the model's towers if the data has no media. A collective call.
+
+    dp_rank, dp_size: this rank's place among the data-parallel ranks. ValueError, on all ranks: the data cannot be
+    used.
+    """
     names = [name for _, name in sorted((model.config.id2label or {}).items())]
     numbered = all(name == f"LABEL_{number}" for number, name in enumerate(names))
     data = build_data(
@@ -46,13 +48,13 @@ def open_data(config: Config, inputs: Inputs, model: PreTrainedModel, world: Wor
 
 
 def num_ids(model: PreTrainedModel) -> int:
-    """The number of token ids that rows of the model may hold, codes of pictures left out."""
+    """The number of token ids that rows of the model may contain, image codes not included."""
     codes = getattr(model, "code_decoder", None)
     return max(num_token_ids(model.config), 0 if codes is None else codes.num_ids)
 
 
 def _leave_codes(model: PreTrainedModel) -> None:
-    """Freeze what the model has for codes of pictures: the data has none."""
+    """Freeze the modules for image codes: the data has no images to draw."""
     codes = getattr(model, "code_decoder", None)
     if codes is not None and any(item.requires_grad for item in codes.parameters()):
         codes.requires_grad_(False)
@@ -60,8 +62,8 @@ def _leave_codes(model: PreTrainedModel) -> None:
 
 
 def _dated(config: Config, world: World) -> Config:
-    """`config` with data.chat_date as it was when the run began: as given, as in the checkpoint that the run goes on
-    from, or today's. A collective call."""
+    """`config` with data.chat_date set: as given, else as in the checkpoint that the run resumes from, else today. A
+    collective call."""
     if config.data.chat_date is not None or not config.data.task.holds_chats:
         return config
 
@@ -74,7 +76,7 @@ def _dated(config: Config, world: World) -> Config:
 
 
 def _leave_towers(model: PreTrainedModel) -> None:
-    """Freeze what encodes media: the data has none, and weight decay would wear away what is never used."""
+    """Freeze the media encoders: the data has no media, and weight decay would shrink unused weights."""
     left = [tower for tower in towers(model) if any(item.requires_grad for item in tower.parameters())]
     for tower in left:
         tower.requires_grad_(False)

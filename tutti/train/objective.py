@@ -1,9 +1,9 @@
 """The objective: a model and its task's loss as one module, from a packed batch to sums.
 
-`Objective` is the root that is parallelized. It runs the model's decoder for hidden states, takes those at the batch's
-targets, and hands them to the task with the output head (`tutti.train.head`), which is fused with the loss, so that
-logits of a whole batch never exist; logit scaling and soft-capping come along as data. Sums leave here, never means:
-what they are divided by is a matter of the global batch.
+`Objective` is the root module that is parallelized. It runs the decoder, selects the hidden states at the batch's
+targets, and passes them to the task together with the output head (`tutti.train.head`). Head and loss are fused, so the
+logits of a whole batch never exist; logit scaling and soft-capping are part of the head. The result is sums, never
+means, because the divisor is a property of the global batch.
 
 Shapes: T tokens of a batch, N targets, H hidden size.
 """
@@ -33,13 +33,16 @@ from tutti.train.tasks import Sums, Task, WholeModelTask
 from tutti.train.tasks.language import LanguageModelling
 
 Compute = Callable[[Any, Any], Any]
-"""From the hidden states at a batch's targets [N, H] and the head to what is wanted of them; of a model without a head,
-from the model and the batch."""
+"""A function of the hidden states at a batch's targets [N, H] and the head; for a model without a head, of the model
+and the batch."""
 
 
 class Objective(nn.Module):
-    """The model with its task. sizes: how many values each of its sums has, by name. work: counts the operations of
-    training the whole model on a micro batch, also where a rank has a part of its depth."""
+    """The model with its task.
+
+    sizes: the number of values of each sum, by name. work: counts the floating-point operations of training the whole
+    model on a micro batch, also on a rank with only a part of its depth.
+    """
 
     def __init__(
         self,
@@ -50,10 +53,9 @@ class Objective(nn.Module):
         structure: ModelStructure | None = None,
         by_sample: bool = False,
     ) -> None:
-        """task: language modelling if left out. structure: of the model, read off it if left out. tensor: the ranks
-        that split the model's matrices; they have the same targets, and each answers for an equal share of every sum.
-        by_sample: apply the head to each sample's targets apart from the others' (train.enable_batch_invariant_mode).
-        """
+        """task: default language modelling. structure: default read from the model. tensor: the ranks of tensor
+        parallelism, which have the same targets; each returns an equal share of every sum. by_sample: apply the head to
+        each sample separately (train.enable_batch_invariant_mode)."""
         super().__init__()
         self.model = model
         self.task = task or LanguageModelling()
@@ -84,11 +86,11 @@ class Objective(nn.Module):
         stage: Stage | None = None,
         received: Handoff | None = None,
     ) -> Sums | Handoff | Any:
-        """The task's sums over the micro batch, and `router_loss`: the auxiliary loss of a mixture of experts (already
-        weighted by its coefficient) times the batch's tokens. Or what `compute` makes of the hidden states.
+        """Returns the task's sums over the micro batch, plus `router_loss`: the auxiliary loss of a mixture of experts,
+        weighted by its coefficient, times the batch's tokens. With `compute`, returns its result instead.
 
-        stage: the part of the model's depth to run, on what was `received` from the stage before. Unless it is the
-        last one, what the next is to receive is returned.
+        stage: the pipeline stage to run, given what was `received` from the previous stage. Every stage but the last
+        returns what the next one is to receive.
         """
         if isinstance(self.task, WholeModelTask):
             return self.task.run(self.model, batch) if compute is None else compute(self.model, batch)
@@ -111,21 +113,21 @@ class Objective(nn.Module):
             return compute(hidden, head)
         sums = self.task.loss(hidden, head)
         if self._router_loss is not None:
-            # Not a sum over tokens: it takes the router's logits of a batch that ranks share as a whole.
+            # Not a sum over tokens: it needs the router's logits of the whole batch that ranks share.
             router_loss = self._router_loss(self._routed(states, batch))
             sums["router_loss"] = router_loss * (batch.num_tokens * head.share)
         return sums
 
     def run_model(self, inputs: Mapping[str, Any], extras: Mapping[str, Tensor]) -> Any:
-        """The output of the model's own forward pass, for generation with a cache of keys and values. extras: the
-        values of new prompts' media."""
+        """The output of the model's own forward pass, for generation with a key/value cache. extras: values of the
+        media of new prompts."""
         if self._multimodal is None:
             return self.model(**inputs)
         return self._multimodal.generate(self.model, inputs, extras)
 
     def _head(self, batch: Batch) -> Head:
         pieces = None
-        if self._by_sample:  # waits for the device
+        if self._by_sample:  # synchronizes with the device
             sample = torch.bucketize(batch.target_index, batch.cu_seqlens[1:], right=True)
             pieces = sample.bincount(minlength=len(batch.cu_seqlens) - 1).tolist()
         structure = self.structure
@@ -142,15 +144,16 @@ class Objective(nn.Module):
         )
 
     def _routed(self, states: Any, batch: Batch) -> tuple[Tensor, ...]:
-        """The routers' logits of each layer for all of the batch's tokens that are not padding [T, E]."""
+        """The router logits [T, E] of each layer for all tokens of the batch except padding."""
         layers = by_layer(states.router_logits, states.last_hidden_state.shape[1])
         rows = (gather_tokens(self._of_all_ranks(logits, batch), batch.sequence) for logits in layers)
-        # Padding comes last. Of a batch of nothing else one token stays, for a loss that is defined and counts 0 times.
+        # Padding comes last. A batch of only padding keeps one token, so that the loss is defined; it is multiplied by
+        # 0 later.
         count = max(1, (batch.sequence or batch).num_tokens)
         return tuple(logits[:count] for logits in rows)
 
     def _of_all_ranks(self, rows: Tensor, batch: Batch) -> Tensor:
-        """Gather rows that tensor ranks have for their own tokens [t, ...] of `batch` -> [T, ...]."""
+        """Gather the rows [t, ...] that each tensor rank has for its own tokens of `batch` into [T, ...]."""
         if self._tensor is None:
             return rows
         gathered, size = gather_tensor(rows, self._tensor, 0), self._tensor.size
@@ -161,17 +164,17 @@ class Objective(nn.Module):
 
 
 def logits(hidden: Tensor, head: Head) -> Tensor:
-    """The model's logits [N, V] at the targets, whatever these are: a `compute` of `Objective`."""
+    """The model's logits [N, V] at the targets: a `compute` function for `Objective`."""
     return head.logits(hidden)
 
 
 def _router_loss(model: PreTrainedModel) -> Callable[[Any], Tensor] | None:
-    """The model family's own load-balancing loss, where its config asks for one (output_router_logits).
+    """The model family's own load-balancing loss, if its config asks for it (output_router_logits).
 
-    The family's function looks at one micro batch: all its tokens but padding, over all layers. What is trained
-    on, and reported, is the mean over the micro batches of a global batch, weighted by their tokens. So it depends on
-    how samples were packed into micro batches, and on nothing else: not on which ranks run them, nor on how many share
-    one (the ranks' router logits are gathered), nor on where the experts lie.
+    The loss covers one micro batch: all of its tokens except padding, over all layers. The value that is trained on and
+    reported is the mean over the micro batches of a global batch, weighted by their tokens. It therefore depends on how
+    samples are packed into micro batches, but not on which ranks run them, how many ranks share one (router logits are
+    gathered), or where experts are.
     """
     config = model.config.get_text_config()
     if not getattr(config, "output_router_logits", False):

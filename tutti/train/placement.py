@@ -1,7 +1,7 @@
-"""A model on the mesh: cut into stages, parallelized, and given its weights.
+"""A model on the mesh: cut into pipeline stages, parallelized, and filled with its weights.
 
-`run.py` calls these in order; `tutti check` and the reference model of preference training call them again for other
-ranks and other models. Nothing here knows a task or the data.
+`run.py` calls these functions in order. `tutti check` and the reference model of preference training call them again
+for other ranks and models. Nothing here depends on the task or the data.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ from tutti.train.tasks import Task
 class PlacedModel:
     """This rank's part of a model.
 
-    objective: the root that is parallelized; its model is the Hugging Face model. structure: of what is on this rank.
-    pipeline: where this rank has a part of the model's depth. full_model: what the model was before it was cut, without
-    storage, None where it was not. plan: what of it is split into tensors.
+    objective: the root module that is parallelized; `objective.model` is the Hugging Face model. structure: describes
+    the modules on this rank. pipeline: set if this rank has only a part of the model's depth. full_model: the model
+    before it was cut, on the meta device; None if it was not cut. plan: the tensor-parallel plan.
     """
 
     objective: Objective
@@ -64,16 +64,17 @@ class PlacedModel:
 
     @property
     def is_complete(self) -> bool:
-        """True if this rank has all of the model's depth."""
+        """True if this rank has the model's full depth."""
         return self.full_model is None
 
 
 def place_model(
     config: Config, model: PreTrainedModel, structure: ModelStructure, task: Task, layout: Layout, mesh: Mesh
 ) -> PlacedModel:
-    """Put `model`, whole and without storage, under `task`, and leave this rank's part of its depth. A collective call.
+    """Wrap `model` (complete, on the meta device) in an objective with `task`, and keep this rank's pipeline stages. A
+    collective call.
 
-    ValueError: it cannot be split along an axis of `layout`.
+    ValueError: the model cannot be split along an axis of `layout`.
     """
     if not task.may_drop:
         turn_off_dropout(model)
@@ -97,10 +98,10 @@ def place_model(
 
 
 def load_parameters(config: Config, placed: PlacedModel, mesh: Mesh, world: World) -> None:
-    """Parallelize the model and give it its weights, from model.model_path or drawn from train.seed.
+    """Parallelize the model and load its weights from model.model_path, or initialize them from train.seed.
 
-    train.init_device meta: first parallelize, then fill each rank's slices; else build whole on that device first.
-    A collective call.
+    With train.init_device meta the model is parallelized first and then each rank fills its own slices; otherwise it is
+    built in full on that device and parallelized afterwards. A collective call.
     """
     model, train = placed.model, config.train
     if isinstance(model, Denoiser):
@@ -116,7 +117,7 @@ def load_parameters(config: Config, placed: PlacedModel, mesh: Mesh, world: Worl
     else:
         init_adapters(model, train.seed)
     if on_meta:
-        # What is not sharded lies where the model computes, also where its parameters are offloaded.
+        # Buffers are on the computing device, also if parameters are offloaded to the CPU.
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
@@ -128,7 +129,7 @@ def load_parameters(config: Config, placed: PlacedModel, mesh: Mesh, world: Worl
 
 
 def make_executor(train: TrainConfig, placed: PlacedModel, mesh: Mesh, device: torch.device) -> Executor:
-    """The executor of a step's micro batches on the parallelized model. A collective call."""
+    """Make the executor that runs a step's micro batches on the parallelized model. A collective call."""
     sync = gradient_sync(placed.objective, mesh, train)
     sharing, place = sequence_ranks(mesh), make_media_positions(placed.structure)
 
@@ -136,14 +137,14 @@ def make_executor(train: TrainConfig, placed: PlacedModel, mesh: Mesh, device: t
         return split_tokens(place(micro), sharing).to(device)
 
     def prepare_samples(micro: Batch) -> Batch:
-        # Of ranks with other samples; those that share them have as many anyway.
+        # Pad to the number of samples of ranks with other data; ranks that share samples have equally many anyway.
         others = (mesh.group("replicate"), mesh.group("shard"))
         return split_samples(equal_counts(place(micro), others, device), sharing).to(device)
 
     def prepare_whole(micro: Batch) -> Batch:
         return micro.to(device)
 
-    if isinstance(placed.model, Denoiser):  # which divides latents itself
+    if isinstance(placed.model, Denoiser):  # divides latents by itself
         prepare = prepare_whole
     elif train.enable_batch_invariant_mode:
         prepare = prepare_samples

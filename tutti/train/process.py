@@ -1,4 +1,4 @@
-"""Setting up a run's process before anything is built, and housekeeping between steps."""
+"""Set-up of a run's process before anything is built, and housekeeping between steps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 
 
 def prepare_process(config: Config) -> torch.device:
-    """Set up logging, file modes, threads, memory, seeds and determinism of this process; the device it computes on."""
+    """Set up logging, file modes, threads, memory, seeds and determinism of this process; returns the device to compute
+    on."""
     rank, local_world = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     setup_logging(rank)
     close_new_files_to_others()
@@ -48,9 +49,10 @@ def prepare_process(config: Config) -> torch.device:
 
 
 def require_one_configuration(config: Config, world: World) -> None:
-    """ValueError, on every rank, if ranks were started with different arguments, under which their weights would part.
+    """Raise ValueError on every rank if ranks were started with different arguments, since their weights would then
+    diverge.
 
-    Paths may differ where machines do; only whether there is one is compared. A collective call.
+    Paths may differ between machines; only their presence is compared. A collective call.
     """
     given = {name: get(config, name) for name in ARGUMENTS}
     mine = {name: bool(value) if ARGUMENTS[name].path else repr(value) for name, value in given.items()}
@@ -70,7 +72,7 @@ def require_one_configuration(config: Config, world: World) -> None:
 
 
 def housekeeping(step: int, config: Config) -> None:
-    """Collect garbage and empty the device's cache when it is time, which is at the same step on all ranks."""
+    """Collect garbage and empty the device's cache when due, at the same step on all ranks."""
     if config.train.gc_steps > 0 and step % config.train.gc_steps == 0:
         gc.collect()
     empty_every = config.train.empty_cache_steps if torch.accelerator.is_available() else 0

@@ -1,9 +1,9 @@
-"""The run: everything that `tutti train` does, in the order in which it happens.
+"""`tutti train`, from top to bottom.
 
 configuration -> process group -> layout -> tokenizer and model (on the meta device) -> structure -> mesh -> data ->
-task -> stages -> parallelize and weights -> executor -> optimizer -> checkpoint -> loop. What can be wrong with the
-user's input is looked at before anything costly, on all ranks. State is passed along as arguments; what runs (which
-kernel, which layout) was decided when the parts were built.
+task -> stages -> parallelize and weights -> executor -> optimizer -> checkpoint -> loop. Mistakes in the user's input
+are looked for on all ranks before anything expensive starts. State is passed as arguments. Choices (which kernel, which
+layout) are made once, when the parts are built.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ log = logging.getLogger(__name__)
 def train(config: Config) -> None:
     """Train as `config` says, on this rank; every rank of the job calls it.
 
-    ValueError and OSError: what the user can mend, the same on every rank. SIGTERM and SIGINT end the run normally
-    once a checkpoint is saved.
+    ValueError and OSError: a mistake that the user can fix, the same on every rank. SIGTERM and SIGINT end the run
+    normally after a checkpoint is saved.
     """
     world = init_world(prepare_process(config), timeout_seconds=config.train.hang_timeout)
     output = Path(config.train.output_dir or "")
@@ -71,9 +71,10 @@ def train(config: Config) -> None:
 
 
 def assemble(config: Config, world: World) -> Run:
-    """Everything that `config` and its data describe, with parameters still on the meta device. A collective call.
+    """Build everything that `config` and its data describe, with parameters still on the meta device. A collective
+    call.
 
-    ValueError, on all ranks: what is wrong with the model's or the data's files, or does not fit the layout.
+    ValueError, on all ranks: the model's or the data's files are wrong, or do not fit the layout.
     """
     layout = fit(config, world.size)
     kind = kind_of(config)
@@ -94,8 +95,8 @@ def assemble(config: Config, world: World) -> Run:
 
 
 def _run(config: Config, world: World, *, asked: Config) -> None:
-    """Train as `config` says; `asked` is what it was settled from, names and all, and what is written down to
-    be passed back in."""
+    """Train as `config` says. asked: the configuration before names were resolved to local paths and defaults to
+    values, which is what checkpoints and config.yaml record."""
     output = Path(config.train.output_dir or "")
     run = assemble(config, world)
     data, placed, model, task = run.data, run.placed, run.placed.model, run.placed.objective.task
@@ -131,8 +132,8 @@ def _run(config: Config, world: World, *, asked: Config) -> None:
         guard=guard,
         inspect_gradients=inspect_gradients,
     )
-    # From here on the output folder is this run's: all that it was given is good.
-    shown = replace(config, model=asked.model)  # by name, not by where the files lie
+    # All input is valid; from here on the output folder belongs to this run.
+    shown = replace(config, model=asked.model)  # the name of the model, not the local path
     run_info = run.describe() | {"branch": begin_run(asked, output, checkpoints, world)}
     with (
         checkpoints,
@@ -156,7 +157,7 @@ def _run(config: Config, world: World, *, asked: Config) -> None:
 
 
 class Stateful(Protocol):
-    """A part of a run that a checkpoint holds as plain data, the same on every rank."""
+    """A part of a run whose state a checkpoint holds as plain data, the same on every rank."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -164,10 +165,10 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class _Loop:
-    """The loop over the steps of a run, and what it works with.
+    """The loop over the steps of a run, and everything it uses.
 
-    prepare: gives batches what the task needs of another model. resumed: what checkpoints hold as plain data. base: the
-    facts of the base model of adapters.
+    prepare: adds to batches what the task needs from another model. resumed: the parts whose state a checkpoint holds
+    as plain data. base: identifies the base model of adapters.
     """
 
     run: Run
@@ -186,7 +187,8 @@ class _Loop:
     base: dict[str, str] | None
 
     def run_from(self, step: int, profiler: Any) -> None:
-        """Take the steps after `step` until the run is over or asked to stop, with all that happens between them."""
+        """Run the steps after `step` until the run ends or is asked to stop, with logging, evaluation, saving and
+        exports."""
         config, data, early, logger = self.run.config, self.run.data, self.early, self.logger
         placed = self.run.placed
         batches = () if early.reason else self.prepare(logger.clock.waiting(data.train()), "train")
@@ -227,14 +229,14 @@ class _Loop:
         log.info("report: %s", Path(config.train.output_dir or "") / "report.html")
 
     def end_stopped(self, step: int) -> None:
-        """End the run that was asked to stop after `step`."""
+        """End a run that was asked to stop after `step`."""
         self.metrics.close({"status": "stopped", "message": f"asked to stop after step {step}"})
         log.info("stopped after step %d; go on with --train.load_checkpoint_path auto", step)
         self.watchdog.enter("the wait for what other machines were told")
         self.stop.require_no_restart()
 
     def evaluate(self, step: int) -> float | None:
-        """Evaluate after `step`; the loss, or None if a stop was asked for meanwhile."""
+        """Evaluate after `step`. Returns the loss, or None if the run was asked to stop meanwhile."""
         batches = self.prepare(self.run.data.evaluate(), "eval")
         found = evaluate(
             self.run.placed.objective,
@@ -251,12 +253,12 @@ class _Loop:
         return found["eval_loss"]
 
     def show_samples(self, step: int) -> None:
-        """Show what the model does after `step`: with its averaged weights, where there are such."""
+        """Show the model's answers or pictures after `step`, using the averaged weights if there are any."""
         with averaged(self.run.placed.objective, self.optimizer):
             self.samples.show(step, self.metrics, self.executor)
 
     def save(self, batch: GlobalBatch, eval_loss: float | None, is_evaluated: bool) -> None:
-        """Save the run after `batch`. is_evaluated: no evaluation that was due then is left to do."""
+        """Save a checkpoint after `batch`. is_evaluated: no evaluation that was due is still missing."""
         self.watchdog.enter(f"the checkpoint of step {batch.step}")
         state = {"step": batch.step, "epoch": batch.epoch, "base": self.base, "evaluated": is_evaluated}
         state["total_steps"] = self.run.data.total_steps
@@ -264,7 +266,7 @@ class _Loop:
         self.checkpoints.save(batch.step, self.run.placed.model, self.optimizer, state, eval_loss)
 
     def export(self, name: str, step: int) -> None:
-        """Write the model as it is after `step` as a Hugging Face folder of this name."""
+        """Write the model after `step` as a Hugging Face folder of this name."""
         self.watchdog.enter(f"the export hf/{name}")
         run, placed = self.run, self.run.placed
         run.world.run_on_all_ranks(lambda: require_finite(trained_parts(placed.model, self.optimizer), step))
@@ -290,7 +292,8 @@ def _checkpointer(run: Run, output: Path, asked: Config) -> Checkpointer:
 
 
 def _say_what_is_left(step: int, total: int, before: int) -> None:
-    """Log that nothing is left to train after `step` of a run of `total` steps, or that it had `before` of them."""
+    """Log that nothing is left to train after `step` of `total` steps, or that the run had `before` steps when it was
+    saved."""
     if step >= total:
         log.info("nothing is left to train after step %d, which the checkpoint is of", step)
     elif total != before:
@@ -302,12 +305,12 @@ def _say_what_is_left(step: int, total: int, before: int) -> None:
 
 
 def load_states(parts: Mapping[str, Stateful], state: Mapping[str, Any] | None) -> None:
-    """Give each of `parts` what a checkpoint's state holds of it; one from before there was such a part lacks it."""
+    """Restore each of `parts` from a checkpoint's state; an older checkpoint may lack a part."""
     for name in parts.keys() & (state or {}).keys():
         parts[name].load_state_dict(state[name])  # type: ignore[index]  # None has no keys
 
 
 def due(batch: GlobalBatch, steps: int, epochs: int) -> bool:
-    """True if something that happens every `steps` steps or `epochs` epochs (0: never) happens after `batch`."""
+    """True if something that is due every `steps` steps or `epochs` epochs (0: never) is due after `batch`."""
     by_step = steps > 0 and batch.step % steps == 0
     return by_step or (epochs > 0 and batch.epoch_end and (batch.epoch + 1) % epochs == 0)

@@ -1,4 +1,4 @@
-"""The parts of a run once it is set up, and the facts of it that reports and checkpoints give."""
+"""The parts of a run after set-up, and the facts about it for reports and checkpoints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tutti.train.placement import PlacedModel
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a run once it is set up."""
+    """The parts of a run after set-up."""
 
     config: Config
     world: World
@@ -40,7 +40,7 @@ class Run:
     placed: PlacedModel
 
     def describe(self) -> dict[str, Any]:
-        """The facts of a run that the report shows beside the curves."""
+        """The facts about a run that the report shows next to the curves."""
         model = self.placed.full_model or self.placed.model
         sizes = num_params(model)
         packages = {name: version(name) for name in ("torch", "transformers")}
@@ -56,19 +56,20 @@ class Run:
         }
 
     def documents(self, asked: Config) -> dict[str, str]:
-        """The configurations of the run, as it was asked for, and of its model, by file name, for its checkpoints."""
+        """The documents that each checkpoint contains, by file name: the run's configuration as the user gave it, and
+        the model's."""
         model = self.placed.full_model or self.placed.model
         return {CONFIG: to_yaml(asked), MODEL_CONFIG: model.config.to_json_string()}
 
     def facts(self, asked: Config) -> dict[str, Any]:
-        """The facts that a checkpoint's manifest gives of the run that wrote it: also how it came out what was left to
-        it."""
+        """The facts about the run in a checkpoint's manifest, including the values chosen for settings left to `auto`.
+        """
         digest = hashlib.sha256(to_yaml(asked).encode()).hexdigest()
         return {"layout": asdict(self.layout), "config": digest, "compute_dtype": self.config.train.compute_dtype}
 
 
 def model_name(model: PreTrainedModel, structure: ModelStructure) -> str:
-    """The class of a model and its model_type, as they are shown; of a composed model the classes of its parts."""
+    """The name to show for a model: its class and model_type, or for a composed model the classes of its parts."""
     if not isinstance(model, OmniModel):
         return f"{structure.name} ({model.config.model_type})"
     foundation, *others = (model_class(part.module).__name__ for part in model.parts())

@@ -1,12 +1,12 @@
 """One optimizer step: forward and backward over the micro batches, the global gradient norm, clipping, the update.
 
-The loss of each micro batch is a sum divided by the number of targets of the whole global batch, on all ranks, which is
-known beforehand; gradients are summed over micro batches and ranks. So the gradient is exactly that of the mean over
-all trained tokens, however they were packed and spread. Nothing here waits for the device: what is worth knowing is
-left there in `Totals` and read when a line of metrics is due.
+The loss of each micro batch is a sum divided by the number of targets of the whole global batch over all ranks, which
+is known beforehand. Gradients are summed over micro batches and ranks. So the gradient is exactly that of the mean over
+all trained tokens, however they are packed and distributed. Nothing here waits for the device: results stay there in
+`Totals` and are read when a metrics line is due.
 
-A step whose gradient is not finite changes nothing (neither parameters nor optimizer state) and is counted; on request
-one that is a spike as well (`tutti.train.spike_guard`).
+If the gradient is not finite, the step changes neither parameters nor optimizer state, and is counted. The same can be
+requested for spikes (`tutti.train.spike_guard`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tutti.train.tasks import Sums
 
 
 class TrainStep:
-    """Runs steps; holds what stays the same from one to the next, made once before the loop."""
+    """Runs steps; holds what is the same for all of them."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class TrainStep:
         guard: SpikeGuard | None = None,
         inspect_gradients: Callable[[], None] | None = None,
     ) -> None:
-        """guard: tells which steps are spikes. inspect_gradients: called once, after the first step's backward pass."""
+        """guard: detects spikes. inspect_gradients: called once, after the first step's backward pass."""
         self._optimizer = optimizer
         self._executor = executor
         self._num_sharing = mesh.grid.size() // mesh.dp_size
@@ -88,7 +88,7 @@ class TrainStep:
 
 
 def _update(optimizer: Optimizer, admitted: Tensor) -> None:
-    """Take the optimizer's step, if `admitted`; on an accelerator fused optimizers and our own decide that there."""
+    """Run the optimizer's step if `admitted`; on an accelerator, fused optimizers decide this on the device."""
     decides = optimizer.defaults.get("fused") or isinstance(optimizer, AnyPrecisionAdamW)
     if decides and on_accelerator(admitted):
         optimizer.grad_scale, optimizer.found_inf = None, (~admitted).float()  # type: ignore[attr-defined]
@@ -99,11 +99,11 @@ def _update(optimizer: Optimizer, admitted: Tensor) -> None:
 
 @dataclass
 class Totals:
-    """Sums since the last line of metrics. The tensors are this rank's, on the device; the counts are global.
+    """Sums since the last metrics line. Tensors are this rank's, on the device; counts are global.
 
-    sums: of the objective, by name, each a vector. grad_norm: the last step's. flops: of the model, this rank's share.
-    skipped: steps without an update. spikes: steps far above those before. consecutive_skips: how many of the last
-    steps in a row had a gradient that was not finite, over the whole run.
+    sums: the objective's sums by name, each a vector. grad_norm: of the last step. flops: this rank's share of the
+    model's operations. skipped: steps without an update. spikes: steps far above the previous ones. consecutive_skips:
+    number of steps in a row up to now, over the whole run, whose gradient was not finite.
     """
 
     sums: dict[str, Tensor]
@@ -123,7 +123,7 @@ class Totals:
 
     @classmethod
     def zero(cls, sizes: Mapping[str, int], device: torch.device) -> Totals:
-        """Totals of nothing. sizes: how many values each sum has, by name."""
+        """Empty totals. sizes: the number of values of each sum, by name."""
         return cls(
             sums=zero_sums(sizes, device),
             grad_norm=torch.zeros((), device=device),
@@ -133,7 +133,7 @@ class Totals:
         )
 
     def count(self, batch: GlobalBatch) -> None:
-        """Add what is known of a step beforehand."""
+        """Add the counts of a step, which are known beforehand."""
         self.num_steps += 1
         self.num_targets += batch.num_targets
         self.trained_tokens += batch.trained_tokens
@@ -146,7 +146,7 @@ class Totals:
     def state_dict(self, world: World) -> dict[str, Any]:
         """The totals as plain data, the same on every rank. A collective call.
 
-        Sums are kept by rank: added up in another order they would differ in their last bits after a resume.
+        Sums are stored by rank, because adding them in another order would change their last bits after a resume.
         """
         counts = {name: getattr(self, name) for name in _COUNTS}
         local = {name: vector.tolist() for name, vector in self.sums.items()} | {"flops": [self.flops]}
@@ -159,7 +159,7 @@ class Totals:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], world: World) -> None:
-        """Go on from `state`; the first rank takes the sums of all where there were other ranks."""
+        """Restore `state`. If the number of ranks has changed, the first rank takes the sums of all."""
         by_rank = state["sums"]
         if len(by_rank) == world.size:
             by_rank = [by_rank[world.rank]]
@@ -179,7 +179,7 @@ class Totals:
                 setattr(self, name, value)
 
     def reduce(self, world: World) -> Reduced:
-        """The totals over all ranks, on the host; waits for the device. A collective call."""
+        """The totals over all ranks, on the host. Synchronizes with the device. A collective call."""
         local = {**self.sums, "flops": self.sums["loss"].new_tensor([self.flops])}
         sums = reduce_sums(local, world)
         return Reduced(
@@ -206,7 +206,7 @@ _COUNTS = (
 
 
 class Reduced(NamedTuple):
-    """Totals over all ranks. sums: numbers, or lists of them where a sum has several values."""
+    """Totals over all ranks. sums: numbers, or lists for sums with several values."""
 
     sums: dict[str, Any]
     flops: float
@@ -217,13 +217,13 @@ class Reduced(NamedTuple):
 
 
 def losses_by_source(sums: Sequence[float], targets: Mapping[str, int]) -> dict[str, float]:
-    """The mean loss of each source that has targets, from the losses' `sums` in the order of `targets`, which are by
-    name. There may be more sums: of training and evaluation, one may have fewer sources."""
+    """The mean loss of each source that has targets, from the sums of losses in the order of `targets` (by source
+    name). There may be more sums, because either training or evaluation can have fewer sources."""
     return {name: total / count for (name, count), total in zip(targets.items(), sums, strict=False) if count}
 
 
 def zero_sums(sizes: Mapping[str, int], device: torch.device) -> dict[str, Tensor]:
-    """Vectors to add sums to, in fp64 where the device has it."""
+    """Zero vectors to add sums to, in fp64 if the device supports it."""
     dtype = torch.float64 if device.type != "npu" else torch.float32
     return {name: torch.zeros(size, dtype=dtype, device=device) for name, size in sizes.items()}
 
@@ -235,7 +235,7 @@ def add_sums(total: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> None:
 
 
 def reduce_sums(local: Mapping[str, Tensor], world: World) -> dict[str, Any]:
-    """Each rank's vectors added up over all ranks, on the host: numbers, or lists of them. A collective call."""
+    """The vectors added up over all ranks, on the host: numbers, or lists. A collective call."""
     flat = torch.cat(list(local.values()))
     if world.size > 1:
         dist.all_reduce(flat)
