@@ -1,12 +1,13 @@
-"""Pictures: what a diffusion model draws for prompts before training, at each evaluation and when training ends.
+"""Samples of a diffusion model: the pictures that it draws for prompts before training, at each evaluation, and at the
+end.
 
-All ranks draw the same pictures, from noise that a prompt and the seed determine, so that those of one step differ from
-those of another by the model alone; nothing that training uses is touched. Rank 0 decodes and shows them.
+All ranks draw the same pictures, from noise that depends only on the prompt and the seed, so that pictures of different
+steps differ only because of the model. Nothing that training uses is changed. Rank 0 decodes and shows them.
 
-A prompt that is a caption of the data is a test as well: of all pictures there, is the one that is nearest to what was
-drawn (by the mean squared difference of pixels) one with this caption? Captions that were trained on and those of the
-evaluation data are counted apart, as `sample_accuracy` and `unseen_accuracy`. The first tells memory: a small set can
-be learned by heart.
+A prompt that is a caption of the data is also a test: of all pictures in the data, is the one nearest to the drawn
+picture (by mean squared difference of pixels) one with this caption? Training captions and evaluation captions are
+counted separately, as `sample_accuracy` and `unseen_accuracy`. The first measures memorization: a small dataset can be
+learned by heart.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ from tutti.train.tasks.diffusion import Denoising, text_of
 log = logging.getLogger(__name__)
 
 _SHOWN = 12
-"""Prompts whose pictures are shown, the first of them; all are counted."""
+"""Number of prompts whose pictures are shown; all are counted."""
 _SIDE = 96
-"""Most pixels along a side of a picture in the report."""
+"""Maximum side in pixels of a picture in the report."""
 _COMPARED = 2000
-"""Most pictures of the training and of the evaluation data that what was drawn is compared with."""
+"""Maximum number of training and of evaluation pictures to compare with."""
 _SPLITS: tuple[Split, Split] = ("train", "eval")
 _AT_ONCE = 32
-"""Prompts that are drawn together."""
+"""Number of prompts drawn in one batch."""
 
 
 class Originals(NamedTuple):
-    """Pictures of the data that have the size of what is drawn: their pixels fp32 [N, values], and the captions."""
+    """The data's pictures that have the size of the drawn ones: their pixels fp32 [N, values], and their captions."""
 
     pixels: Tensor
     captions: tuple[frozenset[str], ...]
@@ -56,9 +57,10 @@ class Originals(NamedTuple):
 
 
 class DiffusionSamples:
-    """The prompts of train.sample_prompts and train.sample_prompts_path, and what the model draws for them.
+    """The prompts of train.sample_prompts and train.sample_prompts_path, and the pictures that the model draws for
+    them.
 
-    ValueError: the file is not there, or a row has no text under "prompt".
+    ValueError: the file does not exist, or a row has no text under "prompt".
     """
 
     def __init__(self, run: Run) -> None:
@@ -71,7 +73,8 @@ class DiffusionSamples:
             self._scheduler = read_scheduler(self._folder)
 
     def show(self, step: int, metrics: Metrics, executor: Executor) -> None:
-        """Draw the prompts after `step` into the log, the report and the other places, once. A collective call."""
+        """Draw the prompts after `step`, at most once per step, and show the pictures in the log, the report and the
+        trackers. A collective call."""
         if not self._prompts or step == self._shown:
             return
         self._shown = step
@@ -95,7 +98,7 @@ class DiffusionSamples:
         self._count(step, metrics, rights)
 
     def _draw(self, prompts: Sequence[str], extent: Extent) -> Tensor:
-        """The latents, on the host, of what the model draws for `prompts`. A collective call."""
+        """The latents that the model draws for `prompts`, on the host. A collective call."""
         run, train = self._run, self._run.config.train
         objective, device = run.placed.objective, run.world.device
         task, model = objective.task, objective.model
@@ -121,8 +124,8 @@ class DiffusionSamples:
         return found.cpu()
 
     def _extent(self) -> Extent:
-        """The size of what is drawn: that of the first picture of the data, or of streamed data what the model's config
-        says."""
+        """The size to draw: that of the first picture of the data, or for streamed data the default of the model's
+        config."""
         encoder = self._run.inputs.processor
         first = self._run.data.read([0])
         if first is not None:
@@ -146,7 +149,7 @@ class DiffusionSamples:
         return Originals(torch.stack(pixels) if pixels else torch.empty(0), tuple(captions), known, unseen)
 
     def _is_right(self, prompt: str, drawn: Tensor) -> bool | None:
-        """True if the nearest picture has the caption `prompt`; None where no picture has."""
+        """True if the nearest picture has the caption `prompt`; None if no picture has it."""
         originals = self._originals
         assert originals is not None
         if not any(prompt in captions for captions in originals.captions):

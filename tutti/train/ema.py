@@ -1,8 +1,9 @@
-"""A moving average of the weights (train.ema_decay), which is sampled from and exported in place of the last ones.
+"""An exponential moving average of the weights (train.ema_decay), used for samples and exports instead of the last
+weights.
 
-The average is one more state of each parameter in its optimizer, as momentum is: it is sharded, saved and resumed as
-that, and no layout needs to know of it. After each step it becomes decay * average + (1 - decay) * weight, with a
-smaller decay at the beginning, (1 + n) / (10 + n) at step n, since random weights are no average of anything.
+The average is stored as optimizer state of each parameter, like momentum: it is sharded, saved and resumed with it, and
+no layout needs to know about it. After each step it becomes decay * average + (1 - decay) * weight. At step n the decay
+is at most (1 + n) / (10 + n), so that the random initial weights are soon forgotten.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from tutti.core.tensors import local_part
 from tutti.parallel.fsdp import fsdp_modules
 
 COUNT = "average_count"
-"""The name, beside that of the average, of how often it was updated."""
+"""The name, among a parameter's optimizer state, of the number of updates of its average."""
 
 
 def keep_average(optimizer: Optimizer, decay: float) -> None:
-    """Make `optimizer` keep an average of each of its parameters from now on; none with a decay of 0."""
+    """Make `optimizer` keep an average of each of its parameters from now on; a decay of 0 keeps none."""
     if decay > 0:
         optimizer.register_step_post_hook(lambda optimizer, args, kwargs: _update(optimizer, decay))
 
@@ -47,7 +48,7 @@ def _update(optimizer: Optimizer, decay: float) -> None:
 
 @contextmanager
 def averaged(root: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-    """Within it the weights below `root` are their averages, where the optimizer keeps such."""
+    """Within this context the parameters below `root` hold their averages, if the optimizer keeps them."""
     pairs = [
         (local_part(parameter), local_part(state[AVERAGE]))
         for parameter, state in optimizer.state.items()
@@ -66,7 +67,7 @@ def averaged(root: nn.Module, optimizer: Optimizer) -> Iterator[None]:
 @torch.no_grad()
 def _swap(root: nn.Module, pairs: list[tuple[Tensor, Any]]) -> None:
     for module in fsdp_modules(root):
-        module.reshard()  # what was gathered is of the other weights
+        module.reshard()  # the gathered parameters are the other ones
     for weight, average in pairs:
         kept = weight.clone()
         weight.copy_(average)

@@ -1,15 +1,15 @@
-"""Latents and noise for pictures that a language model draws by diffusion (`tutti.model.flow_decoder`).
+"""Training targets for pictures that a language model generates with a diffusion decoder (`tutti.model.flow_decoder`).
 
 Each picture that is trained on gets a payload like a sample of diffusion training (`tutti.train.tasks.diffusion`): the
-latents that the frozen autoencoder makes of it, noise, a time, and a weight. All that is drawn is drawn by a key of the
-seed, the step, the sample and the picture's place in it. Latents are made of each batch's pictures, or with
-model.encode_target once, into files below `output_dir/cache`; the numbers are the same.
+latents of the frozen autoencoder, noise, a time, and a weight. All random numbers depend only on the seed, the step,
+the sample and the picture's index. Latents are computed for each batch, or with model.encode_target once into files
+below `output_dir/cache`; the numbers are the same.
 
-Each micro batch has at least as many rows as ranks that share it, with pictures of weight 0 if need be: every rank runs
-the transformer once a micro batch, so that its parameters can be gathered as it runs, and always have gradients.
+Each micro batch has at least as many rows as there are ranks that share it, filled up with pictures of weight 0. So
+every rank runs the transformer once per micro batch, which keeps its collectives in step and its gradients defined.
 
-Shapes: P pictures of a micro batch, Q queries of each, R rows of latents: one for a picture that is trained on, several
-(`EVAL_TIMES`) for one that is evaluated.
+Shapes: P pictures of a micro batch, Q queries per picture, R rows of latents: one per picture in training, several
+(`EVAL_TIMES`) in evaluation.
 """
 
 from __future__ import annotations
@@ -41,15 +41,18 @@ log = logging.getLogger(__name__)
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
-    """The bytes uint8 of values in [-1, 1]."""
+    """Convert values in [-1, 1] to uint8."""
     return ((pixels + 1) * 127.5).round().to(torch.uint8)
 
 
 @dataclass(frozen=True)
 class PictureTargets:
-    """Makes the payload of micro batches. placeholder: of queries in their tokens. spec: how pictures are drawn. times:
-    draws them. latents: of a sample's pictures [p, C, H, W], by split and name, and of their pixels where these are
-    needed. least: rows that a micro batch has at least."""
+    """Makes the payload of micro batches.
+
+    placeholder: the token id of queries. spec: the diffusion decoder. times: samples times and noise. latents: returns
+    the latents [p, C, H, W] of a sample's pictures, from split, name and, if needed, pixels. least: minimum number of
+    rows of a micro batch.
+    """
 
     placeholder: int
     spec: FlowSpec
@@ -58,7 +61,7 @@ class PictureTargets:
     least: int = 1
 
     def payload(self, micro: Batch, names: Sequence[Any], step: int, split: Split) -> dict[str, Tensor]:
-        """The payload of a micro batch whose pictures are placeholders yet."""
+        """The payload of a micro batch that still has placeholders for its pictures."""
         queries, shape = self.spec.tokens, self.spec.latents
         rows: list[tuple[int, Tensor, Tensor, float, float, int]] = []
         places: list[Tensor] = []
@@ -71,7 +74,7 @@ class PictureTargets:
             used += len(own)
             latents, source = self.latents(split, names[segment], pixels), int(micro.segment_sources[segment])
             for number, where in enumerate(own):
-                if micro.labels[where[0] - 1] != self.placeholder:  # it is not trained on
+                if micro.labels[where[0] - 1] != self.placeholder:  # not trained on
                     continue
                 for key, time, weight in self._draws(split, step, names[segment], number):
                     noise = torch.randn(shape, generator=generator(self.times.seed, *key, "noise"))
@@ -93,7 +96,7 @@ class PictureTargets:
         return {name: value.pin_memory() for name, value in found.items()} if micro.input_ids.is_pinned() else found
 
     def _draws(self, split: Split, step: int, name: Any, number: int) -> Iterator[tuple[tuple[Any, ...], float, float]]:
-        """The key, the time and the weight of each row of a picture."""
+        """Yield the random key, the time and the weight of each row of a picture."""
         if split == "train":
             key: tuple[Any, ...] = ("train", step, name, number)
             yield key, self.times.training_time(*key), 1.0
@@ -104,14 +107,14 @@ class PictureTargets:
 
 
 def make_targets(run: Run, spec: FlowSpec, times: Denoising) -> PictureTargets:
-    """The maker of the payload of the micro batches of `run`. A collective call."""
+    """The `PictureTargets` of `run`. A collective call."""
     config, (placeholder,) = run.config, run.inputs.processor.drawn_token_ids
     least = run.mesh.grid.size() // run.mesh.dp_size
     dtype = compute_dtype(config.train)
     conditions = Conditions(spec.folder, run.world.device, dtype, max_length=0, seed=config.train.seed)
 
     def encode(pixels: Tensor) -> Tensor:
-        """Each picture is encoded by itself, so that it has the same latents in any batch."""
+        """Encode pictures one by one, so that each has the same latents in any batch."""
         return torch.stack([conditions.encode_pixels(to_bytes(one)).to(dtype).float() for one in pixels])
 
     if not config.model.encode_target:
@@ -128,13 +131,13 @@ def make_targets(run: Run, spec: FlowSpec, times: Denoising) -> PictureTargets:
             raise ValueError(f"model.encode_target: the pictures of sample {name} are not in {place}; delete it")
         return found
 
-    if not config.data.silent_exception:  # else what cannot be decoded has to be found out
+    if not config.data.silent_exception:  # otherwise broken pictures have to be found
         run.data.leave_out_drawn()
     return PictureTargets(placeholder, spec, times, latents, least)
 
 
 def _build(run: Run, spec: FlowSpec, placeholder: int, encode: Callable[[Tensor], Tensor], place: Path) -> None:
-    """Write the latents of all pictures to files in the folder `place`, each rank those of its share. Collective."""
+    """Write the latents of all pictures to files in the folder `place`; each rank encodes its share. Collective."""
     with writing(place, run.world) as writer:
         for split, micro, names in micro_batches_of(run):
             pixels = iter(micro.extras.get(DRAWN_PIXELS, ()))
@@ -145,7 +148,7 @@ def _build(run: Run, spec: FlowSpec, placeholder: int, encode: Callable[[Tensor]
 
 
 def _key(run: Run, spec: FlowSpec) -> str:
-    """A digest of all that latents depend on."""
+    """A digest of everything that the latents depend on."""
     vae = spec.folder.parts.get("vae")
     digest = "" if vae is None else f"{weights_digest(vae)} {(vae / 'config.json').read_text(encoding='utf-8')}"
     what = (run.data.digest, digest, spec.side, spec.latents, run.config.train.compute_dtype)

@@ -63,8 +63,8 @@ class Head:
         return self._shared(*self._apply(linear_cross_entropy, hidden))
 
     def cross_entropy_of(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """As `cross_entropy`, for a subset of the targets, int64 [n], from the hidden states [n, H] that predict them.
-        """
+        """As `cross_entropy`, for a subset of the targets, int64 [n], from the hidden states [n, H] that predict
+        them."""
         return self._by_vocabulary(hidden, targets, self.transform)
 
     def code_cross_entropy(self, hidden: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:

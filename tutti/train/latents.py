@@ -1,14 +1,14 @@
-"""Latents, encoded captions and noise for the micro batches of diffusion training.
+"""Latents, caption embeddings and noise for the micro batches of diffusion training.
 
-What is not trained (autoencoder, text encoders) is run outside the step. With train.cache_latents, and data that is not
-streamed, that happens once: before training, every rank encodes its share of all pictures and of all captions into
-files below `output_dir/cache/KEY`, where KEY is a digest of the data, of the encoders' weights and of the settings that
-count; then the encoders leave memory, and pictures are decoded no more. Files hold tensors by name and are read one
-tensor at a time. A run that finds the folder complete encodes nothing. Otherwise each micro batch is encoded when its
-turn comes. Either way a picture and a caption are encoded by themselves, so that the numbers are the same.
+The frozen parts (autoencoder, text encoders) run outside the training step. With train.cache_latents, and data that is
+not streamed, they run once before training: each rank encodes its share of all pictures and captions into files below
+`output_dir/cache/KEY`, where KEY is a digest of the data, the encoders' weights and the relevant settings. Then the
+encoders are freed, and pictures are no longer decoded. The files contain tensors by name, which are read one at a time.
+A run that finds the folder complete encodes nothing. Without the cache, each micro batch is encoded when it is needed.
+In both cases pictures and captions are encoded one by one, so that the numbers are the same.
 
-Each micro batch then gets a payload: latents, noise, times, captions' embeddings, and a weight for each sample. A rank
-that has no samples in a step gets one of weight 0, so that it runs the model as others do.
+Each micro batch then gets a payload: latents, noise, times, caption embeddings, and a weight per sample. A rank without
+samples in a step gets one of weight 0, so that it runs the model like the others.
 """
 
 from __future__ import annotations
@@ -49,24 +49,24 @@ log = logging.getLogger(__name__)
 CACHE = "cache"
 _COMPLETE = "complete.json"
 _FILE_BYTES = 2**28
-"""Bytes of tensors that are held before they are written to a file."""
+"""Bytes of tensors to collect before writing them to a file."""
 
 
 class Store(Protocol):
-    """A source of latents and encoded captions."""
+    """A source of latents and caption embeddings."""
 
     def latents(self, split: Split, name: Any, pixels: Tensor | None) -> Tensor | None:
-        """The latents of a sample by its name, or of its pixels; None of one whose picture is broken."""
+        """The latents of a sample, looked up by name or computed from its pixels; None if its picture is broken."""
         ...
 
     def text(self, caption: str) -> EncodedText:
-        """An encoded caption, without the dimension of the batch."""
+        """The embedding of a caption, without a batch dimension."""
         ...
 
 
 @dataclass(frozen=True)
 class Live:
-    """Encodes what is asked for when it is asked for; captions are remembered."""
+    """Encodes on demand; remembers captions."""
 
     conditions: Conditions
     texts: dict[str, EncodedText]
@@ -84,7 +84,7 @@ class Live:
 
 
 class Cached:
-    """Tensors in the files of a folder, by name."""
+    """Reads tensors by name from the files of a folder."""
 
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Any] = {}
@@ -113,7 +113,7 @@ def _short(caption: str) -> str:
 
 @dataclass(frozen=True)
 class Latents:
-    """Completes global batches. smallest: the shape of the smallest latents."""
+    """Adds the payload to global batches. smallest: the shape of the smallest latents."""
 
     store: Store
     task: Denoising
@@ -136,13 +136,13 @@ class Latents:
         payload = _joined(rows or [self._nothing()], self.task.text_multiple)
         if micro.input_ids.is_pinned():
             payload = {name: value.pin_memory() for name, value in payload.items()}
-        # The pictures have done their part: only latents go to the device.
+        # Pixels are no longer needed; only latents go to the device.
         return replace(micro, extras={}, payload={**micro.payload, **payload})
 
     def _rows(
         self, latents: Tensor, captions: Sequence[str], source: int, name: Any, step: int, split: Split
     ) -> list[dict[str, Any]]:
-        """A sample as it is trained on, or the several of it that are evaluated."""
+        """The rows of a sample: one in training, several in evaluation."""
         task = self.task
         if split == "eval":
             keys: list[tuple[Any, ...]] = [("eval", name, part) for part in range(EVAL_TIMES)]
@@ -173,19 +173,19 @@ class Latents:
 
 
 def _drawn(seed: int, count: int, *key: object) -> int:
-    """A number below `count`."""
+    """A random number below `count`, determined by seed and key."""
     return int(torch.randint(count, (), generator=generator(seed, *key, "caption"))) if count > 1 else 0
 
 
 def _segments(micro: Batch) -> Iterator[Any]:
-    """The tokens of each sample of a micro batch, int64 [n]."""
+    """Yield the tokens of each sample of a micro batch, int64 [n]."""
     borders, ids = micro.cu_seqlens.tolist(), micro.input_ids.numpy()
     for begin, end in islice(pairwise(borders), micro.num_sequences):  # padding comes last
         yield ids[begin:end]
 
 
 def _joined(rows: Sequence[Mapping[str, Any]], multiple: int) -> dict[str, Tensor]:
-    """The payload of samples. multiple: of which the length of captions is one."""
+    """Join rows to a payload. multiple: pad captions to a multiple of this length."""
     return {
         **{name: torch.stack([row[name] for row in rows]) for name in (LATENTS, NOISE)},
         **{name: torch.tensor([row[name] for row in rows], dtype=torch.float32) for name in (TIMES, WEIGHTS)},
@@ -195,7 +195,7 @@ def _joined(rows: Sequence[Mapping[str, Any]], multiple: int) -> dict[str, Tenso
 
 
 def make_latents(run: Run, task: Denoising) -> Latents:
-    """The function that completes the global batches of `run`. A collective call."""
+    """The `Latents` of `run`. A collective call."""
     config, world = run.config, run.world
     folder = open_folder(config)
     conditions = Conditions(
@@ -222,9 +222,9 @@ def make_latents(run: Run, task: Denoising) -> Latents:
 
 
 def _latents(store: Store, task: Denoising, smallest: tuple[int, ...]) -> Latents:
-    """A function that completes batches from `store`. ValueError: captions cannot be shared by the task's ranks."""
+    """`Latents` that read from `store`. ValueError: the task's ranks cannot share the captions."""
     length = len(store.text("").embeds)
-    if task.text_multiple == 1 and length % task.ranks:  # a family without a mask, whose captions cannot be filled up
+    if task.text_multiple == 1 and length % task.ranks:  # a family without a text mask, whose captions cannot be padded
         raise ValueError(
             f"train.ulysses_parallel_size: {task.ranks} does not divide the {length} tokens that captions have; with a "
             "language model as text_encoder these are data.max_seq_len"
@@ -253,7 +253,7 @@ def _build(run: Run, conditions: Conditions, place: Path, dtype: torch.dtype) ->
 
 
 def micro_batches_of(run: Run) -> Iterator[tuple[Split, Batch, tuple[Any, ...]]]:
-    """This rank's micro batches of one pass over all data, each with its split and the names of its samples."""
+    """Yield this rank's micro batches of one pass over all data, each with its split and the names of its samples."""
     splits: dict[Split, Iterable[GlobalBatch]] = {"train": run.data.scan()}
     if run.data.evaluation_sources:
         splits["eval"] = run.data.evaluate()
@@ -264,14 +264,14 @@ def micro_batches_of(run: Run) -> Iterator[tuple[Split, Batch, tuple[Any, ...]]]
 
 
 def is_written(place: Path, world: World) -> bool:
-    """True if the folder `place` holds what was written within `writing`, to the end. Collective."""
+    """True if the folder `place` was completed by `writing`. Collective."""
     return world.broadcast((place / _COMPLETE).is_file() if world.is_main else None)
 
 
 @contextmanager
 def writing(place: Path, world: World) -> Iterator[TensorWriter]:
-    """A writer of this rank's tensors to files in the folder `place`, which is emptied first, and complete once every
-    rank has left the block. Collective."""
+    """A writer of this rank's tensors to files in the folder `place`, which is emptied first and marked complete once
+    every rank has left the context. Collective."""
 
     def begin() -> None:
         if world.is_main:
@@ -282,14 +282,14 @@ def writing(place: Path, world: World) -> Iterator[TensorWriter]:
     writer = TensorWriter(place, world.rank)
     yield writer
     writer.flush()
-    world.barrier()  # all files are there
+    world.barrier()  # wait until all files are written
     if world.is_main:
         replace_file(place / _COMPLETE, json.dumps({"ranks": world.size}) + "\n")
     world.barrier()
 
 
 class TensorWriter:
-    """Writes tensors to files of a bounded size, this rank's."""
+    """Writes this rank's tensors to files of limited size."""
 
     def __init__(self, place: Path, rank: int) -> None:
         self._place, self._rank, self._number = place, rank, 0
@@ -309,7 +309,7 @@ class TensorWriter:
 
 
 def _key(run: Run, folder: PipelineFolder) -> str:
-    """A digest of all that the cache depends on."""
+    """A digest of everything that the cache depends on."""
     config = run.config
     encoders = {name: path for name, path in folder.parts.items() if name.startswith(("vae", "text_", "tokenizer"))}
     parts = {name: _digest(path) for name, path in encoders.items()}

@@ -1,7 +1,7 @@
-"""The optimizer by its name, and its groups: which parameters decay, and at what learning rate.
+"""The optimizer by name, and its parameter groups: weight decay and learning rate of each parameter.
 
-`adamw` is torch's own, fused; `anyprecision_adamw` is in `tutti.train.adamw`, `adamw_8bit` and `muon` in modules of
-their own names.
+`adamw` is torch's own, fused; `anyprecision_adamw` is in `tutti.train.adamw`, `adamw_8bit` and `muon` are in modules of
+the same name.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from tutti.train.muon import Muon, block_matrices
 def build_optimizer(model: nn.Module, config: Config, *, is_complete: bool = True) -> Optimizer:
     """The optimizer over `model`'s trainable parameters, as `config.train` describes it.
 
-    Every parameter is in exactly one group, tied ones once; a group's weight decay is train.weight_decay or 0. The
-    groups' learning rate is set by the loop, with `set_lr`, times the group's `lr_scale` (train.part_lr). is_complete:
-    `model` is not a stage of a pipeline. ValueError, if it is: a no_decay name or a part that matches nothing, or
-    nothing to train.
+    Every parameter is in exactly one group, tied ones once. A group's weight decay is train.weight_decay or 0. The loop
+    sets the groups' learning rate with `set_lr`, which multiplies by the group's `lr_scale` (train.part_lr).
+    is_complete: `model` is not a pipeline stage; then a no_decay name or a part that matches nothing, and a model with
+    nothing to train, raise ValueError.
     """
     train = config.train
     groups = decay_groups(model, train, is_complete=is_complete)
@@ -50,24 +50,24 @@ def build_optimizer(model: nn.Module, config: Config, *, is_complete: bool = Tru
 
 
 def room_for_state(optimizer: Optimizer) -> list[Tensor]:
-    """Memory set aside on a CPU for what the optimizer makes at its first step, to be freed just before.
+    """Memory reserved on a CPU for the optimizer state of the first step, to be freed just before it.
 
-    It is not written to, and so takes none of the machine's. Without it the state, which stays, would be spread over
-    the places of the first step's activations, and the room left between would fit hardly any of the next ones.
+    The memory is never written, so it takes no physical memory. Without it, the state would be scattered over the
+    places of the first step's activations, and the gaps between would be too small for later activations.
     """
     held = (local_part(parameter) for group in optimizer.param_groups for parameter in group["params"])
     return [torch.empty_like(item) for item in held if not on_accelerator(item) for _ in range(2)]
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Take the next step with learning rate `lr`, in every group times its scale."""
+    """Set the learning rate of every group to `lr` times its scale."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def decay_groups(model: nn.Module, train: TrainConfig, *, is_complete: bool = True) -> list[dict[str, Any]]:
-    """Parameter groups by weight decay, by plain tensor or DTensor, which one kernel cannot take together, and by the
-    scale of the learning rate; with muon also by `matrices`, those that it makes orthogonal."""
+    """Parameter groups by weight decay, by plain tensor or DTensor (one kernel cannot take both), and by learning rate
+    scale; with muon also by `matrices`, which it orthogonalizes."""
     exempt = _exempt_parameters(model, train, is_complete)
     scales = _lr_scales(model, train, is_complete)
     matrices = block_matrices(model) if train.optimizer == "muon" else set()
@@ -80,7 +80,7 @@ def decay_groups(model: nn.Module, train: TrainConfig, *, is_complete: bool = Tr
     if not groups and is_complete:
         raise ValueError("the model has no trainable parameter: everything is frozen")
     if not groups:
-        groups[True, False, 1.0, False] = []  # an optimizer is never without a group
+        groups[True, False, 1.0, False] = []  # an optimizer needs at least one group
     return [
         {
             "params": parameters,
@@ -93,8 +93,8 @@ def decay_groups(model: nn.Module, train: TrainConfig, *, is_complete: bool = Tr
 
 
 def _lr_scales(model: Any, train: TrainConfig, is_complete: bool) -> dict[nn.Parameter, float]:
-    """The learning rate of the parameters that train.part_lr names, over train.lr; of several parts that a parameter is
-    in, the last one counts."""
+    """The learning rate, relative to train.lr, of the parameters that train.part_lr names; if several parts contain a
+    parameter, the last one counts."""
     return {
         parameter: rate / train.lr
         for part, rate in train.part_lr.items()
@@ -126,6 +126,6 @@ def _exempt_parameters(model: nn.Module, train: TrainConfig, is_complete: bool) 
 
 
 def _class_name(module: nn.Module) -> str:
-    """The class the user knows; fully_shard puts a class of its own in front of it."""
+    """The class name that the user knows; fully_shard adds a class of its own in front of it."""
     kinds = [kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule)]
     return kinds[0].__name__

@@ -1,13 +1,13 @@
-"""The output folder of a run: one run at a time in it, and one branch of a run.
+"""The output folder of a run: it is locked by one run at a time, and contains one branch of a run.
 
-Lock. While a run goes on, every rank of it holds a lock on `.lock` in the folder (flock, which ends with the process,
-however it ends). A second run is refused at once; the file says who has the lock.
+Lock. During a run, every rank holds a lock on `.lock` in the folder (flock, which the kernel releases when the process
+ends in any way). A second run is refused at once; the file names the holder of the lock.
 
-Branches. A run that goes on from a checkpoint of its folder may find things beyond that step: checkpoints, exports,
-lines of metrics. They belong to a branch that is being left. `begin_branch` moves them to `branches/K`, with the
-configuration, the metrics and the report as they were, so that this folder is that of the branch; nothing is deleted.
-Where no more than lines of metrics lie beyond, as after a crash, these alone are set aside
-(`metrics.superseded.jsonl`).
+Branches. When a run resumes from a checkpoint of its folder, there may be results beyond that step: checkpoints,
+exports, metrics. They belong to a branch that is being abandoned. `begin_branch` moves them to `branches/K`, together
+with copies of the configuration, metrics and report, so that the folder contains only the new branch; nothing is
+deleted. If only metrics lie beyond that step, as after a crash, just these lines are moved, to
+`metrics.superseded.jsonl`.
 """
 
 from __future__ import annotations
@@ -44,12 +44,13 @@ LOCK, CONFIG, BRANCHES = ".lock", "config.yaml", "branches"
 
 @contextmanager
 def claim_output(output: Path, world: World, *, fresh: bool) -> Iterator[None]:
-    """Make the folder `output` and keep other runs out of it meanwhile; leave no trace of a run that wrote nothing.
+    """Create the folder `output` and keep other runs out of it within this context. A run that wrote nothing leaves no
+    trace.
 
-    fresh: it must not hold a run yet. Collective; ValueError, on every rank: it does, another run is going on in it, it
-    cannot be written, or not all ranks see it.
+    fresh: the folder must not contain a run yet. Collective; ValueError, on every rank: it does, another run is active
+    in it, it cannot be written, or not all ranks see it.
     """
-    # Rank 0 decides, alone; the others join, and hold on to the lock should they outlive it.
+    # Rank 0 decides alone; the others share its lock, which they keep if they outlive it.
     locks: list[int] = []
     made = False
 
@@ -83,10 +84,10 @@ def claim_output(output: Path, world: World, *, fresh: bool) -> Iterator[None]:
 
 
 def _require_shared(output: Path, holder: str, world: World) -> None:
-    """ValueError, on every rank, unless all of them find in `output` the lock that rank 0 has just written."""
+    """Raise ValueError on every rank unless all of them find in `output` the lock that rank 0 has just written."""
 
     def sees() -> bool:
-        # A network file system may take a moment to show what another machine has written.
+        # A network file system may need a moment to show what another machine has written.
         for _ in range(_PATIENCE):
             try:
                 if (output / LOCK).read_text(encoding="utf-8", errors="replace") == holder:
@@ -106,10 +107,10 @@ def _require_shared(output: Path, holder: str, world: World) -> None:
 
 
 _PATIENCE = 30
-"""Tenths of a second."""
+"""In tenths of a second."""
 
 _LOCKS: set[int] = set()
-"""Locks that this process holds. A child must not keep them when the process is gone, and closes its copies."""
+"""Locks that this process holds. A forked child must not keep them alive, and closes its copies."""
 
 
 def _drop_locks() -> None:
@@ -121,7 +122,7 @@ os.register_at_fork(after_in_child=_drop_locks)
 
 
 def _lock(path: Path, *, first: bool) -> int:
-    """Lock the file `path`, at first for this process alone, then together with the ranks that join; returns the
+    """Lock the file `path`, first exclusively for this process, then shared with the other ranks; returns the
     descriptor that holds the lock.
 
     Ranks of this job from before a restart, on machines that were cut off, are given time to end.
@@ -155,7 +156,7 @@ def _lock(path: Path, *, first: bool) -> int:
         _LOCKS.add(descriptor)
         if is_named(descriptor, path):
             return descriptor
-        # Whoever held the lock has just removed the file, and a lock on it keeps nobody out.
+        # The previous holder has just removed the file, so this lock protects nothing.
         _LOCKS.discard(descriptor)
         os.close(descriptor)
 
@@ -164,7 +165,7 @@ _RESTART_SECONDS = 120.0
 
 
 def _job() -> str | None:
-    """The id of the job that torchrun gives to all its machines, before and after a restart."""
+    """The id that torchrun gives to the job on all its machines, the same before and after a restart."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     return None if name == "none" else name
 
@@ -179,8 +180,11 @@ def _named(text: str) -> str:
 
 @dataclass(frozen=True)
 class Branch:
-    """Record of a branch that was left, for the report. step: where the run went on from. folder: where the rest is,
-    within the output folder. told: the rest in words."""
+    """A branch that was abandoned, for the report.
+
+    step: the step that the run resumed from. folder: where the rest was moved, relative to the output folder. told: a
+    description of what was moved.
+    """
 
     step: int
     folder: str
@@ -188,8 +192,8 @@ class Branch:
 
 
 def begin_run(config: Config, output: Path, checkpoints: Checkpointer, world: World) -> Branch | None:
-    """Make `output` the folder of the run that `checkpoints` goes on with, or of a new one: its checkpoints, metrics
-    and configuration. Returns the branch that was left, on rank 0. Collective."""
+    """Prepare `output` for the run that `checkpoints` resumes, or for a new one: its checkpoints, metrics and
+    configuration. Returns the abandoned branch, on rank 0. Collective."""
     start = checkpoints.begin()
 
     def begin() -> Branch | None:
@@ -201,10 +205,10 @@ def begin_run(config: Config, output: Path, checkpoints: Checkpointer, world: Wo
 
 
 def begin_branch(output: Path, start: Start) -> Branch | None:
-    """Leave in `output` the past of `start`, and set aside the rest; returns None if that is metrics at most."""
+    """Keep in `output` what led to `start`, and move the rest away; returns None if that is only metrics."""
     step = start.step
     first, last = step_range(output / METRICS)
-    # Of a checkpoint from elsewhere no metrics up to it can be in this folder: these are another run's.
+    # If the checkpoint is from another folder, all metrics in this folder belong to another run.
     goes_on = start.goes_back or not 0 < first <= step
     checkpoints = [
         folder
@@ -238,7 +242,7 @@ def begin_branch(output: Path, start: Start) -> Branch | None:
 
 
 def _checkpoints(root: Path) -> Iterator[tuple[Path, str]]:
-    """Every folder named like a checkpoint, oldest first, with the id of the start that wrote it, if it says so."""
+    """Every folder named like a checkpoint, oldest first, with the id of the start that wrote it, if recorded."""
     found, broken = manifest.by_age(root)
     written = {folder: content.start for folder, content in found}
     for folder in sorted([*written, *broken], key=lambda folder: manifest.step_of(folder.name)):
@@ -246,7 +250,7 @@ def _checkpoints(root: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _exports(root: Path, last: int) -> Iterator[tuple[Path, int]]:
-    """The exports under `root` with their steps; `last` is that of the end of the run."""
+    """The exports under `root` with their steps; the final export gets the step `last`."""
     for path in sorted(root.iterdir()) if root.is_dir() else ():
         if path.name == "final":
             yield path, last

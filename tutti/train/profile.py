@@ -1,14 +1,14 @@
 """torch's profiler over the steps [train.profile_start_step, train.profile_end_step), as Chrome traces.
 
-    with make_profiler(config.train, dist, start_step=step) as profiler:
+    with make_profiler(config.train, world, start_step=step) as profiler:
         for ...:
             one training step
             profiler.step()
 
-Steps have the numbers that metrics.jsonl gives them, from 1. In the step before the first profiled one, if this process
-runs it, the profiler is set up already, so that what this costs is not measured. In the trace each step is a span named
-`ProfilerStep#<step>`, which viewers know. Each rank writes rank<r>_steps<first>-<last>.json into
-train.profile_trace_dir as soon as the last profiled step is over, or training is: for chrome://tracing and Perfetto.
+Steps are numbered from 1, as in metrics.jsonl. The profiler is set up one step before the first profiled one (if this
+process runs it), so that the set-up is not measured. In the trace each step is a span named `ProfilerStep#<step>`,
+which viewers recognize. Each rank writes rank<r>_steps<first>-<last>.json to train.profile_trace_dir when the last
+profiled step, or training, ends. Open it with chrome://tracing or Perfetto.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Profiler(Protocol):
 
 
 def make_profiler(train: TrainConfig, world: World, *, start_step: int = 0) -> Profiler:
-    """The profiler that `train.profile_*` ask for on this rank, or one that does nothing.
+    """The profiler that `train.profile_*` describe for this rank, or one that does nothing.
 
-    start_step: the step that training goes on from. ValueError where [start, end) holds no step.
+    start_step: the step that training resumes from. ValueError: [start, end) contains no step.
     """
     if not train.enable_profiling:
         return _NoProfiler()
@@ -70,7 +70,7 @@ class _NoProfiler:
 
 
 class _TorchProfiler:
-    """`_next` is the step that runs next; the profiler is set up before the asked steps and stopped after them."""
+    """Profiles the requested steps. `_next` is the step that runs next."""
 
     def __init__(self, train: TrainConfig, world: World, start_step: int) -> None:
         self._next = start_step + 1
@@ -123,7 +123,7 @@ class _TorchProfiler:
         self._span = None
         if leaving or self._next == self._last:
             self._profile.stop_trace()
-            # A step that training was left in is cut short, but the ones before it are worth having.
+            # A step that was interrupted is incomplete, but the ones before it are worth keeping.
             last = self._next if not leaving else max(self._first, self._next - 1)
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"rank{self._rank}_steps{self._first}-{last}.json"

@@ -1,12 +1,12 @@
-"""Starting a run again after it has crashed: whether, and how, so that it goes on where it was.
+"""Restarts after a crash: whether to restart, and with which command, so that the run resumes where it was.
 
-A run that has begun leaves a record of that beside its checkpoints (`tutti.checkpoint.lineage`). Once a new one is
-there, `train.load_checkpoint_path auto` means the newest checkpoint of this run, or what it began from. Before that the
-command is simply run again.
+A run that has begun leaves a record next to its checkpoints (`tutti.checkpoint.lineage`). Once there is a new record,
+`train.load_checkpoint_path auto` means the newest checkpoint of this run, or the one it started from. Before that, the
+same command is simply run again.
 
-A run that is gone on with repeats its steps bit for bit, and with them whatever in these steps or rows made it fail. So
-one that fails twice with the same words, which say where it was, is not started a third time. What the kernel or a
-machine ended left no words, and may have met it by chance.
+A resumed run repeats its steps bit for bit, including whatever made it fail. So a run that fails twice with the same
+message, which says where it was, is not restarted again. A process killed by the kernel or a lost machine leaves no
+message, and may have been a matter of chance.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from tutti.checkpoint.lineage import read_start
 from tutti.core.launch import Failure
 
 _FAILED, _WRONG = 1, 2
-"""Exit statuses: the run failed and said why; the command or the configuration is wrong."""
+"""Exit statuses: the run failed and reported why; the command or the configuration is wrong."""
 
 
 def restarts(command: Sequence[str], output: Path, most: int) -> Callable[[Failure], list[str] | None]:
-    """A function that gives the command to run after a failure, None if that was the end.
+    """A function that returns the command to run after a failure, or None to give up.
 
-    command: that of a rank of the run in the folder `output`. most: restarts. What failed before it began, and said
-    why, is not tried again, nor what failed twice in the same way: something must be mended first.
+    command: the command of a rank of the run in the folder `output`. most: maximum number of restarts. A failure is not
+    retried if it was reported before the run began, or has occurred twice in the same way: something must be fixed
+    first.
     """
     before, num_done, told = _start_id(output), 0, ""
 
@@ -53,6 +54,6 @@ def _say(text: str) -> None:
 def _start_id(output: Path) -> str | None:
     try:
         start = read_start(output / "checkpoints")
-    except ValueError:  # the run itself tells of it, if it is in its way
+    except ValueError:  # the run itself reports it if it matters
         return None
     return None if start is None else start.id

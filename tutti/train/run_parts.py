@@ -62,8 +62,8 @@ class Run:
         return {CONFIG: to_yaml(asked), MODEL_CONFIG: model.config.to_json_string()}
 
     def facts(self, asked: Config) -> dict[str, Any]:
-        """The facts about the run in a checkpoint's manifest, including the values chosen for settings left to `auto`.
-        """
+        """The facts about the run in a checkpoint's manifest, including the values chosen for settings left to
+        `auto`."""
         digest = hashlib.sha256(to_yaml(asked).encode()).hexdigest()
         return {"layout": asdict(self.layout), "config": digest, "compute_dtype": self.config.train.compute_dtype}
 

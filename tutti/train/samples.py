@@ -1,19 +1,19 @@
-"""Samples: prompts that the model answers before training, at each evaluation and when training ends.
+"""Samples: the model's answers to prompts before training, at each evaluation, and at the end.
 
-The model answers as it is, laid out over the ranks and in training, by the generation of `tutti infer`: requests, stop
-rule, text and loop are the same. Where every rank has the model's whole depth and all tokens of a row (a single
-process, DDP, FSDP) it generates with a cache of keys and values. Any other layout (tensor, pipeline, context or Ulysses
-axes, compiled blocks, samples one by one) runs all rows anew for each token, through the executor that training uses:
-for a few short answers the repetition costs less than a cache for every layout would.
+The model answers in its current layout, in the middle of training, with the generation code of `tutti infer` (requests,
+stop rule, text, loop). If every rank has the model's full depth and all tokens of a row (a single process, DDP, FSDP),
+it uses a key/value cache. On any other layout (tensor, pipeline, context or Ulysses parallelism, compiled blocks,
+batch-invariant mode) it runs all rows again for each token, through the executor of training: for a few short answers
+this costs less than supporting a cache on every layout.
 
-All ranks run the same prompts. Answers are greedy: nothing is drawn at random, and nothing that training uses is
-touched, so that a run trains the same, bit for bit, with prompts and without.
+All ranks run the same prompts. Answers are greedy, use no random numbers, and change nothing that training uses, so
+that training is the same bit for bit with and without prompts.
 
-A row of `train.sample_prompts_path` may say under "answer" which text its answer must hold, or a list of texts of which
-one is enough. Where data.row_template has the assistant draw a row's image, the answer must hold a picture, to which
-that image is the nearest of all rows' images. Such rows are counted: the share of right answers is logged and recorded
-as `sample_accuracy`, and apart from it as `unseen_accuracy` that of rows in a file of data.eval_path, which the model
-is not trained on.
+A row of `train.sample_prompts_path` can give under "answer" the text that its answer must contain, or a list of
+alternatives. If data.row_template has the assistant draw a row's image, the answer must contain a picture that is
+nearer to that image than to any other row's. Such rows are counted: the share of right answers is logged as
+`sample_accuracy`, and separately, for rows of a file in data.eval_path (which the model is not trained on), as
+`unseen_accuracy`.
 """
 
 from __future__ import annotations
@@ -66,18 +66,20 @@ log = logging.getLogger(__name__)
 
 _GREEDY = Sampler(greedy=True, temperature=1.0, top_p=1.0, seed=0)
 _SHOWN = 8
-"""Most rows with an expected answer whose answers are shown, the first of them; all are counted."""
+"""Maximum number of rows with an expected answer whose answers are shown; all are counted."""
 _PICTURE_SIDE = 96
-"""Most pixels along a side of a picture in the report."""
+"""Maximum side in pixels of a picture in the report."""
 _CACHE_BYTES = 2**26
-"""Memory for the decoded media of prompts, which are needed anew for each token where there is no cache."""
+"""Memory for the decoded media of prompts, which are needed again for each token if there is no cache."""
 _CACHEABLE = (PACKED, "flash_attention_2", "flash_attention_3")
 
 
 class _Prompt(NamedTuple):
-    """text: the prompt as it is shown. expected: texts one of which the answer must hold; none: any answer will do.
-    pictures: of its media, as data URLs. target: the picture that is to be drawn, as the model draws pictures. unseen:
-    True for one of the evaluation data."""
+    """A prompt.
+
+    text: what is shown. expected: texts of which the answer must contain one; empty if any answer will do. pictures:
+    its media as data URLs. target: the picture to draw, as the model draws pictures. unseen: it is evaluation data.
+    """
 
     text: str
     request: Request
@@ -88,9 +90,9 @@ class _Prompt(NamedTuple):
 
 
 class Samples:
-    """The prompts of train.sample_prompts and train.sample_prompts_path, and how the model answers them.
+    """The prompts of train.sample_prompts and train.sample_prompts_path, and the model's answers.
 
-    ValueError: the file is not there, or a prompt cannot be used.
+    ValueError: the file does not exist, or a prompt cannot be used.
     """
 
     def __init__(self, run: Run) -> None:
@@ -104,7 +106,8 @@ class Samples:
         self._media = media_inputs(run.placed.structure, _processor(run))
         self._budget = config.train.micro_batch_size * config.data.max_seq_len
         sizes = [prompt.request.size for prompt in self._prompts]
-        # Rows of one length need one compiled program; without compilation, padding would only cost time.
+        # With compilation, rows of equal length need only one compiled program; without it, padding would only cost
+        # time.
         room = min(sum(sizes), max([self._budget, *sizes]))
         self._pad_to = room if config.train.enable_compile else None
         self._shown = -1
@@ -112,7 +115,8 @@ class Samples:
             raise ValueError("train.sample_prompts_path: pictures are drawn in training by ddp and fsdp alone")
 
     def show(self, step: int, metrics: Metrics, executor: Executor) -> None:
-        """Answer the prompts after `step` (0: before training) into the log, the report and the other places, once.
+        """Answer the prompts after `step` (0: before training), at most once per step, in the log, the report and the
+        trackers.
 
         A collective call.
         """
@@ -149,7 +153,7 @@ class Samples:
         metrics.log_answers(step, graded[False], graded[True])
 
     def _nearest(self, picture: Image.Image) -> _Prompt:
-        """The prompt whose target is nearest to a picture, by the mean square of differences of pixels."""
+        """The prompt whose target picture is nearest to `picture`, by mean squared difference of pixels."""
         values = to_values(np.asarray(picture))
         known = [(prompt, prompt.target) for prompt in self._prompts if prompt.target is not None]
         return min(known, key=lambda one: float((one[1] - values).square().mean()))[0]
@@ -179,7 +183,7 @@ class Samples:
 
 
 def is_right(answer: str, expected: Sequence[str]) -> bool:
-    """True if `answer` holds one of the texts `expected` as whole words, whatever the case and the blanks."""
+    """True if `answer` contains one of the texts `expected` as whole words, ignoring case and spaces."""
     said = _words(answer)
     return any(re.search(rf"(?<!\w){re.escape(_words(text))}(?!\w)", said) for text in expected)
 
@@ -189,7 +193,7 @@ def _words(text: str) -> str:
 
 
 def _fits_cache(run: Run) -> bool:
-    """True if the model can generate with a cache of keys and values, as it is laid out."""
+    """True if the model can generate with a key/value cache in its current layout."""
     model, train = run.placed.model, run.config.train
     if any(run.mesh.size(axis) > 1 for axis in ("tensor", "pipeline", "context", "ulysses")):
         return False
@@ -199,9 +203,9 @@ def _fits_cache(run: Run) -> bool:
 
 
 class RecomputedLogits:
-    """Next logits of a model in any layout, from all tokens so far.
+    """Next logits of a model in any layout, computed from all tokens so far.
 
-    pad_to: the length of every row that is run.
+    pad_to: the length to pad every row to.
     """
 
     joins = True
@@ -234,14 +238,14 @@ class RecomputedLogits:
         for values in self._executor.evaluate([batch], compute=logits):
             found[own.labels[own.target_index].to(found.device)] = values.float()
         if self._world.size > 1:
-            # Where ranks share the tokens of a row, one of them holds its last; and only the last stage of a pipeline
-            # has logits.
+            # If ranks share the tokens of a row, one of them has its last token; and only the last pipeline stage has
+            # logits.
             dist.all_reduce(found, dist.ReduceOp.MAX)
         return found
 
 
 def _last_labelled(number: int, ids: list[int], media: tuple[Media, ...]) -> Sample:
-    """A sample whose one target is its last position, labelled with `number`."""
+    """A sample whose only target is its last position, labeled with `number`."""
     sample = as_sample(ids, media)
     sample.labels[-1] = number
     return sample
@@ -253,7 +257,7 @@ def _processor(run: Run) -> MediaProcessor | None:
 
 
 def _painter(run: Run) -> FlowPainter | None:
-    """The painter of a model that draws by diffusion, as it is trained."""
+    """The painter for a model with a diffusion decoder, in its current state of training."""
     model, train, device = run.placed.model, run.config.train, run.world.device
     if getattr(model, "flow", None) is None:
         return None
@@ -262,7 +266,7 @@ def _painter(run: Run) -> FlowPainter | None:
 
 
 def _read(run: Run, drawn: tuple[Drawing, PictureTokenizer | FlowPainter] | None) -> list[_Prompt]:
-    """All prompts with their requests. drawn: of a model that draws. ValueError: which one cannot be used, and why."""
+    """All prompts with their requests. drawn: for a model that draws. ValueError: a prompt cannot be used, and why."""
     config, tokenizer = run.config, run.inputs.tokenizer
     chat = config.data.task.holds_chats
     context = getattr(run.placed.structure.config, "max_position_embeddings", None)
@@ -301,8 +305,7 @@ def _read(run: Run, drawn: tuple[Drawing, PictureTokenizer | FlowPainter] | None
 
 
 def _target(form: PromptFormat, row: dict[str, Any], folder: str) -> Tensor | None:
-    """The picture that a model that draws is to draw for a row, if data.row_template says so. RowError: it cannot be
-    decoded."""
+    """The picture that the model is to draw for a row, if data.row_template has one. RowError: it cannot be decoded."""
     if form.drawing is None or form.media is None or row.get("image") is None or not is_target(form.row_template):
         return None
     medium = form.media.measure("drawn", row["image"], MediaFolder(folder, form.media_root))
@@ -310,7 +313,7 @@ def _target(form: PromptFormat, row: dict[str, Any], folder: str) -> Tensor | No
 
 
 def prompt_rows(config: Config) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """The rows to answer, each with the name of its place, and its file if it is in one."""
+    """Yield the rows to answer, each with a name for messages, and its file if there is one."""
     for text in config.train.sample_prompts:
         yield f"train.sample_prompts {text!r}", {"prompt": text}, ""
     name = "train.sample_prompts_path"
@@ -328,12 +331,12 @@ def prompt_rows(config: Config) -> Iterator[tuple[str, dict[str, Any], str]]:
 
 
 def _listed(paths: str | None) -> list[str]:
-    """The paths of a comma list."""
+    """The paths in a comma-separated list."""
     return [path.strip() for path in (paths or "").split(",") if path.strip()]
 
 
 class PromptLines(JsonLines):
-    """A text file with a prompt a line, as rows."""
+    """A text file with one prompt per line, as rows."""
 
     def _parse(self, text: bytes, line: int) -> Row | BadRow:
         try:
@@ -343,7 +346,7 @@ class PromptLines(JsonLines):
 
 
 def _expected(row: dict[str, Any]) -> tuple[str, ...]:
-    """The texts under "answer", of which an answer must hold one. RowError: they are none."""
+    """The texts under "answer", of which an answer must contain one. RowError: they are not texts."""
     answer = row.get("answer")
     if answer is None:
         return ()
@@ -372,7 +375,7 @@ def _said(content: Any) -> str:
 
 
 def _picture(medium: Media) -> str | None:
-    """A small PNG of an image, or of a video's first frame, as a data URL; None of a sound. RowError: it cannot be
+    """A small PNG of an image, or of a video's first frame, as a data URL; None for a sound. RowError: it cannot be
     decoded."""
     if medium.kind == "image":
         picture = load_image(medium)

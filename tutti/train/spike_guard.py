@@ -1,9 +1,9 @@
-"""Spikes: steps whose loss or gradient norm lies far above that of the steps before them.
+"""Loss spikes: steps whose loss or gradient norm is far above that of the preceding steps.
 
-Often a spike is a bad batch, and its update is better left out (as by the skip-step optimizers of OLMo-core). A step
-is a spike if its loss or its gradient norm is more than `train.spike_sigma` standard deviations above the mean of the
-last `train.spike_window` steps. This is decided on the device, from numbers that are the same on every rank, so that
-all ranks decide alike and nothing waits for the host.
+A spike is often caused by a bad batch, whose update is better skipped (as in OLMo-core's skip-step optimizers). A step
+is a spike if its loss or gradient norm is more than `train.spike_sigma` standard deviations above the mean of the last
+`train.spike_window` steps. This is decided on the device from numbers that are equal on all ranks, so all ranks decide
+the same and nothing waits for the host.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from tutti.core.dist import World
 
 
 class SpikeGuard:
-    """Remembers the last steps and tells whether another one is a spike.
+    """Remembers the last steps and decides whether another one is a spike.
 
-    is_on: spikes are to be looked for. skips: they are to be left out.
+    is_on: spikes are detected. skips: their updates are skipped.
 
-    Spikes enter the history as other steps do, so that a loss that stays high is soon the usual one.
+    Spikes enter the history like other steps, so that a loss that stays high soon counts as normal.
     """
 
     def __init__(self, train: TrainConfig, world: World) -> None:
         self.is_on, self.skips = train.spike_sigma > 0, train.skip_spikes
         self._sigma, self._world = train.spike_sigma, world
-        # Of the last steps, a row each: loss and gradient norm. A row that was not used yet is NaN.
+        # One row per step: loss and gradient norm. Unused rows are NaN.
         self._history = torch.full((train.spike_window, 2), torch.nan, device=world.device)
         self._num_steps = 0
 
     def is_spike(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """True, as a tensor on the device, if a step is a spike; it enters the history. A collective call.
+        """Returns True, as a tensor on the device, if a step is a spike, and adds the step to the history. A collective
+        call.
 
         loss: this rank's part of the step's mean loss. norm: of the gradient, the same on every rank.
         """
@@ -48,7 +49,7 @@ class SpikeGuard:
         rows = self._history.where(known, 0.0)
         mean = rows.sum(0) / count
         spread = ((rows - mean).square() * known).sum(0).div(count - 1).sqrt()
-        # What is not finite says nothing of what is usual.
+        # Values that are not finite do not count as normal ones.
         usable = values.isfinite().all()
         enough = count >= max(2, len(self._history) // 2)
         row = self._history[self._num_steps % len(self._history)]
@@ -63,7 +64,7 @@ class SpikeGuard:
         return {"history": [row for row in rows if row[0] == row[0]]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with `state`; with a shorter window, from the newest of its steps."""
+        """Restore `state`; with a shorter window, from the newest of its steps."""
         rows = state["history"][-len(self._history) :]
         self._history.fill_(torch.nan)
         self._history[: len(rows)] = self._history.new_tensor(rows).view(-1, 2)

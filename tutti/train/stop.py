@@ -1,15 +1,15 @@
-"""Ending a run before its last step, in good order: on request, or because it does not get better any more.
+"""Ending a run before its last step: on request, or because it no longer improves.
 
-SIGTERM and SIGINT are noted, agreed on by all ranks, and acted on at the step's end.
+SIGTERM and SIGINT are recorded, agreed on by all ranks, and acted on at the end of a step.
 
 One request to stop often arrives as several signals. Slurm, systemd and a terminal signal every process of a job, and a
-launcher that was signalled passes its own signal on, so that a rank gets two or more, the last ones while it is saving.
-All of them mean the same stop. Who cannot wait for the checkpoint has SIGQUIT (Ctrl-\\) and SIGKILL.
+launcher that is signaled forwards its own signal, so that a rank gets two or more, the last ones while it saves. All of
+them mean the same stop. To end without waiting for the checkpoint, use SIGQUIT (Ctrl-\\) or SIGKILL.
 
-On several machines under torchrun it may be one machine that is told to leave, or all, because another one joins. Each
-machine's agent learns of that by itself, within some two seconds; and one that sees its ranks end well meanwhile takes
-the run for finished. So ranks wait for their own signal once all is saved. If none comes to a machine, then it is not
-to leave: its ranks fail, and its agent starts them again on the machines that are left.
+With torchrun on several machines, the signal may mean that one machine has to leave, or that all have to stop because
+another one joins. Each machine's agent learns this on its own, within about two seconds, and an agent whose ranks exit
+successfully in the meantime considers the run finished. So ranks wait for their own signal after everything is saved.
+If a machine gets none, it is not meant to leave: its ranks fail, and its agent restarts them on the remaining machines.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ _AGENT_SECONDS = 5.0
 
 
 class MachineLeftError(RuntimeError):
-    """The run has stopped because another machine leaves, and is to be started again on those that are left."""
+    """The run has stopped because another machine leaves, and is to be restarted on the remaining ones."""
 
     reported = True
 
 
 class StopSignal:
-    """Within its `with` block SIGTERM and SIGINT ask the run to stop, once, however many of them come.
+    """Within its `with` block, SIGTERM and SIGINT ask the run to stop, once, however many arrive.
 
-    failed: True where this rank has another reason to end the run, as a save in the background that failed.
+    failed: returns True if this rank has another reason to end the run, such as a failed background save.
 
-    After a run that was asked to stop they stay ignored: the process is about to end, and a signal that comes late must
-    not turn its exit status 0 into another.
+    After a stop was requested the signals stay ignored: the process is about to end, and a late signal must not change
+    its exit status 0.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -67,7 +67,7 @@ class StopSignal:
             signal.signal(number, signal.SIG_IGN if self._seen else handler)
 
     def requested(self) -> bool:
-        """True if any rank was asked to stop, or has failed. A collective call, over host memory: it does not wait for
+        """True if any rank was asked to stop, or has failed. A collective call on host memory, which does not wait for
         the device."""
         stops = self._seen or self._failed()
         if self._world.size == 1:
@@ -77,7 +77,7 @@ class StopSignal:
         return bool(flag)
 
     def require_no_restart(self) -> None:
-        """Raise MachineLeftError on the machines that a stop was not meant for, if torchrun starts them again. A
+        """Raise MachineLeftError on the machines that the stop was not meant for, if torchrun restarts them. A
         collective call of the ranks that have stopped."""
         if int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1:
             return
@@ -110,7 +110,7 @@ class EarlyStopping:
         self._best, self._best_step, self._in_vain = math.inf, 0, 0
 
     def add(self, step: int, loss: float) -> None:
-        """Take in the evaluation loss after `step`, which is the same on every rank."""
+        """Add the evaluation loss after `step`, which is the same on every rank."""
         if loss < self._best - self._min_delta:
             self._best, self._best_step, self._in_vain = loss, step, 0
         else:
@@ -120,7 +120,7 @@ class EarlyStopping:
 
     @property
     def reason(self) -> str | None:
-        """Why the run is over; None while it is not."""
+        """The reason to end the run; None to continue."""
         if not 0 < self._patience <= self._in_vain:
             return None
         return (
