@@ -1,7 +1,8 @@
 """Every path of training on an accelerator against the same run on the CPU, in fp32.
 
-Skipped where there is no accelerator. `python -m tests.train.test_gpu FOLDER` trains on whatever device there is and
-writes FOLDER/losses.json; the test has it do so on the CPU for all cases at once.
+Skipped where there is no accelerator. `python -m tests.train.test_gpu FOLDER` trains all cases on whatever device there
+is and writes the losses of each to FOLDER/NAME.json; one such process, to which no accelerator is visible, works beside
+the tests.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ import logging
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
+from transformers import AutoModelForCausalLM
 
 from tests.infer.models import infer_config
 from tests.model.zoo import tiny
@@ -36,7 +41,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "eager": ("qwen3", {}, {"model.attn_implementation": "eager"}),
     "native-sparse": ("qwen3", SPARSE, {"model.attn_implementation": "native-sparse"}),
     "sliding-window": ("mistral", {}, {}),
-    "softcap": ("gemma2", {}, {}),
+    "softcap": ("gemma2", {}, {"train.lr": 1e-3}),
     "sinks": ("gpt_oss", {}, {}),
     "wide-keys": ("deepseek_v3", {}, {}),
     "experts": ("qwen3_moe", {}, {}),
@@ -75,10 +80,10 @@ def case_config(folder: Path, name: str) -> Any:
     changes: dict[str, Any] = {"model.config_path": str(model), "train.global_batch_size": 4} | of_run
     if changes.get("data.data_type") == "dpo":
         changes["data.train_path"] = write_pairs(folder / name / "pairs.jsonl", 32, longest=200)
-    if changes.get("train.lora_base_dtype"):
-        first = tiny_config(folder / name / "base", **{"model.config_path": str(model), "train.save_hf_weights": True})
-        train(first)
-        changes |= {"model.model_path": str(Path(first.train.output_dir) / "hf" / "final"), "model.config_path": None}
+    if changes.get("train.lora_base_dtype"):  # of a base that is equal to the last bit, as a number may round up or down
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(tiny(family, **special | of_model)).save_pretrained(folder / name / "base")
+        changes |= {"model.model_path": str(folder / name / "base"), "model.config_path": None}
     return tiny_config(folder / name, **changes)
 
 
@@ -91,26 +96,44 @@ def losses(folder: Path, name: str) -> list[tuple[float, float]]:
     return [(line["loss"], line["grad_norm"]) for line in records(config)]
 
 
-@pytest.fixture(scope="module")
-def on_cpu(tmp_path_factory) -> dict[str, list[tuple[float, float]]]:
-    folder = tmp_path_factory.mktemp("cpu")
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([sys.executable, "-m", __spec__.name, str(folder)], env=environment, check=True)
-    return json.loads((folder / "losses.json").read_text())
+@pytest.fixture(scope="session")
+def on_cpu(tmp_path_factory) -> Iterator[Callable[[str], Any]]:
+    """The losses of a case on the CPU, which the first of the test processes starts a process for."""
+    parallel = "PYTEST_XDIST_WORKER" in os.environ
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if parallel else base) / "on_cpu"
+    process = None
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+            process = subprocess.Popen([sys.executable, "-m", __spec__.name, str(folder)], env=environment)
+
+    def expected(name: str) -> Any:
+        end = time.monotonic() + 300
+        while not (folder / f"{name}.json").exists():
+            assert time.monotonic() < end and not (process and process.poll()), "the CPU has not come to this case"
+            time.sleep(0.1)
+        return json.loads((folder / f"{name}.json").read_text())
+
+    yield expected
+    if process:
+        process.wait()
 
 
 @needs_accelerator
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_equals_that_on_the_cpu(tmp_path, on_cpu, name):
-    expected = on_cpu[name]
+    found = losses(tmp_path, name)
+    expected = on_cpu(name)
     if isinstance(expected, str):
         pytest.skip(f"the CPU says: {expected}")
-    for step, (got, want) in enumerate(zip(losses(tmp_path, name), expected, strict=True), start=1):
+    for step, (got, want) in enumerate(zip(found, expected, strict=True), start=1):
         assert got == pytest.approx(want, rel=1e-4), f"loss and gradient norm at step {step}"
 
 
 @needs_accelerator
-def test_a_run_in_bf16_stays_close(tmp_path, on_cpu):
+def test_a_run_in_bf16_stays_close(tmp_path):
     config = tiny_config(tmp_path, **{"train.compute_dtype": "bfloat16", "train.global_batch_size": 4})
     train(config)
     fp32 = tiny_config(tmp_path / "fp32", **{"train.global_batch_size": 4})
@@ -147,15 +170,17 @@ def _write(folder: Path) -> None:
 
     from tutti.core.dist import shutdown_world
 
-    found: dict[str, Any] = {}
     for name in CASES:
+        found: Any
         try:
-            found[name] = losses(folder, name)
+            found = losses(folder, name)
         except ValueError as error:
-            found[name] = str(error)
+            found = str(error)
         if is_initialized():
             shutdown_world()
-    (folder / "losses.json").write_text(json.dumps(found))
+        written = folder / f"{name}.part"
+        written.write_text(json.dumps(found))
+        written.rename(folder / f"{name}.json")
 
 
 if __name__ == "__main__":

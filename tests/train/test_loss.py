@@ -27,7 +27,7 @@ def make(dtype=torch.float64, positions=37, width=12, vocabulary=50):
 def test_equals_full_logits(monkeypatch, chunk_rows, transform, with_bias):
     hidden, weight, bias, targets = make(torch.float32)
     targets = targets.clamp(min=9)  # some transforms mask those before
-    monkeypatch.setattr(module, "CHUNK_BYTES", chunk_rows * weight.shape[0] * weight.element_size())
+    monkeypatch.setattr(module, "CHUNK_BYTES_ON_CPU", chunk_rows * weight.shape[0] * weight.element_size())
     monkeypatch.setattr(module, "CACHED_ELEMENTS", 3 * weight.shape[0])
     used = [hidden, weight, *([bias] if with_bias else [])]
     total, losses = linear_cross_entropy(hidden, weight, targets, bias=bias if with_bias else None, transform=transform)
@@ -49,7 +49,7 @@ def test_equals_full_logits(monkeypatch, chunk_rows, transform, with_bias):
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("hidden",)], ids=["whole", "frozen head", "head alone"])
 def test_weights_known_only_in_the_backward_pass(monkeypatch, chunk_rows, transform, frozen):
     hidden, weight, bias, targets = make(torch.float32)
-    monkeypatch.setattr(module, "CHUNK_BYTES", chunk_rows * weight.shape[0] * weight.element_size())
+    monkeypatch.setattr(module, "CHUNK_BYTES_ON_CPU", chunk_rows * weight.shape[0] * weight.element_size())
     monkeypatch.setattr(module, "CACHED_ELEMENTS", 3 * weight.shape[0])
     named = {"hidden": hidden, "weight": weight, "bias": bias}
     used = [item.requires_grad_(name not in frozen) for name, item in named.items() if name not in frozen]
@@ -110,7 +110,7 @@ def test_one_kernel_on_a_gpu_makes_the_same_losses_and_gradients(monkeypatch, tr
         return [losses.detach(), *(item.grad for item in inputs)]
 
     want = run()
-    monkeypatch.setattr(module, "CHUNK_BYTES", 10 * weight.shape[0] * weight.element_size())
+    monkeypatch.setattr(module, "CHUNK_BYTES_ON_DEVICE", 10 * weight.shape[0] * weight.element_size())
     presume_compiler(monkeypatch, lambda graph, _: made.append(graph) or graph)
     got = run()
     for ours, theirs in zip(got, want, strict=True):
@@ -137,8 +137,21 @@ def test_bf16_accumulates_head_gradient_over_chunks_in_fp32(monkeypatch):
     total.backward()
     exact = weight.grad.clone()
     low_hidden, low_weight = (item.detach().bfloat16().requires_grad_() for item in (hidden, weight))
-    monkeypatch.setattr(module, "CHUNK_BYTES", 16 * 16 * 2)
+    monkeypatch.setattr(module, "CHUNK_BYTES_ON_CPU", 4 * 16 * 2)
     total, _ = linear_cross_entropy(low_hidden, low_weight, targets)
     total.backward()
     error = (low_weight.grad.float() - exact).norm() / exact.norm()
     assert error < 1e-2, f"relative error {error:.3g}: the sum over 256 chunks lost precision"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_many_chunks_on_a_gpu(monkeypatch, dtype):
+    hidden, weight, _, targets = make(torch.float32, positions=600)
+    linear_cross_entropy(hidden, weight, targets)[0].backward()
+    monkeypatch.setattr(module, "CHUNK_BYTES_ON_DEVICE", 8 * weight.shape[0] * dtype.itemsize)
+    inputs = [item.detach().to("cuda", dtype).requires_grad_() for item in (hidden, weight)]
+    linear_cross_entropy(*inputs, targets.cuda())[0].backward()
+    for ours, exact in zip(inputs, (hidden, weight), strict=True):
+        error = (ours.grad.cpu().float() - exact.grad).norm() / exact.grad.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 2e-2)

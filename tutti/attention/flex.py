@@ -36,8 +36,8 @@ BLOCK = 128
 _EVERYTHING = 2**30
 """A window that no sample is longer than."""
 
-_TOLERANCE = 0.05
-"""The difference from tiles, relative to the largest value, that roundings in half precision can make."""
+_TOLERANCE = 0.02
+"""The relative difference, by the norm, from tiles in fp32 that roundings in half precision can make: some 0.005."""
 
 
 def takes(query: Tensor) -> bool:
@@ -139,7 +139,7 @@ def _works(
 
 
 def _trial(device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int, int], spec: AttentionSpec) -> float:
-    """The largest difference of output and gradients from those of tiles, relative to the largest value. Of two
+    """The largest relative difference, by the norm, of output and gradients from those of tiles in fp32. Of two
     lengths, from which the compiler learns that lengths differ."""
     heads, kv_heads, width, values = sizes
     worst = 0.0
@@ -150,9 +150,9 @@ def _trial(device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int,
             drawn = [torch.randn(shape, generator=draws, device=device, dtype=dtype) for shape in shapes]
             borders = torch.tensor([0, 1, BLOCK + 7, 2 * BLOCK, length], dtype=torch.int32)
             ours = _out_and_gradients(_attend, drawn, borders.to(device), spec)
-            theirs = _out_and_gradients(packed_attention, drawn, borders, spec)
+            theirs = _out_and_gradients(packed_attention, [item.float() for item in drawn], borders, spec)
             for one, other in zip(ours, theirs, strict=True):
-                worst = max(worst, float((one - other).abs().max() / other.abs().max()))
+                worst = max(worst, float((one.float() - other).norm() / other.norm()))
     return worst
 
 

@@ -69,12 +69,12 @@ class Mesh:
     @property
     def num_shards(self) -> int:
         """Number of ranks that a dense parameter is split over by FSDP."""
-        return self.fsdp.size(-1)
+        return self.fsdp.shape[-1]
 
     @property
     def num_expert_shards(self) -> int:
         """Number of ranks that a parameter of the experts of one rank is split over by FSDP."""
-        return self.expert_fsdp.size(-1)
+        return self.expert_fsdp.shape[-1]
 
     def __str__(self) -> str:
         sizes = {axis: self.size(axis) for axis in AXES} | {"expert": self.expert.size()}

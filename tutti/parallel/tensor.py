@@ -176,7 +176,7 @@ def divide(root: nn.Module, split: dict[int, Placement], mesh: DeviceMesh) -> No
 def _divided(parameter: nn.Parameter, placement: Placement, mesh: DeviceMesh) -> nn.Parameter:
     whole = parameter.detach()
     if isinstance(placement, Shard):
-        parts = whole.chunk(mesh.size(-1), placement.dim)
+        parts = whole.chunk(mesh.shape[-1], placement.dim)
         own = parts[mesh.get_local_rank(mesh.ndim - 1)].clone(memory_format=torch.contiguous_format)
     else:
         own = whole

@@ -38,8 +38,8 @@ from tutti.core.compat import BackendCompilerFailed, graph_is_kept, has_triton
 from tutti.core.device import on_accelerator
 from tutti.model.structure import LogitTransform
 
-CHUNK_BYTES = 256 * 2**20
-"""Logits of one chunk take at most this much; on a CPU, whose products need fewer rows to be fast, a quarter of it."""
+CHUNK_BYTES_ON_DEVICE, CHUNK_BYTES_ON_CPU = 512 * 2**20, 64 * 2**20
+"""Logits of one chunk take at most this much; a CPU's products need fewer rows to be fast."""
 
 CACHED_ELEMENTS = 2**20
 """Logits that the CPU's elementwise part handles at a time, so that its fp32 copies stay in the cache."""
@@ -101,7 +101,7 @@ def target_losses(
 
 
 def _rows_a_chunk(weight: Tensor) -> int:
-    most = CHUNK_BYTES if on_accelerator(weight) else CHUNK_BYTES // 4
+    most = CHUNK_BYTES_ON_DEVICE if on_accelerator(weight) else CHUNK_BYTES_ON_CPU
     return max(1, most // (weight.shape[0] * weight.element_size()))
 
 
@@ -157,6 +157,8 @@ def _chunk_by_chunk(
             torch.mm(logits, weight, out=grad_hidden[chunk])
         if grad_weight is not None and grad_weight.dtype == logits.dtype:
             grad_weight.addmm_(logits.T, own)  # without a product of its own, as large as the head
+        elif grad_weight is not None and logits.is_cuda and torch.version.hip is None:
+            torch.addmm(grad_weight, logits.T, own, out_dtype=torch.float32, out=grad_weight)
         elif need_weight:
             product = logits.T @ own
             grad_weight = grad_weight.add_(product) if grad_weight is not None else product

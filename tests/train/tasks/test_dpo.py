@@ -129,7 +129,7 @@ def test_chunks_of_the_head_change_nothing(monkeypatch):
     models = [packed_twin(plain), packed_twin(plain)]
     losses = []
     for model, rows in zip(models, (3, 1000), strict=True):
-        monkeypatch.setattr("tutti.train.loss.CHUNK_BYTES", rows * plain.config.vocab_size * 4)
+        monkeypatch.setattr("tutti.train.loss.CHUNK_BYTES_ON_CPU", rows * plain.config.vocab_size * 4)
         out = Objective(model, SIGMOID)(batch)
         out["loss"].backward()
         losses.append(out["loss"].item())
