@@ -46,7 +46,7 @@ TESTS = (
     "tests/parallel/test_activation_offload.py::test_device_memory_is_given_back_and_copies_are_right",
 )
 WARMUP_STEPS, STEPS = 4, 6
-GROUPED, PADDED = "Trainer, length-grouped", "Trainer, padded"
+GROUPED, PADDED, KEPT = "Trainer, length-grouped", "Trainer, padded", "dense, activations kept"
 
 
 @dataclass(frozen=True)
@@ -149,15 +149,19 @@ def _write(out: Path, results: dict[str, Any]) -> None:
 def requirements() -> list[str]:
     """The packages that Tutti and its tests need, as pip takes them, without torch and what is only for developing."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [*project["dependencies"], "accelerate", "bitsandbytes", "peft", "pytest", "hypothesis"]
+    lines = [*project["dependencies"], "accelerate", "bitsandbytes", "peft", "pytest", "pytest-xdist", "hypothesis"]
     return [line for line in lines if not line.startswith(("torch>", "torch="))]
 
 
 def run_tests(said: Path, limit: float) -> dict[str, Any]:
     """Run the tests that need an accelerator for at most `limit` seconds: pytest's summary, the names of those that
-    failed, and the exit status. What pytest prints goes to the file `said`."""
+    failed, and the exit status. What pytest prints goes to the file `said`.
+
+    A test keeps little of the device busy and a core or two: several run at once where there are cores for them.
+    """
     start = time.perf_counter()
-    status = _run([sys.executable, "-m", "pytest", "-vv", *TESTS], said, limit)
+    processes = min(8, (os.cpu_count() or 1) // 2)
+    status = _run([sys.executable, "-m", "pytest", "-vv", "-n", str(processes), *TESTS], said, limit)
     lines = said.read_text().splitlines()
     failed = [line.split()[1] for line in lines if line.startswith(("FAILED", "ERROR"))]
     last = lines[-1].strip("= ") if lines else ""
@@ -207,6 +211,11 @@ def dense(scale: Scale) -> dict[str, Any]:
     return _of_model(scale, scale.dense)
 
 
+def kept(scale: Scale) -> dict[str, Any]:
+    """The dense model with all activations kept, none recomputed."""
+    return _of_model(scale, scale.dense, **{"train.enable_gradient_checkpointing": False})
+
+
 def trainer(scale: Scale, mode: str) -> dict[str, Any]:
     """transformers' Trainer on the same samples. mode: padded or grouped."""
     with tempfile.TemporaryDirectory() as place:
@@ -225,8 +234,8 @@ def experts(scale: Scale) -> dict[str, Any]:
 
 
 def compiled(scale: Scale) -> dict[str, Any]:
-    """The dense model with torch.compile."""
-    return _of_model(scale, scale.dense, **{"train.enable_compile": True})
+    """The dense model with torch.compile, all activations kept."""
+    return _of_model(scale, scale.dense, **{"train.enable_compile": True, "train.enable_gradient_checkpointing": False})
 
 
 def sparse(scale: Scale) -> dict[str, Any]:
@@ -274,7 +283,8 @@ PARTS = {
     "experts": Part(experts, 90),
     "native-sparse": Part(sparse, 40),
     "LoRA": Part(lora, 90),
-    "dense, compiled": Part(compiled, 120),
+    KEPT: Part(kept, 90),
+    f"{KEPT}, compiled": Part(compiled, 120),
     PADDED: Part(partial(trainer, mode="padded"), 90),
     "start-up": Part(startup, 60),
 }

@@ -74,7 +74,9 @@ FAMILIES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("family", "options"), FAMILIES.values(), ids=FAMILIES)
 def test_a_sample_is_the_same_in_any_batch(monkeypatch, family, options, dtype):
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES_ON_CPU", 256 * 100 * dtype.itemsize)  # a long sample is several chunks
+    monkeypatch.setattr(
+        loss_module, "CHUNK_BYTES_ON_CPU", 256 * 100 * dtype.itemsize
+    )  # a long sample is several chunks
     objective = make_objective(family, dtype, **options)
     samples = make_samples(37, 1, 150, 64, 5, 203)
     alone = [of_each(objective, [sample])[0] for sample in samples]

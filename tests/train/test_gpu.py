@@ -80,7 +80,9 @@ def case_config(folder: Path, name: str) -> Any:
     changes: dict[str, Any] = {"model.config_path": str(model), "train.global_batch_size": 4} | of_run
     if changes.get("data.data_type") == "dpo":
         changes["data.train_path"] = write_pairs(folder / name / "pairs.jsonl", 32, longest=200)
-    if changes.get("train.lora_base_dtype"):  # of a base that is equal to the last bit, as a number may round up or down
+    if changes.get(
+        "train.lora_base_dtype"
+    ):  # of a base that is equal to the last bit, as a number may round up or down
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(tiny(family, **special | of_model)).save_pretrained(folder / name / "base")
         changes |= {"model.model_path": str(folder / name / "base"), "model.config_path": None}
