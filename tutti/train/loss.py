@@ -1,23 +1,24 @@
 """The output head and the cross-entropy in one pass, in chunks, so that the logits of a long batch never exist at once.
 
 For N trained positions and a vocabulary of V the logits are N x V, by far the largest tensor of a training step. The
-loss needs each row only once, so the head is applied to a chunk of rows at a time and, while a chunk's logits are
-there, they are turned in place into their own gradient (softmax minus one-hot), multiplied into the gradients of the
-hidden states and of the head, and dropped. The forward pass thus does the backward pass's work too, and nothing is
-computed twice. The idea is that of Cut Cross-Entropy (arXiv 2411.09009) and Liger (arXiv 2410.10989). Where no number
-may depend on what else is in a batch (`tutti.parallel.batch_invariant`), no chunk holds rows of two samples.
+loss needs each row only once. So the head is applied to a chunk of rows at a time, and the chunk's logits are turned in
+place into their own gradient (softmax minus one-hot), multiplied into the gradients of the hidden states and of the
+head, and dropped. The forward pass thus also does the work of the backward pass, and nothing is computed twice. This is
+the idea of Cut Cross-Entropy (arXiv 2411.09009) and Liger (arXiv 2410.10989). In batch-invariant mode
+(`tutti.parallel.batch_invariant`) no chunk contains rows of two samples.
 
-That needs every row to count the same. Where a row's weight in the loss depends on the losses of others, as when
-answers are compared by the sums over their tokens, it is not known before the last chunk: `target_losses` then computes
-a chunk's logits once more in the backward pass. The forward pass could still prepare the gradient of the hidden states,
-row by row, but the head's is a sum over rows, which cannot be weighted afterwards; where the head is frozen, it does.
+This requires that every row has the same weight. If a row's weight in the loss depends on the losses of other rows, as
+when answers are compared by sums over their tokens, it is not known before the last chunk. `target_losses` then
+computes each chunk's logits again in the backward pass. (The forward pass could prepare the gradient of the hidden
+states, row by row, but the head's gradient is a sum over rows, which cannot be weighted afterwards; if the head is
+frozen, the forward pass does prepare it.)
 
-Where the head is split by the vocabulary over ranks (`VocabularyShard`), each rank has its columns of the logits and no
-others: the ranks' log-sum-exps are merged, the target's logit comes from the rank that has it, both a number a row, and
-each rank goes on to the gradients of its own columns.
+If the head is split by the vocabulary over ranks (`VocabularyShard`), each rank has only its columns of the logits. The
+ranks' log-sum-exps are merged, and the target's logit comes from the rank that has it (one number per row each); then
+each rank computes the gradients of its own columns.
 
-The softmax is taken in fp32 of rows that came out of the product in the compute dtype, as Hugging Face's own loss does.
-On the CPU this elementwise part runs over a few rows at a time that stay in the cache, on a GPU in one compiled kernel.
+The softmax is computed in fp32 from logits in the compute dtype, as in Hugging Face's own loss. On the CPU this
+elementwise part runs over a few rows at a time that stay in the cache, on a GPU in one compiled kernel.
 
 Shapes: N positions, H hidden size, V vocabulary (or classes).
 """
@@ -39,10 +40,11 @@ from tutti.core.device import on_accelerator
 from tutti.model.structure import LogitTransform
 
 CHUNK_BYTES_ON_DEVICE, CHUNK_BYTES_ON_CPU = 512 * 2**20, 64 * 2**20
-"""Logits of one chunk take at most this much; a CPU's products need fewer rows to be fast."""
+"""Maximum bytes of a chunk's logits; a CPU's products are fast with fewer rows."""
 
 CACHED_ELEMENTS = 2**20
-"""Logits that the CPU's elementwise part handles at a time, so that its fp32 copies stay in the cache."""
+"""Number of logits that the CPU's elementwise part processes at a time, so that its fp32 copies stay in the cache.
+"""
 
 
 log = logging.getLogger(__name__)
@@ -51,7 +53,8 @@ _AS_IS = LogitTransform()
 
 
 class VocabularyShard(NamedTuple):
-    """The part of the vocabulary that this rank has the head's rows of: from `start` on. group: the ranks' name."""
+    """This rank's part of the vocabulary, whose first row is `start`. group: the name of the ranks' process group.
+    """
 
     start: int
     group: str
@@ -70,13 +73,13 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of `hidden @ weight.T` against `targets`.
 
-    hidden [N, H], weight [V, H], targets [N] int64, bias [V]. Returns the sum over the N positions (fp32 scalar, the
-    one to differentiate) and each position's loss (fp32 [N], detached).
+    hidden [N, H], weight [V, H], targets [N] int64, bias [V]. Returns the sum over the N positions (fp32 scalar,
+    differentiable) and each position's loss (fp32 [N], detached).
 
-    shard: weight and bias are this rank's rows, hidden and targets the same on all ranks. The results are an equal
-    share of the loss on each rank, to be summed; so is the gradient of hidden, a part of a sum. A collective call.
+    shard: weight and bias are this rank's rows; hidden and targets are the same on all ranks. Each rank's results are
+    an equal share of the loss, to be summed, and its gradient of hidden is a part of a sum. A collective call.
 
-    pieces: numbers of consecutive positions, N in all, that are computed apart from one another.
+    pieces: lengths of consecutive groups of positions, N in all, that are computed separately.
     """
     total, losses = _LinearCrossEntropy.apply(hidden, weight, bias, targets, transform, shard, pieces)
     return total, losses
@@ -92,10 +95,10 @@ def target_losses(
     shard: VocabularyShard | None = None,
     pieces: Sequence[int] | None = None,
 ) -> Tensor:
-    """Each position's cross-entropy, fp32 [N], to be differentiated whatever becomes of it; arguments as above.
+    """Each position's cross-entropy, fp32 [N], differentiable with any weights; arguments as in `linear_cross_entropy`.
 
-    shard: the losses are whole on each rank, not a share, and must get the same gradient on all ranks; that of hidden
-    is a part of a sum. A collective call, and so is its backward pass.
+    shard: each rank returns the full losses, not a share, and must pass the same gradient for them; the gradient of
+    hidden is a part of a sum. Both passes are collective calls.
     """
     return _TargetLosses.apply(hidden, weight, bias, targets, transform, shard, pieces)
 
@@ -106,7 +109,7 @@ def _rows_a_chunk(weight: Tensor) -> int:
 
 
 class _Head(NamedTuple):
-    """The output head: it turns hidden states into logits."""
+    """The output head, from hidden states to logits."""
 
     weight: Tensor
     bias: Tensor | None
@@ -115,7 +118,7 @@ class _Head(NamedTuple):
     pieces: Sequence[int] | None
 
     def chunks(self, num_rows: int) -> list[slice]:
-        """The rows that go through the head together."""
+        """The chunks of rows that go through the head together."""
         most = _rows_a_chunk(self.weight)
         found, begin = [], 0
         for length in (num_rows,) if self.pieces is None else self.pieces:
@@ -140,7 +143,7 @@ def _chunk_by_chunk(
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight and several else None
     grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
     for chunk in chunks:
-        # In memory of its own, where a piece may not depend on its place: kernels may go by alignment.
+        # Copied, because kernels may depend on alignment, and a piece must not depend on its position.
         own = hidden[chunk] if pieces is None else hidden[chunk].clone()
         scale = None if weights is None else weights[chunk]
         logits = own @ weight.T
@@ -156,7 +159,7 @@ def _chunk_by_chunk(
         if grad_hidden is not None:
             torch.mm(logits, weight, out=grad_hidden[chunk])
         if grad_weight is not None and grad_weight.dtype == logits.dtype:
-            grad_weight.addmm_(logits.T, own)  # without a product of its own, as large as the head
+            grad_weight.addmm_(logits.T, own)  # adds in place, without another tensor as large as the head
         elif grad_weight is not None and logits.is_cuda and torch.version.hip is None:
             torch.addmm(grad_weight, logits.T, own, out_dtype=torch.float32, out=grad_weight)
         elif need_weight:
@@ -174,7 +177,7 @@ def _chunk_by_chunk(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The losses' sum, with its gradients made in the forward pass."""
+    """The sum of losses; gradients are computed in the forward pass."""
 
     @staticmethod
     def forward(
@@ -197,7 +200,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # In place, unless backward is to come by again (as where a pipeline postpones gradients of parameters).
+        # In place, unless backward will run again (when a pipeline postpones gradients of parameters).
         again = graph_is_kept()
         scale = Tensor.mul if again else Tensor.mul_
         grads = (None if item is None else scale(item, grad.to(item.dtype)) for item in ctx.saved_tensors)
@@ -205,7 +208,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _TargetLosses(torch.autograd.Function):
-    """The losses themselves, with their gradients made in the backward pass, once it is known what each counts."""
+    """The losses themselves; gradients are computed in the backward pass, when their weights are known."""
 
     @staticmethod
     def forward(
@@ -267,8 +270,8 @@ def _fused_loss_and_gradient(
     differentiate: bool,
     weights: Tensor | None = None,
 ) -> None:
-    """Write losses and gradients as `_loss_and_gradient` does, on an accelerator: where there is Triton, in one kernel
-    that torch compiles, which reads the logits twice and writes them once."""
+    """`_loss_and_gradient` on an accelerator: with Triton, in one kernel compiled by torch, which reads the logits
+    twice and writes them once."""
     scale, softcap, *masked = transform
     rule = LogitTransform(scale, softcap, (int(masked[0]), int(masked[1])) if any(masked) else None)
     if _compiles(logits):
@@ -277,7 +280,7 @@ def _fused_loss_and_gradient(
         try:
             _kernel(rule, differentiate)(logits, targets, losses, weights)
             return
-        except BackendCompilerFailed as error:  # without a C compiler, for one; nothing has been written yet
+        except BackendCompilerFailed as error:  # for example without a C compiler; nothing has been written yet
             _failures.append(error)
             log.warning("the loss is computed in several passes, since its kernel cannot be compiled: %s", error)
     _loss_and_gradient(logits, targets, losses, rule, differentiate, weights)
@@ -289,7 +292,7 @@ def _(logits, targets, losses, transform, differentiate, weights=None):  # type:
 
 
 _failures: list[Exception] = []
-"""The error of the compiler, once there was one."""
+"""The compiler's error, if there was one."""
 
 
 def _compiles(logits: Tensor) -> bool:
@@ -320,7 +323,7 @@ def _shard_loss_and_gradient(
     shard: VocabularyShard,
     weights: Tensor | None = None,
 ) -> None:
-    """Write losses and gradients as `_loss_and_gradient` does, where `logits` are a rank's columns of them."""
+    """`_loss_and_gradient` for a rank's columns of the logits."""
     group = process_group(shard.group)
     columns = targets - shard.start
     held = (columns >= 0) & (columns < logits.shape[1])
@@ -344,18 +347,18 @@ def _shard_loss_and_gradient(
 
 
 def _parts(logits: Tensor) -> Iterator[slice]:
-    """The rows whose elementwise part is done at a time."""
+    """The chunks of rows for the elementwise part."""
     rows = len(logits) if on_accelerator(logits) else max(1, CACHED_ELEMENTS // logits.shape[1])
     return (slice(start, start + rows) for start in range(0, len(logits), max(1, rows)))
 
 
 def _before_transform(grad: Tensor, shaped: Tensor, transform: LogitTransform, weights: Tensor | None) -> Tensor:
-    """The gradient of the head's output, from the `grad` (overwritten) of what the transform `shaped` it into; each row
-    times its weight."""
+    """The gradient of the head's output, from the gradient `grad` (overwritten) of the transformed logits `shaped`;
+    each row times its weight."""
     if weights is not None:
         grad *= weights[:, None]
     if transform.softcap:
-        grad *= 1 - (shaped / transform.softcap).clamp(min=-1).square()  # what is masked lies far below
+        grad *= 1 - (shaped / transform.softcap).clamp(min=-1).square()  # masked logits are far below
     if transform.scale != 1.0:
         grad *= transform.scale
     return grad

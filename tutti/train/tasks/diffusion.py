@@ -1,13 +1,14 @@
-"""Diffusion: a transformer learns to tell noise from pictures, given their captions.
+"""Diffusion: a transformer learns to denoise pictures, given their captions.
 
 The loss of a sample is the mean squared error of the model's prediction over the values of its latents
-(`tutti.model.diffusion`); it is summed over samples and divided by the samples of the global batch. In training each
-sample has one time: logit-normal (train.flow_time_mean, train.flow_time_std) and shifted (train.flow_shift) for flow
-matching, even for an eps model. In evaluation it has `EVAL_TIMES`, one in each of as many parts of that distribution.
-With probability train.cfg_dropout the caption of a training sample is the empty one, which guidance needs later.
+(`tutti.model.diffusion`). It is summed over samples and divided by the number of samples in the global batch. In
+training each sample has one time: logit-normal (train.flow_time_mean, train.flow_time_std) and shifted
+(train.flow_shift) as for flow matching, also for an eps model. In evaluation it has `EVAL_TIMES`, one in each of
+equally many quantiles of that distribution. With probability train.cfg_dropout a training sample's caption is replaced
+by the empty one, which classifier-free guidance needs later.
 
-Everything that is drawn (time, noise, which of several captions, whether it is dropped) is drawn by a key of the seed,
-the step and the sample, so that it is the same whatever the layout.
+All random numbers (time, noise, which of several captions, caption dropout) depend only on the seed, the step and the
+sample, so that they are the same on every layout.
 
 Shapes: B samples of a micro batch, C channels of latents.
 """
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from tutti.train.run_parts import Run
 
 EVAL_TIMES = 4
-"""Times at which a sample is evaluated."""
+"""Number of times at which a sample is evaluated."""
 
 LATENTS, NOISE, TIMES, WEIGHTS, SOURCES = "latents", "noise", "times", "weights", "sources"
 TEXT = ("embeds", "mask", "pooled")
@@ -45,9 +46,12 @@ TEXT = ("embeds", "mask", "pooled")
 
 @dataclass(frozen=True)
 class Denoising(WholeModelTask):
-    """Sums over samples. ranks: that share a micro batch and compute its loss alike, each for its own tokens.
-    text_multiple: of which the length of captions is one.
-    scheduler: with the table of an eps model. held: the `store` of latents and captions, once `prepare` has made it."""
+    """Sums over samples.
+
+    ranks: the number of ranks that share a micro batch and all compute its loss, each with gradients of its own tokens.
+    text_multiple: captions are padded to a multiple of this length. scheduler: for the noise table of an eps model.
+    held: the `store` of latents and captions, after `prepare`.
+    """
 
     seed: int = 0
     dtype: torch.dtype = torch.float32
@@ -62,7 +66,7 @@ class Denoising(WholeModelTask):
 
     @classmethod
     def of(cls, config: Config, folder: PipelineFolder | None) -> Denoising:
-        """The noise and times that a configuration asks for, of the model in `folder`."""
+        """The task as configured, for the model in `folder`."""
         train = config.train
         return cls(
             seed=train.seed,
@@ -81,7 +85,7 @@ class Denoising(WholeModelTask):
         found = predict(model.family, model.net, noised.latents.to(self.dtype), noised.times, text)
         losses = squared_errors(found, noised.target) * given[WEIGHTS]
         own = losses.sum()
-        # Ranks that share tokens all have the whole loss, and each the gradients of its own tokens.
+        # Ranks that share tokens all compute the whole loss, and each has the gradients of its own tokens.
         loss = own - own.detach() * (1 - 1 / self.ranks)
         return {"loss": loss, **self.by_source(losses.detach() / self.ranks, given[SOURCES])}
 
@@ -107,23 +111,24 @@ class Denoising(WholeModelTask):
         return DiffusionSamples(run)
 
     def training_time(self, *key: object) -> float:
-        """The time in (0, 1) of the training sample with this key."""
+        """The time in (0, 1) of the training sample with this random key."""
         drawn = torch.rand((), dtype=torch.float64, generator=generator(self.seed, *key, "time")).item()
         return self.time_at(drawn)
 
     def eval_time(self, part: int, *key: object) -> float:
-        """The time in (0, 1) of the evaluation sample with this key in one of the EVAL_TIMES parts."""
+        """The time in (0, 1), within one of the EVAL_TIMES quantiles, of the evaluation sample with this random key.
+        """
         drawn = torch.rand((), dtype=torch.float64, generator=generator(self.seed, *key, "time")).item()
         return self.time_at((part + drawn) / EVAL_TIMES)
 
     def time_at(self, uniform: float) -> float:
-        """The time below which a part `uniform` of all times lies."""
+        """The quantile function of the times: the time below which a share `uniform` of all times lies."""
         uniform = min(max(uniform, 1e-9), 1 - 1e-9)
         return uniform if self.scheduler is not None else flow_time(uniform, self.mean, self.std, self.shift)
 
 
 def text_of(payload: Mapping[str, Tensor]) -> EncodedText:
-    """The encoded captions in a payload."""
+    """The caption embeddings in a payload."""
     return EncodedText(*(payload.get(name) for name in TEXT))  # type: ignore[arg-type]
 
 

@@ -1,18 +1,18 @@
-"""Direct preference optimization: of two answers to a prompt the model is to find the chosen one likelier.
+"""Direct preference optimization: the model learns to make the chosen of two answers more likely than the rejected one.
 
-DPO (arXiv 2305.18290) takes how much likelier than under a reference model an answer y has become as its reward,
-beta * (log p(y) - log p_ref(y)), and maximizes the likelihood that the chosen answer wins when answers win as often as
-sigmoid(difference of rewards) says. `log p(y)` is the sum over the answer's trained tokens. The variants:
+In DPO (arXiv 2305.18290) the reward of an answer y is beta * (log p(y) - log p_ref(y)), its log-probability relative to
+a reference model, and the loss maximizes the likelihood that the chosen answer wins, with probability
+sigmoid(difference of rewards). `log p(y)` is the sum over the answer's trained tokens. Variants:
 
-- label smoothing (conservative DPO): with that probability the labels are the wrong way round;
-- ipo (arXiv 2310.12036): the difference is pulled to 1 / (2 beta) by its squared error, so that it cannot grow without
-  bounds where one answer always wins. Log-probabilities are means over an answer's tokens here, as is usual.
+- label smoothing (conservative DPO): the labels are swapped with this probability;
+- ipo (arXiv 2310.12036): the squared distance of the difference from 1 / (2 beta), which keeps it from growing without
+  bound if one answer always wins. Log-probabilities are means over an answer's tokens here, as is usual.
 
-The sums over tokens come from losses of single targets that are computed in chunks (`tutti.train.loss`), and autograd
-finds each target's weight through the formula below. Where ranks share a batch, each has some of an answer's tokens and
-knows the rest's sum. The reference model's log-probabilities come with the batch (`tutti.train.tasks.reference`). They
-are made without dropout, so the model trains without it too: noise in its log-probabilities alone would count as
-reward before anything is learnt.
+The sums over tokens come from losses of single targets that are computed in chunks (`tutti.train.loss`); autograd
+derives each target's weight from the formula below. If ranks share a batch, each has some of an answer's tokens and
+knows the sum over the rest. The reference model's log-probabilities come with the batch
+(`tutti.train.tasks.reference`). They are computed without dropout, so the model also trains without it: noise in its
+log-probabilities would count as reward.
 
 Shapes: P pairs, N targets.
 """
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from tutti.train.run_parts import Run
 
 REFERENCE = "reference_log_probs"
-"""The name, in a batch's payload, of fp32 [P, 2]: the log-probabilities of the chosen and the rejected answers by the
-reference model."""
+"""The name, in a batch's payload, of fp32 [P, 2]: the reference model's log-probabilities of the chosen and the
+rejected answers."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,9 @@ class DirectPreference(Task):
         }
 
     def compare(self, log_probs: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-        """The losses [P] (to differentiate) and the detached rewards [P, 2] of answers with these log-probabilities
-        [P, 2].
+        """The losses [P] (differentiable) and the detached rewards [P, 2] of answers with log-probabilities [P, 2].
 
-        Where those by the reference model are not known, the model is its own reference, and nothing is preferred.
+        Without a reference, the model is its own reference, and no answer is preferred.
         """
         reference = head.batch.payload.get(REFERENCE)
         ratios = log_probs - (log_probs.detach() if reference is None else reference)
@@ -101,13 +100,14 @@ class DirectPreference(Task):
             )
 
     def prepare(self, run: Run, executor: Executor) -> Prepare:
-        from tutti.train.tasks.reference import make_reference  # which builds models, and so imports the objective
+        from tutti.train.tasks.reference import make_reference  # imports the objective, which imports the tasks
 
         return make_reference(run, executor)
 
 
 def answer_log_probs(hidden: Tensor, head: Head) -> Tensor:
-    """Log-probabilities of the answers of all pairs of the batch, fp32 [P, 2]; the same on all ranks that share it."""
+    """Log-probabilities of the answers of all pairs of the batch, fp32 [P, 2]; the same on all ranks that share the
+    batch."""
     return -head.segment_sums(head.target_losses(hidden)).view(-1, 2)
 
 

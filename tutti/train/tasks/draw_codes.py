@@ -1,13 +1,13 @@
-"""Drawing: a chat is trained on its assistant turns, and pictures in these on the codes that they are drawn by.
+"""Image generation by codes: a chat model is trained on its assistant turns, including the codes of the images in them.
 
-What is trained on are tokens (`text`) and codes (`code`), by the cross-entropy of each given what is before it.
+The targets are tokens (`text`) and image codes (`code`), each predicted with cross-entropy.
 
-Samples hold a placeholder for each code; `prepare` puts codes into the tokens and labels of whole micro batches, before
-ranks share one, so that from there on a code is a token beyond the vocabulary. They come from a frozen tokenizer of
-pictures, which makes them of each batch's pictures anew, or once for all samples before training (model.encode_target).
+Samples contain a placeholder for each code. `prepare` puts the codes into the tokens and labels of whole micro batches,
+before ranks split them, so that from there on a code is a token beyond the vocabulary. The codes come from a frozen
+image tokenizer, which encodes each batch's images, or all images once before training (model.encode_target).
 
-With train.cfg_dropout the prompts of some pictures are hidden: their tokens become one that means nothing. Generation
-compares what is drawn then with what is drawn otherwise (classifier-free guidance, arXiv 2207.12598).
+With train.cfg_dropout the prompts of some pictures are hidden: their tokens are replaced by one that carries no
+meaning. Generation compares predictions with and without the prompt (classifier-free guidance, arXiv 2207.12598).
 """
 
 from __future__ import annotations
@@ -93,9 +93,11 @@ class CodeDrawing(WeightedLosses):
 def hide_prompts(
     micro: Batch, names: Sequence[Any], drawn: Tensor, key: tuple[int, int], dropout: float, hidden: Hidden
 ) -> Batch:
-    """The micro batch with the prompts of some samples hidden, each with probability `dropout`. drawn: bool [T], which
-    labels are of pictures; samples without such are left as they are. key: seed and epoch, which decide with the
-    sample's name."""
+    """The micro batch with the prompts of some samples hidden, each with probability `dropout`.
+
+    drawn: bool [T], True for labels of image codes; samples without any are unchanged. key: seed and epoch, which
+    together with the sample's name determine the choice.
+    """
     ids, borders = micro.input_ids.clone(), micro.cu_seqlens.tolist()
     for name, begin, end in zip(names, borders, borders[1:], strict=False):
         if not drawn[begin:end].any():
@@ -107,7 +109,7 @@ def hide_prompts(
 
 
 def count_labels(micros: Iterable[Batch], drawn_among: Callable[[Tensor], Tensor]) -> tuple[int, int]:
-    """The numbers of labels that are tokens, and of those that stand for parts of pictures, as `drawn_among` tells."""
+    """Count the labels that are tokens, and those that are parts of images, which `drawn_among` identifies."""
     labels = torch.cat([micro.labels for micro in micros])
     drawn = int(drawn_among(labels).sum())
     return int((labels != IGNORE).sum()) - drawn, drawn
@@ -115,16 +117,16 @@ def count_labels(micros: Iterable[Batch], drawn_among: Callable[[Tensor], Tensor
 
 @dataclass(frozen=True)
 class Coder:
-    """Puts codes in the place of their placeholders. placeholder: its id. decoder: what the model has for codes.
-    encode: from pictures to codes [N, n]."""
+    """Replaces placeholders by codes. placeholder: the placeholder's id. decoder: the model's module for codes.
+    encode: returns the codes [N, n] of images."""
 
     placeholder: int
     decoder: CodeDecoder
     encode: Callable[[Tensor], Tensor]
 
     def __call__(self, micro: Batch, codes: Tensor | None = None) -> Batch:
-        """The micro batch with codes among its tokens and labels, and without pictures. codes: int64 of all its
-        pictures, one after the other; made of these if left out."""
+        """The micro batch with codes in its tokens and labels, and without images. codes: int64, of all its images
+        one after the other; computed from the images if not given."""
         extras = {name: value for name, value in micro.extras.items() if name != DRAWN_PIXELS}
         if DRAWN_PIXELS not in micro.extras:
             return micro
@@ -142,7 +144,7 @@ class Coder:
 
 
 def _coder(run: Run, model: Any) -> Coder | None:
-    """The coder of a run's pictures; None where it has none, which leaves out their tokenizer."""
+    """The coder of a run; None if the run has no images to draw, and so needs no image tokenizer."""
     data, processor = run.data, run.inputs.processor
     known = data.has_media is not None and not data.evaluation_sources
     if processor is None or (known and not data.report.media.numbers["drawn"]):
@@ -152,8 +154,8 @@ def _coder(run: Run, model: Any) -> Coder | None:
 
 
 def _codes_of_all(run: Run, coder: Coder) -> dict[Split, dict[Any, Tensor]]:
-    """The codes of each sample's pictures, by the sample's name, of all training and evaluation data. Each rank makes
-    those of its share. Collective."""
+    """The codes of each sample's images, by the sample's name, for all training and evaluation data. Each rank
+    encodes its share. Collective."""
     parts: dict[Split, Iterable[GlobalBatch]] = {"train": run.data.scan()}
     if run.data.evaluation_sources:
         parts["eval"] = run.data.evaluate()

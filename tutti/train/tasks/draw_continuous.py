@@ -1,19 +1,20 @@
-"""Pictures without codes: a chat is trained on its assistant turns, and on what the pictures in these are.
+"""Image generation without codes: a chat model is trained on its assistant turns, and on continuous targets for their
+images.
 
-Beside tokens (`text`) there are one or both of:
+In addition to tokens (`text`) there are one or both of:
 
-- `feature` (model.output_encoder encoder): the features of pictures, which the tower makes of them in the forward pass
+- `feature` (model.output_encoder encoder): the features of images, which the tower computes in the forward pass
   (`tutti.model.feature_head`), are predicted by the hidden states before them.
 - `flow` (a diffusion decoder, `tutti.model.flow_decoder`): a diffusion transformer, conditioned on the hidden states of
-  a picture's queries, denoises the picture's latents, which come with the batch (`tutti.train.flow_targets`). The loss
-  of a picture is the mean over its latents' values.
+  an image's queries, denoises the image's latents, which come with the batch (`tutti.train.flow_targets`). The loss of
+  an image is the mean over its latents' values.
 
-Samples hold placeholders, in whole micro batches, before ranks share one. A label that is a placeholder becomes the
-number of its feature in the micro batch, or of its query in the picture, beyond all tokens; so that every rank knows
-what its own tokens predict. Ranks that share a batch give one another the hidden states of queries, and each runs the
-transformer on its share of the pictures.
+Samples contain placeholders until ranks split a micro batch. A label that is a placeholder is replaced by the index of
+its feature in the micro batch, or of its query in the image, offset beyond all tokens, so that every rank knows what
+its own tokens predict. Ranks that share a batch exchange the hidden states of queries, and each runs the transformer on
+its share of the images.
 
-With train.cfg_dropout the prompts of some pictures are hidden, as with codes (`tutti.train.tasks.draw_codes`).
+With train.cfg_dropout the prompts of some images are hidden, as with codes (`tutti.train.tasks.draw_codes`).
 """
 
 from __future__ import annotations
@@ -46,13 +47,13 @@ if TYPE_CHECKING:
 
 
 PICTURE, PLACES = "picture", "places"
-"""The names, in a micro batch's payload, of the number of each row of latents' picture, int64 [R], and of the places of
-pictures' queries among the tokens, int64 [P, Q]."""
+"""Names in a micro batch's payload: the index of each latent row's image, int64 [R], and the positions of images'
+queries among the tokens, int64 [P, Q]."""
 
 
 @dataclass(frozen=True)
 class ContinuousDrawing(WeightedLosses):
-    """Sums over tokens, and over features or pictures. times: of pictures' noise. spec: how they are drawn."""
+    """Sums over tokens, and over features or images. times: samples noise and times. spec: the diffusion decoder."""
 
     times: Denoising = field(default_factory=Denoising)
     spec: FlowSpec | None = None
@@ -81,13 +82,13 @@ class ContinuousDrawing(WeightedLosses):
         if self.spec is not None:
             flow, weights, sources = self._flow(head)
             found["flow"] = (flow.sum(), weights.sum())
-            # A picture's loss is that of each of its places.
+            # A picture's loss is counted for each of its queries.
             for name, sums in self.by_source(flow.detach().to(losses.dtype) * self.spec.tokens, sources).items():
                 by_source[name] = by_source[name] + sums
         return {**self.total(found, batch.payload), **by_source}
 
     def _flow(self, head: Head) -> tuple[Tensor, Tensor, Tensor]:
-        """The weighted losses fp32 [r] of this rank's share of a micro batch's rows of latents, their weights and their
+        """The weighted losses fp32 [r] of this rank's share of a micro batch's latent rows, their weights and their
         sources."""
         batch, given = head.batch, head.batch.payload
         assert head.states is not None
@@ -140,7 +141,7 @@ class ContinuousDrawing(WeightedLosses):
         return with_parts
 
     def _count(self, micros: Sequence[Batch], first: int) -> list[int]:
-        """The numbers of targets by kind."""
+        """Count the targets by kind."""
         text, drawn = count_labels(micros, lambda labels: labels >= first)
         counts = {"text": text, "feature": drawn}
         if self.spec is not None:
@@ -149,16 +150,16 @@ class ContinuousDrawing(WeightedLosses):
 
 
 def flow_losses(flow: Any, scheduler: Any, latents: Tensor, noise: Tensor, times: Tensor, text: EncodedText) -> Tensor:
-    """The mean squared error fp32 [R] of what a diffusion decoder makes of latents [R, C, H, W] and noise, mixed by
-    times [R] from 0 to 1."""
+    """The mean squared error fp32 [R] of a diffusion decoder's predictions for latents [R, C, H, W] mixed with noise
+    at times [R] in [0, 1]."""
     noised = add_noise(flow.family, scheduler, latents, noise, times)
     found = predict(flow.family, flow.net, noised.latents.to(text.embeds.dtype), noised.times, text)
     return squared_errors(found, noised.target)
 
 
 def number_parts(micro: Batch, placeholder: int, first: int, queries: int | None) -> Batch:
-    """The micro batch with labels that are placeholders replaced by `first` and a number: that of the placeholder among
-    those of the micro batch, or with `queries` of a picture that among these, and then the tokens likewise."""
+    """The micro batch with placeholder labels replaced by `first` plus an index: the placeholder's index in the
+    micro batch, or with `queries` (per image) its index in the image; tokens are then replaced likewise."""
     there = micro.input_ids == placeholder
     numbers = there.cumsum(0) - 1
     extras = {name: value for name, value in micro.extras.items() if name != DRAWN_PIXELS}

@@ -1,15 +1,15 @@
-"""Reconstruction: an autoencoder makes images small and whole again, and is trained on how far the result is off.
+"""Reconstruction: an autoencoder compresses images and is trained on the difference between image and reconstruction.
 
 The loss of an image is a weighted sum (train.loss_weights) of means over its values: absolute error, squared error, and
 
-- of a VQModel `commitment`: the squared distance between what the encoder says and the code that is taken for it, which
-  pulls the code (and, more weakly, the encoder) to the other. Gradients pass straight through the choice of a code.
-  Codes that went unused for `RESTART` steps are put where the encoder is, at places of images of that step.
-- of an AutoencoderKL `kl`: how far the distribution of the latents is from a standard normal one.
+- for a VQModel `commitment`: the squared distance between the encoder's output and the chosen code, which pulls the
+  code (and, more weakly, the encoder) towards the other. Gradients pass straight through the choice of a code. Codes
+  that are unused for `RESTART` steps are moved to encoder outputs of that step.
+- for an AutoencoderKL `kl`: the KL divergence of the latents' distribution from a standard normal one.
 
-Losses are summed over the images of the global batch, on all ranks, and divided by their number, which is known before.
-What is random (how an image varies, latents' noise, the places that new codes are taken from) is drawn by a key of the
-seed, the epoch and the sample, so that it is the same whatever the layout.
+Losses are summed over the images of the global batch on all ranks and divided by their number, which is known
+beforehand. All random numbers (image variation, latent noise, new codes) depend only on the seed, the epoch and the
+sample, so that they are the same on every layout.
 
 Shapes: N images, K codes, D their width.
 """
@@ -43,18 +43,18 @@ if TYPE_CHECKING:
     from tutti.train.run_parts import Run
 
 RESTART = 20
-"""Steps after which codes that were not used in any of them are put elsewhere; also once after the first step."""
+"""Steps after which unused codes are replaced; also done once after the first step."""
 
 _CANDIDATES = 8
-"""Places of an image that a code may be put at."""
+"""Positions of an image that are candidates for new codes."""
 
 _SHOWN, _SHOWN_SIDE = 8, 64
-"""Images that the report shows, and their side there at most."""
+"""Number of images in the report, and their maximum side in pixels."""
 
 
 @dataclass(frozen=True)
 class Reconstructing(WholeModelTask):
-    """Sums over images. weights: of the kinds of loss. codes: K; 0 without a codebook. map_shape: (D, h, w)."""
+    """Sums over images. weights: of the losses, by kind. codes: K; 0 without a codebook."""
 
     weights: Mapping[str, float] = field(default_factory=dict)
     codes: int = 0
@@ -63,7 +63,7 @@ class Reconstructing(WholeModelTask):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of loss that the model has."""
+        """The names of the model's losses."""
         return ("l1", "mse", "commitment" if self.codes else "kl")
 
     def sizes(self) -> dict[str, int]:
@@ -106,7 +106,7 @@ class Reconstructing(WholeModelTask):
         return with_draws
 
     def _drawn(self, batch: GlobalBatch, shape: tuple[int, int, int]) -> GlobalBatch:
-        """The batch with what is random in it."""
+        """The batch with its random numbers."""
 
         def complete(micro: Batch, names: tuple[Any, ...]) -> Batch:
             names = tuple(names[place] for place in micro.target_index.tolist())
@@ -150,8 +150,8 @@ class Reconstructing(WholeModelTask):
 
 @dataclass(frozen=True)
 class Seen:
-    """Of a micro batch: how often each code was `used` [K], and, where unused ones are to be replaced, vectors that
-    may become codes, [n, 1 + D], each after its place in the order of all."""
+    """Statistics of a micro batch: how often each code was `used` [K], and, if unused codes are to be replaced,
+    candidate vectors [n, 1 + D], each preceded by its rank in the order of all candidates."""
 
     used: Tensor
     candidates: Tensor | None
@@ -171,7 +171,8 @@ def _restarts(step: int) -> bool:
 
 
 def _pixels(model: Autoencoder, batch: Batch) -> tuple[Tensor, float]:
-    """The images of a batch, and 1; of one without images a grey one, and 0, so that all ranks run the model."""
+    """The images of a batch, and 1; for a batch without images a gray one, and 0, so that all ranks run the model.
+    """
     if PIXELS in batch.extras:
         return batch.extras[PIXELS], 1.0
     side = model.config.side
@@ -180,7 +181,7 @@ def _pixels(model: Autoencoder, batch: Batch) -> tuple[Tensor, float]:
 
 @torch.no_grad()
 def restart_codes(model: Autoencoder, candidates: Tensor) -> None:
-    """Put unused codes at the first of `candidates` [n, D], as many as there are, and begin to count anew."""
+    """Move unused codes to the first of `candidates` [n, D], as many as there are, and restart the usage counts."""
     weight = model.net.quantize.embedding.weight
     unused = (model.usage == 0).nonzero().flatten().cpu()[: len(candidates)]
     full = torch.zeros(weight.shape)
@@ -194,8 +195,8 @@ def restart_codes(model: Autoencoder, candidates: Tensor) -> None:
 
 
 class Reconstructions:
-    """Images of the evaluation data (of the training data where there is none) above what the model makes of them, in
-    the report, once for each evaluation."""
+    """Shows images of the evaluation data (or training data) above their reconstructions in the report, once per
+    evaluation."""
 
     def __init__(self, run: Run) -> None:
         self._run, self._shown = run, -1
@@ -220,7 +221,7 @@ class Reconstructions:
 
 
 def _reconstruct(model: Autoencoder, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The first images of a batch, and what the model makes of them."""
+    """The first images of a batch, and their reconstructions."""
     pixels, share = _pixels(model, batch)
     made = model(pixels[:_SHOWN]).pixels
     return (pixels[:_SHOWN], made) if share else (pixels[:0], made[:0])

@@ -1,15 +1,15 @@
-"""The reference model of preference training: the model as it is before the first step, however it came to be.
+"""The reference model of preference training: the model as it is before the first step.
 
-What is needed of it are the log-probabilities of every pair's two answers, put into the batches before they are trained
-on. They never change, so there are two ways (train.dpo_reference):
+Only the log-probabilities of every pair's two answers are needed, added to the batches before they are trained on. They
+never change, so there are two ways to get them (train.dpo_reference):
 
-- precompute: before training the model goes once over all pairs, training and evaluation data alike, without gradients.
-  That costs a forward pass over the data and no memory but two numbers a pair. They are kept in output_dir, from where
-  a run that goes on takes them; where they are missing there or belong to other data, they are computed again by the
-  model as it is before the checkpoint is loaded. So a run that goes on sees the numbers it began with.
-- on_the_fly: a frozen second model, sharded as the first and held in the compute dtype, computes them for each batch
-  anew. That is for streamed data, which nobody can go over beforehand, and for runs that see a small part of theirs.
-  Of a model with adapters that began as its base, no second one is needed: adapters off, it is its own reference.
+- precompute: before training the model runs once over all pairs, training and evaluation data, without gradients. This
+  costs a forward pass over the data, and two numbers of memory per pair. They are stored in output_dir, where a resumed
+  run finds them; if they are missing or belong to other data, they are computed again with the model as it is before
+  the checkpoint is loaded. So a resumed run uses the same numbers.
+- on_the_fly: a frozen second model, sharded like the first and held in the compute dtype, computes them for each batch.
+  This is for streamed data, which cannot be read in advance, and for runs that use only a small part of their data. For
+  a model with new adapters no second model is needed: with the adapters off, it is its own reference.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ FILE = "reference.safetensors"
 
 
 def make_reference(run: Run, executor: Executor) -> Prepare:
-    """A function that gives batches the reference model's log-probabilities. Call it when the model has its weights,
-    and before a checkpoint is loaded. executor: runs the model of `run`. A collective call."""
+    """A function that adds the reference model's log-probabilities to batches. Call it after the model has its
+    weights, and before a checkpoint is loaded. executor: runs the model of `run`. A collective call."""
     if run.config.train.dpo_reference == "precompute":
         return Precomputed(_tables(run, executor))
     return _on_the_fly(run, executor)
@@ -55,7 +55,7 @@ def make_reference(run: Run, executor: Executor) -> Prepare:
 
 @dataclass(frozen=True)
 class Precomputed:
-    """Log-probabilities by the number of the pair: fp32 [pairs, 2] for each part of the data."""
+    """Looks up log-probabilities by the index of the pair: fp32 [pairs, 2] for each data split."""
 
     tables: dict[str, Tensor]
 
@@ -67,8 +67,8 @@ class Precomputed:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Computes answers' log-probabilities by `objective`, which `executor` runs and which is the reference model, if
-    need be within the context that `isolated` makes."""
+    """Computes answers' log-probabilities with `objective`, which is the reference model within the context
+    `isolated`, and is run by `executor`."""
 
     objective: Objective
     executor: Executor
@@ -79,8 +79,8 @@ class Scorer:
             yield _with_reference(batch, self.score(batch))
 
     def score(self, batch: GlobalBatch) -> list[Tensor]:
-        """fp32 [P, 2] for each of this rank's micro batches, on the device; [] where the rank does not have the model's
-        end. A collective call."""
+        """fp32 [P, 2] for each of this rank's micro batches, on the device; [] on ranks without the last pipeline
+        stage. A collective call."""
         training = self.objective.training
         self.objective.eval()
         with torch.no_grad(), self.isolated():
@@ -90,7 +90,7 @@ class Scorer:
 
 
 def _with_reference(batch: GlobalBatch, known: list[Tensor]) -> GlobalBatch:
-    if not known:  # nothing is compared on this rank
+    if not known:  # this rank has no last stage
         return batch
 
     def complete(micro: Batch, reference: Tensor) -> Batch:
@@ -102,7 +102,7 @@ def _with_reference(batch: GlobalBatch, known: list[Tensor]) -> GlobalBatch:
 
 
 def _on_the_fly(run: Run, executor: Executor) -> Scorer:
-    """A scorer by the model itself without its adapters, if that is what it began as, else by a second model."""
+    """A scorer that uses the model itself with its adapters off if it started that way, else a second model."""
     train, placed, world = run.config.train, run.placed, run.world
     if train.architecture == "lora" and run.config.model.adapter_path is None and not modules_to_save(placed.model):
         return Scorer(placed.objective, executor, lambda: adapters_off(placed.model))
@@ -119,7 +119,7 @@ def _on_the_fly(run: Run, executor: Executor) -> Scorer:
 
 
 def _tables(run: Run, executor: Executor) -> dict[str, Tensor]:
-    """The log-probabilities of all pairs, from the run's own file where it goes on, else computed. Collective."""
+    """The log-probabilities of all pairs, from the run's own file if it resumes, else computed. Collective."""
     config, world = run.config, run.world
     path = Path(config.train.output_dir or "") / FILE
     key = _key(run)
@@ -133,16 +133,16 @@ def _tables(run: Run, executor: Executor) -> dict[str, Tensor]:
     if config.data.eval_path:
         tables["eval"] = _table(run.data.evaluate(), score, world)
     for module in fsdp_modules(run.placed.objective):
-        module.reshard()  # what is gathered now must not outlive the loading of a checkpoint
+        module.reshard()  # parameters gathered now must not outlive the loading of a checkpoint
     log.info("reference log-probabilities: computed for %s pairs", f"{sum(map(len, tables.values())):,}")
     if world.is_main:
-        path.unlink(missing_ok=True)  # of another key
+        path.unlink(missing_ok=True)  # belongs to another key
         make_once(path, lambda draft: save_file(tables, draft, metadata={"key": key}))
     return tables
 
 
 def _table(batches: Iterable[GlobalBatch], score: Callable[[GlobalBatch], list[Tensor]], world: World) -> Tensor:
-    """The log-probabilities of every pair in one pass over some data, by the pair's number: fp32 [pairs, 2]."""
+    """The log-probabilities of every pair in one pass over the data, by the pair's index: fp32 [pairs, 2]."""
     names: list[int] = []
     values: list[Tensor] = []
     for batch in batches:
@@ -164,7 +164,7 @@ def _key(run: Run) -> str:
 
 
 def _read(path: Path, key: str) -> dict[str, Tensor] | None:
-    """The tables in the file, if they are there and whole, and belong to `key`."""
+    """The tables in the file; None unless it is complete and belongs to `key`."""
     try:
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("key") != key:

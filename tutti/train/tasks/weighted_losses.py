@@ -1,7 +1,7 @@
-"""A loss of several kinds: text beside codes, features or noise of pictures.
+"""A weighted sum of several losses: text together with codes, features or noise of images.
 
 The loss of a step is the sum over kinds of weight * (sum of losses / number of targets) over the global batch. The
-numbers are found before the step, and come with each micro batch as factors of its sums.
+numbers are counted before the step, and come with each micro batch as factors for its sums.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from tutti.core.dist import World
 from tutti.train.tasks import Sums, Task
 
 SCALES = "loss_scales"
-"""The name, in a batch's payload, of fp64 [K]: what the sum of each kind is multiplied with, so that all of them
-divided by the number of all targets are the step's loss."""
+"""The name, in a batch's payload, of fp64 [K]: the factor for each kind's sum such that all of them together,
+divided by the number of all targets, give the step's loss."""
 
 
 @dataclass(frozen=True)
 class WeightedLosses(Task):
-    """Sums over targets by kind, and their numbers. kinds: their names. weights: of each."""
+    """Sums over targets, and numbers of targets, by kind. kinds: their names. weights: of each."""
 
     kinds: tuple[str, ...] = ("text",)
     weights: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def weights_of(cls, config: Config, kinds: tuple[str, ...]) -> dict[str, float]:
-        """The weights of the kinds, as train.loss_weights has them or by default. ValueError: it has others."""
+        """The weights of the kinds: train.loss_weights, or defaults. ValueError: it names other kinds."""
         if others := sorted(config.train.loss_weights.keys() - set(kinds)):
             raise ValueError(
                 f"train.loss_weights: this model has losses of {' and '.join(kinds)}, and none of {others[0]}"
@@ -43,7 +43,8 @@ class WeightedLosses(Task):
         return super().sizes() | {name: 1 for kind in self.kinds for name in (kind, f"{kind}_targets")}
 
     def total(self, found: Mapping[str, tuple[Tensor, Tensor]], payload: Mapping[str, Tensor]) -> Sums:
-        """The sums of a micro batch. found: by kind the sum of its losses, to differentiate, and their number."""
+        """The sums of a micro batch. found: by kind, the sum of losses (differentiable) and the number of targets.
+        """
         losses = [found[kind][0] for kind in self.kinds]
         scales = payload[SCALES].to(losses[0].dtype)
         sums: Sums = {"loss": (torch.stack(losses) * scales).sum()}
@@ -62,8 +63,8 @@ class WeightedLosses(Task):
         return found
 
     def with_scales(self, batch: GlobalBatch, counts: Sequence[int], world: World, sharing: int) -> GlobalBatch:
-        """The batch with the factors of all kinds' sums. counts: this rank's numbers of targets, by kind. sharing: how
-        many ranks have the same batch. Collective."""
+        """The batch with the factors of all kinds in its payload. counts: this rank's numbers of targets, by kind.
+        sharing: the number of ranks that have the same batch. Collective."""
         numbers = [sum(each) // sharing for each in zip(*world.gather(tuple(counts)), strict=True)]
         pairs = zip(self.kinds, numbers, strict=True)
         factors = [self.weights[kind] * batch.num_targets / max(1, number) for kind, number in pairs]
