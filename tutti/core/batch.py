@@ -1,10 +1,10 @@
-"""Samples, packed micro batches and global batches: the records that data hands to training.
+"""Samples, packed micro batches and global batches: the records that the data pipeline passes to training.
 
-A *sample* is one training sequence with its targets already shifted: `labels[t]` is the token that position `t`
-must predict, or `IGNORE`. A *batch* (micro batch) is several samples laid end to end without padding, together with
-the borders between them (`cu_seqlens`), which attention, rotary positions and the loss all honour. A *global batch*
-is everything that one optimizer step on this data-parallel rank consumes, plus the totals over all ranks, which are
-known before the forward pass because packing is planned globally: the loss is a sum divided by `num_targets`, and no
+A *sample* is one training sequence with its targets already shifted: `labels[t]` is the token that position `t` must
+predict, or `IGNORE`. A *batch* (micro batch) is several samples laid end to end without padding, together with the
+borders between them (`cu_seqlens`), which attention, rotary positions and the loss all respect. A *global batch* is
+everything that one optimizer step on this data-parallel rank consumes, plus totals over all ranks. The totals are known
+before the forward pass because packing is planned globally: the loss is a sum divided by `num_targets`, and no
 communication is needed to find that number.
 
 Shapes: T tokens in a micro batch, S samples in it, N trained targets in it.
@@ -21,26 +21,28 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
-"""Label of a position that is not trained on; the value torch's cross-entropy ignores."""
+"""Label of a position that is not trained on; torch's cross-entropy ignores this value."""
 
 EMPTY_LENGTH = 16
-"""Tokens of a batch without samples. Ranks that share it get two each or more: sizes of one are compiled anew."""
+"""Tokens of a batch without samples: at least two for each rank that shares it, since torch.compile recompiles for
+sizes of one."""
 
 PAD_SEGMENT = 256
-"""Padding is cut into segments of at most this many tokens, so that attention over it stays linear in its length."""
+"""Maximum length of a padding segment, so that attention over padding stays linear in its length."""
 
 
 ALONG_TOKENS = ("position_ids", "mm_token_type_ids", "token_type_ids")
-"""The extras of a batch that have a value for each token, in their last dimension. position_ids have as many rows as
-the model rotates by (mrope)."""
+"""The extras that have a value for each token, in their last dimension. position_ids have one row per rotary axis of
+the model (mrope)."""
 
 
 DRAWN_PIXELS = "drawn_pixels"
-"""The extra, fp32 [N, 3, S, S] in [-1, 1], that holds the pictures of which a model that draws gets the codes."""
+"""The extra, fp32 [N, 3, S, S] in [-1, 1], with the images that a model encodes to codes because it generates them.
+"""
 
 
 class Frames(NamedTuple):
-    """The frames that are taken of a video: their indices among how many, and how many a second there are."""
+    """The frames that are used of a video: their indices, the total number of frames, and the frame rate."""
 
     indices: tuple[int, ...]
     total: int
@@ -48,8 +50,8 @@ class Frames(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Latents of pixels: the pixels a side of one, the frames of a video to each beyond the first (0: of models
-    of pictures), and the latents a side that make a token."""
+    """The grid of latents: pixels per latent along a side, frames per latent beyond the first one (0: image models),
+    and latents per token along a side."""
 
     pixels: int
     frames: int
@@ -57,17 +59,17 @@ class Grid(NamedTuple):
 
     @property
     def step(self) -> int:
-        """The pixels that the sides of a picture are multiples of."""
+        """A picture's sides are multiples of this number of pixels."""
         return self.pixels * self.patch
 
 
 class Media(NamedTuple):
     """An image, a video or a sound of a sample: where it is found, and its size.
 
-    kind: image, video, audio, or drawn: an image that comes as the codes that it is drawn by. source: a path, or the
-    encoded bytes; of a video also those of each of its frames. size: of an image or a video (width, height), upright;
-    of a sound its number of samples, at the rate of the model's processor. frames: of a video. sound: number of samples
-    of a video's own sound, if that is heard with it.
+    kind: image, video, audio, or drawn (an image that is represented by codes because the model generates it). source:
+    a path, or encoded bytes; for a video possibly a tuple of those, one per frame. size: (width, height), upright, of
+    an image or video; the number of samples of a sound, at the rate of the model's processor. frames: of a video.
+    sound: number of samples of a video's own sound, if it is used.
     """
 
     kind: str
@@ -81,13 +83,12 @@ class Media(NamedTuple):
 class Sample:
     """One training sequence of n tokens.
 
-    input_ids, labels: int32 [n]. For language modelling `labels[t]` is `input_ids[t + 1]` where that token is trained
-    on, else IGNORE; the last entry is always IGNORE. For classification the last entry is the class, all others IGNORE.
-    source: index of the data source the sample came from.
-    split: where the rejected one of a pair of answers begins, each a sequence of its own; 0 for a single sequence.
-    media: what stands in the place of some of its tokens, in their order. num_values: the numbers (of pixels, or of a
-    sound's features) that these become.
-    bucket: samples of different buckets (sizes of pictures) are never in one micro batch.
+    input_ids, labels: int32 [n]. For language modeling `labels[t]` is `input_ids[t + 1]` if that token is trained on,
+    else IGNORE; the last entry is always IGNORE. For classification the last entry is the class, all others are IGNORE.
+    source: index of the data source. split: start of the rejected answer in a pair of answers, each of which is a
+    sequence of its own; 0 for a single sequence. media: in the order in which they occur. num_values: the number of
+    values (pixels, or features of sounds) that the media become. bucket: samples of different buckets (picture sizes)
+    are never in one micro batch.
     """
 
     input_ids: np.ndarray
@@ -103,7 +104,7 @@ class Sample:
 
 
 class LostSample(NamedTuple):
-    """A sample whose media cannot be decoded: why, the data source that it came from, and the targets that it had."""
+    """A sample whose media cannot be decoded: the reason, its data source, and the number of targets that it had."""
 
     reason: str
     source: int
@@ -113,9 +114,9 @@ class LostSample(NamedTuple):
 class SequenceRanks(NamedTuple):
     """The ranks that split the tokens of one batch, and this rank's place among them.
 
-    Plain data, which compiled code and custom operators can be handed: groups are named as torch registers them.
-    context: ranks that pass keys and values around. ulysses: ranks that exchange tokens for heads. tensor: ranks that
-    are given the same tokens and cut them among themselves between attention and MLP.
+    This is plain data that compiled code and custom operators accept; groups are given by their names in torch.
+    context: ranks that pass keys and values around a ring. ulysses: ranks that exchange tokens for heads. tensor: ranks
+    that have the same tokens and split them between attention and MLP.
     """
 
     context_rank: int
@@ -134,10 +135,11 @@ class SequenceRanks(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class FullTokens:
-    """All tokens of a batch that several ranks share, for a model that looks at them before they are divided: where
-    images lie among them is the same for every rank.
+    """All tokens of a batch that several ranks share, for a model that looks at all of them before they are divided
+    (every rank must know where images are).
 
-    input_ids, position_ids: int64 [T], as in `Batch`. held: int64 [t], the places of this rank's own tokens, in order.
+    input_ids, position_ids: int64 [T], as in `Batch`. held: int64 [t], the positions of this rank's own tokens,
+    ascending.
     """
 
     input_ids: Tensor
@@ -150,13 +152,12 @@ class FullTokens:
 
 @dataclass(frozen=True, slots=True)
 class GlobalSequence:
-    """The batch that a rank's tokens are a part of, for attention, which looks beyond them.
+    """The whole batch that a rank's tokens are a part of, as attention needs it.
 
-    length: its tokens before it was padded to a multiple of the ranks. num_tokens: those of them that are not padding,
-    which come first. cu_seqlens: int32, the borders of its samples
-    and of that padding. borders: the same, always on the host. max_seqlen: length of the longest segment. row: its
-    tokens, where it has inputs beside them (`Batch.extras`). samples: where the ranks split each sample apart, every
-    sample as a batch of its own.
+    length: its tokens before it was padded to a multiple of the ranks. num_tokens: its tokens without any padding,
+    which comes last. cu_seqlens: int32, the borders of its samples and padding. borders: the same, always on the host.
+    max_seqlen: length of the longest segment. row: all of its tokens, if it has `Batch.extras`. samples: one sequence
+    per sample, if ranks split each sample separately.
     """
 
     length: int
@@ -170,12 +171,12 @@ class GlobalSequence:
 
     @property
     def parts(self) -> tuple[GlobalSequence, ...]:
-        """The sequences that were split, one after the other: its samples, or all of it at once."""
+        """The sequences that were split: its samples, or the whole batch."""
         return self.samples or (self,)
 
     @property
     def share(self) -> int:
-        """The number of its tokens, padding included, that each rank holds."""
+        """The number of its tokens, including padding, that each rank holds."""
         return int(self.borders[-1]) // self.ranks.size
 
     def map(self, change: Callable[[Tensor], Tensor]) -> GlobalSequence:
@@ -187,25 +188,19 @@ class GlobalSequence:
 class Batch:
     """A packed micro batch.
 
-    input_ids, labels, position_ids: int64 [T]; positions restart at 0 with every sample.
-    cu_seqlens: int32 [S + 1], the samples' borders, from 0 to T; segments of padding count as samples.
-    max_seqlen: length of the longest segment.
-    target_index: int64 [N], the positions whose label is not IGNORE, ascending.
-    target_segment: int64 [N], the number of the segment that each target lies in. Segments are counted over the whole
-    batch, also where this is one rank's part of it.
-    segment_sources: int64, the data source of each segment of the whole batch (padding: -1).
-    num_sequences: the segments of the whole batch that are not padding. A pair of answers makes two, next to each
-    other.
-    num_tokens: tokens that are not padding.
-    extras: what only some models take (pixel_values ...), by the name and in the shape of the model's forward argument.
-    Those of ALONG_TOKENS have a value for each token, in the last dimension; where ranks share the batch, for each of
-    all its tokens.
-    borders: cu_seqlens on the host, once the batch is on another device.
-    sequence: where these are one rank's tokens of a batch that several ranks share, what that batch was. The samples
-    are then the pieces of samples that lie on this rank, and a piece's positions go on from where it was cut.
-    payload: tensors about the batch as a whole that its task laid beside it, by name; they are moved with it, and
-    are the same for all ranks that share it.
-    broken: samples that had to be left out when their media were decoded; padding lies in their place.
+    input_ids, labels, position_ids: int64 [T]; positions restart at 0 with every sample. cu_seqlens: int32 [S + 1], the
+    samples' borders, from 0 to T; segments of padding count as samples. max_seqlen: length of the longest segment.
+    target_index: int64 [N], the positions whose label is not IGNORE, ascending. target_segment: int64 [N], the index of
+    each target's segment, counted over the whole batch if ranks share it. segment_sources: int64, the data source of
+    each segment of the whole batch (padding: -1). num_sequences: segments of the whole batch without padding. A pair of
+    answers makes two adjacent segments. num_tokens: tokens without padding. extras: inputs that only some models take
+    (pixel_values ...), by the name and in the shape of the model's forward argument. Those in ALONG_TOKENS have a value
+    for each token (of the whole batch, if ranks share it), in the last dimension. borders: cu_seqlens on the host, if
+    the batch is on another device. sequence: set if these are one rank's tokens of a batch that several ranks share;
+    describes the whole batch. The samples are then the pieces of samples on this rank, and a piece's positions continue
+    where it was cut. payload: tensors that the task added to the batch, by name; moved with it, and the same on all
+    ranks that share it. broken: samples that were left out because their media could not be decoded; padding takes
+    their place.
     """
 
     input_ids: Tensor
@@ -225,7 +220,7 @@ class Batch:
     broken: tuple[LostSample, ...] = ()
 
     def lengths(self) -> list[int]:
-        """The segments' lengths, padding left out; for a whole batch on the host."""
+        """The segments' lengths without padding, for a whole batch on the host."""
         lengths = self.cu_seqlens.diff().tolist()
         return [length for length, source in zip(lengths, self.segment_sources.tolist(), strict=True) if source >= 0]
 
@@ -243,7 +238,8 @@ class Batch:
         return self.map(Tensor.pin_memory)
 
     def map(self, change: Callable[[Any], Any]) -> Batch:
-        """A copy of the batch with each of its tensors, or arrays on their way, changed."""
+        """A copy of the batch with `change` applied to each of its tensors (or arrays, while it is sent between
+        processes)."""
         values: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
         held = (Tensor, np.ndarray)
         values = {name: change(value) if isinstance(value, held) else value for name, value in values.items()}
@@ -257,9 +253,9 @@ class Batch:
 def pack(samples: Sequence[Sample], *, pad_to: int | None = None, pad_id: int = 0) -> Batch:
     """Lay `samples` end to end as one micro batch of T tokens; with `pad_to`, T is exactly that.
 
-    A sample that is split makes two segments. Padding carries IGNORE labels and lies in segments of its own. With no
-    samples the batch is padding alone (T = pad_to or EMPTY_LENGTH): what a rank runs that has nothing left to train on
-    while others have.
+    A sample with a split makes two segments. Padding has IGNORE labels and segments of its own. Without samples the
+    batch is only padding (T = pad_to or EMPTY_LENGTH); a rank runs such a batch if it has no data left while others
+    have.
     """
     if not samples and pad_to is None:
         pad_to = EMPTY_LENGTH
@@ -298,15 +294,13 @@ def pack(samples: Sequence[Sample], *, pad_to: int | None = None, pad_id: int = 
 class GlobalBatch:
     """The micro batches of this data-parallel rank in one optimizer step, and the totals over all ranks.
 
-    micro_batches: this rank's, as many as every other rank's (a rank short of data gets batches of padding).
-    num_targets: what the summed loss is divided by, over all ranks and micro batches: trained tokens, or pairs.
-    trained_tokens: over all ranks as well.
-    num_tokens, num_slots: tokens without and with padding or unfilled room, over all ranks (a micro batch has B slots
-    with dyn_bsz or pad_to_length; else its own length). num_samples: samples over all ranks.
-    source_targets, source_tokens: num_targets and trained_tokens per source name.
-    names: for each micro batch what finds its samples in the data again (plain data; of indexed data their numbers).
-    step: the optimizer step this is for, from 1. epoch: the epoch, from 0, that it belongs to. epoch_end: whether it is
-    that epoch's last.
+    micro_batches: this rank's, as many as on every other rank (a rank short of data gets batches of padding).
+    num_targets: the divisor of the summed loss, over all ranks and micro batches: trained tokens, or pairs.
+    trained_tokens, num_samples: over all ranks. num_tokens, num_slots: tokens without and with padding or unfilled
+    room, over all ranks (a micro batch has B slots with dyn_bsz or pad_to_length; else its own length). source_targets,
+    source_tokens: num_targets and trained_tokens by source name. names: for each micro batch, plain data that
+    identifies its samples (for indexed data their numbers). step: the optimizer step, from 1. epoch: the epoch, from 0.
+    epoch_end: True for the epoch's last step.
     """
 
     micro_batches: tuple[Batch, ...]
@@ -324,5 +318,5 @@ class GlobalBatch:
 
     @property
     def counts(self) -> dict[str, int]:
-        """The number that each loss of the step, by its name among the objective's sums, is divided by."""
+        """The divisor of each loss of the step, by its name among the objective's sums."""
         return {"loss": self.num_targets, "router_loss": self.num_tokens}

@@ -1,19 +1,19 @@
-"""Collective calls with their gradients: every exchange of tensors that a forward pass makes, written once.
+"""Differentiable collectives: all exchanges of tensors that forward passes make.
 
 A collective is a linear map A from the tensors of all ranks of a group to the tensors of all of them. Its backward pass
 is the adjoint A^T, for which <A x, y> = <x, A^T y> with both products summed over the ranks:
 
-    gather_rows    [n, ...] of each rank, end to end on every rank       <->  scatter_rows
+    gather_rows    [n, ...] of each rank, concatenated on every rank     <->  scatter_rows
     scatter_rows   [G * n, ...] of each rank, summed; its own n rows     <->  gather_rows
     all_to_all     consecutive rows to each rank, and from each          <->  all_to_all back
     sum_over       one sum, which all ranks hold                         <->  the sum's gradient, which all ranks hold
 
-Groups go by their names, as torch registers them: plain data, which compiled code and custom operators can be given.
-Sizes are arguments, too, so that a compiled graph that was cached for one number of ranks is not taken for another.
-Each operator has a fake implementation that gives shapes alone.
+Groups are given by their names in torch, which compiled code and custom operators accept. Sizes are arguments too, so
+that a compiled graph that was cached for one number of ranks is not used for another. Each operator has a fake
+implementation that returns only shapes.
 
-`start_all_to_all` and `finish_all_to_all` are `all_to_all` in two halves, with something to compute while rows travel;
-the gradient's rows travel between the two halves of the backward pass.
+`start_all_to_all` and `finish_all_to_all` are the two halves of an `all_to_all`, with computation in between while rows
+travel; the gradient's rows travel between the two halves of the backward pass.
 
 Shapes: G ranks in the group.
 """
@@ -31,34 +31,34 @@ from tutti.core.compat import GroupName, resolve_process_group
 
 
 class RankGroup(NamedTuple):
-    """A group of ranks as plain data: this rank's place in it, how many ranks it has, and its name."""
+    """A group of ranks as plain data: this rank's index in it, its size, and its name."""
 
     rank: int
     size: int
     group: str
 
     def own(self, tensor: Tensor, dim: int) -> Tensor:
-        """This rank's share, along `dim`, of a tensor that all ranks hold."""
+        """This rank's chunk, along `dim`, of a tensor that all ranks hold."""
         return tensor.chunk(self.size, dim)[self.rank]
 
     def start(self, total: int) -> int:
-        """The row at which this rank's share of `total` rows begins."""
+        """The first of this rank's rows, if `total` rows are divided as torch.chunk does."""
         return min(total, -(-total // self.size) * self.rank)
 
 
 def process_group(name: str) -> dist.ProcessGroup:
-    """The process group that torch knows by `name`."""
+    """The process group with this name."""
     return resolve_process_group(GroupName(name))
 
 
-# torch 2.14 has new names for these, and warns of the old ones.
+# torch 2.14 renames these, and warns about the old names.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 @torch.library.custom_op("tutti::gather_rows", mutates_args=())
 def gather_rows(part: Tensor, group: str, size: int) -> Tensor:
-    """[n, ...] of each rank -> [G * n, ...] of all, in rank order. The gradient is `scatter_rows`."""
+    """Gather [n, ...] of each rank to [G * n, ...], in rank order. The gradient is `scatter_rows`."""
     whole = part.new_empty(part.shape[0] * size, *part.shape[1:])
     _all_gather(whole, part.contiguous(), group=process_group(group))
     return whole
@@ -66,7 +66,7 @@ def gather_rows(part: Tensor, group: str, size: int) -> Tensor:
 
 @torch.library.custom_op("tutti::scatter_rows", mutates_args=())
 def scatter_rows(whole: Tensor, group: str, size: int) -> Tensor:
-    """[G * n, ...] of each rank -> [n, ...], this rank's rows summed over the ranks. The gradient is `gather_rows`."""
+    """Sum [G * n, ...] over the ranks and return this rank's rows [n, ...]. The gradient is `gather_rows`."""
     part = whole.new_empty(whole.shape[0] // size, *whole.shape[1:])
     _reduce_scatter(part, whole.contiguous(), group=process_group(group))
     return part
@@ -95,18 +95,17 @@ scatter_rows.register_autograd(
 
 
 def gather_tensor(tensor: Tensor, ranks: RankGroup, dim: int) -> Tensor:
-    """The ranks' parts of a tensor, joined along `dim`."""
+    """Gather the ranks' parts of a tensor, concatenated along `dim`."""
     return gather_rows(tensor.movedim(dim, 0), ranks.group, ranks.size).movedim(0, dim)
 
 
 def scatter_tensor(tensor: Tensor, ranks: RankGroup, dim: int) -> Tensor:
-    """This rank's part, along `dim`, of the sum of `tensor` over the ranks."""
+    """Sum `tensor` over the ranks and return this rank's part along `dim`."""
     return scatter_rows(tensor.movedim(dim, 0), ranks.group, ranks.size).movedim(0, dim)
 
 
 def gather_over(part: Tensor, groups: Iterable[str]) -> Tensor:
-    """[n, ...] of each rank that is together with this one in some of `groups`, end to end; the ranks of the first
-    group lie next to each other."""
+    """Gather [n, ...] over several nested groups, end to end; the ranks of the first group are adjacent."""
     for name in groups:
         size = process_group(name).size()
         part = gather_rows(part, name, size) if size > 1 else part
@@ -115,9 +114,10 @@ def gather_over(part: Tensor, groups: Iterable[str]) -> Tensor:
 
 @torch.library.custom_op("tutti::all_to_all", mutates_args=())
 def all_to_all(rows: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
-    """[S, ...] -> [R, ...]: `sent[r]` consecutive rows go to rank r, and `received[r]` come from it, in rank order.
+    """Exchange rows [S, ...] -> [R, ...]: `sent[r]` consecutive rows go to rank r, and `received[r]` come from it, in
+    rank order.
 
-    Both lists empty: equal shares. The gradient is the call with both lists exchanged.
+    If both lists are empty, the shares are equal. The gradient is the call with both lists exchanged.
     """
     arrived = rows.new_empty(sum(received) if received else rows.shape[0], *rows.shape[1:])
     dist.all_to_all_single(arrived, rows.contiguous(), received or None, sent or None, group=process_group(group))
@@ -140,7 +140,7 @@ all_to_all.register_autograd(
 
 
 class _Flight:
-    """An all-to-all of equal shares that is under way. `buffer` is filled once `land` has been called."""
+    """An all-to-all of equal shares in progress. `buffer` is filled once `land` has been called."""
 
     def __init__(self, rows: Tensor, group: str) -> None:
         self._rows = rows.contiguous()  # kept alive until it is sent
@@ -154,7 +154,7 @@ class _Flight:
 
 
 class Journey:
-    """An all-to-all in two halves: `out` in the forward pass, `back` of its gradient in the backward pass."""
+    """An asynchronous all-to-all: `out` in the forward pass, `back` of its gradient in the backward pass."""
 
     def __init__(self, group: str) -> None:
         self.group = group
@@ -163,7 +163,7 @@ class Journey:
 
 
 class _Start(torch.autograd.Function):
-    """Starts the exchange; waits for the gradient's in the backward pass."""
+    """Starts the exchange; in the backward pass waits for the gradient's."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, journey: Journey) -> Tensor:
@@ -178,7 +178,7 @@ class _Start(torch.autograd.Function):
 
 
 class _Finish(torch.autograd.Function):
-    """Waits for the exchange; starts that of the gradient in the backward pass."""
+    """Waits for the exchange; in the backward pass starts the gradient's."""
 
     @staticmethod
     def forward(ctx: Any, buffer: Tensor, journey: Journey) -> Tensor:
@@ -193,13 +193,13 @@ class _Finish(torch.autograd.Function):
 
 
 def start_all_to_all(rows: Tensor, group: str) -> tuple[Tensor, Journey]:
-    """Send equal shares of `rows` on their way; the result may be given to `finish_all_to_all` and to nothing else."""
+    """Start sending equal shares of `rows`; pass the result to `finish_all_to_all` and nothing else."""
     journey = Journey(group)
     return _Start.apply(rows, journey), journey
 
 
 def finish_all_to_all(started: tuple[Tensor, Journey]) -> Tensor:
-    """Wait for what `start_all_to_all` sent: as `all_to_all` of equal shares."""
+    """Wait for the result of `start_all_to_all`, which is that of `all_to_all` with equal shares."""
     return _Finish.apply(*started)
 
 
@@ -217,6 +217,6 @@ class _Sum(torch.autograd.Function):
 
 
 def sum_over(tensor: Tensor, groups: Iterable[str]) -> Tensor:
-    """The sum of `tensor` over all ranks that are together with this one in some of `groups`: one value, which all of
-    them hold, and go on to compute the same from. Its gradient, the same on all ranks, is that of each summand."""
+    """Sum `tensor` over all ranks of some nested groups. All ranks hold the result and compute the same from it, so
+    its gradient, the same on all ranks, is also that of each summand."""
     return _Sum.apply(tensor, tuple(groups))

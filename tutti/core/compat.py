@@ -1,10 +1,10 @@
-"""Inner parts of torch and transformers that Tutti builds on, and the versions that it is tested with.
+"""Private parts of torch and transformers that Tutti uses, and the versions that it is tested with.
 
-Most of what is used of the two is public. What is here is not, or lies where it may be moved: a new version can take it
-away, and then this is the one place to mend. A name is looked up when it is first imported from here, so that a part
-that is not used costs no time to load, and one that is gone says which versions have it.
+Most of what we use from the two is public API. The names here are not, or may be moved by a new version; this is the
+one place to fix then. A name is looked up when it is first imported from here, so that unused parts take no time to
+load, and a missing one gives an error that says which versions have it.
 
-`python -m tutti.core.compat oldest` prints what to install for the oldest pair that is tested, `newest` for the newest.
+`python -m tutti.core.compat oldest` prints the oldest tested versions to install, `newest` the newest.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 
 TESTED = {
     "torch": ("2.11.0", "2.15.0"),
-    "torchvision": ("0.26.0", "0.29.2"),  # each is made for one version of torch
+    "torchvision": ("0.26.0", "0.29.2"),  # each belongs to one version of torch
     "transformers": ("5.23.0", "5.24.0"),
 }
-"""By package the oldest and the newest version that are tested together."""
+"""The oldest and the newest version of each package that are tested together."""
 
 _PLACES = {
     # torch: tensors without values, and modes that see every operator
@@ -94,7 +94,7 @@ _PLACES = {
     "compile_jinja_template": "transformers.utils.chat_template_utils:_compile_jinja_template",
     "render_jinja_template": "transformers.utils.chat_template_utils:render_jinja_template",
 }
-"""By the name that is imported from here: the module and the name in it."""
+"""The module and the name in it, by the name that is imported from here."""
 
 
 def __getattr__(name: str) -> Any:
@@ -113,7 +113,7 @@ def __getattr__(name: str) -> Any:
 
 
 def model_mapping(factory: Any) -> Any:
-    """By class of configuration: the class of the model that one of transformers' Auto classes makes of it."""
+    """The model class for each configuration class, according to one of transformers' Auto classes."""
     try:
         return factory._model_mapping
     except AttributeError as error:
@@ -123,8 +123,8 @@ def model_mapping(factory: Any) -> Any:
 
 @cache
 def presume_packed() -> None:
-    """Make transformers' masks take a batch on an accelerator for one of several samples: to find out by its positions
-    whether it is one, the host would wait for the device in each forward pass."""
+    """Make transformers assume that a batch on an accelerator is packed: to find out from its positions, the host
+    would wait for the device in each forward pass."""
     import torch
 
     masks: Any = import_module("transformers.masking_utils")
@@ -141,8 +141,8 @@ def presume_packed() -> None:
 
 @contextmanager
 def truncated_normals_seen() -> Iterator[None]:
-    """Make `torch.nn.init.trunc_normal_` write to tensors on meta, which newer versions of torch leave alone, so that
-    their version counters say what it was called for."""
+    """Make `torch.nn.init.trunc_normal_` write to meta tensors, which newer versions of torch leave alone, so that
+    their version counters show that it was called."""
     import torch
 
     inner = torch.nn.init._no_grad_trunc_normal_
@@ -158,7 +158,8 @@ def truncated_normals_seen() -> Iterator[None]:
 
 
 def fsdp_groups(root: Any) -> list[Any]:
-    """FSDP's own records of all units in `root`, which is sharded, once it has run. torch 2.11 has one for a unit."""
+    """FSDP's parameter groups of all units in `root`, which is sharded, after its first run. torch 2.11 has one per
+    unit."""
     from torch.distributed.fsdp import fully_shard
 
     groups: list[Any] = []
@@ -172,7 +173,7 @@ def fsdp_groups(root: Any) -> list[Any]:
 
 
 def untested() -> list[str]:
-    """One line for each package whose version here is outside of the range that is tested."""
+    """A message for each package whose version is outside of the tested range."""
     problems = []
     for package, (oldest, newest) in TESTED.items():
         if not _minor(oldest) <= _minor(version(package)) <= _minor(newest):

@@ -1,9 +1,9 @@
-"""The dtype that a run computes in: train.compute_dtype, of which `auto` becomes one of the two others, once.
+"""The dtype that a run computes in: train.compute_dtype, with `auto` resolved once.
 
 bf16 halves memory traffic and is faster wherever there are instructions for its matrix products: on accelerators, and
 on CPUs with AMX or AVX-512 bf16. On other CPUs a product is 30 to 500 times slower than in fp32. So on a CPU both are
-measured, on one small product each. Rank 0's answer is everyone's. A run that goes on from a checkpoint computes as the
-checkpoint's did, for exactness, unless that is clearly the slower way here.
+measured, with one small product each. Rank 0 decides for all. For exactness, a run that resumes from a checkpoint
+computes in the checkpoint's dtype, unless that is clearly slower here.
 """
 
 from __future__ import annotations
@@ -20,26 +20,27 @@ from tutti.core.dist import World
 log = logging.getLogger(__name__)
 
 _ANOTHER_MACHINE = 2.0
-"""The times that a checkpoint's dtype must be slower for `auto` to leave it: more than measurements vary."""
+"""How many times slower a checkpoint's dtype must be for `auto` to change it: more than measurements vary."""
 
 
 def settle_compute_dtype(config: Config, world: World, *, before: str | None = None) -> Config:
-    """`config` with train.compute_dtype bfloat16 or float32, the same on every rank, with a log line. Collective.
+    """`config` with train.compute_dtype set to bfloat16 or float32, the same on every rank, with a log line.
+    Collective.
 
-    before: the compute dtype of the checkpoint that the run goes on from, if there is one.
+    before: the compute dtype of the checkpoint that the run resumes from, if there is one.
     """
     chosen = world.broadcast(_choose(config.train, world.device, before) if world.is_main else None)
     return replace(config, train=replace(config.train, compute_dtype=chosen))
 
 
 def compute_dtype(train: TrainConfig) -> torch.dtype:
-    """train.compute_dtype, which must have been settled, as torch's."""
+    """train.compute_dtype, already resolved, as a torch dtype."""
     assert train.compute_dtype != "auto", "train.compute_dtype was not settled"
     return getattr(torch, train.compute_dtype)
 
 
 def slow_dtypes(world: World) -> frozenset[torch.dtype]:
-    """The dtypes of 16 bits that rank 0's device multiplies matrices slower in than in fp32. Collective."""
+    """The 16-bit dtypes whose matrix products are slower than fp32's on rank 0's device. Collective."""
     if world.device.type != "cpu":
         return frozenset()
     rates = world.broadcast(product_rates(torch.float32, torch.bfloat16, torch.float16) if world.is_main else None)
@@ -47,7 +48,7 @@ def slow_dtypes(world: World) -> frozenset[torch.dtype]:
 
 
 def _choose(train: TrainConfig, device: torch.device, before: str | None) -> str:
-    """train.compute_dtype on `device`, with a log line that says what was measured."""
+    """Choose train.compute_dtype for `device`, with a log line about the measurement."""
     all_bf16 = train.compute_dtype == "auto" and not train.enable_mixed_precision
     asked = "bfloat16" if all_bf16 else train.compute_dtype
     if device.type != "cpu":

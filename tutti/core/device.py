@@ -1,4 +1,4 @@
-"""The device: which one to compute on, how much memory it holds, how fast it multiplies matrices."""
+"""The device: which one to compute on, how much memory it has, how fast it multiplies matrices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def pick_device(init_device: str) -> torch.device:
-    """The device to compute on: the accelerator if there is one, else the CPU, with a log line if that is a surprise.
+    """The device to compute on: the accelerator if there is one, else the CPU, with a log line if that is unexpected.
 
     `init_device` is `train.init_device`. `cpu` and `meta` say where the model is built, not where it runs.
     """
@@ -43,13 +43,13 @@ _presumed = False
 
 
 def on_accelerator(tensor: Tensor) -> bool:
-    """True if work on `tensor` should suit an accelerator, rather than a CPU and its caches."""
+    """True if code should be optimized for an accelerator rather than for a CPU's caches."""
     return _presumed or tensor.device.type != "cpu"
 
 
 @contextmanager
 def presume_accelerator() -> Iterator[None]:
-    """Make `on_accelerator` hold for all tensors: of interest is what a run on an accelerator takes."""
+    """Make `on_accelerator` true for all tensors, to predict what a run on an accelerator takes."""
     global _presumed
     before, _presumed = _presumed, True
     try:
@@ -59,7 +59,7 @@ def presume_accelerator() -> Iterator[None]:
 
 
 def limit_threads(local_world: int) -> None:
-    """Share the machine's cores among its `local_world` ranks, unless OMP_NUM_THREADS says otherwise."""
+    """Divide the machine's cores among its `local_world` ranks, unless OMP_NUM_THREADS is set."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, num_cores() // local_world))
 
@@ -73,7 +73,7 @@ def memory_gib(device: torch.device) -> float:
 
 
 def resident_bytes() -> int:
-    """The memory that is resident in this process now (at its peak so far, where the kernel tells no more)."""
+    """Resident memory of this process in bytes (its peak, on kernels that report nothing else)."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -82,10 +82,10 @@ def resident_bytes() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep the memory of freed tensors for the next ones, rather than give it back to the kernel.
+    """Make glibc keep the memory of freed tensors for reuse, rather than return it to the kernel.
 
-    Large tensors are otherwise mapped anew each time, and a step on the CPU spends much of its time on page faults.
-    Does nothing where the C library is another one.
+    Otherwise large tensors are mapped again each time, and a step on the CPU spends much of its time on page faults.
+    Does nothing with another C library.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -95,17 +95,17 @@ def keep_freed_memory() -> None:
 
 
 _PRODUCTS = 256
-"""Matrix products whose kernels are kept: those of a step of packed samples, which differ in length."""
+"""Number of matrix product kernels to keep: those of a step of packed samples, whose lengths differ."""
 
 KERNELS_BYTES = _PRODUCTS * 400 * 1024
-"""The memory that so many kernels take: up to 0.6 MiB each of large matrices, 0.1 MiB of attention's small ones."""
+"""Memory of that many kernels: up to 0.6 MiB each for large matrices, 0.1 MiB for attention's small ones."""
 
 
 def keep_few_kernels() -> None:
-    """Make oneDNN, which multiplies matrices in bf16 on CPUs, keep `_PRODUCTS` kernels rather than its 1,024.
+    """Make oneDNN, which multiplies bf16 matrices on CPUs, keep `_PRODUCTS` kernels instead of 1,024.
 
-    It makes one for each shape that it meets, torch keeps a table of them, and packed batches bring new shapes at every
-    step. To be called before the first product; the user's own settings stay.
+    It compiles one for each shape, torch caches them, and packed batches bring new shapes at every step. Call this
+    before the first product; the user's own settings take precedence.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(_PRODUCTS))
@@ -123,15 +123,15 @@ _PEAK_TFLOPS = {  # dense bf16, from the vendors' data sheets
 }
 
 _PROBE = 256
-"""Rows of the square matrices by which dtypes are compared: on one core, a product takes 0.2 to 11 ms."""
+"""Rows of the square matrices for comparing dtypes: on one core, a product takes 0.2 to 11 ms."""
 
 
 @cache
 def product_rates(*dtypes: torch.dtype) -> dict[torch.dtype, float]:
-    """Floating-point operations a second of matrix products on one core of this CPU, by dtype; takes 5 to 50 ms.
+    """Floating-point operations per second of matrix products on one core of this CPU, by dtype; takes 5 to 50 ms.
 
-    The dtypes take turns and the best of ten products counts (of three where they are slow, since the first one sets
-    up its kernel), so that other processes don't decide between them.
+    The dtypes alternate and the best of ten products counts (of three if they are slow, since the first one compiles
+    the kernel), so that other processes do not affect the comparison.
     """
     times: dict[torch.dtype, list[float]] = {dtype: [] for dtype in dtypes}
     with _threads(1):
@@ -143,7 +143,7 @@ def product_rates(*dtypes: torch.dtype) -> dict[torch.dtype, float]:
 
 
 def faster_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 or float32, whichever `device` multiplies matrices faster in."""
+    """bfloat16 or float32, whichever has the faster matrix products on `device`."""
     if device.type == "cpu":
         rates = product_rates(torch.float32, torch.bfloat16)
         return max(rates, key=lambda dtype: rates[dtype])
@@ -152,11 +152,11 @@ def faster_dtype(device: torch.device) -> torch.dtype:
 
 
 def peak_flops(device: torch.device) -> float:
-    """Floating-point operations a second that each rank of this machine can reach, in products of large matrices in
+    """Floating-point operations per second that each rank of this machine can reach in products of large matrices in
     the faster dtype. Call it on one rank while the others wait.
 
-    Known GPUs: the data sheet's figure. Else measured, which takes some tenths of a second; on a CPU, on all the cores
-    that the ranks' threads can have together.
+    For known GPUs this is the data sheet's value. Otherwise it is measured, which takes some tenths of a second; on a
+    CPU with all the cores that the ranks' threads share.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -172,7 +172,7 @@ def peak_flops(device: torch.device) -> float:
 
 
 def _seconds_of_product(size: int, dtype: torch.dtype, device: torch.device) -> float:
-    left, right = torch.ones(2, size, size, dtype=dtype, device=device)  # drawing at random would change the run
+    left, right = torch.ones(2, size, size, dtype=dtype, device=device)  # random numbers would change the run
     _wait_for(device)
     start = time.perf_counter()
     left @ right

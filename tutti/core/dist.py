@@ -1,8 +1,7 @@
 """This process among the others: ranks, the process group, and collectives over plain Python objects.
 
-`World` is made once and passed along; there is no global state of ours. Outside torchrun it is one process, which gets
-a process group of one, so that the same code path (FSDP2, DTensor, distributed checkpoints) serves a laptop and a
-cluster.
+`World` is made once and passed along; there is no global state of ours. Outside torchrun it is one process with a
+process group of one, so that the same code (FSDP2, DTensor, distributed checkpoints) runs on a laptop and on a cluster.
 """
 
 from __future__ import annotations
@@ -20,18 +19,16 @@ from tutti.core.files import describe_error
 
 
 class OtherRankError(ValueError):
-    """The user's mistake, found and told by another rank; this rank ends silently."""
+    """A user's mistake that another rank has found and reported; this rank ends silently."""
 
     reported = True
 
 
 @dataclass(frozen=True)
 class World:
-    """rank and size: this process' number among all, and how many there are; local_rank within this machine; device:
-    where this rank computes.
-
-    group: the process group of the collectives, which holds every rank; None is the default group.
-    """
+    """rank, size: this process's index among all, and their number. local_rank: its index on this machine. device:
+    where this rank computes. group: the process group of the collectives, which contains every rank; None is the
+    default group."""
 
     rank: int
     size: int
@@ -65,16 +62,16 @@ class World:
             dist.barrier(group=self.group)
 
     def on_own_group(self) -> World:
-        """These ranks with a gloo group of their own, whose collectives may run in another thread. Collective."""
+        """The same ranks with a gloo group of their own, whose collectives may run in another thread. Collective."""
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)
         return replace(self, group=group)
 
     def run_on_all_ranks(self, action: Callable[[], Any]) -> Any:
-        """Run `action` on every rank; if it raises on any, raise the first rank's error on all of them.
+        """Run `action` on every rank; if it raises on any, raise the first such rank's error on all of them.
 
-        This is what keeps bad input from hanging a run: no rank goes on to a collective that a failed rank never joins.
-        Every rank must call it, and `action` must not itself hold a collective that others may miss.
+        This keeps bad input from hanging a run: no rank enters a collective that a failed rank never joins. Every rank
+        must call it, and `action` must not itself contain a collective that others may miss.
         """
         result, error = None, None
         try:
@@ -97,11 +94,11 @@ class World:
 
 
 def init_world(device: torch.device, *, timeout_seconds: float = 0) -> World:
-    """Join the process group that torchrun's environment describes, or make one of a single process.
+    """Join the process group that torchrun's environment describes, or create one of a single process.
 
-    On CUDA collectives over host tensors go through gloo beside NCCL. A collective that takes half an hour fails, and
-    no earlier than a minute after `timeout_seconds`, when a watchdog will have said why. What collectives there were is
-    recorded for that (TORCH_FR_BUFFER_SIZE, how many).
+    On CUDA, collectives over host tensors use gloo, the others NCCL. A collective fails after half an hour, and not
+    earlier than a minute after `timeout_seconds`, when the watchdog has reported why. For its report, recent
+    collectives are recorded (TORCH_FR_BUFFER_SIZE, how many).
     """
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -120,10 +117,11 @@ def init_world(device: torch.device, *, timeout_seconds: float = 0) -> World:
 
 
 def shutdown_world() -> None:
-    """Leave the process group and end all others of this process, if there is one."""
+    """Leave the process group, if there is one, and destroy all others of this process."""
     if dist.is_initialized():
-        from tutti.core.compat import clear_sharding_cache  # whose module brings torch's compiler along
+        from tutti.core.compat import clear_sharding_cache  # this import loads torch's compiler
 
         dist.destroy_process_group()
-        # It holds meshes of groups that have ended, which would keep their threads and pass for meshes of new groups.
+        # The cache refers to meshes of groups that have ended: it would keep their threads alive, and be used for
+        # new groups.
         clear_sharding_cache()

@@ -1,8 +1,8 @@
-"""Files that are whole or not there: writing so that a crash leaves the old state or the new one, and reading lines.
+"""Crash-safe files: a crash while writing leaves the old file or the new one. Also, reading JSON lines.
 
-A file system may keep a new name and lose the content, or the reverse, when the machine goes down. So content is
-flushed to stable storage before it gets its name, and a folder after a name in it has changed. Replacing a file means:
-write a draft beside it, flush, rename over it. A reader sees the old file or the new one, never a part.
+When the machine goes down, a file system may keep a new name and lose the content, or the reverse. So content is
+flushed to stable storage before it gets its name, and a folder after a name in it has changed. To replace a file: write
+a draft next to it, flush, rename. A reader sees the old file or the new one, never a part.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import IO, Any
 
 @contextmanager
 def synced(path: Path, mode: str = "w") -> Iterator[IO[str]]:
-    """A stream to write text to `path`, on stable storage once the block is left. OSError: with the path."""
+    """A stream to write text to `path`, on stable storage when the context ends. OSError: with the path."""
     try:
         with path.open(mode, encoding="utf-8") as stream:
             yield stream
@@ -34,7 +34,7 @@ def synced(path: Path, mode: str = "w") -> Iterator[IO[str]]:
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[IO[str]]:
-    """A stream whose text takes the place of the file `path` once the block is left, on stable storage if `durable`."""
+    """A stream whose text replaces the file `path` when the context ends, on stable storage if `durable`."""
     draft = path.with_name(f".{path.name}.tmp")
     with synced(draft) if durable else draft.open("w", encoding="utf-8") as stream:
         yield stream
@@ -50,30 +50,30 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def replace_file(path: Path, text: str, *, durable: bool = True) -> None:
-    """Put `text` in the place of the file `path`, on stable storage if `durable`."""
+    """Replace the file `path` by `text`, on stable storage if `durable`."""
     with replacing(path, durable=durable) as stream:
         stream.write(text)
 
 
 def close_new_files_to_others() -> None:
-    """Give the files that this process makes mode 0640 or tighter, and its folders 0750."""
+    """Create this process's files with mode 0640 or tighter, and its folders with 0750."""
     os.umask(os.umask(0o027) | 0o027)
 
 
 def cache_folder() -> Path:
-    """The folder of copies that several runs share: `$TUTTI_CACHE`, by default `~/.cache/tutti`."""
+    """The folder for copies that several runs share: `$TUTTI_CACHE`, by default `~/.cache/tutti`."""
     return Path(os.environ.get("TUTTI_CACHE") or "~/.cache/tutti").expanduser()
 
 
 def make_once(path: str | Path, write: Callable[[str], None]) -> None:
-    """Make the file `path` by `write(draft)`, unless it is there; of several processes one does, and the others wait
-    for it."""
+    """Create the file `path` with `write(draft)`, unless it exists; if several processes call this, one does it and
+    the others wait."""
     place = f"{path}.lock"
     while not os.path.exists(path):
         with open(place, "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not is_named(lock.fileno(), place):
-                continue  # whoever held the lock has removed its file, and a lock on it keeps nobody out
+                continue  # the previous holder has removed the lock file, so this lock protects nothing
             try:
                 if not os.path.exists(path):
                     write(f"{path}.part")
@@ -83,7 +83,7 @@ def make_once(path: str | Path, write: Callable[[str], None]) -> None:
 
 
 def is_named(descriptor: int, path: str | Path) -> bool:
-    """True if the open file `descriptor` is the one at `path`, and has not been removed or replaced there."""
+    """True if the open file `descriptor` is still the file at `path`."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
@@ -91,10 +91,10 @@ def is_named(descriptor: int, path: str | Path) -> bool:
 
 
 def put_folder(made: Path, folder: Path) -> None:
-    """Give the complete folder `made` the name of `folder`, in one step also where there is one, which is removed.
+    """Move the complete folder `made` to `folder`, in one step even if it exists, in which case it is replaced.
 
-    Linux exchanges two names at once. Where the system or its file system can't, there is a moment in which the old
-    folder has been taken away (as `put_back_folder` finds it) and the new one is not there yet.
+    Linux exchanges two names atomically. On other systems there is a moment when the old folder has been moved away (to
+    where `put_back_folder` finds it) and the new one is not in place yet.
     """
     sync_folder(made)
     old = made
@@ -110,7 +110,8 @@ def put_folder(made: Path, folder: Path) -> None:
 
 
 def put_back_folder(folder: Path) -> None:
-    """Undo a replacement by `put_folder` that ended when the old folder had lost its name and the new one had none."""
+    """Undo a `put_folder` that was interrupted after the old folder was moved away and before the new one was in
+    place."""
     old = _set_aside(folder)
     if old.exists() and not folder.exists():
         os.replace(old, folder)
@@ -124,14 +125,14 @@ _AT_WORKING_FOLDER, _RENAME_EXCHANGE = -100, 2  # of fcntl.h and stdio.h
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange the names of two folders; False where that is not possible, and nothing was done."""
+    """Exchange the names of two folders; returns False, with nothing changed, if that is not possible."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     here = _AT_WORKING_FOLDER
     return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), _RENAME_EXCHANGE) == 0
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in `folder` are on stable storage. OSError: with the path."""
+    """Flush the names in `folder` to stable storage. OSError: with the path."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -148,7 +149,8 @@ def sha256(path: Path) -> str:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each line of a JSONL file, with its value; None for a line that is not JSON, as a killed writer leaves it."""
+    """Yield each line of a JSONL file with its value; None for a line that is not JSON, as a killed writer leaves
+    it."""
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
@@ -158,7 +160,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def describe_error(error: Exception) -> str:
-    """`error` in one line: of an OSError the path and the cause, without its number."""
+    """Describe `error` in one line: for an OSError the path and the cause, without its number."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error)

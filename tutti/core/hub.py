@@ -1,9 +1,9 @@
-"""Repositories of the Hugging Face hub, by name: `org/name`, or `org/name@revision` for another branch, tag or commit.
+"""Repositories of the Hugging Face hub, by name: `org/name`, or `org/name@revision` for a branch, tag or commit.
 
-All transfer is huggingface_hub's, which honours HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN, and keeps what it
-downloads under its commit. Here is what a run needs beyond that: which commit a name stands for (from the cache where
-the hub cannot be reached), which files there are, exactly those that are asked for, and one line that says what to do
-when there is something wrong. Nothing in a repository is ever run.
+Transfers are done by huggingface_hub, which honors HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN, and caches files
+by commit. This module adds what a run needs: which commit a name stands for (from the cache if the hub cannot be
+reached), which files it has, downloading exactly the requested ones, and one-line errors that say what to do. Code in a
+repository is never run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tutti.core.remote import NotCachedError, progress_bars
 log = logging.getLogger(__name__)
 
 NAME = r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?"
-"""A repository's name and revision, as a regular expression."""
+"""Regular expression for a repository's name and revision."""
 
 _FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|txt|parquet|arrow|gz|zst|ya?ml|safetensors|bin|gguf|jinja|model|py|md)$")
 _IN_CACHE = re.compile(r".*/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?")
@@ -31,7 +31,7 @@ _IN_CACHE = re.compile(r".*/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?
 
 @dataclass(frozen=True)
 class Repo:
-    """A repository at a revision; argument: what named it, for errors."""
+    """A repository at a revision. argument: the argument that named it, for errors."""
 
     kind: Literal["model", "dataset"]
     name: str
@@ -42,7 +42,7 @@ class Repo:
         return self.name if self.revision == "main" else f"{self.name}@{self.revision}"
 
     def commit(self) -> str:
-        """The commit that the revision is at; where the hub cannot be reached, the one last heard of."""
+        """The commit of the revision; if the hub cannot be reached, the last known one."""
         import huggingface_hub as hub
 
         unreachable = None
@@ -66,7 +66,7 @@ class Repo:
         return Path(folder).name
 
     def files(self, commit: str) -> dict[str, int | None]:
-        """The paths of all files of a commit that `commit()` gave, with their sizes in bytes where they are known."""
+        """The paths of all files of a commit (from `commit()`), with their sizes in bytes if known."""
         import huggingface_hub as hub
         from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
@@ -74,19 +74,19 @@ class Repo:
             tree = hub.get_cached_repo_tree(self.name, repo_type=self.kind, revision=commit)
             return {file.path: file.size for file in tree}
         except CachedRepoTreeNotFoundError:
-            # An old version of huggingface_hub filled the cache, and what is there is all that can be known of.
+            # The cache was filled by an old version of huggingface_hub, so only the cached files are known.
             folder = self.folder(commit)
             return {path.relative_to(folder).as_posix(): None for path in sorted(folder.rglob("*")) if path.is_file()}
 
     def folder(self, commit: str) -> Path:
-        """The folder in which the cache keeps the files of a commit, whether they are there or not."""
+        """The cache folder for the files of a commit, which may not exist."""
         from huggingface_hub import constants
 
         cache = Path(constants.HF_HUB_CACHE).expanduser().absolute()
         return cache / f"{self.kind}s--{self.name.replace('/', '--')}" / "snapshots" / commit
 
     def download(self, commit: str, files: Sequence[str]) -> None:
-        """Bring these files of a commit into the cache, where they are not yet."""
+        """Download these files of a commit into the cache, unless they are there."""
         import huggingface_hub as hub
 
         folder = self.folder(commit)
@@ -104,7 +104,7 @@ class Repo:
             )
 
     def _explain(self, error: Exception, unreachable: str | None = None) -> str:
-        """The fault and what to do about it, in one line."""
+        """The error and what to do about it, in one line."""
         from huggingface_hub import constants, errors
 
         what, page = f"{self.argument}: {self}", f"{constants.ENDPOINT}/{'datasets/' * (self.kind == 'dataset')}"
@@ -134,7 +134,7 @@ class Repo:
 
     @contextmanager
     def _explained(self, unreachable: str | None) -> Iterator[None]:
-        # Its warnings of patterns that match no file are ours to judge.
+        # Warnings about patterns without a match are for us to decide.
         logger = logging.getLogger("huggingface_hub._snapshot_download")
         level = logger.level
         logger.setLevel(logging.ERROR)
@@ -160,7 +160,7 @@ class HubFiles:
         return self.repo.folder(self.commit)
 
     def local(self, *, download: bool) -> list[str]:
-        """The paths of the files in the cache. NotCachedError: one is not there, and `download` is false."""
+        """The paths of the files in the cache. NotCachedError: one is missing, and `download` is false."""
         if download:
             self.repo.download(self.commit, self.files)
         missing = [file for file in self.files if not (self.folder / file).is_file()]
@@ -170,7 +170,7 @@ class HubFiles:
 
 
 def repo_named(kind: Literal["model", "dataset"], text: str, argument: str) -> Repo | None:
-    """The repository that `text` names; None where it has another form, or there is something of that name here."""
+    """The repository that `text` names; None if it has another form, or is an existing local path."""
     match = re.fullmatch(NAME, text)
     if match is None or _FILE.search(match["name"]) or os.path.exists(text):
         return None
@@ -178,25 +178,24 @@ def repo_named(kind: Literal["model", "dataset"], text: str, argument: str) -> R
 
 
 def name_in_cache(path: str | Path) -> tuple[str, str] | None:
-    """The name and the commit of the model whose files lie in `path`, if that is a folder of the hub's cache."""
+    """The name and the commit of the model in `path`, if that is a folder of the hub's cache."""
     match = _IN_CACHE.fullmatch(Path(path).absolute().as_posix())
     return None if match is None else (f"{match[1]}/{match[2]}", match[3])
 
 
 def named_base(path: str | None) -> tuple[str | None, str | None]:
-    """The name that an adapter has for its base model, which lies in `path`: the name and the commit on the hub, or
-    the whole path and None; of none (None) neither."""
+    """The name under which an adapter records its base model at `path`: its hub name and commit, or the absolute
+    path and None; (None, None) without a path."""
     return (path and name_in_cache(path)) or (path and str(Path(path).absolute()), None)
 
 
 def path_of_base(name: str, revision: str | None) -> str:
-    """The model that an adapter names as its base, as model.model_path has it: a path, or a name on the hub at a
-    revision. Undoes `named_base`."""
+    """The inverse of `named_base`: the model that an adapter records as its base, as a value of model.model_path."""
     return f"{name}@{revision}" if revision and not Path(name).exists() else name
 
 
 def _unreachable(error: Exception) -> str | None:
-    """Why the hub gave no answer; None where it gave one, or the error is another."""
+    """Why the hub did not answer; None if it did, or for other errors."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

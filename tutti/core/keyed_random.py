@@ -1,8 +1,8 @@
-"""Random draws that depend on what they are for, and on nothing else.
+"""Random numbers that depend only on what they are used for.
 
-A draw that belongs to a sample (noise, a flip, a dropped caption) has a key such as (epoch, name of the sample,
-"noise"). With the run's seed it makes a generator of its own, so that the number comes out alike on whichever rank,
-in whichever micro batch and after however many restarts the sample is trained on.
+A random number that belongs to a sample (noise, a flip, a dropped caption) has a key such as (epoch, name of the
+sample, "noise"). Together with the run's seed the key determines a generator of its own. So the number is the same
+whichever rank and micro batch the sample is in, and however often the run was restarted.
 """
 
 from __future__ import annotations
@@ -13,6 +13,6 @@ from tutti.core.tensors import seed_of
 
 
 def generator(seed: int, *key: object) -> torch.Generator:
-    """A generator on the host that `seed` and `key` determine. key: plain values (numbers, texts, tuples of them), of
-    which 1 and "1" differ."""
+    """A generator on the host, determined by `seed` and `key`. key: plain values (numbers, texts, tuples of them); 1
+    and "1" differ."""
     return torch.Generator().manual_seed(seed_of(repr((seed, key))))

@@ -1,14 +1,14 @@
 """Several ranks on this machine without torchrun: `tutti train --nproc N`.
 
-One process is started for each rank, with the environment that torchrun would give it. The launcher then only watches:
-1. SIGINT and SIGTERM are passed on to every rank, each once: ranks are in sessions of their own, so that a Ctrl-C in
-   the terminal reaches them through here alone, and they can save and leave.
-2. When a rank fails, the others get a moment to fail by themselves (most do, in their next collective), then are killed
-   together with the processes that they started.
-3. Ranks leave their last words in files (`ERROR_FILE`) instead of on the terminal. The earliest is the cause, and is
-   shown once; its rank's exit status is the launcher's. A rank that the kernel ended (out of memory) left no words, and
-   is the cause itself: the words of the others are of the connection that they lost.
-4. On request what failed is started again, unless someone asked for the end.
+One process is started per rank, with the environment that torchrun would give it. The launcher then only watches:
+1. SIGINT and SIGTERM are forwarded once to every rank. Ranks have their own sessions, so that a Ctrl-C in the terminal
+   reaches them only through the launcher, and they can save and exit.
+2. When a rank fails, the others get a moment to fail on their own (most do, in their next collective). Then they are
+   killed together with the processes that they started.
+3. Ranks write their error messages to files (`ERROR_FILE`) instead of the terminal. The earliest one is the cause and
+   is shown once; the launcher exits with that rank's status. If the kernel killed a rank (out of memory), it left no
+   message and is the cause itself; the messages of the others are only about lost connections.
+4. On request, a failed command is restarted, unless the launcher itself was told to end.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 from types import FrameType
 
 ERROR_FILE = "TUTTI_ERROR_FILE"
-"""Environment variable: where a rank writes what ended it, for the launcher to show."""
+"""Environment variable: the file to which a rank writes its final error, for the launcher to show."""
 
 _GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.05
@@ -38,8 +38,8 @@ _BY_KERNEL = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, sign
 
 @dataclass(frozen=True)
 class Failure:
-    """A rank's failure, which ended the others. status: its exit status, which is 128 + a signal's number if one
-    ended it. words: what it left to say, if anything."""
+    """The failure of a rank, which ended the others. status: its exit status, or 128 + the number of the signal that
+    killed it. words: its error message, if any."""
 
     status: int
     words: str
@@ -48,10 +48,10 @@ class Failure:
 def launch(
     command: Sequence[str], nproc: int, again: Callable[[Failure], Sequence[str] | None] = lambda failure: None
 ) -> int:
-    """Run `command` as `nproc` ranks and wait for them; the exit status of the first that failed, else 0.
+    """Run `command` as `nproc` ranks and wait for them; returns the exit status of the first that failed, else 0.
 
-    again: given how ranks failed, the command to run next, or None to end; not asked when this process was told to end.
-    Call it from the main thread.
+    again: called with a failure, returns the command to run next, or None to give up; not called if this process was
+    told to end. Must be called from the main thread.
     """
     with _noting_signals() as signals:
         following: Sequence[str] | None = command
@@ -79,7 +79,7 @@ def _run_once(command: Sequence[str], nproc: int, signals: list[int]) -> Failure
 
 
 def _environment(rank: int, nproc: int, port: int) -> dict[str, str]:
-    """The environment that torchrun gives a rank, and a fair share of the cores."""
+    """The environment that torchrun gives a rank, with an equal share of the cores."""
     threads = max(1, num_cores() // nproc)
     return {
         "OMP_NUM_THREADS": str(threads),
@@ -105,14 +105,14 @@ def _free_port() -> int:
 
 
 def _end_with_parent() -> None:
-    """Make the kernel tell this new process to end (and save) should the launcher be killed."""
+    """Make the kernel signal this new process (so that it saves and exits) if the launcher is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager
 def _noting_signals() -> Iterator[list[int]]:
-    """The numbers of the signals that arrive: to be passed on once all ranks are there, none of which may miss one."""
+    """A list of the signals that arrive, which are forwarded once all ranks exist, so that no rank misses one."""
     arrived: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -127,8 +127,8 @@ def _noting_signals() -> Iterator[list[int]]:
 
 
 def _watch(ranks: list[subprocess.Popen], signals: list[int]) -> int | None:
-    """Pass `signals` on as they arrive, until all ranks have ended, or one has failed and the others had their moment;
-    the rank that failed first."""
+    """Forward `signals` as they arrive until all ranks have ended, or one has failed and the others had their
+    moment; returns the rank that failed first."""
     first: int | None = None
     deadline, num_passed = float("inf"), 0
     while _running(ranks) and time.monotonic() < deadline:
@@ -148,13 +148,13 @@ def _running(ranks: list[subprocess.Popen]) -> list[subprocess.Popen]:
 
 
 def _failed(ranks: list[subprocess.Popen]) -> int | None:
-    """A rank that has failed; of several one that the kernel ended, which the others can't have brought about."""
+    """A rank that has failed; preferably one that the kernel killed, which the other ranks cannot have caused."""
     failed = [rank for rank, process in enumerate(ranks) if process.returncode]
     return min(failed, key=lambda rank: -ranks[rank].returncode not in _BY_KERNEL, default=None)
 
 
 def _kill(ranks: list[subprocess.Popen]) -> None:
-    """End the ranks that still run, with everything they started."""
+    """Kill the ranks that still run, with everything they started."""
     for process in _running(ranks):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -162,9 +162,9 @@ def _kill(ranks: list[subprocess.Popen]) -> None:
 
 
 def _explain(ranks: list[subprocess.Popen], notes: list[Path], failed: int) -> Failure:
-    """Show why the ranks ended, once: the earliest note of any, else how rank `failed` ended.
+    """Print once why the ranks ended: the earliest error message of any rank, else how rank `failed` ended.
 
-    failed: the rank that was seen to end first.
+    failed: the first rank that was seen to end.
     """
     written = [rank for rank, note in enumerate(notes) if note.exists()]
     if -ranks[failed].returncode in _BY_KERNEL and failed not in written:

@@ -1,4 +1,4 @@
-"""Logging: one line per event on rank 0, warnings of every rank, never a progress bar in a file."""
+"""Logging: one line per event on rank 0, warnings on every rank, no progress bars in files."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Wrappers around the forward of a model's modules, and a record of what else is put on them.
+"""Wrappers around the `forward` of a model's modules, and a record of everything else that is attached to a module.
 
-Models are transformers' own classes and stay what they are. What training adds to a module is a wrapper around its
+Models are transformers' own classes and are not modified. What training adds to a module is a wrapper around its
 `forward` (which FSDP's hooks, module names and parameter names do not notice), or a fact that other code looks up. Both
 are kept in one record on the module, `Attached`.
 
-Wrappers have one order, from the inside out, whoever applies them and whenever: `WRAPPERS`. `wrap_forward` asserts it,
-and `describe_wrappers` prints what a module and its parts wear.
+Wrappers have a fixed order, from the inside out, whoever applies them and when: `WRAPPERS`. `wrap_forward` asserts it,
+and `describe_wrappers` prints the wrappers of a module and its parts.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from torch import nn
 Forward = Callable[..., Any]
 
 WRAPPERS = (
-    "patches",  # a matrix product in the place of a convolution
-    "codes",  # codes of pictures, as tokens beyond a table and as logits beyond a head
-    "adapter",  # a trained change beside a frozen weight
-    "arguments",  # what a block is given and drops, for its attention
-    "mask",  # a causal one, for attention that is written for one sample
-    "samples",  # a mixer's own batch of the samples in a packed row
-    "borders",  # where samples begin, for mixers within a block
+    "patches",  # a matrix product instead of a convolution
+    "codes",  # image codes, as tokens beyond a table and as logits beyond a head
+    "adapter",  # a trained change to a frozen weight
+    "arguments",  # arguments that a block receives but does not pass to its attention
+    "mask",  # a causal mask for attention that is written for a single sample
+    "samples",  # samples of a packed row as a batch, for a mixer
+    "borders",  # sample borders, for mixers within a block
     "shard",  # this rank's part of a matrix or table that tensor parallelism splits
-    "tokens",  # from and to a rank's own tokens, around a part that is given all of them
-    "row",  # the last block's own tokens in their place in the whole row
-    "early values",  # values that are sent while queries and keys are made
+    "tokens",  # gather all tokens before, and keep this rank's after
+    "row",  # a rank's tokens of the last block, in their place in the whole row
+    "early values",  # values that are sent while queries and keys are computed
     "compile",
-    "local parameters",  # plain tensors in the place of DTensors
-    "checkpoint",  # run again in the backward pass
-    "by sample",  # one sample of the batch after the other
-    "offload",  # what is saved for the backward pass goes to host memory
+    "local parameters",  # plain tensors instead of DTensors
+    "checkpoint",  # activation checkpointing
+    "by sample",  # one sample at a time
+    "offload",  # activations in host memory
 )
-"""The wrappers that there are, innermost first."""
+"""All wrappers, innermost first."""
 
 
 @dataclass(frozen=True)
 class Attached:
-    """The record of one module.
+    """Everything that is attached to one module.
 
-    wrappers: the names of those around its forward, innermost first. adapters: of its weights, by their names
-    (`tutti.model.lora`). packed: how its quantized weights are read, by name (`tutti.model.quantized`). exchange: the
-    way to experts that other ranks hold (`tutti.parallel.expert`). expert_load: counts of the tokens that chose each
-    expert (`tutti.model.experts`). early_values: the exchange of an attention layer's values
-    (`tutti.attention.ulysses`). lora: of a model, which layers are adapted and how. local_parameters: puts plain
-    tensors in the place of a unit's DTensors (`tutti.parallel.tensor`).
+    wrappers: names of the wrappers around its forward, innermost first. adapters: by the name of the adapted weight
+    (`tutti.model.lora`). packed: how quantized weights are stored, by name (`tutti.model.quantized`). exchange: sends
+    tokens to experts on other ranks (`tutti.parallel.expert`). expert_load: counts of the tokens that chose each expert
+    (`tutti.model.experts`). early_values: the exchange of an attention layer's values (`tutti.attention.ulysses`).
+    lora: for a model, the settings of its adapters. local_parameters: replaces a unit's DTensors by plain tensors
+    (`tutti.parallel.tensor`).
     """
 
     wrappers: tuple[str, ...] = ()
@@ -66,17 +66,17 @@ _NONE = Attached()
 
 
 def attached(module: Any) -> Attached:
-    """The record of `module`, or of what stands for it; an empty one where nothing was put on it."""
+    """What is attached to `module` (or to a stand-in for it); an empty record if nothing is."""
     return getattr(module, "_tutti_attached", _NONE)
 
 
 def attach(module: nn.Module, **changes: Any) -> None:
-    """Change the record of `module` by these fields of `Attached`."""
+    """Set these fields of what is attached to `module`."""
     module.__dict__["_tutti_attached"] = replace(attached(module), **changes)
 
 
 def wrap_forward(module: nn.Module, name: str, wrapper: Callable[[Forward], Forward]) -> None:
-    """Make `wrapper(module.forward)` be the forward of `module`; `name` is its place in `WRAPPERS`."""
+    """Replace `module.forward` by `wrapper(module.forward)`; `name` is its place in `WRAPPERS`."""
     worn = attached(module).wrappers
     assert all(WRAPPERS.index(inner) < WRAPPERS.index(name) for inner in worn), f"{name} around {', '.join(worn)}"
     module.forward = wrapper(module.forward)
@@ -84,7 +84,7 @@ def wrap_forward(module: nn.Module, name: str, wrapper: Callable[[Forward], Forw
 
 
 def unwrap_forward(module: nn.Module) -> None:
-    """Leave `module` with the forward of its class."""
+    """Restore the forward of the module's class."""
     module.__dict__.pop("forward", None)
     attach(module, wrappers=())
 

@@ -1,4 +1,4 @@
-"""Pictures as values in [-1, 1], which autoencoders take and give."""
+"""Conversions between images and values in [-1, 1], which autoencoders use."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Square:
-    """The images that a model takes: squares of `side` pixels."""
+    """A model's image size: squares of `side` pixels."""
 
     side: int
 
     def cut(self, image: Image.Image) -> Image.Image:
-        """The middle of the image, scaled to the size."""
+        """The center of the image, scaled to the size."""
         scale = self.side / min(image.size)
         width, height = (max(self.side, round(length * scale)) for length in image.size)
         left, top = (width - self.side) // 2, (height - self.side) // 2
@@ -33,19 +33,19 @@ def to_values(pixels: np.ndarray) -> Tensor:
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """The picture of values [3, S, S] in [-1, 1]."""
+    """The image of values [3, S, S] in [-1, 1]."""
     scaled = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return Image.fromarray(scaled.permute(1, 2, 0).numpy())
 
 
 def frame_image(pixels: Tensor) -> Image.Image:
-    """The picture of bytes uint8 [3, (frames,) height, width], of a video its first frame."""
+    """The image of uint8 [3, (frames,) height, width]; of a video its first frame."""
     frame = pixels[:, 0] if pixels.ndim == 4 else pixels
     return Image.fromarray(np.ascontiguousarray(frame.permute(1, 2, 0).numpy()))
 
 
 def to_data_url(image: Image.Image, side: int) -> str:
-    """A small PNG of a picture, at most `side` pixels a side, as a data URL."""
+    """A PNG of a picture, at most `side` pixels a side, as a data URL."""
     image = image.copy()
     image.thumbnail((side, side))
     buffer = io.BytesIO()

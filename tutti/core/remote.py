@@ -1,14 +1,14 @@
-"""Fetching files that lie elsewhere, once for all ranks.
+"""Fetching remote files once for all ranks.
 
-A name or URL is first *pinned*: rank 0 finds out which files it stands for now, down to a commit or a version of each
-file, and brings them into a cache. All ranks go by what it found, so that a branch that moves meanwhile cannot give two
-ranks two models. The ranks take turns:
+A name or URL is first *pinned*: rank 0 finds out which files it currently stands for, down to a commit or a version of
+each file, and downloads them into a cache. All ranks use these, so that a branch that moves meanwhile cannot give two
+ranks different models. The ranks take turns:
 
 1. Rank 0 pins and downloads.
-2. The first rank of every other node looks into its cache, which may be the same one, and downloads what is not there.
-3. Every rank looks up where the files are, without network.
+2. The first rank of every other node looks into its cache, which may be shared, and downloads what is missing.
+3. Every rank looks up the local paths, without network.
 
-A download may take hours, a collective may not: the waiting ranks exchange a sign of life every few seconds.
+A download may take hours, but a collective may not, so the waiting ranks exchange a heartbeat every few seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 from tutti.core.dist import World
 
 BEAT_SECONDS = 10.0
-"""Seconds that a rank that is busy lets the others wait for its sign of life."""
+"""Seconds between heartbeats of a busy rank."""
 
 
 class NotCachedError(ValueError):
@@ -30,10 +30,10 @@ class NotCachedError(ValueError):
 
 
 class Pinned(Protocol):
-    """Files that lie elsewhere, known exactly; picklable."""
+    """Remote files at exact versions; picklable."""
 
     def local(self, *, download: bool) -> list[str]:
-        """The paths of the local copies. NotCachedError: one is not there, and `download` is false."""
+        """The paths of the local copies. NotCachedError: one is missing, and `download` is false."""
 
 
 Key = TypeVar("Key")
@@ -41,9 +41,9 @@ Found = TypeVar("Found", bound=Pinned)
 
 
 def fetch(pin: Callable[[], Mapping[Key, Found]], world: World) -> dict[Key, Found]:
-    """The files that `pin` finds on rank 0 and has downloaded, by name, once every node has them. Collective.
+    """The files that `pin` finds on rank 0 and downloads, by name, once every node has them. Collective.
 
-    ValueError, on all ranks: what `pin` raises, or a node's download does.
+    ValueError, on all ranks: from `pin`, or from a node's download.
     """
     found = world.broadcast(_run_patiently(world, lambda: dict(pin()) if world.is_main else None))
     if found:
@@ -62,7 +62,7 @@ def _bring(found: Mapping[Any, Pinned]) -> None:
 
 
 def _run_patiently(world: World, action: Callable[[], Any]) -> Any:
-    """Run `action` as `world.run_on_all_ranks` does, however long it takes on some ranks."""
+    """As `world.run_on_all_ranks`, for an action that may take very long on some ranks."""
     if world.size == 1:
         return action()
     results: list[Any] = []
@@ -90,7 +90,7 @@ def _run_patiently(world: World, action: Callable[[], Any]) -> Any:
 
 @contextmanager
 def progress_bars() -> Iterator[bool]:
-    """Let huggingface_hub draw its progress bars on a terminal and nowhere else; gives whether it is one."""
+    """Show huggingface_hub's progress bars only on a terminal; yields True there."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     hidden, shown = are_progress_bars_disabled(), sys.stderr.isatty()

@@ -1,8 +1,8 @@
 """The parts of a Hugging Face model that training works with, by name.
 
-`tutti.model.structure.read_structure` reads them off a model once, when it lies whole on the meta device; the record is
-then passed on, so that everything that divides, wraps, shards or counts means the same modules. The modules stay the
-same objects whatever is done to the model later.
+`tutti.model.structure.read_structure` finds them once, when the complete model is on the meta device. The record is
+then passed along, so that everything that divides, wraps, shards or counts uses the same modules. The module objects
+stay the same whatever is done to the model later.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 
 class LogitTransform(NamedTuple):
-    """The step between a model's head and its loss: logits = softcap * tanh(scale * head(x) / softcap).
+    """The transform between a model's head and its loss: logits = softcap * tanh(scale * head(x) / softcap).
 
-    softcap 0: no soft-capping. masked: the first and the last + 1 of the tokens that are never predicted, if there are
-    any (a model's codes of pictures where it writes text).
+    softcap 0: no soft-capping. masked: the first and the last + 1 of the token ids that are never predicted, if any
+    (such as image codes in a model that generates text).
     """
 
     scale: float = 1.0
@@ -41,14 +41,13 @@ class ModelStructure:
     """The parts of one model.
 
     name: of its class. config: of its language model. decoder: the inner model, from tokens to hidden states.
-    text_model: the language model within it, which is all of it unless the model takes images, video or audio.
-    blocks: the language model's repeated units with their names, in the order they run. basic: further units that FSDP
-    gathers separately, inner ones first. head: the linear layer from hidden states to logits; classifies: these are of
-    classes rather than tokens; transform: what is done to them. towers: encoders of images, video and audio and their
-    projectors; tower_blocks: the repeated units of these, and of a diffusion decoder. experts: the stacks of experts,
-    in the order they run. mixers: the layers that carry a state along the tokens (`tutti.model.mixers`). undivided:
-    parts of blocks that look across their own features, so that no rank can compute some of these.
-    by_keyword: blocks are given tensors that need gradients by keyword.
+    text_model: the language model within it; the same module unless the model is multimodal. blocks: the language
+    model's repeated layers with their names, in running order. basic: further modules that FSDP shards as units, inner
+    ones first. head: the linear layer from hidden states to logits. classifies: logits are over classes rather than
+    tokens. transform: applied to the logits. towers: media encoders and their projectors. tower_blocks: their repeated
+    layers, and those of a diffusion decoder. experts: the stacks of experts, in running order. mixers: layers that
+    carry a state along the tokens (`tutti.model.mixers`). undivided: parts of blocks that mix features, so that no rank
+    can compute only some of them. by_keyword: blocks receive tensors that need gradients as keyword arguments.
     """
 
     name: str
@@ -68,8 +67,8 @@ class ModelStructure:
     by_keyword: bool = False
 
     def within(self, model: nn.Module) -> ModelStructure:
-        """The structure of what is left in `model` once other ranks have taken over stages of it. Its decoder and head
-        are named also where they are not here."""
+        """The structure of the modules that remain in `model` after other ranks have taken their pipeline stages.
+        The decoder and head are always set."""
         present = set(model.modules())
 
         def left(modules: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
@@ -95,8 +94,8 @@ def structure_without_tokens(
     *,
     by_keyword: bool = False,
 ) -> ModelStructure:
-    """The structure of a model that knows no vocabulary: its repeated blocks, further units (model.basic_modules), and
-    a stand-in for a head that never runs."""
+    """The structure of a model without a vocabulary: its repeated blocks, further units (model.basic_modules), and a
+    placeholder head that never runs."""
     return ModelStructure(
         name=name,
         config=model.config,
@@ -116,10 +115,11 @@ def structure_without_tokens(
 
 @dataclass(frozen=True)
 class StageTrace:
-    """The cuts of a language model between its blocks (`tutti.model.stage_trace` finds them).
+    """The points where a language model can be cut between its blocks (found by `tutti.model.stage_trace`).
 
-    blocks: the name of its list of blocks. front, tail: of its modules with parameters that run before and after them.
-    tuple_length: a block's hidden states are the first of a tuple of this length; 0 if they are all it gives.
+    blocks: the name of its list of blocks. front, tail: names of the modules with parameters that run before and after
+    them. tuple_length: length of the tuple that a block returns, with hidden states first; 0 if it returns only hidden
+    states.
     """
 
     blocks: str

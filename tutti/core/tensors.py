@@ -1,4 +1,4 @@
-"""Small things about tensors that many modules need: a DTensor's local part, and seeds made from names."""
+"""Small helpers for tensors: the local part of a DTensor, and seeds derived from names."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def seed_of(text: str) -> int:
-    """A seed for random generators, in 63 bits, which differs with `text` and with nothing else."""
+    """A 63-bit seed for random generators that depends only on `text`."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -1,16 +1,17 @@
-"""Hung ranks: noticed, named, and ended, so that a job does not hold its machines for hours and do nothing.
+"""Watchdog for hung ranks: finds, reports and ends them, so that a job does not occupy its machines for hours doing
+nothing.
 
-A rank that stops (a dead disk, a lost worker, a lock) keeps all others waiting in their next collective. Which one it
-is cannot be seen from outside: none of them does anything. So every rank says where it is (`Watchdog.enter`), and a
-thread of each rank looks at that:
+A rank that stops (a dead disk, a lost worker, a lock) keeps all others waiting in their next collective, and from
+outside one cannot see which rank it is. So every rank reports where it is (`Watchdog.enter`), and a thread on each rank
+monitors this:
 
-1. A rank that has entered nothing new for so many seconds raises the alarm, in the store that torch's process group
-   was made with. Time during which the process itself was stopped does not count.
-2. On the alarm every rank puts down where it is: its phase, its stack, and the collectives that it waits in (torch's
-   flight recorder knows them, also those that run on a device).
-3. Whoever raised the alarm first collects that, and says which ranks hang: those that do not answer; else those that
-   wait in no collective; else those that are farthest behind.
-4. All ranks end. One that cannot reach the store (its machine was cut off) ends by itself.
+1. A rank that has not entered a new phase for a given number of seconds raises the alarm, in the store of torch's
+   process group. Time during which the process itself was stopped does not count.
+2. On the alarm every rank reports where it is: its phase, its stack, and the collectives that it waits in (from torch's
+   flight recorder, which also knows those on a device).
+3. The rank that raised the alarm first collects the reports and says which ranks hang: those that do not answer; else
+   those that wait in no collective; else those that are farthest behind.
+4. All ranks end. One that cannot reach the store (its machine was cut off) ends on its own.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ Item = TypeVar("Item")
 
 _POLL_SECONDS, _ANSWER_SECONDS, _ALONE_SECONDS = 0.5, 2.5, 4.0
 _FRAMES, _STACKS = 8, 3
-"""Of a stack that is shown the innermost frames; and of how many ranks it is shown."""
+"""The number of innermost stack frames to show, and the number of ranks to show them for."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A rank's place. count: of the phases it has entered. seconds: since the last one. stack: of its main thread, a
-    line for each frame, the innermost last. waits: the collectives that it waits in."""
+    """Where a rank is. count: number of phases entered. seconds: since the last one. stack: of its main thread, one
+    line per frame, the innermost last. waits: the collectives that it waits in."""
 
     rank: int
     host: str
@@ -55,8 +56,8 @@ class Place:
 
 
 class Watchdog:
-    """Ends all ranks, with a report, when this one has entered no phase for `seconds`; 0 never. A context manager that
-    all ranks enter together; an error that leaves it is noted with the phase."""
+    """Ends all ranks with a report when this one has entered no phase for `seconds` (0: never). A context manager
+    that all ranks enter together; an error that leaves it is logged with the phase."""
 
     def __init__(self, world: World, seconds: float) -> None:
         self._world, self._seconds = world, seconds
@@ -66,7 +67,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self._seconds:
-            # A store may outlive the ranks, and hold the alarm of those before a restart.
+            # The store may outlive the ranks, and contain the alarm from before a restart.
             self._alarm = f"hang/{self._world.broadcast(secrets.token_hex(8))}"
             main = threading.get_ident()
             watch = threading.Thread(target=self._watch, args=(main,), name="watchdog", daemon=True)
@@ -82,15 +83,15 @@ class Watchdog:
         if isinstance(error, Exception):
             error.add_note(f"(in {self._phase}, after {self._before})")
         self._over.set()
-        for thread in self._threads[:1]:  # the other one may be waiting for a store that is gone
+        for thread in self._threads[:1]:  # the other thread may be waiting for a store that is gone
             thread.join()
 
     def enter(self, phase: str) -> None:
-        """Say that this rank now begins `phase`, a noun: it makes progress."""
+        """Report that this rank begins `phase` (a noun), and so makes progress."""
         self._phase, self._before, self._count, self._idle = phase, self._phase, self._count + 1, 0.0
 
     def during(self, items: Iterable[Item], phase: str) -> Iterator[Item]:
-        """Yield `items`, of which each one is a phase while it is waited for."""
+        """Yield `items`; waiting for each of them is a phase."""
         iterator = iter(items)
         while True:
             self.enter(phase)
@@ -101,7 +102,7 @@ class Watchdog:
             yield item
 
     def _watch(self, main: int) -> None:
-        """Count the time without progress, and end this process should the store not answer in time."""
+        """Count the time without progress, and end this process if the store does not answer in time."""
         last = time.monotonic()
         while not self._over.wait(_POLL_SECONDS):
             now = time.monotonic()
@@ -113,7 +114,7 @@ class Watchdog:
                 os._exit(1)
 
     def _answer(self, store: Any, main: int) -> None:
-        """Raise the alarm when this rank is late, answer that of another, and then end this process."""
+        """Raise the alarm when this rank is late, answer another rank's alarm, and then end this process."""
         while not self._over.wait(_POLL_SECONDS):
             late = self._idle >= self._seconds
             try:
@@ -125,7 +126,7 @@ class Watchdog:
                         store.set(f"{self._alarm}/told", "1")
                     _wait_for(store, [f"{self._alarm}/told"])
                     os._exit(1)
-            except RuntimeError:  # the store is gone, and with it a rank or a machine: the next collective will tell
+            except RuntimeError:  # the store is gone, and with it a rank or a machine: the next collective will report it
                 continue
 
     def _place(self, main: int) -> Place:
@@ -135,7 +136,7 @@ class Watchdog:
         return Place(self._world.rank, host, self._phase, self._count, self._idle, stack, pending_collectives())
 
     def _report(self, store: Any) -> str:
-        """Collect where all ranks are, for so long as those that live need to answer; the report."""
+        """Collect the reports of all ranks, for as long as live ranks need to answer; returns the report."""
         keys = [f"{self._alarm}/{rank}" for rank in range(self._world.size)]
         _wait_for(store, keys)
         places = [Place(**json.loads(store.get(key))) for key in keys if store.check([key])]
@@ -143,14 +144,14 @@ class Watchdog:
 
 
 def _wait_for(store: Any, keys: list[str]) -> None:
-    """Wait until `keys` are in the store, for so long as ranks that live need for that."""
+    """Wait until `keys` are in the store, for as long as live ranks need."""
     deadline = time.monotonic() + _ANSWER_SECONDS
     while not store.check(keys) and time.monotonic() < deadline:
         time.sleep(0.1)
 
 
 def _write(report: str) -> None:
-    """Leave `report` to the launcher, or show it."""
+    """Pass `report` to the launcher, or print it."""
     if ERROR_FILE in os.environ:
         Path(os.environ[ERROR_FILE]).write_text(report, encoding="utf-8")
     else:
@@ -159,7 +160,7 @@ def _write(report: str) -> None:
 
 
 def pending_collectives() -> list[str]:
-    """The collectives that this process has begun and that have not ended, as torch's flight recorder has them."""
+    """The collectives that this process has started and that have not ended, from torch's flight recorder."""
     dumps = (compat.dump_flight_recorder(), compat.dump_nccl_flight_recorder())
     entries = [entry for dump in dumps for entry in json.loads(dump).get("entries", ())]
     return [
@@ -172,7 +173,7 @@ def pending_collectives() -> list[str]:
 def describe(places: list[Place], size: int, *, silent_known: bool = True) -> str:
     """The report on `size` ranks of which `places` are known: stacks first, and in its last line which ranks hang.
 
-    silent_known: a rank that is not among `places` has not answered.
+    silent_known: a rank that is missing in `places` did not answer.
     """
     answered = {place.rank for place in places}
     silent = [rank for rank in range(size) if rank not in answered] if silent_known else []
