@@ -20,7 +20,7 @@ from tutti.core.dist import World
 log = logging.getLogger(__name__)
 
 _ANOTHER_MACHINE = 2.0
-"""How many times slower a checkpoint's dtype must be for `auto` to change it: more than measurements vary."""
+"""The factor by which a checkpoint's dtype must be slower for `auto` to change it: more than measurements vary."""
 
 
 def settle_compute_dtype(config: Config, world: World, *, before: str | None = None) -> Config:

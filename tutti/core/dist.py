@@ -62,7 +62,7 @@ class World:
             dist.barrier(group=self.group)
 
     def on_own_group(self) -> World:
-        """The same ranks with a gloo group of their own, whose collectives may run in another thread. Collective."""
+        """A copy with a gloo group of its own, whose collectives may run in another thread. Collective."""
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)
         return replace(self, group=group)

@@ -66,7 +66,7 @@ _NONE = Attached()
 
 
 def attached(module: Any) -> Attached:
-    """What is attached to `module` (or to a stand-in for it); an empty record if nothing is."""
+    """The record of what is attached to `module` (or to a stand-in for it); an empty record if nothing is."""
     return getattr(module, "_tutti_attached", _NONE)
 
 

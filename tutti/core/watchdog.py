@@ -126,7 +126,9 @@ class Watchdog:
                         store.set(f"{self._alarm}/told", "1")
                     _wait_for(store, [f"{self._alarm}/told"])
                     os._exit(1)
-            except RuntimeError:  # the store is gone, and with it a rank or a machine: the next collective will report it
+            except (
+                RuntimeError
+            ):  # the store is gone, and with it a rank or a machine: the next collective will report it
                 continue
 
     def _place(self, main: int) -> Place:

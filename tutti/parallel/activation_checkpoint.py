@@ -1,7 +1,7 @@
 """Activation checkpointing: run a block's forward again in the backward pass instead of keeping its activations.
 
 The block's `forward` is wrapped rather than the block itself, so that FSDP's hooks stay outside (parameters are
-gathered once for the recomputation and the backward pass together) and module and parameter names do not change.
+gathered once for both the recomputation and the backward pass), and module and parameter names do not change.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from tutti.core.modules import Forward, wrap_forward
 
 
 def checkpoint_activations(blocks: Iterable[nn.Module], *, reentrant: bool) -> None:
-    """Checkpoint each block's forward in training; evaluation runs as before.
+    """Checkpoint each block's forward in training; evaluation is unchanged.
 
-    reentrant: torch's older mechanism, which needs an input that requires a gradient, and recomputes a whole block at
-    once; otherwise saved-tensor hooks.
+    reentrant: use torch's older mechanism, which needs an input that requires a gradient and recomputes a whole block
+    at once; otherwise saved-tensor hooks.
     """
     for block in blocks:
         wrap_forward(block, "checkpoint", partial(_checkpointed, block=block, reentrant=reentrant))
@@ -32,9 +32,10 @@ def _checkpointed(forward: Forward, block: nn.Module, reentrant: bool) -> Forwar
     def run(*args: Any, **kwargs: Any) -> Any:
         if not block.training:
             return forward(*args, **kwargs)
-        # The reentrant mechanism takes positional arguments alone; of the keyword arguments none needs a gradient.
+        # The reentrant mechanism only takes positional arguments; no keyword argument needs a gradient.
         if reentrant and not any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            # All before the block is frozen; without such an input the block's own parameters would get no gradient.
+            # Everything before the block is frozen; without such an input, the block's own parameters would get no
+            # gradient.
             args = tuple(_requiring_grad(arg) for arg in args)
         return checkpoint(partial(forward, **kwargs), *args, use_reentrant=reentrant)
 

@@ -1,26 +1,29 @@
-"""Activations in host memory: tensors that a block saves for its backward pass leave the device and return in time.
+"""Activation offload: the tensors that a block saves for its backward pass move to host memory and return in time.
 
-Saved-tensor hooks around each block's forward see everything that autograd, custom operators included, keeps for the
-backward pass. With activation checkpointing, that is the block's input alone. Two kinds stay on the device:
+Saved-tensor hooks around each block's forward see everything that autograd saves, including custom operators. With
+activation checkpointing, this is only the block's input. Two kinds of tensors stay on the device:
 
-- parameters, which FSDP frees and gathers by itself, and what all blocks are given (rotary embeddings, borders);
-- small ones, for which starting a copy takes longer than the copy.
+- parameters, which FSDP frees and gathers itself, and the inputs that all blocks share (rotary embeddings, borders);
+- small tensors, for which starting a copy takes longer than the copy.
 
-1. Memory moves as whole storages: several saved views of one storage, or one tensor saved twice, are one copy.
-2. They queue up as they are saved. At the end of a block, while more than train.activation_gpu_limit is on the device,
-   the oldest ones start for pinned host memory on a side stream, under the next block's computation, and the device
-   memory of those that left after the block before is given back. So the device keeps what was saved last, which the
-   backward pass needs first.
-3. As the backward pass reaches a block, it waits for that block's storages, and those of the block before it start to
-   return meanwhile.
+The algorithm:
 
-In a pipeline several micro batches are under way at once. The storages that earlier ones have on the device stay there,
-since their backward passes come first, and count: a later one moves all that is beyond the limit. Where gradients of
-inputs are computed before those of parameters (zero bubble), the backward pass reaches a block twice. Between the two,
-offloaded storages are on the host alone; the second time, which needs little of them, they return one by one.
+1. Memory moves as whole storages: several saved views of one storage, or one tensor saved twice, are copied once.
+2. Storages queue up as they are saved. At the end of a block, while more than train.activation_gpu_limit is on the
+   device, the oldest ones are copied to pinned host memory on a side stream, overlapped with the next block's
+   computation, and the device memory of those that left after the previous block is freed. So the device keeps what was
+   saved last, which the backward pass needs first.
+3. When the backward pass reaches a block, it waits for that block's storages, and those of the block before it start to
+   return.
 
-The compute stream waits for an event before memory that the side stream has read or written is reused, so that the
-host never waits. On the CPU the same happens with plain copies and nothing to overlap.
+In a pipeline several micro batches are in progress at once. Storages that earlier ones have on the device stay there,
+since their backward passes come first, but count towards the limit; a later micro batch moves everything beyond the
+limit. If gradients of inputs are computed before those of parameters (zero bubble), the backward pass reaches a block
+twice. In between, offloaded storages are only on the host; the second time, which needs few of them, they return one by
+one.
+
+The compute stream waits for an event before reusing memory that the side stream has read or written, so the host never
+waits. On the CPU the same code makes plain copies, with nothing to overlap.
 """
 
 from __future__ import annotations
@@ -44,12 +47,12 @@ from tutti.core.tensors import local_part
 log = logging.getLogger(__name__)
 
 SMALL = 2**14
-"""Storages of fewer bytes stay where they are."""
+"""Storages of fewer bytes are not moved."""
 
 
 def offload_activations(root: nn.Module, blocks: Sequence[nn.Module], device_type: str, limit_gb: float) -> Offloader:
-    """Make `blocks`, which `root` runs one after the other, move the tensors that they save in training to host memory,
-    except for `limit_gb` * 10^9 bytes."""
+    """Make `blocks`, which `root` runs in order, move the tensors that they save in training to host memory, except
+    for `limit_gb` * 10^9 bytes."""
     offloader = Offloader(torch.device(device_type), int(limit_gb * 1e9))
     root.register_forward_pre_hook(lambda *_: offloader.begin())
     root.register_forward_hook(lambda *_: offloader.end())
@@ -74,15 +77,15 @@ def _offloaded(forward: Forward, block: nn.Module, offloader: Offloader) -> Forw
 
 
 class _Storages(frozenset[int]):
-    """The identities of some tensors' storages, whether these have bytes at the moment or not."""
+    """The identities of some tensors' storages, whether or not they currently have memory."""
 
     def __new__(cls, tensors: Iterable[Tensor]) -> _Storages:
         return super().__new__(cls, (local_part(tensor).untyped_storage()._cdata for tensor in tensors))
 
 
 class _Staying:
-    """The storages that stay on the device: those of a block's parameters, as they are while it runs, and of what all
-    blocks are given."""
+    """The storages that stay on the device: those of a block's parameters while it runs, and those of inputs that
+    all blocks share."""
 
     def __init__(self, block: nn.Module, shared: _Storages) -> None:
         self._block, self._shared = block, shared
@@ -92,9 +95,9 @@ class _Staying:
 
 
 class _Stored:
-    """A storage that was saved, wherever its bytes are: `source` on the device, `host`, or `back` on the device.
+    """A saved storage, whose bytes are in `source` on the device, in `host`, or in `back` on the device.
 
-    source: an alias of the tensor that was saved first, whose version counts writes since. The others are bytes.
+    source: an alias of the first saved tensor, whose version counter detects writes. The others are bytes.
     """
 
     def __init__(self, source: Tensor) -> None:
@@ -119,7 +122,7 @@ class _Stored:
 
 
 class _Group:
-    """The storages that one block saved in one forward pass; it lives as long as autograd keeps any of them."""
+    """The storages that one block saved in one forward pass. A group lives as long as autograd keeps any of them."""
 
     def __init__(self, staying: _Staying, previous: _Group | None) -> None:
         self.staying: _Staying | None = staying
@@ -129,23 +132,23 @@ class _Group:
         self.event: Any = None
 
     def alive(self) -> list[_Stored]:
-        """The storages that autograd keeps, each once."""
+        """The storages that autograd still keeps, each once."""
         return list(dict.fromkeys(stored for item in self.stored if (stored := item()) is not None))
 
     def absent(self) -> list[_Stored]:
-        """The storages that only the host has."""
+        """The storages that are only on the host."""
         return [stored for stored in self.alive() if stored.source is None and stored.back is None]
 
 
 class _Saved(NamedTuple):
-    """A view of a storage, which autograd holds in place of a tensor."""
+    """A view of a storage, which autograd keeps instead of a tensor."""
 
     stored: _Stored
     group: _Group
     dtype: torch.dtype
     shape: torch.Size
     stride: tuple[int, ...]
-    offset: Any  # an int; torch says it may be a symbolic one
+    offset: Any  # an int, which torch types as possibly symbolic
 
     def view(self, memory: Tensor) -> Tensor:
         whole = memory.new_empty(0, dtype=self.dtype)
@@ -153,32 +156,32 @@ class _Saved(NamedTuple):
 
 
 class Offloader:
-    """The traffic of one model's activations. kept_bytes: on the device now, of all forward passes whose backward pass
-    is to come. moved_bytes: to the host, so far."""
+    """Moves one model's activations. kept_bytes: currently on the device, for all forward passes whose backward pass
+    is pending. moved_bytes: moved to the host so far."""
 
     def __init__(self, device: torch.device, limit: int) -> None:
         self._device, self._limit = device, limit
         self._beside = _SideStream(device)
-        # Of the forward pass under way:
+        # Of the current forward pass:
         self._queue: deque[_Stored] = deque()
         self._known: dict[tuple[int, int], _Stored] = {}
         self._newest: _Group | None = None
         self._leaving: list[tuple[Any, list[_Stored], list[Tensor]]] = []
-        # Of the backward pass under way:
+        # Of the current backward pass:
         self._arriving: dict[_Group, list[Tensor]] = {}
         self._current: _Group | None = None
         self._reported = False
         self.kept_bytes = self.moved_bytes = 0
 
     def begin(self) -> None:
-        """A forward pass begins, and so no backward pass is under way."""
+        """Begin a forward pass; no backward pass is active."""
         for unused in self._arriving:
             self._beside.wait(unused.event)
         self._arriving.clear()
         self._come_to(None)
 
     def end(self) -> None:
-        """The forward pass has ended: from here on autograd alone keeps its tensors."""
+        """End the forward pass; from here on only autograd keeps its tensors."""
         for stored in self._queue:
             weakref.finalize(stored, self._release, stored.nbytes).atexit = False
         self._queue.clear()
@@ -189,12 +192,12 @@ class Offloader:
         self.kept_bytes -= nbytes
 
     def enter(self, staying: _Staying) -> _Group:
-        """A block's forward pass begins."""
+        """Begin a block's forward pass."""
         self._newest = _Group(staying, self._newest)
         return self._newest
 
     def pack(self, tensor: Tensor, group: _Group) -> Any:
-        """The object that autograd is to keep for `tensor`, which the block of `group` saves."""
+        """The object that autograd keeps for `tensor`, which the block of `group` saves."""
         if not self._moves(tensor, group):
             return tensor
         key = tensor.untyped_storage()._cdata, tensor._version
@@ -207,7 +210,7 @@ class Offloader:
         return _Saved(stored, group, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def _moves(self, tensor: Tensor, group: _Group) -> bool:
-        if isinstance(tensor, nn.Parameter) or is_traceable_wrapper_subclass(tensor):  # DTensors, gathered elsewhere
+        if isinstance(tensor, nn.Parameter) or is_traceable_wrapper_subclass(tensor):  # DTensors are gathered elsewhere
             return False
         if tensor.layout != torch.strided or tensor.device.type != self._device.type:
             return False
@@ -216,10 +219,10 @@ class Offloader:
         return storage.nbytes() >= SMALL and storage._cdata not in group.staying
 
     def leave(self) -> None:
-        """A block's forward pass has ended: send away what exceeds the limit."""
+        """End a block's forward pass: move what exceeds the limit."""
         self._settle()
         moving = []
-        while self.kept_bytes > self._limit:  # which earlier forward passes alone never exceed
+        while self.kept_bytes > self._limit:  # earlier forward passes alone never exceed it
             stored = self._queue.popleft()
             self.kept_bytes -= stored.nbytes
             self.moved_bytes += stored.nbytes
@@ -243,7 +246,7 @@ class Offloader:
         self._leaving.append((self._beside.mark(), moving, sources))
 
     def _settle(self) -> None:
-        """Give back the device memory of storages that have left."""
+        """Free the device memory of storages that have been copied."""
         for event, moving, sources in self._leaving:
             self._beside.wait(event)
             for stored, source in zip(moving, sources, strict=True):
@@ -252,7 +255,7 @@ class Offloader:
         self._leaving.clear()
 
     def unpack(self, saved: Any) -> Tensor:
-        """The tensor for which autograd has kept `saved`; in the backward pass."""
+        """The tensor for which autograd keeps `saved`; called in the backward pass."""
         if not isinstance(saved, _Saved):
             return saved
         stored, group = saved.stored, saved.group
@@ -268,7 +271,7 @@ class Offloader:
             return saved.view(stored.back)
 
     def _need(self, group: _Group) -> None:
-        """The backward pass has come to the block of `group`."""
+        """The backward pass has reached the block of `group`."""
         self._report()
         self._settle()
         self._come_to(group)
@@ -276,13 +279,14 @@ class Offloader:
             if each is not None and not each.fetched:
                 each.fetched, absent = True, each.absent()
                 each.event = self._fetch(absent)
-                # Kept until the compute stream waits, even if autograd drops them before it has used them.
+                # Kept until the compute stream waits, even if autograd drops them earlier.
                 self._arriving[each] = [stored.back for stored in absent if stored.back is not None]
         self._beside.wait(group.event)
         self._arriving.pop(group, None)
 
     def _come_to(self, group: _Group | None) -> None:
-        """Turn to the block of `group`: what returned for the last one, and autograd keeps, leaves the device again."""
+        """Move on to the block of `group`: storages that returned for the previous one, and that autograd still
+        keeps, leave the device again."""
         if self._current is not None:
             needed = {stored for each in (group, group and group.previous) if each for stored in each.alive()}
             for stored in self._current.alive():
@@ -291,8 +295,8 @@ class Offloader:
         self._current = group
 
     def _fetch(self, absent: Sequence[_Stored]) -> Any:
-        """Start the return of storages; the event after which they are there."""
-        # On the compute stream, which they belong to; it waits for the copies before it reads them.
+        """Start copying storages back; returns the event after which they are there."""
+        # Allocated on the compute stream, which waits for the copies before it reads them.
         for stored in absent:
             assert stored.host is not None
             stored.back = stored.host.new_empty(stored.nbytes, device=stored.device)
@@ -319,7 +323,7 @@ class Offloader:
 
 @torch.library.custom_op("tutti::to_host", mutates_args=())
 def to_host(memory: Tensor, pinned: bool) -> Tensor:
-    """A copy of `memory` in the host's, under way on the current stream; torch's allocator of pinned memory pools."""
+    """A copy of `memory` on the host, in progress on the current stream; torch pools pinned memory."""
     host = memory.new_empty(memory.shape, device="cpu", pin_memory=pinned)
     return host.copy_(memory, non_blocking=True)
 
@@ -330,7 +334,7 @@ def _(memory: Tensor, pinned: bool) -> Tensor:
 
 
 class _SideStream:
-    """A stream for copies beside the one that computes; on the CPU, which has none, copies are made at once."""
+    """A stream for copies next to the compute stream; on the CPU copies are made at once."""
 
     def __init__(self, device: torch.device) -> None:
         self._module: Any = None if device.type == "cpu" else torch.get_device_module(device)
@@ -338,7 +342,7 @@ class _SideStream:
 
     @contextmanager
     def copying(self) -> Iterator[None]:
-        """Make copies within after all that the computing stream has been given so far."""
+        """Within this context, copies run after everything that the compute stream has been given so far."""
         if self._stream is None:
             yield
             return
@@ -348,7 +352,7 @@ class _SideStream:
 
     @property
     def pinned(self) -> bool:
-        """True where copies in host memory are to be page-locked."""
+        """True if host copies are page-locked."""
         return self._stream is not None
 
     def mark(self) -> Any:
@@ -356,6 +360,6 @@ class _SideStream:
         return None if self._stream is None else self._stream.record_event()
 
     def wait(self, event: Any) -> None:
-        """Make the computing stream wait for an event; the host goes on."""
+        """Make the compute stream wait for an event; the host does not wait."""
         if event is not None:
             self._module.current_stream().wait_event(event)

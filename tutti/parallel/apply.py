@@ -1,18 +1,18 @@
-"""`parallelize`: everything that is done to a model so that it trains on many ranks, in one order, on one page.
+"""`parallelize`: all that is done to a model to train it on many ranks, in order.
 
-1. Experts: each rank keeps its share of every experts layer, and tokens travel.
-2. Tensor: each rank keeps its share of every matrix, and collectives go around attention and MLP.
+1. Experts: each rank keeps its share of every experts layer, and tokens are exchanged.
+2. Tensor parallelism: each rank keeps its share of every matrix, with collectives around attention and MLP.
 3. Ulysses: with train.async_enabled, values are sent early. (Attention itself does the rest of Ulysses, and the ring.)
 4. Compile: each repeated block's forward, on local parameters; one compilation serves all blocks of a shape.
 5. Activation checkpointing around it.
-6. Batch invariance: with train.enable_batch_invariant_mode, samples go through it one by one.
-7. Activation offload: tensors that are still kept for the backward pass go to host memory.
-8. FSDP: parameters are sharded or copied, in mixed precision, a unit a block. It gathers outside of all the above. A
-   rank that is alone needs none of it: its parameters stay plain tensors, cast (step 4) where they are used in another
-   dtype.
+6. Batch invariance: with train.enable_batch_invariant_mode, samples go through a block one by one.
+7. Activation offload: tensors that are still saved for the backward pass go to host memory.
+8. FSDP: parameters are sharded or replicated, in mixed precision, one unit per block. It gathers parameters outside of
+   all of the above. A single rank needs no FSDP: its parameters stay plain tensors, cast (in step 4) where they are
+   used in another dtype.
 
-Steps 2 to 7 wrap forwards, in the order of `tutti.core.modules`; the log says how. The model may be on the meta device;
-weights are loaded afterwards, each rank reading its own slices.
+Steps 2 to 7 wrap forwards, in the order of `tutti.core.modules`; the log shows the result. The model may be on the meta
+device; weights are loaded afterwards, each rank reading its own slices.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ log = logging.getLogger(__name__)
 def parallelize(
     root: nn.Module, structure: ModelStructure, mesh: Mesh, train: TrainConfig, plan: TensorPlan | None = None
 ) -> None:
-    """Prepare `root`, which holds a model of this structure, for training, in place.
+    """Prepare `root`, which contains a model of this structure, for training, in place.
 
-    plan: what is split over the tensor axis; None if nothing is. Towers, which not every batch has inputs for, are
-    checkpointed, and else belong to the root; a diffusion decoder's blocks, which every batch runs, are units as well.
+    plan: what is split over the tensor axis; None if nothing is. Towers, for which not every batch has inputs, are only
+    checkpointed and otherwise belong to the root unit; a diffusion decoder's blocks, which run on every batch, are
+    units of their own.
     """
     blocks, basic, towers = [block for _, block in structure.blocks], structure.basic, structure.tower_blocks
     divide_experts(structure.experts, mesh, isolated=train.enable_batch_invariant_mode)
@@ -63,7 +64,7 @@ def parallelize(
         if mesh.grid.device_type == "cpu":
             name_instructions()
         for block in blocks:
-            # Packed batches differ in length from one to the next, unless they are padded.
+            # Packed batches vary in length, unless they are padded.
             wrap_forward(block, "compile", partial(torch.compile, dynamic=None if train.pad_to_length else True))
     alone = holds_whole(mesh, train)
     casts = alone and any(is_cast(parameter, compute_dtype(train)) for parameter in root.parameters())
@@ -92,11 +93,11 @@ def parallelize(
 
 
 def name_instructions() -> None:
-    """Keep what is compiled for this processor's vector instructions apart from others in torch's cache of code.
+    """Separate code that is compiled for this processor's vector instructions from others in torch's compile cache.
 
-    torch looks code up by graph and settings. A cache that is shared with a machine of wider vectors (a home folder, an
-    image) gives code that steps over 16 numbers at a time; compiled here it computes 8 of them, and leaves the others
-    as they were in memory.
+    torch looks code up by graph and settings only. If the cache is shared with a machine with wider vectors (a home
+    folder, an image), code from there advances 16 numbers at a time, but computes only 8 of them when compiled here,
+    and leaves the others uninitialized.
     """
     tag, instructions = torch.compiler.config.cache_key_tag, f"[{pick_vec_isa()}]"
     if not tag.endswith(instructions):
@@ -104,9 +105,9 @@ def name_instructions() -> None:
 
 
 def _in_parts(train: TrainConfig) -> bool:
-    """True where a backward pass asks for some gradients alone, which reentrant checkpointing cannot give.
+    """True if a backward pass computes only some gradients at a time, which reentrant checkpointing does not support.
 
-    Logs a line where it is so.
+    Logs a line if so.
     """
     if postpones(train):
         log.info("zero_bubble needs checkpointing that is not reentrant: train.enable_reentrant counts as false")
@@ -114,8 +115,8 @@ def _in_parts(train: TrainConfig) -> bool:
 
 
 def hand_on_keys(blocks: Sequence[nn.Module]) -> bool:
-    """True where blocks give later ones their keys and values in a dict, whose gradients reentrant checkpointing does
-    not see. Logs a line where it is so."""
+    """True if blocks pass keys and values to later ones in a dict, whose gradients reentrant checkpointing does not
+    see. Logs a line if so."""
     found = any(
         name.startswith("shared_kv") for block in blocks for name in inspect.signature(block.forward).parameters
     )
@@ -125,8 +126,8 @@ def hand_on_keys(blocks: Sequence[nn.Module]) -> bool:
 
 
 def _reads_within(root: nn.Module) -> bool:
-    """True where the loss reads routers' logits, which blocks do not return: reentrant checkpointing gives them no
-    gradient. Logs a line where it is so."""
+    """True if the loss uses router logits, which blocks do not return, so that reentrant checkpointing gives them no
+    gradient. Logs a line if so."""
     reads = bool(getattr(root, "has_router_loss", False))
     if reads:
         log.info("the router loss needs checkpointing that is not reentrant: train.enable_reentrant counts as false")

@@ -1,23 +1,23 @@
 """Batch-invariant computation: the result for a sample does not depend, bit for bit, on the rest of its batch.
 
-Floating-point sums depend on their order, and the order on a tensor's shape: matrix products pick their tiles by the
-number of rows, vectorised functions treat the last few elements of a thread's share otherwise, reductions and grouped
-products split by size. No list of such kernels is ever complete. So instead of replacing them, everything is computed
-sample by sample: a packed batch is cut at its samples' borders before each block (and before whatever else the decoder
-runs, such as rotary embeddings and the final norm), each sample goes through on its own, in memory of its own, and the
-results are laid end to end again. Shape and alignment, all that a kernel could choose by, are then the sample's. The
-head is applied to each sample's rows alike (`tutti.train.loss`).
+Floating-point sums depend on their order, and the order depends on a tensor's shape: matrix products choose tiles by
+the number of rows, vectorized functions treat the last few elements of a thread's share differently, reductions and
+grouped products split by size. A list of such kernels would never be complete. So instead of replacing kernels,
+everything is computed sample by sample. Before each block (and before the rest of the decoder, such as rotary
+embeddings and the final norm) a packed batch is cut at its samples' borders; each sample goes through separately, in
+memory of its own; and the results are concatenated again. Shape and alignment, all that a kernel could depend on, are
+then the sample's. The head is applied to each sample's rows in the same way (`tutti.train.loss`).
 
-It is done within the units that FSDP gathers, so parameters travel once a batch, as ever. The price is that of products
-with fewer rows: the gain of packing for short samples is lost again.
+The cuts are within the units that FSDP gathers, so parameters are gathered once per batch as usual. The price is that
+of products with fewer rows, so that packing gains nothing for short samples.
 
-Where ranks share samples, each sample is split among them as if it were alone (`tutti.parallel.sequence`), and so every
-collective is about one sample, and its sums are in an order that depends on that sample's length. Ranks that have other
-samples meet within a block where tokens travel to experts, and where FSDP gathers a part of the block by itself. So all
-run as many samples, for which batches are padded by samples of one token, and experts compute a product for the rows of
-each rank.
+If ranks share samples, each sample is split among them as if it were alone (`tutti.parallel.sequence`). So every
+collective is about one sample, and the order of its sums depends only on that sample's length. Ranks that have
+different samples meet within a block when tokens are sent to experts, and when FSDP gathers a part of the block
+separately. So all ranks run the same number of samples, padded with samples of one token, and experts compute a
+separate product for the rows of each rank.
 
-Not with torch.compile: which of its kernels a sample gets depends on the lengths it has been compiled for before.
+torch.compile is not supported: which of its kernels a sample gets depends on the lengths it was compiled for before.
 
 Shapes: T tokens of S samples.
 """
@@ -40,7 +40,7 @@ from tutti.parallel.sequence import add_fillers
 
 
 def separate_samples(root: nn.Module, blocks: Iterable[nn.Module]) -> None:
-    """Make `blocks`, and the modules below `root` that are not around them, run one sample after the other, in place.
+    """Make `blocks`, and the modules below `root` that do not contain blocks, run one sample after the other, in place.
 
     `root` is called with a `Batch` as its first argument.
     """
@@ -52,7 +52,7 @@ def separate_samples(root: nn.Module, blocks: Iterable[nn.Module]) -> None:
 
 
 def _beside(module: nn.Module, blocks: set[nn.Module]) -> Iterator[nn.Module]:
-    """The outermost modules below `module` with no block in or around them."""
+    """Yield the outermost modules below `module` that neither are nor contain blocks."""
     for child in module.children():
         if child in blocks:
             continue
@@ -63,7 +63,8 @@ def _beside(module: nn.Module, blocks: set[nn.Module]) -> Iterator[nn.Module]:
 
 
 def equal_counts(batch: Batch, groups: Iterable[dist.ProcessGroup], device: torch.device) -> Batch:
-    """`batch` (on the host) with as many samples as the other ranks of `groups` have; a collective call of each."""
+    """`batch` (on the host), padded to the number of samples of the other ranks of `groups`; a collective call of
+    each group."""
     count = torch.tensor(len(batch.segment_sources), device=device)
     for group in groups:
         if group.size() > 1:
@@ -72,11 +73,11 @@ def equal_counts(batch: Batch, groups: Iterable[dist.ProcessGroup], device: torc
 
 
 class _Samples:
-    """The samples of the batch that is being run.
+    """The samples of the current batch.
 
-    lengths: the tokens of each that this rank is given; where tensor ranks divide these between the parts of a block,
-    then those that it has to itself. known: the arguments that tell attention of each sample. shared: what blocks write
-    into for later ones (keys and values), by its id, with one for each sample.
+    lengths: the number of this rank's tokens of each sample; with tensor parallelism, which divides tokens within a
+    block, those that it has alone. known: the arguments for attention to each sample. shared: objects that blocks write
+    keys and values into for later blocks, by id, replaced by one for each sample.
     """
 
     def __init__(self) -> None:
@@ -103,7 +104,8 @@ class _Samples:
         self.known = [_known(part.cu_seqlens, part.borders, part.max_seqlen) | {"whole": part} for part in parts]
 
     def cut(self, leaf: Any) -> list[Any]:
-        """An argument for each of the samples: its own part, in its own memory, of what lies along the tokens."""
+        """Split an argument into one for each sample: its own part, in its own memory, of what lies along the
+        tokens."""
         for lengths in self.lengths if isinstance(leaf, Tensor) else ():
             dims = _token_dims(leaf, sum(lengths))
             if dims:
@@ -119,7 +121,7 @@ class _Samples:
         return [leaf] * len(self.known)
 
     def join(self, outputs: list[Any]) -> Any:
-        """The samples' outputs as one output of all tokens."""
+        """Concatenate the samples' outputs to one output of all tokens."""
         leaves, specs = zip(*map(tree_flatten, outputs), strict=True)
         return tree_unflatten([self._join(column) for column in zip(*leaves, strict=True)], specs[0])
 
@@ -155,7 +157,7 @@ def _by_sample(forward: Forward, samples: _Samples) -> Forward:
 
 
 def _token_dims(tensor: Tensor, length: int) -> tuple[int, ...]:
-    """The dimensions of a tensor that run along a row of `length` tokens: [T, ..], [1, T, ..], positions [3, 1, T],
+    """The dimensions of a tensor that lie along a row of `length` tokens: [T, ..], [1, T, ..], positions [3, 1, T],
     several streams of hidden states [.., 1, T, H], and masks [1, .., T, T]."""
     shape = tensor.shape
     if tensor.ndim == 4 and shape[2] == shape[3] == length:

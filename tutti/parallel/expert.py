@@ -1,19 +1,21 @@
-"""Expert parallelism: each rank of a group holds some of the experts, and tokens travel to them and back.
+"""Expert parallelism: each rank of a group holds some of the experts, and tokens are sent to them and back.
 
-Every rank of an expert group has tokens of its own (tensor ranks, which share a batch, have a part of its tokens each),
+Every rank of an expert group has its own tokens (tensor ranks, which share a batch, each have a part of its tokens),
 and E / G of the E experts of each layer:
 
-1. rows, one for each token and each expert that it chose, are sorted by expert, and so by the rank that holds it;
-2. ranks exchange how many rows go to each expert, then the rows, in an all-to-all with parts of any size, or empty;
-3. the rows that arrive are sorted by expert over all senders, and pass the local experts in one grouped product;
-4. the results return the same way, into the order of step 1. They are weighted and summed where the tokens live.
+1. Rows, one for each token and each expert that it chose, are sorted by expert, and so by the rank that holds it.
+2. Ranks exchange how many rows go to each expert, and then the rows, in an all-to-all with parts of any size, including
+   none.
+3. The received rows are sorted by expert over all senders, and go through the local experts in one grouped product.
+4. The results return in the same way, into the order of step 1, and are weighted and summed where the tokens came from.
 
-With train.enable_batch_invariant_mode step 3 is a product for each sender instead, so that none depends on the others.
+With train.enable_batch_invariant_mode, step 3 is a separate product for each sender, so that none depends on the
+others.
 
-Both exchanges are differentiable (the gradient goes the other way), so a rank's experts see the whole group's tokens,
-forward and backward: their gradients are complete within the group and are summed by FSDP over `expert_shard` and the
-replicas alone. Parameters are DTensors divided by experts over `mesh.expert`, and further over `mesh.expert_fsdp`, so
-that loading, initialisation, checkpoints, the gradient norm and exports know which part of the whole a rank holds.
+Both exchanges are differentiable, with the gradient going the other way. A rank's experts see the whole group's tokens,
+forward and backward, so their gradients are complete within the group; FSDP sums them only over `expert_shard` and the
+replicas. Parameters are DTensors divided by experts over `mesh.expert`, and further over `mesh.expert_fsdp`, so that
+loading, initialization, checkpoints, the gradient norm and exports know which part of the whole a rank holds.
 
 Shapes: G ranks in the group, E experts, S rows sent, R rows received, H hidden size.
 """
@@ -34,14 +36,14 @@ from tutti.core.tensors import local_part
 from tutti.parallel.mesh import Mesh
 
 LocalExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(rows [R, H] sorted by expert, experts [R] from 0 to E / G, counts [E / G]) -> [R, H]"""
+"""Function of (rows [R, H] sorted by expert, experts [R] from 0 to E / G, counts [E / G]) that returns [R, H]."""
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """The way from tokens to experts within a group of ranks and back, for one layer of experts.
+    """The exchange of tokens within a group of ranks, to experts and back, for one layer.
 
-    isolated: a product for the rows of each rank, so that those of other ranks make no difference to them.
+    isolated: compute a separate product for the rows of each rank, so that other ranks' rows make no difference.
     """
 
     group: dist.ProcessGroup
@@ -49,9 +51,10 @@ class Exchange:
 
     @torch.compiler.disable
     def __call__(self, rows: Tensor, counts: Tensor, compute: LocalExperts) -> Tensor:
-        """The experts' outputs [S, H] for `rows` [S, H] sorted by expert, of which each expert has `counts` [E].
+        """The experts' outputs [S, H] for `rows` [S, H] sorted by expert, with `counts` [E] rows for each expert.
 
-        A collective call of the group, forward and backward; waits for the device, to learn how many rows arrive.
+        A collective call of the group, forward and backward. It synchronizes with the device to learn how many rows
+        arrive.
         """
         name = self.group.group_name
         sending = counts.view(self.group.size(), -1)
@@ -59,7 +62,7 @@ class Exchange:
         sent, received = torch.stack([sending.sum(1), arriving.sum(1)]).tolist()
         rows = all_to_all(rows, sent, received, name)
         if self.isolated:
-            # In memory of their own, since kernels may go by alignment.
+            # Copied, because kernels may depend on alignment.
             parts = zip(rows.split(received), arriving, strict=True)
             out = torch.cat([compute(part.clone(), _experts(counts), counts) for part, counts in parts])
             return all_to_all(out, received, sent, name)
@@ -69,23 +72,22 @@ class Exchange:
 
 
 def _experts(counts: Tensor) -> Tensor:
-    """int64 [R]: the expert of each row, where `counts` [G, E / G] or [E / G] rows lie by sender and expert."""
+    """The expert of each row, int64 [R], if `counts` [G, E / G] or [E / G] rows are ordered by sender and expert."""
     local = torch.arange(counts.shape[-1], device=counts.device)
     return local.expand_as(counts).flatten().repeat_interleave(counts.flatten())
 
 
 def inverse(order: Tensor) -> Tensor:
-    """The permutation that undoes `order`."""
+    """The inverse of the permutation `order`."""
     position = torch.empty_like(order)
     position[order] = torch.arange(len(order), device=order.device)
     return position
 
 
 def divide_experts(experts: Iterable[nn.Module], mesh: Mesh, *, isolated: bool = False) -> None:
-    """Leave each layer of `experts` with this rank's share of them, as DTensors, and an `Exchange` to reach the others.
+    """Keep this rank's share of each layer of `experts`, as DTensors, with an `Exchange` to reach the other shares.
 
-    isolated: see `Exchange`. Parameters may be on the meta device. `num_experts` of the layer remains the number of all
-    experts.
+    isolated: see `Exchange`. Parameters may be on the meta device. A layer's `num_experts` remains the total number.
     """
     size, rank = mesh.expert.size(), mesh.expert.get_local_rank()
     if size == 1:
@@ -105,14 +107,14 @@ def divided_experts(root: nn.Module) -> list[nn.Module]:
 
 
 def undivided_parts(divided: Iterable[nn.Module]) -> list[nn.Module]:
-    """The submodules, with parameters, of layers of divided experts: norms, which all ranks hold whole."""
+    """The submodules with parameters of divided experts layers: norms, which all ranks hold in full."""
     return [child for layer in divided for child in layer.children() if any(True for _ in child.parameters())]
 
 
 def shard_dim(parameter: nn.Parameter, num_shards: int) -> int:
-    """The dimension of an experts' parameter that FSDP is to split further over `num_shards` ranks.
+    """The dimension along which FSDP splits an experts' parameter over `num_shards` ranks.
 
-    Whole experts where they suffice for all ranks alike; else the first other dimension that divides evenly, since
-    with more ranks than experts some would hold nothing.
+    Whole experts if they can be divided evenly; otherwise the first other dimension that divides evenly, since with
+    more ranks than experts some ranks would hold nothing.
     """
     return next((dim for dim, size in enumerate(local_part(parameter).shape) if size % num_shards == 0), 0)

@@ -1,23 +1,23 @@
-"""Data parallelism and mixed precision, all of it on one engine: torch's `fully_shard` (FSDP2).
+"""Data parallelism and mixed precision, all of it with torch's `fully_shard` (FSDP2).
 
-ddp is a mesh of copies with one shard each, ZeRO-2 and ZeRO-3 shard, hybrid sharding does both. Parameters are fp32
-DTensors, cast to bf16 to compute with, their gradients reduced in fp32. A single process needs no engine, since nothing
-is gathered or reduced: its parameters are plain tensors, cast as they are used, and a checkpoint of them is read by any
-layout. Each block is a unit that is gathered (and cast) just before it runs; all other parameters (embedding, final
-norm, head) belong to the root. Experts that are divided among ranks are units of their own, on a mesh of their own.
+ddp is a mesh of copies with one shard each; ZeRO-2 and ZeRO-3 shard; hybrid sharding does both. Parameters are fp32
+DTensors, cast to bf16 for computing, with gradients reduced in fp32. A single process uses no FSDP, since nothing is
+gathered or reduced: its parameters are plain tensors, cast where they are used, and any layout can read its
+checkpoints. Each block is a unit that is gathered (and cast) just before it runs. All other parameters (embedding,
+final norm, head) belong to the root unit. Experts that are divided among ranks are units on a mesh of their own.
 
-fsdp1 is a mode of this engine rather than torch's first FSDP, whose flat parameters would need a second way of loading,
-saving and exporting everything. It has what distinguishes the first generation in use: one switch, full sharding or
-not, and gradients of accumulated micro batches that are summed whole on each rank and reduced once (less traffic, more
-memory), where fsdp2 with full sharding reduces those of every micro batch and keeps only its shard of them.
+fsdp1 is a mode of this engine rather than torch's first FSDP, whose flat parameters would need a second implementation
+of loading, saving and exporting. It has the properties that distinguish the first generation: a single switch for full
+sharding, and gradients that are accumulated in full on each rank and reduced once per step (less traffic, more memory).
+fsdp2 with full sharding reduces the gradients of every micro batch and keeps only its shard.
 
-With train.enable_fsdp_offload shards live in host memory: a unit's parameters are copied to the device as it is
-gathered, its reduced gradients back, and the optimizer runs on the host. Every micro batch's gradients are reduced
-then, since those of the whole model would otherwise stay on the device.
+With train.enable_fsdp_offload shards are in host memory: a unit's parameters are copied to the device when it is
+gathered, its reduced gradients are copied back, and the optimizer runs on the host. Gradients are then reduced for
+every micro batch, since otherwise the whole model's gradients would stay on the device.
 
-Neither generation is asked to gather units ahead of FSDP's own order (the next one in the backward pass; in the forward
-pass the host runs ahead). On CPUs it saved no processor time, since gloo's copies take the cores that compute; its
-effect on several accelerators can only be measured there.
+We do not ask FSDP to prefetch units earlier than by default (the next unit in the backward pass; in the forward pass
+the host runs ahead). On CPUs this saved no time, since gloo's copies take the cores that compute. Its effect on several
+accelerators has yet to be measured.
 
 Gradients are summed over ranks, not averaged: the loss is divided by the number of targets of the global batch.
 """
@@ -57,7 +57,7 @@ log = logging.getLogger(__name__)
 def shard(root: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, train: TrainConfig) -> None:
     """Apply `fully_shard` to each of `blocks` (the last of which runs last) and to `root`, in place.
 
-    Parameters are gathered in train.compute_dtype; gradients are reduced in fp32 with train.enable_mixed_precision.
+    Parameters are gathered in train.compute_dtype; with train.enable_mixed_precision, gradients are reduced in fp32.
     """
     reduce_dtype = torch.float32 if train.enable_mixed_precision else None
     precision = MixedPrecisionPolicy(
@@ -74,7 +74,7 @@ def shard(root: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, train: Train
             "with every micro batch, as they are offloaded" if offloads(train) else "once, with the last micro batch",
         )
     divided = divided_experts(root)
-    # What runs last is needed first in the backward pass, as the root's own parameters are: it stays gathered.
+    # The last block is needed first in the backward pass, like the root's own parameters: it stays gathered.
     last = set(blocks[-1].modules()) if blocks else set()
     for part in undivided_parts(divided):
         unit(part, mesh=mesh.fsdp, reshard_after_forward=reshard and part not in last)
@@ -96,7 +96,7 @@ def shard(root: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, train: Train
 
 
 def units_of(blocks: Iterable[nn.Module]) -> list[list[nn.Module]]:
-    """`blocks` in groups that `fully_shard` takes as one unit each: those together that share parameters (Zamba)."""
+    """Group `blocks` into units for `fully_shard`: blocks that share parameters (Zamba) form one unit."""
     groups: list[tuple[list[nn.Module], set[nn.Parameter]]] = []
     for block in blocks:
         members, held = [block], set(block.parameters())
@@ -108,7 +108,7 @@ def units_of(blocks: Iterable[nn.Module]) -> list[list[nn.Module]]:
 
 
 def _offload_policy(train: TrainConfig, mesh: Mesh) -> OffloadPolicy:
-    """The policy for where shards live between uses. Logs a line where host and device are the same."""
+    """The policy for where shards are kept between uses. Logs a line if host and device are the same."""
     if not offloads(train):
         return OffloadPolicy()
     on_device = mesh.grid.device_type != "cpu"
@@ -120,30 +120,30 @@ def _offload_policy(train: TrainConfig, mesh: Mesh) -> OffloadPolicy:
 
 
 def reshards(train: TrainConfig) -> bool:
-    """True where a block's parameters are freed after its forward pass: ZeRO-3, or ZeRO-2 with FSDP2's own switch."""
+    """True if a block's parameters are freed after its forward pass: ZeRO-3, or ZeRO-2 with FSDP2's own switch."""
     mode = train.data_parallel_mode
     asked = mode != "ddp" and (train.enable_full_shard or (mode == "fsdp2" and train.enable_reshard_after_forward))
     return asked and not postpones(train)
 
 
 def postpones(train: TrainConfig) -> bool:
-    """True where gradients of parameters are computed later than the rest of a backward pass. FSDP's hooks see nothing
-    of that, so all that a step gathers stays until its end, when gradients are reduced."""
+    """True if gradients of parameters are computed later than the rest of the backward pass. FSDP's hooks do not see
+    this, so everything that a step gathers stays until its end, when gradients are reduced."""
     return train.pipeline_parallel_size > 1 and train.pipeline_schedule == "zero_bubble"
 
 
 def holds_whole(mesh: Mesh, train: TrainConfig) -> bool:
-    """True where this rank is the only one and its parameters stay where they are: there is nothing for FSDP to do."""
+    """True if this is the only rank and its parameters stay on their device, so that FSDP has nothing to do."""
     return mesh.grid.size() == 1 and not offloads(train)
 
 
 def offloads(train: TrainConfig) -> bool:
-    """True where parameters, gradients and optimizer state live in host memory."""
+    """True if parameters, gradients and optimizer state are in host memory."""
     return train.data_parallel_mode != "ddp" and train.enable_fsdp_offload
 
 
 def run_as_forward(root: nn.Module, method: str) -> None:
-    """Make the parameters of `root` be there for `method` as they are for its forward."""
+    """Gather the parameters of `root` for calls of `method` as for its forward."""
     if isinstance(root, FSDPModule):
         register_fsdp_forward_method(root, method)
     elif attached(root).local_parameters is not None and method not in root.__dict__:
@@ -155,10 +155,10 @@ def fsdp_modules(root: nn.Module) -> list[FSDPModule]:
 
 
 class GradientSync(Protocol):
-    """The gathering of parameters and reduction of gradients, as far as a step's executor has to tell it something."""
+    """Controls when FSDP gathers parameters and reduces gradients, as far as a step's executor has to."""
 
     def before(self, *, last: bool) -> None:
-        """Called before each forward and backward pass of a micro batch. last: it is the step's last one."""
+        """Called before each forward and backward pass of a micro batch. last: it is the last one of the step."""
         ...
 
     def finish(self) -> None:

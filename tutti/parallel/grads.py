@@ -1,7 +1,7 @@
-"""The global gradient norm and clipping by it, over parameters that are sharded in different ways.
+"""The global gradient norm and gradient clipping, for parameters that are sharded in different ways.
 
-The squared norms of the local shards are summed on each rank, then over the mesh axes along which the parameter is
-sharded and over no others, since copies would count twice. One all-reduce per kind of placement, one norm for all.
+The squared norms of the local shards are summed on each rank, and then over just those mesh axes along which the
+parameter is sharded, since replicas would count twice. One all-reduce per kind of placement, one norm for all.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from tutti.parallel.mesh import Mesh
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], elsewhere: dist.ProcessGroup | None = None) -> Tensor:
-    """The 2-norm over all gradients of all ranks, an fp32 scalar, equal on every rank. A collective call.
+    """The 2-norm over all gradients of all ranks, an fp32 scalar that is equal on every rank. A collective call.
 
-    parameters: frozen ones do not count. elsewhere: ranks that have other parameters, whose gradients count as well;
-    this one's may then all be frozen.
+    parameters: frozen ones do not count. elsewhere: ranks with other parameters, whose gradients count too; this rank's
+    may then all be frozen.
     """
     parameters = list(parameters)
     grouped: dict[tuple[DeviceMesh, tuple[int, ...]] | None, list[Tensor]] = defaultdict(list)
@@ -67,7 +67,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: f
 
 
 def sum_replicated(parameters: Iterable[nn.Parameter], mesh: Mesh) -> None:
-    """Sum over the tensor ranks the gradients of the parameters that each of them holds whole, in one message a dtype.
+    """Sum over the tensor ranks the gradients of replicated parameters, in one message per dtype.
 
     A collective call. Parameters are DTensors on the tensor axis (`tutti.parallel.tensor`).
     """

@@ -1,6 +1,6 @@
-"""The device mesh: how the ranks are arranged, made once from the layout and passed along.
+"""The device mesh: how the ranks are arranged. Made once from the layout and passed along.
 
-The ranks form a grid whose axes are, slowest first:
+The ranks form a grid with these axes, slowest first:
 
     pipeline    stages of the model's depth
     replicate   copies of the model that see different data; their gradients are all-reduced
@@ -9,14 +9,14 @@ The ranks form a grid whose axes are, slowest first:
     ulysses     ranks that split the samples of one batch, and exchange tokens for heads in attention
     tensor      ranks that split single matrix products
 
-Ranks close together talk most, so the axes that talk most come last. Parameters are sharded over shard x context x
-ulysses together (`fsdp`), since the ranks of one batch hold the same parameters too; with ddp they are copied over all
-of these. Experts have a grid of their own over the same ranks. Between the parts of a block that are split into tensors
-each tensor rank has tokens of its own, as the ranks of the other axes have, so all of shard x context x ulysses x
-tensor may be divided anew: into `expert` (each rank holds some of the experts, whole) and `expert_shard` (ranks that
-have the same experts, which FSDP shards over them, or copies with ddp). Neighbouring ranks form an expert group, or
-with train.ep_outside strided ones. Whether sizes fit the world is decided before, in `tutti.config.layout`, without
-torch.
+Nearby ranks communicate fastest, so the axes that communicate most come last. Parameters are sharded over shard x
+context x ulysses together (`fsdp`), since the ranks of one batch hold the same parameters too; with ddp they are
+replicated over all of these. Experts have a grid of their own over the same ranks. Between the split parts of a block
+each tensor rank has tokens of its own, as the ranks of the other axes have, so shard x context x ulysses x tensor can
+be divided differently: into `expert` (each rank holds some experts, in full) and `expert_shard` (ranks with the same
+experts, over which FSDP shards them, or replicates them with ddp). An expert group consists of neighboring ranks, or
+with train.ep_outside of strided ones. Whether the sizes fit the world is checked before, in `tutti.config.layout`,
+without torch.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ AXES = ("pipeline", "replicate", "shard", "context", "ulysses", "tensor")
 class Mesh:
     """The ranks as a grid.
 
-    grid: all `AXES`, those of size 1 included. fsdp: what `fully_shard` takes for dense parameters, (shards,) or
-    (copies, shards). expert: the 1-D mesh that splits the experts, and expert_fsdp: what `fully_shard` takes for them.
+    grid: all `AXES`, including those of size 1. fsdp: the mesh that `fully_shard` takes for dense parameters, (shards,)
+    or (copies, shards). expert: the 1-D mesh that splits the experts. expert_fsdp: the mesh that `fully_shard` takes
+    for them.
     """
 
     grid: DeviceMesh
@@ -53,7 +54,7 @@ class Mesh:
         return self.grid.get_local_rank(axis)
 
     def group(self, axis: str) -> dist.ProcessGroup:
-        """The ranks that differ from this one on `axis` alone."""
+        """The ranks that differ from this one only on `axis`."""
         return self.grid.get_group(axis)
 
     @property
@@ -63,17 +64,17 @@ class Mesh:
 
     @property
     def dp_rank(self) -> int:
-        """This rank's place among them."""
+        """This rank's index among the data-parallel ranks."""
         return self.rank("replicate") * self.size("shard") + self.rank("shard")
 
     @property
     def num_shards(self) -> int:
-        """Number of ranks that a dense parameter is split over by FSDP."""
+        """Number of ranks over which FSDP splits a dense parameter."""
         return self.fsdp.shape[-1]
 
     @property
     def num_expert_shards(self) -> int:
-        """Number of ranks that a parameter of the experts of one rank is split over by FSDP."""
+        """Number of ranks over which FSDP splits a parameter of one rank's experts."""
         return self.expert_fsdp.shape[-1]
 
     def __str__(self) -> str:
@@ -82,10 +83,10 @@ class Mesh:
 
 
 def build_mesh(layout: Layout, world: World, *, ddp: bool = False, ep_outside: bool = False) -> Mesh:
-    """Arrange all ranks as `layout` says. ddp: parameters are copied and not split. A collective call."""
+    """Arrange all ranks according to `layout`. ddp: parameters are replicated and not split. A collective call."""
     device = world.device.type
-    # Named, for an axis that is the whole world to get a group of its own too: calls along two axes that run at once
-    # then do not wait for one another, and each can be told from the group it is in.
+    # Named groups, so that even an axis that spans the whole world gets its own: concurrent calls along two axes
+    # then do not wait for each other, and each can be identified by its group.
     backend = dist.get_backend_config()
     shape = tuple(getattr(layout, axis) for axis in AXES)
     grid = init_device_mesh(device, shape, mesh_dim_names=AXES, backend_override=dict.fromkeys(AXES, backend))
@@ -101,7 +102,8 @@ def build_mesh(layout: Layout, world: World, *, ddp: bool = False, ep_outside: b
 
 
 def _expert_meshes(layout: Layout, device: str, *, ddp: bool, ep_outside: bool) -> tuple[DeviceMesh, DeviceMesh]:
-    """The mesh that splits the experts, and what `fully_shard` takes for them: (shards,) or (copies, shards)."""
+    """The mesh that splits the experts, and the mesh that `fully_shard` takes for them: (shards,) or (copies,
+    shards)."""
     inner = {"expert_shard": layout.expert_ranks // layout.expert, "expert": layout.expert}
     if ep_outside:
         inner = dict(reversed(inner.items()))

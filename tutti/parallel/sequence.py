@@ -1,22 +1,22 @@
-"""Sequence parallelism: the tokens of one batch split over ranks, for samples too long for one.
+"""Sequence parallelism: the tokens of one batch are split over ranks, for samples that are too long for one rank.
 
-All ranks along the context and ulysses axes are given the same packed batch, and each keeps its share of the tokens:
+All ranks along the context and ulysses axes get the same packed batch, and each keeps its share of the tokens:
 
-1. The batch is padded (a segment of its own) until its length divides evenly.
-2. Over the context axis of size C it is cut into 2C chunks, of which rank r gets chunks r and 2C - 1 - r ("zig-zag").
-   A query's work grows with its place in a long sample, so an early and a late chunk make even shares.
+1. The batch is padded (with a segment of its own) until its length divides evenly.
+2. Over the context axis of size C it is cut into 2C chunks; rank r gets chunks r and 2C - 1 - r ("zig-zag"). A query's
+   work grows with its position in a long sample, so an early and a late chunk balance each other.
 3. Over the ulysses axis, a context rank's tokens are cut again, into contiguous slices.
 
-Everything but attention looks at one token at a time and runs on the share as it is: embedding, norms, MLPs, experts,
-head and loss. Positions and targets are cut with the tokens. Attention knows where the samples of the whole batch begin
-(`GlobalSequence`), and reaches the other tokens by `tutti.attention.ulysses` and `tutti.attention.ring`. Inputs beside
-the tokens (images) stay whole on every rank: see `tutti.model.multimodal`.
+Everything except attention processes tokens independently, and runs on the share unchanged: embedding, norms, MLPs,
+experts, head and loss. Positions and targets are cut together with the tokens. Attention knows the borders of the whole
+batch (`GlobalSequence`), and reaches the other tokens through `tutti.attention.ulysses` and `tutti.attention.ring`.
+Other inputs (images) stay complete on every rank: see `tutti.model.multimodal`.
 
-Where a sample may not depend on the rest of its batch (`tutti.parallel.batch_invariant`), each sample is split by
-itself, as if it were the batch (`split_samples`): its padding and the places where it is cut are its own.
+In batch-invariant mode (`tutti.parallel.batch_invariant`) each sample is split separately, as if it were the whole
+batch (`split_samples`), with its own padding and cuts.
 
-Sums over the shares are sums over the batch, and gradients are summed over all ranks anyway. A loss that is no sum over
-tokens (the load-balancing loss of a router) is computed from `gather_tokens`.
+Sums over the shares are sums over the batch, and gradients are summed over all ranks anyway. A loss that is not a sum
+over tokens (a router's load-balancing loss) is computed from `gather_tokens`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tutti.parallel.mesh import Mesh
 
 
 def sequence_ranks(mesh: Mesh) -> SequenceRanks | None:
-    """The ranks that share this rank's batches; None where it has them for itself. Every rank must call it."""
+    """The ranks that share this rank's batches; None if there are none. Every rank must call it."""
     context, ulysses = mesh.group("context"), mesh.group("ulysses")
     ranks = SequenceRanks(
         mesh.rank("context"),
@@ -48,28 +48,30 @@ def sequence_ranks(mesh: Mesh) -> SequenceRanks | None:
         mesh.size("tensor"),
     )
     if ranks.context_size > 1:
-        # NCCL connects a group in its first call, which all ranks must make; in the ring some may have nothing to send.
+        # NCCL connects a group in its first call, which all ranks must make; in the ring some may have nothing to
+        # send.
         dist.barrier(group=context)
     return ranks if ranks.size * ranks.tensor_size > 1 else None
 
 
 def padded_length(length: int, ranks: SequenceRanks) -> int:
-    """`length` rounded up to what splits evenly: equal chunks, equal slices of a pair of them, equal parts of these."""
+    """`length` rounded up so that it splits evenly into chunks, slices and parts."""
     unit = ranks.ulysses_size if ranks.context_size == 1 else ranks.context_size * math.lcm(2, ranks.ulysses_size)
     unit *= ranks.tensor_size
     return -(-length // unit) * unit
 
 
 def held_tokens(length: int, ranks: SequenceRanks) -> Tensor:
-    """int64 [T]: the places in a batch of `length` (a padded length) of the tokens that this rank holds, in order."""
+    """The positions, int64 [T] ascending, in a batch of padded length `length`, of the tokens that this rank holds.
+    """
     held = torch.cat([torch.arange(*chunk) for chunk in chunks(ranks.context_rank, ranks.context_size, length)])
     return held.chunk(ranks.ulysses_size)[ranks.ulysses_rank]
 
 
 def split_tokens(batch: Batch, ranks: SequenceRanks | None) -> Batch:
-    """This rank's share of `batch`, which all of `ranks` are given; a batch on the host.
+    """This rank's share of `batch`, which all of `ranks` have; a batch on the host.
 
-    Inputs beside the tokens are left whole, and the tokens that they belong to are kept with them.
+    Inputs other than tokens are left complete, and all tokens are kept with them for reference.
     """
     if ranks is None:
         return batch
@@ -78,7 +80,7 @@ def split_tokens(batch: Batch, ranks: SequenceRanks | None) -> Batch:
     held = held_tokens(len(padded.input_ids), ranks)
     sample = torch.bucketize(held, padded.cu_seqlens[1:], right=True)
     labels = padded.labels[held]
-    # A piece ends where the next token is of another sample, or not the next of its sample.
+    # A piece ends where the next token belongs to another sample, or is not the next one of its sample.
     ends = (sample.diff() != 0) | (held.diff() != 1)
     last = torch.cat([ends.nonzero().flatten(), torch.tensor([len(held) - 1])])
     cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int32), (last + 1).int()])
@@ -104,7 +106,7 @@ def split_tokens(batch: Batch, ranks: SequenceRanks | None) -> Batch:
 
 
 def split_samples(batch: Batch, ranks: SequenceRanks | None) -> Batch:
-    """This rank's share of each sample of `batch`, split as if it were alone, one after the other."""
+    """This rank's share of each sample of `batch`, split as if it were alone, concatenated."""
     if ranks is None:
         return batch
     assert not batch.extras, "inputs beside the tokens belong to the batch as a whole"
@@ -138,7 +140,7 @@ def split_samples(batch: Batch, ranks: SequenceRanks | None) -> Batch:
 
 
 def _segment(batch: Batch, number: int) -> Batch:
-    """One sample of `batch`, or a segment of its padding, as a batch of its own."""
+    """One sample of `batch`, or a padding segment, as a batch of its own."""
     first, last = batch.cu_seqlens[number : number + 2].tolist()
     labels, length = batch.labels[first:last], last - first
     return Batch(
@@ -156,28 +158,28 @@ def _segment(batch: Batch, number: int) -> Batch:
 
 
 def _in_a_row(borders: Iterable[Tensor]) -> Tensor:
-    """Borders that each begin at 0, as those of one batch."""
+    """Concatenate borders that each start at 0."""
     lengths = torch.cat([each.diff() for each in borders])
     return nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 
 def add_fillers(batch: Batch, count: int) -> Batch:
-    """`batch` with `count` more samples of one token of padding each; a batch on the host."""
+    """`batch` with `count` additional samples of one padding token each; a batch on the host."""
     for _ in range(count):
         batch = _pad(batch, 1)
     return batch
 
 
 def _pad(batch: Batch, padding: int) -> Batch:
-    """`batch` with a segment of `padding` more tokens that nothing is trained on."""
+    """`batch` with a segment of `padding` additional tokens without targets."""
     if not padding:
         return batch
 
     def extend(tensor: Tensor, values: Tensor) -> Tensor:
         return torch.cat([tensor, values.to(tensor.dtype)])
 
-    # The last token once more: the embedding of a padding token may be zero, which not every model can be
-    # differentiated at. Where there are media it might stand for one.
+    # Repeat the last token: a padding token's embedding may be zero, where some models are not differentiable. In a
+    # batch with media, however, it might be a placeholder.
     filler = torch.zeros(1) if batch.extras else batch.input_ids[-1:]
     return replace(
         batch,
@@ -192,7 +194,7 @@ def _pad(batch: Batch, padding: int) -> Batch:
 
 
 def _extend(value: Tensor, name: str, padding: int) -> Tensor:
-    """One of a batch's extras, for `padding` more tokens if it lies along the tokens."""
+    """One of a batch's extras, extended by `padding` tokens if it lies along the tokens."""
     if name not in ALONG_TOKENS:
         return value
     more = torch.arange(padding) if name == "position_ids" else torch.zeros(padding)
@@ -200,16 +202,16 @@ def _extend(value: Tensor, name: str, padding: int) -> Tensor:
 
 
 def sum_shares(tensor: Tensor, whole: GlobalSequence | None) -> Tensor:
-    """The sum of `tensor` over the ranks that share a batch, on each of them: see `tutti.core.collectives.sum_over`."""
+    """Sum `tensor` over the ranks that share a batch, on each of them: see `tutti.core.collectives.sum_over`."""
     if whole is None:
         return tensor
     return sum_over(tensor, (whole.ranks.ulysses_group, whole.ranks.context_group))
 
 
 def gather_tokens(tensor: Tensor, whole: GlobalSequence | None) -> Tensor:
-    """[t, ...] of this rank's tokens -> [T, ...] of all tokens of the batch, in its order, on every rank.
+    """Gather [t, ...] of this rank's tokens to [T, ...] of all tokens of the batch, in its order, on every rank.
 
-    Differentiable: gradients of all ranks are summed. The padding that made the batch divide evenly is left out.
+    Differentiable: gradients of all ranks are summed. The padding that made the batch divide evenly is removed.
     """
     if whole is None:
         return tensor
@@ -225,7 +227,7 @@ def gather_tokens(tensor: Tensor, whole: GlobalSequence | None) -> Tensor:
 
 
 def _held_places(whole: GlobalSequence, ranks: SequenceRanks) -> Tensor:
-    """The places in the padded batch of the tokens that one of the ranks holds, in its order."""
+    """The positions in the padded batch of the tokens that one of the ranks holds, in its order."""
     places, begin = [], 0
     for part in whole.parts:
         length = int(part.borders[-1])

@@ -53,8 +53,7 @@ _AS_IS = LogitTransform()
 
 
 class VocabularyShard(NamedTuple):
-    """This rank's part of the vocabulary, whose first row is `start`. group: the name of the ranks' process group.
-    """
+    """This rank's part of the vocabulary, whose first row is `start`. group: the name of the ranks' process group."""
 
     start: int
     group: str

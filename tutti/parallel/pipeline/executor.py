@@ -1,18 +1,17 @@
-"""Executors: they run a step's micro batches, one after the other on this rank or through a pipeline's stages.
+"""Executors run a step's micro batches, sequentially on this rank or through a pipeline's stages.
 
-What runs is made once, when the run is set up; training and evaluation call it without knowing which it is. In a
-pipeline every rank is given the same micro batches (so each knows the shapes of what it receives), and only the rank
-with the last stage has a loss. A rank goes through its schedule (`tutti.parallel.pipeline.schedule`), and for each
-action receives what it needs from the rank before or after it, runs a stage forward or backward, and sends the result
-on:
+The executor is chosen once, when the run is set up; training and evaluation do not depend on which one it is. In a
+pipeline every rank gets the same micro batches (so it knows the shapes of what it receives), and only the rank with the
+last stage has a loss. A rank follows its schedule (`tutti.parallel.pipeline.schedule`). For each action it receives
+what it needs from the previous or next rank, runs a stage forward or backward, and sends the result:
 
-- Forward: hidden states and, where a router loss is made of them, the logits of all routers so far. Such a loss is no
-  sum over layers, so the last stage makes it of the logits of all, and their gradients come back the same way.
-- Backward: the gradients of just these.
+- Forward: hidden states and, if there is a router loss, the logits of all routers so far. This loss is not a sum over
+  layers, so the last stage computes it from the logits of all layers, and their gradients come back in the same way.
+- Backward: the gradients of exactly these tensors.
 
-Messages carry no names: on each way, from one rank to the next or back, they are received in the order in which they
-are sent, since both ranks go by the same schedule. Each way has a group of its own, so that a message that waits for
-its receiver never keeps another from passing. What the next action needs is asked for before the current one computes.
+Messages have no tags: in each direction they are received in the order in which they are sent, since both ranks follow
+the same schedule. Each direction has its own process group, so that a message that waits for its receiver never blocks
+another. What the next action needs is requested before the current one computes.
 """
 
 from __future__ import annotations
@@ -34,21 +33,23 @@ from tutti.parallel.pipeline.schedule import Action, forward_schedule, rank_sche
 from tutti.parallel.pipeline.stage import Handoff, Pipeline, Stage
 
 LossOf = Callable[[Batch, Any], Tensor]
-"""From a micro batch, on the device, and what the root module gives for it to what is differentiated."""
+"""A function of a micro batch on the device and the root module's output for it that returns what is differentiated.
+"""
 
 
 class Executor(Protocol):
     """Runs the root module on the micro batches of a step."""
 
     def train(self, batches: Sequence[Batch], loss_of: LossOf) -> None:
-        """Forward and backward over all `batches`; leaves the step's gradients, reduced over the ranks. `loss_of` is
-        called on the ranks that have a loss. A collective call."""
+        """Run forward and backward over all `batches`, leaving the step's gradients reduced over the ranks.
+        `loss_of` is called on the ranks that have a loss. A collective call."""
         ...
 
     def evaluate(self, batches: Sequence[Batch], **options: Any) -> Iterator[Any]:
-        """The root's output for each of `batches`, on the ranks that have one. A collective call, to be exhausted.
+        """Yield the root's output for each of `batches`, on the ranks that have one. A collective call, to be
+        exhausted.
 
-        options: further arguments of the root's forward.
+        options: additional arguments of the root's forward.
         """
         ...
 
@@ -58,7 +59,7 @@ class Executor(Protocol):
 
 
 class SequentialExecutor:
-    """Every rank has all of the model's depth. prepare: a micro batch's share of this rank, on its device."""
+    """For ranks with the model's full depth. prepare: returns this rank's share of a micro batch, on its device."""
 
     def __init__(self, root: nn.Module, sync: GradientSync, prepare: Callable[[Batch], Batch]) -> None:
         self._root, self._sync, self._prepare = root, sync, prepare
@@ -79,8 +80,8 @@ class SequentialExecutor:
 
 
 class PipelineExecutor:
-    """The root's depth is cut into `pipeline`'s stages. dtype: of hidden states. split: gradients of parameters are
-    computed apart from those of inputs (zero bubble)."""
+    """For a root whose depth is cut into `pipeline`'s stages. dtype: of hidden states. split: gradients of
+    parameters are computed separately from those of inputs (zero bubble)."""
 
     def __init__(
         self,
@@ -135,7 +136,7 @@ class PipelineExecutor:
         self._wires.flush()
 
     def gradient_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        # The first rank's copy of what is tied counts.
+        # Of tied parameters, the first rank's copy counts.
         twice = {id(parameter) for parameter in self._tied} if self._pipeline.is_last else set()
         counted = [parameter for parameter in parameters if id(parameter) not in twice]
         return gradient_norm(counted, elsewhere=self._pipeline.group)
@@ -153,7 +154,7 @@ class PipelineExecutor:
         self._wires.send(action, out)
 
     def _backward(self, action: Action, stage: Stage, step: _Step) -> None:
-        """The backward pass, of which kind I leaves the gradients of parameters for later."""
+        """The backward pass; kind I leaves the gradients of parameters for later."""
         place = action.stage, action.batch
         received, made = step.running.pop(place)
         inputs = _tensors(received)
@@ -172,14 +173,14 @@ class PipelineExecutor:
 
 
 class _Run(NamedTuple):
-    """A forward pass that its backward pass has yet to follow: the stage's input, and its output (or the loss)."""
+    """A forward pass whose backward pass is pending: the stage's input, and its output (or the loss)."""
 
     received: Handoff | None
     made: list[Tensor]
 
 
 class _Step:
-    """A step under way, by stage and micro batch. postponed: what W needs of I, as torch hands it over."""
+    """A step in progress, by stage and micro batch. postponed: what W needs from I, as torch returns it."""
 
     def __init__(self, batches: list[Batch]) -> None:
         self.batches = batches
@@ -188,8 +189,8 @@ class _Step:
 
 
 def _differentiate(made: Sequence[Tensor], given: Sequence[Tensor] | None) -> None:
-    """The backward pass from `made`, whose gradients are `given` (of a loss: one). What of it comes from frozen
-    parameters alone, such as a first stage whose blocks have no adapter, needs none."""
+    """Run the backward pass from `made` with gradients `given` (None for a loss). Outputs that depend only on frozen
+    parameters, such as those of a first stage without adapters, need none."""
     wanted = [number for number, tensor in enumerate(made) if tensor.requires_grad]
     if wanted:
         grads = None if given is None else [given[number] for number in wanted]
@@ -201,13 +202,13 @@ def _tensors(passed: Handoff | None) -> list[Tensor]:
 
 
 class P2PTransport:
-    """The ways from this rank of a pipeline to the next and to the one before, and back. dtype: of hidden states."""
+    """Communication with the next and the previous rank of a pipeline. dtype: of hidden states."""
 
     def __init__(self, pipeline: Pipeline, dtype: torch.dtype) -> None:
         self._pipeline, self._dtype = pipeline, dtype
         self._ranks = dist.get_process_group_ranks(pipeline.group)
         self._place = pipeline.group.rank()
-        # By whether it leads on or back, and whether between the last rank and the first: two ranks have both.
+        # Keyed by direction, and by whether it connects the last rank with the first: with two ranks both exist.
         wraps = (False, True) if pipeline.per_rank > 1 else (False,)
         self._groups = {
             (onward, wrap): dist.new_group(self._ranks, use_local_synchronization=True)
@@ -218,7 +219,7 @@ class P2PTransport:
         self._leaving: deque[tuple[Any, Tensor]] = deque()
 
     def ahead(self, order: Iterable[Action], batches: Sequence[Batch]) -> Iterator[Action]:
-        """The actions of `order`, each once what the one after it needs has been asked for."""
+        """Yield the actions of `order`, each after the inputs of the one after it have been requested."""
         waiting: Action | None = None
         for action in order:
             self._ask(action, batches)
@@ -238,7 +239,7 @@ class P2PTransport:
         return passed
 
     def send(self, action: Action, passed: Handoff) -> None:
-        """Send what `action` made to the rank that goes on with it."""
+        """Send the result of `action` to the rank that continues with it."""
         assert passed.hidden.dtype == self._dtype, f"hidden states are {passed.hidden.dtype}, not {self._dtype}"
         onward = action.kind == "F"
         peer, group = self._way(onward, leaving=True)
@@ -256,7 +257,7 @@ class P2PTransport:
     def _ask(self, action: Action, batches: Sequence[Batch]) -> None:
         kind, stage, number = action
         onward = kind == "F"
-        border = stage if onward else stage + 1  # the stage whose input it is that comes, or its gradient
+        border = stage if onward else stage + 1  # the stage whose input, or whose input's gradient, is received
         if kind == "W" or border in (0, self._pipeline.num_stages):
             return
         tokens = batches[number].input_ids
@@ -271,7 +272,7 @@ class P2PTransport:
         self._arriving[action] = passed, [dist.irecv(tensor, peer, group=group) for tensor in _tensors(passed)]
 
     def _way(self, onward: bool, *, leaving: bool) -> tuple[int, Any]:
-        """The rank at the other end of what comes or leaves, and the group of that way."""
+        """The rank at the other end, and the process group of that direction."""
         size = len(self._ranks)
         other = (self._place + (1 if onward == leaving else -1)) % size
         earlier, later = (self._place, other) if onward == leaving else (other, self._place)

@@ -1,22 +1,22 @@
 """Schedules: the order in which each pipeline rank runs its stages on the micro batches of a step.
 
-The model's depth is cut into P * V stages for P ranks, stage s on rank s % P. A step takes each of M micro batches
+The model's depth is cut into P * V stages for P ranks, with stage s on rank s % P. A step takes each of M micro batches
 through all stages and back:
 
     F  forward of a stage
-    B  its backward pass; or, split in two, I (the gradient of its input, which the stage before it waits for) and
+    B  its backward pass; or, split in two, I (the gradient of its input, which the previous stage waits for) and
        W (the gradients of its parameters, which nobody waits for)
 
-All schedules are one pattern. A rank runs some forwards ahead (warmup), then takes a forward and a backward in turn,
-and ends with the backwards that are left:
+All schedules have one pattern. A rank runs some forwards ahead (warmup), then alternates one forward and one backward,
+and ends with the remaining backwards:
 
-1f1b (arXiv 2104.04473)          V = 1. As many forwards ahead as there are stages after this one.
-interleaved (same paper)         V > 1. A rank's stages are thin slices, so that the pipeline fills and drains sooner.
-                                 Micro batches go in groups of P through the stages of a rank, first to last.
-zero_bubble (arXiv 2401.10241)   Backward is split. Rank r postpones W by r micro batches, and so has something to do
-                                 while it waits for gradients at the end; no rank holds more activations than rank 0.
+    1f1b (arXiv 2104.04473)          V = 1. As many forwards ahead as there are stages after this one.
+    interleaved (same paper)         V > 1. A rank's stages are thin slices, so that the pipeline fills and drains sooner.
+                                     Micro batches go in groups of P through the stages of a rank, first to last.
+    zero_bubble (arXiv 2401.10241)   Backward is split. Rank r postpones W by r micro batches, and so has something to do
+                                     while it waits for gradients at the end; no rank holds more activations than rank 0.
 
-Any number of micro batches will do; with fewer than ranks, some ranks have nothing to do for much of the step.
+Any number of micro batches works; with fewer than ranks, some ranks are idle for much of the step.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Action(NamedTuple):
 
 
 def rank_schedule(rank: int, num_ranks: int, per_rank: int, num_batches: int, *, split: bool) -> list[Action]:
-    """The actions of a training step in the order in which `rank` does them; split: as I and W instead of B.
+    """The actions of a training step in the order in which `rank` runs them; split: with I and W instead of B.
 
-    The first stage has no I: what it is given has no gradient, and its whole backward pass is a B.
+    The first stage has no I: its input has no gradient, so its whole backward pass is a B.
     """
     forwards = forward_schedule(rank, num_ranks, per_rank, num_batches)
     backwards = list(_backwards(rank, num_ranks, per_rank, num_batches, split=split))
@@ -57,7 +57,7 @@ def rank_schedule(rank: int, num_ranks: int, per_rank: int, num_batches: int, *,
 
 
 def forward_schedule(rank: int, num_ranks: int, per_rank: int, num_batches: int) -> list[Action]:
-    """A rank's forwards in their order: all there is to do where nothing is learned."""
+    """A rank's forwards in order, for evaluation."""
     return [
         Action("F", chunk * num_ranks + rank, batch)
         for group in _groups(num_ranks, num_batches)
@@ -75,7 +75,7 @@ def _backwards(rank: int, num_ranks: int, per_rank: int, num_batches: int, *, sp
 
 
 def _groups(num_ranks: int, num_batches: int) -> list[range]:
-    """The micro batches in groups of `num_ranks`, or a little more where that does not divide them."""
+    """The micro batches in groups of `num_ranks`, or slightly more if that does not divide their number."""
     count = max(1, num_batches // num_ranks)
     borders = [number * num_batches // count for number in range(count + 1)]
     return [range(first, last) for first, last in pairwise(borders)]

@@ -1,20 +1,20 @@
 """Pipeline parallelism: the depth of a model cut into stages, each on ranks of its own.
 
-Every rank builds the whole model without storage, and `cut` leaves it with the blocks of its own stages, under the
-names that they have in the whole: the embedding goes to the first stage, final norm and head to the last. Nothing else
-changes, so that loading, FSDP, the optimizer and checkpoints see an ordinary, smaller model.
+Every rank builds the whole model on the meta device, and `cut` keeps the blocks of its own stages, under the names that
+they have in the whole model. The embedding goes to the first stage, final norm and head to the last. Nothing else
+changes, so loading, FSDP, the optimizer and checkpoints see an ordinary, smaller model.
 
-A stage runs the decoder class's own `forward`, which makes positions and masks and calls block after block. Around the
-stage's blocks it finds stand-ins in its list: the one before them hands out the hidden states that were received from
-the previous stage, whatever it is given, and the one after takes the stage's result out. So it does not matter what a
-family does between its embedding and its blocks; whether a class can be cut at all, `tutti.model.stage_trace` finds
-out.
+A stage runs the decoder class's own `forward`, which computes positions and masks and calls block after block. In the
+list of blocks, stand-ins surround the stage's blocks: the one before them ignores its input and returns the hidden
+states that were received from the previous stage, and the one after them captures the stage's result. So it does not
+matter what a family does between its embedding and its blocks. `tutti.model.stage_trace` finds out whether a class can
+be cut at all.
 
-Which blocks make a stage is decided by what they cost (`split_blocks`): the slowest stage sets the pace, and a head
-over a large vocabulary may be worth several blocks.
+The cost of blocks decides how they are divided into stages (`split_blocks`): the slowest stage sets the pace, and a
+head over a large vocabulary may cost as much as several blocks.
 
-Tied weights exist twice, on the first rank as the embedding and on the last as the head: their gradients, if they are
-trained, are added up once a step, and both copies take the same steps from then on.
+Tied weights exist twice, on the first rank as the embedding and on the last as the head. If they are trained, their
+gradients are added once per step, so both copies stay equal.
 
 Shapes: t tokens on this rank, H hidden size, n router layers before a stage, E experts.
 """
@@ -36,21 +36,21 @@ from tutti.core.structure import ModelStructure, StageTrace
 from tutti.parallel.mesh import Mesh
 
 MEMORY_WEIGHT = 0.25
-"""The cost of a share of the model's parameters, beside the same share of its work."""
+"""The cost of a share of the model's parameters, relative to the same share of its work."""
 
 
 class Cost(NamedTuple):
-    """work: parameters that a token is multiplied with. size: parameters in all."""
+    """work: number of parameters that a token is multiplied with. size: number of all parameters."""
 
     work: float
     size: float
 
 
 def split_blocks(blocks: Sequence[Cost], front: Cost, tail: Cost, num_stages: int) -> list[range]:
-    """The consecutive `blocks` of each stage; what comes before them is on the first, what comes after on the last.
+    """The consecutive `blocks` of each stage; `front` is on the first stage, `tail` on the last.
 
-    The costliest stage costs as little as possible, and among such splits the squares of all costs sum to the least.
-    Every stage has a block.
+    Minimizes the cost of the most expensive stage, and among such splits the sum of squared costs. Every stage has a
+    block.
     """
     assert 0 < num_stages <= len(blocks), "more stages than blocks"
     everything = [front, *blocks, tail]
@@ -80,8 +80,8 @@ def _search(
     combine: Callable[[float, float], float],
     cost: Callable[[int, int, int], float],
 ) -> tuple[float, tuple[int, ...]]:
-    """The least that the stages' costs combine to, and the borders of the blocks that give it: dynamic programming
-    over the stages. cost: of a stage with the blocks from the first up to the last."""
+    """The minimum of the combined costs, and the block borders that give it, by dynamic programming over the stages.
+    cost: of a stage with the blocks from the first up to the last."""
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, (0,))}
     for stage in range(num_stages):
         after = num_stages - 1 - stage
@@ -97,15 +97,15 @@ def _search(
 
 
 class Handoff(NamedTuple):
-    """The tensors that a stage hands to the next. hidden: [1, t, H]. routed: fp32 [n, t, E], the routers' logits of all
-    layers so far, where a loss is made of them; else None."""
+    """The tensors that a stage passes to the next one. hidden: [1, t, H]. routed: fp32 [n, t, E], the router logits
+    of all layers so far, if there is a router loss; else None."""
 
     hidden: Tensor
     routed: Tensor | None
 
 
 class States(NamedTuple):
-    """A stage's decoder output, as transformers names it; router_logits: of all layers so far."""
+    """A stage's decoder output, with transformers' names; router_logits: of all layers so far."""
 
     last_hidden_state: Tensor
     router_logits: tuple[Tensor, ...]
@@ -113,7 +113,7 @@ class States(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of this rank's model. index: among all stages. blocks: the numbers of its blocks."""
+    """One stage of this rank's model. index: among all stages. blocks: the indices of its blocks."""
 
     index: int
     blocks: range
@@ -122,12 +122,12 @@ class Stage:
     holder: StageBlocks
 
     def run(self, decoder: Callable[..., Any], kwargs: Mapping[str, Any], received: Handoff | None) -> States:
-        """Run `decoder`, called with `kwargs`, through this stage's blocks; `received` from the stage before, if there
-        is."""
+        """Run `decoder(**kwargs)` through this stage's blocks, starting from `received` if there is a previous
+        stage."""
         kwargs, length = dict(kwargs), kwargs["position_ids"].shape[-1] if "position_ids" in kwargs else 0
         if received is not None:
-            # Only its shape and dtype matter: the blocks are given the received states themselves.
-            blank = received.hidden.detach()[:, :1].expand(-1, length, -1).clone()  # CTRL writes into it
+            # Only shape and dtype matter: the blocks get the received states instead.
+            blank = received.hidden.detach()[:, :1].expand(-1, length, -1).clone()  # cloned, because CTRL writes into it
             kwargs |= {"input_ids": None, "inputs_embeds": blank}
         with self.holder.only(self.blocks, None if received is None else received.hidden, length) as result:
             output = decoder(**kwargs)
@@ -138,22 +138,22 @@ class Stage:
 
 
 def make_handoff(states: States) -> Handoff:
-    """The tensors that the next stage is given."""
+    """The tensors to pass to the next stage."""
     hidden, logits = states.last_hidden_state, [each.float() for each in states.router_logits]
     return Handoff(hidden, torch.stack(by_layer(logits, hidden.shape[1])) if logits else None)
 
 
 def by_layer(router_logits: Sequence[Tensor], num_tokens: int) -> tuple[Tensor, ...]:
-    """The logits of each layer's router for all tokens [t, E], where it may have run on one sample after the other."""
+    """The router logits [t, E] of each layer for all tokens; a router may have run separately on each sample."""
     if all(len(logits) == num_tokens for logits in router_logits):
         return tuple(router_logits)
     return torch.cat(list(router_logits)).split(num_tokens)
 
 
 class StageBlocks(nn.ModuleList):
-    """A decoder's list of blocks, of which only some are here, under their numbers; a stand-in's place is empty.
+    """A decoder's list of blocks of which only some are present, under their indices; a stand-in's slot is empty.
 
-    To the decoder's loop it looks as long as it was. `only` says which blocks the loop finds in it.
+    For the decoder's loop it has its original length. `only` selects the blocks that the loop finds in it.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], held: Iterable[int], *, tuple_length: int) -> None:
@@ -175,9 +175,9 @@ class StageBlocks(nn.ModuleList):
 
     @contextmanager
     def only(self, numbers: range, received: Tensor | None, length: int) -> Iterator[list[Tensor]]:
-        """Make the loop run these blocks on `received`; what the last of them gives is appended to the result, unless
-        they are the last of all. length: of the row that the decoder was given, if known, which its output may be
-        given the shape of."""
+        """Within this context, the loop runs these blocks on `received`. The result of the last one is appended to
+        the yielded list, unless it is the model's last block. length: of the row given to the decoder, if known,
+        whose shape its output may get."""
         result: list[Tensor] = []
 
         def take_out(hidden: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ class StageBlocks(nn.ModuleList):
 
 
 class _StandIn:
-    """A stand-in for a block that another stage runs."""
+    """A stand-in for a block of another stage."""
 
     def __init__(self, action: Callable[[Tensor], Tensor], tuple_length: int, attributes: dict[str, Any]) -> None:
         self.__dict__.update(attributes)
@@ -219,31 +219,32 @@ class _StandIn:
 
 
 def as_output(hidden: Tensor, tuple_length: int) -> Any:
-    """The output of a block with these hidden states: the first of a tuple of this length, or alone if that is 0."""
+    """The output of a block with these hidden states: the first element of a tuple of this length, or just them if
+    that is 0."""
     return (hidden, *[None] * (tuple_length - 1)) if tuple_length else hidden
 
 
 def plain_attributes(block: nn.Module) -> dict[str, Any]:
-    """The attributes that a decoder's loop may read off a block, beside calling it."""
+    """The attributes that a decoder's loop may read from a block, in addition to calling it."""
     return {key: value for key, value in block.__dict__.items() if not key.startswith("_") and key != "training"}
 
 
 class Absent(nn.Module):
-    """A stand-in for a module that another stage has; its output is not used, but for its shape."""
+    """A stand-in for a module of another stage; only the shape of its output is used."""
 
     def forward(self, first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        is_hidden = first.is_floating_point() and first.ndim > 2  # and no mask of tokens, or ids
+        is_hidden = first.is_floating_point() and first.ndim > 2  # not a token mask or ids
         return first if is_hidden else first.new_zeros((*first.shape, 1), dtype=torch.float32)
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The pipeline that this rank is a part of.
+    """The pipeline that this rank belongs to.
 
-    stages: this rank's, ascending. per_rank: how many each rank has. group: the ranks that one batch runs through, in
-    order. hidden_size: H. token_parts: how many tensor ranks share a batch's tokens between blocks. routed: for each of
-    the model's stages, how many routers come before it (0 unless a loss is made of their logits), and num_experts the
-    width of these. tied: names of this rank's copies of trained parameters that another rank of `tied_group` has too.
+    stages: this rank's, ascending. per_rank: number of stages per rank. group: the ranks that one batch runs through,
+    in order. hidden_size: H. token_parts: number of tensor ranks that share a batch's tokens between blocks. routed:
+    for each stage of the model, the number of routers before it (0 without a router loss). num_experts: the width of
+    their logits. tied: names of this rank's copies of trained parameters that another rank of `tied_group` also has.
     """
 
     stages: tuple[Stage, ...]
@@ -274,10 +275,9 @@ def cut(
     rank: int,
     num_ranks: int,
 ) -> tuple[Stage, ...]:
-    """Leave `model` with what the stages of `rank` need, in place, and return these stages.
+    """Keep in `model` what the stages of `rank` need, in place, and return these stages.
 
-    structure, trace: of the whole model. borders: the blocks of each of all stages, stage s being on rank
-    s % num_ranks.
+    structure, trace: of the whole model. borders: the blocks of each stage, stage s being on rank s % num_ranks.
     """
     decoder, head = structure.text_model, structure.head
     names = {module: name for name, module in model.named_modules()}
@@ -289,7 +289,7 @@ def cut(
     has_last = numbers[-1] == len(borders) - 1
     needed = {id(p) for p in head.parameters()} if has_last else set()
     for name in trace.front if numbers[0] > 0 else ():
-        # What is tied to the head keeps its name, under which checkpoints hold it.
+        # A parameter tied to the head keeps the name that checkpoints use.
         if not any(id(p) in needed for p in decoder.get_submodule(name).parameters()):
             decoder.set_submodule(name, Absent())
     for tower in structure.towers if numbers[0] > 0 else ():
@@ -302,7 +302,7 @@ def cut(
 
 
 def tied_ranks(mesh: Mesh) -> dist.ProcessGroup | None:
-    """The first and the last rank of this rank's pipeline, on these two. They call it together."""
+    """The group of the first and the last rank of this rank's pipeline, on these two. They call it together."""
     group = mesh.group("pipeline")
     ranks = dist.get_process_group_ranks(group)
     if dist.get_rank() not in (ranks[0], ranks[-1]):

@@ -76,8 +76,7 @@ class Task(ABC):
         return {}
 
     def flop_counter(self, model: Any) -> Work:
-        """A function that counts the operations of training `model` on a micro batch that `prepare` has completed.
-        """
+        """A function that counts the operations of training `model` on a micro batch that `prepare` has completed."""
         flops = count_flops(model)
         return lambda micro: flops.batch(micro.lengths(), micro.num_values())
 

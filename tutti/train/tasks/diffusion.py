@@ -116,8 +116,7 @@ class Denoising(WholeModelTask):
         return self.time_at(drawn)
 
     def eval_time(self, part: int, *key: object) -> float:
-        """The time in (0, 1), within one of the EVAL_TIMES quantiles, of the evaluation sample with this random key.
-        """
+        """The time in (0, 1), within one of the EVAL_TIMES quantiles, of the evaluation sample with this random key."""
         drawn = torch.rand((), dtype=torch.float64, generator=generator(self.seed, *key, "time")).item()
         return self.time_at((part + drawn) / EVAL_TIMES)
 

@@ -171,8 +171,7 @@ def _restarts(step: int) -> bool:
 
 
 def _pixels(model: Autoencoder, batch: Batch) -> tuple[Tensor, float]:
-    """The images of a batch, and 1; for a batch without images a gray one, and 0, so that all ranks run the model.
-    """
+    """The images of a batch, and 1; for a batch without images a gray one, and 0, so that all ranks run the model."""
     if PIXELS in batch.extras:
         return batch.extras[PIXELS], 1.0
     side = model.config.side

@@ -43,8 +43,7 @@ class WeightedLosses(Task):
         return super().sizes() | {name: 1 for kind in self.kinds for name in (kind, f"{kind}_targets")}
 
     def total(self, found: Mapping[str, tuple[Tensor, Tensor]], payload: Mapping[str, Tensor]) -> Sums:
-        """The sums of a micro batch. found: by kind, the sum of losses (differentiable) and the number of targets.
-        """
+        """The sums of a micro batch. found: by kind, the sum of losses (differentiable) and the number of targets."""
         losses = [found[kind][0] for kind in self.kinds]
         scales = payload[SCALES].to(losses[0].dtype)
         sums: Sums = {"loss": (torch.stack(losses) * scales).sum()}
