@@ -1,12 +1,10 @@
-"""Attention over packed batches. Begin with `interface`, which transformers' models call.
+"""Attention over packed batches. Start with `interface`, which transformers' models call.
 
 - `interface`: registration with transformers, the arguments that carry a batch's borders, masks, choice of a kernel.
-- `spec`, `tiles`: how queries see keys, and the tiles of scores that follow.
-- `packed_cpu`: the kernel by tiles, for CPUs and for what CUDA's does not know.
+- `spec`, `tiles`: which keys a query sees, and the resulting tiles of scores.
+- `packed_cpu`: the kernel in tiles, for CPUs and for what CUDA's kernel does not support.
 - `varlen`: CUDA's variable-length kernel, for a batch and for the blocks of a ring.
 - `ulysses`: ranks that share a batch exchange tokens for heads.
-- `ring`, `online_softmax`: ranks that share a batch pass keys and values around, and merge what they see.
-- `sparse`: native sparse attention, by kernels of our own (`sparse_triton`, `sparse_kernels`) or by tensor operations
-  (`sparse_tensors`).
+- `ring`, `online_softmax`: ranks that share a batch pass keys and values around, and merge partial results.
 - `kv_cache`: generation.
 """

@@ -1,11 +1,12 @@
-"""Attention with soft-capped scores over a packed batch on CUDA, by torch's FlexAttention (Gemma 2).
+"""Attention with soft-capped scores over a packed batch on CUDA, with torch's FlexAttention (Gemma 2).
 
-torch's variable-length kernel does not know soft-capping. FlexAttention compiles a kernel of its own from two
-functions, that of a score and that of which keys a query sees (Dong et al., arXiv 2412.05496), and leaves out the
-blocks of which nothing is seen. It is tried on few tokens before it is trusted: where it cannot be compiled, or gives
-other values than tiles of matrix products do (`tutti.attention.packed_cpu`), these take its place, with a log line.
+torch's variable-length kernel does not support soft-capping. FlexAttention compiles a kernel from two functions, one
+for the score and one for which keys a query sees (Dong et al., arXiv 2412.05496), and skips blocks in which nothing is
+seen. It is tried on a few tokens before it is used: if it cannot be compiled, or its results differ from those of tiles
+of matrix products (`tutti.attention.packed_cpu`), the latter are used, with a log line.
 
-Numbers reach the functions as tensors, and rows are filled up to whole blocks, so that one kernel serves all batches.
+Numbers are passed to the functions as tensors, and rows are padded to whole blocks, so that one kernel serves all
+batches.
 
 Shapes: T tokens, H query heads, K key/value heads, D head dimension, E value dimension.
 """
@@ -31,17 +32,17 @@ from tutti.core.compat import FakeTensor
 log = logging.getLogger(__name__)
 
 BLOCK = 128
-"""Queries and keys of a block."""
+"""Block size, in queries and in keys."""
 
 _EVERYTHING = 2**30
-"""A window that no sample is longer than."""
+"""A window that is larger than any sample."""
 
 _TOLERANCE = 0.02
-"""The relative difference, by the norm, from tiles in fp32 that roundings in half precision can make: some 0.005."""
+"""Tolerated relative difference (by the norm) from tiles in fp32; rounding in half precision makes about 0.005."""
 
 
 def takes(query: Tensor) -> bool:
-    """True where the kernel may be compiled: on CUDA, in half precision."""
+    """True if the kernel may be compiled: on CUDA, in half precision."""
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not isinstance(query, FakeTensor)
 
 
@@ -81,7 +82,7 @@ def _capped(query: Tensor, key: Tensor, value: Tensor, cap: Tensor, scale: float
 
 
 _masks: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""By the borders of a batch, which all layers are given, the masks of each rule."""
+"""Masks by a batch's borders, which all layers get, and by rule."""
 
 
 def _mask(cu_seqlens: Tensor, length: int, spec: AttentionSpec) -> BlockMask:
@@ -93,9 +94,8 @@ def _mask(cu_seqlens: Tensor, length: int, spec: AttentionSpec) -> BlockMask:
 
 
 def packed_block_mask(cu_seqlens: Tensor, length: int, spec: AttentionSpec) -> BlockMask:
-    """The mask of a row of `length` tokens, a multiple of `BLOCK`, which sees as `spec` says within the samples that
-    `cu_seqlens` borders, and within what comes after the last. Made without waiting for the device.
-    """
+    """The mask for a row of `length` tokens (a multiple of `BLOCK`), which follows `spec` within the samples that
+    `cu_seqlens` borders, and within the padding after the last one. It is made without waiting for the device."""
     places = torch.arange(length, dtype=torch.int32, device=cu_seqlens.device)
     sample = torch.bucketize(places, cu_seqlens[1:], right=True, out_int32=True)
     window = spec.window or _EVERYTHING
@@ -115,8 +115,8 @@ def packed_block_mask(cu_seqlens: Tensor, length: int, spec: AttentionSpec) -> B
 
 
 def _listed(grid: Tensor) -> tuple[Tensor, Tensor]:
-    """The number of key blocks of each query block [1, 1, n], and these [1, 1, n, n] before all others, from bool
-    [n, n]."""
+    """The number of key blocks of each query block [1, 1, n], and their indices followed by all others [1, 1, n, n],
+    from bool [n, n]."""
     order = grid.int().argsort(dim=-1, descending=True, stable=True).int()
     return grid.sum(-1, dtype=torch.int32)[None, None], order[None, None]
 
@@ -125,8 +125,8 @@ def _listed(grid: Tensor) -> tuple[Tensor, Tensor]:
 def _works(
     device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, width: int, values: int, spec: AttentionSpec
 ) -> bool:
-    """True if the kernel gives what tiles give for such tensors. In a thread, whose trial no context of the caller
-    takes part in: neither checkpointing nor offloading is to see its tensors."""
+    """True if the kernel's results equal those of tiles for such tensors. The trial runs in a thread, so that no
+    context of the caller (checkpointing, offloading) sees its tensors."""
     try:
         with ThreadPoolExecutor(1) as thread:
             difference = thread.submit(_trial, device, dtype, (heads, kv_heads, width, values), spec).result()
@@ -139,8 +139,8 @@ def _works(
 
 
 def _trial(device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int, int], spec: AttentionSpec) -> float:
-    """The largest relative difference, by the norm, of output and gradients from those of tiles in fp32. Of two
-    lengths, from which the compiler learns that lengths differ."""
+    """The largest relative difference (by the norm) of outputs and gradients from those of tiles in fp32. Two
+    lengths are tried, so that the compiler learns that lengths vary."""
     heads, kv_heads, width, values = sizes
     worst = 0.0
     with torch.accelerator.device_index(device.index):

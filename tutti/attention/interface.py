@@ -1,23 +1,23 @@
-"""Attention of Hugging Face models over packed batches, behind transformers' `AttentionInterface`.
+"""Attention of Hugging Face models over packed batches, through transformers' `AttentionInterface`.
 
 transformers calls a function that is registered under a name for the attention of every layer. `resolve_attention`
-registers ours, and chooses the name; a model's forward passes on what `packed_kwargs` says of a batch, the borders of
-its samples above all. Attention stays within a sample, by one of these:
+registers ours and chooses the name. A model's forward passes the arguments from `packed_kwargs` to it, above all the
+borders of the batch's samples. Attention stays within a sample, using one of these:
 
-- On CUDA, one variable-length kernel (`tutti.attention.varlen`): that of the flash-attn packages where
+- On CUDA, a variable-length kernel (`tutti.attention.varlen`): that of the flash-attn packages if
   `model.attn_implementation` asks for one that is installed, else torch's.
-- There, for soft-capped scores, a kernel that FlexAttention compiles (`tutti.attention.flex`).
-- Elsewhere, and for what those kernels do not know, tiles of matrix products (`tutti.attention.packed_cpu`).
-- Where layers have `native_sparse` parameters, by these (`tutti.attention.sparse`).
-- Where a model's mask is more than causal or a sliding window (Gemma 3, where the tokens of an image see one another),
-  torch's attention over the batch as a whole, with the mask cut at the samples' borders.
+- On CUDA, for soft-capped scores, a kernel that FlexAttention compiles (`tutti.attention.flex`).
+- Elsewhere, and for what those kernels do not support, tiles of matrix products (`tutti.attention.packed_cpu`).
+- For layers with `native_sparse` parameters, native sparse attention (`tutti.attention.sparse`).
+- If a model's mask is more than causal or a sliding window (in Gemma 3 the tokens of an image see each other), torch's
+  attention over the whole batch, with the mask cut at the samples' borders.
 
-Where the tokens of a batch are split over ranks (`tutti.parallel.sequence`), the kernel is wrapped in the exchange of
-tokens for heads (`tutti.attention.ulysses`), and over the context axis a ring of ranks takes its place
+If the tokens of a batch are split over ranks (`tutti.parallel.sequence`), the kernel is wrapped in the exchange of
+tokens for heads (`tutti.attention.ulysses`), and over the context axis it is replaced by a ring of ranks
 (`tutti.attention.ring`).
 
-`eager` is the model's own attention with a block-diagonal mask that transformers derives from the restarting
-`position_ids`; it is the reference that the others are tested against.
+`eager` is the model's own attention, with a block-diagonal mask that transformers derives from the restarting
+`position_ids`. The other implementations are tested against it.
 
 Shapes: T tokens, H query heads, K key/value heads, D head dimension, E value dimension.
 """
@@ -51,14 +51,14 @@ PACKED = "tutti_packed"
 """The name under which packed attention is registered with transformers."""
 
 _BY_PACKAGE = {name: f"{PACKED}_fa{name[-1]}" for name in PACKAGES}
-"""The names for packed attention by an installed package. None has `flash` in it, by which transformers takes an
-implementation for its own, and trusts the model to pass on the samples' borders."""
+"""The names for packed attention with an installed package. They do not contain `flash`, since transformers would
+take such an implementation for its own, and rely on the model to pass on the samples' borders."""
 
 
 def resolve_attention(requested: str, device: torch.device) -> str:
-    """The name to give transformers as `attn_implementation` for `model.attn_implementation` on `device`.
+    """The name to pass to transformers as `attn_implementation` for `model.attn_implementation` on `device`.
 
-    Registers it. Logs one line where something else than the request runs.
+    Registers it, and logs a line if something other than the requested implementation runs.
     """
     presume_packed()
     _register(PACKED, packed_forward)
@@ -81,10 +81,10 @@ def _register(name: str, forward: Callable[..., Any]) -> str:
 
 
 def attention_by_part(config: PreTrainedConfig, text: str) -> str | dict[str, str]:
-    """The `attn_implementation` of each part of a model that attends to its text by `text`, as transformers takes it.
+    """The `attn_implementation` of each part of a model whose text part uses `text`, in transformers' format.
 
-    Encoders of images attend within each image, as their own code arranges it: by the default that transformers has for
-    them, by the package that `text` stands for, or with eager by their own eager code.
+    Image encoders attend within each image in their own code: with transformers' default for them, with the package
+    that `text` stands for, or with their own eager code.
     """
     language = config.get_text_config()
     parts = [name for name in config.sub_configs if getattr(config, name, None) is language]
@@ -98,13 +98,13 @@ def attention_by_part(config: PreTrainedConfig, text: str) -> str | dict[str, st
 def packed_kwargs(batch: Batch) -> dict[str, Any]:
     """The arguments of a decoder's forward for `batch`: its tokens as one row, positions, and the samples' borders.
 
-    Of a batch that ranks share: this rank's tokens and positions, and the whole batch's borders.
+    If ranks share the batch, these are this rank's tokens and positions, and the whole batch's borders.
     """
     return {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None], **border_kwargs(batch)}
 
 
 def border_kwargs(batch: Batch) -> dict[str, Any]:
-    """The arguments that tell attention where samples begin in `batch`, or in the whole batch that ranks share.
+    """The arguments with the samples' borders in `batch`, or in the whole batch that ranks share.
 
     `borders` are on the host, for kernels that read them there without waiting for the device.
     """
@@ -122,9 +122,9 @@ def border_kwargs(batch: Batch) -> dict[str, Any]:
 
 
 def packed_mask(*, mask_function: Callable[..., Any], **kwargs: Any) -> Tensor | None:
-    """transformers' mask signature -> None, since packed attention never looks across a sample's border; but bool
-    [1, 1, T, T] where a model's mask is more than causal or a sliding window (the tokens of an image see one another).
-    """
+    """With transformers' mask signature, returns None, since packed attention never looks across a sample's border;
+    or bool [1, 1, T, T] if a model's mask is more than causal or a sliding window (the tokens of an image see each
+    other)."""
     if all(kind in _PLAIN_MASKS for kind in _mask_kinds(mask_function)):
         return None
     return sdpa_mask(mask_function=mask_function, **(kwargs | {"allow_is_causal_skip": False}))
@@ -140,7 +140,7 @@ _PLAIN_MASKS = {
     "add_offsets_to_mask_function",
     "and_masks",
 }
-"""The mask functions that say no more than a packed batch's borders and a layer's window do."""
+"""The mask functions that are implied by a packed batch's borders and a layer's window."""
 
 
 def _mask_kinds(mask_function: Callable[..., Any]) -> Iterator[str]:
@@ -154,18 +154,18 @@ def _mask_kinds(mask_function: Callable[..., Any]) -> Iterator[str]:
 
 
 PROBE = "tutti_probe"
-"""The name of an attention that only shows which mask a model asks for."""
+"""The name of an attention implementation that only reveals which mask a model asks for."""
 
 
 class MaskSeen(Exception):
-    """A model has asked for a mask. ends_at_borders: it is cut where positions restart."""
+    """Raised when a model asks for a mask. ends_at_borders: the mask is cut where positions restart."""
 
     def __init__(self, ends_at_borders: bool) -> None:
         self.ends_at_borders = ends_at_borders
 
 
 def register_probe() -> None:
-    """Make the attention `PROBE` known to transformers, whose masks raise `MaskSeen`."""
+    """Register the attention `PROBE` with transformers; its masks raise `MaskSeen`."""
     AttentionInterface.register(PROBE, packed_forward)
     AttentionMaskInterface.register(PROBE, _show_mask)
 
@@ -175,7 +175,7 @@ def _show_mask(*, mask_function: Callable[..., Any], **kwargs: Any) -> None:
 
 
 FOREIGN = frozenset({"position_bias", "indices", "block_indices"})
-"""The arguments of some families' attention that change its scores or choose its keys."""
+"""The arguments of some families' attention that change its scores or select its keys."""
 
 
 def packed_forward(

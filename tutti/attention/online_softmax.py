@@ -1,4 +1,4 @@
-"""Attention to keys that come in several portions: each is merged into what the queries have seen before it.
+"""Attention to keys that arrive in several portions, each of which is merged into the previous result.
 
 In ring attention (`tutti.attention.ring`) the keys of other ranks arrive one rank after the other. For each query a
 running output and the log of the sum of its exponentiated scores (`lse`) are kept, both in fp32. Attending to another
@@ -6,14 +6,14 @@ block of keys with scores s and values v gives
 
     lse' = log(exp(lse) + sum exp(s)),    out' = out * exp(lse - lse') + sum exp(s - lse') * v
 
-so that after the last block `out` is exactly the softmax-weighted mean over all of them, in whatever order they came.
-The backward pass needs only the final `lse` and `out` to recompute a block's probabilities and its gradients, one
-block at a time.
+so that after the last block `out` is exactly the softmax-weighted mean over all of them, whatever their order. The
+backward pass only needs the final `lse` and `out` to recompute a block's probabilities and its gradients, one block at
+a time.
 
-A *block* is a rectangle: queries and keys that lie in one sample and in one contiguous piece of the batch each. Blocks
-name tokens by their positions in the whole batch; *spans* say which positions a tensor holds, one after the other.
+A *block* is a rectangle: queries and keys that are each in one sample and in one contiguous piece of the batch. Blocks
+refer to tokens by their positions in the whole batch; *spans* say which consecutive positions a tensor holds.
 
-Both passes are custom operators, which change their sums in place and communicate nothing.
+Both passes are custom operators that update their sums in place and do not communicate.
 
 Shapes: H query heads, K key/value heads (H = K * G), T queries held, N keys held, D head dimension, E of values.
 """
@@ -30,7 +30,7 @@ from tutti.attention.spec import AttentionSpec
 from tutti.attention.tiles import Biases, scores, tiles
 
 Span = tuple[int, int]
-"""Positions in the whole batch: the first and the last + 1."""
+"""A range of positions in the whole batch: the first and the last + 1."""
 
 
 class Block(NamedTuple):
@@ -39,7 +39,8 @@ class Block(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """The queries [H, T, D] of the positions in `spans`, and lse [H, T] of what they have seen, in fp32 (or fp64)."""
+    """The queries [H, T, D] at the positions in `spans`, and lse [H, T] over the keys seen so far, in fp32 (or
+    fp64)."""
 
     query: Tensor
     lse: Tensor
@@ -47,7 +48,7 @@ class Queries(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """The keys [K, N, D] and values [K, N, E] of the positions in `spans`."""
+    """The keys [K, N, D] and values [K, N, E] at the positions in `spans`."""
 
     key: Tensor
     value: Tensor
@@ -55,7 +56,7 @@ class Keys(NamedTuple):
 
 
 def slice_of(span: Span, spans: Iterable[Span]) -> slice:
-    """The slice of a tensor that holds `spans` which the positions of `span`, a part of one of them, take."""
+    """The slice for the positions `span` (a part of one of `spans`) in a tensor that holds `spans`."""
     offset = 0
     for first, last in spans:
         if first <= span[0] < last:
@@ -65,8 +66,8 @@ def slice_of(span: Span, spans: Iterable[Span]) -> slice:
 
 
 def _placed(blocks: Iterable[Block], queries: Queries, keys: Keys) -> list[int]:
-    """Six numbers for each block, which operators can be given: its four positions, and where in the tensors its first
-    query and its first key are."""
+    """Six numbers per block, as operators accept them: its four positions, and the indices in the tensors of its
+    first query and its first key."""
     numbers: list[int] = []
     for block in blocks:
         at = slice_of(block.queries, queries.spans).start, slice_of(block.keys, keys.spans).start
@@ -75,7 +76,7 @@ def _placed(blocks: Iterable[Block], queries: Queries, keys: Keys) -> list[int]:
 
 
 class _Tile(NamedTuple):
-    """One tile's rows [K, G * rows, D], keys and values, scores as wide as lse, and where the rows and the keys are."""
+    """One tile: rows [K, G * rows, D], keys and values, scores in the dtype of lse, and where rows and keys are."""
 
     rows: Tensor
     keys: Tensor
@@ -103,7 +104,7 @@ def _tiles(
 
 
 def attend(queries: Queries, out: Tensor, keys: Keys, blocks: Iterable[Block], spec: AttentionSpec) -> None:
-    """Show `keys` to `queries` as far as `blocks` go: updates queries.lse (at first -inf) and `out`, fp32 [H, T, E].
+    """Attend from `queries` to `keys` within `blocks`: updates queries.lse (initially -inf) and `out`, fp32 [H, T, E].
 
     Every query of a block must see a key in it.
     """
@@ -133,14 +134,15 @@ def _(query, key, value, lse, out, placed, spec):  # type: ignore[no-untyped-def
 
 
 def add_sinks(queries: Queries, out: Tensor, sinks: Tensor) -> None:
-    """Let a score per head [H] without a value take part in the softmax, once all keys are seen."""
+    """Add a score per head [H] without a value to the softmax, after all keys are seen."""
     total = torch.logaddexp(queries.lse, sinks[:, None].to(queries.lse.dtype))
     out.mul_((queries.lse - total).exp_()[..., None])
     queries.lse.copy_(total)
 
 
 class Gradients(NamedTuple):
-    """Sums in fp32: of the queries [H, T, D], and of the keys [K, N, D] and values [K, N, E] of one portion."""
+    """Sums of gradients in fp32: of the queries [H, T, D], and of the keys [K, N, D] and values [K, N, E] of one
+    portion."""
 
     query: Tensor
     key: Tensor
@@ -157,7 +159,7 @@ def attend_backward(
 ) -> None:
     """Add the gradients of `attend` to `sums`.
 
-    queries.lse is the final one; outer: the gradient of the final output and that output itself, [H, T, E].
+    queries.lse is the final one. outer: the gradient of the final output, and that output, [H, T, E].
     """
     placed = _placed(blocks, queries, keys)
     if placed:

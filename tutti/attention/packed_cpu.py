@@ -1,13 +1,13 @@
 """Attention over a packed batch on the CPU, sample by sample, as tiles of matrix products.
 
-A packed batch holds many samples end to end in one row. Attending with one T x T mask would spend almost all of its
-work on pairs that the mask then throws away. So each sample's queries are cut into tiles of rows (`tutti.attention.
-tiles`), and a tile multiplies only with the keys it may see: its own sample's, up to the diagonal, within the sliding
+A packed batch contains many samples end to end in one row. Attention with one T x T mask would spend almost all of its
+work on pairs that the mask discards. So each sample's queries are cut into tiles of rows (`tutti.attention.tiles`), and
+a tile is only multiplied with the keys that it may see: its own sample's, up to the diagonal, within the sliding
 window. Scores, softmax and their gradients are plain batched matrix products, which on CPUs with bf16 instructions are
 two to three times as fast as torch's fused kernel on samples of a few hundred tokens.
 
-It is a custom operator with its own backward, so that torch.compile takes it as one node and no padded copies are made
-for the gradient of every slice. It runs on any device, and there serves what the device's own kernel does not know.
+It is a custom operator with its own backward, so that torch.compile treats it as one node and no padded copies are made
+for the gradient of every slice. It runs on any device, for cases that the device's own kernel does not support.
 
 Shapes: T tokens, S samples, H query heads, K key/value heads (H = K * G), D head dimension, E value dimension. The
 operator takes heads first ([H, T, D], any strides) and returns [T, H, E], which is how the models lay out their
@@ -28,7 +28,8 @@ from tutti.attention.tiles import Biases, scores, tiles
 from tutti.core.device import on_accelerator
 
 SAVED_SCORES = 8
-"""The backward pass reads saved probabilities up to this many times the size of the queries, else recomputes them."""
+"""The backward pass uses saved probabilities if they have at most this many times the size of the queries, and
+otherwise recomputes them."""
 
 
 def packed_attention(
@@ -39,12 +40,12 @@ def packed_attention(
     spec: AttentionSpec,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention within each of the samples that begin and end at `borders` [S + 1].
+    """Attention within each of the samples that `borders` [S + 1] delimits.
 
     query [H, T, D], key [K, T, D], value [K, T, E] -> [T, H, E]. borders: on the host, where they are read. sinks [H]:
     a learned score per head that takes part in the softmax and has no value.
     """
-    # Saved probabilities have a size that depends on the data, which a compiled graph would have to break for.
+    # The size of saved probabilities depends on the data, which would break a compiled graph.
     keep = not (on_accelerator(query) or torch.compiler.is_compiling())
     return _forward(query, key, value, borders, sinks, keep, [float(item) for item in spec])[0]
 
@@ -57,9 +58,9 @@ def probabilities(
     spec: AttentionSpec,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """softmax of one tile's scores [K, G * rows, keys (+ 1 with sinks)] and, with softcap, tanh(score / softcap).
+    """The softmax of one tile's scores [K, G * rows, keys (+ 1 with sinks)] and, with softcap, tanh(score / softcap).
 
-    out: where to put the softmax.
+    out: where to write the softmax.
     """
     made, tanh = scores(rows, keys, bias, spec)
     if sinks is not None:
@@ -80,8 +81,8 @@ def _forward(
     keep: bool,
     spec: list[float],
 ) -> tuple[Tensor, Tensor]:
-    """Returns the output [T, H, E] and the tiles' probabilities, flat; empty where they are to be recomputed, which is
-    always so without `keep`."""
+    """Returns the output [T, H, E] and the tiles' probabilities, flat; the latter are empty if they are to be
+    recomputed, and always without `keep`."""
     heads, total, _ = query.shape
     kv_heads, groups = key.shape[0], heads // key.shape[0]
     out = query.new_empty(total, heads, value.shape[-1])
@@ -108,13 +109,13 @@ def _forward(
 
 
 def num_saved(query: Tensor, places: list[int], spec: AttentionSpec, sinks: Tensor | None) -> int:
-    """The number of probabilities that a forward pass with `keep` saves of samples that begin and end at `places`."""
+    """The number of probabilities that a forward pass with `keep` saves for samples with borders at `places`."""
     num_scores = _num_scores(places, query.shape[0], spec, sinks)
     return int(num_scores) if num_scores <= SAVED_SCORES * query.numel() else 0
 
 
 def _num_scores(places: list[int], heads: int, spec: AttentionSpec, sinks: Tensor | None) -> float:
-    """The number of probabilities that a forward pass makes; infinite where the backward pass needs more than those."""
+    """The number of probabilities that a forward pass computes; infinite if the backward pass needs more than those."""
     if spec.softcap or sinks is not None:
         return float("inf")
     found = (tile for begin, end in pairwise(places) for tile in tiles((0, end - begin), (0, end - begin), spec))

@@ -1,21 +1,21 @@
 """Ring attention (arXiv 2310.01889): ranks that hold different tokens pass keys and values around.
 
 Each of the C ranks along the context axis holds the queries, keys and values of two chunks of the batch, an early and a
-late one (`chunks`), so that causal work is even. In step s = 0 .. C - 1, rank r attends to the keys of rank r - s;
-while it computes, the keys of the next step are already travelling. The results of the steps are merged exactly
-(`tutti.attention.online_softmax`). The backward pass goes round once more: keys come again, and the gradients that a
-rank has for another's keys travel home while the next step computes.
+late one (`chunks`), so that causal work is balanced. In step s = 0 .. C - 1, rank r attends to the keys of rank r - s;
+while it computes, the keys of the next step are already in transit. The results of the steps are merged exactly
+(`tutti.attention.online_softmax`). The backward pass goes around once more: keys are sent again, and the gradients that
+a rank has for another rank's keys are sent back while the next step computes.
 
-Keys go from their owner straight to the rank that needs them, s places on, rather than from neighbour to neighbour. The
-volume is the same, and so only the keys that are needed have to travel. All ranks know the borders of the samples, and
-from these which keys the queries of any rank can see: keys of samples that both have a part in, not later than the
-queries, within the sliding window. In a batch of samples much shorter than a chunk that is next to nothing; in one long
-causal sample, three quarters of all keys.
+Keys are sent from their owner directly to the rank that needs them, s places further, rather than from neighbor to
+neighbor. The volume is the same, and this way only the keys that are needed have to be sent. All ranks know the borders
+of the samples, and derive from them which keys the queries of any rank can see: keys of samples that both have a part
+of, not later than the queries, within the sliding window. If samples are much shorter than a chunk, this is very
+little; for one long causal sample it is three quarters of all keys.
 
-Each rank plans alone, from the same borders, and so both ends of a message agree on its length; where there is nothing
-to send there is no message.
+Each rank plans by itself from the same borders, so both ends of a message agree on its length. Empty messages are not
+sent.
 
-Shapes: C ranks, T tokens a rank, H query heads, K key/value heads, D head dimension, E of values.
+Shapes: C ranks, T tokens per rank, H query heads, K key/value heads, D head dimension, E of values.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tutti.attention.spec import AttentionSpec
 from tutti.core.collectives import process_group
 
 _KEYS, _GRADIENTS = 0, 1
-"""Tags of messages, which keep the two kinds apart between the same two ranks."""
+"""Tags of messages, which separate the two kinds between the same two ranks."""
 
 
 def chunks(rank: int, size: int, length: int) -> list[tuple[int, int]]:
@@ -68,9 +68,10 @@ def ring_attention(
 def plan_blocks(
     queries: Sequence[Span], keys: Sequence[Span], borders: Sequence[int], spec: AttentionSpec
 ) -> list[Block]:
-    """The blocks of `queries` and `keys` (chunks) in which queries see keys; every query of a block sees one of them.
+    """The blocks of `queries` and `keys` (chunks) in which queries see keys; every query of a block sees at least one
+    of its keys.
 
-    The blocks in which queries see themselves come before others of the same queries.
+    Blocks in which queries see themselves come before other blocks of the same queries.
     """
     window, ahead = spec.window, 1 if spec.causal else spec.window
     found = []
@@ -93,8 +94,8 @@ def plan_blocks(
 class _Plan:
     """The blocks and messages of one batch for rank `rank` of `size`, whose tokens are `spans`.
 
-    For each step s: `blocks` in which this rank's queries see the keys of the rank s places before it, the spans of
-    keys that come from there (`seen`), and those that go to the rank s places after it (`seeing`).
+    For each step s: the `blocks` in which this rank's queries see the keys of the rank s places before it, the spans of
+    keys that come from there (`seen`), and the spans that go to the rank s places after it (`seeing`).
     """
 
     rank: int
@@ -122,7 +123,8 @@ def _plan(borders: tuple[int, ...], spec: AttentionSpec, rank: int, size: int) -
 
 
 def _needed(blocks: Sequence[Block], owned: Sequence[Span]) -> tuple[Span, ...]:
-    """The keys of each chunk of `owned` from the first to the last that `blocks` need; chunks without any left out."""
+    """For each chunk of `owned`, the span from the first to the last key that `blocks` need; chunks without any are
+    left out."""
     spans = []
     for start, stop in owned:
         keys = [block.keys for block in blocks if start <= block.keys[0] < stop]
@@ -132,9 +134,9 @@ def _needed(blocks: Sequence[Block], owned: Sequence[Span]) -> tuple[Span, ...]:
 
 
 class _Mail:
-    """A pair of tensors on its way to one rank, and another such pair on its way here from another rank.
+    """A pair of tensors being sent to one rank, while another pair is received from another rank.
 
-    Both are of [K, tokens, D] and [K, tokens, E], and travel as one message.
+    Both are of shapes [K, tokens, D] and [K, tokens, E], and are sent as one message.
     """
 
     def __init__(
@@ -152,7 +154,7 @@ class _Mail:
         self._works = dist.batch_isend_irecv(messages) if messages else []
 
     def collect(self) -> tuple[Tensor, Tensor]:
-        """Wait for both, and return the pair that arrived."""
+        """Wait for both transfers, and return the pair that arrived."""
         for work in self._works:
             work.wait()
         first, second = self._shapes
@@ -161,13 +163,14 @@ class _Mail:
 
 
 class _Ring:
-    """The traffic of one pass round the ring. Every rank makes the same calls in the same order."""
+    """Communication of one pass around the ring. Every rank makes the same calls in the same order."""
 
     def __init__(self, plan: _Plan, group: dist.ProcessGroup) -> None:
         self._plan, self._group = plan, group
 
     def fetch(self, step: int, own: Keys) -> Callable[[], Keys]:
-        """Start sending the keys of `own` that another rank needs in `step`; call the result to get this rank's."""
+        """Start sending the keys of `own` that another rank needs in `step`; call the result to get the keys for
+        this rank."""
         if step == 0:
             return lambda: own
         plan = self._plan
@@ -181,8 +184,8 @@ class _Ring:
         return lambda: Keys(*mail.collect(), spans)
 
     def give_back(self, step: int, sums: Gradients, total: Gradients, dtype: torch.dtype) -> Callable[[], None]:
-        """Start sending home the gradients of the keys fetched in `step`; call the result to add to `total` the ones
-        that another rank has for the keys that it fetched here."""
+        """Start sending back the gradients of the keys fetched in `step`; call the result to add to `total` the
+        gradients that another rank has for the keys it fetched from here."""
         if step == 0:
             return lambda: None
         plan = self._plan
@@ -289,7 +292,7 @@ def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
     grads = _backward(grad, [query, key, value, borders, out, lse], ctx.spec, ctx.group)
     grad_sinks = None
     if sinks is not None:
-        # A sink has no value: its probability only takes from the others.
+        # A sink has no value: its probability only reduces the others.
         delta = (out.to(lse.dtype) * grad).sum(-1).transpose(0, 1)
         grad_sinks = -((sinks[:, None] - lse).exp() * delta).sum(-1).to(sinks.dtype)
     return *grads, None, grad_sinks, None, None

@@ -1,4 +1,4 @@
-"""The part of attention that is plain numbers, and that every kernel is given."""
+"""The settings of attention that are plain numbers, and that every kernel gets."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 
 class AttentionSpec(NamedTuple):
-    """The rule by which queries see keys within a sample.
+    """The rule for which keys a query sees within a sample.
 
-    scale: factor on the scores. causal: only keys up to the query. window: the last `window` keys, the query's own
-    included (0 = all). softcap: scores become softcap * tanh(score / softcap) (0 = off).
+    scale: factor for the scores. causal: only keys up to the query. window: only the last `window` keys, including the
+    query's own (0: all). softcap: scores become softcap * tanh(score / softcap) (0: off).
     """
 
     scale: float
@@ -20,7 +20,7 @@ class AttentionSpec(NamedTuple):
 
     @classmethod
     def unpack(cls, numbers: list[float]) -> AttentionSpec:
-        """The spec from a list of them as floats, which is what custom operators can be given."""
+        """The spec from a list of floats, which is what custom operators accept."""
         scale, causal, window, softcap = numbers
         return cls(scale, bool(causal), int(window), softcap)
 

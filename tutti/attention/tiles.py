@@ -1,7 +1,7 @@
-"""Attention in tiles: which tiles of scores the queries and keys of a sample make, and the scores of one tile.
+"""Attention in tiles: the tiles of scores for the queries and keys of a sample, and the scores of one tile.
 
 The kernels of one rank (`tutti.attention.packed_cpu`) and of a ring of ranks (`tutti.attention.online_softmax`) share
-these. Tokens are named by their positions, of any one counting: within a sample, or within a batch.
+these. Tokens are identified by their positions within a sample or within a batch.
 
 Shapes: H query heads, K key/value heads (H = K * G), D head dimension. A tile's rows are [K, G * rows, D]: the query
 heads that share a key/value head one after the other, so that a tile is one batched matrix product.
@@ -18,11 +18,11 @@ from torch import Tensor
 from tutti.attention.spec import AttentionSpec
 
 TILE = 256
-"""Query rows a tile: large enough for efficient products, small enough to skip most of the upper triangle."""
+"""Query rows per tile: large enough for efficient products, small enough to skip most of the upper triangle."""
 
 
 class Tile(NamedTuple):
-    """Queries at positions start to stop (excluded) and keys at first to last (excluded)."""
+    """Queries at positions [start, stop) and keys at positions [first, last)."""
 
     start: int
     stop: int
@@ -31,8 +31,8 @@ class Tile(NamedTuple):
 
 
 def tiles(queries: tuple[int, int], keys: tuple[int, int], spec: AttentionSpec) -> Iterator[Tile]:
-    """The tiles of the queries and keys at these positions (first, last + 1) of one sample: at most `TILE` queries,
-    and the keys that any of them may see."""
+    """Yield the tiles of the queries and keys at these positions (first, last + 1) of one sample: at most `TILE`
+    queries, and the keys that any of them may see."""
     causal, window = spec.causal, spec.window
     for start in range(queries[0], queries[1], TILE):
         stop = min(queries[1], start + TILE)
@@ -46,7 +46,7 @@ def tiles(queries: tuple[int, int], keys: tuple[int, int], spec: AttentionSpec) 
 class Biases:
     """Makes a tile's bias [G * rows, keys]: 0 where the query may see the key, -inf elsewhere; None if it may see all.
 
-    Equal tiles of one call share theirs.
+    Equal tiles share one bias.
     """
 
     def __init__(self, groups: int, spec: AttentionSpec, like: Tensor) -> None:

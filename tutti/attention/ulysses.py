@@ -1,19 +1,19 @@
 """Ulysses (arXiv 2309.14509): ranks that hold different tokens hold different heads instead while attention runs.
 
-Before attention each of the U ranks has all heads of its T / U tokens; one all-to-all gives it all T tokens of its
-H / U heads, any attention kernel runs on those as it would on one rank, and a second all-to-all brings the outputs
-back. That is two exchanges a layer in each pass, and a rank sends less than 1 / U of what one process would hold.
+Before attention each of the U ranks has all heads of its T / U tokens. One all-to-all gives it all T tokens of its H /
+U heads, on which any attention kernel runs as on a single rank, and a second all-to-all returns the outputs. That is
+two exchanges per layer in each pass, and a rank sends less than 1 / U of what one process would hold.
 
-Queries, keys and values, of whatever widths, travel in one message to each rank. Key/value heads that U does not divide
-are repeated, by as little as makes it even, so all that is asked of a model is that U divides its H
-query heads; which query head reads which key/value head stays as it was. A learned score per head (attention sinks) is
-cut to the rank's heads.
+Queries, keys and values, whatever their widths, travel in one message to each rank. If U does not divide the number of
+key/value heads, they are repeated as little as necessary to make it even. So U only has to divide the H query heads;
+which query head reads which key/value head does not change. A learned score per head (attention sinks) is cut to the
+rank's heads.
 
 `overlap_values` (train.async_enabled) hides the values' part of the exchange: the value projection runs first, its
-output starts travelling at once, and meanwhile query and key are projected, normed and rotated. In the backward pass
-the values' gradient travels likewise. That works in any model that projects values by a `v_proj` of their own and hands
-them to attention as they are. Queries and keys are not sent early: their norms and rotary embedding, which come between
-projection and attention, are the model's own code and run on the rank's own tokens.
+output starts traveling at once, and meanwhile query and key are projected, normalized and rotated. In the backward pass
+the values' gradient travels in the same way. This works for any model with a separate `v_proj` whose output reaches
+attention unchanged. Queries and keys are not sent early: their norms and rotary embedding, between projection and
+attention, are the model's own code and run on the rank's own tokens.
 
 Shapes: U ranks, T tokens of all of them, t = T / U, H query heads, K key/value heads, D head dimension, E of values.
 """
@@ -37,9 +37,10 @@ log = logging.getLogger(__name__)
 def tokens_to_heads(
     query: Tensor, key: Tensor, value: Tensor, ranks: SequenceRanks, early: EarlyValues | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Heads first, [heads, t, ...] of all heads -> [heads / U, T, ...] of this rank's, for query, key and value.
+    """Exchange query, key and value [heads, t, ...] with all heads of this rank's tokens for [heads / U, T, ...] with
+    all tokens of this rank's heads.
 
-    early: where the values may be on their way already.
+    early: the exchange of the values, which may already be in progress.
     """
     size = ranks.ulysses_size
     if size == 1:
@@ -58,7 +59,7 @@ def tokens_to_heads(
 
 
 def heads_to_tokens(out: Tensor, ranks: SequenceRanks) -> Tensor:
-    """Attention's output [T, H / U, E] of this rank's heads -> [t, H, E] of its tokens."""
+    """Exchange attention's output [T, H / U, E] of this rank's heads for [t, H, E] of its tokens."""
     size = ranks.ulysses_size
     if size == 1:
         return out
@@ -73,7 +74,8 @@ def own_heads(per_head: Tensor | None, ranks: SequenceRanks) -> Tensor | None:
 
 
 def _by_rank(tensor: Tensor, size: int) -> Tensor:
-    """[heads, t, D] -> [U, n]: the heads of rank u in row u, after repeating heads until they divide evenly."""
+    """Arrange [heads, t, D] as [U, n], with the heads of rank u in row u, after repeating heads until they divide
+    evenly."""
     heads = tensor.shape[0]
     repeats = next(count for count in range(1, size + 1) if heads * count % size == 0)
     if repeats > 1:
@@ -82,16 +84,18 @@ def _by_rank(tensor: Tensor, size: int) -> Tensor:
 
 
 def _join(received: Tensor, sent: Tensor) -> Tensor:
-    """[U, n], row u the tokens that rank u had -> [heads / U, T, D]; `sent` is what was given to `_by_rank`."""
+    """Join [U, n], in which row u has the tokens of rank u, to [heads / U, T, D]; `sent` is what was passed to
+    `_by_rank`."""
     size, tokens, width = received.shape[0], *sent.shape[1:]
     return received.reshape(size, -1, tokens, width).transpose(0, 1).reshape(-1, size * tokens, width)
 
 
 class EarlyValues:
-    """One attention layer whose values are projected first and sent while queries and keys are made.
+    """The early exchange of one attention layer's values, which are projected first and sent while queries and keys are
+    computed.
 
-    In each forward pass: `set_out` is called as `q_proj` begins, `projected` instead of `v_proj`'s forward, and `take`
-    by attention.
+    In each forward pass: `set_out` is called when `q_proj` begins, `projected` replaces `v_proj`'s forward, and
+    attention calls `take`.
     """
 
     def __init__(self, layer: nn.Module, ranks: SequenceRanks) -> None:
@@ -117,7 +121,8 @@ class EarlyValues:
         return self._values if hidden is self._hidden and self._values is not None else self._project(hidden)
 
     def take(self, value: Tensor) -> Tensor | None:
-        """The exchanged values [U, n], or None where `value` [K, t, E] is not what was sent: the model changed it."""
+        """The exchanged values [U, n], or None if `value` [K, t, E] is not what was sent, because the model changed
+        it."""
         values, started = self._values, self._started
         self._hidden = self._values = self._started = None
         if values is None or started is None:
@@ -129,13 +134,13 @@ class EarlyValues:
 
 
 def _value_width(layer: Any) -> int:
-    """The width of a head's values, of which there are as many as keys, in attention with `projects_values`."""
+    """The width of a head's values (with as many heads as keys), in attention with `projects_values`."""
     keys, values = (getattr(item, "out_features", None) for item in (layer.k_proj, layer.v_proj))
     return layer.head_dim if keys is None or values is None else values // (keys // layer.head_dim)
 
 
 def overlap_values(blocks: Iterable[nn.Module], ranks: SequenceRanks) -> None:
-    """Make the attention layers in `blocks` send their values early, where they can.
+    """Make the attention layers in `blocks` send their values early, where possible.
 
     Logs a line if none of them can.
     """
@@ -150,7 +155,7 @@ def overlap_values(blocks: Iterable[nn.Module], ranks: SequenceRanks) -> None:
 
 
 def projects_values(layer: nn.Module) -> bool:
-    """True if `layer` is attention that projects queries, keys and values each by a module of its own."""
+    """True if `layer` is attention with separate modules for projecting queries, keys and values."""
     projections: Sequence[Any] = [getattr(layer, name, None) for name in ("q_proj", "k_proj", "v_proj")]
     return all(isinstance(item, nn.Module) for item in projections) and isinstance(
         getattr(layer, "head_dim", None), int

@@ -1,23 +1,23 @@
 """Variable-length attention on CUDA in half precision: torch's flash kernel, or that of an installed flash package.
 
-A variable-length kernel takes the tokens of many samples end to end, and where each sample begins: it does for a packed
-batch what `tutti.attention.packed_cpu` does on a CPU, in one call and without waiting for the device. What it does not
-know goes by tiles instead (`fits`): fp32, heads wider than 256, values wider than keys, devices before Ampere. torch's
-kernel does not know soft-capping either (`tutti.attention.flex` does). Widths that are no multiple of 8, and values
-narrower than keys (MLA), are filled up with zeros, which change no score, and cut off again.
+A variable-length kernel takes the tokens of many samples end to end, and where each sample begins. It does for a packed
+batch what `tutti.attention.packed_cpu` does on a CPU, in one call and without waiting for the device. Unsupported cases
+(`fits`) use tiles instead: fp32, heads wider than 256, values wider than keys, devices before Ampere. torch's kernel
+does not support soft-capping either (`tutti.attention.flex` does). Widths that are not a multiple of 8, and values
+narrower than keys (MLA), are padded with zeros, which change no score, and cut off again.
 
 The kernel also serves a ring of ranks, whose queries see their keys in blocks (`tutti.attention.online_softmax`): it
-gives the log of the softmax denominator beside its output, and its backward pass takes those of the whole softmax, so
-that both passes can be put together from blocks. Two kinds of call serve all blocks:
+returns the log of the softmax denominator with its output, and its backward pass takes those of the whole softmax, so
+that both passes can be assembled from blocks. Two kinds of calls cover all blocks:
 
 - blocks in which queries see themselves, which cover all queries in order: one call, causal or not, with a window;
-- a block of earlier keys, all of which are seen: one call without a mask. Within a sliding window not all are, and the
-  kernel cannot be told how far apart queries and keys are: those blocks, at most a window wide, go by tiles.
+- a block of earlier keys, all of which are seen: one call without a mask. With a sliding window not all are seen, and
+  the kernel does not know how far apart queries and keys are; such blocks, at most a window wide, use tiles.
 
-Every call states a window, if need be one as wide as the longest sample: without one torch may choose cuDNN's kernel,
-by rules that differ between the two passes, and whose log of the denominator is laid out otherwise.
+Every call passes a window, if necessary one as wide as the longest sample. Without one torch may choose cuDNN's kernel,
+by rules that differ between the two passes, and with another layout of the log denominator.
 
-Shapes: T queries, N keys, H query heads, K key/value heads, D head dimension, E <= D of values. Here heads come first,
+Shapes: T queries, N keys, H query heads, K key/value heads, D head dimension, E <= D of values. Heads come first here,
 as elsewhere; the kernel takes tokens first.
 """
 
@@ -43,19 +43,19 @@ from tutti.core.compat import varlen_backward, varlen_forward
 log = logging.getLogger(__name__)
 
 MAX_WIDTH = 256
-"""The widest head that flash kernels take."""
+"""The largest head dimension that flash kernels support."""
 
 PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-"""The modules of installed packages, by the names that transformers and `model.attn_implementation` have for them."""
+"""The modules of the packages, by the names in transformers and `model.attn_implementation`."""
 
 
 def fits(query: Tensor, value: Tensor, spec: AttentionSpec) -> bool:
-    """True where torch's kernel can do this attention on this device."""
+    """True if torch's kernel supports this attention on this device."""
     return not spec.softcap and fits_package(query, value)
 
 
 def fits_package(query: Tensor, value: Tensor) -> bool:
-    """True where a package's kernel can: it knows soft-capping, and has the limits of torch's otherwise."""
+    """True if a package's kernel supports it: as torch's kernel, and with soft-capping."""
     width, half = query.shape[-1], query.dtype in (torch.bfloat16, torch.float16)
     if not (query.is_cuda and half and value.shape[-1] <= width <= MAX_WIDTH):
         return False
@@ -65,7 +65,7 @@ def fits_package(query: Tensor, value: Tensor) -> bool:
 def load_package(name: str) -> Callable[..., Any] | None:
     """The variable-length function of the package that `model.attn_implementation` calls `name`.
 
-    None where it is not installed, or cannot be used, with a log line that says why.
+    None, with a log line that says why, if it is not installed or cannot be used.
     """
     try:
         return importlib.import_module(PACKAGES[name]).flash_attn_varlen_func
@@ -85,7 +85,7 @@ def varlen_attention(
     spec: AttentionSpec,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention by torch's kernel within each of the samples that `cu_seqlens` [S + 1] borders.
+    """Attention with torch's kernel within each of the samples that `cu_seqlens` [S + 1] borders.
 
     query [H, T, D], key [K, T, D], value [K, T, E] -> [T, H, E]. max_seqlen: of the longest sample. sinks [H]: a
     learned score per head that takes part in the softmax and has no value.
@@ -101,7 +101,7 @@ def varlen_attention(
 
 
 def _sizes(cu_seqlens: Tensor, longest: int, spec: AttentionSpec) -> tuple[tuple[Any, ...], list[int]]:
-    """The kernel's arguments for samples that see themselves: those that follow the tensors, and the window."""
+    """The kernel's arguments after the tensors for samples that see themselves, and the window."""
     window = _window(spec, longest)
     return (cu_seqlens, cu_seqlens, longest, longest, window == [-1, 0]), window
 
@@ -115,7 +115,8 @@ def package_attention(
     spec: AttentionSpec,
     package: Callable[..., Any],
 ) -> Tensor:
-    """Attention by the function of a package (`load_package`), which knows soft-capping; arguments as above."""
+    """Attention with the function of a package (`load_package`), which supports soft-capping; arguments as for
+    `varlen_attention`."""
     width = _padded(query.shape[-1])
     out = package(
         *(_tokens_first(item, width) for item in (query, key, value)),
@@ -130,9 +131,10 @@ def package_attention(
 
 
 class _WithSinks(torch.autograd.Function):
-    """torch's kernel, whose softmax a score per head without a value has joined.
+    """torch's kernel with a score per head, without a value, added to the softmax.
 
-    The kernel knows none, but its backward pass takes any denominator and output: those with the sinks.
+    The kernel does not support this, but its backward pass accepts any denominator and output, and so those with the
+    sinks.
     """
 
     @staticmethod
@@ -161,14 +163,14 @@ class _WithSinks(torch.autograd.Function):
         grads = varlen_backward(
             grad.contiguous(), query, key, value, out, total, *sizes, _no_dropout(grad), ctx.spec.scale, window
         )
-        # A sink has no value: its probability only takes from the others.
+        # A sink has no value: its probability only reduces the others.
         delta = (out.to(total.dtype) * grad).sum(-1).T
         grad_sinks = -((sinks[:, None] - total).exp() * delta).sum(-1).to(sinks.dtype)
         return (*grads, grad_sinks, None, None, None)
 
 
 def _no_dropout(like: Tensor) -> Tensor:
-    """The state of dropout that the backward pass asks for, where there is none."""
+    """A placeholder for the dropout state that the backward pass expects."""
     return torch.zeros(2, dtype=torch.uint64, device=like.device)
 
 
@@ -177,12 +179,12 @@ def _padded(width: int) -> int:
 
 
 def _tokens_first(tensor: Tensor, width: int) -> Tensor:
-    """[heads, T, D] -> [T, heads, width], filled up with zeros."""
+    """Rearrange [heads, T, D] to [T, heads, width], padded with zeros."""
     return pad(tensor.transpose(0, 1), (0, width - tensor.shape[-1])).contiguous()
 
 
 def _window(spec: AttentionSpec, longest: int) -> list[int]:
-    """The numbers of keys that a query sees before its own (-1: all of them) and after it."""
+    """The number of keys that a query sees before its own (-1: all) and after it."""
     behind = spec.window - 1
     if spec.causal:
         return [behind, 0]
@@ -190,7 +192,7 @@ def _window(spec: AttentionSpec, longest: int) -> list[int]:
 
 
 class _Call(NamedTuple):
-    """One run of the kernel: where its queries and keys are held, their borders, the longest, and what is masked."""
+    """One call of the kernel: where its queries and keys are, their borders, the longest segments, and the window."""
 
     rows_at: slice
     keys_at: slice
@@ -208,7 +210,7 @@ class _Call(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _borders(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 [S + 1]: where samples of these lengths begin and end. Kept for the layers of a model, which ask for the
+    """The borders, int32 [S + 1], of samples of these lengths. Cached for the layers of a model, which ask for the
     same, and copied without waiting for the device."""
     host = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
@@ -217,7 +219,7 @@ def _borders(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 def _calls(
     blocks: Sequence[Block], queries: Queries, keys: Keys, spec: AttentionSpec
 ) -> tuple[list[_Call], list[Block]]:
-    """The runs of the kernel, and the blocks that it cannot do."""
+    """The kernel calls for `blocks`, and the blocks that it does not support."""
 
     def call(members: Sequence[Block], rows_at: slice, keys_at: slice, seen: AttentionSpec) -> _Call:
         lengths = [[last - first for first, last in spans] for spans in zip(*members, strict=True)]
@@ -247,7 +249,8 @@ def _inputs(call: _Call, queries: Queries, keys: Keys) -> Iterator[Tensor]:
 
 
 def attend(queries: Queries, out: Tensor, keys: Keys, blocks: Sequence[Block], spec: AttentionSpec) -> None:
-    """Show `keys` to `queries`: `tutti.attention.online_softmax.attend`, by the kernel where it can."""
+    """Attend from `queries` to `keys` as `tutti.attention.online_softmax.attend` does, with the kernel where
+    possible."""
     calls, rest = _calls(blocks, queries, keys, spec)
     for call in calls:
         arguments = (*_inputs(call, queries, keys), *call.arguments, spec.scale, call.window)
@@ -269,7 +272,8 @@ def attend_backward(
     outer: tuple[Tensor, Tensor],
     sums: Gradients,
 ) -> None:
-    """Add the gradients of `attend` to `sums`: `tutti.attention.online_softmax.attend_backward`, by the kernel."""
+    """Add the gradients of `attend` to `sums` as `tutti.attention.online_softmax.attend_backward` does, with the
+    kernel."""
     calls, rest = _calls(blocks, queries, keys, spec)
     width = _padded(queries.query.shape[-1])
     for call in calls:

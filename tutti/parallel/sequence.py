@@ -62,8 +62,7 @@ def padded_length(length: int, ranks: SequenceRanks) -> int:
 
 
 def held_tokens(length: int, ranks: SequenceRanks) -> Tensor:
-    """The positions, int64 [T] ascending, in a batch of padded length `length`, of the tokens that this rank holds.
-    """
+    """The positions, int64 [T] ascending, in a batch of padded length `length`, of the tokens that this rank holds."""
     held = torch.cat([torch.arange(*chunk) for chunk in chunks(ranks.context_rank, ranks.context_size, length)])
     return held.chunk(ranks.ulysses_size)[ranks.ulysses_rank]
 

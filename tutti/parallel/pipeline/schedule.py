@@ -10,11 +10,11 @@ through all stages and back:
 All schedules have one pattern. A rank runs some forwards ahead (warmup), then alternates one forward and one backward,
 and ends with the remaining backwards:
 
-    1f1b (arXiv 2104.04473)          V = 1. As many forwards ahead as there are stages after this one.
-    interleaved (same paper)         V > 1. A rank's stages are thin slices, so that the pipeline fills and drains sooner.
-                                     Micro batches go in groups of P through the stages of a rank, first to last.
-    zero_bubble (arXiv 2401.10241)   Backward is split. Rank r postpones W by r micro batches, and so has something to do
-                                     while it waits for gradients at the end; no rank holds more activations than rank 0.
+    1f1b (arXiv 2104.04473)        V = 1. As many forwards ahead as there are stages after this one.
+    interleaved (same paper)       V > 1. A rank's stages are thin slices, so that the pipeline fills and drains sooner.
+                                   Micro batches go in groups of P through the stages of a rank, first to last.
+    zero_bubble (arXiv 2401.10241) Backward is split. Rank r postpones W by r micro batches, and so has something to do
+                                   while it waits for gradients at the end; no rank holds more activations than rank 0.
 
 Any number of micro batches works; with fewer than ranks, some ranks are idle for much of the step.
 """

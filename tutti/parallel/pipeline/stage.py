@@ -127,7 +127,9 @@ class Stage:
         kwargs, length = dict(kwargs), kwargs["position_ids"].shape[-1] if "position_ids" in kwargs else 0
         if received is not None:
             # Only shape and dtype matter: the blocks get the received states instead.
-            blank = received.hidden.detach()[:, :1].expand(-1, length, -1).clone()  # cloned, because CTRL writes into it
+            blank = (
+                received.hidden.detach()[:, :1].expand(-1, length, -1).clone()
+            )  # cloned, because CTRL writes into it
             kwargs |= {"input_ids": None, "inputs_embeds": blank}
         with self.holder.only(self.blocks, None if received is None else received.hidden, length) as result:
             output = decoder(**kwargs)
