@@ -31,7 +31,8 @@ class Fixed(NamedTuple):
     """Constants of a compiled kernel. A P at the end of a name: filled up to a power of two.
 
     PER_BLOCK, WITHIN: strides of a block to select, and of a compressed one. WIDTH: of a row of blocks' scores. ROWS,
-    KEYS: of a tile. CHUNK: pairs of a program. ADDS: gradients of keys add to earlier ones.
+    KEYS: of a tile. CHUNK: pairs of a program. KEYS_FIRST: tiles of scores are made as [keys, rows]. ADDS: gradients of
+    keys add to earlier ones.
     """
 
     K: int
@@ -50,6 +51,7 @@ class Fixed(NamedTuple):
     ROWS: int = 128
     KEYS: int = 64
     CHUNK: int = 512
+    KEYS_FIRST: bool = False
     ADDS: bool = False
 
 
@@ -143,9 +145,9 @@ def _store(pointer, rows, real, tile, width: tl.constexpr, padded: tl.constexpr)
 
 
 @triton.jit
-def _scores(query, key, seen, c: tl.constexpr):
-    """Scores to the base of two [rows, keys], -inf where a key is not seen."""
-    made = tl.dot(query, tl.trans(key), input_precision="ieee") * (c.SCALE * LOG2_E)
+def _scores(left, right, seen, c: tl.constexpr):
+    """Scores to the base of two of queries and keys, or of keys and queries, -inf where a key is not seen."""
+    made = tl.dot(left, tl.trans(right), input_precision="ieee") * (c.SCALE * LOG2_E)
     return tl.where(seen, made, -float("inf"))
 
 
@@ -158,16 +160,31 @@ def _outer(outer, row, real, branch: tl.constexpr):
 
 
 @triton.jit
-def _backward(query, grad, key, value, seen, scalars, c: tl.constexpr):
-    """The probabilities times the gate, and the gradients of scores, both [rows, keys] and in the inputs' type.
+def _backward(left, right, seen, scalars, axis: tl.constexpr, c: tl.constexpr):
+    """The probabilities times the gate, and the gradients of scores, both in the inputs' type.
 
-    The gradient of a branch's output is the gate times `grad`, and its product with the output, which the gradient of
-    softmax takes off, is the gate times that of the gate.
+    left, right: queries and gradients of the output, and keys and values, for results [rows, keys] with axis 1; or the
+    other way round for [keys, rows] with axis 0, whose products with queries need no transposing.
+
+    The gradient of a branch's output is the gate times that of the mixed one, and its product with the output, which
+    the gradient of softmax takes off, is the gate times that of the gate.
     """
     lse, gate, grad_gate = scalars
-    weights = tl.exp2(_scores(query, key, seen, c) - lse[:, None]) * gate[:, None]
-    change = tl.dot(grad, tl.trans(value), input_precision="ieee") - grad_gate[:, None]
-    return weights.to(query.dtype), (weights * change).to(query.dtype)
+    gate = tl.expand_dims(gate, axis)
+    weights = tl.exp2(_scores(left[0], right[0], seen, c) - tl.expand_dims(lse, axis)) * gate
+    change = tl.dot(left[1], tl.trans(right[1]), input_precision="ieee") - tl.expand_dims(grad_gate, axis)
+    return weights.to(left[0].dtype), (weights * change).to(left[0].dtype)
+
+
+@triton.jit
+def _backward_of_keys(keys, queries, seen, scalars, c: tl.constexpr):
+    """The results of `_backward` as [keys, rows], made so or with rows first."""
+    if c.KEYS_FIRST:
+        weights, change = _backward(keys, queries, seen, scalars, 0, c)
+    else:
+        by_rows, by_rows_change = _backward(queries, keys, tl.trans(seen), scalars, 1, c)
+        weights, change = tl.trans(by_rows), tl.trans(by_rows_change)
+    return weights, change
 
 
 @triton.jit(do_not_specialize=["stop"])
@@ -360,12 +377,13 @@ def selected_backward(heads, tokens, index, outer, parts, begin, num_blocks, c: 
             place, row, into, real = _pairs(index.order, start, stop, head, c)
             query = _load(heads.query, row, real, c.D, c.DP)
             grad = _load(outer.grad, row, real, c.E, c.EP)
-            shown = (keys < last)[None, :] & (keys[None, :] <= (begin + place)[:, None])
-            weights, change = _backward(query, grad, key, value, shown, _outer(outer, row, real, 1), c)
-            grad_value += tl.dot(tl.trans(weights), grad, input_precision="ieee")
-            grad_query = tl.dot(change, key, input_precision="ieee")
+            scalars = _outer(outer, row, real, 1)
+            shown = (keys < last)[:, None] & (keys[:, None] <= (begin + place)[None, :])
+            weights, change = _backward_of_keys((key, value), (query, grad), shown, scalars, c)
+            grad_value += tl.dot(weights, grad, input_precision="ieee")
+            grad_key += tl.dot(change, query, input_precision="ieee")
+            grad_query = tl.dot(tl.trans(change), key, input_precision="ieee")
             _store(parts.query, into, real, grad_query, c.D, c.DP)
-            grad_key += tl.dot(tl.trans(change), query, input_precision="ieee")
         rows, all_keys = tl.program_id(0) * c.KEYS + tl.arange(0, c.KEYS), tl.arange(0, c.KEYS) >= 0
         _store(parts.key, rows, all_keys, grad_key * c.SCALE, c.D, c.DP)
         _store(parts.value, rows, all_keys, grad_value, c.E, c.EP)
@@ -410,7 +428,7 @@ def query_backward(heads, seen, outer, part, chosen, grad_query, stop, c: tl.con
         key = _load(heads.key, keys * c.K + head, keys < last, c.D, c.DP)
         value = _load(heads.value, keys * c.K + head, keys < last, c.E, c.EP)
         shown = (keys[None, :] >= first[:, None]) & (keys[None, :] < end[:, None])
-        _, change = _backward(query, grad, key, value, shown, scalars, c)
+        _, change = _backward((query, grad), (key, value), shown, scalars, 1, c)
         added += tl.dot(change, key, input_precision="ieee")
     pair = (place * c.K + head) * c.S
     for slot in range(c.S):
@@ -437,10 +455,11 @@ def compressed_backward(heads, seers, outer, parts, count, span, c: tl.constexpr
         row = place * (c.K * c.G) + head * c.G + group
         query = _load(heads.query, row, real, c.D, c.DP)
         grad = _load(outer.grad, row, real, c.E, c.EP)
-        shown = (place[:, None] >= first[None, :]) & (place[:, None] < end[None, :])
-        weights, change = _backward(query, grad, key, value, shown, _outer(outer, row, real, 0), c)
-        grad_value += tl.dot(tl.trans(weights), grad, input_precision="ieee")
-        grad_key += tl.dot(tl.trans(change), query, input_precision="ieee")
+        shown = (place[None, :] >= first[:, None]) & (place[None, :] < end[:, None])
+        scalars = _outer(outer, row, real, 0)
+        weights, change = _backward_of_keys((key, value), (query, grad), shown, scalars, c)
+        grad_value += tl.dot(weights, grad, input_precision="ieee")
+        grad_key += tl.dot(change, query, input_precision="ieee")
     rows = (number * count + keys) * c.K + head
     _store(parts.one, rows, keys < count, grad_key * c.SCALE, c.D, c.DP)
     _store(parts.other, rows, keys < count, grad_value, c.E, c.EP)

@@ -55,6 +55,7 @@ class Tile(NamedTuple):
     keys: int
     warps: int
     stages: int
+    keys_first: bool = False
 
 
 TILES = {
@@ -280,7 +281,9 @@ class _Run(NamedTuple):
         """The tile of a kernel, whose rows hold a query at least."""
         tile = TILES[name]
         if self.dtype == torch.float32 or max(self.fixed.DP, self.fixed.EP) > 128:
-            tile = Tile(*(min(pair) for pair in zip(tile, _WIDE, strict=True)))
+            tile = Tile(
+                min(tile.rows, _WIDE.rows), min(tile.keys, _WIDE.keys), min(tile.warps, _WIDE.warps), _WIDE.stages
+            )
         return tile._replace(rows=max(tile.rows, self.fixed.GP), keys=tile.keys or self.block)
 
     def __call__(self, name: str, grid: tuple[int, ...], *arguments: Any, **changes: Any) -> None:
@@ -288,7 +291,7 @@ class _Run(NamedTuple):
         if 0 in grid:
             return
         tile = self.tile(name)
-        fixed = self.fixed._replace(ROWS=tile.rows, KEYS=tile.keys, **changes)
+        fixed = self.fixed._replace(ROWS=tile.rows, KEYS=tile.keys, KEYS_FIRST=tile.keys_first, **changes)
         if name not in _OF_WIDTH:
             fixed = fixed._replace(WIDTH=0)  # kernels are compiled anew for another width
         kernel: Any = getattr(kernels, name)
