@@ -1,13 +1,13 @@
-"""Arguments that the function which attends needs, and that a family's code does not pass to it.
+"""Arguments that packed attention needs, and that a family's code does not pass to it.
 
-- transformers' models pass on the keyword arguments that they do not know: so packed attention learns where samples
-  begin, and the cache of generated text reaches it. The blocks of some families (Nemotron, StableLM) take such
-  arguments and drop them. There a block remembers what it is given while it runs, and its attention takes from that
-  what it was not given itself.
-- A sliding window is an argument of attention and a mask. Some families (Qwen2-MoE, Phi-MoE) have it in the mask alone,
-  which packed attention makes no use of. There the window is added to the arguments.
+- transformers' models pass unknown keyword arguments on to attention. This is how packed attention learns where samples
+  begin, and how the cache reaches it in generation. The blocks of some families (Nemotron, StableLM) accept such
+  arguments and drop them. There, a block remembers its arguments while it runs, and its attention takes those that it
+  did not get itself.
+- A sliding window is both an argument of attention and a mask. Some families (Qwen2-MoE, Phi-MoE) only put it into the
+  mask, which packed attention ignores. There, the window is added to the arguments.
 
-Which families these are is read off their code.
+Which families these are is determined from their code.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from tutti.model.mixers import names_passed, names_read
 
 
 def pass_arguments(language: Any, blocks: Iterable[tuple[str, nn.Module]]) -> None:
-    """Give the attention of `blocks` (with their names) of a language model what its code does not pass, in place."""
+    """Add to the attention of `blocks` (with their names) the arguments that the language model's code does not
+    pass, in place."""
     of: Any = type(language)
     masks_windows = "create_sliding_window_causal_mask" in names_read(of)
     for _, block in blocks:
@@ -44,7 +45,8 @@ def pass_arguments(language: Any, blocks: Iterable[tuple[str, nn.Module]]) -> No
 
 
 def _window(attention: Any, config: PreTrainedConfig) -> int | None:
-    """The window of an attention layer's mask: that of layers that slide, or of all where the config tells no kinds."""
+    """The window in an attention layer's mask: that of sliding layers, or of all layers if the config does not
+    distinguish them."""
     kinds = getattr(config, "layer_types", None)
     slides = kinds is None or kinds[attention.layer_idx] == "sliding_attention"
     return getattr(config, "sliding_window", None) if slides else None
@@ -56,12 +58,12 @@ def _drops(kind: Any) -> bool:
     rest = {item.name for item in inspect.signature(forward).parameters.values() if item.kind is item.VAR_KEYWORD}
     read = set()
     for step in dis.get_instructions(forward.__code__):
-        read |= set(step.argval) if isinstance(step.argval, tuple) else {step.argval}  # two are loaded at once
+        read |= set(step.argval) if isinstance(step.argval, tuple) else {step.argval}  # two names at once
     return bool(rest) and rest.isdisjoint(name for name in read if isinstance(name, str))
 
 
 def _takes_any(module: nn.Module) -> bool:
-    """True for attention by a function that transformers looks up, to which it passes any argument on."""
+    """True for attention through transformers' attention interface, to which any argument is passed on."""
     kind: Any = type(module)
     return "Attention" in kind.__name__ and "ALL_ATTENTION_FUNCTIONS" in names_read(kind) and not _drops(kind)
 

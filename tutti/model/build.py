@@ -1,11 +1,12 @@
 """From paths to a model configuration and a model without storage.
 
 Models are Hugging Face's own classes, chosen by the config's `model_type` and built on the meta device: the modules
-are there, their parameters are only shapes. Sharding comes next, weights last (`tutti.checkpoint.hf_load`), so that no
-rank ever holds more than its own part. Which attention and which expert kernel a model runs on is settled here, once,
-through the names under which they are registered with transformers; no model code is patched.
+exist, their parameters are only shapes. Sharding comes next and weights last (`tutti.checkpoint.hf_load`), so that no
+rank ever holds more than its own part. Which attention and expert kernels a model uses is decided here, once, through
+the names under which they are registered with transformers; no model code is patched.
 
-Everything is read from local paths, which `tutti.checkpoint.hub` has made of names. Code in a checkpoint is not run.
+Everything is read from local paths, to which `tutti.checkpoint.hub` has resolved names. Code in a checkpoint is not
+run.
 """
 
 from __future__ import annotations
@@ -56,12 +57,12 @@ _NO_TEXT = {
     "glm_image": "it writes codes of pictures and no text, and a diffusion transformer of its own makes pictures of "
     "them, which is not trained here"
 }
-"""model_type of models that have a language model and are none, and why."""
+"""model_type of models that look like language models but cannot be trained as such, and why."""
 
 
 def load_model_config(config: Config) -> PreTrainedConfig:
-    """The configuration of the model that is trained, from model.config_path (by default model.model_path): of one that
-    speaks its thinker's (`tutti.model.speech`)."""
+    """The configuration of the trained model, from model.config_path (by default model.model_path); for a model that
+    speaks, its thinker's (`tutti.model.speech`)."""
     found = thinker_config(_read_config(config))
     return found if isinstance(found, OmniConfig) else compose(config.model, found)
 
@@ -99,13 +100,13 @@ def build_model(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """The model that `config` asks for, on the meta device, in training mode.
+    """The model that `config` describes, on the meta device, in training mode.
 
-    A causal language model (one that takes images, if the config is of such), or for a task whose head gives
-    classes or a number a sequence classifier of `num_labels` classes (by default model.num_labels, else the config's).
-    Parameters are of `dtype`, by default fp32 with train.enable_mixed_precision, else bf16.
-    tokenizer: checked to fit the embedding; a model that starts from random weights ends its texts as it does.
-    device: where it will run, which decides on the kernels (default: this machine's).
+    A causal language model (multimodal if its config is), or for a task with classes or a number as output a sequence
+    classifier of `num_labels` classes (by default model.num_labels, else the config's). Parameters are of `dtype`, by
+    default fp32 with train.enable_mixed_precision, else bf16. tokenizer: checked to fit the embedding; a model that
+    starts from random weights takes its special tokens. device: where it will run, which decides on the kernels
+    (default: this machine's).
     """
     device = device or pick_device(config.train.init_device)
     model_config = load_model_config(config)
@@ -162,7 +163,7 @@ def build_model(
 
 
 def instantiate(factory: Any, model_config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
-    """The model of a config; ValueError where its class knows no attention but its own."""
+    """The model of a config. ValueError: its class only supports its own attention."""
     try:
         return factory.from_config(model_config, **options, trust_remote_code=False)
     except KeyError as error:
@@ -172,12 +173,12 @@ def instantiate(factory: Any, model_config: PreTrainedConfig, **options: Any) ->
 
 
 def keep_in_fp32(model: PreTrainedModel) -> None:
-    """Keep in fp32, on the meta device, what `from_pretrained` leaves in fp32 in a model of bf16, such as routers."""
+    """Keep in fp32 (on the meta device) what `from_pretrained` keeps in fp32 in a bf16 model, such as routers."""
     kept: Any = model._keep_in_fp32_modules_strict or ()
     if model.dtype == torch.float32 or not kept:
         return
     pattern = re.compile("|".join(re.escape(name).replace(r"\*", ".*") for name in sorted(kept)))
-    tied = set(getattr(model, "all_tied_weights_keys", ()))  # to others, whose dtype they have
+    tied = set(getattr(model, "all_tied_weights_keys", ()))  # tied to others, whose dtype they have
     for prefix, module in model.named_modules():
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for store in stores:
@@ -191,7 +192,7 @@ def keep_in_fp32(model: PreTrainedModel) -> None:
 
 
 def check_dtypes(model: PreTrainedModel) -> None:
-    """Raise ValueError for a model of bf16 some of whose parameters are kept in fp32: they are not sharded together."""
+    """Raise ValueError for a bf16 model with some parameters kept in fp32: they cannot be sharded together."""
     wide = [name for name, item in model.named_parameters() if item.dtype == torch.float32]
     if wide and any(item.dtype == torch.bfloat16 for item in model.parameters()):
         raise ValueError(
@@ -201,7 +202,7 @@ def check_dtypes(model: PreTrainedModel) -> None:
 
 
 def check_packable(model: PreTrainedModel) -> None:
-    """Raise ValueError for a model that would carry something from one packed sample into the next."""
+    """Raise ValueError for a model in which information could leak from one packed sample into the next."""
     language: Any = text_model(model)
     units = [block for _, block in blocks(model)]
     mixing = mixers(units)
@@ -225,9 +226,9 @@ _ATTENDS_ALONE = " has attention of its own alone, which knows no borders of pac
 
 
 def _attends_by_interface(language: Any, units: Sequence[nn.Module], mixing: Sequence[nn.Module]) -> bool:
-    """True if all attention in the blocks of a language model runs on what is registered for it, at given positions.
+    """True if all attention in a language model's blocks uses the registered implementation, at given positions.
 
-    Hybrid models do not say so themselves (`_supports_attention_backend`), but their classes show it.
+    Hybrid models do not declare this (`_supports_attention_backend`), but their classes show it.
     """
     if language._supports_attention_backend:
         return True
@@ -241,7 +242,8 @@ def _attends_by_interface(language: Any, units: Sequence[nn.Module], mixing: Seq
 
 
 def attention_classes(units: Iterable[nn.Module], mixing: Iterable[nn.Module]) -> set[type]:
-    """The classes of the attention layers in blocks, what is around attention and the blocks' mixers not among them."""
+    """The classes of the attention layers in blocks, without modules that contain attention and without the blocks'
+    mixers."""
     known = {*units, *(part for mixer in mixing for part in mixer.modules())}
     parts = [part for block in units for part in block.modules() if part not in known]
     return {type(part) for part in parts if _is_attention(part) and not any(map(_is_attention, part.children()))}
@@ -252,10 +254,10 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def check_eager(model: PreTrainedModel) -> None:
-    """Raise ValueError where the model's own attention (eager) would look across the borders of packed samples.
+    """Raise ValueError if the model's own attention (eager) would look across the borders of packed samples.
 
-    It is kept within them by a mask that transformers derives from restarting positions. Not every class hands its
-    positions on to be masked by: the masks that it asks for are looked at, and no further is it run.
+    It is kept within them by a mask that transformers derives from restarting positions. Not every class passes its
+    positions to the masking code. The model runs only until it asks for its masks, which are inspected.
     """
     config: Any = model.config.get_text_config()
     units = [block for _, block in blocks(model)]
@@ -297,8 +299,8 @@ def _no_embedding(width: int, ids: Tensor) -> Tensor:
 
 
 def turn_off_dropout(model: nn.Module) -> None:
-    """Set to 0, in place, every probability by which a module of `model` drops values, attention or layers in training,
-    and the noise of its routers. The model's config keeps them, for exports. Logs a line where there are any."""
+    """Set to 0, in place, every dropout probability of values, attention or layers in `model`, and the noise of its
+    routers. The model's config keeps them, for exports. Logs a line if there are any."""
     found = set()
     for module in model.modules():
         for name, value in list(vars(module).items()):
@@ -311,9 +313,9 @@ def turn_off_dropout(model: nn.Module) -> None:
 
 
 def language_factory(model_config: PreTrainedConfig) -> Any:
-    """transformers' factory of the language model that a config is of: of text alone, or of images and more as well.
+    """transformers' factory for the language model of a config, text-only or multimodal.
 
-    Where it has a class of either kind for the config, the one that its `architectures` name, else the latter.
+    If there are classes of both kinds, the one that its `architectures` name, else the multimodal one.
     """
     factories: tuple[Any, ...] = (AutoModelForMultimodalLM, AutoModelForCausalLM)
     fitting = [factory for factory in factories if type(model_config) in model_mapping(factory)]
@@ -323,12 +325,13 @@ def language_factory(model_config: PreTrainedConfig) -> Any:
 
 
 def language_config(model_config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the causal language model: the foundation's, of a composed model, else `model_config`."""
+    """The config of the causal language model: of a composed model the foundation's, else `model_config`."""
     return model_config.text_config if isinstance(model_config, OmniConfig) else model_config  # type: ignore[return-value]
 
 
 def num_token_ids(model_config: PreTrainedConfig) -> int:
-    """The number of token ids that rows of the model may hold: those that it embeds, and placeholders beyond them."""
+    """The number of token ids that rows of the model may contain: those in its embedding, and placeholders beyond
+    them."""
     rows = model_config.get_text_config().vocab_size
     beyond = set((model_config.placeholders or {}).values()) if isinstance(model_config, OmniConfig) else set()
     while rows in beyond:
@@ -340,7 +343,7 @@ _OF_NOISE = ("train.flow_", "train.sample_steps", "train.sample_guidance")
 
 
 def check_composed(config: Config) -> None:
-    """ValueError for what cannot be done with a composed model, or needs one."""
+    """Raise ValueError for settings that a composed model does not support, or that need one."""
     ready = draws(config)
     if ready and config.model.input_encoder == "decoder":
         raise ValueError(
@@ -379,7 +382,7 @@ def check_composed(config: Config) -> None:
 
 
 def _check_drawing(config: Config) -> None:
-    """ValueError for what cannot be done with a model that draws."""
+    """Raise ValueError for settings that a model that draws does not support."""
     if config.data.data_type != "conversation":
         raise ValueError(
             f"model.decoders: a model that draws is not trained with data.data_type {config.data.data_type}; choose "
@@ -421,9 +424,9 @@ def _check_vocabulary(model_config: PreTrainedConfig, tokenizer: PreTrainedToken
 
 
 def _take_special_tokens(model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A fresh model ends its texts as its tokenizer does, whatever its config was written for.
+    """Make a fresh model use its tokenizer's special tokens, whatever its config says.
 
-    The padding token stays: it is the embedding's row that is never trained, and padding is often end of text.
+    The padding token stays: its embedding row is never trained, and padding is often end of text.
     """
     ends = []
     for role in ("bos_token_id", "eos_token_id"):
@@ -432,7 +435,7 @@ def _take_special_tokens(model_config: PreTrainedConfig, tokenizer: PreTrainedTo
         if mine != theirs:
             try:
                 setattr(model_config, role, theirs)
-            except StrictDataclassError:  # not every config may have none
+            except StrictDataclassError:  # some configs require one
                 continue
             log.info("the model's %s is %s as in the tokenizer (the config has %s)", role, theirs, mine)
     vocab_size = model_config.get_text_config().vocab_size
@@ -442,7 +445,7 @@ def _take_special_tokens(model_config: PreTrainedConfig, tokenizer: PreTrainedTo
 
 
 def _read_generation_config(model: PreTrainedModel, folder: Path) -> None:
-    """Keep the sampling settings that the checkpoint came with, so that exports carry them on."""
+    """Keep the checkpoint's sampling settings, so that exports contain them."""
     if (folder / "generation_config.json").is_file():
         try:
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)

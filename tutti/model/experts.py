@@ -1,25 +1,25 @@
 """Mixture-of-experts layers as grouped matrix products, for every model behind transformers' `ExpertsInterface`.
 
-The models' own loop asks for each expert which tokens chose it, and adds its output back into the result row by row:
-one search, one gather, one scatter and a full-size zero gradient an expert. Here the (token, choice) pairs are sorted
-by expert once; each expert's tokens then lie next to one another and all its products are over slices:
+The models' own loop looks up for each expert which tokens chose it, and adds its output back into the result row by
+row: one search, one gather, one scatter and a full-size zero gradient per expert. Here the (token, choice) pairs are
+sorted by expert once. Each expert's tokens are then adjacent, and all products are over slices:
 
 1. sort the N x k choices by expert, gather the tokens in that order;
-2. gate and up projection, activation, down projection, each one grouped product (rows of group e times weight e);
+2. gate and up projection, activation, down projection, each one a grouped product (rows of group e times weight e);
 3. weight the outputs, bring them back into token order, and sum each token's k rows.
 
-The grouped product is torch's `grouped_mm` wherever its kernels go, and else (widths that are no multiple of 16 bytes,
-fp32 on an accelerator or under torch.compile) a loop of plain products over slices.
+The grouped product is torch's `grouped_mm` if its kernels support the case, and otherwise (widths that are not a
+multiple of 16 bytes, fp32 on an accelerator or under torch.compile) a loop of plain products over slices.
 
-The layouts that occur are the class's own attributes: `has_gate` (gate and up in one matrix; the class's `_apply_gate`
-splits it, halves or interleaved), `has_bias`, `is_transposed` ([E, in, out] instead of [E, out, in]) and
-`has_post_expert_norm`.
+The possible layouts are described by the class's own attributes: `has_gate` (gate and up in one matrix, which the
+class's `_apply_gate` splits in halves or interleaved), `has_bias`, `is_transposed` ([E, in, out] instead of [E, out,
+in]) and `has_post_expert_norm`.
 
-Where the experts are divided among ranks (the layer has an exchange, see `tutti.parallel.expert`), the sorted tokens
-travel before step 2 and come back after it, and either kind of product runs on the local experts. How many tokens chose
-each expert is counted on the way, where a layer has been given counts to add to (`ExpertLoad`).
+If the experts are divided among ranks (the layer has an exchange, see `tutti.parallel.expert`), the sorted tokens are
+sent before step 2 and come back after it, and both kinds of product run on the local experts. On the way the number of
+tokens per expert is counted, if the layer has an `ExpertLoad`.
 
-Shapes: N tokens, H hidden size, E experts, k experts a token, S = N * k pairs.
+Shapes: N tokens, H hidden size, E experts, k experts per token, S = N * k pairs.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ FUSED, EAGER = "tutti_fused", "tutti_eager"
 
 
 def resolve_experts(requested: str | None) -> str:
-    """The name to give transformers as `experts_implementation` for `model.moe_implementation`.
+    """The name to pass to transformers as `experts_implementation` for `model.moe_implementation`.
 
-    None is fused: it is the fastest everywhere, and right to rounding.
+    None is fused: it is the fastest everywhere, and exact up to rounding.
     """
     ExpertsInterface.register(FUSED, fused_experts)
     ExpertsInterface.register(EAGER, eager_experts)
@@ -61,7 +61,7 @@ def resolve_experts(requested: str | None) -> str:
 
 
 def fused_experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """The experts' weighted output for each token, as grouped products.
+    """The experts' weighted output for each token, with grouped products.
 
     module: the model's experts layer. hidden [N, H], chosen [N, k] expert indices, weights [N, k] -> [N, H].
     """
@@ -77,7 +77,8 @@ def eager_experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) 
 
 
 Products = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
-"""(layer, rows [R, H] sorted by expert, experts [R], counts of rows for each expert) -> [R, H], not weighted"""
+"""Function of (layer, rows [R, H] sorted by expert, experts [R], counts of rows for each expert) that returns [R,
+H], not weighted."""
 
 
 def _by_expert(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, products: Products) -> Tensor:
@@ -97,10 +98,10 @@ def _by_expert(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, pro
 
 
 class _Spread(torch.autograd.Function):
-    """A row for each of the S pairs in their `order`: hidden [N, H] -> [S, H]. places [S]: where each pair went.
+    """Gather a row for each of the S pairs in their `order`: hidden [N, H] -> [S, H]. places [S]: where each pair went.
 
-    The gradient is read from those places. Autograd's own would add row by row into zeros, which a CPU does one row
-    after the other.
+    The gradient is gathered from those places. Autograd's own would add row by row into zeros, which a CPU does
+    sequentially.
     """
 
     @staticmethod
@@ -116,9 +117,9 @@ class _Spread(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """The sum of each token's rows of `out` [S, H], by weights [N, k] -> fp32 [N, H]. places [N, k]: where they lie.
+    """Sum each token's rows of `out` [S, H] with weights [N, k] -> fp32 [N, H]. places [N, k]: where the rows are.
 
-    One choice is taken at a time, so that nothing but the rows and their gradient is as large as they are.
+    One choice is processed at a time, so that only the rows and their gradient are that large.
     """
 
     @staticmethod
@@ -140,7 +141,7 @@ class _Combine(torch.autograd.Function):
 
 
 def _sum_choices(rows: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The sum in fp32 of each token's rows, which lie at `places` [N, k], by `weights` [N, k] if given: [N, H]."""
+    """Sum in fp32 each token's rows, at `places` [N, k], with `weights` [N, k] if given: [N, H]."""
     total = rows.new_zeros(len(places), rows.shape[1], dtype=torch.float32)
     for choice, column in enumerate(places.unbind(1)):
         picked = rows.index_select(0, column)
@@ -153,9 +154,12 @@ def _sum_choices(rows: Tensor, places: Tensor, weights: Tensor | None = None) ->
 
 @dataclass
 class _LayerLoad:
-    """counts: int64 [E], how many tokens chose each expert of a layer. real: of the batch under way, for each part that
-    goes through the layer by itself, which of its tokens are not padding, bool [N]; () where nothing is to be counted.
-    part: the one that comes next."""
+    """The counts of one layer.
+
+    counts: int64 [E], the number of tokens that chose each expert. real: for each part of the current batch that goes
+    through the layer separately, which of its tokens are not padding, bool [N]; () if nothing is to be counted. part:
+    the index of the next part.
+    """
 
     counts: Tensor
     real: Sequence[Tensor] = ()
@@ -175,8 +179,7 @@ def _count(module: Any, chosen: Tensor) -> None:
 class ExpertLoad:
     """Counts for each layer how many tokens chose each expert, in the training batches that `root` is called with.
 
-    Padding is not counted, and a layer that is run again for its gradients does not count again.
-    by_sample: samples go through the layers one by one.
+    Padding does not count, nor does recomputation for gradients. by_sample: samples go through the layers one by one.
     """
 
     def __init__(
@@ -202,7 +205,8 @@ class ExpertLoad:
             load.real = ()
 
     def _parts(self, batch: Batch) -> list[Tensor]:
-        """Tokens of `batch` that are no padding, which comes last: of each part those that this rank's layers see."""
+        """Masks of the tokens of `batch` that are not padding (which comes last), restricted to those that this
+        rank's layers see, for each part."""
         if batch.sequence is not None:
             parts = [held_tokens(int(part.borders[-1]), part.ranks) < part.num_tokens for part in batch.sequence.parts]
         else:
@@ -212,12 +216,12 @@ class ExpertLoad:
         return [part.chunk(size)[rank].to(self._counts.device, non_blocking=True) for part in parts]
 
     def take(self) -> dict[str, float]:
-        """`expert_load_max` and `expert_load_min` since the last call: what the busiest and the least busy expert of
-        any layer got, as a multiple of an even share; nothing for a model without experts. A collective call."""
+        """`expert_load_max` and `expert_load_min` since the last call: the tokens of the busiest and the least busy
+        expert of any layer, as multiples of an even share; empty for a model without experts. A collective call."""
         stages = self._mesh.size("pipeline")
         if not self._sizes and stages == 1:
             return {}
-        for axis in AXES[1:]:  # all ranks that have these layers: those that hold the same tokens count alike
+        for axis in AXES[1:]:  # over all ranks with these layers; ranks that hold the same tokens count the same
             if self._mesh.size(axis) > 1:
                 dist.all_reduce(self._counts, group=self._mesh.group(axis))
         shares = [counts / counts.float().mean() for counts in self._counts.split(self._sizes)]
@@ -233,7 +237,7 @@ class ExpertLoad:
 
 
 class _LocalExperts:
-    """An experts layer as its own code sees it on a rank that holds a part of the experts: just these."""
+    """A view of an experts layer for its own code, on a rank that holds only some of the experts."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
@@ -248,7 +252,7 @@ class _LocalExperts:
 
 
 def _grouped(module: Any, rows: Tensor, experts: Tensor, counts: Tensor) -> Tensor:
-    """All experts' products at once."""
+    """Compute all experts' products in grouped form."""
     name = "gate_up_proj" if module.has_gate else "up_proj"
     groups = _Groups(module, experts, counts)
     raw = groups.linear(rows, name)
@@ -257,7 +261,7 @@ def _grouped(module: Any, rows: Tensor, experts: Tensor, counts: Tensor) -> Tens
 
 
 def _one_by_one(module: _LocalExperts, rows: Tensor, experts: Tensor, counts: Tensor) -> Tensor:
-    """The layer's own loop, over rows of which each has chosen one expert.
+    """Run the layer's own loop over rows that have each chosen one expert.
 
     Without rows the loop uses no parameter, and no gradient would flow, which the other ranks wait for.
     """
@@ -267,12 +271,12 @@ def _one_by_one(module: _LocalExperts, rows: Tensor, experts: Tensor, counts: Te
 
 
 def _own_loop(module: Any) -> Callable[..., Tensor]:
-    """The layer's forward as its class defines it, without transformers' choice of implementation around it."""
+    """The layer's forward as its class defines it, without transformers' selection of an implementation."""
     return type(module).forward.__wrapped__
 
 
 class _Groups:
-    """Groups of the S sorted rows, one for each expert of `module`."""
+    """The groups of the S sorted rows, one per expert of `module`."""
 
     def __init__(self, module: Any, experts: Tensor, counts: Tensor) -> None:
         self._module = module
@@ -281,7 +285,7 @@ class _Groups:
         self._ends = counts.cumsum(0).to(torch.int32)
 
     def linear(self, rows: Tensor, name: str) -> Tensor:
-        """rows [S, in], each through its expert's weight (and bias) of this name -> [S, out]."""
+        """Multiply rows [S, in] by their experts' weights (and add biases) of this name -> [S, out]."""
         bias = getattr(self._module, f"{name}_bias") if self._module.has_bias else None
         out = product(self._module, name, rows, self._product, rows_are_inputs=bool(self._module.is_transposed))
         adapter = adapter_for(self._module, name)
@@ -290,11 +294,11 @@ class _Groups:
         return out if bias is None else out + bias[self._experts]
 
     def _product(self, rows: Tensor, weight: Tensor) -> Tensor:
-        """rows [S, in], weight [E, in, out] -> [S, out]."""
+        """Grouped product of rows [S, in] with weight [E, in, out] -> [S, out]."""
         rows = rows.to(weight.dtype)
         if _has_kernel(weight):
             return grouped_mm(rows, weight, offs=self._ends)
-        # unbind, because indexing one expert at a time would make a gradient of the whole stack for each
+        # unbind, because indexing single experts would create a gradient of the whole stack for each
         pairs = zip(rows.split(self._counts.tolist()), weight.unbind(0), strict=True)
         return torch.cat([part @ matrix for part, matrix in pairs])
 

@@ -1,28 +1,30 @@
-"""Low-rank adapters: a frozen model, and beside each chosen weight W a trained change s * B A of small rank.
+"""Low-rank adapters: a frozen model with a trained low-rank change s * B A of each chosen weight W.
 
-(LoRA, arXiv 2106.09685; rank-stabilised scaling, 2312.03732; DoRA, 2402.09353.)
+(LoRA, arXiv 2106.09685; rank-stabilized scaling, 2312.03732; DoRA, 2402.09353.)
 
-The model stays what it is: names, classes and code do not change, so that loading, sharding and exports need not know.
-An adapted layer holds the adapter's parameters beside its weight (`weight_lora_A` beside `weight`), and what they make
-of its input is added to what the weight makes of it. Stacks of experts have no layer for each expert; their grouped
-products ask for the adapter (`grouped`), whose parameters are stacks too and are divided among ranks as the experts
-are. No change s * B A is ever made whole: the input goes through A, which leaves r numbers a token, and then through B.
+Names, classes and code of the model do not change, so loading, sharding and exports are not affected. An adapted layer
+holds the adapter's parameters next to its weight (`weight_lora_A` next to `weight`), and adds the adapter's output to
+the weight's. Stacks of experts have no layer per expert; their grouped products ask for the adapter (`grouped`), whose
+parameters are stacks too and are divided among ranks like the experts. The change s * B A is never computed: the input
+goes through A, which leaves r numbers per token, and then through B.
 
-1. `add_adapters` freezes a model on the meta device, holds what is frozen in the compute dtype, and adds parameters;
-2. the model is parallelized and its weights are loaded as ever; `init_adapters` then draws A, and sets B to zero;
+1. `add_adapters` freezes a model on the meta device, stores the frozen weights in the compute dtype, and adds
+   parameters;
+2. the model is parallelized and its weights are loaded as usual; then `init_adapters` initializes A, and sets B to
+   zero;
 3. after the first backward pass `require_gradients` finds adapters whose output never reaches the loss;
-4. `merge` adds the changes to the weights, and leaves the model as its class made it.
+4. `merge` adds the changes to the weights, which restores the original model classes.
 
-DoRA scales each output by m / |W + s B A|, with the norm of the weight's row that belongs to the output. Three things:
+DoRA scales each output by m / |W + s B A|, with the norm of the weight's row for that output:
 
-- the norm comes from |W|^2 + 2 s B.(W A^T) + s^2 B.(B A A^T), row by row: nothing larger than [out, r] is made;
+- the norm is computed from |W|^2 + 2 s B.(W A^T) + s^2 B.(B A A^T), row by row, with nothing larger than [out, r];
 - as in the paper, no gradient flows through the norm;
-- what is trained is m - |W|, which begins at zero: it needs no weights to begin with, and rounding it to bf16 loses a
-  little of the change, not of the norm.
+- the trained parameter is m - |W|, which starts at zero: it can be initialized without the weights, and rounding it to
+  bf16 affects the change, not the norm.
 
-Where a weight is split among ranks (`tutti.parallel.tensor`), B and the offset are split as its outputs are, and A as
-its inputs are. If these are split, what a rank has is a part of a sum over ranks, of the change as of the product
-beside it; only the squares in the norm, which is that of whole rows, are summed before they are used.
+If a weight is split among ranks (`tutti.parallel.tensor`), B and the offset are split like its outputs, and A like its
+inputs. If inputs are split, each rank computes a part of a sum over ranks, of the change as of the product; only the
+squares in the norm, which is that of whole rows, are summed before they are used.
 
 Shapes: r rank, E experts; A [(E,) r, in], B [(E,) out, r], offset [(E,) out].
 """
@@ -57,16 +59,16 @@ from tutti.parallel.tensor import WHOLE, LinearShard
 log = logging.getLogger(__name__)
 
 LISTED = 20
-"""Names that an error lists before it only counts."""
+"""Number of names that an error lists before it only counts."""
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Settings of adapters: which layers, of what rank and scale.
+    """Settings of adapters: which layers, rank and scale.
 
-    targets: patterns of layer names (of parameter names, for experts); () is every linear layer and every stack of
-    experts in the blocks, but what `_left_out` names. modules_to_save: patterns of modules that are trained whole.
-    ranks, alphas: of adapters, by name, where they differ from `rank` and `alpha`.
+    targets: patterns of layer names (of parameter names, for experts); () means every linear layer and stack of experts
+    in the blocks except `_left_out`. modules_to_save: patterns of modules that are fully trained. ranks, alphas: of
+    single adapters, by name, if they differ from `rank` and `alpha`.
     """
 
     rank: int = 16
@@ -103,10 +105,10 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class Adapter:
-    """The adapter of one weight; its parameters are the layer's.
+    """The adapter of one weight; its parameters belong to the layer.
 
-    name: of the layer, or of the stack of experts. weight: the parameter's name within its module. transposed: it is
-    held as [(E,) in, out].
+    name: of the layer, or of the stack of experts. weight: the parameter's name within its module. transposed: the
+    weight is stored as [(E,) in, out].
     """
 
     name: str
@@ -120,11 +122,11 @@ class Adapter:
         return Factors(getattr(module, A), getattr(module, B), getattr(module, offset, None))
 
     def by_output(self, module: Any) -> list[Tensor]:
-        """The parameters that have a row for each output."""
+        """The parameters with a row for each output."""
         return [part for part in self.factors(module)[1:] if part is not None]
 
     def by_input(self, module: Any) -> list[Tensor]:
-        """The factors that have a column for each input."""
+        """The factors with a column for each input."""
         return [self.factors(module).A]
 
     def product(self, module: Any, inputs: Tensor, share: LinearShard = WHOLE) -> Tensor:
@@ -174,7 +176,7 @@ class Adapter:
         return (base.sqrt() + offset.float()) / norm
 
     def merge(self, module: nn.Module) -> None:
-        """Write W + s B A, scaled by DoRA if there is an offset, over the weight; of experts one at a time."""
+        """Replace the weight by W + s B A, scaled by DoRA if there is an offset; experts one at a time."""
         assert packing_of(module, self.weight) is None, "a quantized weight cannot take a change"
         weight = self.weight_of(module)
         factors = [part.detach().float() for part in self.factors(module) if part is not None]
@@ -187,16 +189,16 @@ class Adapter:
 
 
 def row_norms(weight: Tensor) -> Tensor:
-    """fp32 [(E,) out] of a weight [(E,) out, in]."""
+    """The row norms, fp32 [(E,) out], of a weight [(E,) out, in]."""
     return torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32)
 
 
 def add_adapters(model: PreTrainedModel, lora: Lora, frozen_dtype: torch.dtype) -> None:
-    """Freeze `model`, all but what `lora` trains, and add the adapters' parameters, in place. What is frozen before
-    (train.freeze) stays so.
+    """Freeze `model` except for what `lora` trains, and add the adapters' parameters, in place. Parameters that are
+    already frozen (train.freeze) stay so.
 
-    Frozen parameters are held in `frozen_dtype`, trained ones in the dtype they had; what is added holds nothing in
-    particular. ValueError: a pattern that matches nothing, or experts that run by the model's own loop.
+    Frozen parameters are stored in `frozen_dtype`; trained ones keep their dtype; new ones are uninitialized.
+    ValueError: a pattern matches nothing, or experts use the model's own loop.
     """
     full = _full_modules(model, lora)
     trained = {parameter for parameter in _in_full(model, full) if parameter.requires_grad}
@@ -228,19 +230,19 @@ def add_adapters(model: PreTrainedModel, lora: Lora, frozen_dtype: torch.dtype) 
 
 
 def _adapting(module: Any, forward: Forward) -> Forward:
-    """A method, so that a copy of the module has it bound to the copy; it takes the place of the class's own."""
+    """Bind as a method, so that a copy of the module has its own; it replaces the class's forward."""
     return MethodType(_adapted, module)
 
 
 def _adapted(module: Any, inputs: Tensor) -> Tensor:
-    """The forward of a linear layer that has an adapter, which may be switched off."""
+    """The forward of a linear layer with an adapter, which may be switched off."""
     adapter = adapter_for(module, "weight")
     out = _frozen_product(module, inputs) if adapter is None else adapter.product(module, inputs)
     return out if module.bias is None else out + module.bias
 
 
 def _frozen_product(module: Any, inputs: Tensor, share: LinearShard = WHOLE) -> Tensor:
-    """The product of a linear layer's weight with `inputs` [.., in], without bias or adapter: [.., out]."""
+    """The product of a linear layer's weight with `inputs` [.., in], without bias and adapter: [.., out]."""
     rows_are_inputs = isinstance(module, Conv1D)
     if packing_of(module, "weight") is not None:
         assert share == WHOLE, "the rows of a quantized weight are not split"
@@ -250,22 +252,22 @@ def _frozen_product(module: Any, inputs: Tensor, share: LinearShard = WHOLE) -> 
 
 
 def adapter_for(module: Any, weight: str) -> Adapter | None:
-    """The adapter of the parameter of this name in `module` (or what stands for it), if it has one."""
+    """The adapter of the parameter of this name in `module` (or in a stand-in); None if it has none."""
     return attached(module).adapters.get(weight)
 
 
 def adapters(model: nn.Module) -> list[tuple[nn.Module, Adapter]]:
-    """Every adapter of `model` with the module that holds it, in the order of modules."""
+    """Every adapter of `model` with its module, in the order of modules."""
     return [(module, item) for module in model.modules() for item in attached(module).adapters.values()]
 
 
 def lora_of(model: nn.Module) -> Lora | None:
-    """The settings of the adapters in `model`; None for a model that trains as a whole."""
+    """The settings of the adapters in `model`; None if there are none."""
     return attached(model).lora
 
 
 def modules_to_save(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that are trained whole, by name: those with a parameter of their own that is trained."""
+    """The fully trained modules, by name: those with a trained parameter of their own."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -275,7 +277,7 @@ def modules_to_save(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Compute without the adapters' changes: as the base model, if no module is trained whole."""
+    """Compute without the adapters: as the base model, if no module is fully trained."""
     adapted = [(module, attached(module).adapters) for module in model.modules() if attached(module).adapters]
     for module, _ in adapted:
         attach(module, adapters={})
@@ -287,8 +289,8 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def init_adapters(model: nn.Module, seed: int) -> None:
-    """Draw each A from the seed and its adapter's name, uniform within 1 / sqrt(in), whatever the layout; the rest is
-    zero, so that the adapted model begins as the base."""
+    """Initialize each A uniformly within 1 / sqrt(in), from the seed and its adapter's name, the same on every
+    layout. The rest is zero, so that the adapted model starts as the base."""
     for module, adapter in adapters(model):
         A, B, offset = adapter.factors(module)
         generator = torch.Generator().manual_seed(seed_of(f"{seed} {adapter.name}"))
@@ -301,10 +303,10 @@ def init_adapters(model: nn.Module, seed: int) -> None:
 
 
 def require_gradients(model: nn.Module, world: World) -> None:
-    """To be called after the first backward pass. Collective.
+    """Check, after the first backward pass, that every adapter has a gradient. Collective.
 
-    ValueError, on all ranks, that names the adapters whose B has no gradient on any rank. Of a diffusion transformer,
-    whose last blocks compute for text what nothing takes, they are logged.
+    ValueError, on all ranks: names the adapters whose B has no gradient on any rank. For a diffusion transformer, whose
+    last blocks compute unused text outputs, they are only logged.
     """
     if lora_of(model) is None:
         return
@@ -340,7 +342,7 @@ def merge(model: PreTrainedModel) -> None:
 
 
 def listed(names: Sequence[str], most: int = LISTED) -> str:
-    """The first of `names`, `most` of them, and how many more there are."""
+    """The first `most` of `names`, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -352,7 +354,7 @@ def _shapes(weight: Sequence[int], rank: int, *, dora: bool) -> list[tuple[int, 
 
 
 def _freeze(model: nn.Module, trained: set[nn.Parameter], dtype: torch.dtype) -> None:
-    """Tied parameters stay one."""
+    """Freeze parameters that are not in `trained`, and store them in `dtype`. Tied parameters stay tied."""
     frozen: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -365,7 +367,7 @@ def _freeze(model: nn.Module, trained: set[nn.Parameter], dtype: torch.dtype) ->
 
 
 def _candidates(model: PreTrainedModel) -> dict[str, tuple[nn.Module, str]]:
-    """Everything that can have an adapter, by name: linear layers but for the head, and stacks of experts."""
+    """Everything that can have an adapter, by name: linear layers except the head, and stacks of experts."""
     found: dict[str, tuple[nn.Module, str]] = {}
     output = model.get_output_embeddings() and head(model)
     for name, module in model.named_modules():
@@ -378,12 +380,12 @@ def _candidates(model: PreTrainedModel) -> dict[str, tuple[nn.Module, str]]:
 
 
 def _left_out(model: PreTrainedModel) -> set[str]:
-    """The names of the linear layers that have no adapter unless they are named: those that choose experts, beside a
-    stack of these and with an output for each, or keys of attention; and those that are read without being called."""
+    """The names of linear layers that are not adapted by default: routers of experts and of attention keys, and
+    layers whose weight is read without calling them."""
     units = [block for _, block in blocks(model)]
     found = {id(part) for chooser in indexers(units) for part in chooser.modules()}
     mixing = mixers(units)
-    # Only language models have mixers, and say their width.
+    # Only language models have mixers and a known width.
     found |= {id(part) for mixer in mixing for part in uncalled(mixer, model.config.get_text_config().hidden_size)}
     inside = {part for mixer in mixing for part in mixer.modules()}
     for part in (part for block in units for part in block.modules() if part not in inside):
@@ -399,7 +401,7 @@ def _left_out(model: PreTrainedModel) -> set[str]:
 
 
 def _targets(model: PreTrainedModel, lora: Lora, trained: set[nn.Parameter]) -> dict[str, tuple[nn.Module, str]]:
-    """The layers that `lora` adapts, none of them `trained` whole, each with the module and the name of its weight in
+    """The layers that `lora` adapts (none of them fully `trained`), each with its module and the name of its weight
     there."""
     candidates = {name: item for name, item in _candidates(model).items() if getattr(*item) not in trained}
     if not lora.targets:
@@ -423,7 +425,7 @@ def _targets(model: PreTrainedModel, lora: Lora, trained: set[nn.Parameter]) -> 
 
 
 def _full_modules(model: PreTrainedModel, lora: Lora) -> dict[str, nn.Module]:
-    """The modules that `lora` trains whole."""
+    """The modules that `lora` fully trains."""
     candidates = {
         name: module for name, module in model.named_modules() if name and any(True for _ in module.parameters())
     }
@@ -438,14 +440,14 @@ def _full_modules(model: PreTrainedModel, lora: Lora) -> dict[str, nn.Module]:
 
 
 def _in_full(model: PreTrainedModel, full: Mapping[str, nn.Module]) -> Iterator[nn.Parameter]:
-    """The parameters of the modules `full`, and of a classifier's head, which adapters leave to be trained whole."""
+    """The parameters of the modules `full`, and of a classifier's head, which is always fully trained."""
     for module in (*full.values(), *([head(model)] if is_classifier(model) else ())):
         yield from module.parameters()
 
 
 def check_frozen(model: PreTrainedModel, lora: Lora, parts: Iterable[str], asked: Iterable[str]) -> None:
-    """Warn of those of the frozen `parts` (train.freeze) that hold nothing which `lora` would train whole. ValueError:
-    a module that is `asked` to be trained whole (train.lora_full_modules) is frozen."""
+    """Warn about frozen `parts` (train.freeze) that contain nothing `lora` would fully train. ValueError: a module
+    in `asked` (train.lora_full_modules) is frozen."""
     whole = set(_in_full(model, _full_modules(model, lora)))
     for part in parts:
         if whole.isdisjoint(part_parameters(model, part, "train.freeze").values()):
@@ -468,6 +470,6 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def _kind(name: str) -> str:
-    """A layer's name within its block: its last part, and the one before if that is a stack of experts."""
+    """A layer's name within its block: the last part of its name, and for a stack of experts the one before."""
     *_, before, last = f".{name}".split(".")
     return f"{before}.{last}" if before == "experts" else last

@@ -1,25 +1,26 @@
-"""The multimodal forward: a packed row is embedded with its images and handed to the language model.
+"""The multimodal forward: a packed row is embedded together with its images and passed to the language model.
 
-A Hugging Face model that takes images (or video, or audio) is a language model with *towers* beside it (an encoder, a
-projector), in an outer decoder that embeds the tokens, encodes the images, puts their features in the place of
-placeholder tokens, and calls the language model with the row of embeddings. Towers see images and no tokens, and none
-of the outer part mixes tokens. So all that packed samples and ranks that share a batch ask for is done at one place,
-for any family, in a hook on the language model:
+A multimodal Hugging Face model is a language model with *towers* (an encoder and a projector each), in an outer decoder
+that embeds the tokens, encodes the images (or video, or audio), replaces placeholder tokens by their features, and
+calls the language model with the row of embeddings. Towers see images and no tokens, and no outer part mixes tokens. So
+everything that packed samples and ranks sharing a batch require is done in one place, for any family: in a hook on the
+language model.
 
-1. The outer decoder is given the batch as one row, the whole of it on every rank, and nothing of samples and their
-   borders, which a tower would take for those of its images.
-2. At the border, the row is told where its samples begin and each token's position. A mask that the outer decoder has
-   made (Gemma 3: the tokens of an image see one another) is cut at the samples' borders.
-3. Where ranks divide the batch's tokens (context, ulysses), each goes on with its own ones of all that lies along them.
-   Every rank has every image's features (`tutti.model.encoder_parallel`), but its gradient comes from its own tokens:
-   the sum over ranks is the gradient, of towers as of everything. The same holds for tensor parallelism, whose ranks
-   cut the row one step later. Tokens are embedded by the rank that keeps them, into a row that is zero elsewhere.
-4. Not every batch has images, while gradients are reduced over ranks that have some and ranks that have none. So the
-   towers' parameters are tied to the row with a gradient of zero: in each step every one of them has a gradient, on
-   every rank, in every layout. And as towers run on some ranks only, nothing in them may wait for other ranks: they
-   belong to the root's FSDP unit, which is gathered whatever a batch has (`tutti.parallel.apply`).
+1. The outer decoder gets the batch as one row, complete on every rank, without samples and their borders, which a tower
+   would take for those of its images.
+2. At the hook, the row gets its samples' borders and each token's position. A mask from the outer decoder (in Gemma 3
+   the tokens of an image see each other) is cut at the samples' borders.
+3. If ranks divide the batch's tokens (context, ulysses), each continues with its own tokens of everything that lies
+   along them. Every rank has every image's features (`tutti.model.encoder_parallel`), but their gradient comes from its
+   own tokens: the sum over ranks is the gradient, for towers as for everything else. The same holds for tensor
+   parallelism, whose ranks cut the row one step later. Tokens are embedded by the rank that keeps them, into a row that
+   is zero elsewhere.
+4. Not every batch has images, while gradients are reduced over ranks with and without them. So the towers' parameters
+   are connected to the row with a gradient of zero: in each step every one of them has a gradient, on every rank, on
+   every layout. And since towers run on some ranks only, nothing in them may wait for other ranks: they belong to the
+   root's FSDP unit, which is gathered for every batch (`tutti.parallel.apply`).
 
-Where positions have several rows (mrope: time, height and width), the family's own `get_rope_index` makes them, sample
+If positions have several rows (mrope: time, height and width), the family's own `get_rope_index` computes them, sample
 by sample, before a batch is divided.
 
 Shapes: T tokens in the row, t of them this rank's, H hidden size.
@@ -53,14 +54,14 @@ _ALONG = {"inputs_embeds": 1, "position_ids": -1, "visual_pos_masks": -1, "per_l
 """Arguments of a language model that lie along its tokens, and in which dimension."""
 
 _BESIDE = {"attention_mask", "deepstack_visual_embeds", "cu_seq_lens_q", "cu_seq_lens_k", "borders"}
-"""Arguments that do not, and are known."""
+"""Known arguments that do not."""
 
 _OF_OUTER = ("input_ids", "logits_to_keep", "use_cache")
 """Arguments of the outer decoder that generation derives from the cache."""
 
 
 def check_multimodal(structure: ModelStructure, layout: Layout, train: TrainConfig) -> None:
-    """ValueError for what cannot be done with a model that has towers."""
+    """Raise ValueError for settings that a model with towers does not support."""
     if not structure.towers:
         return
     name = structure.name
@@ -84,7 +85,7 @@ def check_multimodal(structure: ModelStructure, layout: Layout, train: TrainConf
 
 
 def check_first(structure: ModelStructure, num_blocks: int) -> None:
-    """ValueError unless the first stage of a pipeline has all blocks that features of images are added to."""
+    """Raise ValueError unless the first pipeline stage has all blocks to which image features are added."""
     decoder: Any = structure.decoder
     encoder = getattr(decoder.config, "vision_config", None)
     name = structure.name
@@ -97,15 +98,16 @@ def check_first(structure: ModelStructure, num_blocks: int) -> None:
 
 
 class MultimodalForward:
-    """Runs a multimodal model's decoder; made once, it puts its hook on the language model, and has its towers multiply
-    patches.
+    """Runs a multimodal model's decoder. Creating it puts its hook on the language model, and makes the towers' patch
+    embeddings use matrix products.
 
     tensor: the ranks that cut the row among themselves within the language model.
     """
 
     def __init__(self, structure: ModelStructure, tensor: RankGroup | None) -> None:
         self._decoder, self._tensor = structure.decoder, tensor
-        # Towers, and what has its own parameters around them and the language model. A diffusion decoder runs anyway.
+        # Towers, and modules with their own parameters around them and the language model. A diffusion decoder always
+        # runs.
         running = {*structure.text_model.modules()}
         for part in structure.decoder.modules():
             running.update(part.modules() if isinstance(part, FlowDecoder) else ())
@@ -121,11 +123,11 @@ class MultimodalForward:
         text.get_input_embeddings().register_forward_hook(self._in_the_row)
 
     def run(self, batch: Batch, stage: Stage | None = None, received: Handoff | None = None, **options: Any) -> Any:
-        """The decoder's output for `batch`, of this rank's tokens where ranks divide them. options: of the language
+        """The decoder's output for `batch`, for this rank's tokens if ranks divide them. options: for the language
         model's forward.
 
-        stage: the part of the language model's depth to run, on what was `received` from the stage before. All that
-        comes before the language model is the first one's.
+        stage: the language model's stage to run, on what was `received` from the previous one. Everything before the
+        language model belongs to the first stage.
         """
         if stage is None:
             return self._run_outer(batch, options)
@@ -137,19 +139,20 @@ class MultimodalForward:
         return stage.run(self._text, inputs | border_kwargs(batch) | options, received)
 
     def _run_outer(self, batch: Batch, options: dict[str, Any]) -> Any:
-        # Types of tokens that the family does not ask for, only its processor makes, would reach the language model.
+        # Token types that only the family's processor produces, but its model does not ask for, would reach the
+        # language model.
         row = _row(batch)
         inputs = {key: value for key, value in batch.extras.items() if key in self._taken or key not in ALONG_TOKENS}
         if batch.sequence is not None:
             inputs = encode_own_share(self._decoder, inputs, encoder_ranks(batch.sequence.ranks, self._tensor))
         kwargs = inputs | {"input_ids": row.input_ids[None], "use_cache": False}
-        # One sample, as far as the outer decoder knows.
+        # For the outer decoder this is one sample.
         kwargs["position_ids"] = torch.arange(len(row.input_ids), device=row.input_ids.device)[None]
         self._batch = batch
         return self._call(self._decoder, kwargs, border_kwargs(batch) | options | {"position_ids": _positions(batch)})
 
     def _call(self, outer: Callable[..., Any], kwargs: Mapping[str, Any], given: dict[str, Any]) -> Any:
-        """The output of `outer` for `kwargs`, while the language model within it is `given` what the hooks put."""
+        """The output of `outer(**kwargs)`, during which the hooks pass `given` to the language model."""
         self._given = given
         try:
             return outer(**kwargs)
@@ -157,10 +160,10 @@ class MultimodalForward:
             self._batch = self._given = None
 
     def generate(self, model: Callable[..., Any], inputs: Mapping[str, Any], extras: Mapping[str, Tensor]) -> Any:
-        """The output of `model`, the decoder with its head, for a pass of `tutti.attention.kv_cache`.
+        """The output of `model`, the decoder with its head, for one pass of `tutti.attention.kv_cache`.
 
-        inputs: as the cache makes them, of which the language model is given all but the tokens. extras: of new
-        prompts, as in `Batch`; encoded here and now, and never again.
+        inputs: from the cache; the language model gets all of them except the tokens. extras: of new prompts, as in
+        `Batch`; they are encoded now, and never again.
         """
         kwargs = {**extras, **{key: inputs[key] for key in _OF_OUTER if key in inputs}}
         kwargs["position_ids"] = torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device)[None]
@@ -170,19 +173,19 @@ class MultimodalForward:
         return self._call(model, kwargs, given)
 
     def _own_ids(self, module: nn.Module, args: tuple[Tensor, ...]) -> Any:
-        """A forward hook: what is looked up in the table of embeddings."""
+        """A forward hook: the ids to look up in the embedding."""
         row = _divided(self._batch)
         return None if row is None else (args[0].index_select(1, row.held),)
 
     def _in_the_row(self, module: nn.Module, args: Any, own: Tensor) -> Any:
-        """A forward hook: the embeddings as a row that is zero but for the tokens that this rank keeps."""
+        """A forward hook: the embeddings as a row that is zero except for the tokens that this rank keeps."""
         row = _divided(self._batch)
         if row is None:
             return None
         return own.new_zeros(1, len(row.input_ids), own.shape[-1]).index_copy(1, row.held, own)
 
     def _hand_over(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A forward hook: what the language model is given in place of what the outer decoder gives it."""
+        """A forward hook: replaces the language model's arguments from the outer decoder."""
         if self._given is None:
             return None
         batch = self._batch
@@ -196,7 +199,7 @@ class MultimodalForward:
             self._check_divisible(handed, batch)
             handed = _own(handed, row.held)
         if self._tensor is not None and "deepstack_visual_embeds" in handed:
-            # The row itself is cut by the first block, but these are for what comes between blocks.
+            # The first block cuts the row itself, but not inputs between blocks.
             mine = {key: handed[key] for key in ("visual_pos_masks", "deepstack_visual_embeds")}
             places = torch.arange(handed["inputs_embeds"].shape[1], device=handed["inputs_embeds"].device)
             handed |= _own(mine, self._tensor.own(places, 0))
@@ -224,19 +227,19 @@ class MultimodalForward:
 
 
 def _row(batch: Batch) -> Batch | FullTokens:
-    """The tokens and positions that the outer decoder sees."""
+    """The tokens and positions for the outer decoder."""
     return batch if batch.sequence is None or batch.sequence.row is None else batch.sequence.row
 
 
 def _divided(batch: Batch | None) -> FullTokens | None:
-    """The row of a batch whose tokens ranks divide at the border."""
+    """The full row of a batch whose tokens are divided over ranks at the language model; None if they are not."""
     if batch is None or batch.sequence is None or batch.sequence.ranks.size == 1:
         return None
     return batch.sequence.row
 
 
 def _positions(batch: Batch) -> Tensor:
-    """int64 [1, T], or [1 + rows, 1, T] where the model rotates by several: those within samples, then the rows."""
+    """Positions, int64 [1, T], or [1 + rows, 1, T] with several rotary axes: those within samples first."""
     own: Tensor = _row(batch).position_ids[None]
     rows = batch.extras.get("position_ids")
     if rows is None:
@@ -245,7 +248,8 @@ def _positions(batch: Batch) -> Tensor:
 
 
 def _at_borders(mask: Any, cu_seqlens: Tensor) -> Any:
-    """A mask [1, 1, T, T], bool or added to scores, without what lies between samples; or a dict of such and None."""
+    """A mask [1, 1, T, T] (bool, or added to scores), or a dict of such and None, without pairs of different
+    samples."""
     if isinstance(mask, dict):
         return {kind: _at_borders(each, cu_seqlens) for kind, each in mask.items()}
     if mask is None:
@@ -258,7 +262,7 @@ def _at_borders(mask: Any, cu_seqlens: Tensor) -> Any:
 
 
 def _own(handed: Mapping[str, Any], held: Tensor) -> dict[str, Any]:
-    """The arguments handed to the language model, cut to the tokens at the places `held` [t]."""
+    """The arguments of the language model, cut to the tokens at positions `held` [t]."""
     own = dict(handed)
     for key, dim in _ALONG.items():
         if key in own:
@@ -271,7 +275,8 @@ def _own(handed: Mapping[str, Any], held: Tensor) -> dict[str, Any]:
 
 
 class _Anchor(torch.autograd.Function):
-    """The row of embeddings as it is; parameters that may have no part in it get a gradient of zero."""
+    """Returns the row of embeddings unchanged; parameters that may not have contributed to it get a gradient of
+    zero."""
 
     @staticmethod
     def forward(ctx: Any, row: Tensor, *parameters: Tensor) -> Tensor:
@@ -284,8 +289,8 @@ class _Anchor(torch.autograd.Function):
 
 
 def make_media_positions(structure: ModelStructure) -> Callable[[Batch], Batch]:
-    """A function that gives a batch on the host the positions of its media's tokens, where the model rotates by
-    several."""
+    """A function that adds the positions of its media's tokens to a batch on the host, if the model has several
+    rotary axes."""
     index: Any = getattr(structure.decoder, "get_rope_index", None)
     if index is None:
         return lambda batch: batch
@@ -297,7 +302,8 @@ def make_media_positions(structure: ModelStructure) -> Callable[[Batch], Batch]:
         if "position_ids" in batch.extras:
             return batch
         if not media:
-            # The first row is also what masks are made from: with fewer, a model's own would not end at the samples'.
+            # The first row is also used for masks: without it, a model's own masks would not end at the samples'
+            # borders.
             same = batch.position_ids.expand(4, 1, -1)
             return replace(batch, extras={**batch.extras, "position_ids": same})
         if "mm_token_type_ids" in taken and "mm_token_type_ids" not in batch.extras:
@@ -330,7 +336,7 @@ def make_media_positions(structure: ModelStructure) -> Callable[[Batch], Batch]:
 
 
 def _heard(ids: Tensor, lengths: Sequence[int], config: Any) -> Tensor:
-    """bool [samples]: which of the samples laid end to end have a video with its sound, which begins in it."""
+    """bool [samples]: which of the concatenated samples have a video with sound that starts in them."""
     begins = (ids[:-1] == config.vision_start_token_id) & (ids[1:] == config.audio_start_token_id)
     return torch.stack([part.any() for part in torch.cat([begins, begins.new_zeros(1)]).split(list(lengths))])
 
@@ -338,8 +344,8 @@ def _heard(ids: Tensor, lengths: Sequence[int], config: Any) -> Tensor:
 def _each_sample(
     inputs: Mapping[str, Any], lengths: Sequence[int], heard: Tensor, config: Any
 ) -> Iterator[dict[str, Any]]:
-    """The arguments of a family's `get_rope_index` for each sample alone, of those for all: whether sounds belong to
-    videos is one switch for all that it is given. heard: of each sample."""
+    """The arguments of a family's `get_rope_index` for each sample, cut from those for all. One switch says for a
+    whole call whether sounds belong to videos; heard: its value for each sample."""
     rest = {key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask")}
     used = dict.fromkeys(rest, 0)
     for number, length in enumerate(lengths):

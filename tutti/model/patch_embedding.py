@@ -1,8 +1,8 @@
-"""Patches of pictures through a matrix product rather than a convolution.
+"""Patch embeddings as a matrix product instead of a convolution.
 
-Encoders whose processors cut pictures into patches (Qwen2-VL and its kin) embed these by a convolution whose kernel is
-as large as its input: each patch is one vector times one matrix. Kernels for convolutions take three times as long for
-that on CPUs, and more in half precision on accelerators.
+Encoders whose processors cut images into patches (Qwen2-VL and similar) embed them with a convolution whose kernel is
+as large as its input: each patch is one vector times one matrix. Convolution kernels take three times as long for this
+on CPUs, and longer still in half precision on accelerators.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NAME = "patches"
 
 
 def multiply_patches(towers: Iterable[nn.Module]) -> None:
-    """Make the convolutions in `towers` whose strides are their kernels' sizes multiply what is as large as these."""
+    """Make the convolutions in `towers` whose stride equals their kernel size use a matrix product."""
     for module in (part for tower in towers for part in tower.modules()):
         if not isinstance(module, nn.Conv2d | nn.Conv3d) or NAME in attached(module).wrappers:
             continue
@@ -28,7 +28,7 @@ def multiply_patches(towers: Iterable[nn.Module]) -> None:
 
 
 def _as_product(forward: Forward, convolution: nn.Conv2d | nn.Conv3d) -> Forward:
-    """The forward of a convolution, from [N, C, *sizes] to [N, D, *numbers of kernels along these]."""
+    """The forward of such a convolution, from [N, C, *sizes] to [N, D, *number of patches along each]."""
 
     @wraps(forward)
     def run(patches: Tensor) -> Tensor:

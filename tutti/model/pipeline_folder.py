@@ -1,15 +1,15 @@
-"""The folder of a diffusion model, laid out as diffusers' pipelines are: a subfolder for each of its parts.
+"""The folder of a diffusion model, with the layout of diffusers' pipelines: one subfolder per part.
 
-    transformer/     what is trained: config.json with its _class_name, and weights
-    vae/             the autoencoder between pictures and latents; without one, the pixels are the latents
-    text_encoder/    encodes captions; with tokenizer/, and _2 and _3 beside both where a family has several
+    transformer/     the trained part: config.json with its _class_name, and weights
+    vae/             the autoencoder between images and latents; without one, the pixels are the latents
+    text_encoder/    encodes captions; with tokenizer/; also _2 and _3 of both, in families with several
     scheduler/       the times of sampling
-    model_index.json names the pipeline's class; a part that it gives a text for lies in that folder, relative to this
-                     one or to the working directory
+    model_index.json the pipeline's class; a part that has a text there is in that folder, relative to this one or to
+                     the working directory
 
-A folder without `transformer/` whose own config.json is a transformer's holds that alone; the other parts are then in
-model.condition_model_path. Text encoders are the ones of the family, or any language model: its last hidden states then
-are the embeddings (`tutti.model.conditions`).
+A folder without `transformer/` whose own config.json is a transformer's contains only that; the other parts are then in
+model.condition_model_path. Text encoders are those of the family, or any language model, whose last hidden states are
+then the embeddings (`tutti.model.conditions`).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ INDEX = "model_index.json"
 TRANSFORMER, WEIGHTS_OF = "transformer", "weights"
 _NUMBERED = ("", "_2", "_3")
 CONDITIONS = ("vae", "scheduler", *(f"{part}{n}" for n in _NUMBERED for part in ("text_encoder", "tokenizer")))
-"""The parts that are not trained."""
+"""The frozen parts."""
 
 
 @dataclass(frozen=True)
 class PipelineFolder:
-    """The parts of a diffusion model, by name, each in its folder. argument: what named it. root: the folder itself;
-    index: its model_index.json."""
+    """The parts of a diffusion model, by name, each with its folder. argument: the argument that named it. root: the
+    folder itself. index: its model_index.json."""
 
     argument: str
     root: Path
@@ -46,7 +46,7 @@ class PipelineFolder:
 
     @property
     def weights(self) -> Path:
-        """The folder of its transformer's weights."""
+        """The folder with the transformer's weights."""
         return self.parts.get(WEIGHTS_OF, self.transformer)
 
     @property
@@ -59,13 +59,13 @@ class PipelineFolder:
         return family_of(self.class_name, self.argument)
 
     def text_parts(self) -> Iterator[tuple[str, Path]]:
-        """Its text encoders and tokenizers."""
+        """The folders of text encoders and tokenizers."""
         yield from ((name, path) for name, path in self.parts.items() if name.startswith(("text_encoder", "tokenizer")))
 
 
 def open_folder(config: Config) -> PipelineFolder:
-    """The folder that model.config_path, by default model.model_path, names. ValueError: there is none, or what it
-    holds cannot be trained."""
+    """The folder that model.config_path (by default model.model_path) names. ValueError: it does not exist, or its
+    model cannot be trained."""
     name = config.model.config_path or config.model.model_path
     argument = "model.model_path" if name == config.model.model_path else "model.config_path"
     if name is None:
@@ -114,7 +114,7 @@ def read_folder(root: Path, argument: str, *, needs_transformer: bool = True) ->
 
 
 def is_pipeline(root: Path) -> bool:
-    """True if a diffusion transformer lies in the folder `root`."""
+    """True if the folder `root` contains a diffusion transformer."""
     if (root / TRANSFORMER / "config.json").is_file():
         return True
     files = [root / name for name in (INDEX, "config.json") if (root / name).is_file()]
@@ -130,7 +130,7 @@ def _linked(root: Path, link: str, what: str) -> Path:
 
 
 def read_scheduler(folder: PipelineFolder) -> Any:
-    """The scheduler in the folder, or of the kind that the model's prediction needs."""
+    """The scheduler in the folder, or a default one for the model's kind of prediction."""
     diffusers = require_diffusers()
     if "scheduler" in folder.parts:
         path = folder.parts["scheduler"]

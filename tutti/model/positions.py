@@ -1,10 +1,10 @@
-"""Embeddings of positions in which a packed row is not what each of its samples would be alone, or that end somewhere.
+"""Position embeddings that would be wrong for a packed row, or that have a limited length.
 
 - Rotary embeddings whose frequencies depend on a sequence's length (`dynamic`, `longrope`). transformers' modules
-  choose them by the largest position that they are given, which in a packed row is that of the longest sample, and
-  `dynamic` ones keep those of the longest sequence so far. Here each sample is rotated by its own length, from the
-  state of a fresh module.
-- Learned positions: a table has so many rows and no more.
+  choose them by the largest position in their input, which in a packed row is that of the longest sample, and `dynamic`
+  ones keep those of the longest sequence so far. Here each sample is rotated according to its own length, starting from
+  the state of a fresh module.
+- Learned positions: a table with a limited number of rows.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _BY_LENGTH = ("dynamic", "longrope")
 
 
 def depends_on_length(config: PreTrainedConfig) -> bool:
-    """True if the frequencies of a text model's rotary embedding depend on the length of a sequence."""
+    """True if the frequencies of a text model's rotary embedding depend on the length of the sequence."""
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))}
     return not kinds.isdisjoint(_BY_LENGTH)
 
 
 def check_rotary(structure: ModelStructure, layout: Layout) -> None:
-    """ConfigError for axes along which a rank does not see how long a sample is, where that decides on positions."""
+    """Raise ConfigError for axes along which a rank does not know the length of a sample, if positions depend on it."""
     axes = (("ulysses_parallel_size", layout.ulysses), ("context_parallel_size", layout.context))
     problems = [
         f"train.{name}: the rotary embedding of {structure.name} depends on a sample's length, which a rank with a "
@@ -47,7 +47,7 @@ def check_rotary(structure: ModelStructure, layout: Layout) -> None:
 
 
 def rotate_by_sample(model: nn.Module) -> None:
-    """Make the rotary embeddings of `model` that depend on length treat each sample of a packed row by itself."""
+    """Make length-dependent rotary embeddings of `model` treat each sample of a packed row separately."""
     for module in model.modules():
         kind: Any = getattr(module, "rope_type", None)
         kinds = kind.values() if isinstance(kind, dict) else [kind]
@@ -62,7 +62,7 @@ def _by_sample(forward: Forward, module: nn.Module) -> Forward:
         if first.is_meta or isinstance(first, FakeTensor):
             return forward(x, position_ids, *args, **kwargs)
         if len(position_ids) > 1 or int(first[0]) != 0:
-            return forward(x, position_ids, *args, **kwargs)  # sequences that go on
+            return forward(x, position_ids, *args, **kwargs)  # continued sequences
         starts = (first == 0).nonzero().flatten().tolist()
         found = []
         for begin, end in zip(starts, [*starts[1:], len(first)], strict=True):
@@ -76,7 +76,7 @@ def _by_sample(forward: Forward, module: nn.Module) -> Forward:
 
 
 def _forget(module: Any) -> None:
-    """Put `module` into its first state, which it leaves for good when a `dynamic` one sees a longer sequence."""
+    """Reset `module` to its initial state, which a `dynamic` one leaves for good when it sees a longer sequence."""
     for name in [name for name in module._buffers if name.endswith("original_inv_freq")]:
         prefix = name.removesuffix("original_inv_freq")
         present = module._buffers[f"{prefix}inv_freq"]
@@ -85,7 +85,7 @@ def _forget(module: Any) -> None:
 
 
 def check_positions(structure: ModelStructure, max_seq_len: int) -> None:
-    """ValueError if samples may be longer than the table of learned positions that the model has."""
+    """Raise ValueError if samples may be longer than the model's table of learned positions."""
     config = structure.config
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     learned = [
@@ -93,7 +93,7 @@ def check_positions(structure: ModelStructure, max_seq_len: int) -> None:
         for name, module in structure.text_model.named_modules()
         if isinstance(module, nn.Embedding) and _LEARNED.search(name.rpartition(".")[2])
     ]
-    # One that is computed (CTRL's) is a table as well.
+    # A computed table (CTRL's) is limited too.
     tables = [*learned, *(name for name, _ in structure.text_model.named_buffers() if name == "pos_encoding")]
     if tables and limit is not None and max_seq_len > limit:
         kind = "learned" if learned else "computed"
@@ -104,4 +104,4 @@ def check_positions(structure: ModelStructure, max_seq_len: int) -> None:
 
 
 _LEARNED = re.compile("^wpe$|pos(ition)?_?emb|embed_positions")
-"""Names of tables of learned positions."""
+"""Names of learned position tables."""

@@ -1,4 +1,4 @@
-"""The Hugging Face processor of a model that takes images, video or sound."""
+"""The Hugging Face processor of a multimodal model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 
 
 def build_processor(config: Config, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The processor in the folder of the tokenizer or the model, with `tokenizer` as its own; None where there is none,
-    or one that cannot be used, which is a warning: texts can be trained on without. A composed model's is made of its
-    parts."""
+    """The processor in the folder of the tokenizer or the model, using `tokenizer`; for a composed model it is
+    composed of its parts'. None if there is none, or if it cannot be used, which is a warning since text can be
+    trained on without it."""
     if is_composed(config.model):
         return compose_processor(config.model, tokenizer)
     for name in (config.model.tokenizer_path, config.model.model_path, config.model.config_path):
@@ -32,7 +32,7 @@ def build_processor(config: Config, tokenizer: PreTrainedTokenizerBase) -> Any:
             continue
         try:
             processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # processors fail in many ways, such as for a package that is missing
+        except Exception as error:  # processors fail in many ways, for example if a package is missing
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             log.warning("the processor in %s cannot be used, so that rows with media are refused: %s", folder, line)
             return None
@@ -51,7 +51,7 @@ def build_processor(config: Config, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def _plain(config: Config) -> PreTrainedTokenizerBase:
-    """The tokenizer without what a model that draws adds to it."""
+    """The tokenizer without the additions for a model that draws."""
     tokenizer = build_tokenizer(config)
     if config.data.task.holds_chats:
         set_chat_template(tokenizer, config.data.chat_template)

@@ -1,19 +1,19 @@
-"""Frozen weights in 8 or 4 bits: what adapters are trained beside, at an eighth to a quarter of fp32's memory.
+"""Frozen weights in 8 or 4 bits, next to which adapters are trained, with an eighth to a quarter of fp32's memory.
 
-(QLoRA, arXiv 2305.14314; LLM.int8(), 2208.07339. The codes and their kernels are those of bitsandbytes.)
+(QLoRA, arXiv 2305.14314; LLM.int8(), 2208.07339. The formats and kernels are those of bitsandbytes.)
 
-A quantized weight stays one frozen parameter under its own name, of bytes: each row holds its scales (fp32) and then
-its codes. Rows know nothing of one another, so that a weight can be cut by rows, or into experts, before or after it is
-quantized, with the same result; and since FSDP gathers bytes as they are, shards are of the size of the codes too.
+A quantized weight stays one frozen parameter under its own name, of bytes: each row contains its scales (fp32) and then
+its codes. Rows are independent of each other, so a weight can be cut by rows, or into experts, before or after it is
+quantized, with the same result. FSDP gathers the bytes as they are, so shards have the size of the codes too.
 
-- int8: one scale a row, the row's largest magnitude; a code is the weight in 127ths of it.
+- int8: one scale per row, the row's largest magnitude; a code is the weight in 127ths of it.
 - nf4: a scale for each 64 weights of a row; a code of 4 bits is one of 16 quantiles of a normal distribution. A row
-  that does not divide by 64 is filled up with zeros, which no scale depends on.
+  whose length is not a multiple of 64 is padded with zeros, which affect no scale.
 
-1. `hold_quantized` replaces parameters on the meta device, and says on their modules how to read them (`Packing`);
+1. `hold_quantized` replaces parameters on the meta device, and attaches their format (`Packing`) to their modules;
 2. weights are packed one tensor at a time, on the CPU, as they are read from their files (`tutti.checkpoint.hf_load`);
-3. `product` unpacks a matrix just before it is used, to the dtype it would have been held in, and again in the backward
-   pass, so that no more than one is there at a time, and autograd keeps none.
+3. `product` unpacks a matrix just before it is used, to the dtype it would otherwise have, and again in the backward
+   pass, so that at most one unpacked matrix exists at a time, and autograd keeps none.
 
 Shapes: a weight [.., rows, columns], its packed form uint8 [.., rows, bytes].
 """
@@ -33,12 +33,12 @@ from torch.nn.functional import pad
 from tutti.core.modules import attach, attached
 
 BLOCK = 64
-"""Weights of a row that share a scale, with nf4."""
+"""Number of weights of a row that share a scale, for nf4."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """The layout of a packed weight with rows of `columns` numbers. kind: int8 or nf4; dtype: of the unpacked
+    """The format of a packed weight with rows of `columns` numbers. kind: int8 or nf4. dtype: of the unpacked
     weight."""
 
     kind: str
@@ -58,7 +58,7 @@ class Packing:
         return self._scale_bytes + (self.columns if self.kind == "int8" else self._padded // 2)
 
     def pack(self, weight: Tensor) -> Tensor:
-        """[.., rows, columns], in memory of the host -> uint8 [.., rows, bytes]."""
+        """Pack [.., rows, columns], on the host, into uint8 [.., rows, bytes]."""
         rows = weight.reshape(-1, self.columns).float()
         if self.kind == "int8":
             codes, scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(rows)
@@ -69,7 +69,7 @@ class Packing:
         return torch.cat(parts, dim=1).view(*weight.shape[:-1], self.row_bytes)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """The way back, to `dtype`."""
+        """Unpack to `dtype`."""
         rows = packed.reshape(-1, self.row_bytes)
         scales = rows[:, : self._scale_bytes].clone(memory_format=torch.contiguous_format).view(torch.float32)
         codes = rows[:, self._scale_bytes :].contiguous()
@@ -83,9 +83,9 @@ class Packing:
 
 
 def hold_quantized(weights: Iterable[tuple[nn.Module, str]], kind: str) -> None:
-    """Make each module hold its frozen parameter of this name, on the meta device, as `kind`: int8 or nf4.
+    """Make each module hold its frozen parameter of this name (on the meta device) in the format `kind`: int8 or nf4.
 
-    Whoever multiplies with it from here on does so by `product`. ValueError: bitsandbytes is not installed.
+    From then on, use `product` to multiply with it. ValueError: bitsandbytes is not installed.
     """
     require_bitsandbytes("train.lora_base_dtype: int8 and nf4 need", "leave it at compute")
     for module, name in weights:
@@ -98,7 +98,7 @@ def hold_quantized(weights: Iterable[tuple[nn.Module, str]], kind: str) -> None:
 
 
 def packing_of(module: Any, name: str) -> Packing | None:
-    """The packing of the module's parameter of this name; None for one that is not packed."""
+    """The format of the module's parameter of this name; None if it is not packed."""
     return attached(module).packed.get(name)
 
 
@@ -112,7 +112,7 @@ def packings(model: nn.Module) -> dict[str, Packing]:
 
 
 def whole_weight(module: Any, name: str) -> Tensor:
-    """The parameter of this name without its gradient, unpacked if it is packed, and then gathered if it is sharded."""
+    """The parameter of this name, detached, unpacked if it is packed, and then gathered if it is sharded."""
     weight, packing = getattr(module, name).detach(), packing_of(module, name)
     if packing is None:
         return weight
@@ -120,7 +120,7 @@ def whole_weight(module: Any, name: str) -> Tensor:
 
 
 def num_weights(model: nn.Module) -> dict[nn.Parameter, int]:
-    """The numbers that each parameter of `model` stands for: its elements, unless it is packed."""
+    """The number of weights that each parameter of `model` stands for: its elements, unless it is packed."""
     counts = {parameter: parameter.numel() for parameter in model.parameters()}
     for module in model.modules():
         for name, packing in attached(module).packed.items():
@@ -132,10 +132,10 @@ def num_weights(model: nn.Module) -> dict[nn.Parameter, int]:
 def product(
     module: Any, name: str, inputs: Tensor, multiply: Callable[[Tensor, Tensor], Tensor], *, rows_are_inputs: bool
 ) -> Tensor:
-    """`multiply(inputs, W)` with the matrix (or stack) W [.., in, out] that `module` holds under this name, packed or
-    not; of what is packed nothing gets a gradient.
+    """`multiply(inputs, W)` with the matrix (or stack) W [.., in, out] that `module` has under this name, packed or
+    not; a packed one gets no gradient.
 
-    rows_are_inputs: it is held as it is; else as [.., out, in].
+    rows_are_inputs: it is stored as W; otherwise as [.., out, in].
     """
     weight, packing = getattr(module, name), packing_of(module, name)
     if packing is None:
@@ -144,7 +144,7 @@ def product(
 
 
 class _Product(torch.autograd.Function):
-    """multiply(inputs, W), and multiply(grad, W^T) for the gradient of the inputs; W is made anew for each."""
+    """multiply(inputs, W), and multiply(grad, W^T) for the gradient of the inputs; W is unpacked for each."""
 
     @staticmethod
     def forward(
@@ -168,13 +168,13 @@ class _Product(torch.autograd.Function):
 
 
 def require_bitsandbytes(needing: str, instead: str) -> None:
-    """Import bitsandbytes, which registers its operators with torch. It takes seconds, and need not be installed.
+    """Import bitsandbytes, which registers its operators with torch. This takes seconds.
 
-    ValueError, if it is not: who is `needing` it, and what to do `instead`.
+    ValueError if it is not installed. needing: the argument that needs it. instead: what to do otherwise.
     """
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns of optional kernels that are not used here
+    logger.setLevel(logging.ERROR)  # it warns about optional kernels that are not used here
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:

@@ -1,8 +1,8 @@
-"""Models that answer in speech (Qwen-Omni): their thinker is trained, and what speaks stays as it is.
+"""Models that answer in speech (Qwen-Omni): their thinker is trained, and the speech modules stay as they are.
 
-Such a checkpoint holds a multimodal language model, the *thinker*, whose keys begin with `thinker.`, and beside it what
-makes speech of its hidden states. Only the thinker is built and loaded. An export holds the whole model again: what
-speaks is copied from the checkpoint that the thinker came from.
+Such a checkpoint contains a multimodal language model, the *thinker*, whose keys begin with `thinker.`, and modules
+that turn its hidden states into speech. Only the thinker is built and loaded. An export contains the whole model again:
+the speech modules are copied from the checkpoint that the thinker came from.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ THINKER = "thinker."
 
 
 def thinker_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of what is trained of a model: its thinker's, or all of it."""
+    """The config of the trained part of a model: its thinker's, or all of it."""
     return getattr(config, "thinker_config", config)
 
 
 def keep_speech(model: PreTrainedModel, folder: Path, config: PreTrainedConfig) -> None:
-    """Remember that `model` is the thinker of the model with this `config`, whose checkpoint lies in `folder`."""
+    """Record that `model` is the thinker of the model with this `config`, whose checkpoint is in `folder`."""
     vars(model)["speech"] = folder, config
 
 
 def speech_of(model: PreTrainedModel) -> tuple[Path, PreTrainedConfig] | None:
-    """The folder and the config of the model whose thinker `model` is, if it is one."""
+    """The folder and the config of the model whose thinker `model` is; None if it is not a thinker."""
     return vars(model).get("speech")
 
 
 def whole_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """The config that an export of `model` has: with a thinker, that of the whole model around it."""
+    """The config for an export of `model`; for a thinker, that of the whole model around it."""
     found = speech_of(model)
     if found is None:
         return copy.deepcopy(model.config)

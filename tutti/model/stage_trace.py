@@ -1,16 +1,15 @@
-"""Tracing where a decoder can be cut between its blocks, so that its stages run on different ranks.
+"""Tracing where a decoder can be cut between its blocks, so that its stages can run on different ranks.
 
 A Hugging Face decoder is a list of blocks, with some modules that run before them (the embedding, rotary positions) and
-some after (the final norm). Whether a class is built like that, and which module runs when, is tried out rather than
-kept in a table: its own `forward` runs once on the meta device with a stand-in for every block. It can be cut if
+some after (the final norm). Whether a class is built like this, and which module runs when, is tested rather than kept
+in a table: its own `forward` runs once on the meta device with a stand-in for every block. It can be cut if
 
-1. each block is called once, in order, and is handed what the block before it gave, untouched;
-2. nothing else that a block is handed depends on a parameter (a later stage does not have those of the first one);
-3. every other module with parameters runs before all blocks or after all of them, and what comes out in the end
-   depends on what runs before through the blocks alone.
+1. each block is called once, in order, and receives the unmodified output of the block before it;
+2. no other input of a block depends on a parameter (a later stage does not have the first one's);
+3. every other module with parameters runs either before or after all blocks, and the final output depends on what runs
+   before only through the blocks.
 
-A class that does anything else is refused by name. Of a model that takes images it is the language model that is cut;
-what lies beside that runs before it.
+Any other class is refused by name. In a multimodal model the language model is cut; the towers run before it.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ from tutti.parallel.tp_plan import TensorPlan, read_plan
 _HOOKED = "_output_capturing_hooks_installed"
 
 _TOKENS = 6
-"""Tokens of a run with stand-ins: no number of streams that hidden states come in."""
+"""Number of tokens of a run with stand-ins, which is never a number of streams of hidden states."""
 
 _LENGTHS = range(4)
-"""Lengths of the tuples that blocks give, whose first are the hidden states; 0 for these alone."""
+"""Lengths of the tuples that blocks return, with hidden states first; 0 if they return only these."""
 
 
 def trace_stages(structure: ModelStructure) -> StageTrace:
-    """The cuts between the blocks of a model that lies on the meta device. ValueError where it cannot be cut."""
+    """The points where a model on the meta device can be cut between its blocks. ValueError: it cannot be cut."""
     name, inner = f"train.pipeline_parallel_size: {structure.name}", structure.text_model
-    if getattr(structure.config, "num_kv_shared_layers", 0):  # which a dict hands on, unseen by stand-ins
+    if getattr(structure.config, "num_kv_shared_layers", 0):  # shared through a dict, which stand-ins do not see
         raise ValueError(f"{name} cannot be cut in stages: its last blocks read keys and values of ones before them")
     lists = _lists_of_blocks(structure)
     path, _, leaf = lists[0].rpartition(".") if lists else ("", "", "")
@@ -69,7 +68,7 @@ def trace_stages(structure: ModelStructure) -> StageTrace:
 
 
 def tensor_plan(structure: ModelStructure, layout: Layout) -> TensorPlan | None:
-    """The plan by which a model on the meta device is split over tensor ranks; None where it is not. ValueError: it
+    """The plan for splitting a model on the meta device over tensor ranks; None if it is not split. ValueError: it
     cannot be."""
     if layout.tensor == 1:
         return None
@@ -83,14 +82,14 @@ def tensor_plan(structure: ModelStructure, layout: Layout) -> TensorPlan | None:
 
 
 def reshapes_tokens(structure: ModelStructure) -> bool:
-    """True if the decoder, on the meta device, lays its last hidden states out for as many tokens as it was given,
-    although its blocks gave fewer (GPT-BigCode): it fails where it is given half of them, and not where all."""
+    """True if the decoder reshapes its last hidden states to the number of input tokens, although its blocks
+    returned fewer (GPT-BigCode): on the meta device it fails with half of them, and not with all."""
     return bool(_runs(structure, _TOKENS).keys() - _runs(structure, _TOKENS // 2).keys())
 
 
 def _runs(structure: ModelStructure, tokens: int) -> dict[int, _Trace]:
-    """The runs with stand-ins that give so many tokens' hidden states, by the length of the tuples that they give them
-    in, as far as the decoder gets to its end."""
+    """The runs with stand-ins that return hidden states of this many tokens, by the length of their tuples, if the
+    decoder runs to its end."""
     inner, lists = structure.text_model, _lists_of_blocks(structure)
     if not lists:
         return {}
@@ -108,7 +107,7 @@ def _runs(structure: ModelStructure, tokens: int) -> dict[int, _Trace]:
 
 
 def _lists_of_blocks(structure: ModelStructure) -> list[str]:
-    """The names of the decoder's lists that hold just its blocks: one at most."""
+    """The names of the decoder's lists that contain exactly its blocks: at most one."""
     found = [block for _, block in structure.blocks]
     modules = structure.text_model.named_modules()
     return [key for key, child in modules if isinstance(child, nn.ModuleList) and found and list(child) == found]
@@ -116,7 +115,7 @@ def _lists_of_blocks(structure: ModelStructure) -> list[str]:
 
 @dataclass
 class _Trace:
-    """A record of one run with stand-ins that give so many tokens' hidden states, in such tuples."""
+    """A record of one run with stand-ins that return hidden states of this many tokens in tuples of this length."""
 
     tuple_length: int
     tokens: int = _TOKENS
@@ -129,7 +128,7 @@ class _Trace:
     num_blocks: int = 0
 
     def mistake(self, inner: nn.Module, path: str, output: Any, width: int) -> str | None:
-        """The reason why the decoder, of hidden states of this width, cannot be cut; None if it can."""
+        """The reason why a decoder with hidden states of this width cannot be cut; None if it can."""
         if self.called != list(range(self.num_blocks)):
             return f"its blocks run in the order {self.called}"
         if any(got is not gave for got, gave in zip(self.given[1:], self.made[:-1], strict=True)):
@@ -154,7 +153,7 @@ class _Trace:
 
 
 class _Probe(nn.Module):
-    """Stands for a block: takes note of what it is given, and gives new hidden states."""
+    """A stand-in for a block, which records its inputs and returns new hidden states."""
 
     def __init__(self, number: int, block: nn.Module, trace: _Trace) -> None:
         super().__init__()
@@ -171,7 +170,8 @@ class _Probe(nn.Module):
 
 
 class _Positions(nn.Module):
-    """Stands for a module that only computes (rotary frequencies), which might look at values that are not there."""
+    """A stand-in for a module without parameters (rotary frequencies), which might look at values that do not exist
+    on meta."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class _Positions(nn.Module):
 
 @contextmanager
 def _unfrozen(inner: nn.Module) -> Iterator[None]:
-    """Make what depends on a parameter be seen to, also where the parameter is not trained."""
+    """Make every dependency on a parameter visible, even if the parameter is frozen."""
     frozen = [p for p in inner.parameters() if p.is_floating_point() and not p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_()
@@ -196,7 +196,7 @@ def _unfrozen(inner: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _stand_ins(inner: nn.Module, path: str, trace: _Trace) -> Iterator[None]:
-    """Put stand-ins into `inner` for a while, and note which of its other modules run when."""
+    """Put stand-ins into `inner` within this context, and record which of its other modules run when."""
     held = dict(inner._modules)
     original: Any = held[path]
     trace.num_blocks = len(original)
@@ -214,7 +214,7 @@ def _stand_ins(inner: nn.Module, path: str, trace: _Trace) -> Iterator[None]:
     config: Any = inner.config
     implementation = config._attn_implementation
     config._attn_implementation = PACKED
-    # transformers hooks into blocks once, when it is first asked for what they make beside hidden states.
+    # transformers installs hooks on blocks when their additional outputs are first requested.
     hooked = inner.__dict__.get(_HOOKED, False)
     inner.__dict__[_HOOKED] = True
     try:
@@ -241,7 +241,7 @@ def _note(key: str, trace: _Trace) -> Any:
 
 def _run(inner: nn.Module, mixing: bool) -> Any:
     tokens = torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta")
-    # With a mask transformers does not look for borders in the positions, of which there are none on meta; nor for
-    # padding, which mixers are not to see, in a mask of pairs.
+    # Given a mask, transformers does not look for borders in the positions, which have no values on meta; nor, in a
+    # pairwise mask, for padding, which mixers must not see.
     mask = torch.ones(*((1, 1, _TOKENS) if mixing else (1,)), _TOKENS, device="meta")
     return inner(input_ids=tokens, position_ids=tokens, attention_mask=mask.bool(), use_cache=False)

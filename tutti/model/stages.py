@@ -1,7 +1,7 @@
-"""Cutting a model into pipeline stages: which blocks each stage has, and what is left of the model on this rank.
+"""Cutting a model into pipeline stages: which blocks each stage has, and which modules stay on this rank.
 
-Where a model can be cut is found out by `tutti.model.stage_trace`, what its parts cost is counted by
-`tutti.model.structure`, and the cutting is `tutti.parallel.pipeline.stage`'s.
+`tutti.model.stage_trace` finds out where a model can be cut, `tutti.model.structure` counts the cost of its parts, and
+`tutti.parallel.pipeline.stage` cuts it.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ log = logging.getLogger(__name__)
 
 
 def stage_blocks(model: PreTrainedModel, structure: ModelStructure, trace: StageTrace, num_stages: int) -> list[range]:
-    """The numbers of each stage's blocks, balanced by what the model's parts cost."""
+    """The indices of each stage's blocks, balanced by the cost of the model's parts."""
     inner = structure.text_model
     units = list(inner.get_submodule(trace.blocks).children())
     front = [*structure.towers, *(inner.get_submodule(name) for name in trace.front)]
     tail = [*(inner.get_submodule(name) for name in trace.tail), structure.head]
     costs = [Cost(size.active, size.total) for size in part_sizes(model, [*front, *units, *tail])]
     first, middle, last = costs[: len(front)], costs[len(front) : len(front) + len(units)], costs[-len(tail) :]
-    # The embedding is looked up and not multiplied with, even where its weight is the head's too; and a tower's work
-    # does not go by tokens.
+    # The embedding is a lookup, not a product, even if its weight is also the head's; and a tower's work does not
+    # depend on the number of tokens.
     before = Cost(0.0, sum(cost.size for cost in first))
     after = Cost(sum(cost.work for cost in last), sum(cost.size for cost in last))
     return split_blocks(middle, before, after, num_stages)
 
 
 def describe_stages(borders: Sequence[range]) -> str:
-    """`0 to 4, 5 to 9`: the numbers of each stage's first and last block."""
+    """Describe stages by their first and last blocks: `0 to 4, 5 to 9`."""
     return ", ".join(f"{blocks[0]} to {blocks[-1]}" for blocks in borders)
 
 
@@ -54,10 +54,10 @@ def cut_into_stages(
     *,
     has_router_loss: bool,
 ) -> Pipeline:
-    """Leave `model` with this rank's stages, in place, and say how they hang together. A collective call.
+    """Keep this rank's stages in `model`, in place, and return the pipeline. A collective call.
 
-    root: the module around the model that the stages are run by. has_router_loss: the loss takes the logits of the
-    routers of all stages. ValueError: it cannot be cut.
+    root: the module around the model that runs the stages. has_router_loss: the loss needs the router logits of all
+    stages. ValueError: the model cannot be cut.
     """
     trace = trace_stages(structure)
     borders = stage_blocks(model, structure, trace, layout.pipeline * per_rank)

@@ -1,16 +1,16 @@
-"""Facts about a Hugging Face model that training is planned by, read off the model itself rather than kept in a table.
+"""Facts about a Hugging Face model that training needs, found by inspecting the model rather than kept in a table.
 
-`read_structure` collects into one record (`tutti.core.structure`):
+`read_structure` collects them in one record (`tutti.core.structure`):
 
 - `blocks`: the repeated layers, which are compiled, checkpointed and sharded one by one.
-- `text_model`, `towers`: of a model that takes more than text, its language model and what lies beside that.
+- `text_model`, `towers`: in a multimodal model, the language model and the media encoders.
 - `decoder`, `head`, `logit_transform`: the model cut between its hidden states and its logits, so that the head can be
-  fused with the loss. What a model does with its logits after the head (scaling, soft-capping) is declared by its
-  config under a few names, and whether we have understood it is tried out: the class's own `forward` is run once with
-  its decoder and head replaced by stubs of a few numbers, and must give what our transform gives. A model that does
-  anything else is refused instead of being trained on another function than its own.
+  fused with the loss. What a model does with its logits after the head (scaling, soft-capping) is declared in its
+  config under a few names. Whether we understood it correctly is tested: the class's own `forward` runs once with small
+  stubs for decoder and head, and must give the result of our transform. A model that does anything else is refused,
+  rather than trained on a different function.
 
-Beside it, `num_params` and `count_flops`: sizes and work, for the log and for the utilisation of the hardware.
+Also here: `num_params` and `count_flops`, the model's size and work, for the log and the utilization (MFU).
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from tutti.model.quantized import num_weights
 log = logging.getLogger(__name__)
 
 HEAD_NAMES = ("score",)
-"""Where sequence classifiers on a decoder keep the linear layer that gives the classes' logits."""
+"""The attributes in which sequence classifiers keep the linear layer for the classes' logits."""
 
 ADAPTER_MARK = "_lora_"
-"""The mark in the names of low-rank adapters' parameters (`tutti.model.lora`), and no name of a model has."""
+"""The mark in the names of low-rank adapters' parameters (`tutti.model.lora`); no model uses it in a name."""
 
 
 def read_structure(model: PreTrainedModel, basic: Iterable[str] = ()) -> ModelStructure:
-    """The parts of `model`, which lies whole on the meta device. basic: names of the classes of model.basic_modules.
+    """The parts of `model`, which is complete and on the meta device. basic: class names from model.basic_modules.
 
-    ValueError: the model is not made of a decoder and a head that are known, or has no module of a class in `basic`.
+    ValueError: the model does not consist of a known decoder and head, or has no module of a class in `basic`.
     """
     return ModelStructure(
         name=_class_name(causal_lm(model)),
@@ -70,11 +70,8 @@ def read_structure(model: PreTrainedModel, basic: Iterable[str] = ()) -> ModelSt
 
 
 def blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """The repeated units of the model's language model with their names, in the order they run: its
-    `_no_split_modules`, outermost only.
-
-    A model that names none has the members of its longest ModuleList.
-    """
+    """The repeated layers of the model's language model with their names, in running order: the outermost modules in
+    its `_no_split_modules`, or the members of its longest ModuleList if it names none."""
     names = set(causal_lm(model)._no_split_modules or ())
     inside = text_model(model)
     prefix = next((f"{name}." for name, module in model.named_modules() if module is inside), "")
@@ -89,8 +86,7 @@ def blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 
 
 def tower_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The repeated units of what encodes images, video and audio, the longest ModuleList of each tower, and of a
-    diffusion decoder."""
+    """The repeated layers of media encoders (the longest ModuleList of each tower) and of a diffusion decoder."""
     led = getattr(model, "flow_decoder", None)
     return [
         *_led_blocks(model),
@@ -99,7 +95,7 @@ def tower_blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _led_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The repeated units of a diffusion decoder, which runs in every step, on every rank."""
+    """The repeated layers of a diffusion decoder, which runs in every step on every rank."""
     led = getattr(model, "flow_decoder", None)
     return [] if led is None else led.blocks()
 
@@ -113,8 +109,8 @@ def _longest_list(root: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _undivided(units: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """The parts of blocks around projections that take a mean over their features (Gemma 3n's MLP, which keeps the
-    largest); attention's are over heads."""
+    """The parts of blocks, around projections, that average over their features (Gemma 3n's MLP, which keeps the
+    largest ones); attention averages only over heads."""
     for part in (part for unit in units for part in unit.modules()):
         kind: Any = model_class(part)
         projects = any(isinstance(child, nn.Linear) for child in part.children())
@@ -123,8 +119,8 @@ def _undivided(units: Iterable[nn.Module]) -> Iterator[nn.Module]:
 
 
 def basic_modules(model: PreTrainedModel, class_names: Iterable[str]) -> list[tuple[str, nn.Module]]:
-    """The modules of these classes (model.basic_modules) with their names, inner ones first; ValueError for a name
-    that the model has no module of."""
+    """The modules of these classes (model.basic_modules) with their names, inner ones first. ValueError: the model
+    has no module of a class."""
     wanted = set(class_names)
     found = [(name, module) for name, module in model.named_modules() if _class_name(module) in wanted]
     unknown = wanted - {_class_name(module) for _, module in found}
@@ -154,7 +150,7 @@ def decoder(model: PreTrainedModel) -> nn.Module:
 
 
 def _decoder_name(model: PreTrainedModel) -> str:
-    """The attribute that holds the decoder: not every class has it where its base_model_prefix says (Llama 4)."""
+    """The attribute that holds the decoder; not every class has it under its base_model_prefix (Llama 4)."""
     inner = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
     if isinstance(getattr(model, model.base_model_prefix, None), nn.Module):
         return model.base_model_prefix
@@ -164,7 +160,7 @@ def _decoder_name(model: PreTrainedModel) -> str:
 
 
 def text_model(model: PreTrainedModel) -> nn.Module:
-    """The language model within the decoder: all of it, unless the model takes images, video or audio too."""
+    """The language model within the decoder; the decoder itself unless the model is multimodal."""
     inner = decoder(model)
     config = model.config.get_text_config()
     if config is model.config:
@@ -173,12 +169,12 @@ def text_model(model: PreTrainedModel) -> nn.Module:
 
 
 def towers(model: PreTrainedModel) -> list[nn.Module]:
-    """The encoders of images, video and audio that a decoder has beside its language model, and their projectors."""
+    """The media encoders of a decoder, and their projectors."""
     return list(_beside(decoder(model), text_model(model)))
 
 
 def _beside(module: nn.Module, inside: nn.Module) -> Iterator[nn.Module]:
-    """The outermost modules below `module` with parameters that neither are, nor are around, `inside`."""
+    """Yield the outermost modules with parameters below `module` that are neither `inside` nor around it."""
     if module is inside:
         return
     for child in module.children():
@@ -189,16 +185,16 @@ def _beside(module: nn.Module, inside: nn.Module) -> Iterator[nn.Module]:
 
 
 def drawing_parts(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules of a decoder that make images (Janus): towers that nothing runs where images are only seen, and where
-    the model draws what makes images of codes."""
+    """The image generation modules of a decoder (Janus): unused towers if images are only inputs; if the model
+    draws, the modules that decode codes to images."""
     used = set(codes.modules()) if (codes := getattr(model, "code_decoder", None)) is not None else set()
     found = [part for name, part in decoder(model).named_children() if _DRAWS.match(name)]
     return [part for part in found if used.isdisjoint(part.modules())]
 
 
 def new_parts(model: Any) -> tuple[str, ...]:
-    """The names of modules that low-rank adapters leave to be trained whole: of a composed model what joins its parts
-    and what it draws by, and towers without weights; of a ready-made one what it draws by beside its vocabulary
+    """The names of modules that are fully trained next to low-rank adapters: in a composed model the connectors, the
+    drawing modules, and towers without weights; in a ready-made model its drawing modules outside of the vocabulary
     (Janus)."""
     if getattr(model, "foundation", None) is not None:
         names = [
@@ -215,7 +211,7 @@ def new_parts(model: Any) -> tuple[str, ...]:
 
 
 def freeze_parts(model: PreTrainedModel, parts: Iterable[str]) -> None:
-    """Leave parts of `model` untrained (train.freeze), and what makes images, which weight decay would wear away.
+    """Freeze parts of `model` (train.freeze), and unused image generation modules, which weight decay would shrink.
     ValueError: the model has no such part."""
     for drawing in drawing_parts(model):
         drawing.requires_grad_(False)
@@ -227,10 +223,10 @@ def freeze_parts(model: PreTrainedModel, parts: Iterable[str]) -> None:
 def part_parameters(
     model: PreTrainedModel, part: str, argument: str, *, is_complete: bool = True
 ) -> dict[str, nn.Parameter]:
-    """The parameters of a part of `model` by name: of its towers, its projectors, its language_model (of a model
-    without one its transformer), or those whose name matches a pattern with * and ?.
+    """The parameters of a part of `model` by name. A part is `towers`, `projectors`, `language_model` (of a model
+    without one, its transformer), `decoders`, or a pattern for parameter names with * and ?.
 
-    ValueError, in the name of `argument`: the model has no such part, although it is_complete (no stage of a pipeline).
+    ValueError, naming `argument`: the model has no such part, although it is_complete (not a pipeline stage).
     """
     named = dict(model.named_parameters())
     beside = {id(item) for tower in towers(model) for item in tower.parameters()}
@@ -238,7 +234,7 @@ def part_parameters(
     decoders = getattr(model, "code_decoder", None)
     codes = set() if decoders is None else {id(item) for item in decoders.parameters()}
     beside -= drawing | codes
-    # Within a tower's blocks some call a matrix of their attention a projection.
+    # Some towers call an attention matrix within a block a projection.
     outer = {name: re.split(r"\.(?:layers|blocks)\.", name)[0] for name, item in named.items() if id(item) in beside}
     joins = {name for name, stem in outer.items() if _PROJECTOR.search(stem)}
     groups = {
@@ -257,10 +253,10 @@ def part_parameters(
 
 
 _DRAWS = re.compile("vqmodel|generation_")
-"""Names of modules that make images, or codes of them."""
+"""Names of modules that generate images, or codes of images."""
 
 _PROJECTOR = re.compile("projector|projection|merger|connector|aligner|multi_modal|embed_vision")
-"""Names of modules that take a tower's features to the language model's width."""
+"""Names of modules that project a tower's features to the language model's width."""
 
 
 def head(model: PreTrainedModel) -> nn.Linear:
@@ -274,13 +270,13 @@ def head(model: PreTrainedModel) -> nn.Linear:
 
 
 def is_classifier(model: PreTrainedModel) -> bool:
-    """True if the model gives logits of classes rather than of tokens."""
+    """True if the model's logits are over classes rather than tokens."""
     return any(hasattr(model, name) for name in HEAD_NAMES)
 
 
 def logit_transform(model: PreTrainedModel) -> LogitTransform:
-    """The transform from the head's output to the model's logits; ValueError where that is more than scale and
-    softcap."""
+    """The transform from the head's output to the model's logits. ValueError: it is more than scaling and
+    soft-capping."""
     model = causal_lm(model)
     head(model)
     if is_classifier(model):
@@ -303,13 +299,13 @@ def logit_transform(model: PreTrainedModel) -> LogitTransform:
 
 
 def _masked(logits: Tensor) -> tuple[int, int] | None:
-    """The first and the last + 1 of the tokens whose logits say that they are never predicted."""
+    """The first and the last + 1 of the token ids that are never predicted, judging by their logits."""
     ids = (logits == torch.finfo(logits.dtype).min).flatten(0, -2).all(0).nonzero().flatten()
     return (int(ids[0]), int(ids[-1]) + 1) if len(ids) else None
 
 
 def _scales(config: PreTrainedConfig) -> list[float]:
-    """Factors on the logits that configs declare, as they are and inverted, after the most likely one."""
+    """Logit scales that the config declares, as they are and inverted, the most likely one first."""
     names = ("logits_scaling", "logit_scale", "lm_head_multiplier", "logits_mup_width_multiplier", "output_multiplier")
     values = [float(value) for name in names if (value := getattr(config, name, None))]
     return [1.0, *values, *(1.0 / value for value in values)]
@@ -321,14 +317,14 @@ def _softcaps(config: PreTrainedConfig) -> list[float]:
 
 
 class _StubOutput(tuple):
-    """A decoder's output with hidden states and nothing else, whatever it is asked for."""
+    """A decoder's output with only hidden states, whatever attribute is requested."""
 
     def __getattr__(self, name: str) -> Any:
         return self[0] if name == "last_hidden_state" else None
 
 
 class _StubDecoder(nn.Module):
-    """Gives back what it is given as hidden states, under whatever path the class calls it by."""
+    """Returns its input as hidden states, under whatever path the class calls it."""
 
     def __getattr__(self, name: str) -> Any:
         return self
@@ -338,7 +334,7 @@ class _StubDecoder(nn.Module):
 
 
 class _StubHead(nn.Module):
-    """A head of full width and rank two: [.., H] -> [.., V] without a weight of H x V."""
+    """A head of full width and rank two: [.., H] -> [.., V] without an H x V weight."""
 
     def __init__(self, num_logits: int) -> None:
         super().__init__()
@@ -350,7 +346,7 @@ class _StubHead(nn.Module):
 
 
 def _probe(model: PreTrainedModel, num_logits: int) -> tuple[PreTrainedModel, _StubHead]:
-    """An instance of the model's class around stubs, with the model's own plain attributes, on the CPU."""
+    """An instance of the model's class with stubs and the model's own plain attributes, on the CPU."""
     cls = model_class(model)
     probe: PreTrainedModel = object.__new__(cls)
     nn.Module.__init__(probe)
@@ -368,15 +364,15 @@ def _probe(model: PreTrainedModel, num_logits: int) -> tuple[PreTrainedModel, _S
 
 
 def model_class(model: nn.Module) -> type[Any]:
-    """The class as transformers wrote it: fully_shard derives a class of its own from it."""
+    """The class as transformers defines it; fully_shard derives its own class from it."""
     from torch.distributed.fsdp import FSDPModule
 
     return next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
 
 
 def weight_conversions(model: nn.Module, **options: Any) -> list[Any]:
-    """The conversions from a checkpoint's keys that transformers registers for `model`: by the names of its classes,
-    which are other ones once `fully_shard` has derived classes from them. options: transformers' own."""
+    """The conversions of checkpoint keys that transformers registers for `model` by the names of its classes, which
+    `fully_shard` would hide. options: passed to transformers."""
     originals = {type(module): model_class(module) for module in model.modules()}
     derived = [(cls, cls.__name__, cls.__module__) for cls, original in originals.items() if cls is not original]
     try:
@@ -393,7 +389,7 @@ def _class_name(module: nn.Module) -> str:
 
 
 class ParamCount(NamedTuple):
-    """Parameters in all, and those that take part in computing one token (of the experts, only the chosen ones)."""
+    """All parameters, and those that take part in computing one token (only the chosen experts')."""
 
     total: int
     active: int
@@ -407,7 +403,7 @@ def num_params(model: PreTrainedModel) -> ParamCount:
 
 
 def part_sizes(model: PreTrainedModel, parts: Iterable[nn.Module]) -> list[ParamCount]:
-    """For each of some modules of `model`: its parameters, and those that a token is multiplied with."""
+    """For each of these modules of `model`: its parameters, and those that a token is multiplied with."""
     share = _active_share(model)
     lookups = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     lookups -= {id(head(model).weight)}
@@ -422,10 +418,10 @@ def part_sizes(model: PreTrainedModel, parts: Iterable[nn.Module]) -> list[Param
 
 
 def _active_share(model: PreTrainedModel) -> dict[int, float]:
-    """The share of each expert parameter, by its id, that one token runs through.
+    """The share of each expert parameter, by its id, that one token uses.
 
-    Experts that compute nothing (LongCat's) are chosen among the others, and not all of a stack's matrices have a slice
-    for them.
+    Some models have experts that compute nothing (LongCat), which are chosen like the others; not all matrices of a
+    stack have a slice for them.
     """
     shares: dict[int, float] = {}
     config = model.config.get_text_config()
@@ -447,7 +443,7 @@ def _active_share(model: PreTrainedModel) -> dict[int, float]:
 
 
 def experts(model: nn.Module) -> list[nn.Module]:
-    """The model's stacks of experts, in the order they run."""
+    """The model's stacks of experts, in running order."""
     return [module for module in model.modules() if is_experts(module)]
 
 
@@ -458,13 +454,12 @@ def is_experts(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class FlopCount:
-    """Floating-point operations of training on a batch, forward and backward, recomputation not counted.
+    """Floating-point operations of training on a batch, forward and backward, without recomputation.
 
-    per_token: matrix products with parameters, 6 for each active one (4 if it is frozen), and those of recurrences
-    (`tutti.model.mixers`). pairs: for every attention
-    layer the operations for one query-key pair, and the layer's window (0 = none). per_value: the towers' matrix
-    products (their attention is not counted), by the values of images that they are given: one patch, of so many
-    values, is one of a tower's tokens.
+    per_token: products with parameters, 6 for each active one (4 if it is frozen), and recurrences
+    (`tutti.model.mixers`). pairs: for every attention layer the operations per query-key pair, and the layer's window
+    (0: none). per_value: the towers' products (without their attention), per value of their images; one patch counts as
+    one token of the tower.
     """
 
     per_token: float
@@ -472,7 +467,8 @@ class FlopCount:
     per_value: float = 0.0
 
     def batch(self, lengths: Sequence[int], num_values: int = 0) -> float:
-        """The work on samples of these lengths, causal attention within each, with images of so many values in all."""
+        """The operations for samples of these lengths, with causal attention within each, and images with this many
+        values in all."""
         total = self.per_token * sum(lengths) + self.per_value * num_values
         windows: dict[int, float] = {}
         for flops, window in self.pairs:
@@ -483,16 +479,18 @@ class FlopCount:
 
 
 def _num_pairs(length: int, window: int) -> int:
-    """Query-key pairs of causal attention over `length` tokens, each seeing the last `window` ones (0 = all)."""
+    """The number of query-key pairs of causal attention over `length` tokens, each seeing the last `window` ones (0:
+    all)."""
     seen = min(length, window) if window else length
     return seen * (seen + 1) // 2 + (length - seen) * seen
 
 
 def count_flops(model: PreTrainedModel) -> FlopCount:
-    """The work of one training step a token and a query-key pair, from the model's parameters and config."""
+    """The training operations per token and per query-key pair, from the model's parameters and config."""
     share = _active_share(model)
     lookups = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    # Of the three products of a matrix, forward, and backward for the input and the weight, a frozen one has two.
+    # A matrix takes part in three products (forward, backward for the input, backward for the weight); a frozen one
+    # in two.
     work = {
         id(p): (6.0 if p.requires_grad else 4.0) * count * share.get(id(p), 1.0)
         for p, count in num_weights(model).items()
@@ -501,16 +499,16 @@ def count_flops(model: PreTrainedModel) -> FlopCount:
     lookups -= {id(head(model).weight)}
     uses, runs = _uses(model), defaultdict[int, float](float)
     for (_, block), times in zip(blocks(model), uses, strict=True):
-        for parameter in block.parameters():  # which several blocks may share (Zamba)
+        for parameter in block.parameters():  # several blocks may share parameters (Zamba)
             runs[id(parameter)] += times
     work = {key: flops * runs.get(key, 1.0) for key, flops in work.items()}
     beside = {id(p): p for tower in towers(model) for p in tower.parameters()}
-    # A diffusion decoder sees latents, which are neither tokens nor values of images: its task counts its work.
+    # A diffusion decoder's inputs are latents, neither tokens nor image values: its task counts its work.
     led = getattr(model, "flow_decoder", None) or nn.Module()
     lookups |= {id(p) for p in led.parameters()}
     per_token = sum(flops for key, flops in work.items() if key not in lookups and key not in beside)
     per_patch = sum(flops for key, flops in work.items() if key not in lookups and key in beside)
-    # What embeds patches is the towers' one convolution.
+    # The patch embedding is the towers' only convolution.
     patch = next((p[0].numel() for key, p in beside.items() if p.ndim > 3 and key not in lookups), 0)
     per_value = per_patch / patch if patch else 0.0
     config = model.config.get_text_config()
@@ -522,10 +520,10 @@ def count_flops(model: PreTrainedModel) -> FlopCount:
 
 
 def _uses(model: PreTrainedModel) -> list[float]:
-    """Runs of each block of a model: more than once where it is a loop (HRM). What is not trained through, since
-    it runs without gradients, is a third of a run.
+    """The number of runs of each block of a model: more than one if it is in a loop (HRM). A run without gradients
+    counts as a third.
 
-    The model's own forward runs with stand-ins for its blocks, if these are not as many as its layers.
+    If the model has fewer blocks than layers, its own forward runs with stand-ins for its blocks to find out.
     """
     units, language = [block for _, block in blocks(model)], text_model(model)
     counts = dict.fromkeys(units, 0.0)
@@ -556,7 +554,7 @@ def _uses(model: PreTrainedModel) -> list[float]:
 
 
 def _pair_flops(config: PreTrainedConfig) -> list[tuple[float, int]]:
-    # Heads may differ from layer to layer (Gemma 4), which such a config's own attributes do not say.
+    # The number of heads may vary between layers (Gemma 4), which the config's own attributes do not say.
     by_layer = getattr(config, "per_layer_config", None)
     numbers = range(config.num_hidden_layers)
     each = [_flops_of_pair(config if by_layer is None else by_layer[number]) for number in numbers]
@@ -570,7 +568,7 @@ def _pair_flops(config: PreTrainedConfig) -> list[tuple[float, int]]:
     if kinds is None:
         return [(flops, window) for flops in each]
     windows = {"full_attention": 0, "hybrid": 0, "sliding_attention": window, "hybrid_sliding": window}
-    # Some attention's scores are computed for all keys, and masked.
+    # Some attention computes the scores for all keys and masks them.
     windows |= {"indexed_attention": 0, "minimax_m3_sparse": 0, "chunked_attention": 0}
     return [(flops, windows[kind]) for flops, kind in zip(each, kinds, strict=False) if kind in windows]
 
