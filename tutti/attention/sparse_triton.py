@@ -72,8 +72,8 @@ TILES = {
 }
 """By kernel, for half precision and heads up to 128 wide."""
 
-_WIDE = Tile(32, 32, 4, 1)
-"""The largest for fp32 and wider heads, whose tiles take more memory."""
+_WIDE, _EXACT = Tile(64, 32, 8, 1), Tile(16, 32, 8, 1)
+"""The largest for wider heads, and for fp32, whose tiles take more memory."""
 
 _AGREED = 0.95
 """The share of blocks that kernels have to select as tensor operations do."""
@@ -280,10 +280,9 @@ class _Run(NamedTuple):
     def tile(self, name: str) -> Tile:
         """The tile of a kernel, whose rows hold a query at least."""
         tile = TILES[name]
-        if self.dtype == torch.float32 or max(self.fixed.DP, self.fixed.EP) > 128:
-            tile = Tile(
-                min(tile.rows, _WIDE.rows), min(tile.keys, _WIDE.keys), min(tile.warps, _WIDE.warps), _WIDE.stages
-            )
+        most = _WIDE if max(self.fixed.DP, self.fixed.EP) > 128 else tile
+        most = _EXACT if self.dtype == torch.float32 else most
+        tile = tile._replace(rows=min(tile.rows, most.rows), keys=min(tile.keys, most.keys), stages=most.stages)
         return tile._replace(rows=max(tile.rows, self.fixed.GP), keys=tile.keys or self.block)
 
     def __call__(self, name: str, grid: tuple[int, ...], *arguments: Any, **changes: Any) -> None:
