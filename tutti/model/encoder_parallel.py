@@ -1,19 +1,19 @@
-"""The images of a batch that ranks share, each encoded by one of them.
+"""Distributed encoding of images: each image of a batch that ranks share is encoded by one of them.
 
-Ranks that divide a batch's tokens, or a model's matrices, are all given its images whole. A tower of some size would
-repeat on every one of them what costs as much as their share of the text. So each rank encodes its share of the images,
-and their features are gathered, before the outer decoder runs; it takes them as `mm_encoder_outputs`:
+Ranks that divide a batch's tokens, or a model's matrices, all get its images. On each of them a large tower would
+repeat work that costs as much as their share of the text. So each rank encodes its share of the images, and the
+features are gathered, before the outer decoder runs; it takes them as `mm_encoder_outputs`:
 
-1. Images go to ranks in order, in shares that are as even as their numbers of values allow.
-2. A rank runs the family's own `get_image_features` (or of videos) on its share. One that has none, since images are
-   fewer than ranks, runs it on one image nonetheless, for the shapes of what comes out, and gives no rows of it.
-3. Features are rows, a number of them for each image that its size decides. They are padded to equal lengths, gathered,
-   and cut into images again, as the family's method gives them.
+1. Images are assigned to ranks in order, in shares that are as even as their numbers of values allow.
+2. A rank runs the family's own `get_image_features` (or of videos) on its share. If there are fewer images than ranks,
+   a rank without a share still runs it on one image to learn the shapes of its outputs, and contributes no rows.
+3. Features are rows, and an image's size determines their number. They are padded to equal lengths, gathered, and cut
+   into images again, in the form that the family's method returns.
 
-In the backward pass the gradients that all ranks have for an image's features are summed, and go to the rank that has
-encoded it. So over all ranks a tower's gradient is what it would be if each had encoded everything.
+In the backward pass the gradients that all ranks have for an image's features are summed and sent to the rank that
+encoded it. So the sum over all ranks of a tower's gradient is what it would be if each had encoded everything.
 
-Families that take more than an image and its size for this (masks, tiles) encode all images on every rank.
+Families that need more than an image and its size for this (masks, tiles) encode all images on every rank.
 
 Shapes: N images, R rows of features, H hidden size.
 """
@@ -37,15 +37,15 @@ _KINDS = (
     ("video", "pixel_values_videos", "video_grid_thw"),
     ("drawn", "drawn_values", "drawn_grid_thw"),
 )
-"""A kind of encoded input: its name, and the names of its values and sizes among the arguments of a forward."""
+"""A kind of encoded input: its name, and the names of its values and sizes among a forward's arguments."""
 
 _LISTS = ("deepstack_features",)
-"""Outputs of an encoder beside the features: a list, of the same form each."""
+"""Additional outputs of an encoder: a list of elements in the same form."""
 
 
 class EncoderRanks(NamedTuple):
-    """The ranks that are given the same images: the groups that they make, the innermost first, their number, and this
-    rank's place among them."""
+    """The ranks that get the same images. groups: the groups that they form, the innermost first. size: their
+    number. place: this rank's index among them."""
 
     groups: tuple[str, ...]
     size: int
@@ -53,7 +53,7 @@ class EncoderRanks(NamedTuple):
 
 
 def encoder_ranks(ranks: SequenceRanks, tensor: RankGroup | None) -> EncoderRanks:
-    """The ranks that share a batch, those of a tensor group among them."""
+    """The ranks that share a batch, including those of a tensor group."""
     axes = [] if tensor is None else [(tensor.group, tensor.size, tensor.rank)]
     axes.append((ranks.ulysses_group, ranks.ulysses_size, ranks.ulysses_rank))
     axes.append((ranks.context_group, ranks.context_size, ranks.context_rank))
@@ -66,7 +66,7 @@ def encoder_ranks(ranks: SequenceRanks, tensor: RankGroup | None) -> EncoderRank
 
 
 def encode_own_share(decoder: Any, inputs: Mapping[str, Tensor], ranks: EncoderRanks) -> dict[str, Any]:
-    """`inputs` of an outer decoder's forward, with features in the place of images, where that is known to be right.
+    """`inputs` of an outer decoder's forward, with images replaced by features where this is known to be exact.
 
     A collective call of `ranks`, forward and backward.
     """
@@ -86,8 +86,8 @@ def encode_own_share(decoder: Any, inputs: Mapping[str, Tensor], ranks: EncoderR
 
 
 class _Images(NamedTuple):
-    """Images that can be taken apart. values: of all, along `dim`. lengths: of each along it. sizes: [N, 3], where the
-    family is given these."""
+    """Images that can be separated. values: of all images, along `dim`. lengths: of each image along it. sizes: [N,
+    3], if the family takes them."""
 
     values: Tensor
     dim: int
@@ -108,15 +108,15 @@ def _images(values: Tensor, sizes: Tensor | None) -> _Images | None:
     if sizes is None and values.ndim == 4:
         return _Images(values, 0, [1] * len(values), None)
     if sizes is None and values.ndim == 5 and len(values) == 1 and bool(values.flatten(2).any(-1).all()):
-        # Families that take these leave out images that are zero all over, which have no features then.
+        # These families skip images that are entirely zero, which then have no features.
         return _Images(values, 1, [1] * values.shape[1], None)
     return None
 
 
 def shares(lengths: Sequence[int], size: int) -> list[tuple[int, int]]:
-    """The first and the last + 1 of the images of these `lengths` that each of `size` ranks encodes, in order."""
+    """The first and the last + 1 of the images, of these `lengths`, that each of `size` ranks encodes, in order."""
     total = sum(lengths)
-    # An image belongs to the rank in whose even share of all values its middle lies.
+    # An image belongs to the rank whose even share of all values contains its middle.
     owners = [
         min(size - 1, (2 * end - length) * size // (2 * total))
         for end, length in zip(accumulate(lengths), lengths, strict=True)
@@ -125,7 +125,7 @@ def shares(lengths: Sequence[int], size: int) -> list[tuple[int, int]]:
 
 
 def _share(method: Any, values: str, sizes: str, images: _Images, ranks: EncoderRanks) -> Any:
-    """The output of `method` for all images, of which this rank runs it on its share."""
+    """The output of `method` for all images; this rank runs it on its share."""
     parts = shares(images.lengths, ranks.size)
     first, last = parts[ranks.place]
     own, own_sizes = images.take(first, last) if first < last else images.take(0, 1)

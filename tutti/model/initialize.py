@@ -1,17 +1,17 @@
-"""Storage for a model that lies on the meta device, and values by its class's own initialisation rules.
+"""Initialization of a model on the meta device: allocating storage, and random values by its class's own rules.
 
-Random initialisation follows the class's `_init_weights`, but is bit-equal on every layout: a module's parameters are
-made in full on the CPU from a generator seeded by the seed and their name, each rank takes its own part, and they are
-dropped before the next module's turn. The rules run on a twin of the model without storage:
+Random initialization follows the class's `_init_weights`, but is bit-equal on every layout. A module's parameters are
+created in full on the CPU, from a generator seeded with the seed and their name; each rank takes its own part, and they
+are freed before the next module. The rules run on a twin of the model without storage:
 
-1. Each module's rule is run on tensors without storage. Their version counters tell which ones it writes; modules that
-   write the same tensor (a projection, and the attention around it that rescales it) are one unit.
+1. Each module's rule is run on tensors without storage. Their version counters show which ones it writes; modules that
+   write the same tensor (a projection, and the attention around it that rescales it) form one unit.
 2. A unit's tensors get storage, its rules run in order, innermost first, and the values are cut and copied.
 
-What no rule sets, but a constructor computes from numbers (the factors of Apertus's activation), keeps that value.
+Values that no rule sets, but a constructor computes from numbers (the factors of Apertus's activation), are kept.
 
-The same way recomputes the buffers that checkpoints do not hold (rotary frequencies, embedding scales), and gives a
-classifier its new head.
+The same method recomputes buffers that checkpoints do not contain (rotary frequencies, embedding scales), and
+initializes a classifier's new head.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ from tutti.model.structure import ADAPTER_MARK, model_class
 
 
 def init_weights(model: PreTrainedModel, seed: int, device: torch.device) -> None:
-    """Fill `model` at random by its class's own rules, bit-equal whatever the layout and the number of ranks."""
+    """Initialize `model` at random by its class's own rules, bit-equal on every layout and number of ranks."""
     materialize(model, device)
     persistent = set(model.state_dict()) - set(model.all_tied_weights_keys)
     fill_by_rules(model, {name for name in persistent if ADAPTER_MARK not in name}, seed)
 
 
 def materialize(model: PreTrainedModel, device: torch.device) -> None:
-    """Give everything that is on meta storage on `device`: parameters and saved buffers hold nothing in particular,
-    buffers that checkpoints do not hold are recomputed."""
+    """Allocate everything that is on meta on `device`: parameters and saved buffers are uninitialized, buffers that
+    checkpoints do not contain are recomputed."""
     there = {name for name, buffer in model.named_buffers() if not buffer.is_meta}
     give_storage(model, device)
     rebuild_buffers(model, there)
 
 
 def give_storage(model: nn.Module, device: torch.device, *, only_trained: bool = False) -> None:
-    """Give parameters and buffers that are on meta storage on `device`, with nothing in particular in it. Tied
-    parameters stay one. only_trained: leave what is frozen, and buffers, on meta."""
+    """Allocate parameters and buffers that are on meta on `device`, uninitialized. Tied parameters stay tied.
+    only_trained: leave frozen parameters, and buffers, on meta."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
@@ -73,23 +73,23 @@ def give_storage(model: nn.Module, device: torch.device, *, only_trained: bool =
 
 
 def rebuild_buffers(model: PreTrainedModel, there: Set[str] = frozenset()) -> None:
-    """Recompute the buffers that no checkpoint holds (rotary frequencies, embedding scales, position tables), but for
-    those that are `there`."""
+    """Recompute the buffers that no checkpoint contains (rotary frequencies, embedding scales, position tables),
+    except those in `there`."""
     names = {name for name, _ in model.named_buffers()} - set(model.state_dict()) - there
     fill_by_rules(model, names, seed=0)
 
 
 def _with_storage(tensor: Tensor, device: torch.device) -> Tensor:
-    # of a DTensor too, whose `from_local` would move its part to the device of the mesh
+    # also for a DTensor, whose
     filled = torch.empty_like(tensor, device=device)
     return nn.Parameter(filled, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else filled
 
 
 def own_block(target: Tensor) -> tuple[slice, ...] | None:
-    """The slices of `target`'s full shape that this rank holds; None if it holds more than one block.
+    """The slices of `target`'s full shape that this rank holds; None if they are not a single block.
 
-    FSDP splits what other axes have split before, which a strided placement on its own, leftmost axis stands for: the
-    part is a block if the strides are exactly those splits.
+    FSDP splits what other axes have already split, and describes this with a strided placement on its own, leftmost
+    axis: the part is a block if the strides are exactly those splits.
     """
     if not isinstance(target, DTensor):
         return tuple(slice(0, size) for size in target.shape)
@@ -104,7 +104,7 @@ def own_block(target: Tensor) -> tuple[slice, ...] | None:
 
 
 def own_part(tensor: Any, target: Tensor) -> Tensor:
-    """The part of a full `tensor` (or of a lazy slice of a file) that belongs in this rank's part of `target`."""
+    """This rank's part of `target`, from a full `tensor` (or a lazy slice of a file)."""
     block = own_block(target)
     if block is None:
         assert isinstance(target, DTensor)
@@ -115,7 +115,7 @@ def own_part(tensor: Any, target: Tensor) -> Tensor:
 
 
 def fill_by_rules(model: PreTrainedModel, names: set[str], seed: int) -> None:
-    """Set these parameters and buffers of `model` as its class's initialisation rules say, each from its own seed."""
+    """Initialize these parameters and buffers of `model` by its class's rules, each from its own seed."""
     if not names:
         return
     twin = _twin(model)
@@ -134,7 +134,7 @@ def fill_by_rules(model: PreTrainedModel, names: set[str], seed: int) -> None:
 
 
 def _twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the model without storage, undivided and untied."""
+    """A copy of the model without storage, not divided and not tied."""
     with torch.device("meta"), no_tie_weights():
         twin: PreTrainedModel = model_class(model)._from_config(copy.deepcopy(model.config), dtype=torch.float32)
     add_sparse_attention(twin)
@@ -142,7 +142,7 @@ def _twin(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class _NumbersKept(TorchFunctionMode):
-    """Makes every tensor without storage, but for those that are made of given numbers, and what comes of these."""
+    """Makes every tensor without storage, except those made of given numbers, and what is computed from them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -152,7 +152,8 @@ class _NumbersKept(TorchFunctionMode):
 
 
 def _constants(model: PreTrainedModel, names: set[str]) -> dict[str, Tensor]:
-    """The values of those of `names` that the class's constructor computes from numbers, and no rule sets later."""
+    """The values of those of `names` that the class's constructor computes from numbers and that no rule sets later.
+    """
     if not names:
         return {}
     with _NumbersKept(), no_tie_weights():
@@ -166,7 +167,7 @@ Rule = Callable[[nn.Module], None]
 
 @dataclass
 class _Unit:
-    """Modules whose rules write the same tensors, innermost first, and those of the tensors that are asked for."""
+    """Modules whose rules write the same tensors, innermost first, and the requested tensors among them."""
 
     steps: list[tuple[Rule, nn.Module]]
     names: dict[str, tuple[nn.Module, str]]
@@ -192,12 +193,12 @@ class _Unit:
 
 
 def _store(module: nn.Module, leaf: str) -> dict[str, Any]:
-    """The dictionary of the module that holds this parameter or buffer."""
+    """The module's dictionary that contains this parameter or buffer."""
     return module._parameters if leaf in module._parameters else module._buffers
 
 
 def _blank(dtype: torch.dtype) -> float | int | bool:
-    """A value that no rule gives."""
+    """A value that no rule produces."""
     if dtype == torch.bool:
         return False
     return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
@@ -211,7 +212,8 @@ def _is_blank(tensor: Tensor) -> bool:
 
 
 def _units(twin: PreTrainedModel, names: set[str]) -> list[_Unit]:
-    """Group the twin's modules by what their rules write, seen from running each on tensors without storage."""
+    """Group the twin's modules by which tensors their rules write, found by running each on tensors without storage.
+    """
     unit_of: dict[str, _Unit] = {}
     rules = dict(_rules(twin))
     for path, module in reversed(list(twin.named_modules())):
@@ -242,8 +244,8 @@ def _below(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _rules(model: PreTrainedModel) -> Iterator[tuple[str, Rule]]:
-    """Each module's path and the rule that holds for it: the one of the innermost pretrained model around it, or of
-    what has been added to its layers."""
+    """Each module's path and its rule: that of the innermost pretrained model around it, or of something added to
+    its layers."""
     found: dict[str, Rule] = {}
     for path, module in model.named_modules():
         found[path] = (

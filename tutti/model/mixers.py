@@ -1,21 +1,21 @@
-"""Layers that carry something along the tokens otherwise than by attention, in a packed row of samples.
+"""Layers other than attention that carry information along the tokens, in a packed row of samples.
 
-Hybrid models have such layers beside attention, or in its place: gated delta nets (Qwen3-Next, Qwen3.5, OLMo-hybrid),
-Mamba (Granite 4, Bamba, Nemotron-H, Jamba), linear attention (MiniMax), short convolutions (LFM2). Which modules of a
-model they are is read off its classes: those that keep a convolution's or a recurrence's state in transformers' cache,
-or hold a convolution over tokens. Attention is among them where it is written for one sample: where an indexer chooses
-the keys that a query sees (DeepSeek-V3.2, GLM-5), which it would do from all of the row, or where it counts positions
-by itself (Llama 4). It runs as transformers wrote it, by a mask that is causal, or of windows or chunks.
+Hybrid models have such layers in addition to attention, or instead: gated delta nets (Qwen3-Next, Qwen3.5,
+OLMo-hybrid), Mamba (Granite 4, Bamba, Nemotron-H, Jamba), linear attention (MiniMax), short convolutions (LFM2). They
+are found by inspecting classes: modules that keep a convolution's or recurrence's state in transformers' cache, or
+contain a convolution over tokens. Attention is among them if it is written for a single sample: if an indexer selects
+the keys of a query (DeepSeek-V3.2, GLM-5), which it would do from the whole row, or if it computes positions itself
+(Llama 4). It runs transformers' own code, with a causal, windowed or chunked mask.
 
-Here a *mixer* is the outermost such module in a block. It knows nothing of packed samples, so it is given them as a
-batch of its own: `separate_mixers` wraps its forward, cuts the row at the samples' borders, and runs samples of about
-one length together, padded behind their ends. Nothing is lost by that: a mixer is causal, so that padding behind a
-sample does not reach it. The projections around the recurrence are a part of the mixer, and see the padding too, which
-is why lengths that differ by more than a fifth run apart.
+Here a *mixer* is the outermost such module in a block. It does not support packed samples, so it gets them as a batch:
+`separate_mixers` wraps its forward, cuts the row at the samples' borders, and runs samples of similar length together,
+padded at the end. This is exact: a mixer is causal, so padding after a sample does not affect it. The projections
+around the recurrence are part of the mixer and process the padding too, which is why lengths that differ by more than a
+fifth run separately.
 
-Borders reach a mixer through its block, as a keyword argument of the block's forward: so they are those of the micro
-batch also when the block runs again in the backward pass. Without borders (in transformers' `generate`) mixers run as
-they are.
+The borders reach a mixer through a keyword argument of its block's forward, so that they are those of the right micro
+batch when the block runs again in the backward pass. Without borders (in transformers' `generate`) mixers run
+unchanged.
 
 Shapes: T tokens of a packed row, of samples in groups of n, padded to L tokens.
 """
@@ -46,17 +46,17 @@ from tutti.core.structure import ModelStructure
 log = logging.getLogger(__name__)
 
 _STATES = {"get_conv_state", "update_conv_state", "get_recurrent_state", "update_recurrent_state", "get_linear_cache"}
-"""The methods of transformers' caches by which a layer keeps more than keys and values."""
+"""Methods of transformers' caches with which a layer keeps more than keys and values."""
 
 _INDEXER = "indexer"
-"""The name by which attention has the module that chooses its keys."""
+"""The attribute of attention for the module that selects its keys."""
 
 _BORDERS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "borders", "whole", "cache"}
-"""The arguments about a packed row, which are not those of a mixer's batch."""
+"""Arguments about a packed row that do not apply to a mixer's batch."""
 
 
 def mixers(blocks: Iterable[nn.Module]) -> list[nn.Module]:
-    """The modules of `blocks` that carry a state along the tokens; the outermost, each once."""
+    """The modules of `blocks` that carry a state along the tokens; the outermost ones, each once."""
     found: dict[nn.Module, None] = {}
     for block in blocks:
         for child in block.children():
@@ -77,8 +77,8 @@ def _carries(module: nn.Module) -> bool:
 
 
 def attends_alone(module: Any) -> bool:
-    """True for attention that counts positions by itself, or to keys that an indexer has chosen: the layer's own, or
-    that of a layer before it."""
+    """True for attention that computes positions itself, or attends to keys selected by an indexer, its own or an
+    earlier layer's."""
     kind: Any = type(module)
     if "Attention" not in kind.__name__:
         return False
@@ -89,19 +89,19 @@ def attends_alone(module: Any) -> bool:
 
 
 def _borrows(module: nn.Module) -> bool:
-    """True for attention that has no indexer, and takes the keys that a layer before it has chosen."""
+    """True for attention without an indexer that uses the keys selected by an earlier layer."""
     handed = any("indices" in name for name in inspect.signature(module.forward).parameters)
     return handed and getattr(module, _INDEXER, None) is None
 
 
 def indexers(blocks: Iterable[nn.Module]) -> list[nn.Module]:
-    """The modules of `blocks` that choose keys, through which no gradient flows."""
+    """The modules of `blocks` that select keys, through which no gradient flows."""
     found = (getattr(mixer, _INDEXER, None) for mixer in mixers(blocks))
     return [item for item in found if item is not None]
 
 
 def _codes(cls: Any) -> list[CodeType]:
-    """The code of the methods of a class of transformers' models."""
+    """The code objects of the methods of a model class."""
     functions = [
         inspect.unwrap(item)
         for kind in cls.__mro__
@@ -114,7 +114,8 @@ def _codes(cls: Any) -> list[CodeType]:
 
 @lru_cache(maxsize=1024)
 def weights_read(cls: Any) -> frozenset[str]:
-    """The names of the parts of a module whose weight the methods of its class compute with, rather than call them."""
+    """The names of submodules whose weight is used directly by the methods of a class, rather than by calling the
+    submodule."""
     found = set()
     for code in _codes(cls):
         steps = [(step.opname, step.argval) for step in dis.get_instructions(code)]
@@ -127,21 +128,21 @@ def weights_read(cls: Any) -> frozenset[str]:
 
 @lru_cache(maxsize=1024)
 def names_read(cls: Any) -> frozenset[str]:
-    """The names of the attributes and globals that the methods of a class of transformers' models look up, and of the
-    arguments that they pass by name."""
+    """The names of attributes and globals that the methods of a model class look up, and of keyword arguments that
+    they pass."""
     return names_passed(cls) | {name for code in _codes(cls) for name in code.co_names}
 
 
 @lru_cache(maxsize=1024)
 def names_passed(cls: Any) -> frozenset[str]:
-    """The names of the arguments that the methods of a class of transformers' models pass by name."""
+    """The names of keyword arguments that the methods of a model class pass."""
     passed = [item for code in _codes(cls) for item in code.co_consts if isinstance(item, tuple)]
     return frozenset(item for names in passed for item in names if isinstance(item, str))
 
 
 def check_mixers(structure: ModelStructure, layout: Layout) -> None:
-    """ConfigError for axes that divide a sample's tokens among ranks, which its recurrences run through; or layers,
-    where some take the keys that others have chosen."""
+    """Raise ConfigError for axes that divide a sample's tokens, which recurrences run through; or layers, if some
+    reuse the keys that others have selected."""
     if not structure.mixers:
         return
     alone = all(map(attends_alone, structure.mixers))
@@ -162,7 +163,7 @@ def check_mixers(structure: ModelStructure, layout: Layout) -> None:
 
 
 def separate_mixers(structure: ModelStructure) -> None:
-    """Make the mixers of a model treat each sample of a packed row by itself, in place."""
+    """Make the mixers of a model treat each sample of a packed row separately, in place."""
     if not structure.mixers:
         return
     row = _Row()
@@ -180,10 +181,10 @@ def separate_mixers(structure: ModelStructure) -> None:
 
 
 def recurrence_flops(found: Iterable[nn.Module], width: int) -> float:
-    """The operations for a token, forward and backward, of mixers' products that no parameter takes part in.
+    """The operations per token, forward and backward, of mixers' products without parameters.
 
-    width: of the hidden states. They are counted on the meta device, as they are computed in chunks without other
-    packages' kernels. Recurrences that are computed element by element (Mamba's first kind) are no products.
+    width: of the hidden states. They are counted on the meta device, in the chunked form that runs without other
+    packages' kernels. Elementwise recurrences (Mamba 1) contain no products.
     """
     counts: dict[Any, float] = {}
     total = 0.0
@@ -207,8 +208,9 @@ def _count_products(mixer: nn.Module, width: int) -> float:
 
 
 def uncalled(mixer: nn.Module, width: int) -> list[nn.Module]:
-    """The linear layers of a mixer whose weights it reads without calling them (Mamba's dt_proj), so that nothing that
-    is put around them takes part; none where its forward does not run on the meta device. width: of hidden states."""
+    """The linear layers of a mixer whose weights it uses without calling them (Mamba's dt_proj), so that wrappers
+    around them would have no effect; empty if its forward does not run on the meta device. width: of hidden states.
+    """
     twin = _on_meta(mixer)
     linears = {part: name for name, part in twin.named_modules() if isinstance(part, nn.Linear)}
     seen: set[nn.Module] = set()
@@ -240,11 +242,11 @@ def _run(mixer: nn.Module, width: int) -> None:
 
 
 _COUNTED = 256
-"""The tokens that a mixer's products are counted for: a multiple of the chunks that recurrences are computed in."""
+"""Number of tokens for which a mixer's products are counted: a multiple of the chunks of recurrences."""
 
 
 class _Row:
-    """The borders of the row that is being run: as the language model was given them, and those of the block now."""
+    """The borders of the current row: those that the language model got, and those that the current block got."""
 
     def __init__(self) -> None:
         self.given: Tensor | None = None
@@ -253,7 +255,7 @@ class _Row:
         self._lengths: tuple[int, ...] = ()
 
     def lengths(self) -> tuple[int, ...]:
-        """The samples' lengths, which the host waits for once a row rather than once a mixer."""
+        """The samples' lengths, for which the host waits once per row rather than once per mixer."""
         if self.borders is not None and self.borders is not self._measured:
             self._measured, self._lengths = self.borders, tuple(self.borders.diff().tolist())
         return self._lengths
@@ -263,7 +265,7 @@ class _Row:
         self.given = kwargs.get("borders")
 
     def tell(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A forward hook of a block. Not every model hands on to its blocks what it does not know."""
+        """A forward hook of a block, since not every model passes unknown arguments to its blocks."""
         return args, {"borders": self.given, **kwargs}
 
 
@@ -302,7 +304,7 @@ def _by_group(forward: Forward, mixer: Any, row: _Row) -> Forward:
 
 
 def _attend_by_own_code(mixer: nn.Module, language: Any) -> None:
-    """Make attention run as in its class, by torch's attention if the language model knows it."""
+    """Make attention run as in its class, with torch's attention if the language model supports it."""
     for part in mixer.modules():
         if isinstance(config := getattr(part, "config", None), PreTrainedConfig):
             own: Any = copy.copy(config)
@@ -312,7 +314,7 @@ def _attend_by_own_code(mixer: nn.Module, language: Any) -> None:
 
 
 def _masked(forward: Forward, mixer: Any) -> Forward:
-    """The forward of attention that is written for one sample, given the mask of a batch of these as it takes one."""
+    """The forward of attention that is written for a single sample, with the mask of a batch of samples."""
 
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -324,8 +326,7 @@ def _masked(forward: Forward, mixer: Any) -> Forward:
 
 
 def _mask_of(mixer: Any, hidden: Tensor) -> Tensor:
-    """The mask of samples [n, L, H] from their begin: bool [n, 1, L, L], or with eager attention what scores are added
-    to."""
+    """The causal mask of samples [n, L, H]: bool [n, 1, L, L], or for eager attention the values added to scores."""
     (count, length, _), config = hidden.shape, mixer.config
     places = torch.arange(length, device=hidden.device)
     ago = places[:, None] - places
@@ -346,7 +347,7 @@ def _mask_of(mixer: Any, hidden: Tensor) -> Tensor:
 
 @contextmanager
 def _chunks_of(mixer: Any, length: int) -> Iterator[None]:
-    """Make a mixer compute short samples in short chunks: it pads to whole ones, of 256 tokens in Mamba 2."""
+    """Make a mixer process short samples in short chunks: Mamba 2 pads to whole chunks of 256 tokens."""
     own = vars(mixer).get("chunk_size")
     if isinstance(own, int):
         mixer.chunk_size = min(own, max(16, 1 << (length - 1).bit_length()))
@@ -362,10 +363,10 @@ def _lies_along(leaf: Any, rows: int, length: int) -> bool:
 
 
 class _Groups(NamedTuple):
-    """The samples of a row in groups of about one length.
+    """The samples of a row in groups of similar length.
 
-    shapes: (n, L) of each group. places: int64, the place in the row of each token of all groups, that of padding being
-    T. back: int64 [T], the place among these of each token of the row.
+    shapes: (n, L) of each group. places: int64, the position in the row of each token of all groups, T for padding.
+    back: int64 [T], the index among these of each token of the row.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -373,18 +374,18 @@ class _Groups(NamedTuple):
     back: Tensor
 
     def cut(self, row: Tensor) -> list[Tensor]:
-        """A tensor along the tokens [1, T, ..] as [n, L, ..] of each group; zero where there is padding."""
+        """Cut a tensor along the tokens [1, T, ..] into [n, L, ..] for each group; padding is zero."""
         padded = torch.cat([row[0], row.new_zeros(1, *row.shape[2:])])
         parts = padded.index_select(0, self.places).split([count * length for count, length in self.shapes])
         return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def join(self, column: Sequence[Any]) -> Any:
-        """The groups' outputs [n, L, ..] put together as the row's [1, T, ..]; None for anything else."""
+        """Join the groups' outputs [n, L, ..] to the row's [1, T, ..]; None for anything else."""
         if not all(_lies_along(part, *shape) for part, shape in zip(column, self.shapes, strict=True)):
             return None
         parts = [part.flatten(0, 1) for part in column]
         widest = max(part.shape[-1] for part in parts)
-        if any(part.shape[-1] < widest for part in parts):  # short samples have fewer keys to choose
+        if any(part.shape[-1] < widest for part in parts):  # short samples have fewer keys to select
             parts = [torch.cat([part, part[:, :1].expand(-1, widest - part.shape[-1])], -1) for part in parts]
         return torch.cat(parts).index_select(0, self.back)[None]
 
@@ -412,4 +413,4 @@ def _group(lengths: tuple[int, ...], device: torch.device) -> _Groups:
 
 
 _FREE = 32
-"""Tokens of padding that cost less than a run of their own: recurrences are computed in chunks of 64 or more."""
+"""Tokens of padding that cost less than a separate run: recurrences are computed in chunks of 64 or more."""

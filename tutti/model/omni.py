@@ -1,20 +1,20 @@
-"""Composed models: any Hugging Face causal language model with Hugging Face towers beside it, as one model.
+"""Composed models: any Hugging Face causal language model combined with Hugging Face towers, as one model.
 
-A ready-made vision-language model is an outer decoder around a language model and towers (`tutti.model.multimodal`). A
-composed model is one more of that build, made of parts that know nothing of each other:
+A ready-made multimodal model is an outer decoder around a language model and towers (`tutti.model.multimodal`). A
+composed model has the same form, made of parts that are independent of each other:
 
-- `foundation`: the whole causal language model, head and all, so that it loads and is exported as itself.
-- `encoders`: for images, and for sounds, a tower, whose features are pooled and projected to the foundation's width.
-  Videos are encoded frame by frame by the images' one.
-- `outer`: the outer decoder over the same modules. It is a view and holds nothing: state dicts, names of parameters and
-  checkpoints know the two above.
+- `foundation`: the complete causal language model including its head, so that it loads and is exported as itself.
+- `encoders`: for images and for sounds, a tower whose features are pooled and projected to the foundation's width.
+  Videos are encoded frame by frame with the image encoder.
+- `outer`: the outer decoder over the same modules. It is a view without parameters: state dicts, parameter names and
+  checkpoints only know the two above.
 
-Features come in the place of placeholder tokens, which are never looked up in the table of embeddings and never
-predicted; so a token that the tokenizer lacked needs no row there.
+Features replace placeholder tokens, which are never looked up in the embedding and never predicted. So a placeholder
+that was added to the tokenizer needs no row there.
 
-What a tower's features are is read off the tower: patches without the class tokens before them, or the cells of a
-feature map, or (towers that take `grid_thw`) what its own merger makes of patches; of sounds the hidden states of the
-part of the window that a sound fills.
+The features are determined by inspecting the tower: patches without the preceding class tokens, or the cells of a
+feature map, or (for towers with `grid_thw`) the output of its own patch merger; for sounds the hidden states of the
+part of the window that the sound fills.
 
 Shapes: N images, n features of one, D their width, H the foundation's hidden size.
 """
@@ -58,8 +58,8 @@ _DECODER_PATH = "model.decoders.image.model_path"
 
 
 def tower_class(config: PreTrainedConfig) -> type[Any]:
-    """The class of the tower that a config describes, of an encoder and a decoder the encoder's; ValueError:
-    transformers has none for it."""
+    """The class of the tower that a config describes; of an encoder-decoder, the encoder's. ValueError: transformers
+    has none for it."""
     known = model_mapping(AutoModel)
     if type(config) in known and not config.is_encoder_decoder:
         found: type[Any] = known[type(config)]
@@ -78,8 +78,8 @@ def tower_class(config: PreTrainedConfig) -> type[Any]:
 
 
 class ProjectedTower(nn.Module):
-    """A tower, and what brings its features to the width of a language model. settings: of `omni_config.SETTINGS`, and
-    `width`, the features' own."""
+    """A tower with pooling and projection to the width of a language model. settings: those in
+    `omni_config.SETTINGS`, and `width`, the width of the features."""
 
     def __init__(self, config: PreTrainedConfig, settings: dict[str, Any], hidden_size: int) -> None:
         super().__init__()
@@ -92,8 +92,8 @@ class ProjectedTower(nn.Module):
             self.projector = nn.Sequential(*layers)
 
     def forward(self, values: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """Features [N, n, H] of images. The rows of all of them [R, H] of images of any size as patches, with `sizes`
-        [N, 3], and of sounds, with `sizes` [N]: how many features each has."""
+        """Projected features: [N, n, H] of images; or the rows [R, H] of all images as patches, with `sizes` [N, 3],
+        or of sounds, with `sizes` [N], their numbers of features."""
         if hears(self.tower):
             states = sounds(self.tower, values, self.layer, self.pool)
             held = torch.arange(states.shape[1], device=states.device) < sizes[:, None]  # type: ignore[index]
@@ -101,7 +101,7 @@ class ProjectedTower(nn.Module):
         return self.projector(self.features(values, sizes))
 
     def features(self, values: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """The features of images before they are projected."""
+        """The features before the projection."""
         return features(self.tower, values, sizes, self.layer, self.pool)
 
 
@@ -111,12 +111,12 @@ def hears(tower: nn.Module) -> bool:
 
 
 def num_pooled(tower: nn.Module, pool: int) -> int:
-    """The number of features that become one: in a row of sound, or in a square of an image."""
+    """The number of features that are pooled to one: in a row of sound, or in a square of an image."""
     return pool if hears(tower) else pool**2
 
 
 def sounds(tower: nn.Module, mel: Tensor, layer: int, pool: int) -> Tensor:
-    """The features [N, n, D] of a window of mel frames [N, bins, frames]; `pool` of them in a row become one of width
+    """The features [N, n, D] of a window of mel frames [N, bins, frames]; `pool` successive ones become one of width
     pool D."""
     mel = mel.to(next(tower.parameters()).dtype)
     if layer == -1:
@@ -127,13 +127,14 @@ def sounds(tower: nn.Module, mel: Tensor, layer: int, pool: int) -> Tensor:
 
 
 def takes_grid(tower: nn.Module) -> bool:
-    """True if the tower takes images as patches [P, values] and their numbers of these in time, height and width."""
+    """True if the tower takes images as patches [P, values] together with their numbers of patches in time, height
+    and width."""
     return "grid_thw" in inspect.signature(tower.forward).parameters
 
 
 def features(tower: nn.Module, pixel_values: Tensor, grid: Tensor | None, layer: int, pool: int) -> Tensor:
-    """The features [N, n, D] of images [N, C, height, width], or [R, D] of patches; `pool` x `pool` of them side by
-    side become one of width pool^2 D. layer: whose hidden states, -1 the tower's output."""
+    """The features [N, n, D] of images [N, C, height, width], or [R, D] of patches; `pool` x `pool` neighbors become
+    one of width pool^2 D. layer: the layer whose hidden states are used, -1 for the tower's output."""
     pixel_values = pixel_values.to(next(tower.parameters()).dtype)
     if grid is not None:
         return tower(pixel_values, grid_thw=grid).pooler_output
@@ -147,7 +148,7 @@ def features(tower: nn.Module, pixel_values: Tensor, grid: Tensor | None, layer:
         size: Any = tower.config.patch_size  # type: ignore[union-attr]
         patch = (size, size) if isinstance(size, int) else tuple(size)
         rows, columns = (side // one for side, one in zip(pixel_values.shape[-2:], patch, strict=True))
-        # What comes before the patches stands for the image as a whole, or for nothing (registers).
+        # Tokens before the patches are class tokens or registers.
         cells = states[:, states.shape[1] - rows * columns :].unflatten(1, (rows, columns))
     if pool > 1:
         height, width = (side // pool * pool for side in cells.shape[1:3])
@@ -157,7 +158,7 @@ def features(tower: nn.Module, pixel_values: Tensor, grid: Tensor | None, layer:
 
 
 class CodeDecoder(ExtraTokens):
-    """The embeddings and the head for codes of pictures, of a model that draws.
+    """The embeddings and the head for image codes, in a model that draws.
 
     Code c is the token `first` + c, beyond the vocabulary; the hidden state before it predicts it.
     """
@@ -192,12 +193,12 @@ class OuterDecoder(nn.Module):
         self.feature_head = feature_head
 
     def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, **kwargs: Any) -> Any:
-        """The images' features as `pooler_output`, [N, n, H], or [R, H] of images as patches."""
+        """Image features as `pooler_output`, [N, n, H], or [R, H] for images as patches."""
         encoder: Any = self.image
         return BaseModelOutputWithPooling(pooler_output=encoder(pixel_values, image_grid_thw))
 
     def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> Any:
-        """The features of the frames of all videos, as images'."""
+        """The features of the frames of all videos, in the form of images'."""
         return self.get_image_features(pixel_values_videos)
 
     def get_audio_features(self, input_features: Tensor, audio_tokens: Tensor, **kwargs: Any) -> Any:
@@ -206,12 +207,13 @@ class OuterDecoder(nn.Module):
         return BaseModelOutputWithPooling(pooler_output=encoder(input_features, audio_tokens))
 
     def get_drawn_features(self, drawn_values: Tensor, drawn_grid_thw: Tensor | None = None, **kwargs: Any) -> Any:
-        """The normalised features of pictures that are drawn, [N, n, D] or [R, D], before they are projected."""
+        """The normalized features, before projection, of images that the model learns to generate, [N, n, D] or [R,
+        D]."""
         encoder: Any = self.image
         return BaseModelOutputWithPooling(pooler_output=normalised(encoder.features(drawn_values, drawn_grid_thw)))
 
     def encode(self, values: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The features of media, by kind, of their values by the names that `_MEDIA` has."""
+        """The features of media by kind, from their values by the names in `_MEDIA`."""
         made = {}
         for kind, (name, *sizes) in _MEDIA.items():
             if name in values:
@@ -220,13 +222,13 @@ class OuterDecoder(nn.Module):
         return made
 
     def embed(self, input_ids: Tensor, made: Mapping[str, Any]) -> Tensor:
-        """The embeddings [B, T, H] of tokens, with features, `made` by kind, in the place of the media's placeholders.
-        ValueError: there are other features than placeholders."""
+        """The embeddings [B, T, H] of tokens, with the placeholders of media replaced by features (`made`, by kind).
+        ValueError: the numbers of features and placeholders differ."""
         places = {kind: input_ids.eq(token) for kind, token in (self.config.placeholders or {}).items()}
         table: Any = self.language_model.get_input_embeddings()
         ids = input_ids
         for where in places.values():
-            # Whatever is looked up for a placeholder is overwritten, and its number may be beyond the table.
+            # The looked-up value of a placeholder is overwritten, and its id may be beyond the table.
             ids = ids.masked_fill(where, 0)
         if self.codes is None:
             embedded = table(ids)
@@ -249,9 +251,11 @@ class OuterDecoder(nn.Module):
         mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The language model's output; `drawn_features` [R, D] of it are those of pictures that are drawn.
+        """The language model's output; its attribute `drawn_features` [R, D] has the features of images that the model
+        learns to generate.
 
-        mm_encoder_outputs: features, by kind, made before. kwargs: media's values, and what the language model takes.
+        mm_encoder_outputs: features by kind, computed before. kwargs: media's values, and arguments of the language
+        model.
         """
         made = {**(mm_encoder_outputs or {}), **self.encode(_values_in(kwargs))}
         found = self.language_model(inputs_embeds=self.embed(input_ids, made), **kwargs)
@@ -266,18 +270,18 @@ _MEDIA = {
     "audio": ("input_features", "audio_tokens"),
     "drawn": ("drawn_values", "drawn_grid_thw"),
 }
-"""By kind of media the names of its values, and of what is said of their sizes."""
+"""By kind of media, the names of its values and of their sizes."""
 
 
 def _values_in(kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """Take the values of media out of a forward's arguments."""
+    """Remove the values of media from a forward's arguments, and return them."""
     values = {name: kwargs.pop(name, None) for names in _MEDIA.values() for name in names}
     return {name: value for name, value in values.items() if value is not None}
 
 
 class Part(NamedTuple):
-    """A part of a composed model that has files of its own. name: of its module within the model. folder: where it lies
-    in an export, relative to the root."""
+    """A part of a composed model with files of its own. name: of its module within the model. folder: its place in
+    an export, relative to the root."""
 
     name: str
     module: Any
@@ -285,10 +289,12 @@ class Part(NamedTuple):
 
 
 class OmniModel(PreTrainedModel, GenerationMixin):
-    """A causal language model that takes images by encoders beside it, or draws. weights: by kind of encoder, the
-    folder that its weights are read from, None where they start random. drawing_folder: that of the tokenizer of
-    pictures that it draws by, None if it draws by none; drawing_size: the side of these, where that has none of its
-    own. flow: the diffusion decoder that it draws by, if it does."""
+    """A causal language model that takes media through additional encoders, or draws.
+
+    weights: by kind of encoder, the folder of its weights, None for random ones. drawing_folder: the folder of the
+    image tokenizer with which it draws, None if it has none. drawing_size: the side of drawn images, if the tokenizer
+    does not fix it. flow: the diffusion decoder with which it draws, if any.
+    """
 
     config_class = OmniConfig
     base_model_prefix = "outer"
@@ -318,7 +324,7 @@ class OmniModel(PreTrainedModel, GenerationMixin):
             encoder: Any = self.encoders["image"]
             width = config.encoders["image"]["width"] * num_pooled(encoder.tower, encoder.pool)  # type: ignore[index]
             self.decoders["features"] = FeatureHead(config.first_code, text.hidden_size, width)
-        # Not registered as a module: its modules are those above, under names of their own.
+        # Not registered as a module: its modules are the ones above, under other names.
         language = self.foundation.get_decoder()
         outer = OuterDecoder(config, language, self.encoders, self.code_decoder, self.feature_head)
         self.__dict__["outer"] = outer
@@ -335,17 +341,17 @@ class OmniModel(PreTrainedModel, GenerationMixin):
 
     @property
     def code_decoder(self) -> Any:
-        """The model's part for codes of pictures, or for queries; None if it draws none."""
+        """The module for image codes, or for queries; None if the model does not draw."""
         return getattr(self.decoders, "image", None)
 
     @property
     def flow_decoder(self) -> Any:
-        """The model's part for drawing by diffusion; None if it does not."""
+        """The diffusion decoder; None if there is none."""
         return self.code_decoder if self.config.denoiser else None
 
     @property
     def feature_head(self) -> Any:
-        """The head that predicts the features of pictures; None if there is none."""
+        """The head that predicts image features; None if there is none."""
         return getattr(self.decoders, "features", None)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -355,7 +361,7 @@ class OmniModel(PreTrainedModel, GenerationMixin):
         return self.foundation.get_output_embeddings()
 
     def parts(self) -> list[Part]:
-        """The parts that are Hugging Face models of their own, the foundation first."""
+        """The parts that are Hugging Face models themselves, the foundation first."""
         towers = [Part(f"encoders.{kind}.tower", one.tower, f"encoders/{kind}") for kind, one in self.encoders.items()]
         return [Part("foundation", self.foundation, ""), *towers]
 
@@ -367,8 +373,8 @@ class OmniModel(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        """The foundation's output, logits and all; of a model that draws those of codes come behind them, at the places
-        of their tokens. kwargs: media's values, and what else the foundation takes."""
+        """The foundation's output with logits; in a model that draws, the logits of codes follow those of the
+        vocabulary. kwargs: media's values, and other arguments of the foundation."""
         given = _values_in(kwargs)
         codes = self.code_decoder
         if (given or codes is not None) and input_ids is not None:
@@ -380,8 +386,8 @@ class OmniModel(PreTrainedModel, GenerationMixin):
 
 
 def with_code_logits(run: Callable[[], Any], head: nn.Module, codes: ExtraTokens) -> Any:
-    """The output of `run`, the forward pass of a model whose output embedding is `head`, with the logits of codes
-    behind those of the vocabulary, at the places of their ids."""
+    """The output of `run`, a forward pass of a model with output embedding `head`, with the logits of codes after
+    those of the vocabulary, at the positions of their ids."""
     hidden: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
     try:
@@ -394,9 +400,10 @@ def with_code_logits(run: Callable[[], Any], head: nn.Module, codes: ExtraTokens
 
 
 def compose(model: ModelConfig, text: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the foundation `text` with the encoders that `model` describes; `text` itself if there are none.
+    """The config of the foundation `text` combined with the encoders that `model` describes; `text` itself if there are
+    none.
 
-    ValueError: parts that cannot be used, or do not fit together.
+    ValueError: a part cannot be used, or the parts do not fit together.
     """
     specs, folder, features = encoder_specs(model), decoder_folder(model), regresses(model)
     if features and "image" not in specs:
@@ -432,7 +439,7 @@ def compose(model: ModelConfig, text: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _settings(kind: str, spec: dict[str, Any], config: Any, text: PreTrainedConfig) -> dict[str, Any]:
-    """The settings that an encoder is built by, from its entry in model.encoders."""
+    """The settings of an encoder, from its entry in model.encoders."""
     settings: dict[str, Any] = {name: spec.get(name, default) for name, default in SETTINGS.items()}
     argument = f"model.encoders.{kind}"
     try:
@@ -444,7 +451,7 @@ def _settings(kind: str, spec: dict[str, Any], config: Any, text: PreTrainedConf
             settings["width"] = getattr(config, "out_hidden_size", None) or config.hidden_size
         else:
             settings["width"] = try_features(tower, settings["layer"], 1).shape[-1]
-    except Exception as error:  # towers fail in many ways on media they were not made for
+    except Exception as error:  # towers fail in many ways on unsuitable media
         raise ValueError(f"{argument}: {type(config).__name__} cannot be used for {kind}: {error}") from error
     if takes_grid(tower) and (settings["pool"], settings["layer"]) != (1, -1):
         raise ValueError(f"{argument}: {type(tower).__name__} has a merger of its own; leave pool and layer out")
@@ -458,8 +465,8 @@ def _settings(kind: str, spec: dict[str, Any], config: Any, text: PreTrainedConf
 
 
 def try_features(tower: nn.Module, layer: int, pool: int, size: tuple[int, int] | None = None) -> Tensor:
-    """The features, on meta, of one image of `size`, by default of the size that the tower's config names, or of one
-    window of sound."""
+    """The features, on the meta device, of one image of `size` (by default the size in the tower's config), or of
+    one window of sound."""
     config: Any = tower.config
     if hears(tower):
         frames = config.max_source_positions * mel_stride(tower)
@@ -472,7 +479,7 @@ def try_features(tower: nn.Module, layer: int, pool: int, size: tuple[int, int] 
 
 
 def mel_stride(tower: nn.Module) -> int:
-    """The number of mel frames of which a tower of sounds makes one position."""
+    """The number of mel frames per position of an audio tower."""
     stride = 1
     for module in tower.modules():
         if isinstance(module, nn.Conv1d):
@@ -481,8 +488,8 @@ def mel_stride(tower: nn.Module) -> int:
 
 
 def name_sources(model: OmniModel, settings: ModelConfig) -> None:
-    """Note in `model` where the weights of its encoders are, and freeze what its features do not depend on (a pooling
-    head, a mask token): no gradient would move it, and weight decay would wear it away."""
+    """Record in `model` where its encoders' weights are, and freeze parameters that do not affect the features (a
+    pooling head, a mask token): they would get no gradient, and weight decay would shrink them."""
     model.flow = read_flow(settings)
     model.drawing_folder = None if model.flow else decoder_folder(settings)
     model.drawing_size = None if model.flow else decoder_size(settings)

@@ -1,12 +1,12 @@
-"""The configuration of a composed model: a language model (the *foundation*) and towers that `model.encoders` adds.
+"""The configuration of a composed model: a language model (the *foundation*) and the towers that `model.encoders` adds.
 
     model:
       model_path: Qwen3-0.6B
       encoders: {image: {model_path: siglip-base, pool: 2}}
 
-Each encoder is a Hugging Face tower, by the folder of its own or of a model that has it as its `vision_config`, and a
-projector to the foundation's width. Everything in its description but the keys of `_KEYS` is a field of the tower's
-config. An export of a composed model (`omni.yaml` beside the foundation's files) brings its encoders along;
+Each encoder is a Hugging Face tower, given by its own folder or by that of a model that has it as `vision_config`, and
+a projector to the foundation's width. Every key of its description that is not in `_KEYS` is a field of the tower's
+config. An export of a composed model (`omni.yaml` next to the foundation's files) includes its encoders;
 `model.encoders` replaces or changes them.
 """
 
@@ -26,21 +26,21 @@ from tutti.model.pipeline_folder import is_pipeline
 from tutti.model.tokenizer import first_line, local_path
 
 OMNI = "omni.yaml"
-"""The file in the folder of an export that says what lies beside the foundation."""
+"""The file in an export's folder that lists the other parts."""
 
 _DECODER = "model.decoders.image"
 
 DECODER = "decoders/image"
-"""The folder, below that of an export, of what it draws by."""
+"""The folder within an export for the parts that it draws with."""
 
 IMAGE_SIZE = "image_size"
-"""The key of model.decoders.image that says how large pictures are, for a tokenizer of any size."""
+"""The key of model.decoders.image for the size of images, for a tokenizer of any size."""
 
 KINDS = ("image", "audio")
-"""The media that an encoder can be given for."""
+"""The kinds of encoders."""
 
 PLACES = {"image": ("image", "video"), "audio": ("audio",)}
-"""By kind of encoder the media that it encodes: a video by its frames, one by one."""
+"""By kind of encoder, the media that it encodes: videos frame by frame."""
 
 _KEYS: dict[str, type] = {
     "config_path": str,
@@ -50,11 +50,11 @@ _KEYS: dict[str, type] = {
     "pool": int,
     "layer": int,
 }
-"""The keys of an encoder's description that are not its config's, and their types."""
+"""The keys of an encoder's description that are not fields of its config, and their types."""
 
 SETTINGS = {"add_projector": True, "pool": 1, "layer": -1}
-"""Those of them that the model is built by, with their defaults: a two-layer projector, or none; how many tokens of
-features in a row, and in a column, become one; the layer whose hidden states are the features."""
+"""The ones that the model is built with, and their defaults: a two-layer projector, or none; how many features in a
+row, and in a column, become one token; the layer whose hidden states are the features."""
 
 _ELSEWHERE = {
     "qwen2_vl_vision_model": "a Qwen2-VL or Qwen2.5-VL folder of Hugging Face (its visual part is taken)",
@@ -64,13 +64,13 @@ _ELSEWHERE = {
 
 
 class OmniConfig(PreTrainedConfig):
-    """The config of a composed model: of its parts, and how these are joined.
+    """The config of a composed model: of its parts, and how they are connected.
 
-    encoders: by kind, the settings of `SETTINGS` and `width`, the tower's features. placeholders: by kind of media, the
-    id of the token in whose place features come; it may be beyond the embedding, since it is never looked up.
-    num_codes: of the pictures that it draws by codes, or queries, 0 if it draws by none. first_code: the id that code 0
-    has among tokens, beyond all of the tokenizer's. denoiser: the config of the diffusion transformer that it draws by,
-    if it does (`tutti.model.flow_decoder`). regresses: it learns to predict the features of pictures that it draws.
+    encoders: by kind, the settings in `SETTINGS` and `width`, that of the tower's features. placeholders: by kind of
+    media, the id of the token that features replace; it may be beyond the embedding, since it is never looked up.
+    num_codes: number of image codes, or queries; 0 if the model draws with neither. first_code: the token id of code 0,
+    beyond all of the tokenizer's. denoiser: the config of the diffusion transformer, if it draws with one
+    (`tutti.model.flow_decoder`). regresses: it learns to predict image features.
     """
 
     model_type = "tutti_omni"
@@ -96,7 +96,7 @@ class OmniConfig(PreTrainedConfig):
 
     @property
     def draws(self) -> bool:
-        """True if it is trained on pictures of the assistant's."""
+        """True if it is trained on images of the assistant."""
         return bool(self.num_codes) or self.regresses
 
 
@@ -106,24 +106,24 @@ def part_config(config: OmniConfig, kind: str) -> Any:
 
 
 def regresses(model: ModelConfig) -> bool:
-    """True if pictures of the assistant's are features that `model` learns to predict (model.output_encoder)."""
+    """True if images of the assistant are features that `model` learns to predict (model.output_encoder)."""
     if model.output_encoder == "encoder" or model.decoders:
         return model.output_encoder == "encoder"
     return _exported(model).get("output_encoder") == "encoder"
 
 
 def answers_with_pictures(model: ModelConfig) -> bool:
-    """True if `model` is trained on pictures of the assistant's."""
+    """True if `model` is trained on images of the assistant."""
     return decoder_folder(model) is not None or regresses(model)
 
 
 def is_composed(model: ModelConfig) -> bool:
-    """True if `model` describes a language model with encoders beside it, or a decoder."""
+    """True if `model` describes a language model with additional encoders, or a decoder."""
     return bool(encoder_specs(model)) or decoder_folder(model) is not None
 
 
 def _exported(model: ModelConfig) -> dict[str, Any]:
-    """The content of omni.yaml in the export at model.model_path; nothing where there is none."""
+    """The content of omni.yaml in the export at model.model_path; empty if there is none."""
     file = Path(model.model_path or "") / OMNI
     if model.model_path is None or not file.is_file():
         return {}
@@ -131,8 +131,8 @@ def _exported(model: ModelConfig) -> dict[str, Any]:
 
 
 def decoder_folder(model: ModelConfig) -> Path | None:
-    """The folder of the tokenizer of pictures that `model` draws by: that of model.decoders.image, or of the export at
-    model.model_path; None where it draws nothing. ValueError: a description that cannot be used."""
+    """The folder of the image decoder of `model`: that of model.decoders.image, or of the export at
+    model.model_path; None if it does not draw. ValueError: an invalid description."""
     for kind, spec in model.decoders.items():
         if kind != "image":
             raise ValueError(f"model.decoders.{kind}: not available yet; there are decoders for image")
@@ -155,12 +155,12 @@ def decoder_folder(model: ModelConfig) -> Path | None:
 
 
 def decoder_settings(model: ModelConfig) -> dict[str, Any]:
-    """The description of the decoder of images: of model.decoders.image, or of the export at model.model_path."""
+    """The description of the image decoder: from model.decoders.image, or from the export at model.model_path."""
     return dict(model.decoders.get("image") or (_exported(model).get("decoders") or {}).get("image") or {})
 
 
 def decoder_size(model: ModelConfig) -> int | None:
-    """The side in pixels of the pictures that `model` draws, where the decoder leaves that open."""
+    """The side in pixels of drawn images, if the decoder does not fix it."""
     size = decoder_settings(model).get(IMAGE_SIZE)
     if size is not None and (not isinstance(size, int) or size < 1):
         raise ValueError(f"model.decoders.image.{IMAGE_SIZE}: needs a number of pixels, not {size!r}")
@@ -168,7 +168,7 @@ def decoder_size(model: ModelConfig) -> int | None:
 
 
 def _check_flow(spec: Mapping[str, Any]) -> None:
-    """ValueError: a diffusion decoder cannot be described like this."""
+    """Raise ValueError if a diffusion decoder cannot be described like this."""
     known: dict[str, type] = {"model_path": str, "config_path": str, "tokens": int, IMAGE_SIZE: int}
     for key, value in spec.items():
         if key not in known:
@@ -179,8 +179,8 @@ def _check_flow(spec: Mapping[str, Any]) -> None:
 
 
 def encoder_specs(model: ModelConfig) -> dict[str, dict[str, Any]]:
-    """The description of each encoder, by kind: those of the export at model.model_path, as model.encoders changes
-    them. ValueError: one that cannot be used."""
+    """The description of each encoder by kind: from the export at model.model_path, as changed by model.encoders.
+    ValueError: an invalid one."""
     folder, known = Path(model.model_path or ""), _exported(model).get("encoders", {})
     specs: dict[str, dict[str, Any]] = {
         kind: {"model_path": str(folder / "encoders" / kind), **known[kind]} for kind in known
@@ -210,8 +210,8 @@ def _check_spec(kind: str, spec: Mapping[str, Any]) -> None:
 
 
 def tower_config(kind: str, spec: Mapping[str, Any]) -> PreTrainedConfig:
-    """The config of an encoder's tower, with the fields that its description sets. ValueError: there is none, or it has
-    no such field."""
+    """The config of an encoder's tower, with the fields set in its description. ValueError: there is no config, or
+    it has no such field."""
     key = "config_path" if spec.get("config_path") else "model_path"
     argument = f"model.encoders.{kind}.{key}"
     path = local_path(spec[key], argument)
