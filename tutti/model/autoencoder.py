@@ -1,11 +1,12 @@
-"""Autoencoders of images: diffusers' VQModel and AutoencoderKL, wrapped so that a run can train them as any model.
+"""Image autoencoders: diffusers' VQModel and AutoencoderKL, wrapped so that a run can train them like any model.
 
-An autoencoder makes a small map of an image and the image of the map. Of a VQModel (arXiv 1711.00937) a cell of the map
-is one of a codebook's vectors, so that its number, the *code*, stands for it: a language model can predict codes. Of an
-AutoencoderKL (arXiv 1312.6114, 2112.10752) a cell is a few real numbers, *latents*, which diffusion models work on.
+An autoencoder encodes an image to a small map and decodes the map to an image. In a VQModel (arXiv 1711.00937) a cell
+of the map is a vector of a codebook, represented by its index, the *code*: a language model can predict codes. In an
+AutoencoderKL (arXiv 1312.6114, 2112.10752) a cell consists of a few real numbers, *latents*, on which diffusion models
+work.
 
-The class that a config.json names (`_class_name`) is built as diffusers builds it and called by its own parts: encoder,
-quant_conv, codebook, post_quant_conv, decoder. Pixels lie in [-1, 1].
+The class named in a config.json (`_class_name`) is built as diffusers does, and called through its own parts: encoder,
+quant_conv, codebook, post_quant_conv, decoder. Pixels are in [-1, 1].
 
 Shapes: N images, S their side in pixels, h x w the map, D the width of its cells, K codes.
 """
@@ -29,11 +30,11 @@ _PLACES = {
     "VQModel": "diffusers.models.autoencoders.vq_model",
     "AutoencoderKL": "diffusers.models.autoencoders.autoencoder_kl",
 }
-"""By the class that a config names, the module it is in: importing that alone takes half of the time of all."""
+"""The module of each class, since importing only that takes half of the time of importing everything."""
 
 
 class AutoencoderConfig(PreTrainedConfig):
-    """The config of an autoencoder. net: what its folder's config.json holds, with `_class_name`."""
+    """The config of an autoencoder. net: the content of its config.json, with `_class_name`."""
 
     model_type = "tutti_autoencoder"
 
@@ -48,14 +49,14 @@ class AutoencoderConfig(PreTrainedConfig):
 
     @property
     def num_codes(self) -> int:
-        """The vectors in the codebook; 0 where there is none."""
+        """The number of vectors in the codebook; 0 if there is none."""
         return int(self.net.get("num_vq_embeddings", 256)) if self.net["_class_name"] == "VQModel" else 0
 
 
 def read_autoencoder_config(path: Path, argument: str) -> AutoencoderConfig:
-    """The config of the autoencoder in a folder, or in a file config.json, of diffusers or of a checkpoint.
+    """The config of the autoencoder in a folder or a config.json, of diffusers or of a checkpoint.
 
-    ValueError, in the name of `argument`: there is none, or it is of another class.
+    ValueError, naming `argument`: there is none, or it is of another class.
     """
     file = path if path.is_file() else path / "config.json"
     try:
@@ -73,7 +74,7 @@ def read_autoencoder_config(path: Path, argument: str) -> AutoencoderConfig:
 
 
 def load_autoencoder_config(config: Config) -> AutoencoderConfig:
-    """The config of the autoencoder that is trained, from model.config_path (by default model.model_path)."""
+    """The config of the trained autoencoder, from model.config_path (by default model.model_path)."""
     name = config.model.config_path or config.model.model_path
     if name is None:
         raise ValueError("model.model_path: required, or model.config_path to start from random weights")
@@ -82,7 +83,8 @@ def load_autoencoder_config(config: Config) -> AutoencoderConfig:
 
 
 def make_net(net: dict[str, Any]) -> Any:
-    """A module of the diffusers class that a config names. ValueError: diffusers is not installed, or refuses it."""
+    """A module of the diffusers class named in a config. ValueError: diffusers is not installed, or rejects the
+    config."""
     name = net["_class_name"]
     try:
         factory = getattr(import_module(_PLACES[name]), name)
@@ -95,10 +97,10 @@ def make_net(net: dict[str, Any]) -> Any:
 
 
 class Reconstruction(NamedTuple):
-    """Images and what an autoencoder makes of them.
+    """The result of an autoencoder.
 
-    pixels: [N, 3, S, S], reconstructed. terms: the losses of each image [N] by kind. codes: int64 [N, h w], and
-    encoded: [N, h w, D], the vectors that they stand for approximately; None where there is no codebook.
+    pixels: [N, 3, S, S], reconstructed. terms: the losses of each image [N] by kind. codes: int64 [N, h w]. encoded:
+    [N, h w, D], the encoder's output, which codes approximate. Both are None without a codebook.
     """
 
     pixels: Tensor
@@ -110,8 +112,8 @@ class Reconstruction(NamedTuple):
 class Autoencoder(PreTrainedModel):
     """An autoencoder, `net`, as a model that a run can train.
 
-    usage: int64 [K], how often each code has been used since unused ones were last replaced. seen: what training notes
-    down of the micro batches of a step.
+    usage: int64 [K], how often each code was used since unused ones were last replaced. seen: statistics of a step's
+    micro batches, for training.
     """
 
     config_class = AutoencoderConfig
@@ -137,8 +139,8 @@ class Autoencoder(PreTrainedModel):
             self.usage.zero_()
 
     def forward(self, pixels: Tensor, noise: Tensor | None = None) -> Reconstruction:
-        """Encode and decode images [N, 3, S, S]. noise: [N, D, h, w], by which latents are drawn from what the encoder
-        says of them; their means if left out."""
+        """Encode and decode images [N, 3, S, S]. noise: [N, D, h, w], for sampling latents from the encoder's
+        distribution; without it their means are used."""
         pixels = pixels.to(next(self.net.parameters()).dtype)
         return self._with_codes(pixels) if self.config.num_codes else self._with_latents(pixels, noise)
 
@@ -148,7 +150,7 @@ class Autoencoder(PreTrainedModel):
         codes, found = nearest(encoded, net.quantize.embedding.weight)
         apart, drawn = ((found - encoded.detach()) ** 2, (encoded - found.detach()) ** 2)
         terms = {"commitment": (apart + net.quantize.beta * drawn).float().flatten(1).mean(1)}
-        # Gradients pass by the choice of a code as if there had been none.
+        # Straight-through gradients: the choice of a code is skipped.
         straight = encoded + (found - encoded).detach()
         made = decode_map(net, straight, found)
         return Reconstruction(made, _distances(made, pixels) | terms, codes, encoded.flatten(2).transpose(1, 2))
@@ -163,26 +165,26 @@ class Autoencoder(PreTrainedModel):
         divergence = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)
         latents = latents.to(pixels.dtype)
         made = net.decoder(net.post_quant_conv(latents) if net.post_quant_conv is not None else latents)
-        # Per value of the image, as the other terms are.
+        # Per image value, like the other terms.
         return Reconstruction(made, _distances(made, pixels) | {"kl": divergence / pixels[0].numel()})
 
     def map_shape(self) -> tuple[int, int, int]:
-        """(D, h, w) of the map of an image of the config's size."""
+        """The shape (D, h, w) of the map of an image of the config's size."""
         width, halvings = self.config.net.get("latent_channels", 4), len(self.net.config.block_out_channels) - 1
         side = self.config.side // 2**halvings
         return int(width), side, side
 
 
 def nearest(encoded: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-    """The codes int64 [N, h w] of a map [N, D, h, w], and the map of their vectors in `codebook` [K, D]."""
+    """The codes int64 [N, h w] nearest to a map [N, D, h, w], and the map of their vectors in `codebook` [K, D]."""
     cells = encoded.flatten(2).transpose(1, 2)
     codes = torch.cdist(cells.float(), codebook.float()[None]).argmin(-1)
     return codes, nn.functional.embedding(codes, codebook).transpose(1, 2).reshape(encoded.shape)
 
 
 def decode_map(net: Any, straight: Tensor, found: Tensor) -> Tensor:
-    """The images [N, 3, S, S] of maps of a codebook's vectors [N, D, h, w], by a VQModel. straight: `found` as
-    gradients pass through it."""
+    """Decode maps of codebook vectors [N, D, h, w] to images [N, 3, S, S] with a VQModel. straight: `found`, with
+    straight-through gradients."""
     return net.decoder(net.post_quant_conv(straight), found if net.config.norm_type == "spatial" else None)
 
 
@@ -192,8 +194,8 @@ def _distances(made: Tensor, pixels: Tensor) -> dict[str, Tensor]:
 
 
 def build_autoencoder(config: Config) -> Autoencoder:
-    """The autoencoder that `config` asks for, on the meta device, in training mode, its parameters in fp32 or (without
-    train.enable_mixed_precision) in bf16."""
+    """The autoencoder that `config` describes, on the meta device, in training mode, with parameters in fp32 or
+    (without train.enable_mixed_precision) in bf16."""
     model_config = load_autoencoder_config(config)
     dtype = torch.float32 if config.train.enable_mixed_precision else torch.bfloat16
     with torch.device("meta"):
@@ -208,7 +210,7 @@ def build_autoencoder(config: Config) -> Autoencoder:
 
 
 def flops_per_value(model: Autoencoder) -> float:
-    """The operations of a training step for one value of an image: three times those of the forward pass."""
+    """The operations of a training step per image value: three times those of the forward pass."""
     side = model.config.side
     parameter = next(model.parameters())
     twin: Autoencoder = model

@@ -1,14 +1,14 @@
-"""Conditions and targets of a diffusion model: encoded captions, and the latents of pictures.
+"""Conditions and targets of a diffusion model: caption embeddings, and latents of images.
 
-Captions are encoded one at a time, so that the numbers do not depend on what else is encoded: by the pipeline of the
-family, as diffusers does it, where the folder holds the family's own text encoders; else by a language model, whose
-last hidden states are the embeddings, and their mean the pooled text. Families that take no mask over text have
-captions of one length, so that those of a language model are filled up with zeros to data.max_seq_len.
+Captions are encoded one at a time, so that the result does not depend on other captions: with the family's diffusers
+pipeline if the folder contains the family's own text encoders; else with a language model, whose last hidden states are
+the embeddings, and their mean the pooled text. Families without a text mask need captions of one length; those of a
+language model are padded with zeros to data.max_seq_len.
 
-Pictures go through the autoencoder's deterministic mode, and are shifted and scaled as its config says. A folder
-without an autoencoder has its model look at pixels: the latents are colours from -1 to 1.
+Images go through the autoencoder deterministically, and are shifted and scaled as its config says. In a folder without
+an autoencoder the model works on pixels: the latents are colors from -1 to 1.
 
-None of this is trained, and none of it is needed once all captions and pictures are cached.
+None of this is trained, and none of it is needed after all captions and images are cached.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from tutti.model.pipeline_folder import PipelineFolder
 
 
 def read_grid(folder: PipelineFolder, config: Any) -> Grid:
-    """The grid of latents of a transformer with this config, tried out on an autoencoder without storage. ValueError:
-    these are of another number of channels than the transformer takes."""
+    """The grid of latents for a transformer with this config, determined with an autoencoder on the meta device.
+    ValueError: they have another number of channels than the transformer's input."""
     video, patch = folder.family.video, latent_patch(folder.family, config)
     if "vae" not in folder.parts:
         _check_channels(folder, config, 3, "the pixels (it has no vae) have")
@@ -53,7 +53,7 @@ def read_grid(folder: PipelineFolder, config: Any) -> Grid:
 
 
 def _check_channels(folder: PipelineFolder, config: Any, found: int, what: str) -> None:
-    """ValueError: the transformer takes latents of another number of channels than `found`, which `what` has."""
+    """Raise ValueError if the transformer's latents have another number of channels than `found`, that of `what`."""
     wanted = latent_channels(folder.family, config)
     if found != wanted:
         raise ValueError(
@@ -65,7 +65,7 @@ def _check_channels(folder: PipelineFolder, config: Any, found: int, what: str) 
 class Conditions:
     """The autoencoder, text encoders and tokenizers of a folder, frozen, on `device` in `dtype`.
 
-    max_length: tokens of a caption, where a language model encodes it. seed: of parts that have no weights.
+    max_length: tokens of a caption encoded by a language model. seed: for parts without weights.
     """
 
     def __init__(
@@ -100,14 +100,14 @@ class Conditions:
 
     @torch.no_grad()
     def encode_text(self, caption: str) -> EncodedText:
-        """The encoded caption, on the host, without the dimension of the batch."""
+        """The embedding of a caption, on the host, without a batch dimension."""
         found = self._text(caption)
         mask = None if found.mask is None else found.mask.bool()
         return EncodedText(found.embeds, mask, found.pooled).map(lambda part: part[0].cpu())
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """The latents fp32 [C, (F,) H, W], on the host, of one picture or video, uint8 [3, (frames,) height, width]."""
+        """The latents fp32 [C, (F,) H, W], on the host, of an image or video, uint8 [3, (frames,) height, width]."""
         values = pixels.to(self._device, self._dtype) / 127.5 - 1
         if self.vae is None:
             return values.float().cpu()
@@ -120,7 +120,7 @@ class Conditions:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """The picture or video, uint8 [3, (frames,) height, width] on the host, of latents [C, (F,) H, W]."""
+        """The image or video, uint8 [3, (frames,) height, width] on the host, decoded from latents [C, (F,) H, W]."""
         values = latents.to(self._device).float().unsqueeze(0)
         if self.vae is not None:
             frames = _has_frames(self.vae)
@@ -134,8 +134,8 @@ class Conditions:
 
 
 def write_part(folder: PipelineFolder, name: str, place: Path, seed: int) -> None:
-    """Write a part that is not trained into `place`: a copy of its folder, or where that has no weights the part as
-    `seed` draws it."""
+    """Write a frozen part to `place`: a copy of its folder, or, without weights, the part as initialized from
+    `seed`."""
     path = folder.parts[name]
     if name.startswith("tokenizer"):
         transformers.AutoTokenizer.from_pretrained(path, local_files_only=True).save_pretrained(place)
@@ -160,7 +160,7 @@ def _encoded(vae: Any, values: Tensor) -> Tensor:
 
 
 def _latent_statistics(vae: Any, latents: Tensor) -> tuple[Any, Any]:
-    """The shift and the factor of an autoencoder's raw latents: (raw - shift) * factor."""
+    """The shift and the scale of an autoencoder's raw latents: (raw - shift) * scale."""
     config = vae.config
     held = dict(vae.named_buffers())
     mean, std = (held.get(name, config.get(name)) for name in ("latents_mean", "latents_std"))
@@ -187,7 +187,7 @@ def _load_autoencoder(path: Path, argument: str, seed: int) -> Any:
 
 
 def _load_text_encoder(path: Path, argument: str, seed: int) -> nn.Module:
-    """The text encoder of a folder: the class that its config names, of a causal language model the decoder alone."""
+    """The text encoder in a folder: the class named in its config; of a causal language model only the decoder."""
     try:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -205,14 +205,15 @@ def _load_text_encoder(path: Path, argument: str, seed: int) -> nn.Module:
 
 @contextmanager
 def _drawn(seed: int, part: str) -> Iterator[None]:
-    """Make torch's random numbers follow from `seed` and the part, and its generator afterwards be as it was."""
+    """Seed torch's random numbers with `seed` and the part within this context, and restore its generator
+    afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(f"{seed} {part}"))
         yield
 
 
 def _is_of_family(folder: PipelineFolder, encoder: nn.Module) -> bool:
-    """True if the family's pipeline is made for this kind of text encoder."""
+    """True if the family's pipeline supports this kind of text encoder."""
     pipeline = getattr(require_diffusers(), folder.family.pipeline)
     hint: Any = inspect.signature(pipeline.__init__, eval_str=True).parameters["text_encoder"].annotation
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
@@ -220,8 +221,9 @@ def _is_of_family(folder: PipelineFolder, encoder: nn.Module) -> bool:
 
 
 class _PipelineText:
-    """Encodes captions as the family's pipeline does when it is called with a prompt: cut to as many tokens, and with
-    as many words around it (Sana's instruction, which the empty caption goes without, as negative prompts do)."""
+    """Encodes captions as the family's pipeline does when it is called with a prompt: truncated to the same length,
+    and with the same words around it (Sana's instruction, which is not used for the empty caption, as for negative
+    prompts)."""
 
     def __init__(self, folder: PipelineFolder, parts: dict[str, Any], device: torch.device) -> None:
         self._family, self._device = folder.family, device
@@ -249,11 +251,11 @@ class _PipelineText:
 
 
 _OF_CALLS = ("max_sequence_length", "clean_caption", "complex_human_instruction")
-"""Settings of captions that pipelines have other defaults of where they are called than where they encode."""
+"""Caption settings whose defaults differ between a pipeline's `__call__` and its `encode_prompt`."""
 
 
 def _config_alone(folder: PipelineFolder) -> Any:
-    """A transformer without storage, of which pipelines read the config."""
+    """A transformer on the meta device, since pipelines read its config."""
     kind = getattr(require_diffusers(), folder.class_name)
     with torch.device("meta"):
         return kind.from_config(kind.load_config(folder.transformer))
@@ -286,7 +288,7 @@ class _LanguageModelText:
 
 
 def text_width(config: dict[str, Any]) -> int | None:
-    """The width of text embeddings that a transformer's config asks for, if it says so."""
+    """The width of text embeddings in a transformer's config, if it is given."""
     for name in ("joint_attention_dim", "text_dim", "caption_channels"):
         if config.get(name) is not None:
             return int(config[name])

@@ -1,7 +1,7 @@
-"""The model that diffusion training trains: a transformer of diffusers, wrapped as other models are.
+"""The model of diffusion training: a transformer of diffusers, wrapped like other models.
 
-`net` is the class that the folder's config.json names, built and called as diffusers does. Its parameters begin without
-storage; buffers and tables, which these classes compute as they are built, are there at once.
+`net` is the class named in the folder's config.json, built and called as in diffusers. Its parameters start on the meta
+device; buffers and tables, which these classes compute in their constructors, exist at once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tutti.model.structure import basic_modules
 
 
 class DenoiserConfig(PreTrainedConfig):
-    """The config of a diffusion transformer. net: what its folder's config.json holds, with `_class_name`."""
+    """The config of a diffusion transformer. net: the content of its config.json, with `_class_name`."""
 
     model_type = "tutti_denoiser"
 
@@ -41,7 +41,7 @@ class Denoiser(PreTrainedModel):
     net: Any
     base_model_prefix = "net"
     main_part = "transformer"
-    """The name of all of it, for train.freeze and train.part_lr."""
+    """The name of the whole model, for train.freeze and train.part_lr."""
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__(config)
@@ -50,7 +50,7 @@ class Denoiser(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Leave `module` as its class made it."""
+        """Leave `module` as its class initialized it."""
 
     def forward(self, **inputs: Any) -> Any:
         """The transformer's output."""
@@ -67,7 +67,7 @@ class Denoiser(PreTrainedModel):
 
 
 def make_net(net: dict[str, Any]) -> Any:
-    """A module of the diffusers class that a config names. ValueError: the class refuses it."""
+    """A module of the diffusers class named in a config. ValueError: the class rejects it."""
     name = net["_class_name"]
     factory = getattr(require_diffusers(), name)
     try:
@@ -77,7 +77,7 @@ def make_net(net: dict[str, Any]) -> Any:
 
 
 def build_denoiser(config: Config, folder: Path) -> Denoiser:
-    """The transformer in `folder`, its parameters on the meta device, in training mode: in fp32, or (without
+    """The transformer in `folder`, with parameters on the meta device, in training mode: in fp32, or (without
     train.enable_mixed_precision) in bf16."""
     net = read_net(folder)
     with parameters_on_meta():
@@ -90,8 +90,8 @@ def build_denoiser(config: Config, folder: Path) -> Denoiser:
 
 
 def cast_to_infer(net: Any, dtype: torch.dtype) -> None:
-    """Hold what is in the weights' files of a transformer in `dtype`, and in fp32 what its class keeps so
-    (`_keep_in_fp32_modules`), as diffusers' `from_pretrained` does."""
+    """Cast a transformer's weights to `dtype`, except for what its class keeps in fp32 (`_keep_in_fp32_modules`), as
+    diffusers' `from_pretrained` does."""
     kept = set(net._keep_in_fp32_modules or ())
     for name, item in net.state_dict(keep_vars=True).items():
         if item.is_floating_point():
@@ -106,7 +106,7 @@ def read_net(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Make modules that are built get parameters without storage, and all else as ever."""
+    """Within this context, modules are built with parameters on the meta device, and everything else as usual."""
     register = nn.Module.register_parameter
 
     def without_storage(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -122,22 +122,22 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def random_net(config: DenoiserConfig, seed: int) -> nn.Module:
-    """A transformer of this config on the CPU, with the random weights of its class, which `seed` determines."""
+    """A transformer of this config on the CPU, initialized at random as its class does, from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(f"{seed} net"))
         return make_net(config.net)
 
 
 def denoiser_structure(model: Denoiser, basic: Iterable[str] = ()) -> ModelStructure:
-    """The structure of a diffusion transformer: its repeated blocks, and no head (a layer stands in for it). basic:
-    names of the classes of model.basic_modules. ValueError: it has no module of such a class."""
+    """The structure of a diffusion transformer: its repeated blocks, and a placeholder head. basic: class names from
+    model.basic_modules. ValueError: it has no module of such a class."""
     blocks = [(f"net.{name}", block) for name, block in net_blocks(model.net)]
     units = [module for _, module in basic_modules(model, basic)]
     return structure_without_tokens(model, model.config.net["_class_name"], blocks, units, by_keyword=True)
 
 
 def net_blocks(net: Any) -> list[tuple[str, nn.Module]]:
-    """The repeated units of a transformer with their names, in the order they run."""
+    """The repeated layers of a transformer with their names, in running order."""
     kinds = {*(net._repeated_blocks or ()), *(net._no_split_modules or ())}
     lists = [(name, part) for name, part in net.named_modules() if isinstance(part, nn.ModuleList)]
     return [

@@ -1,8 +1,8 @@
-"""The work of training a diffusion transformer: its operations, counted where its class runs without storage.
+"""The operations of training a diffusion transformer, counted by running its class on the meta device.
 
-Its weights say little of it: those of captions and those of pictures are often apart, and what scales and shifts runs
-once a picture rather than once a token. So one forward pass for a shape of latents runs on the meta device, and torch
-counts products and attention; a backward pass takes twice that, less what is frozen.
+The number of weights is not enough: captions and images often have separate weights, and modulation runs once per image
+rather than once per token. So one forward pass for a shape of latents runs on the meta device, and torch counts
+products and attention. A backward pass costs twice that, less what is frozen.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ from tutti.model.diffusion import EncodedText, family_of, predict
 
 
 class DenoiserFlops:
-    """Counts the operations of training a transformer of a config. parameters: its own, of which some may be frozen."""
+    """Counts the operations of training a transformer with this config. parameters: its own, some of which may be
+    frozen."""
 
     def __init__(self, net: dict[str, Any], parameters: Iterable[nn.Parameter]) -> None:
         sizes = [(item.numel(), item.requires_grad) for item in parameters if item.ndim >= 2]
         trained = sum(size for size, is_trained in sizes if is_trained) / max(1, sum(size for size, _ in sizes))
         self._described = json.dumps(net, sort_keys=True)
-        self._passes = 2.0 + trained  # forward, backward for inputs, and backward for the weights that are trained
+        self._passes = 2.0 + trained  # forward, backward for inputs, and backward for trained weights
 
     def __call__(self, shape: torch.Size, length: int, width: int, pooled: int | None) -> float:
-        """The operations for latents of `shape` [B, C, (F,) H, W] led by text of `length` tokens of `width`, and by
-        pooled text of the width `pooled`."""
+        """The operations for latents of `shape` [B, C, (F,) H, W], with text of `length` tokens of `width`, and
+        pooled text of width `pooled`."""
         return shape[0] * self._passes * _forward(self._described, tuple(shape[1:]), length, width, pooled)
 
 
 @cache
 def _forward(described: str, shape: tuple[int, ...], length: int, width: int, pooled: int | None) -> float:
-    """The operations of a forward pass for one picture."""
+    """The operations of a forward pass for one image."""
     family = family_of(json.loads(described)["_class_name"])
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         mask = None if family.mask is None else torch.ones(1, length, dtype=torch.bool)
@@ -48,5 +49,5 @@ def _forward(described: str, shape: tuple[int, ...], length: int, width: int, po
 
 @cache
 def _without_storage(described: str) -> Any:
-    """The transformer of a config, on the meta device."""
+    """The transformer with this config, on the meta device."""
     return make_net(json.loads(described))

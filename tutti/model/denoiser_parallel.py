@@ -1,9 +1,9 @@
 """Ulysses for diffusion transformers: ranks share the tokens of a batch, and exchange them for heads in attention.
 
-diffusers' classes declare where their sequences are split and put together again (`_cp_plan`), and its attention does
-the exchange, with a backward pass of its own. Each rank ends with the output for all tokens, and gets the gradients of
-its own: summed over the ranks, as FSDP does, they are those of one process. Both parts are applied here rather than by
-diffusers' `enable_parallelism`, which asks for an accelerator.
+diffusers' classes declare where their sequences are split and gathered (`_cp_plan`), and its attention does the
+exchange, with its own backward pass. Each rank ends with the output for all tokens, and gets the gradients of its own
+tokens; summed over the ranks, as FSDP does, they are those of one process. Both parts are applied here rather than by
+diffusers' `enable_parallelism`, which requires an accelerator.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tutti.parallel.mesh import Mesh
 
 
 def check_shares(model: Denoiser, ranks: int) -> None:
-    """ValueError if the tokens of `model` cannot be shared by so many ranks."""
+    """Raise ValueError if the tokens of `model` cannot be shared by this many ranks."""
     if ranks == 1:
         return
     name = type(model.net).__name__
@@ -43,7 +43,7 @@ def share_tokens(model: Denoiser, mesh: Mesh, world: World) -> None:
     size = mesh.size("ulysses")
     if size == 1:
         return
-    # The axis is the innermost one in use, so that its ranks are neighbours.
+    # The axis is the innermost one in use, so its ranks are neighbors.
     grid = init_device_mesh(
         world.device.type, (world.size // size, 1, size), mesh_dim_names=("data", "ring", "ulysses")
     )
@@ -56,6 +56,6 @@ def share_tokens(model: Denoiser, mesh: Mesh, world: World) -> None:
 
 
 def _attentions(net: nn.Module) -> list[Any]:
-    """The attention processors that know how to share tokens."""
+    """The attention processors that support sharing tokens."""
     found = (getattr(module, "processor", None) for module in net.modules())
     return [processor for processor in found if hasattr(processor, "_parallel_config")]

@@ -1,13 +1,14 @@
-"""Diffusion transformers of diffusers: what their classes differ in, the loss they are trained by, and a sampler.
+"""Diffusion transformers of diffusers: the differences between their classes, the training loss, and a sampler.
 
-A sample's latents x0 are mixed with noise e by a time s between 0 (no noise) and 1: x_s = (1 - s) x0 + s e. A *flow
-matching* model predicts the velocity e - x0 (Lipman et al., arXiv 2210.02747; Esser et al., arXiv 2403.03206); an *eps*
+A sample's latents x0 are mixed with noise e at a time s between 0 (no noise) and 1: x_s = (1 - s) x0 + s e. A *flow
+matching* model predicts the velocity e - x0 (Lipman et al., arXiv 2210.02747; Esser et al., arXiv 2403.03206). An *eps*
 model predicts e from sqrt(a) x0 + sqrt(1 - a) e, with a from the scheduler's table (Ho et al., arXiv 2006.11239).
-Latents are [B, C, H, W] everywhere here, or [B, C, F, H, W] of videos; `FAMILIES` says what each class makes of them,
-and is all that is written for a family. Its proof is the family's own pipeline in diffusers, which `sample` equals.
+Latents are [B, C, H, W] everywhere here, or [B, C, F, H, W] for videos. `FAMILIES` defines how each class uses them,
+and is the only code per family. It is verified against the family's own pipeline in diffusers, which `sample` must
+equal.
 
-Sampling goes down the scheduler's own times, a step of the scheduler each, with classifier-free guidance (Ho and
-Salimans, arXiv 2207.12598): the prediction is led away from that for an empty prompt.
+Sampling follows the scheduler's own times, with one scheduler step each, and classifier-free guidance (Ho and Salimans,
+arXiv 2207.12598): the prediction is pushed away from that for an empty prompt.
 
 Shapes: B samples, C channels, F frames, H and W of latents, L text tokens, D width of text, P width of pooled text.
 """
@@ -28,10 +29,10 @@ from torch import Tensor, nn
 from tutti.core.batch import Grid
 
 _JOINED = 2**14
-"""Latent values up to which the predictions for a prompt and for the empty one are made together: of small pictures
-calls cost more than products, of large ones memory counts."""
+"""Number of latent values up to which predictions for the prompt and for the empty one are computed in one batch:
+for small images the overhead of calls dominates, for large ones memory."""
 TIMES = 1000
-"""Times of a schedule, as all these models count them."""
+"""Number of times of a schedule, as all these models count them."""
 
 
 class EncodedText(NamedTuple):
@@ -46,17 +47,18 @@ class EncodedText(NamedTuple):
 
 
 Extra = Callable[[Tensor, EncodedText, Any], dict[str, Any]]
-"""Further arguments of a class, from latents, text and the model's config."""
+"""Additional arguments of a class, computed from latents, text and the model's config."""
 
 
 @dataclass(frozen=True)
 class Family:
     """The inputs and outputs of one class.
 
-    pipeline: its pipeline in diffusers. patch: its hidden states are tokens of so many latents a side (0: latents as
-    they are). video: latents have frames. time_scale: of the times 0 to 1. pooled: it takes pooled text. mask: the
-    argument for the text's mask. prediction: what it gives. encoded: what the pipeline's encode_prompt returns.
-    by_sigmas: its schedule begins as evenly spaced sigmas. rescales: guidance keeps the prediction's norm (Qwen-Image).
+    pipeline: its pipeline in diffusers. patch: number of latents per token along a side (0: the input is latents, not
+    tokens). video: latents have frames. time_scale: factor for times in 0 to 1. pooled: it takes pooled text. mask: the
+    argument for the text mask. prediction: what it predicts. encoded: the return values of the pipeline's
+    encode_prompt. by_sigmas: its schedule is defined by evenly spaced sigmas. rescales: guidance preserves the
+    prediction's norm (Qwen-Image).
     """
 
     pipeline: str
@@ -126,7 +128,7 @@ FAMILIES: dict[str, Family] = {
         "PixArtSigmaPipeline", mask="encoder_attention_mask", prediction="eps", extra=_pixart_conditions
     ),
 }
-"""By the name of the transformer's class."""
+"""By the name of the transformer class."""
 
 
 def require_diffusers() -> Any:
@@ -140,7 +142,7 @@ def require_diffusers() -> Any:
 
 
 def class_named_in(folder: Path, argument: str) -> str:
-    """The class that the config.json in `folder` names. ValueError: there is none."""
+    """The class named in the config.json in `folder`. ValueError: there is none."""
     try:
         return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -148,14 +150,14 @@ def class_named_in(folder: Path, argument: str) -> str:
 
 
 def family_of(name: str, argument: str = "model.config_path") -> Family:
-    """The row of a transformer's class. ValueError: there is none."""
+    """The family of a transformer class. ValueError: it is not supported."""
     if name not in FAMILIES:
         raise ValueError(f"{argument}: {name} cannot be trained by data.data_type diffusion; {', '.join(FAMILIES)} can")
     return FAMILIES[name]
 
 
 def latent_patch(family: Family, config: Any) -> int:
-    """The latents a side that make a token: a picture's must be a multiple of it."""
+    """The number of latents per token along a side: an image's sides must be multiples of it."""
     if family.patch:
         return family.patch
     size = config.patch_size
@@ -163,17 +165,17 @@ def latent_patch(family: Family, config: Any) -> int:
 
 
 def latent_channels(family: Family, config: Any) -> int:
-    """The channels of the latents that a model takes."""
+    """The number of channels of a model's latents."""
     return int(config.in_channels) // (4 if family.patch == 2 else 1)
 
 
 def default_side(config: Any, grid: Grid) -> int:
-    """The pixels a side of a picture where nothing says how large it is to be: by the config of the transformer."""
+    """The side in pixels of an image if nothing else determines it, from the transformer's config."""
     return (getattr(config, "sample_size", None) or 32) * grid.pixels
 
 
 def latent_shape(family: Family, config: Any, grid: Grid, extent: tuple[int, int, int]) -> tuple[int, ...]:
-    """The shape of the latents of a picture or video of so many pixels (width, height) and frames."""
+    """The shape of the latents of an image or video of this size (width, height) in pixels and number of frames."""
     width, height, frames = extent
     sides = (height // grid.pixels, width // grid.pixels)
     times = (1 + (frames - 1) // grid.frames,) if family.video else ()
@@ -183,9 +185,9 @@ def latent_shape(family: Family, config: Any, grid: Grid, extent: tuple[int, int
 def predict(
     family: Family, model: nn.Module, latents: Tensor, times: Tensor, text: EncodedText, guidance: float = 1.0
 ) -> Tensor:
-    """The model's prediction for noisy latents, of their shape: velocities, or noise of an eps model.
+    """The model's prediction for noisy latents, of the same shape: velocities, or noise for an eps model.
 
-    times: [B], from 0 (no noise) to TIMES. guidance: for models that have it as an input.
+    times: [B], from 0 (no noise) to TIMES. guidance: for models that take it as an input.
     """
     config: Any = model.config
     arguments: dict[str, Any] = {
@@ -204,13 +206,13 @@ def predict(
     if takes_guidance(config):
         arguments["guidance"] = torch.full_like(times, guidance)
     out = model(**arguments)[0]
-    if family.patch == 0 and out.shape[1] == 2 * latents.shape[1]:  # variances beside
+    if family.patch == 0 and out.shape[1] == 2 * latents.shape[1]:  # and variances
         out = out.chunk(2, dim=1)[0]
     return from_tokens(out, latents, family)
 
 
 def takes_guidance(config: Any) -> bool:
-    """True for a distilled model, which takes the strength of guidance as an input."""
+    """True for a distilled model that takes the guidance scale as an input."""
     return bool(getattr(config, "guidance_embeds", False))
 
 
@@ -221,7 +223,7 @@ def _mask(family: Family, text: EncodedText) -> Tensor | None:
 
 
 def to_tokens(latents: Tensor, family: Family) -> Tensor:
-    """Latents as tokens [B, T, C p p], where the family's model takes these."""
+    """Latents as tokens [B, T, C p p], if the family's model takes tokens."""
     if not family.patch:
         return latents
     if family.video:
@@ -232,7 +234,7 @@ def to_tokens(latents: Tensor, family: Family) -> Tensor:
 
 
 def from_tokens(tokens: Tensor, latents: Tensor, family: Family) -> Tensor:
-    """The latents, of the shape of `latents`, that `to_tokens` made `tokens` of."""
+    """Convert the tokens of `to_tokens` back to latents of the shape of `latents`."""
     if not family.patch:
         return tokens
     if family.video:
@@ -243,7 +245,7 @@ def from_tokens(tokens: Tensor, latents: Tensor, family: Family) -> Tensor:
 
 
 class Noised(NamedTuple):
-    """Latents as they are given to a model, their times 0 to TIMES [B], and what is to be predicted."""
+    """Noisy latents as model inputs, their times from 0 to TIMES [B], and the target of the prediction."""
 
     latents: Tensor
     times: Tensor
@@ -251,7 +253,7 @@ class Noised(NamedTuple):
 
 
 def add_noise(family: Family, scheduler: Any, latents: Tensor, noise: Tensor, times: Tensor) -> Noised:
-    """Mix latents with noise. times: [B], from 0 to 1; an eps model has whole times of its scheduler's table."""
+    """Mix latents with noise. times: [B], from 0 to 1; for an eps model they are rounded to its scheduler's table."""
     if family.prediction == "velocity":
         s = times.view(-1, *[1] * (latents.ndim - 1))
         return Noised((1 - s) * latents + s * noise, times * TIMES, noise - latents)
@@ -261,7 +263,8 @@ def add_noise(family: Family, scheduler: Any, latents: Tensor, noise: Tensor, ti
 
 
 def flow_time(uniform: float, mean: float, std: float, shift: float) -> float:
-    """A time in (0, 1) from a uniform number: logit-normal with `mean` and `std`, then shifted towards noise."""
+    """Convert a uniform random number to a time in (0, 1): logit-normal with `mean` and `std`, then shifted towards
+    noise."""
     normal = math.sqrt(2) * float(torch.erfinv(torch.tensor(2 * uniform - 1, dtype=torch.float64)))
     time = 1 / (1 + math.exp(-(mean + std * normal)))
     return shift * time / (1 + (shift - 1) * time)
@@ -273,7 +276,7 @@ def squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 class Guided(NamedTuple):
-    """The settings of sampling: steps of the scheduler, and the strength of guidance (1: none)."""
+    """Sampling settings: number of scheduler steps, and guidance scale (1: none)."""
 
     steps: int
     guidance: float
@@ -289,8 +292,8 @@ def sample(
     noise: Tensor,
     settings: Guided,
 ) -> Tensor:
-    """Latents that the model makes of `noise`, both of one shape, for encoded prompts. empty: encoded empty prompts,
-    for guidance; not looked at where that is 1, or an input of the model."""
+    """Sample latents from `noise`, of the same shape, for encoded prompts. empty: encoded empty prompts, for
+    guidance; unused if that is 1, or an input of the model."""
     scheduler = type(scheduler).from_config(scheduler.config)
     _set_times(family, scheduler, noise, model.config, settings.steps)
     if settings.guidance == 1 or takes_guidance(model.config):
@@ -316,7 +319,7 @@ def sample(
 
 
 def _joined(one: EncodedText, other: EncodedText) -> EncodedText | None:
-    """Two encoded prompts as one batch; None where they are of other lengths."""
+    """Two encoded prompts as one batch; None if their lengths differ."""
     pairs = list(zip(one, other, strict=True))
     if any((a is None) != (b is None) or (a is not None and b is not None and a.shape != b.shape) for a, b in pairs):
         return None
@@ -339,14 +342,14 @@ def _set_times(family: Family, scheduler: Any, latents: Tensor, config: Any, ste
 
 
 def _with_norm_of(led: Tensor, plain: Tensor, family: Family) -> Tensor:
-    """The guided prediction with each token's norm as it was without guidance."""
+    """The guided prediction, rescaled to each token's norm without guidance."""
     tokens, before = to_tokens(led, family), to_tokens(plain, family)
     return from_tokens(tokens * (before.norm(dim=-1, keepdim=True) / tokens.norm(dim=-1, keepdim=True)), led, family)
 
 
 def join_texts(texts: Sequence[EncodedText], multiple: int = 1) -> dict[str, Tensor]:
-    """Encoded captions as one batch, shorter ones filled up with zeros that the mask leaves out; no mask where it would
-    leave out nothing. multiple: of which their length is one."""
+    """Encoded captions as one batch, shorter ones padded with zeros that the mask excludes; no mask if nothing is
+    padded. multiple: pad to a multiple of this length."""
     longest = -(-max(len(text.embeds) for text in texts) // multiple) * multiple
     masks = [
         torch.ones(len(text.embeds), dtype=torch.bool) if text.mask is None else text.mask.bool() for text in texts

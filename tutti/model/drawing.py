@@ -1,15 +1,16 @@
-"""Ready-made models that draw: their own modules for codes of pictures, as a composed model has them.
+"""Ready-made models that draw: their own modules for image codes, with the interface of a composed model.
 
-- Janus sees pictures by a tower and draws them by codes. Its `generation_*` modules embed codes and predict them, and
-  `vqmodel` is the tokenizer of pictures that codes come from, which stays as it is. Read as a `CodeDecoder`, they are
-  trained and generate as those that `model.decoders` puts beside a language model; no module is added, so an export is
-  the plain folder that it was.
-- Emu3 and Chameleon have codes in their vocabulary, and see and draw by them alike: each picture becomes codes, and the
-  language model is trained on rows of tokens. Pictures are squares of one size, since codes of a picture would depend
-  on the sizes of those that it is padded beside. Chameleon's tokenizer makes no pictures of codes.
+- Janus sees images through a tower and draws them with codes. Its `generation_*` modules embed and predict codes, and
+  `vqmodel` is the image tokenizer that the codes come from, which is frozen. Through a `CodeDecoder` they are trained
+  and used for generation like those of `model.decoders` in a composed model. No module is added, so an export has the
+  original layout.
+- Emu3 and Chameleon have codes in their vocabulary, and use them both to see and to draw: each image becomes codes, and
+  the language model is trained on rows of tokens. All images are squares of one size, since an image's codes would
+  otherwise depend on the sizes of the images with which it is padded. Chameleon's tokenizer cannot decode codes to
+  images.
 
-A model draws if its weights are read from a folder with a processor. In training it does so with chats, and where its
-depth (of Janus also its matrices) is not divided over ranks; elsewhere it sees pictures alone.
+A model draws if its weights are read from a folder with a processor. It is trained to draw on chats, without pipeline
+parallelism (and for Janus without tensor parallelism); otherwise it only sees images.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ from tutti.model.omni_processor import CODE, DRAWN, drawing_marks
 from tutti.model.vq import PictureCodes
 
 _FAMILIES = ("janus", "emu3", "chameleon")
-"""model_type of the ready-made models that draw, or are trained to."""
+"""model_type of the ready-made models that draw, or can be trained to."""
 
 _AREA = 720 * 720
-"""Pixels of a picture that Emu3 draws unless data.image_max_pixels says less: as its processor asks for."""
+"""Pixels of an image that Emu3 draws unless data.image_max_pixels is smaller, as in its processor."""
 
 _DRAWN_AS_TEXT = (
     "{%- set drawn = namespace(messages=[]) -%}{%- for message in messages -%}"
@@ -50,11 +51,11 @@ _DRAWN_AS_TEXT = (
     "{%- else -%}{%- set drawn.messages = drawn.messages + [message] -%}{%- endif -%}"
     "{%- endfor -%}{%- set messages = drawn.messages -%}"
 ).replace("CODE", CODE)
-"""Jinja that has a template write the placeholder of codes where a message has a picture that is drawn."""
+"""Jinja code that makes a template write the code placeholder for images to draw in a message."""
 
 
 def ready_folder(model: ModelConfig) -> Path | None:
-    """The folder of the ready-made model that `model` names, if it draws."""
+    """The folder of the ready-made model that `model` names, if it can draw."""
     folder = Path(model.model_path or "")
     processors = ("processor_config.json", "preprocessor_config.json")
     if model.model_path is None or not any((folder / name).is_file() for name in processors):
@@ -65,17 +66,17 @@ def ready_folder(model: ModelConfig) -> Path | None:
 def _family(folder: Path) -> str | None:
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError):  # which building the model tells of
+    except (OSError, ValueError):  # building the model reports this
         return None
 
 
 def sees_codes(folder: Path) -> bool:
-    """True if the ready-made model in `folder` sees pictures by the codes that it draws them by."""
+    """True if the ready-made model in `folder` sees images through the same codes with which it draws."""
     return _family(folder) != "janus"
 
 
 def drawn_size(folder: Path, data: DataConfig) -> int | None:
-    """The side in pixels of what the ready-made model in `folder` draws, where that is not its own."""
+    """The side in pixels of images that the ready-made model in `folder` draws, if its tokenizer does not fix it."""
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if content["model_type"] != "emu3":
         return None
@@ -89,12 +90,13 @@ def draws(config: Config) -> bool:
 
 
 def obstacle(config: Config) -> str | None:
-    """The argument that keeps a ready-made model from being trained to draw, with its value; None if none does."""
+    """The argument (with its value) that prevents a ready-made model from being trained to draw; None if there is
+    none."""
     train, task = config.train, config.data.task
     if task.rows != "conversations" or task.head != "tokens":
         return f"data.data_type {config.data.data_type}"
     folder = ready_folder(config.model)
-    # What embeds codes beyond the vocabulary lies within the table that tensor ranks split.
+    # The embedding of codes beyond the vocabulary is within the table that tensor ranks split.
     axes = (
         ["pipeline_parallel_size"]
         if folder and sees_codes(folder)
@@ -107,7 +109,7 @@ def obstacle(config: Config) -> str | None:
 
 
 class JanusCodes(CodeDecoder):
-    """The modules of a Janus that are for codes of pictures. It is a view, and holds nothing."""
+    """The modules of a Janus model for image codes. A view without parameters."""
 
     def __init__(self, model: Any, first: int, kept: frozenset[int]) -> None:
         nn.Module.__init__(self)
@@ -119,10 +121,10 @@ class JanusCodes(CodeDecoder):
 
 
 class VocabularyCodes(CodeDecoder):
-    """Codes of a model whose vocabulary has them as tokens (Emu3, Chameleon): it embeds and predicts them as any."""
+    """Codes that are tokens of a model's vocabulary (Emu3, Chameleon), embedded and predicted like any token."""
 
     def __init__(self, model: Any, num_ids: int, kept: frozenset[int]) -> None:
-        """ValueError: the tokens are not in the order of their codes."""
+        """Raises ValueError if the tokens are not in the order of their codes."""
         nn.Module.__init__(self)
         ids = model.model.vocabulary_mapping.img2bpe
         self.first, self.number, self.kept, self._num_ids = ids[0], len(ids), kept, num_ids
@@ -136,17 +138,15 @@ class VocabularyCodes(CodeDecoder):
 
 
 def let_draw(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, data: DataConfig) -> None:
-    """Make a ready-made model embed codes and predict them, where they are tokens beyond its vocabulary, and have the
-    chat template of `tokenizer` write their placeholder. folder: of its weights, among which those of its tokenizer of
-    pictures are.
-    """
+    """Make a ready-made model embed and predict codes, if they are beyond its vocabulary, and make the chat template
+    of `tokenizer` write their placeholder. folder: of its weights, including those of its image tokenizer."""
     tokenizer.add_tokens([CODE], special_tokens=True)
     write_drawn(tokenizer)
     num_ids = max(model.config.get_text_config().vocab_size, max(tokenizer.get_vocab().values()) + 1)
     kept = frozenset({drawing_marks(tokenizer).start, tokenizer.bos_token_id, model.config.image_token_id})
     beyond = hasattr(model.model, "generation_head")
     codes = (JanusCodes if beyond else VocabularyCodes)(model, num_ids, kept)
-    # Not registered: its modules are the model's, under names of their own.
+    # Not registered: its modules belong to the model, under their own names.
     model.__dict__ |= {"code_decoder": codes, "drawing_folder": folder, "drawing_size": drawn_size(folder, data)}
     if not beyond:
         return
@@ -163,15 +163,15 @@ def _with_logits(head: nn.Module, codes: CodeDecoder, forward: Callable[..., Any
 
 
 def write_drawn(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make the chat template write the placeholder of codes for pictures that are drawn, if the model draws."""
+    """Make the chat template write the code placeholder for images to draw, if the model draws."""
     source = tokenizer.chat_template
     if CODE in tokenizer.get_vocab() and isinstance(source, str) and not source.startswith(_DRAWN_AS_TEXT):
         tokenizer.chat_template = _DRAWN_AS_TEXT + source
 
 
 def picture_text(tokenizer: Any, drawn: PictureCodes) -> str:
-    """A picture as text, with a placeholder for each code, between the tokens that begin and end it. Emu3 says its size
-    first, and ends each row of it."""
+    """An image as text, with a placeholder per code, between the tokens that begin and end it. Emu3 writes its size
+    first, and ends each row of codes."""
     start, end = tokenizer.convert_ids_to_tokens(list(drawing_marks(tokenizer)))
     sized = getattr(tokenizer, "image_wrapper_token", None)
     if sized is None:
@@ -181,14 +181,16 @@ def picture_text(tokenizer: Any, drawn: PictureCodes) -> str:
 
 
 _END_OF_ROW = "<|extra_200|>"
-"""Emu3's token after each row of a picture."""
+"""Emu3's token after each row of an image."""
 
 
 @dataclass
 class DrawingProcessor:
-    """The processor of a ready-made model that draws: `inner`, its own, beside which drawn pictures become places for
-    codes between the tokens that begin and end one. plain: the tokenizer as its folder has it, which exports get.
-    draws_all: the model sees pictures as such, too."""
+    """The processor of a ready-made model that draws: `inner`, the model's own, plus images to draw, which become
+    placeholders for codes between the tokens that begin and end an image.
+
+    plain: the tokenizer as in the model's folder, for exports. draws_all: the model also sees images as codes.
+    """
 
     inner: Any
     drawn: PictureCodes
@@ -206,7 +208,7 @@ class DrawingProcessor:
         return getattr(self.inner, name)
 
     def __call__(self, text: Sequence[str], drawn: Sequence[Image.Image] = (), **kwargs: Any) -> Any:
-        """As `inner`; drawn: the pictures that the text has placeholders of codes for, in their order."""
+        """As `inner`. drawn: the images for the text's code placeholders, in order."""
         if not drawn:
             return self.inner(text=text, **kwargs)
         (source,) = text
@@ -222,13 +224,13 @@ class DrawingProcessor:
         return {**found, DRAWN_PIXELS: self._pixels(drawn), "text_replacement_offsets": [offsets]}
 
     def _pixels(self, drawn: Sequence[Image.Image]) -> Tensor:
-        """[N, 3, S, S]: as the model sees pictures by itself, if it only sees them, else in [-1, 1]."""
+        """Pixels [N, 3, S, S]: preprocessed as the model's inputs if it only sees images, else in [-1, 1]."""
         if not self.drawn.draws:
             return self.inner.image_processor(images=list(drawn), return_tensors="pt")["pixel_values"]
         return torch.stack([to_values(np.asarray(self.drawn.size.cut(picture))) for picture in drawn])
 
     def _within(self, piece: str, others: Any) -> list[Any]:
-        """The next of what `inner` has replaced, as much of it as a piece of the text has placeholders."""
+        """The next replacements of `inner`, as many as a piece of text has placeholders."""
         return [next(others) for _ in range(piece.count(self.inner.image_token))]
 
     def save_pretrained(self, folder: str | Path) -> None:

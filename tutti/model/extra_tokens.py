@@ -1,4 +1,4 @@
-"""Tokens beyond a vocabulary, which stand for parts of a picture that a model draws."""
+"""Tokens beyond the vocabulary for parts of an image that a model generates."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 class ExtraTokens(nn.Module):
-    """The embeddings of `number` tokens from `first` on, beyond the vocabulary.
+    """The embeddings of `number` tokens, the first of which is `first`, beyond the vocabulary.
 
-    kept: tokens that stay where a prompt is hidden, beside the places of media.
+    kept: tokens that remain when a prompt is hidden, in addition to the placeholders of media.
     """
 
     kept: frozenset[int] = frozenset()
@@ -21,14 +21,14 @@ class ExtraTokens(nn.Module):
 
     @property
     def num_ids(self) -> int:
-        """The number of token ids that rows may hold before such tokens are put into them."""
+        """The number of token ids that rows may contain before such tokens are inserted."""
         return self.first
 
     def holds(self, ids: Tensor) -> Tensor:
-        """bool, of the shape of `ids`: which of the tokens are such."""
+        """Returns bool, in the shape of `ids`: which of the ids are such tokens."""
         return (ids >= self.first) & (ids < self.first + self.number)
 
     def put(self, ids: Tensor, embedded: Tensor) -> Tensor:
-        """The embeddings [B, T, H] of tokens, those of such tokens put in their places."""
+        """The embeddings [B, T, H] of tokens, with those of such tokens inserted."""
         vectors = self.embed((ids - self.first).clamp(min=0)).to(embedded.dtype)
         return torch.where((ids >= self.first)[..., None], vectors, embedded)

@@ -1,9 +1,9 @@
-"""The families of transformers' models that have been compared with their own classes, so that a run with another one
-says that nobody has tried it.
+"""The model families that have been compared with transformers' own classes; a run with another one says that it is
+untested.
 
-`make sweep` and its like build every family at tiny size, and write the tables in docs/models.md and
-docs/multimodal.md; families that are equal there are written down here, by their `model_type`. One that transformers
-adds is in no list: its row in the table is "untested", and so is its run.
+`make sweep` and the other sweeps build every family at tiny size, and write the tables in docs/models.md and
+docs/multimodal.md. Families that are equal there are listed here, by their `model_type`. A family that transformers
+adds later is in no list: its row in the table is "untested", and its run says so.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COMPARED = frozenset(_NAMES.split())
 
 
 def untested(config: PreTrainedConfig) -> str | None:
-    """A line for the log about a model that has not been compared with its own class; None for any other."""
+    """A log line for a model that has not been compared with its own class; None for any other."""
     if config.model_type in COMPARED:
         return None
     return (

@@ -1,15 +1,15 @@
-"""Drawing by diffusion: a language model leads a diffusion transformer of diffusers by its hidden states.
+"""Diffusion decoder: a language model conditions a diffusion transformer of diffusers with its hidden states.
 
-The place of a picture in a row is a number of *queries*: learned embeddings, as tokens beyond the vocabulary, that look
-at all text before them. Their last hidden states, projected, are for the transformer what a caption's embeddings are
-for one that is trained on captions alone (`tutti.model.diffusion`, whose table of classes says how each is called). It
-learns to tell noise from a picture's latents, and draws by taking noise away step by step.
+In a row, an image is represented by *queries*: learned embeddings, as tokens beyond the vocabulary, that attend to all
+text before them. Their last hidden states, projected, take the place of caption embeddings in plain diffusion training
+(`tutti.model.diffusion`, whose table says how each class is called). The transformer learns to denoise an image's
+latents, and generates by removing noise step by step.
 
-model.decoders.image is a folder laid out as diffusers' pipelines are, without text encoders: `transformer/`, `vae/`
-(without one, pixels are the latents) and `scheduler/`. The transformer is trained, or frozen by train.freeze; the
-autoencoder stays as it is and is no part of the model.
+model.decoders.image is a folder with the layout of a diffusers pipeline, without text encoders: `transformer/`, `vae/`
+(without one, pixels are the latents) and `scheduler/`. The transformer is trained, unless train.freeze names it; the
+autoencoder is frozen and not part of the model.
 
-Shapes: P pictures, Q queries, H the language model's hidden size, D width of text that the transformer takes.
+Shapes: P images, Q queries, H the language model's hidden size, D width of the transformer's text input.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ ARGUMENT = "model.decoders.image"
 
 
 class KeepingSize(nn.Linear):
-    """A linear layer that begins with outputs about as large as its inputs: from the far smaller ones of a language
-    model's own layers a transformer hardly learns to be led."""
+    """A linear layer initialized so that its outputs are about as large as its inputs: with the much smaller outputs
+    of a language model's usual initialization, a transformer hardly learns to use its condition."""
 
     def reset_parameters(self) -> None:
-        """Draw the weights with deviation 1 / sqrt(inputs); the bias is zero."""
+        """Initialize the weights with standard deviation 1 / sqrt(inputs), and the bias with zero."""
         nn.init.normal_(self.weight, std=self.in_features**-0.5)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
 
 class FlowDecoder(ExtraTokens):
-    """The part of a model that draws by diffusion.
+    """The modules of a model with a diffusion decoder.
 
-    embed: the queries, of which number 0 is the token `first`. project, pool: from their hidden states to a
-    transformer's text, and of all together to its pooled text. net: the transformer.
+    embed: the queries; the first one is the token `first`. project, pool: project their hidden states to the
+    transformer's text, and their mean to its pooled text. net: the transformer.
     """
 
     def __init__(self, config: dict[str, Any], first: int, number: int, hidden_size: int) -> None:
@@ -61,26 +61,26 @@ class FlowDecoder(ExtraTokens):
         assert width is not None, "no text"
         self.project = nn.Sequential(KeepingSize(hidden_size, hidden_size), nn.GELU(), KeepingSize(hidden_size, width))
         self.pool = KeepingSize(width, config["pooled_projection_dim"]) if self.family.pooled else None
-        with torch.device("cpu"), parameters_on_meta():  # buffers, which the classes compute, are there at once
+        with torch.device("cpu"), parameters_on_meta():  # buffers, which the classes compute, exist at once
             self.net = make_net(config)
 
     def blocks(self) -> list[nn.Module]:
-        """The transformer's repeated units."""
+        """The transformer's repeated layers."""
         return [block for _, block in net_blocks(self.net)]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Logits [..., Q] of the queries as tokens: none is learned, since which one follows is known."""
+        """Logits [..., Q] of the queries as tokens; not learned, since the next query is always known."""
         return hidden.new_zeros(*hidden.shape[:-1], self.number)
 
     def text(self, states: Tensor) -> EncodedText:
-        """The text that leads the transformer, from the hidden states [P, Q, H] of each picture's queries."""
+        """The transformer's text input, from the hidden states [P, Q, H] of each image's queries."""
         embeds = self.project(states.to(self.project[0].weight.dtype))  # type: ignore[arg-type]
         return EncodedText(embeds, None, None if self.pool is None else self.pool(embeds.mean(1)))
 
 
 class FlowSpec(NamedTuple):
-    """A diffusion decoder as it is configured. folder: its parts. weights: the folder of the transformer's weights,
-    None if they are drawn. tokens: queries of a picture. grid: how pixels become latents. side: pixels of a picture."""
+    """The configuration of a diffusion decoder. folder: its parts. weights: the folder of the transformer's weights,
+    None for random ones. tokens: queries per image. grid: from pixels to latents. side: of images in pixels."""
 
     folder: PipelineFolder
     weights: Path | None
@@ -95,18 +95,18 @@ class FlowSpec(NamedTuple):
 
     @property
     def codes(self) -> PictureCodes:
-        """The queries, as codes of a picture."""
+        """The queries, in the form of image codes."""
         return PictureCodes(self.tokens, self.tokens, Square(self.side))
 
     @property
     def latents(self) -> tuple[int, ...]:
-        """The shape of a picture's latents [C, H, W]."""
+        """The shape of an image's latents [C, H, W]."""
         return latent_shape(self.family, SimpleNamespace(**self.net), self.grid, (self.side, self.side, 1))
 
 
 def read_flow(model: ModelConfig) -> FlowSpec | None:
-    """The diffusion decoder that `model` draws by; None if it draws by another one, or nothing. ValueError: it cannot
-    be used."""
+    """The diffusion decoder of `model`; None if it draws in another way, or not at all. ValueError: it cannot be
+    used."""
     root, settings = decoder_folder(model), decoder_settings(model)
     if root is None or not is_pipeline(root):
         return None

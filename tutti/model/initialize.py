@@ -152,8 +152,7 @@ class _NumbersKept(TorchFunctionMode):
 
 
 def _constants(model: PreTrainedModel, names: set[str]) -> dict[str, Tensor]:
-    """The values of those of `names` that the class's constructor computes from numbers and that no rule sets later.
-    """
+    """The values of those of `names` that the class's constructor computes from numbers and that no rule sets later."""
     if not names:
         return {}
     with _NumbersKept(), no_tie_weights():
@@ -212,8 +211,7 @@ def _is_blank(tensor: Tensor) -> bool:
 
 
 def _units(twin: PreTrainedModel, names: set[str]) -> list[_Unit]:
-    """Group the twin's modules by which tensors their rules write, found by running each on tensors without storage.
-    """
+    """Group the twin's modules by which tensors their rules write, found by running each on tensors without storage."""
     unit_of: dict[str, _Unit] = {}
     rules = dict(_rules(twin))
     for path, module in reversed(list(twin.named_modules())):
