@@ -1,38 +1,90 @@
-"""A packed training loop as one would write it by hand, as a process of its own: `python -m bench._loop FOLDER`.
+"""A packed training loop as an expert would write it by hand, as a process of its own: `python -m bench._loop FOLDER`.
 
 FOLDER holds what bench.speed put there: config.json and workload.json. Samples are laid end to end in rows of up to as
-many tokens as Tutti's; each attends to itself with torch's SDPA, the loss is of all of a row's logits at once, and
-AdamW is torch's fused one. Weights are fp32, with autocast if bf16 is what it is to compute in. Prints a line of JSON:
-trained tokens and seconds of the timed steps, and the peak of memory.
+many tokens as Tutti's, and each attends to itself with torch's SDPA. The head and the loss go over the trained
+positions in chunks, whose logits become their own gradient. Tokens are sorted by expert, and each expert has one
+product. AdamW is torch's fused one, in fp32; to compute in bf16, the model is a copy in bf16 that is written anew after
+each step, and whose gradients are added up in fp32 as they come. Prints a line of JSON: trained tokens, seconds and
+seconds of cores of the timed steps, and the peak of memory.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import grouped_mm, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers.integrations.moe import ExpertsInterface
 
 from tutti.core.device import memory_gib
 
 Pack = list[list[int]]
+
+CHUNK = 512
+"""Positions whose logits there are at a time."""
 
 
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, lengths: list[int], **options: Any
 ) -> tuple[Tensor, None]:
     """Causal attention within samples of these lengths, [1, H, T, D] -> [1, T, H, D]."""
-    made, kernel = [], nn.functional.scaled_dot_product_attention
+    made = []
     for q, k, v in zip(*(item.split(lengths, 2) for item in (query, key, value)), strict=True):
-        made.append(kernel(q, k, v, is_causal=True, enable_gqa=True, scale=options["scaling"]))
+        made.append(scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=options["scaling"]))
     return torch.cat(made, 2).transpose(1, 2), None
+
+
+def by_expert(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum of each token's experts. hidden [N, H], chosen and weights [N, k] -> [N, H]."""
+    experts, order = chosen.flatten().sort()
+    counts = experts.bincount(minlength=module.num_experts)
+    tokens = order // chosen.shape[1]
+    rows = product(hidden.index_select(0, tokens), module.gate_up_proj, counts)
+    gate, up = rows.chunk(2, -1)
+    rows = product(module.act_fn(gate) * up, module.down_proj, counts)
+    rows = rows * weights.flatten()[order, None].to(rows.dtype)
+    return torch.zeros_like(hidden).index_add(0, tokens, rows)
+
+
+def product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Rows [S, in], sorted by expert, each by its expert's weight [E, out, in] -> [S, out]."""
+    if rows.dtype == torch.bfloat16:
+        return grouped_mm(rows, weight.mT, offs=counts.cumsum(0).int())
+    return torch.cat([part @ one.T for part, one in zip(rows.split(counts.tolist()), weight.unbind(), strict=True)])
+
+
+class HeadAndLoss(torch.autograd.Function):
+    """The sum of cross-entropies: hidden [N, H], head's weight [V, H], targets [N]. Gradients are made on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> Tensor:
+        total = torch.zeros(())
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        for rows, aims, out in zip(*(item.split(CHUNK) for item in (hidden, targets, grad_hidden)), strict=True):
+            logits = rows @ weight.T
+            probabilities = logits.float().log_softmax(-1)
+            total -= probabilities.gather(1, aims[:, None]).sum()
+            probabilities.exp_()[torch.arange(len(aims)), aims] -= 1
+            grad = logits.copy_(probabilities.mul_(scale))
+            torch.mm(grad, weight, out=out)
+            if weight.dtype == torch.float32:
+                grad_weight.addmm_(grad.T, rows)
+            else:
+                grad_weight += grad.T @ rows
+        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return total * scale
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.saved_tensors, None, None
 
 
 def packs(samples: Pack, slots: int) -> list[Pack]:
@@ -45,41 +97,70 @@ def packs(samples: Pack, slots: int) -> list[Pack]:
     return rows
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, rows: Sequence[Pack], dtype: str) -> int:
-    """Train on these rows; the number of trained tokens."""
-    count = sum(len(sample) - 1 for row in rows for sample in row)
-    for row in rows:
-        ids = torch.tensor([token for sample in row for token in sample])
-        places = torch.cat([torch.arange(len(sample)) for sample in row])
-        inner = nn.functional.pad(places[1:] > 0, (0, 1))  # all but the last of each sample
-        with torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else nullcontext():
-            logits = model(ids[None], position_ids=places[None], use_cache=False, lengths=list(map(len, row))).logits
-        loss = nn.functional.cross_entropy(logits[0, inner].float(), ids[1:][inner[:-1]], reduction="sum")
-        (loss / count).backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    return count
+class Loop:
+    """The model as it computes, its weights in fp32, and the optimizer."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        AttentionInterface.register("by_sample", attend)
+        AttentionMaskInterface.register("by_sample", lambda *_, **__: None)
+        ExpertsInterface.register("by_expert", by_expert)
+        torch.manual_seed(0)
+        config = AutoConfig.from_pretrained(folder)
+        options = {"attn_implementation": "by_sample", "experts_implementation": "by_expert"}
+        held = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+        self.model = held if dtype == torch.float32 else copy.deepcopy(held)
+        for parameter in self.model.parameters():  # and no buffers: frequencies of positions stay fp32
+            parameter.data = parameter.data.to(dtype)
+        self.held = list(held.parameters())
+        self.computed = list(self.model.parameters())
+        if self.model is not held:
+            for parameter, weight in zip(self.computed, self.held, strict=True):
+                weight.grad = torch.empty_like(weight)
+                parameter.register_post_accumulate_grad_hook(lambda given, to=weight.grad: self.move_gradient(given, to))
+        self.optimizer = torch.optim.AdamW(self.held, lr=1e-4, fused=True)
+
+    def step(self, rows: Sequence[Pack]) -> int:
+        """Train on these rows; the number of trained tokens."""
+        count = sum(len(sample) - 1 for row in rows for sample in row)
+        for number, row in enumerate(rows):
+            self.is_first = number == 0
+            ids = torch.tensor([token for sample in row for token in sample])
+            places = torch.cat([torch.arange(len(sample)) for sample in row])
+            inner = nn.functional.pad(places[1:] > 0, (0, 1))  # all but the last of each sample
+            lengths = [len(sample) for sample in row]
+            out = self.model.model(ids[None], position_ids=places[None], use_cache=False, lengths=lengths)
+            hidden, targets = out.last_hidden_state[0, inner], ids[1:][inner[:-1]]
+            HeadAndLoss.apply(hidden, self.model.lm_head.weight, targets, 1 / count).backward()
+        nn.utils.clip_grad_norm_(self.held, 1.0)
+        self.optimizer.step()
+        if self.computed[0] is self.held[0]:
+            self.optimizer.zero_grad()
+        else:
+            with torch.no_grad():
+                torch._foreach_copy_(self.computed, self.held)
+        return count
+
+    def move_gradient(self, given: Tensor, to: Tensor) -> None:
+        """Add the gradient of `given` to those of the step, in fp32, and drop it."""
+        assert given.grad is not None
+        if self.is_first:
+            to.copy_(given.grad)
+        else:
+            to += given.grad
+        given.grad = None
 
 
 def main(folder: Path) -> None:
     plan = json.loads((folder / "workload.json").read_text())
-    AttentionInterface.register("by_sample", attend)
-    AttentionMaskInterface.register("by_sample", lambda *_, **__: None)
-    torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="by_sample")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    accumulation, dtype = plan["accumulation"], plan["compute_dtype"]
-    step(model, optimizer, packs(plan["warmup"], plan["slots"])[:accumulation], dtype)
+    loop = Loop(folder, getattr(torch, plan["compute_dtype"]))
+    accumulation = plan["accumulation"]
+    loop.step(packs(plan["warmup"], plan["slots"])[:accumulation])
     rows = packs(plan["measured"], plan["slots"])
-    start = time.perf_counter()
-    trained = sum(
-        step(model, optimizer, rows[place : place + accumulation], dtype) for place in range(0, len(rows), accumulation)
-    )
-    seconds = time.perf_counter() - start
+    start, cores = time.perf_counter(), time.process_time()
+    trained = sum(loop.step(rows[place : place + accumulation]) for place in range(0, len(rows), accumulation))
+    seconds, cores = time.perf_counter() - start, time.process_time() - cores
     peak = memory_gib(torch.device("cpu"))
-    print(json.dumps({"trained_tokens": trained, "seconds": seconds, "memory_gib": peak}))
+    print(json.dumps({"trained_tokens": trained, "seconds": seconds, "cores": cores, "memory_gib": peak}))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 `make bench`.
 
-Each contender trains the same 60M-parameter model on the same ragged samples (bench.workload says which) in a process
-of its own with the same two threads: fp32 weights, computed with in the faster of bf16 and fp32, AdamW, no gradient
-checkpointing, the same number of micro batches a step and as near as possible the same tokens in them. Warm-up steps
+Each contender trains the same model (`--model`: a Qwen3 of 60 million parameters, the shape of SmolLM2-135M, or 64
+experts) on the same ragged samples (bench.workload says which) in a process of its own with the same two threads: fp32
+weights, computed with in the faster of bf16 and fp32, AdamW, no gradient checkpointing, the same number of micro
+batches a step and as near as possible the same tokens in them. Warm-up steps
 are not timed. Rounds are interleaved (Trainer, Tutti, Trainer, Tutti ...), so that a machine that slows down does so
 for all, and each round measures the machine's own rate of matrix products in that dtype. Reported are medians over the
 rounds: trained tokens a second, the ratio to each other contender within a round, the share of the matrix rate that the
@@ -24,14 +25,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import workload
-from bench.workload import Workload, run_python
+from bench.workload import MODELS, Workload, run_python
 
 ROOT = Path(__file__).parents[1]
-BATCH_SIZE, ACCUMULATION = 10, 2
-MICRO_BATCH_SLOTS = 2 * workload.MAX_LENGTH
-WARMUP_STEPS = 4
+BATCH_SIZE = 10
 LOOP = "packed loop by hand"
 CONTENDERS = ("Trainer, padded", "Trainer, length-grouped", LOOP, "Tutti", "Tutti, compiled")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One round of one model: its name, the dtype that it computes in, the micro batches of a step, the tokens that
+    there is room for in a packed one, and the steps that Tutti's figures leave out."""
+
+    model: str
+    dtype: str
+    accumulation: int
+    slots: int
+    warmup_steps: int
 
 
 @dataclass(frozen=True)
@@ -46,65 +57,74 @@ class Result:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), default="qwen3", help="the model to train (qwen3)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="to compute in (the faster one here)")
     parser.add_argument("--quick", action="store_true", help="one short round")
     parser.add_argument("--rounds", type=int, default=None, help="interleaved rounds (3, quick: 1)")
     parser.add_argument("--steps", type=int, default=None, help="timed optimizer steps a round (8, quick: 4)")
+    parser.add_argument("--warmup-steps", type=int, default=4, help="steps of Tutti that are not timed (4)")
+    parser.add_argument("--accumulation", type=int, default=2, help="micro batches a step (2)")
+    parser.add_argument("--slots", type=int, default=2048, help="tokens of a packed micro batch (2048)")
     parser.add_argument("--threads", type=int, default=2, help="threads of each process (2)")
-    parser.add_argument("--only", default="", help="comma list of parts of contenders' names")
+    parser.add_argument("--only", default="", help="comma list of contenders' names, or parts of them")
     options = parser.parse_args()
     rounds = options.rounds or (1 if options.quick else 3)
     steps = options.steps or (4 if options.quick else 8)
     wanted = [part.strip().lower() for part in options.only.split(",")]
-    contenders = [name for name in CONTENDERS if any(part in name.lower() for part in wanted)]
+    whole = {name.lower() for name in CONTENDERS}
+    contenders = [
+        name for name in CONTENDERS if any(part == name.lower() if part in whole else part in name.lower() for part in wanted)
+    ]
     os.environ.update(OMP_NUM_THREADS=str(options.threads), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     results: dict[str, list[Result]] = {name: [] for name in contenders}
     rates = []
-    dtype = workload.faster_dtype()
+    dtype = options.dtype or workload.faster_dtype()
+    setup = Setup(options.model, dtype, options.accumulation, options.slots, options.warmup_steps)
     for number in range(rounds):
-        work = workload.make_workload(
-            steps * ACCUMULATION, BATCH_SIZE, WARMUP_STEPS * BATCH_SIZE * ACCUMULATION, seed=number
-        )
+        batches = setup.accumulation * max(1, setup.slots // 2048)
+        work = workload.make_workload(steps * batches, BATCH_SIZE, setup.warmup_steps * BATCH_SIZE * batches, number)
         for name in contenders:
             rates.append(_matrix_rate(dtype))
-            speed, memory = _run(name, work, dtype)
-            operations = workload.flops_per_token(work.measured) * work.tokens / (work.tokens - len(work.measured))
+            speed, memory = _run(name, work, setup)
+            operations = workload.flops_per_token(work.measured, MODELS[setup.model])
+            operations *= work.tokens / (work.tokens - len(work.measured))
             results[name].append(Result(speed, speed * operations / rates[-1], memory))
             said = f"round {number + 1}/{rounds}  {name:24} {speed:8.1f} tokens/s {memory:6.2f} GiB"
             print(said, file=sys.stderr, flush=True)
     print(_table(results))
     low, middle, high = (rate / 1e9 for rate in (min(rates), statistics.median(rates), max(rates)))
     print(f"\n{dtype} matrix rate: median {middle:.0f} GFLOP/s, from {low:.0f} to {high:.0f} over the run")
-    print(f"{rounds} rounds of {steps} timed steps, {options.threads} threads")
+    print(f"{setup.model}: {rounds} rounds of {steps} timed steps, {options.threads} threads")
 
 
-def _run(name: str, work: Workload, dtype: str) -> tuple[float, float]:
-    """Trained tokens a second of one contender on `work`, computing in `dtype`, and its peak of memory in GiB."""
+def _run(name: str, work: Workload, setup: Setup) -> tuple[float, float]:
+    """Trained tokens a second of one contender on `work`, and its peak of memory in GiB."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        workload.write_model(folder)
+        workload.write_model(folder, MODELS[setup.model])
         if name == LOOP:
-            return _run_peer(folder, work, dtype, "bench._loop", str(folder))
+            return _run_peer(folder, work, setup, "bench._loop", str(folder))
         if name.startswith("Trainer"):
             mode = "grouped" if "grouped" in name else "padded"
-            return _run_peer(folder, work, dtype, "bench._trainer", str(folder), mode)
-        return _run_tutti(folder, work, dtype, compile="compiled" in name)
+            return _run_peer(folder, work, setup, "bench._trainer", str(folder), mode)
+        return _run_tutti(folder, work, setup, compile="compiled" in name)
 
 
-def _run_peer(folder: Path, work: Workload, dtype: str, *command: str) -> tuple[float, float]:
+def _run_peer(folder: Path, work: Workload, setup: Setup, *command: str) -> tuple[float, float]:
     plan = {
         "warmup": work.warmup,
         "measured": work.measured,
         "batch_size": BATCH_SIZE,
-        "accumulation": ACCUMULATION,
-        "compute_dtype": dtype,
-        "slots": MICRO_BATCH_SLOTS,
+        "accumulation": setup.accumulation,
+        "compute_dtype": setup.dtype,
+        "slots": setup.slots,
     }
     (folder / "workload.json").write_text(json.dumps(plan))
     result = json.loads(run_python("-m", *command).splitlines()[-1])
     return result["trained_tokens"] / result["seconds"], result["memory_gib"]
 
 
-def _run_tutti(folder: Path, work: Workload, dtype: str, *, compile: bool) -> tuple[float, float]:
+def _run_tutti(folder: Path, work: Workload, setup: Setup, *, compile: bool) -> tuple[float, float]:
     workload.write_text(folder / "rows.jsonl", work.warmup + work.measured)
     arguments = {
         "model.config_path": folder,
@@ -116,9 +136,9 @@ def _run_tutti(folder: Path, work: Workload, dtype: str, *, compile: bool) -> tu
         "data.drop_last": False,
         "train.output_dir": folder / "run",
         "train.dyn_bsz": True,
-        "train.micro_batch_size": MICRO_BATCH_SLOTS // workload.MAX_LENGTH,
-        "train.global_batch_size": ACCUMULATION * MICRO_BATCH_SLOTS // workload.MAX_LENGTH,
-        "train.compute_dtype": dtype,
+        "train.micro_batch_size": setup.slots // workload.MAX_LENGTH,
+        "train.global_batch_size": setup.accumulation * setup.slots // workload.MAX_LENGTH,
+        "train.compute_dtype": setup.dtype,
         "train.lr": 1e-4,
         "train.lr_decay_style": "linear",
         "train.enable_gradient_checkpointing": False,
@@ -128,7 +148,7 @@ def _run_tutti(folder: Path, work: Workload, dtype: str, *, compile: bool) -> tu
     }
     run_python("-m", "tutti", "train", *(f"{name}={value}" for name, value in arguments.items()))
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    timed = [line for line in lines if "step_seconds" in line and line["step"] > WARMUP_STEPS]
+    timed = [line for line in lines if "step_seconds" in line and line["step"] > setup.warmup_steps]
     shutil.rmtree(folder / "run")
     speed = sum(line["trained_tokens"] for line in timed) / sum(line["step_seconds"] for line in timed)
     return speed, max(line["memory_gib"] for line in timed)

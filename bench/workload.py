@@ -1,7 +1,8 @@
 """The speed bench's common ground: the model, the samples, the operations they cost, and the machine's matrix rate.
 
-The model is a Qwen3 of 60 million parameters (hidden 512, 8 layers, vocabulary 32,000, untied). A sample is a text of
-random words, log-normal in length (mean 200, at most 1024 tokens, sigma 1). transformers' own length-grouped sampler
+The model is a Qwen3 of 60 million parameters (hidden 512, 8 layers, vocabulary 32,000, untied), or has the shape of
+SmolLM2-135M, or is a Qwen3-MoE of 142 million parameters that has 64 small experts in each of 4 layers. A sample is a
+text of random words, log-normal in length (mean 200, at most 1024 tokens, sigma 1). transformers' own length-grouped sampler
 groups a corpus of 4,000 samples into micro batches; a few of them are run, drawn evenly over the lengths, so that long
 and short ones are there in their right proportion. Every contender gets these same samples, besides others to warm up.
 """
@@ -42,6 +43,33 @@ MODEL: dict[str, Any] = {
     "pad_token_id": EOS,
 }
 
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3": MODEL,
+    "smollm2": MODEL
+    | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 49_152,
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+    "moe": MODEL
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 4,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 256,
+        "norm_topk_prob": True,
+    },
+}
+"""Configurations of models by the name that `bench.speed --model` knows them by."""
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -79,22 +107,27 @@ def make_workload(micro_batches: int, batch_size: int, warmup: int, seed: int) -
     return Workload([text(index) for index in rest], [text(index) for index in measured])
 
 
-def matmul_parameters() -> int:
-    """Weights of the model that take part in a matrix product: all but the embedding and the norms."""
-    hidden, inner, layers = MODEL["hidden_size"], MODEL["intermediate_size"], MODEL["num_hidden_layers"]
-    heads, kv = (MODEL[name] * MODEL["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
-    return layers * (2 * hidden * heads + 2 * hidden * kv + 3 * hidden * inner) + hidden * VOCABULARY
+def matmul_parameters(model: dict[str, Any] = MODEL) -> int:
+    """Weights that take part in a matrix product for each token: all but an untied embedding, the norms, and the
+    experts that a token does not choose."""
+    hidden, layers = model["hidden_size"], model["num_hidden_layers"]
+    heads, kv = (model[name] * model["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
+    mlp = 3 * hidden * model["intermediate_size"]
+    if "num_experts" in model:
+        chosen = model["num_experts_per_tok"] * 3 * hidden * model["moe_intermediate_size"]
+        mlp = chosen + hidden * model["num_experts"]
+    return layers * (2 * hidden * heads + 2 * hidden * kv + mlp) + hidden * model["vocab_size"]
 
 
-def flops_per_token(samples: list[list[int]]) -> float:
+def flops_per_token(samples: list[list[int]], model: dict[str, Any] = MODEL) -> float:
     """Forward and backward operations a token: 6 a matrix weight, and causal attention within the sample.
 
     Attention multiplies queries by keys and weights by values, n^2 / 2 pairs of 2 operations a channel each; backward
     costs twice the forward.
     """
-    channels = MODEL["num_attention_heads"] * MODEL["head_dim"] * MODEL["num_hidden_layers"]
+    channels = model["num_attention_heads"] * model["head_dim"] * model["num_hidden_layers"]
     attention = sum(3 * 2 * len(sample) ** 2 * channels for sample in samples)
-    return 6 * matmul_parameters() + attention / sum(map(len, samples))
+    return 6 * matmul_parameters(model) + attention / sum(map(len, samples))
 
 
 def write_model(folder: Path, model: dict[str, Any] = MODEL) -> None:

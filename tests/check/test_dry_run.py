@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tutti.check.dry_run import Prediction, Unpredictable, full_batch, predict, 
 from tutti.check.run import check
 from tutti.config import Config
 from tutti.core.batch import Batch
+from tutti.train.step import TrainStep
 
 FSDP2 = {"data_parallel_mode": "fsdp2"}
 REMAT = {"enable_gradient_checkpointing": True}
@@ -193,6 +195,19 @@ def test_a_long_step_is_told_from_short_ones(tmp_path, world, changes):
         told = predict_rank(config, model, world, rank)
         whole = predict_rank(config, model, world, rank, [full_batch(config, model)] * 8)
         assert told == whole, f"rank {rank}"
+
+
+@pytest.mark.parametrize(("world", "on_cpu", "steps"), [(1, False, [2]), (2, False, [2, 1]), (2, True, [2])])
+def test_steps_are_rehearsed_as_often_as_needed(tmp_path, monkeypatch, world, on_cpu, steps):
+    """Shorter ones, to tell how traffic grows, only where there is any and it is asked for."""
+    ran, step = [], TrainStep.step
+    monkeypatch.setattr(TrainStep, "step", lambda self, *args: (ran.append(len(args[0].micro_batches)), step(self, *args)))
+    config = family_config(tmp_path, "llama", world, global_batch_size=8 * world, **FSDP2)
+    found = predict(config, model_of(config), world, on_cpu=on_cpu)
+    assert ran == steps and bool(found.sent) == (world > 1 and not on_cpu)
+    if on_cpu:
+        batches = [full_batch(config, model_of(config))] * 4
+        assert found == replace(predict_rank(config, model_of(config), world, 0, batches, on_cpu=True), sent={})
 
 
 def test_the_fullest_rank_is_told_of(tmp_path):

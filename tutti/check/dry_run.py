@@ -13,7 +13,8 @@ The micro batches are as full as the configuration lets them be, each token a ta
 Kernels are an accelerator's, whose attention keeps no probabilities, or a CPU's. Compilation is left out, and so is a
 reference model beside the trained one. Where data has media, a micro batch is that of the first epoch which has most of
 them, filled up with text. All micro batches of a step are alike, so a long step is told from short ones: traffic grows
-by the same amount with each, and memory no longer once as many are under way at once as ever will be.
+by the same amount with each, and memory no longer once as many are under way at once as ever will be. Where nothing is
+sent, the longer of two short steps is enough.
 
 Ranks differ in what they hold only along the pipeline, or by the remainder of what does not divide evenly, which the
 first ones have: of each pipeline rank the first is rehearsed, and the fullest is told of.
@@ -91,8 +92,8 @@ def predict(
 ) -> Prediction:
     """Predict what training `model`, which is whole and on the meta device, takes of the fullest of `world` ranks.
 
-    full: the largest micro batch, where it is not to be that of `full_batch`. on_cpu: as a CPU runs it, rather than an
-    accelerator. There must be no process group.
+    full: the largest micro batch, where it is not to be that of `full_batch`. on_cpu: its memory as a CPU runs it,
+    rather than an accelerator; what is sent, which is the same, is then left out. There must be no process group.
     ConfigError, ValueError: sizes that do not fit. Unpredictable: why.
     """
     if not config.data.task.has_tokens:
@@ -149,7 +150,9 @@ def predict_rank(
             few, many = _short_steps(count, layout, train, mesh.rank("pipeline"))
             sent = sent_by([full] * many)
             found = sizes.prediction(rank, sent)
-            if many == count:
+            if on_cpu:
+                return replace(found, sent={})
+            if many == count or not sent:
                 return found
             less = sent_by([full] * few)
             left, apart = count - many, many - few
