@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ class Loop:
         if self.model is not held:
             for parameter, weight in zip(self.computed, self.held, strict=True):
                 weight.grad = torch.empty_like(weight)
-                parameter.register_post_accumulate_grad_hook(lambda given, to=weight.grad: self.move_gradient(given, to))
+                parameter.register_post_accumulate_grad_hook(partial(self.move_gradient, weight.grad))
         self.optimizer = torch.optim.AdamW(self.held, lr=1e-4, fused=True)
 
     def step(self, rows: Sequence[Pack]) -> int:
@@ -140,7 +141,7 @@ class Loop:
                 torch._foreach_copy_(self.computed, self.held)
         return count
 
-    def move_gradient(self, given: Tensor, to: Tensor) -> None:
+    def move_gradient(self, to: Tensor, given: Tensor) -> None:
         """Add the gradient of `given` to those of the step, in fp32, and drop it."""
         assert given.grad is not None
         if self.is_first:

@@ -71,10 +71,7 @@ def main() -> None:
     rounds = options.rounds or (1 if options.quick else 3)
     steps = options.steps or (4 if options.quick else 8)
     wanted = [part.strip().lower() for part in options.only.split(",")]
-    whole = {name.lower() for name in CONTENDERS}
-    contenders = [
-        name for name in CONTENDERS if any(part == name.lower() if part in whole else part in name.lower() for part in wanted)
-    ]
+    contenders = [name for name in CONTENDERS if any(_means(part, name.lower()) for part in wanted)]
     os.environ.update(OMP_NUM_THREADS=str(options.threads), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     results: dict[str, list[Result]] = {name: [] for name in contenders}
     rates = []
@@ -95,6 +92,11 @@ def main() -> None:
     low, middle, high = (rate / 1e9 for rate in (min(rates), statistics.median(rates), max(rates)))
     print(f"\n{dtype} matrix rate: median {middle:.0f} GFLOP/s, from {low:.0f} to {high:.0f} over the run")
     print(f"{setup.model}: {rounds} rounds of {steps} timed steps, {options.threads} threads")
+
+
+def _means(part: str, name: str) -> bool:
+    """True if `part` is `name`, or is in it and no contender's whole name."""
+    return part == name or (part in name and part not in map(str.lower, CONTENDERS))
 
 
 def _run(name: str, work: Workload, setup: Setup) -> tuple[float, float]:

@@ -1,10 +1,11 @@
 """The speed bench's common ground: the model, the samples, the operations they cost, and the machine's matrix rate.
 
 The model is a Qwen3 of 60 million parameters (hidden 512, 8 layers, vocabulary 32,000, untied), or has the shape of
-SmolLM2-135M, or is a Qwen3-MoE of 142 million parameters that has 64 small experts in each of 4 layers. A sample is a
-text of random words, log-normal in length (mean 200, at most 1024 tokens, sigma 1). transformers' own length-grouped sampler
-groups a corpus of 4,000 samples into micro batches; a few of them are run, drawn evenly over the lengths, so that long
-and short ones are there in their right proportion. Every contender gets these same samples, besides others to warm up.
+SmolLM2-135M, or is a Qwen3-MoE of 137 million parameters that has 64 small experts in each of 4 layers. A sample is a
+text of random words, log-normal in length (mean 200, at most 1024 tokens, sigma 1). transformers' own length-grouped
+sampler groups a corpus of 4,000 samples into micro batches; a few of them are run, drawn evenly over the lengths, so
+that long and short ones are there in their right proportion. Every contender gets these same samples, besides others to
+warm up.
 """
 
 from __future__ import annotations

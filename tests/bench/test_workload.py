@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -17,6 +18,23 @@ def test_model_has_60_million_parameters(tmp_path: Path) -> None:
     assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == 60
     matrices = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     assert workload.matmul_parameters() == sum(matrix.weight.numel() for matrix in matrices)
+
+
+@pytest.mark.parametrize("name", list(workload.MODELS))
+def test_weights_in_products_are_counted_for_each_model(tmp_path: Path, name: str) -> None:
+    config = workload.MODELS[name]
+    workload.write_model(tmp_path, config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert round(total / 1e6) == {"qwen3": 60, "smollm2": 135, "moe": 137}[name]
+    used = config.get("num_experts_per_tok", 1) / config.get("num_experts", 1)
+    counted = 0
+    for part, parameter in model.named_parameters():
+        is_table = "embed_tokens" in part and not config["tie_word_embeddings"]
+        if parameter.ndim > 1 and not is_table:
+            counted += round(parameter.numel() * (used if "experts" in part else 1))
+    assert workload.matmul_parameters(config) == counted
 
 
 def test_operations_a_token() -> None:

@@ -201,7 +201,12 @@ def test_a_long_step_is_told_from_short_ones(tmp_path, world, changes):
 def test_steps_are_rehearsed_as_often_as_needed(tmp_path, monkeypatch, world, on_cpu, steps):
     """Shorter ones, to tell how traffic grows, only where there is any and it is asked for."""
     ran, step = [], TrainStep.step
-    monkeypatch.setattr(TrainStep, "step", lambda self, *args: (ran.append(len(args[0].micro_batches)), step(self, *args)))
+
+    def noted(self: TrainStep, batch: Any, totals: Any) -> None:
+        ran.append(len(batch.micro_batches))
+        step(self, batch, totals)
+
+    monkeypatch.setattr(TrainStep, "step", noted)
     config = family_config(tmp_path, "llama", world, global_batch_size=8 * world, **FSDP2)
     found = predict(config, model_of(config), world, on_cpu=on_cpu)
     assert ran == steps and bool(found.sent) == (world > 1 and not on_cpu)
