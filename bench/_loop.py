@@ -89,12 +89,16 @@ class HeadAndLoss(torch.autograd.Function):
 
 
 def packs(samples: Pack, slots: int) -> list[Pack]:
-    """The samples in their order, in rows of at most `slots` tokens."""
-    rows: list[Pack] = [[]]
+    """The samples in rows of at most `slots` tokens, each in the first that has room for it."""
+    rows: list[Pack] = []
+    left: list[int] = []
     for sample in samples:
-        if sum(map(len, rows[-1])) + len(sample) > slots:
+        place = next((number for number, room in enumerate(left) if room >= len(sample)), len(rows))
+        if place == len(rows):
             rows.append([])
-        rows[-1].append(sample)
+            left.append(slots)
+        rows[place].append(sample)
+        left[place] -= len(sample)
     return rows
 
 
