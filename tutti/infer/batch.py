@@ -1,11 +1,11 @@
-"""Answers to the rows of a JSONL file, into another one: `--input FILE.jsonl --output FILE.jsonl`.
+"""Batch inference: answers the rows of a JSONL file into another one, `--input FILE.jsonl --output FILE.jsonl`.
 
-Rows are answered longest first and as they fit together, so they are finished in another order than they stand in.
-Each answer is kept at once in a journal, `OUTPUT.partial`, to which lines are only ever appended. Its first line
-describes the question: digests of the input, of the prompts' tokens and of the weights, and the settings. A run that
-was interrupted takes the journal's answers and does the rest; the seed of a row's sampling is its place in the file, so
-the outcome is the same. When all are there the output is written in the input's order, under a temporary name that is
-then changed, and the journal is removed.
+Rows are answered longest first and in batches that fit together, so they finish in another order than in the file. Each
+answer is appended at once to a journal, `OUTPUT.partial`. The journal's first line identifies the job: digests of the
+input, the prompts' tokens and the weights, and the settings. After an interruption, the next run reuses the journal's
+answers and does the rest. A row's sampling is seeded by its position in the file, so the result is the same. When all
+rows are answered, the output is written in the input's order, under a temporary name and then renamed, and the journal
+is removed.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from tutti.infer.prompts import PromptFormat, row_request, to_draw
 log = logging.getLogger(__name__)
 
 PICTURES = "pictures"
-"""The column of the pictures that an answer has."""
+"""The column for the images of an answer."""
 
 RESPONSE = "response"
-"""The column that the answer is put in."""
+"""The column for the answer."""
 
 _PARTS = {
     "input": "input",
@@ -49,18 +49,19 @@ _PARTS = {
     "infer": "setting of infer.*",
     "prompts": "chat template or tokenizer",
 }
-"""The parts of a journal's header, and how a message names them."""
+"""The fields of a journal's header, and their names in messages."""
 
 _LISTED = 5
 _LOG_SECONDS = 15.0
 
 
 Rows = dict[int, dict[str, Any]]
-"""Rows by the line they stand in, from 1."""
+"""Rows by line number, from 1."""
 
 
 def read_rows(path: Path) -> Rows:
-    """The rows of a JSONL file. ValueError: the file is not there, or has no rows, or which line is no JSON object."""
+    """The rows of a JSONL file. ValueError: the file does not exist, has no rows, or has a line that is not a JSON
+    object."""
     if not path.is_file():
         raise ValueError(f"--input: there is no file {path}")
     rows: Rows = {}
@@ -83,17 +84,18 @@ def answer_rows(
     *,
     draw: bool = False,
 ) -> None:
-    """Answer `rows`, which are those of `source`, into `output`, going on from what an earlier run left. Collective.
+    """Answer `rows` (of the file `source`) into `output`, continuing an interrupted run. Collective.
 
-    draw: each answer begins with a picture. Pictures are written to a folder beside the output, and named in their row.
-    ValueError, on all ranks: rows that can't be asked, with their places; an output that belongs to something else.
+    draw: each answer begins with an image. Images are written to a folder next to the output, and named in their row.
+    ValueError, on all ranks: rows that cannot be answered, with their line numbers; an output that belongs to another
+    job.
     """
     world = generator.world
     journal = output.with_name(output.name + ".partial")
     if world.run_on_all_ranks(lambda: _is_done(output, rows)):
         log.info("%s has the answers to all %d rows already; delete it to have them anew", output, len(rows))
         if world.is_main:
-            journal.unlink(missing_ok=True)  # the run before ended between its last two acts
+            journal.unlink(missing_ok=True)  # the previous run ended between its last two actions
         return
     day = world.broadcast(world.run_on_all_ranks(lambda: _date(journal)))
     form = loaded.form.dated(day)
@@ -134,13 +136,13 @@ def answer_rows(
 
 
 def _pictures(folder: Path, number: int) -> list[dict[str, str]]:
-    """The pictures of the answer to a row, in their order, as parts of a message; paths beside the output."""
+    """The images of the answer to a row, in order, as message parts, with paths relative to the output."""
     files = sorted(folder.glob(f"{number}_*.png"), key=lambda file: int(file.stem.partition("_")[2]))
     return [{"type": "image", "path": f"{folder.name}/{file.name}"} for file in files]
 
 
 def _date(journal: Path) -> str:
-    """The date that chat templates are told: that of the run that began `journal`, or else today's."""
+    """The date for chat templates: that of the run that began `journal`, or else today's."""
     try:
         return str(json.loads(_whole_lines(journal)[0])["date"])
     except (IndexError, ValueError, KeyError, TypeError):
@@ -162,7 +164,8 @@ def _requests(config: Config, form: PromptFormat, rows: Rows, source: Path, *, d
 
 
 def _is_done(output: Path, rows: Rows) -> bool:
-    """True if `output` holds answers to just these rows, False if it is not there. ValueError: it holds others."""
+    """True if `output` contains answers to exactly these rows, False if it does not exist. ValueError: it contains
+    others."""
     if not output.exists():
         if not output.absolute().parent.is_dir():
             raise ValueError(f"--output: there is no folder {output.absolute().parent}")
@@ -180,7 +183,7 @@ def _is_done(output: Path, rows: Rows) -> bool:
 
 
 def _header(config: Config, loaded: LoadedModel, rows: Rows, requests: Sequence[Request]) -> dict[str, Any]:
-    """The journal's first line: everything that an answer depends on. `infer.batch_tokens` and paths are left out."""
+    """The journal's first line: everything that answers depend on. `infer.batch_tokens` and paths are not included."""
     settings = asdict(config.infer)
     for name in ("batch_tokens", "model_path", "tokenizer_path"):
         del settings[name]
@@ -202,7 +205,7 @@ def _digest(value: Any) -> str:
 
 
 def _read_journal(journal: Path, header: Mapping[str, Any]) -> dict[int, str]:
-    """The answers that an interrupted run left. ValueError: they are to other prompts, or of another model."""
+    """The answers of an interrupted run. ValueError: they belong to other prompts, or to another model."""
     lines = _whole_lines(journal) or [_line(header).encode()]
     try:
         first, *answers = map(json.loads, lines)
@@ -217,12 +220,12 @@ def _read_journal(journal: Path, header: Mapping[str, Any]) -> dict[int, str]:
 
 
 def _whole_lines(journal: Path) -> list[bytes]:
-    """The lines of `journal` that were written to their end, as far as it exists."""
+    """The complete lines of `journal`, if it exists."""
     return journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []
 
 
 def _line(entry: Mapping[str, Any]) -> str:
-    """`entry` as a line of JSON; half a surrogate pair, which UTF-8 has no bytes for, is written as its escape."""
+    """`entry` as a line of JSON; an unpaired surrogate, which has no UTF-8 encoding, is escaped."""
     return json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n"
 
 
@@ -230,7 +233,7 @@ def _line(entry: Mapping[str, Any]) -> str:
 def _writing(
     journal: Path, header: Mapping[str, Any], *, active: bool
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A function that appends an entry to the journal, and hands it to the system before it returns."""
+    """A function that appends an entry to the journal and flushes it to the system."""
     if not active:
         yield lambda entry: None
         return
@@ -248,7 +251,7 @@ def _writing(
 
 
 class _Progress:
-    """Shows how far the rows are: a bar on a terminal, else a log line now and then."""
+    """Shows progress: a bar on a terminal, otherwise occasional log lines."""
 
     def __init__(self, rows: int, *, active: bool, console: Console | None = None) -> None:
         console = console or Console(stderr=True)
@@ -279,7 +282,7 @@ class _Progress:
             self._log()
 
     def watch(self, tokens: Iterable[Token]) -> Iterator[Token]:
-        """The tokens, counted as they pass."""
+        """Count `tokens` while passing them through."""
         for token in tokens:
             self._tokens += 1
             self._done += token.end is not None

@@ -1,8 +1,8 @@
-"""A conversation with the model, turn by turn, in a terminal or with piped lines, each of which is a turn.
+"""A conversation with the model, turn by turn, in a terminal or with piped lines, one turn per line.
 
-The whole history is rendered for each answer, and the answer is shown as it comes. When the context has no room for the
-history and an answer, the oldest turns are left out, with a message. Ctrl-C stops an answer, whose beginning stays in
-the history, and not the program. With several ranks rank 0 reads and writes.
+The whole history is rendered for each answer, and the answer is shown as it is generated. If the context has no room
+for the history and an answer, the oldest turns are dropped, with a message. Ctrl-C stops an answer (its beginning stays
+in the history), not the program. With several ranks, rank 0 reads and writes.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ Write a message and press Enter; a line that ends in \\ goes on in the next one.
 """
 
 _LEAST_ROOM = 256
-"""An answer is given at least this many tokens (or max_tokens, or a quarter of the context) before history goes."""
+"""Minimum room for an answer in tokens (or max_tokens, or a quarter of the context, if smaller) before history is
+dropped."""
 
 
 @dataclass
 class ChatHistory:
-    """The conversation so far. media: parts that come before the next message. answered: turns answered since the
-    start, which seeds the next one."""
+    """The conversation so far. media: parts to put before the next message. answered: number of turns answered since
+    the start, which seeds the next one."""
 
     system: str | None = None
     messages: list[dict[str, Any]] = field(default_factory=list)
@@ -58,19 +59,19 @@ class ChatHistory:
 
 
 def chat(config: Config, loaded: LoadedModel, generator: Generator, media: Sequence[Entry] = ()) -> None:
-    """Talk until /exit or the end of the input, with `media` before the first message. Collective. ValueError: the
+    """Chat until /exit or the end of the input, with `media` before the first message. Collective. ValueError: the
     model has no chat template."""
     world = generator.world
     if loaded.form.template is None:
         raise ValueError("infer.chat_template: the model has no chat template to talk by; name one (chatml, say)")
     show: Callable[[str], None] = _show if world.is_main else lambda text: None
     if not world.is_main:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 says what Ctrl-C means
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 handles Ctrl-C
     terminal = world.broadcast(sys.stdin.isatty())
     if terminal:
         show("Talk to the model; /help lists commands.\n")
     if terminal and world.is_main:
-        # Python leaves SIGINT ignored where it was at the start, as it is for what a shell runs in the background.
+        # Python keeps SIGINT ignored if it was ignored at the start, as for background jobs of a shell.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     history = ChatHistory(media=[as_part(*entry) for entry in media])
     while True:
@@ -118,7 +119,7 @@ def _read_line(mark: str, terminal: bool) -> str | None:
 
 
 def _command(line: str, form: PromptFormat, history: ChatHistory, show: Callable[[str], None]) -> bool:
-    """Obey a line that begins with /; False for one that ends the talk."""
+    """Run a command line that begins with /; returns False if it ends the chat."""
     name, _, text = line.partition(" ")
     if name in ("/exit", "/quit"):
         return False
@@ -140,7 +141,7 @@ def _command(line: str, form: PromptFormat, history: ChatHistory, show: Callable
 
 
 def _attach(kind: str, text: str, form: PromptFormat, history: ChatHistory, show: Callable[[str], None]) -> None:
-    """Put the file that `text` names before the next message, if the model takes it there."""
+    """Put the file that `text` names before the next message, if the model accepts it."""
     path = _file_named(text)
     if path is None:
         show(f"(there is no file {text})\n" if text else f"(/{kind} takes the path of a file)\n")
@@ -158,7 +159,7 @@ def _attach(kind: str, text: str, form: PromptFormat, history: ChatHistory, show
 
 
 def _file_named(text: str) -> Path | None:
-    """The file of this name, or of the name that a shell would read: terminals quote what is dropped on them."""
+    """The file with this name, or with the name as a shell would read it: terminals quote dropped files."""
     names = [text]
     with suppress(ValueError):
         names += shlex.split(text)
@@ -173,7 +174,7 @@ def _answer(
     message: str,
     show: Callable[[str], None],
 ) -> None:
-    """Answer `message`, as far as Ctrl-C lets it, and keep both in the history."""
+    """Answer `message` until done or Ctrl-C, and add both to the history."""
     content = [*history.media, {"type": "text", "text": message}] if history.media else message
     messages = [*history.messages, {"role": "user", "content": content}]
     try:
@@ -206,9 +207,10 @@ def _answer(
 
 
 def _fitting(config: Config, loaded: LoadedModel, history: ChatHistory) -> tuple[Request, int]:
-    """Make a request of the history without the oldest turns, as far as the context demands; and count these.
+    """Make a request from the history, without as many of the oldest turns as do not fit into the context; returns it
+    and the number of dropped turns.
 
-    RowError: its last message alone leaves no room for an answer.
+    RowError: the last message alone leaves no room for an answer.
     """
     form, most = loaded.form, config.infer.max_tokens
     turns = (len(history.messages) - 1) // 2
@@ -228,7 +230,7 @@ def _turns(count: int) -> str:
 
 @contextmanager
 def _interruptible(generator: Generator) -> Iterator[None]:
-    """Let Ctrl-C end the stream under way, instead of the program."""
+    """Make Ctrl-C end the current stream instead of the program."""
     pressed = False
 
     def press(number: int, frame: FrameType | None) -> None:

@@ -1,10 +1,10 @@
-"""Drawing: pictures or videos that a diffusion model makes of prompts, into a folder.
+"""Sampling from a diffusion model: images or videos for prompts, written to a folder.
 
-The model is a folder laid out as diffusers' pipelines are (an export of a run, or one of diffusers), one of adapters as
-diffusers reads them (on the base that they name, or model.model_path), a run's output folder, or a checkpoint; of the
-last the averaged weights where there are such. Prompts are dealt out over the ranks,
-each of which has the whole model. The noise that a picture begins as is drawn from infer.seed and the prompt, so that
-the same command makes the same pictures on any number of ranks.
+The model can be a folder with the layout of a diffusers pipeline (an export of a run, or from diffusers), a folder of
+adapters in diffusers' format (on the base that they name, or on model.model_path), a run's output folder, or a
+checkpoint (using the averaged weights if it has them). Prompts are distributed over the ranks, each of which has the
+whole model. The initial noise of an image depends only on infer.seed and the prompt, so that the same command gives the
+same images on any number of ranks.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from tutti.model.pipeline_folder import TRANSFORMER, PipelineFolder, open_folder
 log = logging.getLogger(__name__)
 
 _FPS = 16
-"""Frames a second of a video that is written."""
+"""Frame rate of written videos."""
 
 
 class DiffusionSource(NamedTuple):
-    """A diffusion model: the parts of its folder, the checkpoint that holds its weights, if one does, and of adapters
-    in a folder of their own the configuration that names this and their base."""
+    """A diffusion model to sample from. folder: its parts. trained: the checkpoint with its weights, if any.
+    adapted: for an adapter folder, a configuration that names it and its base."""
 
     folder: PipelineFolder
     trained: TrainedModel | None = None
@@ -56,9 +56,9 @@ class DiffusionSource(NamedTuple):
 
 
 def find_denoiser(config: Config, world: World) -> DiffusionSource | None:
-    """The diffusion model that infer.model_path is; None where that is another kind of model. Collective.
+    """The diffusion model at infer.model_path; None if it is another kind of model. Collective.
 
-    ValueError, on all ranks: it lacks something, such as the base of adapters.
+    ValueError, on all ranks: something is missing, such as the base of adapters.
     """
     path = Path(config.infer.model_path or "").expanduser()
     for folder in (path, path / "hf" / "final"):
@@ -81,8 +81,7 @@ def find_denoiser(config: Config, world: World) -> DiffusionSource | None:
 
 
 def _adapted(folder: Path, asked: ModelConfig) -> Config:
-    """The configuration of the adapters in `folder` on model.model_path, or else on the model that they name as their
-    base."""
+    """The configuration of the adapters in `folder`, on model.model_path or else on the base that they name."""
     with named_as_infer():
         base = asked.model_path or base_of_adapters(folder)
     if base is None:
@@ -100,9 +99,9 @@ def _adapted(folder: Path, asked: ModelConfig) -> Config:
 
 
 def draw(config: Config, source: DiffusionSource, prompts: Sequence[str], output: Path, world: World) -> list[Path]:
-    """Write a picture (.png) or video (.webp) for each of `prompts` to the folder `output`; this rank's files.
+    """Write an image (.png) or video (.webp) for each of `prompts` to the folder `output`; returns this rank's files.
 
-    Collective. ValueError, on all ranks: what the user can mend.
+    Collective. ValueError, on all ranks: a mistake that the user can fix.
     """
     settings = config.infer
     dtype = torch.float32 if world.device.type == "cpu" else torch.bfloat16
@@ -143,7 +142,7 @@ def _build(config: Config, source: DiffusionSource) -> Denoiser:
 
 
 def _load(model: Denoiser, source: DiffusionSource, world: World) -> None:
-    """Fill `model` from its folder, or from a checkpoint; of adapters the base from its folder, or drawn."""
+    """Load the weights of `model` from its folder or a checkpoint; for adapters, load or initialize the base too."""
     trained, cpu = source.trained, torch.device("cpu")
     if source.adapted is not None:
         load_denoiser(model, source.folder.weights, seed=0, device=cpu, world=world)
@@ -160,7 +159,7 @@ def _load(model: Denoiser, source: DiffusionSource, world: World) -> None:
 
 
 def _size(config: Config, model: Denoiser, grid: Grid) -> tuple[int, int]:
-    """The width and height to draw, which infer.image_size says, or else the model's config."""
+    """The width and height of the image: infer.image_size, or the model's default."""
     side = default_side(model.net.config, grid)
     asked = config.infer.image_size or f"{side}x{side}"
     found = re.fullmatch(r"(\d+)x(\d+)", asked)
@@ -180,7 +179,7 @@ def _make(output: Path) -> None:
 
 
 def write_picture(pixels: Tensor, stem: Path) -> Path:
-    """Write a picture as PNG, or a video as animated WebP, and return its path."""
+    """Write an image as PNG, or a video as animated WebP, and return its path."""
     if pixels.ndim == 3:
         path = stem.with_suffix(".png")
         frame_image(pixels).save(path)

@@ -1,11 +1,12 @@
-"""Drawing in an answer: which tokens may come next, and pictures made of the codes among them.
+"""Images in answers: which tokens may come next, and decoding the codes among them to images.
 
-A model that draws says so by the token that begins a picture. From there on it gives codes, which are tokens beyond the
-vocabulary or of it, as many as a picture has; what a family writes around and between them follows by itself, and text
-goes on. A picture is not begun where the answer has no room for all of it.
+A model that draws starts an image with a special token. From there on it generates codes (tokens beyond the vocabulary,
+or within it), as many as an image has. Tokens that the family writes around and between codes are inserted
+automatically, and then text continues. An image is not started if the answer has no room for all of it.
 
-With guidance (classifier-free, arXiv 2207.12598) each sequence has a twin whose prompt is hidden, as some are in
-training (train.cfg_dropout). Codes are drawn from logits that are pushed away from the twin's: u + guidance * (c - u).
+With classifier-free guidance (arXiv 2207.12598) each sequence has a twin whose prompt is hidden, as some are in
+training (train.cfg_dropout). Codes are sampled from logits that are pushed away from the twin's: u + guidance * (c -
+u).
 """
 
 from __future__ import annotations
@@ -30,16 +31,19 @@ if TYPE_CHECKING:
 
 
 _CODE = -1
-"""In the pattern of a picture the place of a code."""
+"""Marks a code in the pattern of an image."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A model's drawing. start: the token that begins a picture. pattern: what follows it up to the token that ends it,
-    ids and places of codes (-1). first, number: the id of code 0, and how many there are. decode: from codes [N, n] to
-    pictures [N, 3, S, S]; None where the model sees pictures as codes and draws none. temperature: divides the logits
-    of codes, on top of infer.temperature. paint: for a model that draws by queries (`tutti.infer.flow_painter`), whose
-    pattern holds queries for codes: makes a picture [3, S, S] from the answer's number and the picture's index."""
+    """Description of how a model draws.
+
+    start: the token that begins an image. pattern: the tokens that follow it up to the one that ends the image, with -1
+    for codes. first, number: the id of code 0, and the number of codes. decode: from codes [N, n] to images [N, 3, S,
+    S]; None if the model only sees images as codes. temperature: divides the logits of codes, on top of
+    infer.temperature. paint: for a model that draws with queries (`tutti.infer.flow_painter`), which are then in the
+    pattern instead of codes: makes an image [3, S, S] from the answer's number and the image's index.
+    """
 
     start: int
     pattern: tuple[int, ...]
@@ -56,12 +60,12 @@ class Drawing:
 
     @property
     def tokens(self) -> int:
-        """The codes of a picture."""
+        """The number of codes of an image."""
         return self.pattern.count(_CODE)
 
     @property
     def room(self) -> int:
-        """The tokens that a picture takes, with those around it."""
+        """The number of tokens of an image, including those around it."""
         return len(self.pattern) + 1
 
     @property
@@ -72,11 +76,11 @@ class Drawing:
 
     @property
     def draws(self) -> bool:
-        """True if there is something that makes pictures."""
+        """True if images can be made."""
         return self.decode is not None or self.paint is not None
 
     def allow(self, logits: Tensor, states: Sequence[DrawingState]) -> Tensor:
-        """Logits [B, V] with those of tokens that may not come next at -inf."""
+        """Set the logits [B, V] of tokens that may not come next to -inf."""
         allowed = logits.clone()
         for row, state in enumerate(states):
             if state.place is None:
@@ -95,21 +99,21 @@ class Drawing:
 
 @dataclass
 class DrawingState:
-    """A sequence's place. room: tokens that its answer may still get. place: in the pattern of its picture what comes
-    next; None outside of pictures."""
+    """The state of a sequence. room: number of tokens that its answer may still get. place: index in the pattern of
+    what comes next in its image; None outside of images."""
 
     room: int
     place: int | None = None
 
     @classmethod
     def of(cls, request: Request, drawing: Drawing | None) -> DrawingState:
-        """The state before the answer to a request, whose prompt may end with the beginning of a picture."""
+        """The state before the answer to a request, whose prompt may end with the beginning of an image."""
         begins = [] if drawing is None else drawing.begins
         begun = begins and list(request.ids[-len(begins) :]) == begins
         return cls(request.limit, len(begins) - 1 if begun else None)
 
     def add(self, token: int, drawing: Drawing) -> None:
-        """Go on by a token."""
+        """Add a token."""
         self.room -= 1
         if self.place is not None:
             self.place = self.place + 1 if self.place + 1 < len(drawing.pattern) else None
@@ -119,15 +123,15 @@ class DrawingState:
 
 @dataclass
 class PictureCollector:
-    """Collects the pictures of answers, by number. made: what is done with each as it is complete: its answer's number,
-    its place among the answer's pictures, and itself."""
+    """Collects the images of answers, by number. made: called with each complete image: its answer's number, its
+    index in the answer, and the image."""
 
     drawing: Drawing | None
     made: Callable[[int, int, Image.Image], None] = lambda number, place, picture: None
     found: dict[int, list[Image.Image]] = field(default_factory=dict)
 
     def watch(self, tokens: Iterable[Token]) -> Iterator[Token]:
-        """The tokens of texts; of pictures those that begin and end one are left, and codes become pictures."""
+        """Pass on text tokens and the tokens that begin and end images, and turn codes into images."""
         codes: dict[int, list[int]] = {}
         states: dict[int, DrawingState] = {}
         for token in tokens:
@@ -136,7 +140,7 @@ class PictureCollector:
                 continue
             state = states.setdefault(token.number, DrawingState(0))
             is_code = 0 <= token.id - drawing.first < drawing.number
-            if state.place is None and is_code:  # of a picture that the prompt has begun
+            if state.place is None and is_code:  # belongs to an image that the prompt has begun
                 state.place = len(drawing.begins) - 1
             inside = state.place is not None
             state.add(token.id, drawing)
@@ -162,8 +166,8 @@ class PictureCollector:
 
 
 class GuidedLogits:
-    """Next logits whose codes are pushed away from those of twins with hidden prompts. inner: computes both. hide: a
-    prompt's tokens as they are hidden."""
+    """Next logits with guidance for codes, from twins with hidden prompts. inner: computes both. hide: replaces a
+    prompt's tokens."""
 
     joins = True
 
@@ -191,7 +195,7 @@ class GuidedLogits:
 
 @dataclass(frozen=True)
 class Hidden:
-    """Hides a prompt: every token becomes `meaningless`, but for those in `kept`, the places of media."""
+    """Hides a prompt: replaces every token by `meaningless`, except those in `kept`, the placeholders of media."""
 
     meaningless: int
     kept: frozenset[int]
@@ -201,7 +205,7 @@ class Hidden:
 
 
 def hiding(tokenizer: Any, model: Any) -> Hidden:
-    """The hiding of prompts from a model that draws: their tokens become padding, or else the end of a text."""
+    """The `Hidden` for a model that draws: tokens become padding, or else end-of-text."""
     token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     places = getattr(model.config, "placeholders", None) or {}
     return Hidden(token, model.code_decoder.kept.union(places.values()))
@@ -210,8 +214,8 @@ def hiding(tokenizer: Any, model: Any) -> Hidden:
 def drawing_of(
     model: Any, tokenizer: Any, device: torch.device, temperature: float = 1.0, painter: FlowPainter | None = None
 ) -> tuple[Drawing, PictureTokenizer | FlowPainter] | None:
-    """A model's drawing, and what makes codes of pictures; None if it does not. painter: of one that draws by
-    diffusion."""
+    """The `Drawing` of a model, and the tokenizer that encodes images; None if it does not draw. painter: for a
+    model with a diffusion decoder."""
     folder: Any = getattr(model, "drawing_folder", None)
     if folder is None and painter is None:
         return None

@@ -1,11 +1,12 @@
-"""Drawing by diffusion in an answer: hidden states of queries are collected, and pictures made of noise by them.
+"""Images in answers by diffusion: hidden states of queries are collected and condition a diffusion transformer.
 
-A picture's queries (`tutti.model.flow_decoder`) come one after the other, as codes do (`tutti.infer.drawing`), though
-which one follows is known. Their last hidden states are taken where the model's head gets them. Once a picture ends
-they lead the diffusion transformer from noise, drawn from a seed, to latents, of which the autoencoder makes pixels.
+An image's queries (`tutti.model.flow_decoder`) are generated one after the other, like codes (`tutti.infer.drawing`),
+although the next one is always known. Their last hidden states are captured at the input of the model's head. When an
+image ends, they condition the diffusion transformer, which turns noise from a seed into latents, which the autoencoder
+decodes to pixels.
 
 With guidance each sequence has a twin whose prompt is hidden, as some are in training (train.cfg_dropout): the
-transformer's prediction is led away from that for the twin's queries.
+transformer's prediction is pushed away from that for the twin's queries.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ if TYPE_CHECKING:
     from tutti.infer.generate import NextLogits, Request
 
 Hide = Callable[[Sequence[int]], list[int]]
-"""Gives a prompt's tokens as they are hidden."""
+"""Returns the tokens of a hidden prompt."""
 
 
 class FlowPainter:
-    """Makes pictures of what the hidden states of their queries say. settings: steps and guidance of sampling. seed: of
-    noise. hide: how prompts are hidden, for guidance."""
+    """Makes images from the hidden states of their queries. settings: steps and guidance of sampling. seed: of the
+    noise. hide: hides prompts, for guidance."""
 
     def __init__(self, model: Any, device: torch.device, settings: Guided, seed: int, hide: Hide) -> None:
         self.spec: FlowSpec = model.flow
@@ -46,23 +47,23 @@ class FlowPainter:
         self._scheduler = read_scheduler(self.spec.folder)
 
     def begin(self) -> None:
-        """Take the decoder's parameters as they are now, whole. Collective."""
+        """Take the decoder's current parameters, gathered. Collective."""
         self._decoder, self._states = whole_decoder(self._model, self._device).eval(), {}
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """The numbers int64 [N, Q] of queries, which stand for each of N pictures."""
+        """The indices int64 [N, Q] of queries, which represent each of N images."""
         return torch.arange(self.spec.tokens).expand(len(pixels), -1)
 
     def add(self, number: int, states: Sequence[Tensor]) -> None:
-        """Keep the hidden state [H] of a query of sequence `number`, and its twin's, if it has one."""
+        """Record the hidden state [H] of a query of sequence `number`, and of its twin, if it has one."""
         kept = self._states.setdefault(number, ([], []))
         for mine, state in zip(kept, states, strict=False):
             mine.append(state)
 
     @torch.no_grad()
     def paint(self, number: int, place: int) -> Tensor:
-        """The picture [3, S, S] in [-1, 1] of the queries that sequence `number` had since its last one; it is number
-        `place` of the answer."""
+        """The image [3, S, S] in [-1, 1] from the queries that sequence `number` has had since its last one; it is
+        image number `place` of the answer."""
         own, twin = (torch.stack(part)[None] if part else None for part in self._states.pop(number))
         assert own is not None, "a picture without queries"
         dtype = next(self._decoder.parameters()).dtype
@@ -75,8 +76,8 @@ class FlowPainter:
 
 
 def whole_decoder(model: Any, device: torch.device) -> FlowDecoder:
-    """The diffusion decoder of `model` with all of its parameters on this rank: its own, or a copy where these are
-    divided over ranks. Collective."""
+    """The diffusion decoder of `model` with all of its parameters on this rank: its own, or a gathered copy if they
+    are sharded. Collective."""
     held: FlowDecoder = model.flow_decoder
     if not any(isinstance(item, DTensor) for item in held.parameters()):
         return held
@@ -92,8 +93,8 @@ def whole_decoder(model: Any, device: torch.device) -> FlowDecoder:
 
 
 class LedLogits:
-    """Next logits of sequences whose queries' hidden states a painter collects. inner: computes them, and those of
-    twins. head: of the model, which gets the last hidden states. first: the id of query 0."""
+    """Next logits, while a painter collects the hidden states of queries. inner: computes logits, also those of
+    twins. head: the model's head, whose inputs are captured. first: the id of query 0."""
 
     joins = True
 
@@ -105,7 +106,7 @@ class LedLogits:
         self._hook = head.register_forward_pre_hook(self._take)
 
     def close(self) -> None:
-        """Let the model's head be."""
+        """Remove the hook from the model's head."""
         self._hook.remove()
 
     def start(self, requests: Sequence[Request]) -> Tensor:

@@ -1,17 +1,17 @@
-"""Generation: token ids of prompts in, tokens of answers out, as they come.
+"""Generation: token ids of prompts in, tokens of answers out, as they are generated.
 
-`Generator.stream` keeps as many sequences going as its token budget allows. In each round either waiting prompts join
-or every sequence under way gets one more token. Sequences that are finished leave at once and make room for the next,
-so that no work is done on padding or on finished rows.
+`Generator.stream` keeps as many sequences running as its token budget allows. In each round, either waiting prompts
+start or every running sequence gets one more token. Finished sequences leave at once and make room for the next, so no
+work is spent on padding or finished rows.
 
 The next logits are computed in one of three ways, behind `NextLogits`:
 
-- `CachedLogits`: prompts run as one packed row, then one token a sequence against a cache of keys and values
-  (`tutti.attention.kv_cache`), by a model whose parameters lie on one device or are sharded.
+- `CachedLogits`: prompts run as one packed row, then one token per sequence with a key/value cache
+  (`tutti.attention.kv_cache`); for models whose parameters are on one device or sharded.
 - `tutti.infer.hf_generate`: transformers' own loop, for models with more than plain attention.
-- `tutti.train.samples`: all tokens so far are run anew, by a model that is split over ranks in any way.
+- `tutti.train.samples`: all tokens so far are run again, for a model that is split over ranks in any way.
 
-With several ranks all of them run the same sequences; rank 0 chooses the tokens.
+With several ranks, all of them run the same sequences, and rank 0 chooses the tokens.
 """
 
 from __future__ import annotations
@@ -36,9 +36,12 @@ from tutti.infer.stream import NO_EDGES, Edges, TextStream, answer_text
 
 
 class Request(NamedTuple):
-    """A prompt to continue. number: names the sequence and seeds its sampling. limit: most tokens of the answer. edges:
-    the blanks around the answer that are no part of it. media: what stands in the place of some of its tokens. drawn:
-    the answer begins with a picture, whose first token is the last of `ids`."""
+    """A prompt to continue.
+
+    number: identifies the sequence and seeds its sampling. limit: maximum number of tokens of the answer. edges: spaces
+    around the answer that are not part of it. media: of the prompt, in the order of their placeholders. drawn: the
+    answer begins with an image, whose first token is the last of `ids`.
+    """
 
     number: int
     ids: Sequence[int]
@@ -49,18 +52,18 @@ class Request(NamedTuple):
 
     @property
     def size(self) -> int:
-        """The tokens of prompt and answer when the answer is as long as it may get."""
+        """The number of tokens of the prompt and the longest possible answer."""
         return len(self.ids) + self.limit
 
     def hidden(self, hide: Callable[[Sequence[int]], list[int]], begun: int) -> Request:
-        """The request with its prompt hidden, but for the `begun` tokens at its end that begin a picture."""
+        """The request with its prompt hidden, except for the `begun` tokens at its end that begin an image."""
         prompt = len(self.ids) - (begun if self.drawn else 0)
         return self._replace(ids=[*hide(self.ids[:prompt]), *self.ids[prompt:]])
 
 
 class Token(NamedTuple):
-    """One more token of sequence `number`. end: `stop` (it is a stop token), `text` (the answer's text has one of
-    infer.stop), `length` (the limit), or None."""
+    """A generated token of sequence `number`. end: `stop` (it is a stop token), `text` (the answer contains a text
+    of infer.stop), `length` (the limit), or None."""
 
     number: int
     id: int
@@ -68,36 +71,37 @@ class Token(NamedTuple):
 
 
 Forward = Callable[[Mapping[str, Any], Mapping[str, Tensor]], Any]
-"""The output of a model for a pass of the cache (`KVCache`), and for the values of its prompts' media, by name."""
+"""Function from the inputs of a cache pass (`KVCache`), and the values of its prompts' media by name, to the model's
+output."""
 
 
 class NextLogits(Protocol):
-    """Computes the logits that follow each of the sequences under way, which are kept in the order they started in.
+    """Computes the next logits of each running sequence; sequences are in the order in which they started.
 
-    joins: sequences may start while others are under way, and together with such of other lengths. All methods are
+    joins: sequences may start while others are running, and together with others of different lengths. All methods are
     collective.
     """
 
     joins: bool
 
     def start(self, requests: Sequence[Request]) -> Tensor:
-        """Start sequences; the logits [n, V] that follow their n prompts."""
+        """Start n sequences; returns the logits [n, V] that follow their prompts."""
         ...
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Add a token to each of the B sequences; the logits [B, V] that follow."""
+        """Add a token to each of the B sequences; returns the logits [B, V] that follow."""
         ...
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Forget all sequences but those in `rows` (ascending)."""
+        """Drop all sequences except those in `rows` (ascending)."""
         ...
 
 
 class CachedLogits:
-    """Next logits of a model whose attention is `tutti.attention.kv_cache`'s.
+    """Next logits of a model whose attention is `tutti.attention.kv_cache`.
 
-    forward: the model, or what calls it: given the cache's inputs, and the values of new prompts' media (`extras`).
-    media: makes these of prompts.
+    forward: calls the model with the cache's inputs, and the values of new prompts' media (`extras`). media: makes
+    these values from prompts.
     """
 
     joins = True
@@ -122,8 +126,8 @@ class CachedLogits:
 
 @dataclass
 class _Row:
-    """A sequence under way. state: where its pictures are. text: looks for texts that end it. answer: its tokens so
-    far. end: as in `Token`."""
+    """A running sequence. state: which tokens of images come next. text: detects texts that end the answer. answer:
+    its tokens so far. end: as in `Token`."""
 
     request: Request
     random: torch.Generator
@@ -134,7 +138,7 @@ class _Row:
 
     @property
     def seen(self) -> list[int]:
-        """The tokens of prompt and answer."""
+        """The tokens of the prompt and of the answer so far."""
         return [*self.request.ids, *self.answer]
 
     def add(self, token: int, stop_ids: frozenset[int]) -> Token:
@@ -154,9 +158,9 @@ class _Row:
 class Generator:
     """Generates with the model behind `logits`.
 
-    stop_ids: tokens that end an answer. batch_tokens: most sequences under way times the size of the largest of them,
-    unless it is one alone. interrupted: asked once a round; true (on rank 0) ends the streams. drawing: of a model that
-    draws. make_text: makes what looks for texts that end an answer, if there are such.
+    stop_ids: tokens that end an answer. batch_tokens: maximum of the number of running sequences times the size of the
+    largest, unless a single one exceeds it. interrupted: called once per round; true (on rank 0) ends the streams.
+    drawing: for a model that draws. make_text: makes detectors of texts that end an answer, if there are such texts.
     """
 
     logits: NextLogits
@@ -170,9 +174,9 @@ class Generator:
 
     @torch.no_grad()
     def stream(self, requests: Iterable[Request]) -> Iterator[Token]:
-        """The tokens of all answers as they are chosen; prompts start in the order of `requests`.
+        """Yield the tokens of all answers as they are chosen; prompts start in the order of `requests`.
 
-        Each answer ends with a token whose `end` is set. Collective.
+        The last token of each answer has its `end` set. Collective.
         """
         waiting = deque(requests)
         rows: list[_Row] = []
@@ -200,7 +204,8 @@ class Generator:
             self.logits.keep([])
 
     def _admit(self, waiting: deque[Request], rows: Sequence[_Row]) -> list[_Row]:
-        """Take from `waiting` as many as the budget has room for beside `rows`; at least one if there are none."""
+        """Take from `waiting` as many requests as the budget allows in addition to `rows`; at least one if there are
+        none."""
         if rows and not self.logits.joins:
             return []
         largest = max((row.request.size for row in rows), default=0)
@@ -223,7 +228,7 @@ class Generator:
         return joining
 
     def _choose(self, logits: Tensor, rows: Sequence[_Row]) -> list[int] | None:
-        """Rank 0's choice for each of `rows` from logits [B, V]; None if it was interrupted."""
+        """Rank 0's choice of the next token for each of `rows` from logits [B, V]; None if it was interrupted."""
         if self.sampler.repetition_penalty != 1:
             logits = self.sampler.penalize(logits, [row.seen for row in rows])
         if self.drawing is not None:
@@ -240,7 +245,7 @@ class Generator:
 def whole_answers(
     tokens: Iterable[Token], requests: Iterable[Request], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[int, str]]:
-    """Number and text of each answer, once the last of its `tokens` is there."""
+    """Yield the number and text of each answer when the last of its `tokens` has arrived."""
     edges = {request.number: request.edges for request in requests}
     made: dict[int, list[int]] = {number: [] for number in edges}
     for token in tokens:

@@ -1,10 +1,10 @@
-"""Next logits by transformers' own `generate`, for models that a cache of keys and values is not enough for.
+"""Next logits with transformers' own `generate`, for models that need more than a key/value cache.
 
 These models carry more than keys and values from token to token (recurrent states, chunked attention), have positions
-that depend on the longest sequence of a batch, or a generation config that changes their logits (repetition penalties,
-forbidden tokens). They run in batches of prompts of one length, which need no padding: padding leaks into recurrent
-states. `generate` keeps its loop to itself, so it runs in a thread, which stops at each token to give its logits away
-and to be told the choice.
+that depend on the longest sequence of a batch, or have a generation config that changes their logits (repetition
+penalties, forbidden tokens). They run in batches of prompts of equal length, without padding, because padding affects
+recurrent states. `generate` does not expose its loop, so it runs in a thread, which stops at each token to pass on its
+logits and receive the choice.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ _SHAPING = (
     "guidance_scale",
     "remove_invalid_values",
 )
-"""Settings of a generation config that change logits even where tokens are not sampled."""
+"""Settings of a generation config that change logits even without sampling."""
 
 _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def needs_generate(model: PreTrainedModel) -> bool:
-    """True if `model` is to be run by transformers' generate."""
+    """True if `model` must be run with transformers' generate."""
     config = model.config.get_text_config()
     generation = model.generation_config
     shaping = any(getattr(generation, name, None) not in (None, False, 0, 1) for name in _SHAPING)
@@ -76,7 +76,8 @@ def needs_generate(model: PreTrainedModel) -> bool:
 
 
 class GeneratedLogits:
-    """Next logits of a model that transformers' `generate` runs. stop_ids: tokens of which the first pads its rows."""
+    """Next logits of a model that runs with transformers' `generate`. stop_ids: the first of these tokens pads its
+    rows."""
 
     joins = False
 
@@ -84,7 +85,7 @@ class GeneratedLogits:
         self._model, self._media = model, media
         self._config = copy.deepcopy(model.generation_config)
         self._config.update(do_sample=False, num_beams=1, max_length=None, return_dict_in_generate=False)
-        # None would be filled from the model's own settings: a token that there is not ends no row.
+        # None would be replaced by the model's own setting: a nonexistent token ends no row.
         never = model.config.get_text_config().vocab_size
         self._config.update(temperature=None, top_p=None, top_k=None, eos_token_id=sorted(stop_ids) or [never])
         self._config.pad_token_id = min(stop_ids, default=0)
@@ -96,7 +97,7 @@ class GeneratedLogits:
         config = copy.deepcopy(self._config)
         config.max_new_tokens = max(item.limit for item in requests)
         made = self._media.stacked([(item.ids, item.media) for item in requests])
-        # Some families tell media by their tokens, and generate refuses what they have no use for.
+        # Some families identify media by their tokens, and generate rejects inputs that they do not use.
         taken = inspect.signature(type(self._model).forward).parameters
         values: dict[str, Any] = {key: value for key, value in made.items() if key not in ALONG_TOKENS or key in taken}
         if any(medium.sound for item in requests for medium in item.media):
@@ -120,10 +121,10 @@ class GeneratedLogits:
 
 
 class _Loop:
-    """transformers' loop over prompts of one length, in a thread that waits for the choice of each token.
+    """transformers' loop over prompts of equal length, in a thread that waits for the choice of each token.
 
-    The last logits processor of the loop hands the logits out, and makes the chosen token of a row the only possible
-    one. No choice is the end.
+    The loop's last logits processor passes the logits out, and makes the chosen token of each row the only possible
+    one. Passing None ends the loop.
     """
 
     def __init__(
@@ -143,7 +144,7 @@ class _Loop:
         self._thread.start()
 
     def logits(self, chosen: Sequence[int] | None = None) -> Tensor:
-        """The logits [n, V] that follow the prompts, or one more `chosen` token of every row."""
+        """The logits [n, V] that follow the prompts, or, given tokens, the last `chosen` token of every row."""
         if chosen is not None:
             self._chosen.put(chosen)
         made = self._made.get()
@@ -174,7 +175,7 @@ class _Loop:
             self._made.put(error)
 
     def _exchange(self, scores: Tensor) -> Tensor:
-        """Hand out the logits, and wait for the tokens to put in their place."""
+        """Pass out the logits, and wait for the tokens that replace them."""
         self._made.put(scores)
         chosen = self._chosen.get()
         if chosen is None:

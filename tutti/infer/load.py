@@ -1,10 +1,10 @@
 """Load the model at `infer.model_path` for generation: weights, tokenizer, chat template, limits.
 
-The path may be a Hugging Face folder, an adapter folder, a training checkpoint (`OUTPUT_DIR/checkpoints/global_step_N`)
-or a run's `train.output_dir`, of which the final export is taken, or else the newest whole checkpoint. A checkpoint
-says what model it is of, and how chats are rendered.
+The path may be a Hugging Face folder, an adapter folder, a training checkpoint
+(`OUTPUT_DIR/checkpoints/global_step_N`), or a run's `train.output_dir`, of which the final export is used, or else the
+newest complete checkpoint. A checkpoint describes its model, and how chats are rendered.
 
-With several ranks each reads and holds its slices only (FSDP2); a block is gathered when it runs.
+With several ranks, each reads and holds only its slices (FSDP2); a block is gathered when it runs.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ log = logging.getLogger(__name__)
 class LoadedModel:
     """A model, ready to generate.
 
-    logits: computes its next logits. form: how its prompts are written. stop_ids: tokens that end an answer. weights: a
-    digest of its weights and their dtype. drawing: of a model that draws.
+    logits: computes its next logits. form: how prompts are written. stop_ids: tokens that end an answer. weights: a
+    digest of its weights and their dtype. drawing: for a model that draws.
     """
 
     model: PreTrainedModel
@@ -79,7 +79,7 @@ class LoadedModel:
 def load_model(config: Config, world: World) -> LoadedModel:
     """Load the model that `config.infer` names. Collective.
 
-    ValueError, on all ranks: it is not there, damaged, or not a model that generates text.
+    ValueError, on all ranks: it does not exist, is damaged, or does not generate text.
     """
     source = find_source(config, world)
     slow = slow_dtypes(world)
@@ -120,7 +120,7 @@ def load_model(config: Config, world: World) -> LoadedModel:
 
 
 def _painter(config: Config, model: Any, tokenizer: Any, world: World) -> FlowPainter | None:
-    """The painter of a model that draws by diffusion."""
+    """The painter for a model with a diffusion decoder."""
     if getattr(model, "flow", None) is None:
         return None
     settings = Guided(config.infer.image_steps, config.infer.image_guidance)
@@ -128,7 +128,7 @@ def _painter(config: Config, model: Any, tokenizer: Any, world: World) -> FlowPa
 
 
 def _drawing(config: Config, model: Any, tokenizer: Any, world: World, painter: FlowPainter | None) -> Any:
-    """The model's drawing, with what makes codes of pictures; None if it does not."""
+    """The model's `Drawing`, with the tokenizer that encodes images; None if it does not draw."""
     found = drawing_of(model, tokenizer, world.device, config.infer.image_temperature, painter)
     if found is not None and needs_generate(model):
         raise ValueError("infer.model_path: a model of this family draws in training alone yet")
@@ -138,10 +138,10 @@ def _drawing(config: Config, model: Any, tokenizer: Any, world: World, painter: 
 def _build(
     asked: Config, source: ModelSource, device: torch.device, slow: frozenset[torch.dtype]
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Build the tokenizer, and the model without storage, with the attention that generation runs on.
+    """Build the tokenizer, and the model on the meta device, with the attention for generation.
 
-    asked: names in train.compute_dtype the dtype to compute in; with auto it is that of the files, or fp32 where that
-    is one of `slow`.
+    asked: its train.compute_dtype is the dtype to compute in; with auto it is that of the files, or fp32 if that is one
+    of `slow`.
     """
     with named_as_infer():
         config = replace(source.config, model=replace(source.config.model, attn_implementation="sdpa"))
@@ -173,7 +173,7 @@ def _build(
 
 
 def _own_attention(model: PreTrainedModel) -> dict[str, str]:
-    """transformers' own attention for each part of a model: sdpa, or eager where the part knows no other."""
+    """transformers' own attention for each part of a model: sdpa, or eager if the part supports no other."""
     best = "sdpa" if model._supports_sdpa else "eager"
     slow = {
         id(part.config) for part in model.modules() if isinstance(part, PreTrainedModel) and not part._supports_sdpa
@@ -185,7 +185,7 @@ def _own_attention(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _media_processor(data: DataConfig, source: ModelSource, tokenizer: Any, model: Any) -> MediaProcessor | None:
-    """The processor of a model that takes media, with the bounds of `data`; None where it has none."""
+    """The processor of a multimodal model, with the limits in `data`; None if it has none."""
     takes = _takes_media(model) or getattr(model, "code_decoder", None) is not None
     processor = build_processor(replace(source.config, data=data), tokenizer) if takes else None
     return None if processor is None else MediaProcessor(processor, data)
@@ -198,7 +198,7 @@ def _takes_media(model: PreTrainedModel) -> bool:
 def _next_logits(
     model: PreTrainedModel, stop_ids: frozenset[int], processor: MediaProcessor | None, device: torch.device
 ) -> NextLogits:
-    """The way in which the model's logits are computed, with its media where it takes any."""
+    """The way to compute the model's logits, with media if it is multimodal."""
     if needs_generate(model):
         return GeneratedLogits(model, stop_ids, MediaInputs(processor))
     if not _takes_media(model):
@@ -213,7 +213,7 @@ def _next_logits(
 
 
 def _dtype(source: ModelSource, model_config: PreTrainedConfig) -> torch.dtype:
-    """The dtype of the parameters in the model's files, in those of an adapter's base, or in the run's checkpoints."""
+    """The dtype of the model's files, of an adapter's base, or of the run's checkpoints."""
     if source.trained is None and any(
         name.endswith("ForSequenceClassification") for name in model_config.architectures or ()
     ):
@@ -224,7 +224,7 @@ def _dtype(source: ModelSource, model_config: PreTrainedConfig) -> torch.dtype:
 
 
 def _shard(model: PreTrainedModel, world: World) -> None:
-    """Divide the parameters among the ranks."""
+    """Shard the parameters over the ranks."""
     if world.size == 1:
         return
     mesh = init_device_mesh(world.device.type, (world.size,))
@@ -259,7 +259,7 @@ def _fill(model: PreTrainedModel, source: ModelSource, world: World) -> str:
 
 
 def _template(config: Config, source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
-    """The chat template, which the tokenizer is given too; None where nothing says how a turn ends."""
+    """The chat template, which is also set on the tokenizer; None if nothing defines how a turn ends."""
     wanted = config.infer.chat_template
     name = source.template if wanted in ("default", "none") else wanted
     if name == "default" and not tokenizer.chat_template and tokenizer.eos_token is None:

@@ -1,8 +1,8 @@
-"""Media of prompts: what a model is given beside their tokens, made when they are first run.
+"""Media of prompts: the model's inputs in addition to tokens, computed when a prompt is first run.
 
 The values (pixels, and what goes with them) are those that training makes of the same row
-(`tutti.data.media_processor`), and so are the positions of models with multi-dimensional rotary embeddings
-(`tutti.model.multimodal`). A prompt is run once; from then on its images are keys and values in the cache.
+(`tutti.data.media_processor`), and so are the positions of models with several rotary axes (`tutti.model.multimodal`).
+A prompt is run once; from then on its images are keys and values in the cache like any other token.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tutti.data.rows import KINDS, RowError
 from tutti.model.multimodal import make_media_positions
 
 _KEPT = 8
-"""Calls of encoders that are remembered."""
+"""Number of encoder calls that are remembered."""
 
 Prompt = tuple[Sequence[int], tuple[Media, ...]]
 """The tokens of a prompt, and its media."""
@@ -34,17 +34,20 @@ Prompt = tuple[Sequence[int], tuple[Media, ...]]
 
 @dataclass(frozen=True)
 class MediaInputs:
-    """Makes the inputs beside tokens. processor: None where the model takes no media. place: gives a batch its media's
-    positions (`tutti.model.multimodal.make_media_positions`). masks: prompts with media need a full [T, T] attention
-    mask, so that they are better run one by one."""
+    """Makes the inputs in addition to tokens.
+
+    processor: None if the model takes no media. place: adds the positions of its media to a batch
+    (`tutti.model.multimodal.make_media_positions`). masks: prompts with media need a full [T, T] attention mask, so
+    that they are better run one by one.
+    """
 
     processor: MediaProcessor | None = None
     place: Callable[[Batch], Batch] = lambda batch: batch
     masks: bool = False
 
     def packed(self, prompts: Sequence[Prompt]) -> tuple[dict[str, Tensor], list[int]]:
-        """The values for prompts that are laid end to end, and by how much the position of what follows each of them
-        differs from its length. ValueError: a medium cannot be decoded."""
+        """The values for prompts laid end to end, and for each prompt the difference between the position that
+        follows it and its length. ValueError: a medium cannot be decoded."""
         if not any(media for _, media in prompts):
             return {}, [0] * len(prompts)
         samples = [as_sample(*prompt) for prompt in prompts]
@@ -56,13 +59,13 @@ class MediaInputs:
         return dict(batch.extras), [end - length for end, length in zip(ends, lengths, strict=True)]
 
     def stacked(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        """The values for prompts of one length that are rows of a matrix. ValueError: a medium cannot be decoded."""
+        """The values for prompts of equal length that are rows of a matrix. ValueError: a medium cannot be decoded."""
         samples = [as_sample(*prompt) for prompt in prompts]
         values = self.with_values(samples, pack(samples)).extras
         return {name: value.view(len(prompts), -1) if name in ALONG_TOKENS else value for name, value in values.items()}
 
     def with_values(self, samples: Sequence[Sample], batch: Batch) -> Batch:
-        """The batch that samples are packed into, with the values of their media. ValueError: one cannot be decoded."""
+        """The packed batch of samples with the values of their media added. ValueError: one cannot be decoded."""
         if self.processor is None:
             return batch
         try:
@@ -72,14 +75,14 @@ class MediaInputs:
 
 
 def media_inputs(structure: ModelStructure, processor: MediaProcessor | None) -> MediaInputs:
-    """The maker of the inputs beside tokens for the model of `structure`."""
+    """The `MediaInputs` for the model of `structure`."""
     masks = "token_type_ids" in inspect.signature(structure.decoder.forward).parameters
     return MediaInputs(processor, make_media_positions(structure), masks)
 
 
 @contextmanager
 def encoded_once(decoder: Any) -> Iterator[None]:
-    """Within it an outer decoder computes the features of media once for the same values, where rows are run anew for
+    """Within this context, an outer decoder encodes media once for equal values, although rows are run again for
     each token."""
     kept: list[tuple[Any, Any]] = []
 

@@ -1,4 +1,4 @@
-"""Finding the model that `infer.model_path` names: a folder, an adapter, a run's output folder, or a checkpoint."""
+"""Find the model that `infer.model_path` names: a folder, an adapter, a run's output folder, or a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tutti.core.dist import World
 
 @dataclass(frozen=True)
 class ModelSource:
-    """The place that a model is loaded from.
+    """Where a model is loaded from.
 
-    config: describes the model and its tokenizer. trained: holds the weights, unless config.model.model_path does.
-    template: data.chat_template, as it was in training. of_chats: that training was on conversations.
+    config: describes the model and its tokenizer. trained: the checkpoint with the weights, unless they are at
+    config.model.model_path. template: data.chat_template of the training. of_chats: it was trained on conversations.
     """
 
     config: Config
@@ -30,24 +30,24 @@ class ModelSource:
 
     @property
     def reads_weights(self) -> bool:
-        """True if weights are read from config.model.model_path: a checkpoint of adapters needs those of its base."""
+        """True if weights are read from config.model.model_path; a checkpoint of adapters also needs its base's."""
         return self.trained is None or self.config.train.architecture == "lora"
 
 
 def find_source(config: Config, world: World) -> ModelSource:
-    """The model that infer.model_path is, with files that a hub's names stand for. Collective.
+    """The model at infer.model_path, with files for hub names downloaded. Collective.
 
-    ValueError, on all ranks, in the name of `infer.*`: there is none there.
+    ValueError, on all ranks, naming `infer.*`: there is none.
     """
     with named_as_infer():
         source = _look(with_local_paths(config, world), world)
-        # An adapter, or a run, may name its base model.
+        # An adapter, or a run, may refer to its base model by hub name.
         described = with_local_paths(source.config, world, weights=source.reads_weights)
         return replace(source, config=described)
 
 
 def _look(config: Config, world: World) -> ModelSource:
-    """The model that infer.model_path is. Collective."""
+    """The model at infer.model_path. Collective."""
     path = Path(config.infer.model_path or "").expanduser()
     given = config.infer.tokenizer_path
     tokenizer = None if given == config.infer.model_path else given
@@ -65,8 +65,8 @@ def _look(config: Config, world: World) -> ModelSource:
 
 
 def _folder_source(path: Path, config: Config, tokenizer: str | None) -> ModelSource | None:
-    """The Hugging Face or adapter folder that `path` is, or has as an output folder; None if it is an output folder
-    without one, or a checkpoint."""
+    """The Hugging Face or adapter folder that `path` is, or that it contains as an output folder; None if it is an
+    output folder without one, or a checkpoint."""
     if not path.exists():
         raise ValueError(
             f"infer.model_path: {path} is not there; give a folder, or a name on the Hugging Face hub (org/name)"
@@ -86,10 +86,10 @@ def _folder_source(path: Path, config: Config, tokenizer: str | None) -> ModelSo
 
 
 def _require_language_model(folder: Path) -> None:
-    """ValueError: the config.json in `folder` is of a part of diffusers."""
+    """Raise ValueError if the config.json in `folder` is of a part of a diffusers pipeline."""
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # which building the model tells of
+    except (OSError, ValueError):  # building the model reports this
         return
     if isinstance(content, dict) and "_class_name" in content and "model_type" not in content:
         raise ValueError(
@@ -99,25 +99,25 @@ def _require_language_model(folder: Path) -> None:
 
 
 def _adapted(folder: Path, config: Config, tokenizer: str | None) -> ModelSource:
-    """The adapter in `folder` on model.model_path, or else on the model that it names as its base."""
+    """The adapter in `folder` on model.model_path, or else on the base that it names."""
     base = config.model.model_path or base_path(folder)
     own = str(folder) if (folder / "tokenizer_config.json").is_file() else None
     if tokenizer == config.model.model_path and "infer.tokenizer_path" not in config.explicit:
-        tokenizer = None  # merely the default, and the adapter's own tokenizer knows how its chats are rendered
+        tokenizer = None  # only the default; the adapter's own tokenizer knows how its chats are rendered
     beside = read_composed(folder)
     model = ModelConfig(model_path=base, tokenizer_path=tokenizer or own, adapter_path=str(folder), **beside)
     return ModelSource(Config(model=model, train=TrainConfig(architecture="lora")))
 
 
 def data_of(asked: Config, source: ModelSource) -> DataConfig:
-    """The settings by which rows are read: as in training, where the model is of a run, and as is asked for."""
+    """The settings for reading rows: those of the model's training, overridden by what the user set."""
     names = [name.removeprefix("data.") for name in asked.explicit if name.startswith("data.")]
     return replace(source.config.data, **{name: getattr(asked.data, name) for name in names})
 
 
 @contextmanager
 def named_as_infer() -> Iterator[None]:
-    """Make errors of reading a model name the arguments of `infer.*` that its paths came from."""
+    """Make errors about a model's files name the arguments of `infer.*` that the paths came from."""
     try:
         yield
     except ValueError as error:

@@ -1,10 +1,10 @@
-"""Make requests of prompts, rows and conversations, in a model's format.
+"""Turn prompts, rows and conversations into requests, in a model's format.
 
-A conversation is rendered with the model's chat template up to where the assistant is to speak; a text is tokenized as
-it is. A row asks by its columns: `prompt` (a text, or a list of messages), a conversation in any of
-the shapes that training takes, or `content_split` or `text`, which are continued. A conversation that ends with an
-assistant's message is asked again: that message is left out. Media of a conversation are found, measured and put in the
-place of the template's markers as in training (`tutti.data.media_processor`).
+A conversation is rendered with the model's chat template up to where the assistant has to speak; a text is tokenized as
+it is. A row contains a `prompt` (a text, or a list of messages), a conversation in any format of training data, or
+`content_split` or `text`, which are continued. If a conversation ends with an assistant's message, that message is
+dropped and generated again. Media in a conversation are found, measured and put in place of the template's placeholders
+as in training (`tutti.data.media_processor`).
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _TEXTS = ("content_split", "text")
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """A model's way of writing prompts.
+    """A model's prompt format.
 
-    template: renders conversations; None where none is known. is_chat: a bare prompt is a user's message, rather than a
-    text to continue. context: most tokens of prompt and answer together; None: no limit known. media: the processor of
-    a model that takes images and more. media_root: a folder in which files of media may lie, beside that of the rows
-    (data.media_root). row_template: the messages of a row without any, by role (data.row_template). drawing: of a model
-    that draws; encode: makes codes [N, n] of pictures, for one that sees them as it draws them. stops: infer.stop.
+    template: renders conversations; None if unknown. is_chat: a bare prompt is a user's message, rather than a text to
+    continue. context: maximum number of tokens of prompt and answer together; None if unlimited. media: the processor
+    of a multimodal model. media_root: an additional folder for media files, besides that of the rows (data.media_root).
+    row_template: messages, by role, for rows without any (data.row_template). drawing: for a model that draws. encode:
+    encodes images to codes [N, n], for a model that sees images as codes. stops: infer.stop.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -55,21 +55,21 @@ class PromptFormat:
     stops: tuple[str, ...] = ()
 
     def dated(self, day: str) -> PromptFormat:
-        """The format with a template that is told `day`, YYYY-MM-DD, when it asks for the date."""
+        """A copy whose template gets the date `day`, YYYY-MM-DD."""
         if self.template is None:
             return self
         return replace(self, template=replace(self.template, now=datetime.fromisoformat(day)))
 
     @cached_property
     def edges(self) -> Edges:
-        """The blanks around an answer in a conversation."""
+        """The whitespace around an answer in a conversation."""
         return NO_EDGES if self.template is None else edges_of(self.template)
 
 
 def prompt_request(
     form: PromptFormat, prompt: str, number: int, max_tokens: int, media: Sequence[Entry] = ()
 ) -> Request:
-    """A request for the answer to a bare prompt, with media before it. RowError: it can't be asked."""
+    """A request for the answer to a bare prompt, with media before it. RowError: it cannot be answered."""
     if not form.is_chat and not media:
         return _request(form, _tokens(form, prompt, special=True), number, max_tokens)
     content: Any = [*(as_part(*entry) for entry in media), {"type": "text", "text": prompt}] if media else prompt
@@ -77,7 +77,7 @@ def prompt_request(
 
 
 def as_part(kind: str, path: str) -> dict[str, str]:
-    """The part of a message that is a medium of the user's, in a file anywhere."""
+    """A message part for a user's media file, at any path."""
     return {"type": kind, kind: Path(path).expanduser().absolute().as_uri()}
 
 
@@ -90,16 +90,16 @@ def chat_request(
     columns: Mapping[str, Any] | None = None,
     folder: str = "/",
 ) -> Request:
-    """A request for the next message of a conversation. RowError: it can't be asked.
+    """A request for the next message of a conversation. RowError: it cannot be answered.
 
-    columns: of the row that it is, where some may hold its media. folder: where files of media may lie.
+    columns: of the conversation's row, some of which may contain its media. folder: where media files may be.
     """
     ids, media = chat_tokens(form, conversation, columns=columns, folder=folder)
     return _request(form, ids, number, max_tokens, form.edges)._replace(media=media)
 
 
 def row_request(form: PromptFormat, row: dict[str, Any], number: int, max_tokens: int, folder: str) -> Request:
-    """A request for the answer to a row of a file in `folder`. RowError: it can't be asked."""
+    """A request for the answer to a row of a file in `folder`. RowError: it cannot be answered."""
     row = filled(form, row)
     prompt = row.get("prompt")
     if isinstance(prompt, str) and not media_columns(row):
@@ -113,7 +113,7 @@ def row_request(form: PromptFormat, row: dict[str, Any], number: int, max_tokens
 
 
 def filled(form: PromptFormat, row: dict[str, Any]) -> dict[str, Any]:
-    """The row with the messages of data.row_template that come before the answer, unless it asks by itself."""
+    """The row with the messages of data.row_template up to the answer, unless the row has a prompt of its own."""
     asked = {role: text for role, text in form.row_template.items() if role != "assistant"}
     if not asked or row.get("prompt") is not None:
         return row
@@ -123,13 +123,14 @@ def filled(form: PromptFormat, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_target(row_template: Mapping[str, str]) -> bool:
-    """True if a row's image is what its assistant is to draw."""
+    """True if the assistant's answer to a row is its image."""
     others = "".join(text for role, text in row_template.items() if role != "assistant")
     return "<image>" in row_template.get("assistant", "") and "<image>" not in others
 
 
 def to_draw(form: PromptFormat, request: Request) -> Request:
-    """The request with an answer that begins with a picture. RowError: the model draws none, or has no room for it."""
+    """The request, changed so that the answer begins with an image. RowError: the model does not draw, or has no
+    room for it."""
     drawing = form.drawing
     if drawing is None:
         raise RowError("this model draws no pictures (model.decoders)")
@@ -143,7 +144,7 @@ def to_draw(form: PromptFormat, request: Request) -> Request:
 
 
 def conversation_to_answer(row: dict[str, Any]) -> Conversation:
-    """The conversation of a row, without the assistant's messages at its end. RowError: the row has none."""
+    """The conversation of a row, without the assistant's last messages. RowError: the row has none."""
     prompt = row.get("prompt")
     if isinstance(prompt, str):
         row = {**row, "messages": [{"role": "user", "content": prompt}]}
@@ -164,7 +165,8 @@ def conversation_to_answer(row: dict[str, Any]) -> Conversation:
 def chat_tokens(
     form: PromptFormat, conversation: Conversation, *, columns: Mapping[str, Any] | None = None, folder: str = "/"
 ) -> tuple[list[int], tuple[Media, ...]]:
-    """The tokens of a conversation up to where the assistant is to speak, and its media. RowError: it can't be asked.
+    """The tokens of a conversation up to where the assistant has to speak, and its media. RowError: it cannot be
+    answered.
 
     columns, folder: as for `chat_request`.
     """
@@ -185,7 +187,7 @@ def chat_tokens(
 
 
 def _with_codes(form: PromptFormat, ids: list[int], media: tuple[Media, ...]) -> tuple[list[int], tuple[Media, ...]]:
-    """The tokens with the codes of pictures that the model sees as it draws them, and the other media."""
+    """The tokens with the codes of images that the model sees as codes inserted, and the other media."""
     assert form.media is not None and form.drawing is not None and form.encode is not None
     pixels = form.media.values([as_sample(ids, media)], len(ids))["drawn_pixels"]
     codes = iter((form.encode(pixels).flatten() + form.drawing.first).tolist())
@@ -197,12 +199,12 @@ def _with_codes(form: PromptFormat, ids: list[int], media: tuple[Media, ...]) ->
 def _tokens(form: PromptFormat, text: str, *, special: bool) -> list[int]:
     if (half := half_surrogate(text)) is not None:
         raise RowError(f"the prompt has half a surrogate pair, {half!r}, which is no character")
-    # Not verbose: it is said in our own words if the prompt is too long.
+    # Not verbose: we report ourselves if the prompt is too long.
     return form.tokenizer(text, add_special_tokens=special, verbose=False).input_ids
 
 
 def _request(form: PromptFormat, ids: Sequence[int], number: int, max_tokens: int, edges: Edges = NO_EDGES) -> Request:
-    """A request for at most `max_tokens`, or as many as the model's context has room for. RowError: it has none."""
+    """A request for at most `max_tokens`, limited by the model's context. RowError: it leaves no room."""
     if not ids:
         raise RowError("the prompt is empty")
     room = max_tokens if form.context is None else form.context - len(ids)

@@ -1,6 +1,6 @@
-"""`tutti infer`: answers to prompts of the command line, to the rows of a file, or in a conversation.
+"""`tutti infer`: answers prompts from the command line, the rows of a file, or a chat.
 
-Every rank of the job loads its part of the model (`tutti.infer.load`). Rank 0 alone reads the terminal and writes.
+Every rank of the job loads its part of the model (`tutti.infer.load`). Only rank 0 reads the terminal and writes.
 """
 
 from __future__ import annotations
@@ -37,11 +37,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class InferenceJob:
-    """The prompts to answer, or the rows of `input`, into `output`; with neither, a conversation.
-    Or the prompts to draw into the folder `output`.
+    """A job: answer `prompts`, or the rows of `input` into `output`; with neither, chat. For a diffusion model, draw
+    the prompts into the folder `output`.
 
-    media: kinds and files of media that come before each prompt, or the first message. draw: answers begin with a
-    picture.
+    media: kinds and files of media to put before each prompt, or the first message. draw: answers begin with an image.
     """
 
     prompts: tuple[str, ...] = ()
@@ -54,7 +53,7 @@ class InferenceJob:
 def infer(config: Config, job: InferenceJob) -> None:
     """Do `job` with the model of `config.infer`, on this rank; every rank of the job calls it.
 
-    ValueError and OSError, on every rank: a mistake that the user can mend.
+    ValueError and OSError, on every rank: a mistake that the user can fix.
     """
     rank, local_world = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     setup_logging(rank)
@@ -69,7 +68,7 @@ def infer(config: Config, job: InferenceJob) -> None:
             _draw(config, denoiser, job, world)
             return
         if job.output and not job.input:
-            find_source(config, world)  # which says so if there is no model
+            find_source(config, world)  # reports if there is no model
             raise ValueError(
                 "--output: goes with --input, or with a diffusion model, which draws; this one writes text"
             )
@@ -92,14 +91,15 @@ def infer(config: Config, job: InferenceJob) -> None:
 
 
 def _draw(config: Config, denoiser: DiffusionSource, job: InferenceJob, world: World) -> None:
-    """Draw the prompts of `job`. ValueError: it asks for something else."""
+    """Draw the prompts of `job`. ValueError: the job is another one."""
     if job.input or job.media or not job.prompts or not job.output:
         raise ValueError("infer.model_path is a diffusion model, which draws: give --prompt TEXT ... --output FOLDER")
     draw(config, denoiser, job.prompts, Path(job.output), world)
 
 
 def _answer_prompts(config: Config, loaded: LoadedModel, generator: Generator, job: InferenceJob) -> None:
-    """Print the answers in the order of the prompts, each as it comes, under its prompt if there are several."""
+    """Print the answers in the order of the prompts as they are generated, each under its prompt if there are
+    several."""
     prompts = job.prompts
     requests: list[Request] = []
     for number, prompt in enumerate(prompts):

@@ -1,8 +1,8 @@
-"""Choose the next token from logits, so that a text depends on its own seed and on nothing else.
+"""Choose the next token from logits, so that a text depends on its own seed and nothing else.
 
-Every sequence has a random generator of its own, seeded by `infer.seed` and the sequence's number. One uniform number
-a token is drawn from it, and looked up in the cumulative distribution: neither the batch that a sequence is in nor the
-order in which sequences are finished changes the draw.
+Every sequence has its own random generator, seeded by `infer.seed` and the sequence's number. For each token one
+uniform number is drawn and looked up in the cumulative distribution: neither the batch that a sequence is in nor the
+order in which sequences finish changes the result.
 
 Shapes: B sequences, V tokens in the vocabulary.
 """
@@ -21,7 +21,7 @@ from tutti.core.tensors import seed_of
 
 @dataclass(frozen=True)
 class Sampler:
-    """A way to choose tokens. greedy: always the most likely one. The rest as in `infer.*`."""
+    """Chooses tokens. greedy: always the most likely one. The other fields as in `infer.*`."""
 
     greedy: bool
     temperature: float
@@ -32,7 +32,7 @@ class Sampler:
 
     @classmethod
     def of(cls, config: InferConfig) -> Sampler:
-        """Make a sampler as configured; a temperature of 0 is the limit, which is greedy."""
+        """The configured sampler; a temperature of 0 is greedy."""
         greedy = not config.do_sample or config.temperature == 0
         limits = config.temperature, config.top_p, config.seed, config.top_k
         return cls(greedy, *limits, repetition_penalty=config.repetition_penalty)
@@ -42,7 +42,7 @@ class Sampler:
         return torch.Generator().manual_seed(seed_of(f"{self.seed} {number}"))
 
     def penalize(self, logits: Tensor, seen: Sequence[Sequence[int]]) -> Tensor:
-        """The logits [B, V], those of the tokens that each sequence has `seen` made smaller (arXiv 1909.05858)."""
+        """The logits [B, V], reduced for tokens that each sequence has already `seen` (arXiv 1909.05858)."""
         factor = torch.ones_like(logits, dtype=torch.float32)
         for row, tokens in enumerate(seen):
             factor[row, torch.tensor(sorted(set(tokens)), dtype=torch.long, device=logits.device)] = (
@@ -63,16 +63,17 @@ class Sampler:
             probabilities = probabilities / probabilities.sum(-1, keepdim=True)
         if self.top_p < 1:
             probabilities = probabilities.masked_fill(self._outside(probabilities), 0.0)
-        # In the vocabulary's order: among sorted ones, rounding would swap neighbours and so change the draw.
+        # In the vocabulary's order: among sorted tokens, rounding could swap neighbors and change the result.
         sums = probabilities.cumsum(-1, dtype=torch.float64)
         draws = torch.stack([torch.rand(1, generator=item, dtype=torch.float64) for item in generators])
         places = torch.searchsorted(sums, draws.to(sums.device) * sums[:, -1:], right=True)
-        # Rounding may put a draw at the very end, behind the last token that has a probability.
+        # Rounding may put the number at the very end, after the last token with nonzero probability.
         last = (probabilities > 0).cumsum(-1).argmax(-1, keepdim=True)
         return places.minimum(last)[:, 0]
 
     def _outside(self, probabilities: Tensor) -> Tensor:
-        """Mask the tokens [B, V] that the smallest set that reaches top_p leaves out; it has the most likely one."""
+        """Mask of the tokens [B, V] outside of the smallest set that reaches top_p; the most likely token is always
+        inside."""
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         outside = ordered.cumsum(-1, dtype=torch.float64) - ordered >= self.top_p
         outside[:, 0] = False

@@ -1,4 +1,4 @@
-"""Tokens of an answer as text, all at once or piece by piece as they come."""
+"""Decoding the tokens of an answer to text, all at once or as they arrive."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tutti.data.template import ChatTemplate
 
 
 class Edges(NamedTuple):
-    """The blanks that a chat template writes before and after the content of an answer, and texts that end one.
+    """The whitespace that a chat template writes before and after an answer, and texts that end an answer.
 
-    A model that was trained with the template generates the blanks too, and the template writes them again around an
-    answer that is fed back, so they are no part of its text. Neither are `stops` (infer.stop) and what follows one.
+    A model trained with the template generates this whitespace too, and the template writes it again around an answer
+    that is sent back, so it is not part of the answer's text. Neither are `stops` (infer.stop) and what follows one.
     """
 
     before: str = ""
@@ -27,16 +27,16 @@ class Edges(NamedTuple):
         return text[: self.end_of(text)].removeprefix(self.before).removesuffix(self.after)
 
     def end_of(self, text: str) -> int:
-        """The place of the first of `stops` in `text`, or its length."""
+        """The position of the first of `stops` in `text`, or its length."""
         return min((place for stop in self.stops if (place := text.find(stop)) >= 0), default=len(text))
 
     def uncertain(self, text: str) -> int:
-        """The characters at the end of `text` that may turn out to be no part of the answer."""
+        """The number of characters at the end of `text` that may not be part of the answer."""
         begun = {size for stop in self.stops for size in range(len(stop)) if text.endswith(stop[:size])} | {0}
         return max(size + self._blanks(text[: len(text) - size]) for size in begun)
 
     def _blanks(self, text: str) -> int:
-        """The characters at the end of `text` that the blanks after an answer may begin with."""
+        """The number of characters at the end of `text` that may belong to the whitespace after an answer."""
         after = self.after
         return next(size for size in range(min(len(after), len(text)), -1, -1) if text.endswith(after[:size]))
 
@@ -45,7 +45,7 @@ NO_EDGES = Edges()
 
 
 def edges_of(template: ChatTemplate) -> Edges:
-    """The blanks around an answer by `template`; none where its trained spans are not known."""
+    """The whitespace around an answer by `template`; none if its trained spans are unknown."""
     turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
     try:
         text, spans = template(Conversation(turn, (False, True)))
@@ -58,11 +58,11 @@ def edges_of(template: ChatTemplate) -> Edges:
 class TextStream:
     """Turns the tokens of one answer into pieces of text that can be shown at once.
 
-    A token may hold part of a character only, and some tokenizers write a token differently after another, so that
-    tokens can't be decoded one by one. The last few tokens are decoded with each new one and without it, and the piece
-    is the difference; it is held back while it ends in an incomplete character, or may be the blanks at an edge.
-    (tokenizers' own DecodeStream stops with an error at bytes that are no character, and tokenizers that are written in
-    Python lack it.)
+    A token may be only a part of a character, and some tokenizers write a token differently depending on the one
+    before, so tokens cannot be decoded one by one. The last few tokens are decoded with and without each new one, and
+    the piece is the difference. It is held back while it ends in an incomplete character, or may belong to the spaces
+    at an edge. (tokenizers' own DecodeStream stops with an error at invalid bytes, and tokenizers written in Python do
+    not have it.)
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, edges: Edges = NO_EDGES) -> None:
@@ -74,10 +74,10 @@ class TextStream:
         self._begun = False
         self._held = ""
         self.is_stopped = False
-        """True once a text was made that ends the answer."""
+        """True after a text that ends the answer was generated."""
 
     def add(self, token: int) -> str:
-        """One more token; the text that is now complete."""
+        """Add a token; returns the text that is now complete."""
         if self.is_stopped:
             return ""
         self._ids.append(token)
@@ -87,7 +87,7 @@ class TextStream:
         return self._within_edges(self._advance(text))
 
     def end(self) -> str:
-        """The text that is left when no token follows."""
+        """The remaining text when no token follows."""
         rest = self._held
         if not self.is_stopped:
             rest += self._advance(self._decoded(self._start, len(self._ids)))
@@ -97,7 +97,7 @@ class TextStream:
         return rest.removesuffix(self._edges.after)
 
     def _within_edges(self, piece: str) -> str:
-        """The part of the held back text and `piece` that is certain to belong to the answer."""
+        """The part of the held-back text and `piece` that certainly belongs to the answer."""
         text, before = self._held + piece, self._edges.before
         if (end := self._edges.end_of(text)) < len(text):
             self._held, self.is_stopped = text[:end], True
@@ -115,7 +115,7 @@ class TextStream:
     def _advance(self, text: str) -> str:
         before = self._decoded(self._start, self._shown)
         piece = text[len(before) :]
-        if piece:  # else the next token would be decoded as the first of a text
+        if piece:  # otherwise the next token would be decoded as the first one of a text
             self._start = self._shown
         self._shown = len(self._ids)
         return piece
@@ -125,5 +125,5 @@ class TextStream:
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], edges: Edges = NO_EDGES) -> str:
-    """The text of an answer, without special tokens and the blanks at its edges."""
+    """The text of an answer, without special tokens and the whitespace at its edges."""
     return edges.strip(str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)))
