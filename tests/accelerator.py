@@ -41,7 +41,15 @@ BACKEND = "cpu:gloo,npu:hccl"
 
 aten = torch.ops.aten
 
-_ASKS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.is_nonzero.default}
+_ASKS = {
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.equal.default,
+    aten.is_nonzero.default,
+    aten.bincount.default,
+    aten.masked_select.default,
+    aten._unique2.default,
+}
 """Operators whose result, or its shape, is on the host."""
 
 _COPIES = {aten.copy_.default, aten._to_copy.default}

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import tutti.model.experts as module
 from tests.model.zoo import EXPERTS, tiny
 from tutti.core.batch import IGNORE, Batch, Sample, pack
 from tutti.model.experts import EAGER, FUSED, ExpertLoad, fused_experts, resolve_experts
-from tutti.model.structure import experts, is_experts
+from tutti.model.structure import blocks, experts, is_experts
 
 
-def _run(name: str, implementation: str, dtype: torch.dtype = torch.float32, **overrides: int) -> dict[str, Tensor]:
+def _run(
+    name: str, implementation: str, dtype: torch.dtype = torch.float32, *, compiled: bool = False, **overrides: int
+) -> dict[str, Tensor]:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         tiny(name, **overrides), dtype=dtype, experts_implementation=implementation, attn_implementation="eager"
@@ -26,6 +29,8 @@ def _run(name: str, implementation: str, dtype: torch.dtype = torch.float32, **o
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
+    for _, block in blocks(model) if compiled else ():
+        block.forward = torch.compile(block.forward, backend="eager")
     ids = torch.randint(0, 256, (1, 37))
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
@@ -115,6 +120,20 @@ def test_experts_that_no_token_chose_get_no_gradient() -> None:
     fused_experts(experts, torch.randn(5, 32), chosen, torch.rand(5, 2)).square().sum().backward()
     grads = experts.gate_up_proj.grad.flatten(1).norm(dim=1)
     assert (grads[[1, 2]] > 0).all() and (grads[[0, 3]] == 0).all()
+
+
+@pytest.mark.parametrize("implementation", [FUSED, EAGER])
+def test_a_compiled_block_runs_its_experts_as_they_are(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that traced them would have to stop for sizes anew with each batch, and torch 2.11 gave them no
+    gradient."""
+    resolve_experts(None)
+    expected = _run("qwen3_moe", implementation)
+    traced = []
+    monkeypatch.setattr(module, "_count", lambda *args: traced.append(torch.compiler.is_compiling()))
+    found = _run("qwen3_moe", implementation, compiled=True)
+    assert traced and not any(traced)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5)
 
 
 def test_names() -> None:

@@ -9,7 +9,9 @@ sorted by expert once. Each expert's tokens are then adjacent, and all products 
 3. weight the outputs, bring them back into token order, and sum each token's k rows.
 
 The grouped product is torch's `grouped_mm` if its kernels support the case, and otherwise (widths that are not a
-multiple of 16 bytes, fp32 on an accelerator or under torch.compile) a loop of plain products over slices.
+multiple of 16 bytes, fp32 on an accelerator) a loop of plain products over slices, whose lengths the host has to wait
+for. On CUDA the other steps run kernels of our own (`tutti.model.experts_kernels`). torch.compile does not trace any of
+this: a compiled block stops before its experts and continues after them.
 
 The possible layouts are described by the class's own attributes: `has_gate` (gate and up in one matrix, which the
 class's `_apply_gate` splits in halves or interleaved), `has_bias`, `is_transposed` ([E, in, out] instead of [E, out,
@@ -28,6 +30,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -37,7 +40,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import grouped_mm
 
 from tutti.core.batch import Batch
-from tutti.core.compat import ExpertsInterface
+from tutti.core.compat import ExpertsInterface, has_triton
 from tutti.core.device import on_accelerator
 from tutti.core.modules import attach, attached
 from tutti.model.lora import adapter_for
@@ -60,6 +63,8 @@ def resolve_experts(requested: str | None) -> str:
     return EAGER if requested == "eager" else FUSED
 
 
+# When torch 2.11 compiles an autograd function that writes its result in place, its gradient is zero.
+@torch.compiler.disable
 def fused_experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """The experts' weighted output for each token, with grouped products.
 
@@ -68,6 +73,7 @@ def fused_experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) 
     return _by_expert(module, hidden, chosen, weights, _grouped)
 
 
+@torch.compiler.disable
 def eager_experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """Run the experts by the layer's own loop over them; arguments as for `fused_experts`."""
     if attached(module).exchange is not None:
@@ -82,74 +88,122 @@ H], not weighted."""
 
 
 def _by_expert(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, products: Products) -> Tensor:
-    num_tokens, num_chosen = chosen.shape
-    experts, order = chosen.flatten().sort(stable=True)
-    counts = torch.bincount(experts, minlength=module.num_experts)
+    kernels = _kernels(hidden)
+    sort = _sort if kernels is None else kernels.sort
+    experts, order, places, counts = sort(chosen, module.num_experts)
     _count(module, chosen)
-    places = inverse(order)
-    rows: Tensor = _Spread.apply(hidden, order, places, num_chosen)
+    places = places.view_as(chosen)
+    rows: Tensor = _Spread.apply(hidden, order, places, kernels)
     exchange = attached(module).exchange
     if exchange is None:
         out = products(module, rows, experts, counts)
     else:
         out = exchange(rows, counts, partial(products, _LocalExperts(module)))
-    combined: Tensor = _Combine.apply(out, weights, order, places.view(num_tokens, num_chosen))
-    return combined.to(hidden.dtype)
+    combined: Tensor = _Combine.apply(out, weights, order, places, hidden.dtype, kernels)
+    return combined
+
+
+def _kernels(tensor: Tensor) -> ModuleType | None:
+    """Return the module of kernels that can run on `tensor`, if there is one."""
+    if not (tensor.is_cuda and has_triton()):
+        return None
+    from tutti.model import experts_kernels
+
+    return experts_kernels
+
+
+def _sort(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sort the pairs of `chosen` [N, k] by expert, without waiting for an accelerator.
+
+    Returns the sorted experts [S], the pair at each place [S], the place of each pair [S], and the number of pairs per
+    expert [E].
+    """
+    experts, order = chosen.flatten().sort(stable=True)
+    if experts.device.type == "cpu":
+        counts = torch.bincount(experts, minlength=num_experts)
+    else:
+        ends = torch.searchsorted(experts, torch.arange(num_experts, device=experts.device), right=True)
+        counts = ends.diff(prepend=ends.new_zeros(1))
+    return experts, order, inverse(order), counts
 
 
 class _Spread(torch.autograd.Function):
-    """Gather a row for each of the S pairs in their `order`: hidden [N, H] -> [S, H]. places [S]: where each pair went.
+    """Gather a row for each of the S pairs: hidden [N, H] -> [S, H]. order [S]: the pair at each place.
+    places [N, k]: where each pair went.
 
     The gradient is gathered from those places. Autograd's own would add row by row into zeros, which a CPU does
     sequentially.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, order: Tensor, places: Tensor, num_chosen: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, order: Tensor, places: Tensor, kernels: ModuleType | None) -> Tensor:
         ctx.save_for_backward(places)
-        ctx.num_chosen = num_chosen
-        return hidden.index_select(0, order // num_chosen)
+        ctx.kernels = kernels
+        if kernels is not None:
+            return kernels.spread(hidden, places)
+        return hidden.index_select(0, order // places.shape[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (places,) = ctx.saved_tensors
-        return _sum_choices(grad, places.view(-1, ctx.num_chosen)).to(grad.dtype), None, None, None
+        sum_choices = _sum_choices if ctx.kernels is None else ctx.kernels.sum_choices
+        return sum_choices(grad, places, None, grad.dtype), None, None, None
 
 
 class _Combine(torch.autograd.Function):
-    """Sum each token's rows of `out` [S, H] with weights [N, k] -> fp32 [N, H]. places [N, k]: where the rows are.
-
-    One choice is processed at a time, so that only the rows and their gradient are that large.
-    """
+    """Sum each token's rows of `out` [S, H] with weights [N, k] -> [N, H] of `dtype`. places [N, k]: where the rows
+    are."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, weights: Tensor, order: Tensor, places: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        out: Tensor,
+        weights: Tensor,
+        order: Tensor,
+        places: Tensor,
+        dtype: torch.dtype,
+        kernels: ModuleType | None,
+    ) -> Tensor:
         ctx.save_for_backward(out, weights, order, places)
-        return _sum_choices(out, places, weights)
+        ctx.kernels = kernels
+        sum_choices = _sum_choices if kernels is None else kernels.sum_choices
+        return sum_choices(out, places, weights, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         out, weights, order, places = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:2]
+        if ctx.kernels is not None:
+            return *ctx.kernels.combine_backward(grad, out, places, weights, needed), None, None, None, None
         grad_out, grad_weights = None, None
-        if ctx.needs_input_grad[0]:
+        if needed[0]:
             grad_out = grad.to(out.dtype).index_select(0, order // places.shape[1])
             grad_out *= weights.flatten()[order, None]
-        if ctx.needs_input_grad[1]:
-            sums = [(out.index_select(0, column) * grad).sum(-1) for column in places.unbind(1)]
+        if needed[1]:
+            wide = grad.float()
+            sums = [(out.index_select(0, column) * wide).sum(-1) for column in _columns(places)]
             grad_weights = torch.stack(sums, 1).to(weights.dtype)
-        return grad_out, grad_weights, None, None
+        return grad_out, grad_weights, None, None, None, None
 
 
-def _sum_choices(rows: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Sum in fp32 each token's rows, at `places` [N, k], with `weights` [N, k] if given: [N, H]."""
+def _sum_choices(rows: Tensor, places: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Sum each token's rows, at `places` [N, k], with `weights` [N, k] if given: [N, H] of `dtype`.
+
+    The sum is in fp32. One choice is processed at a time, so that only the rows and their gradient are that large.
+    """
     total = rows.new_zeros(len(places), rows.shape[1], dtype=torch.float32)
-    for choice, column in enumerate(places.unbind(1)):
+    for choice, column in enumerate(_columns(places)):
         picked = rows.index_select(0, column)
         if weights is None:
             total += picked
         else:
             total.addcmul_(picked.float(), weights[:, choice, None].float())
-    return total
+    return total.to(dtype)
+
+
+def _columns(places: Tensor) -> tuple[Tensor, ...]:
+    """The columns of `places` [N, k], contiguous: with strided indices torch's CUDA kernel gathers single numbers."""
+    return places.T.contiguous().unbind(0)
 
 
 @dataclass
@@ -172,8 +226,8 @@ def _count(module: Any, chosen: Tensor) -> None:
         return
     real = load.real[load.part]
     load.part = (load.part + 1) % len(load.real)
-    size = module.num_experts
-    load.counts.add_(torch.where(real[:, None], chosen, size).flatten().bincount(minlength=size + 1)[:size])
+    ones = real.to(torch.int64)[:, None].expand_as(chosen)
+    load.counts.scatter_add_(0, chosen.flatten(), ones.flatten())
 
 
 class ExpertLoad:
@@ -267,7 +321,7 @@ def _one_by_one(module: _LocalExperts, rows: Tensor, experts: Tensor, counts: Te
     """
     if not len(rows):
         return _grouped(module, rows, experts, counts)
-    return _own_loop(module._module)(module, rows, experts[:, None], rows.new_ones(len(rows), 1))
+    return _own_loop(module._module)(module, rows, experts[:, None].long(), rows.new_ones(len(rows), 1))
 
 
 def _own_loop(module: Any) -> Callable[..., Tensor]:
@@ -282,7 +336,7 @@ class _Groups:
         self._module = module
         self._experts = experts
         self._counts = counts
-        self._ends = counts.cumsum(0).to(torch.int32)
+        self._ends = counts.cumsum(0, dtype=torch.int32)
 
     def linear(self, rows: Tensor, name: str) -> Tensor:
         """Multiply rows [S, in] by their experts' weights (and add biases) of this name -> [S, out]."""
@@ -306,5 +360,4 @@ class _Groups:
 def _has_kernel(weight: Tensor) -> bool:
     """True if `grouped_mm` takes this weight [E, in, out]."""
     aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
-    plain = not on_accelerator(weight) and not torch.compiler.is_compiling()
-    return aligned and (weight.dtype == torch.bfloat16 or plain)
+    return aligned and (weight.dtype == torch.bfloat16 or not on_accelerator(weight))
