@@ -44,6 +44,7 @@ TESTS = (
     "tests/attention/test_sparse_triton.py::test_kernels_equal_tensor_operations_on_a_gpu",
     "tests/train/test_loss.py::test_gradients_of_many_chunks_on_a_gpu",
     "tests/model/test_experts_kernels.py::test_kernels_equal_the_plain_form_on_a_gpu",
+    "tests/model/test_fused.py::test_a_model_on_a_gpu_keeps_its_values",
     "tests/parallel/test_activation_offload.py::test_device_memory_is_given_back_and_copies_are_right",
 )
 WARMUP_STEPS, STEPS = 4, 6

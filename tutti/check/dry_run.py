@@ -48,9 +48,11 @@ from tutti.core.compat import (
     UnsupportedOperatorException,
     clear_sharding_cache,
 )
+from tutti.core.compute_dtype import compute_dtype
 from tutti.core.dist import World
 from tutti.core.tensors import local_part
 from tutti.data.media_processor import MediaProcessor
+from tutti.model.fuse_modules import fuse_modules
 from tutti.model.initialize import give_storage
 from tutti.model.multimodal import make_media_positions
 from tutti.model.structure import is_classifier, read_structure
@@ -117,6 +119,7 @@ def predict_rank(
     """Predict what it takes of one rank. batches: its micro batches of a step, where they are not to be full ones.
     full, on_cpu: as in `predict`."""
     layout = fit(config, world)
+    fuses = not (on_cpu or config.train.enable_compile)
     train = replace(config.train, enable_compile=False)
     config = replace(config, train=train)
     with _pretend(rank, world) as ranks, _answering_for(model):
@@ -125,6 +128,8 @@ def predict_rank(
         structure = read_structure(copied, config.model.basic_modules)
         placed = place_model(config, copied, structure, make_task(config), layout, mesh)
         objective = placed.objective
+        if fuses:
+            fuse_modules(placed.model, None, compute_dtype(train))
         parallelize(objective, placed.structure, mesh, train, placed.plan)
         # A family makes positions of media on the host, from numbers that a rehearsal has no values of.
         place = make_media_positions(placed.structure)

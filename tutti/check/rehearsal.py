@@ -53,6 +53,11 @@ _COMPUTE = {
     "tutti::attend_blocks_backward",
     "tutti::loss_and_gradient",
     "tutti::to_host",
+    "tutti::rms_norm",
+    "tutti::rms_norm_backward",
+    "tutti::gated",
+    "tutti::gated_backward",
+    "tutti::rotate",
 }
 """Operators of our own that only compute. All others communicate."""
 

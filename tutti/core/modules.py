@@ -20,6 +20,7 @@ from torch import nn
 Forward = Callable[..., Any]
 
 WRAPPERS = (
+    "fused",  # one kernel instead of many
     "patches",  # a matrix product instead of a convolution
     "codes",  # image codes, as tokens beyond a table and as logits beyond a head
     "adapter",  # a trained change to a frozen weight

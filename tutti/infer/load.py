@@ -45,6 +45,7 @@ from tutti.model.attention_arguments import pass_arguments
 from tutti.model.build import build_model, load_model_config
 from tutti.model.diffusion import Guided
 from tutti.model.drawing import let_draw, ready_folder, write_drawn
+from tutti.model.fuse_modules import fuse_modules
 from tutti.model.lora import add_adapters
 from tutti.model.multimodal import MultimodalForward
 from tutti.model.omni import OmniModel
@@ -91,6 +92,7 @@ def load_model(config: Config, world: World) -> LoadedModel:
         weights = _fill(model, source, world)
     model.eval()
     rotate_by_sample(model)
+    fuse_modules(model, world.device, model.dtype)
     is_chat = _is_chat(config, source, tokenizer)
     template = world.run_on_all_ranks(lambda: _template(config, source, tokenizer))
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)

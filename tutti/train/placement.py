@@ -24,6 +24,7 @@ from tutti.model.attention_arguments import pass_arguments
 from tutti.model.build import turn_off_dropout
 from tutti.model.denoiser import Denoiser
 from tutti.model.denoiser_parallel import share_tokens
+from tutti.model.fuse_modules import fuse_modules
 from tutti.model.lora import init_adapters
 from tutti.model.mixers import separate_mixers
 from tutti.model.multimodal import make_media_positions
@@ -106,6 +107,8 @@ def load_parameters(config: Config, placed: PlacedModel, mesh: Mesh, world: Worl
     model, train = placed.model, config.train
     if isinstance(model, Denoiser):
         share_tokens(model, mesh, world)
+    if not train.enable_compile:  # inductor fuses the plain forms with more than these
+        fuse_modules(model, world.device, compute_dtype(train))
     on_meta = train.init_device == "meta"
     if on_meta:
         parallelize(placed.objective, placed.structure, mesh, train, placed.plan)
