@@ -1,1 +1,1 @@
-"""Checkpoints of a run, and Hugging Face folders read and written."""
+"""Reading and writing checkpoints of a run and Hugging Face folders."""

@@ -1,16 +1,14 @@
 """Adapter folders: `adapter_config.json` and `adapter_model.safetensors`, in the names and layouts of peft.
 
-What peft writes is read, and what is written here peft reads: an adapter is worth more the more programs take it. A key
-is `base_model.model.`, the layer's name in the model, and `.lora_A.weight`, `.lora_B.weight` or (DoRA)
-`.lora_magnitude_vector`; modules that were trained whole have their own names. For a stack of experts peft wraps the
-module once for each adapted parameter, the first one innermost, so that the keys of all but the last have a
-`.base_layer` each; A lies as [E * r, in] and B as [out, r * E]. There is one thing that peft has no layout for, DoRA on
-stacks of experts: it is written by the same rules, and read by us alone.
+We read what peft writes, and peft reads what we write. A key is `base_model.model.`, the layer's name in the model, and
+`.lora_A.weight`, `.lora_B.weight` or (DoRA) `.lora_magnitude_vector`; fully trained modules have their own names. For a
+stack of experts peft wraps the module once for each adapted parameter, the first one innermost, so that the keys of all
+but the last contain `.base_layer`; A is [E * r, in] and B is [out, r * E]. peft has no layout for DoRA on stacks of
+experts; it is written by the same rules, and only we can read it.
 
 Which layers are adapted, and with which rank, is taken from the keys and shapes rather than from the patterns in the
-config. What would change the computation and is not understood is refused. Adapters are small, so that every rank reads
-a whole one and takes its part. Beside the adapter of a composed model lies composed.yaml, which says what it is
-composed of.
+config. Settings that would change the computation and are unknown are refused. Adapters are small, so every rank reads
+all of one and takes its part. Next to the adapter of a composed model, composed.yaml lists the model's parts.
 """
 
 from __future__ import annotations
@@ -78,7 +76,7 @@ def is_adapter_folder(folder: Path) -> bool:
 
 
 def base_path(folder: Path) -> str:
-    """The path, or the name on the hub, of the model that the adapter in `folder` was trained on. ValueError: none."""
+    """The path, or hub name, of the base model of the adapter in `folder`. ValueError: none is recorded."""
     settings = _read_config(folder)
     path, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not path:
@@ -87,13 +85,13 @@ def base_path(folder: Path) -> str:
 
 
 def plan_adapters(config: Config, model: Any, read: Callable[..., Lora] | None = None) -> Lora | None:
-    """The settings of the adapters that `config` asks for in `model`: as train.lora_* say, with what is new in it
-    trained whole, or as the adapter at model.adapter_path is, which `read` reads, by default `read_lora`. What of
-    train.freeze has no effect beside them is logged."""
+    """The settings of the adapters for `model`: from train.lora_*, with new modules fully trained; or those of the
+    adapter at model.adapter_path, read by `read` (default `read_lora`). Logs parts of train.freeze that have no
+    effect."""
     train = config.train
     if train.architecture != "lora":
         return None
-    # Preference training drops nothing, as its reference model does not.
+    # Preference training uses no dropout, like its reference model.
     dropout = 0.0 if config.data.data_type == "dpo" else train.lora_dropout
     if config.model.adapter_path is not None:
         lora = (read or read_lora)(Path(config.model.adapter_path), model, dropout=dropout)
@@ -112,9 +110,9 @@ def plan_adapters(config: Config, model: Any, read: Callable[..., Lora] | None =
 
 
 def read_lora(folder: Path, model: PreTrainedModel, dropout: float = 0.0) -> Lora:
-    """The settings of the adapter in `folder` for `model`, which need not have storage.
+    """The settings of the adapter in `folder` for `model`, which may be on the meta device.
 
-    dropout: of the training to come. ValueError: it is no LoRA adapter of this model, or one that we do not know.
+    dropout: for the training. ValueError: it is not a LoRA adapter of this model, or of an unknown variant.
     """
     settings = _read_config(folder)
     ranks: dict[str, int] = {}
@@ -147,17 +145,17 @@ def read_lora(folder: Path, model: PreTrainedModel, dropout: float = 0.0) -> Lor
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, full_model: PreTrainedModel | None = None) -> None:
-    """Fill the adapters and full modules of `model`, whose frozen weights are loaded, from `folder`.
+    """Load the adapters and fully trained modules of `model`, whose frozen weights are loaded, from `folder`.
 
-    full_model: the complete model, without storage, where `model` is a part of it. Collective if the model is sharded.
-    ValueError: keys are missing, left over or of another shape.
+    full_model: the complete model, on the meta device, if `model` is a part of it. Collective if the model is sharded.
+    ValueError: keys are missing, unknown or of another shape.
     """
     checkpoint = _open(folder)
     given = checkpoint.meta()
     items = {item.key: item for item in _items(full_model or model)}
-    # peft has written the magnitude with and without the name of a parameter.
+    # peft versions differ in whether the magnitude's key ends with the name of a parameter.
     stored = {key.removesuffix(".weight") if "lora_magnitude" in key else key: key for key in given}
-    # Tied parameters may be given under each of their keys.
+    # Tied parameters may be stored under any of their keys.
     first = {id(item.tensor): key for key, item in reversed(items.items()) if key in stored}
     problems = {
         "it lacks": [key for key, item in items.items() if id(item.tensor) not in first],
@@ -192,11 +190,11 @@ def export_adapter(
     full_model: PreTrainedModel | None = None,
     composed: ModelConfig | None = None,
 ) -> None:
-    """Write what was trained of an adapted `model` to `folder`, with the tokenizer, in place of what was there.
+    """Write the trained parts of an adapted `model` to `folder`, with the tokenizer, replacing the folder.
 
-    base, revision: the folder of the base model, or its name on the hub and the commit. full_model: the complete
-    model, without storage, where the ranks' models are parts of it. composed: of a composed model, the description of
-    the parts beside its base, which peft does not know of. Every rank must call it.
+    base, revision: the folder of the base model, or its hub name and commit. full_model: the complete model, on the
+    meta device, if the ranks' models are parts of it. composed: for a composed model, the description of its other
+    parts, which peft does not support. Every rank must call it.
     """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -228,7 +226,7 @@ def export_adapter(
 
 
 def _described(model: ModelConfig) -> dict[str, Any]:
-    """The values of `model` that say which parts a composed model has beside its foundation, with whole paths."""
+    """The settings of `model` that describe a composed model's parts besides its foundation, with absolute paths."""
     return {
         **{
             group: {
@@ -247,14 +245,15 @@ def _absolute(path: str) -> str:
 
 
 def read_composed(folder: Path) -> dict[str, Any]:
-    """The values of model.* by which the adapter in `folder` has parts beside its base; none of one of a model that is
-    not composed."""
+    """The settings of model.* for the parts of a composed model, from the adapter in `folder`; empty if it is not
+    composed."""
     file = folder / COMPOSED
     return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def open_merged(folder: Path) -> PreTrainedModel:
-    """The causal language model that the adapter in `folder` makes of its base, in this process, on the CPU."""
+    """Load the base of the adapter in `folder`, a causal language model, and merge the adapter, in this process on
+    the CPU."""
     model = AutoModelForCausalLM.from_pretrained(base_path(folder), local_files_only=True)
     add_adapters(model, read_lora(folder, model), model.dtype)
     load_adapter(model, folder)
@@ -263,9 +262,9 @@ def open_merged(folder: Path) -> PreTrainedModel:
 
 
 def base_of(config: Config, world: World) -> dict[str, str] | None:
-    """The facts that tell the base model of a run with adapters from another: its path, and a digest of parts of its
-    weight files and of how they are held, or of config and seed if it is drawn at random. None without adapters. Every
-    rank must call it."""
+    """Facts that identify the base model of a run with adapters: its path, and a digest of samples of its weight
+    files and of its storage format, or of config and seed if it is random. None without adapters. Every rank must
+    call it."""
     if config.train.architecture != "lora":
         return None
     return world.broadcast(world.run_on_all_ranks(lambda: _fingerprint(config) if world.is_main else None))
@@ -288,7 +287,7 @@ def _fingerprint(config: Config) -> dict[str, str]:
 
 
 def require_base(saved: dict[str, str] | None, base: dict[str, str] | None) -> None:
-    """ValueError unless the base of a checkpoint's adapters is the one they are to go on with."""
+    """Raise ValueError unless the base of a checkpoint's adapters is the one of this run."""
     if (saved or {}).get("digest") != (base or {}).get("digest"):
         assert base is not None or saved is not None
         raise ValueError(
@@ -300,7 +299,7 @@ def require_base(saved: dict[str, str] | None, base: dict[str, str] | None) -> N
 
 @dataclass(frozen=True)
 class _Item:
-    """A tensor that trains, and how it lies in an adapter file. norms: what is added to it there (DoRA)."""
+    """A trained tensor, and its format in an adapter file. norms: added to it there (DoRA)."""
 
     key: str
     tensor: Tensor
@@ -311,7 +310,7 @@ class _Item:
 
 
 def _items(model: PreTrainedModel) -> Iterator[_Item]:
-    """Everything that trains in an adapted model, by its keys in a file."""
+    """Yield every trained tensor of an adapted model, with its key in a file."""
     for module, adapter in adapters(model):
         parts = adapter.factors(module)._asdict()
         for part, tensor in parts.items():
@@ -364,7 +363,7 @@ def _key(module: nn.Module, adapter: Adapter) -> str:
 
 
 def _target(name: str, modules: dict[str, nn.Module], settings: dict[str, Any]) -> tuple[str, int]:
-    """The name of a key's layer in the model, and the number of its experts (1: a layer of its own)."""
+    """The layer's name in the model for a key, and its number of experts (1 for a separate layer)."""
     owner = name.replace(".base_layer", "")
     module = modules.get(owner)
     if module is None:
@@ -431,7 +430,7 @@ def _config(model: PreTrainedModel, base: str | None, revision: str | None) -> d
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": _number(lora.alpha),
-        # peft takes no dropout beside stacks of experts; reading an adapter does not need it.
+        # peft does not support dropout with stacks of experts; to read an adapter, it is not needed.
         "lora_dropout": 0.0 if stacks else lora.dropout,
         "modules_to_save": full or None,
         "peft_type": "LORA",
@@ -447,7 +446,7 @@ def _config(model: PreTrainedModel, base: str | None, revision: str | None) -> d
 
 
 def _shortened(names: Sequence[str], every: Sequence[str], parts: int) -> list[str]:
-    """The ends of `names` of this many parts, if among `every` nothing else ends so; otherwise the names."""
+    """The last `parts` parts of `names`, if they are unambiguous among `every`; otherwise the full names."""
     ends = {".".join(name.split(".")[-parts:]) for name in names}
     meant = {name for name in every if any(f".{name}".endswith(f".{end}") for end in ends)}
     return sorted(ends) if meant == set(names) else list(names)

@@ -1,7 +1,7 @@
-"""Folders of diffusers' autoencoders: reading one into a model, wherever its parts lie, and writing one.
+"""Folders of diffusers' autoencoders: loading one into a model, however it is distributed, and writing one.
 
-A folder has a config.json and the weights in diffusion_pytorch_model.safetensors, by the names that they have within
-the class, so that diffusers' `from_pretrained` reads what is written.
+A folder has a config.json, and the weights in diffusion_pytorch_model.safetensors under their names within the class,
+so that diffusers' `from_pretrained` can read it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _PREFIX = "net."
 def load_autoencoder(
     model: Autoencoder, path: str | Path | None, *, seed: int, device: torch.device, world: World
 ) -> None:
-    """Fill `model` with the weights in the folder `path`; None draws them from `seed`. Every rank reads them.
+    """Load the weights of `model` from the folder `path`; None initializes them from `seed`. Every rank reads them.
 
-    ValueError, on all ranks: there are none, or they are of another model.
+    ValueError, on all ranks: there are none, or they belong to another model.
     """
     if path is None:
         init_weights(model, seed, device)
@@ -48,8 +48,8 @@ def load_autoencoder(
 
 
 def read_weights(folder: Path, shapes: dict[str, torch.Size], argument: str = "model.model_path") -> dict[str, Tensor]:
-    """The tensors in the folder of an autoencoder. ValueError, in the name of `argument`: they cannot be read, or are
-    not of these names and shapes."""
+    """The tensors in the folder of an autoencoder. ValueError, naming `argument`: they cannot be read, or do not
+    have these names and shapes."""
     file = folder / WEIGHTS
     if not file.is_file():
         raise ValueError(f"{argument}: there is no {WEIGHTS} in {folder}")
@@ -65,7 +65,7 @@ def read_weights(folder: Path, shapes: dict[str, torch.Size], argument: str = "m
 
 
 def export_autoencoder(model: Autoencoder, folder: Path, world: World, full: Full) -> None:
-    """Write `model`, whose full tensors `full` gives by name on rank 0, to `folder`, which is replaced. Collective.
+    """Write `model` to `folder`, which is replaced. full: returns full tensors by name on rank 0. Collective.
 
     ValueError, on all ranks: it cannot be written.
     """
@@ -84,7 +84,7 @@ def export_autoencoder(model: Autoencoder, folder: Path, world: World, full: Ful
 
 
 def write_net(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
-    """Write the config and the full tensors of an autoencoder into `folder`, which is there."""
+    """Write the config and the full tensors of an autoencoder into the existing `folder`."""
     write_net_config(config, folder)
     contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})

@@ -1,17 +1,16 @@
-"""Named tensors into a folder and back, through torch's distributed checkpoint format.
+"""Writing named tensors to a folder and reading them, in torch's distributed checkpoint format.
 
-Every rank writes the parts that it holds into files of its own, and rank 0 an index (`.metadata`) of which part of
-which tensor lies where; a reader takes from them whatever its own layout needs. Two things are done differently from
-torch's own reader and writer:
+Every rank writes its parts into its own files, and rank 0 an index (`.metadata`) of where each part of each tensor is;
+a reader takes whatever its own layout needs. Two things differ from torch's own reader and writer:
 
 - A checkpoint may come from anybody, and unpickling runs code. The index, which is a pickle, is read with an unpickler
-  that knows the classes of an index and nothing else, and entries that are not tensors, which torch would unpickle
-  freely, are refused. Tensors are read with weights_only.
-- The parts can be given as copies in host memory: then the live tensors say only where each part belongs and may change
-  while it is being written.
+  that only allows the classes of an index, and entries that are not tensors, which torch would unpickle freely, are
+  refused. Tensors are read with weights_only.
+- The parts can be given as copies in host memory. The live tensors then only define where each part belongs, and may
+  change while it is being written.
 
-And a file that cannot be written is an OSError with its path and cause: torch's serialization, which writes through
-C++, would replace it by a complaint about positions.
+Also, a file that cannot be written is an OSError with its path and cause; torch's serialization, which writes through
+C++, would replace it by an error about positions.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ _KNOWN = {
 
 
 def copy_to_host(tensors: Mapping[str, Tensor], copies: dict[str, Tensor]) -> None:
-    """Copy what this rank holds of each tensor into `copies`, whose memory is used again where it fits: new memory
-    costs several times what copying does, and that of an accelerator is copied fastest into locked pages."""
+    """Copy this rank's part of each tensor into `copies`, reusing its memory where it fits: allocating costs several
+    times as much as copying, and an accelerator copies fastest into page-locked memory."""
     parts = {name: local_part(tensor) for name, tensor in tensors.items()}
     for name in copies.keys() - parts.keys():
         del copies[name]
@@ -77,10 +76,9 @@ def write(
 ) -> None:
     """Write `tensors` into `folder`, on stable storage when this returns; every rank of `group` calls this.
 
-    copies: what `copy_to_host` made of them, to be written in their stead. If a rank fails, the first one's error is
-    raised on all ranks.
+    copies: from `copy_to_host`, to be written instead. If a rank fails, the first one's error is raised on all ranks.
     """
-    # Copies need no staging ahead, which on CUDA would run on the current device of whatever thread this is.
+    # Copies need no staging, which on CUDA would use the current device of whatever thread this is.
     writer = _Writer(folder) if copies is None else _Writer(folder, per_thread_copy_ahead=0)
     try:
         dcp.save(dict(tensors), storage_writer=writer, planner=_Planner(copies), process_group=group)
@@ -97,7 +95,7 @@ def files_of(folder: Path, rank: int) -> list[Path]:
 
 
 def read_index(folder: Path) -> Metadata:
-    """The index of `folder`. ValueError: it holds what an index of tensors does not."""
+    """The index of `folder`. ValueError: it contains something other than an index of tensors."""
     path = folder / INDEX
     try:
         with path.open("rb") as stream:
@@ -111,15 +109,15 @@ def read_index(folder: Path) -> Metadata:
                 raise ValueError("a place in the files is not described as one")
             if place.transform_descriptors or Path(place.relative_path).name != place.relative_path:
                 raise ValueError(f"it refers to a file outside the checkpoint: {place.relative_path}")
-    except Exception as error:  # a pickle that was made up can fail in any way
+    except Exception as error:  # a manipulated pickle can fail in any way
         raise ValueError(f"{path} is not the index of a checkpoint: {error}") from None
     return index
 
 
 def read(folder: Path, index: Metadata, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
-    """Fill `tensors` in place from `folder`; every rank of `group` calls this.
+    """Read `tensors` in place from `folder`; every rank of `group` calls this.
 
-    index: from `read_index`; it must hold every name, in the same shape.
+    index: from `read_index`; it must contain every name, in the same shape.
     """
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
@@ -135,7 +133,7 @@ class _Writer(dcp.FileSystemWriter):
         self.fs = _Files()
 
     def storage_meta(self) -> StorageMeta:
-        """torch's notes the folder's path here, which is a temporary one."""
+        """torch's version records the folder's path, which is a temporary one."""
         return StorageMeta(save_id=self.save_id)
 
 

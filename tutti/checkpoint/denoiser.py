@@ -1,6 +1,7 @@
-"""Folders of diffusion models: reading a transformer into a model, wherever its parts lie, and writing a complete one.
+"""Folders of diffusion models: loading a transformer into a model, however it is distributed, and writing a complete
+one.
 
-An export has all parts of the folder that was trained from beside the new transformer, so that
+An export contains all parts of the source folder besides the new transformer, so that
 `DiffusionPipeline.from_pretrained` loads it. Adapters are written alone (`denoiser_adapter`).
 """
 
@@ -27,9 +28,9 @@ _PREFIX = "net."
 
 
 def load_denoiser(model: Denoiser, folder: Path | None, *, seed: int, device: torch.device, world: World) -> None:
-    """Fill `model` with the weights in the folder of a transformer; None draws them from `seed`.
+    """Load the weights of `model` from the folder of a transformer; None initializes them from `seed`.
 
-    ValueError, on all ranks: there are none, or they are of another model.
+    ValueError, on all ranks: there are none, or they belong to another model.
     """
     give_storage(model, device)
     fill_net(model.net, model.config, folder, seed=seed, world=world)
@@ -38,9 +39,8 @@ def load_denoiser(model: Denoiser, folder: Path | None, *, seed: int, device: to
 def export_pipeline(
     model: Denoiser, source: PipelineFolder, folder: Path, world: World, full: Full, *, seed: int
 ) -> None:
-    """Write `model`, whose full tensors `full` gives by name on rank 0, with the other parts of `source`, to `folder`,
-    which is replaced. seed: of parts that have no weights. Collective. ValueError, on all ranks: it cannot be written.
-    """
+    """Write `model`, with the other parts of `source`, to `folder`, which is replaced. full: returns full tensors by
+    name on rank 0. seed: for parts without weights. Collective. ValueError, on all ranks: it cannot be written."""
     partial = folder.with_name(f".{folder.name}.partial")
     world.run_on_all_ranks(lambda: prepare_folder(folder, partial) if world.is_main else None)
     names = [name for name in model.state_dict() if "_lora_" not in name]
@@ -59,7 +59,7 @@ def export_pipeline(
 
 
 def _copy_parts(source: PipelineFolder, partial: Path, seed: int) -> None:
-    """Copy the parts that were not trained, and name all parts in a model_index.json."""
+    """Copy the frozen parts, and list all parts in a model_index.json."""
     diffusers = require_diffusers()
     index: dict[str, Any] = {"_class_name": source.family.pipeline, "_diffusers_version": diffusers.__version__}
     index |= {name: value for name, value in source.index.items() if name.startswith("_") or not isinstance(value, str)}
@@ -81,7 +81,7 @@ def _copy_parts(source: PipelineFolder, partial: Path, seed: int) -> None:
 
 
 def _class_of(folder: Path) -> list[str]:
-    """The library and the class of a part, as model_index.json has them."""
+    """The library and the class of a part, in the format of model_index.json."""
     if folder.name.startswith("tokenizer"):
         found = _json(folder / "tokenizer_config.json").get("tokenizer_class") or "AutoTokenizer"
         return ["transformers", found]

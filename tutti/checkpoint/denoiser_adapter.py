@@ -1,10 +1,10 @@
-"""Adapters of diffusion transformers: `pytorch_lora_weights.safetensors`, in the names of diffusers.
+"""Adapters of diffusion transformers: `pytorch_lora_weights.safetensors`, with the names of diffusers.
 
-diffusers' `load_lora_weights` reads what is written here, and what its `save_lora_weights` writes is read. A key is
+diffusers' `load_lora_weights` reads what is written here, and we read what its `save_lora_weights` writes. A key is
 `transformer.`, the layer's name in the transformer, and `.lora_A.weight` or `.lora_B.weight`. Ranks are those of the
-tensors; alpha and further settings are in the file's metadata, or in older files in tensors `.alpha`, or where there is
-neither alpha is the rank. What is written names its base model there too, as peft's adapters do. Names of other
-programs (lora_down, lora_up) are refused: diffusers turns them into its own.
+tensors; alpha and other settings are in the file's metadata, or in older files in tensors `.alpha`; without either,
+alpha is the rank. We also record the base model in the metadata, as peft's adapters do. Other programs' names
+(lora_down, lora_up) are refused; diffusers can convert them.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ _PREFIX = "net."
 
 
 def holds_adapters(folder: Path) -> bool:
-    """True if the adapters of a diffusion transformer lie in `folder`."""
+    """True if `folder` contains adapters of a diffusion transformer."""
     return (folder / ADAPTERS).is_file()
 
 
 def base_of_adapters(folder: Path) -> str | None:
-    """The path, or the name on the hub, of the model that the adapters in `folder` were trained on; None if their file
-    does not name it. ValueError: it cannot be read."""
+    """The path, or hub name, of the base model of the adapters in `folder`; None if it is not recorded. ValueError:
+    the file cannot be read."""
     _, settings = _read(folder)
     base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     return path_of_base(base, revision) if base else None
 
 
 def read_lora(folder: Path, model: Denoiser, dropout: float = 0.0) -> Lora:
-    """The settings of the adapter in `folder` for `model`, which need not have storage.
+    """The settings of the adapter in `folder` for `model`, which may be on the meta device.
 
-    dropout: of the training to come. ValueError: it is no adapter of this model, or one that we do not know.
+    dropout: for the training. ValueError: it is not an adapter of this model, or of an unknown variant.
     """
     tensors, settings = _read(folder)
     layers = {name for name, part in tensors if part != "alpha"}
@@ -75,7 +75,8 @@ def read_lora(folder: Path, model: Denoiser, dropout: float = 0.0) -> Lora:
 
 
 def load_adapters(model: Denoiser, folder: Path) -> None:
-    """Fill the adapters of `model`, which `read_lora` described, from `folder`. ValueError: one is of another shape."""
+    """Load the adapters of `model`, whose settings are from `read_lora`, from `folder`. ValueError: one has another
+    shape."""
     tensors, _ = _read(folder)
     for module, adapter in adapters(model):
         name = adapter.name.removeprefix(_PREFIX)
@@ -127,8 +128,8 @@ def export_adapters(
 ) -> None:
     """Write the adapters of `model` to `folder`, which is replaced. Collective.
 
-    base, revision: the folder of the base model, or its name on the hub and the commit. ValueError, on all ranks: they
-    cannot be written.
+    base, revision: the folder of the base model, or its hub name and commit. ValueError, on all ranks: they cannot be
+    written.
     """
     lora = lora_of(model)
     assert lora is not None

@@ -1,6 +1,7 @@
-"""Arguments that shape a run's tensors and are not what they were when a checkpoint was saved.
+"""Arguments that affect a run's tensors and have changed since a checkpoint was saved.
 
-A checkpoint that does not fit is told by hundreds of tensors; what its user can mend is one argument or two.
+A checkpoint that does not fit would be reported with hundreds of tensors, but the user can fix it with one or two
+arguments.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ _SHAPING = (
 
 
 def differences(saved: Path, now: str) -> str:
-    """A sentence that names the arguments to set back. saved: the config.yaml of a checkpoint, if it has one. now: the
-    text of the run's ("": it has none)."""
+    """A sentence that names the arguments to set back. saved: the config.yaml of a checkpoint, if it has one. now:
+    the text of the run's, "" if there is none."""
     changes: list[str] = []
     if now and saved.is_file():
         before, after = (from_dict(parse_value(text)) for text in (saved.read_text(encoding="utf-8"), now))

@@ -1,8 +1,8 @@
-"""The weight files of a Hugging Face checkpoint: which there are, and tensors read lazily and written one by one.
+"""The weight files of a Hugging Face checkpoint: finding them, reading tensors lazily, and writing tensors one by one.
 
-A checkpoint is one `model.safetensors`, several files with an index (`model.safetensors.index.json`) that says which
-holds which tensor, or the older `pytorch_model.bin` in both forms, which is memory-mapped and unpickled with nothing
-but tensors allowed. Everything that can be wrong with the files is found on opening them.
+A checkpoint is one `model.safetensors`, several files with an index (`model.safetensors.index.json`) of which tensor is
+where, or the older `pytorch_model.bin` in both forms, which is memory-mapped and unpickled with only tensors allowed.
+All errors in the files are found on opening them.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _BIN_SINGLE = "pytorch_model.bin"
 _BIN_INDEX = "pytorch_model.bin.index.json"
 _SAMPLES, _SAMPLED_BYTES = 512, 8192
 WEIGHT_FILES = (INDEX, SINGLE, _BIN_INDEX, _BIN_SINGLE)
-"""Files that a folder of weights is opened by: the first of these that is there."""
+"""File names with which a folder of weights is opened: the first existing one is used."""
 
 
 def find_index(weights: str | Path | None, index_path: str | Path | None = None) -> Path | None:
-    """The index to read and to export by: `index_path` if given, else the one beside the weights, if there."""
+    """The index for reading and exporting: `index_path` if given, else the one next to the weights, if any."""
     if index_path is not None:
         return Path(index_path)
     beside = Path(weights) / INDEX if weights is not None else None
@@ -42,7 +42,7 @@ def find_index(weights: str | Path | None, index_path: str | Path | None = None)
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> file name, as the index says."""
+    """The index as a mapping from tensor name to file name."""
     try:
         weight_map = json.loads(path.read_text())["weight_map"]
         assert isinstance(weight_map, dict)
@@ -54,7 +54,7 @@ def read_index(path: Path) -> dict[str, str]:
 def weights_digest(path: str | Path) -> str:
     """The SHA-256 of the sizes of the weight files at `path` (a folder or one file) and of samples of their bytes.
 
-    It tells a model from what any training makes of it, without reading all of it.
+    It distinguishes a model from any further trained version, without reading all of it.
     """
     path, digest = Path(path), hashlib.sha256()
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
@@ -69,7 +69,7 @@ def weights_digest(path: str | Path) -> str:
 
 
 class Checkpoint:
-    """An open checkpoint. `read(key)` gives something to slice: nothing is read from the file before that."""
+    """An open checkpoint. `read(key)` returns a lazy tensor: slicing it reads from the file."""
 
     def __init__(self, path: Path, index_path: str | Path | None = None) -> None:
         """Open all files at `path` (a folder or a single file); ValueError names what is missing or damaged."""
@@ -90,16 +90,16 @@ class Checkpoint:
             self._slices.update(held)
 
     def read(self, key: str) -> Any:
-        """The tensor of this key, unread: index it."""
+        """The lazy tensor of this key: index it to read."""
         return self._slices[key]
 
     def meta(self) -> dict[str, Tensor]:
-        """Every key with a meta tensor of its shape and dtype."""
+        """A meta tensor for every key."""
         return {key: _meta(value) for key, value in self._slices.items()}
 
     @staticmethod
     def _expected(path: Path, index_path: str | Path | None) -> dict[Path, list[str] | None]:
-        """The files, each with the keys that an index says it holds (None: no index)."""
+        """The files, each with its keys according to the index (None: no index)."""
         if path.is_file():
             return {path: None}
         first = find_index(path, index_path) or next(
@@ -129,7 +129,7 @@ class Checkpoint:
 
 
 class RestOfCheckpoint(Checkpoint):
-    """The tensors in an open checkpoint whose keys do not begin with `prefix`."""
+    """The part of a checkpoint whose keys do not begin with `prefix`."""
 
     def __init__(self, path: Path, prefix: str) -> None:
         super().__init__(path)
@@ -137,8 +137,8 @@ class RestOfCheckpoint(Checkpoint):
 
 
 class PartOfCheckpoint(Checkpoint):
-    """The tensors in an open checkpoint that belong to a part of its model: those below the prefix under which all of
-    `names` are there. All of them, with their own names, where there is no such prefix."""
+    """The tensors of one part of a checkpoint's model: those under the prefix with which all of `names` exist. If
+    there is no such prefix, all tensors under their own names."""
 
     def __init__(self, path: Path, names: Iterable[str]) -> None:
         super().__init__(path)
@@ -152,7 +152,7 @@ class PartOfCheckpoint(Checkpoint):
 
 
 def reason_of_refusal(error: BaseException) -> str:
-    """The reason why a file of tensors was not read, in one line and without torch's advice to trust it."""
+    """The reason why a tensor file was rejected, in one line and without torch's advice to trust it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if not isinstance(error, pickle.UnpicklingError):
         return lines[0]
@@ -167,18 +167,19 @@ def _meta(value: Any) -> Tensor:
 
 
 class TensorFile:
-    """A safetensors file that is written tensor by tensor, in any order: nothing of it is held in memory.
+    """A safetensors file that is written tensor by tensor, in any order, without holding any of it in memory.
 
-    Its header, which says where each tensor lies, comes first and follows from shapes and dtypes alone.
+    Its header, which says where each tensor is, comes first and follows from shapes and dtypes.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        """tensors: all that the file is to hold; only their shapes and dtypes matter. OSError: it cannot be written."""
+        """tensors: everything that the file will contain; only shapes and dtypes matter. OSError: it cannot be
+        written."""
         self._path = path
         self._places: dict[str, int] = {}
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
-        # Wide dtypes first, so that every tensor begins at a multiple of its dtype's width.
+        # Wide dtypes first, so that every tensor is aligned to its dtype.
         for key in sorted(tensors, key=lambda key: (-tensors[key].element_size(), key)):
             tensor = tensors[key]
             self._places[key] = end
@@ -193,7 +194,7 @@ class TensorFile:
             self._stream.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, key: str, tensor: Tensor) -> bool:
-        """Write one tensor; True if it was the last, and the file is now on stable storage and closed."""
+        """Write one tensor; returns True if it was the last one, and the file is now closed and on stable storage."""
         with self._naming_the_path():
             self._stream.seek(self._begin + self._places.pop(key))
             self._stream.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -1,15 +1,15 @@
-"""Filling a model that lies on the meta device, already divided among the ranks, from a checkpoint.
+"""Loading a Hugging Face checkpoint into a model that is on the meta device and already divided among the ranks.
 
-Parameters may be DTensors of any placement, or plain tensors; each rank fills its own part. Loading goes through the
+Parameters may be DTensors of any placement, or plain tensors; each rank fills its own part. Loading uses the
 conversions that transformers registers for a family (renamed keys, experts stacked into one tensor, fused projections):
 
-1. The headers of the files give every key's shape. All conversions are run once on meta tensors of these shapes, which
-   tells what the checkpoint provides before a byte of it is read. Anything missing, left over or of another shape is an
-   error that lists the keys; a wrong checkpoint never becomes silently random weights.
-2. Each group of keys that makes one parameter (or a few) is read, converted and copied. A rank reads just its slice
-   where a key maps to one parameter, and just its experts where a stack is divided by experts; other conversions are
-   computed in full and cut. With `broadcast`, rank 0 alone opens files, and sends tensor by tensor in pieces. What
-   the model holds quantized is packed on the way, whole rows at a time.
+1. The headers of the files contain every key's shape. All conversions are run once on meta tensors of these shapes,
+   which shows what the checkpoint provides before any data is read. Anything missing, unexpected or of another shape is
+   an error that lists the keys; a wrong checkpoint never silently becomes random weights.
+2. Each group of keys that makes one parameter (or a few) is read, converted and copied. A rank reads only its slice if
+   a key maps to one parameter, and only its experts if a stack is divided by experts; other conversions are computed in
+   full and cut. With `broadcast`, only rank 0 opens files, and sends tensors in pieces. Parameters that the model
+   stores quantized are packed on the way, in whole rows.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ from tutti.model.structure import ADAPTER_MARK, head, is_classifier, model_class
 log = logging.getLogger(__name__)
 
 PIECE_BYTES = 256 * 2**20
-"""Bytes that rank 0 sends at a time."""
+"""Number of bytes that rank 0 sends at a time."""
 
 LISTED = 20
-"""Keys that an error lists before it only counts."""
+"""Number of keys that an error lists before it only counts."""
 
 
 def load_weights(
@@ -65,12 +65,12 @@ def load_weights(
     seed: int = 0,
     full_model: PreTrainedModel | None = None,
 ) -> None:
-    """Fill `model` from the Hugging Face checkpoint at `path` (a folder, or one file).
+    """Load `model` from the Hugging Face checkpoint at `path` (a folder, or one file).
 
-    device: where the parameters get their storage (default dist.device). broadcast: only rank 0 reads. index_path: the
-    index that says which file holds a tensor. seed: for a classifier's head that the checkpoint does not have.
-    full_model: the complete model, without storage, where `model` is a part of it.
-    Every rank must call it. ValueError, on all ranks, where the checkpoint is damaged or does not fit.
+    device: where the parameters are allocated (default world.device). broadcast: only rank 0 reads. index_path: the
+    index of which file contains a tensor. seed: for a classifier's head that the checkpoint does not have. full_model:
+    the complete model, on the meta device, if `model` is a part of it. Every rank must call it. ValueError, on all
+    ranks: the checkpoint is damaged or does not fit.
     """
     load_opened(
         model,
@@ -95,8 +95,8 @@ def load_opened(
     seed: int = 0,
     full_model: PreTrainedModel | None = None,
 ) -> None:
-    """Fill `model` from the checkpoint that `open_checkpoint` opens, on the ranks that read it, as `load_weights` does.
-    path: what errors call it."""
+    """Load `model`, as `load_weights` does, from the checkpoint that `open_checkpoint` opens on the ranks that read
+    it. path: its name in errors."""
     materialize(model, device or world.device)
     reads = world.is_main or not broadcast
     checkpoint: Any = world.run_on_all_ranks(lambda: open_checkpoint() if reads else None)
@@ -128,33 +128,33 @@ def load_opened(
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Everything a checkpoint holds, by name; tied parameters under each of their names."""
+    """All tensors that a checkpoint contains, by name; tied parameters under each of their names."""
     saved = model.state_dict()
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {name: tensor for name, tensor in named if name in saved}
 
 
 class _Spec(NamedTuple):
-    """A parameter as the checkpoint gives it; packing: how the model holds it, where it is quantized."""
+    """A parameter in the checkpoint's format. packing: the model's format, if it is quantized."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     packing: Packing | None = None
 
     def held(self) -> _Spec:
-        """The shape and dtype that the model holds it in."""
+        """The shape and dtype in the model."""
         if self.packing is None:
             return self
         return _Spec((*self.shape[:-1], self.packing.row_bytes), torch.uint8)
 
     def own_part(self, source: Any, target: Tensor) -> Tensor:
-        """The part of the full parameter (or of a lazy slice of a file) that belongs in this rank's part of
-        `target`."""
+        """This rank's part of `target`, from the full parameter (or a lazy slice of a file)."""
         block = own_block(target)
         return own_part(source, target) if block is None else self.cut(source, block)
 
     def cut(self, source: Any, block: tuple[slice, ...]) -> Tensor:
-        """The block of what the model holds; of a packed parameter all of its rows' columns are read."""
+        """The block of the parameter in the model's format; for a packed parameter, all columns of its rows are
+        read."""
         if self.packing is None:
             return source[block or ...]
         *rows, columns = block
@@ -163,10 +163,10 @@ class _Spec(NamedTuple):
 
 @dataclass(frozen=True)
 class _Group:
-    """Keys of a checkpoint that together make one parameter or a few.
+    """Keys of a checkpoint that together make one or a few parameters.
 
-    keys: each with the pattern of the conversion that it matched. converter: None = the key is the parameter.
-    first: the parameter that the conversion names its results after. targets: what comes out.
+    keys: each with the pattern of the conversion that it matched. converter: None if the key is the parameter. first:
+    the parameter after which the conversion names its results. targets: the resulting parameters.
     """
 
     keys: tuple[tuple[str, str], ...]
@@ -193,7 +193,7 @@ class _Group:
     def read_own_part(
         self, model: PreTrainedModel, checkpoint: Checkpoint, targets: Mapping[str, Tensor]
     ) -> Iterator[tuple[str, Tensor]]:
-        """This rank's part of each parameter, reading no more than needed for it where the conversion lets us."""
+        """This rank's part of each parameter, reading no more than needed if the conversion allows it."""
         specs = dict(self.targets)
         if self.converter is None:
             if local_part(targets[self.first]).numel():
@@ -212,7 +212,7 @@ class _Group:
                 yield name, specs[name].cut(value, (slice(None), *block[1:]))
 
     def _own_experts(self, targets: Mapping[str, Tensor]) -> list[tuple[str, str]] | None:
-        """The keys of this rank's experts, if they are all that it takes to make its part of a stack of experts."""
+        """The keys of this rank's experts, if these are enough to make its part of a stack of experts."""
         assert self.converter is not None
         stack, *others = self.converter.operations
         inner = all(
@@ -233,7 +233,7 @@ class _Group:
 
 @dataclass
 class _Plan:
-    """The parameters that the checkpoint provides. used: positions, among the model's conversions, of those that
+    """The parameters that the checkpoint provides. matched: indices, among the model's conversions, of those that
     matched a key."""
 
     groups: list[_Group] = field(default_factory=list)
@@ -287,19 +287,19 @@ def _plan(model: PreTrainedModel, source: Mapping[str, Tensor]) -> _Plan:
 
 
 def _check(model: PreTrainedModel, plan: _Plan, path: str | Path) -> set[str]:
-    """The names that are rightly missing (what transformers lets a checkpoint of the family lack, a classifier's new
-    head, what native sparse attention adds to a model); ValueError if anything else does not fit."""
+    """The names that may be missing: what transformers allows for the family, a classifier's new head, and native
+    sparse attention's additional parameters. ValueError: anything else does not fit."""
     targets = _tensors(model)
     given = {name: spec for group in plan.groups for name, spec in group.targets}
     satisfied = {id(targets[name]) for name in given}
-    # Adapters come from elsewhere, or begin by rules of their own.
+    # Adapters are loaded or initialized separately.
     missing = {name for name, tensor in targets.items() if id(tensor) not in satisfied and ADAPTER_MARK not in name}
     fresh = missing - _without(missing, model._keys_to_ignore_on_load_missing)
     fresh |= {
         name for name in missing if is_classifier(model) and any(targets[name] is t for t in head(model).parameters())
     }
     added = {name for name in targets if f".{SPARSE}." in name}
-    if added <= missing:  # all or none of it: a part that is missing has been lost
+    if added <= missing:  # all or none: if only some are missing, the checkpoint is damaged
         fresh |= added
     unexpected = _without(plan.unexpected, _old_buffers(model) | set(model._keys_to_ignore_on_load_unexpected or ()))
     if speech_of(model) is not None:
@@ -346,22 +346,24 @@ def _without(names: Iterable[str], patterns: Iterable[str] | None) -> set[str]:
 
 
 def _old_buffers(model: nn.Module) -> set[str]:
-    """Keys of buffers that checkpoints once held and classes now compute."""
+    """Keys of buffers that old checkpoints contain and classes now compute."""
     buffers = [name for name, _ in model.named_buffers()]
     patterns = {r"rotary_emb\.inv_freq": "inv_freq", r"(^|\.)position_ids$": "position_ids"}
     return {pattern for pattern, suffix in patterns.items() if any(name.endswith(suffix) for name in buffers)}
 
 
 def _causal_names(model: PreTrainedModel) -> set[str]:
-    """The keys of the language model of the same config: its head is rightly left over by a classifier."""
+    """The keys of the language model with the same config, whose head a classifier does not use."""
     with torch.device("meta"):
         return set(AutoModelForCausalLM.from_config(copy.deepcopy(model.config)).state_dict())
 
 
 def _receive(target: Tensor | None, value: Tensor | None, spec: _Spec, world: World) -> Tensor | None:
-    """Rank 0's `value` to all ranks, in pieces of rows; this rank's part of `target` (None if it has none).
+    """Send rank 0's `value` to all ranks, in pieces of rows; returns this rank's part of `target` (None if it has
+    none).
 
-    A part that is not one block needs the whole tensor at once. What is packed is packed before it is sent.
+    A part that is not a single block needs the whole tensor at once. Quantized parameters are packed before they are
+    sent.
     """
     if value is not None and spec.packing is not None:
         value = spec.packing.pack(value)
@@ -390,7 +392,8 @@ def _receive(target: Tensor | None, value: Tensor | None, spec: _Spec, world: Wo
 
 
 def _settle(target: Tensor, part: Tensor | None, name: str, filled: dict[int, str], conflicts: list[str]) -> None:
-    """Copy `part` into this rank's part of `target`. A tied parameter that the checkpoint holds twice must be equal."""
+    """Copy `part` into this rank's part of `target`. If the checkpoint contains a tied parameter twice, both must be
+    equal."""
     local = local_part(target)
     first = filled.setdefault(id(target), name)
     if part is None:

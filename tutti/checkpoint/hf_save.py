@@ -1,12 +1,13 @@
-"""Writing a model, wherever its parts lie, as a complete Hugging Face folder that plain transformers loads.
+"""Writing a model, however it is distributed, as a complete Hugging Face folder that plain transformers loads.
 
-The tensors come one group at a time, from the ranks or from a checkpoint: a group is what the conversions of loading,
-reverted, turn into the keys of the family's published checkpoints (a stack of experts becomes one tensor an expert
-again). Which keys there are, and which file each goes to, is known beforehand, from reverting the conversions on meta
-tensors, so that each key is written where it belongs as soon as it is there, and no more than a group is ever held. All
-ranks gather; rank 0 writes.
+The tensors come one group at a time, from the ranks or from a checkpoint. A group is the set of parameters that the
+reverted conversions turn into keys of the family's published checkpoints (a stack of experts becomes one tensor per
+expert again). The keys, and their files, are known beforehand from reverting the conversions on meta tensors. So each
+key is written where it belongs as soon as it is available, and never more than one group is in memory. All ranks
+gather; rank 0 writes.
 
-The folder is made under another name and renamed when it is complete: a folder of the final name is always complete.
+The folder is made under another name and renamed when it is complete, so a folder with the final name is always
+complete.
 """
 
 from __future__ import annotations
@@ -43,9 +44,10 @@ from tutti.model.speech import THINKER, speech_of, whole_config
 from tutti.model.structure import is_classifier, model_class, weight_conversions
 
 Full = Callable[[str], Tensor]
-"""Gives a full tensor of a model by name, on rank 0; every rank calls it for the same names."""
+"""Returns a full tensor of a model by name, on rank 0; every rank calls it for the same names."""
 
-# What FSDP has split after other axes takes one gather for each, which torch finds worth a warning on every rank.
+# A tensor that FSDP has split after other axes takes one gather for each axis, which torch would warn about on every
+# rank.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 
@@ -62,10 +64,10 @@ def export_hf(
 ) -> None:
     """Write `model` to `folder`: config, generation config, weights, and what `tokenizer.save_pretrained` writes.
 
-    full: gives a full tensor of `model`, which then needs no storage, by name, on rank 0; every rank calls it for the
-    same names. index_path: an index whose layout to reproduce, same tensor to same file; else files of at most
-    max_shard_gb. dtype: what floating-point weights are cast to (default: none). Replaces `folder`. Every rank must
-    call it. ValueError, on every rank: it cannot be written.
+    full: returns a full tensor of `model` (which may then be on the meta device) by name, on rank 0; every rank calls
+    it for the same names. index_path: an index whose layout to reproduce, same tensor to same file; without it, files
+    of at most max_shard_gb. dtype: cast floating-point weights to it (default: no cast). Replaces `folder`. Every rank
+    must call it. ValueError, on every rank: it cannot be written.
     """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -106,7 +108,7 @@ def export_hf(
 
 
 def _open_speech(model: PreTrainedModel) -> Checkpoint | None:
-    """Open the checkpoint that a thinker came from, for what speaks beside it; None for other models."""
+    """Open the checkpoint that a thinker came from, for its speech modules; None for other models."""
     found = speech_of(model)
     return None if found is None else RestOfCheckpoint(found[0], THINKER)
 
@@ -118,7 +120,7 @@ def _below(full: Full, prefix: str) -> Full:
 def _write(
     groups: _Reverted, writer: _Writer, layout: Mapping[str, str], full: Full, world: World
 ) -> tuple[_Writer, Exception | None]:
-    """Write all groups of tensors, on rank 0; the writer, and what went wrong. Collective."""
+    """Write all groups of tensors, on rank 0; returns the writer, and the first error. Collective."""
     failure: Exception | None = None
     for names in groups.in_order_of(layout):
         tensors = {name: full(name) for name in names}
@@ -126,16 +128,15 @@ def _write(
             continue
         try:
             writer.add(groups.revert(tensors))
-        except Exception as error:  # the others are waiting in the next gather: go on with them, then raise
+        except Exception as error:  # the other ranks wait in the next gather: continue with them, raise later
             failure = error
     return writer, failure
 
 
 def gather_full_tensors(part: PreTrainedModel, model: PreTrainedModel, world: World) -> Full:
-    """A function that gives a full tensor of `model` by name, on rank 0, from the ranks that hold parts of it.
+    """A function that returns a full tensor of `model` by name, on rank 0, from the ranks that hold parts of it.
 
-    part: what this rank has of the depth of `model`; `model` itself where it has all of it. Collective, as is what it
-    returns.
+    part: this rank's pipeline stages of `model`, or `model` itself. Collective, as is the returned function.
     """
     held, like = dict(_saved(part)), dict(_saved(model))
     holders = first_holders(set(held), world)
@@ -143,10 +144,10 @@ def gather_full_tensors(part: PreTrainedModel, model: PreTrainedModel, world: Wo
 
 
 class _Reverted:
-    """The model's tensors, and the keys that they become in a published checkpoint.
+    """The model's tensors, and the corresponding keys of a published checkpoint.
 
-    tensors: what is saved, by name; a tied parameter under its first name only. keys: what they become, in order,
-    without storage.
+    tensors: the saved ones, by name; a tied parameter only under its first name. keys: the resulting keys in order, as
+    meta tensors.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None) -> None:
@@ -154,7 +155,7 @@ class _Reverted:
         self._dtype = dtype
         mapping = getattr(model, "_weight_conversions", None)
         if mapping is None:
-            # A model that was not loaded has the published names, but never had a prefix that others drop or add.
+            # A model that was not loaded has the published names, without any prefix that others add or drop.
             entries = weight_conversions(model, add_legacy=False)
             mapping = [entry for entry in entries if not isinstance(entry, PrefixChange)]
         backward = [entry.reverse_transform() for entry in reversed(mapping)]
@@ -177,7 +178,7 @@ class _Reverted:
             self.keys.update(made)
 
     def revert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The keys that one group of full tensors becomes."""
+        """The keys and values that one group of full tensors becomes."""
         first, pattern = apply_converters(next(iter(tensors)), self._converters)
         if pattern is None:
             made = {apply_renamings(first, self._renamings): tensors[first]}
@@ -185,7 +186,7 @@ class _Reverted:
             converter = copy.deepcopy(self._by_pattern[pattern])
             for name, tensor in tensors.items():
                 matched: Any = apply_converters(name, self._converters)[1]
-                converter.add_tensor(first, name, matched, tensor)  # takes tensors too
+                converter.add_tensor(first, name, matched, tensor)  # accepts tensors too
             values = converter.convert(first, model=self._model, config=self._model.config)
             made = {
                 apply_renamings(key, self._renamings): value[0] if isinstance(value, list) else value
@@ -197,7 +198,7 @@ class _Reverted:
         return tensor.to(self._dtype) if self._dtype is not None and tensor.is_floating_point() else tensor
 
     def in_order_of(self, layout: Mapping[str, str]) -> Iterator[list[str]]:
-        """The names of each group, those first whose keys are in the first file."""
+        """The names of each group, ordered by the files of their keys."""
         yield from (
             self._groups[first] for first in sorted(self._groups, key=lambda first: layout[self._made[first][0]])
         )
@@ -232,7 +233,7 @@ def _layout(keys: Mapping[str, Tensor], index_path: str | Path | None, max_shard
 
 
 def gather_full(tensor: Tensor, *, keep: bool) -> Tensor:
-    """The full tensor on the CPU, for the rank that keeps it; every rank takes part."""
+    """The full tensor on the CPU of the rank that keeps it; every rank takes part."""
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
         tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
@@ -240,14 +241,14 @@ def gather_full(tensor: Tensor, *, keep: bool) -> Tensor:
 
 
 def first_holders(names: set[str], world: World) -> dict[str, int]:
-    """For every name on any rank the first rank that has it. Every rank must call it."""
+    """The first rank that has each name. Every rank must call it."""
     return {name: rank for rank, held in reversed(list(enumerate(world.gather(names)))) for name in held}
 
 
 def gather_from(tensor: Tensor | None, like: Tensor, holder: int, world: World) -> Tensor:
-    """The full tensor on the CPU of rank 0, from the ranks that have a part of it, of which `holder` is the first.
+    """The full tensor on the CPU of rank 0, from the ranks that have parts of it, of which `holder` is the first.
 
-    like: its shape and dtype. Every rank takes part.
+    like: has its shape and dtype. Every rank takes part.
     """
     full = like.new_empty(0) if tensor is None else gather_full(tensor, keep=world.rank == holder)
     if holder == 0:
@@ -262,7 +263,7 @@ def gather_from(tensor: Tensor | None, like: Tensor, holder: int, world: World) 
 
 
 class _Writer:
-    """Writes each key to its file; a file is there from its first key on. dtype: of the floating-point weights."""
+    """Writes each key to its file, which is created with its first key."""
 
     def __init__(self, folder: Path, layout: Mapping[str, str], keys: Mapping[str, Tensor]) -> None:
         self._folder, self._layout, self._keys = folder, layout, keys
@@ -280,7 +281,7 @@ class _Writer:
                 del self._open[file]
 
     def finish(self) -> None:
-        """Write the index, if there is more than one file, or one of another name."""
+        """Write the index, if there are several files, or one with another name."""
         assert not self._open, f"{sorted(self._open)} were never complete"
         if set(self._layout.values()) == {SINGLE}:
             return
@@ -293,7 +294,7 @@ class _Writer:
 
 
 def prepare_folder(folder: Path, partial: Path) -> None:
-    """Make the folder `partial`, empty, that is to become `folder` when it is complete."""
+    """Create the empty folder `partial`, which becomes `folder` when it is complete."""
     try:
         put_back_folder(folder)
         shutil.rmtree(partial, ignore_errors=True)
@@ -303,7 +304,7 @@ def prepare_folder(folder: Path, partial: Path) -> None:
 
 
 def _finish(model: PreTrainedModel, folder: Path, tokenizer: Any, writer: _Writer, failure: Exception | None) -> None:
-    """Write what belongs beside the weights in `folder`."""
+    """Write everything except the weights to `folder`."""
     if failure is not None:
         raise failure
     writer.finish()
@@ -312,7 +313,7 @@ def _finish(model: PreTrainedModel, folder: Path, tokenizer: Any, writer: _Write
         config.architectures = [model_class(model).__name__]
     config.dtype = writer.dtype
     if getattr(config, "pad_token_id", None) is None and is_classifier(model):
-        config.pad_token_id = getattr(tokenizer, "pad_token_id", None)  # classifiers look for the last real token
+        config.pad_token_id = getattr(tokenizer, "pad_token_id", None)  # classifiers use it to find the last real token
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.to_json_file(folder / "generation_config.json")

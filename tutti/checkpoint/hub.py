@@ -1,9 +1,9 @@
-"""Models by their names on the Hugging Face hub: `model_path: Qwen/Qwen3-0.6B` becomes the folder of its files.
+"""Models by hub name: `model_path: Qwen/Qwen3-0.6B` becomes the folder of its files.
 
-`with_local_paths` is called once, before anything is read, and gives a configuration in which every name is a folder,
-so that all else knows of folders alone. Only what is read is downloaded: configs, tokenizer, chat templates, and of the
-weights one format, safetensors where there is a choice. Of a pipeline of diffusers that is so for each of its parts.
-Code is left where it is.
+`with_local_paths` is called once, before anything is read, and returns a configuration in which every hub name is
+replaced by a folder, so that all other code only handles folders. Only files that are read are downloaded: configs,
+tokenizer, chat templates, and the weights in one format, preferably safetensors. For a diffusers pipeline this applies
+to each of its parts. Code is not downloaded.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ _SMALL = re.compile(
     r"|omni\.yaml|encoders/\w+/[^/]+\.json"
 )
 _OF_ENCODERS = re.compile(r"encoders/\w+/[^/]+\.safetensors")
-"""Weights of what an export of a composed model has beside its foundation."""
+"""Weights of the additional parts in an export of a composed model."""
 _PARTS = re.compile(r"(?P<part>transformer|vae|scheduler|(text_encoder|tokenizer)(_[23])?)/[^/]+")
 _SMALL_OF_PARTS = re.compile(r".*(?<!\.index)\.(json|jinja|model|txt)")
 _NET_WEIGHTS = (WEIGHTS_INDEX, WEIGHTS)
 
 
 def with_local_paths(config: Config, world: World, *, weights: bool = True) -> Config:
-    """`config` with the folders that its models were downloaded to in place of their names. Collective.
+    """`config` with its models' hub names replaced by the folders they were downloaded to. Collective.
 
-    weights: whether they are needed, or only what describes the model. ValueError, on all ranks: a model is not there.
+    weights: download the weights too. ValueError, on all ranks: a model does not exist.
     """
     names = {argument: name for argument in (*_MODEL, *_INFER) if (name := _get(config, argument))}
     names |= {
@@ -78,25 +78,27 @@ def _get(config: Config, argument: str) -> str | None:
 
 
 def _pin_all(names: Mapping[str, str], weights: bool) -> dict[str, HubFiles]:
-    """The files of every name among those of the arguments that is a repository's, downloaded."""
+    """The downloaded files of every argument's value that is a repository name."""
     found: dict[str, HubFiles] = {}
     for name in dict.fromkeys(names.values()):
         arguments = [argument for argument, value in names.items() if value == name]
         held = [argument for argument in arguments if argument.rpartition(".")[2] in _HOLD_WEIGHTS]
         repo = repo_named("model", name, (held or arguments)[0])
         if repo is not None:
-            led = all(argument.startswith("model.decoders.") for argument in arguments)  # which needs no text encoders
+            led = all(
+                argument.startswith("model.decoders.") for argument in arguments
+            )  # a diffusion decoder needs no text encoders
             conditions = () if not weights else ("vae",) if led else ("vae", "text_encoder")
             found[name] = pin_model(repo, weights=weights and bool(held), conditions=conditions)
     return found
 
 
 def pin_model(repo: Repo, *, weights: bool, conditions: Sequence[str] = ()) -> HubFiles:
-    """The files of a model that are read, downloaded; with `weights` those that hold them as well. conditions: parts of
-    a pipeline beside its transformer whose weights are read, by the beginnings of their names."""
+    """The needed files of a model, downloaded; with `weights` including those. conditions: prefixes of pipeline
+    parts besides the transformer whose weights are needed."""
     commit = repo.commit()
     there = repo.files(commit)
-    # Exports reproduce the layout of the index, whether its weights are needed or not.
+    # Exports reproduce the layout of the index, even if the weights are not needed.
     files = [file for file in there if _SMALL.fullmatch(file) and (file == INDEX or not file.endswith(".index.json"))]
     parts = {match["part"] for file in there if (match := _PARTS.fullmatch(file))}
     if PIPELINE in there or "transformer" in parts:
@@ -113,7 +115,7 @@ def pin_model(repo: Repo, *, weights: bool, conditions: Sequence[str] = ()) -> H
 
 
 def _weight_files(repo: Repo, commit: str, there: Mapping[str, Any], part: str = "") -> Sequence[str]:
-    """The files of the weights, in the first format that the repository has them in. part: the folder they are in."""
+    """The weight files, in the first format that the repository has. part: their folder."""
     known = (*WEIGHT_FILES, *_NET_WEIGHTS) if part else (*WEIGHT_FILES, *_NET_WEIGHTS, *adapter.WEIGHTS, ADAPTERS)
     first = next((f"{part}{file}" for file in known if f"{part}{file}" in there), None)
     if first is None:

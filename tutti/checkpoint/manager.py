@@ -1,23 +1,23 @@
 """Checkpoints: the whole state of a run in a folder that is either complete or not a checkpoint.
 
-A save goes through these steps; each is finished on all ranks, or has failed on all, before the next begins:
+A save consists of these steps; each is finished on all ranks, or has failed on all, before the next begins:
 
-1. Every rank looks for numbers that are not finite in what it is to save; rank 0 removes what an interrupted save may
-   have left and makes `.global_step_N.tmp`.
+1. Every rank checks that all numbers to save are finite; rank 0 removes what an interrupted save may have left and
+   creates `.global_step_N.tmp`.
 2. Every rank writes its parts of the model's and the optimizer's tensors and the state of its random generators, and
    rank 0 the plain state of the run (JSON). Everything is flushed to stable storage.
 3. Every rank hashes its own files; rank 0 writes the manifest of all.
-4. Rank 0 renames the folder to `global_step_N` (the commit), points `latest` at it, and only then removes checkpoints
-   beyond the number to keep; never the newest, nor with `keep_best` the one of lowest evaluation loss.
+4. Rank 0 renames the folder to `global_step_N` (the commit), points `latest` to it, and only then removes checkpoints
+   beyond the number to keep, but never the newest, nor with `keep_best` the one with the lowest evaluation loss.
 
-A crash at any point leaves the earlier checkpoints untouched, and at worst a folder with a temporary name. With
-`save_async` the tensors are copied to host memory first, and the steps run in a thread beside the training, over a
-process group of their own. A checkpoint also holds the documents that describe its model (configuration), so that it
-can be exported whatever has been changed around it.
+A crash at any point leaves the earlier checkpoints untouched, and at most a folder with a temporary name. With
+`save_async` the tensors are first copied to host memory, and the steps run in a thread during training, on a process
+group of their own. A checkpoint also contains the documents that describe its model (configuration), so that it can be
+exported whatever has changed around it.
 
 A load verifies all sizes and hashes before it looks into any file, compares names and shapes, and then fills the live
-tensors in place, whatever layout or number of ranks wrote them. The random generators go on where they were if there
-are as many ranks as then; otherwise they are seeded from the checkpoint and the rank.
+tensors in place, whatever layout or number of ranks wrote them. The random generators are restored if the number of
+ranks is the same; otherwise they are seeded from the checkpoint and the rank.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ LATEST = "latest"
 EVAL_LOSS = "eval_loss"
 
 _LISTED = 3
-"""Tensors of each kind that are named where a checkpoint does not fit."""
+"""Number of tensors of each kind to name if a checkpoint does not fit."""
 
 _REPLACED, _SURPLUS = ".replaced.tmp", ".surplus.tmp"
 
@@ -77,11 +77,10 @@ _REPLACED, _SURPLUS = ".replaced.tmp", ".surplus.tmp"
 class Checkpointer:
     """Saves to and resumes from the checkpoints of one output folder. Its methods are collective.
 
-    A context manager: leaving it lets a save under way come to its end, also where training has failed meanwhile.
-    save_async: write in the background. max_checkpoints: how many to keep, 0 for all. keep_best: keep beyond that the
-    one whose evaluation loss is lowest. facts: what the manifest is to
-    say of the run besides versions and number of ranks (layout, configuration digest); plain data. documents: texts
-    that go into every checkpoint, by file name.
+    It is a context manager: leaving it waits for a save in progress, even if training has failed meanwhile. save_async:
+    write in the background. max_checkpoints: how many to keep, 0 for all. keep_best: additionally keep the one with the
+    lowest evaluation loss. facts: plain data about the run for the manifest, besides versions and number of ranks
+    (layout, configuration digest). documents: texts that go into every checkpoint, by file name.
     """
 
     def __init__(
@@ -116,11 +115,11 @@ class Checkpointer:
         except Exception as failed:
             if error is None:
                 raise
-            log.error("%s", failed)  # what ended the training is what the user must hear
+            log.error("%s", failed)  # the user must see what ended the training
 
     def begin(self) -> Start:
-        """Record the start of a run from what was resumed; `auto` then follows the checkpoints that are saved from now
-        on and their past, and none that lie beyond the point resumed from."""
+        """Record the start of a run from what was resumed. `auto` then follows the checkpoints that are saved from
+        now on and their past, and none beyond the point resumed from."""
 
         def record() -> None:
             write_start(self._root, self._start)
@@ -142,9 +141,9 @@ class Checkpointer:
     ) -> None:
         """Write a checkpoint after `step` steps; `state` is plain data, the same on every rank.
 
-        eval_loss: of the model as it is, if it was evaluated. With save_async this returns once the tensors are copied,
-        and `wait` reports how it ended. ValueError, on every rank: the files cannot be written, or a number to be saved
-        is not finite; or the save before this one has ended so.
+        eval_loss: of the current model, if it was evaluated. With save_async this returns once the tensors are copied,
+        and `wait` reports the outcome. ValueError, on every rank: the files cannot be written, a number is not finite,
+        or the previous save failed.
         """
         self.wait()
         tensors = {**model_tensors(model), **optimizer_tensors(model, optimizer)}
@@ -168,29 +167,29 @@ class Checkpointer:
             self._write(snapshot)
 
     def wait(self) -> None:
-        """Let a save under way come to its end, raising on every rank what it failed with, if it did."""
+        """Wait for a save in progress, and raise its error on every rank if it failed."""
         background, self._background = self._background, None
         if background is not None:
             background.join()
 
     def has_failed(self) -> bool:
-        """True once a save under way has failed, as far as this rank knows; `save` and `wait` raise why. No collective
-        call."""
+        """True if a save in progress has failed, as far as this rank knows; `save` and `wait` raise the error. Not
+        collective."""
         return self._background is not None and self._background.error is not None
 
     def latest(self) -> Path | None:
-        """The checkpoint committed last that is whole; damaged ones are passed over with a warning that says why."""
+        """The last committed complete checkpoint; damaged ones are skipped with a warning that says why."""
         self.wait()
         newest = _newest(self._root, self._world)
         return newest[0] if newest else None
 
     def resume(self, path: str | None, model: nn.Module, optimizer: Optimizer) -> dict[str, Any] | None:
-        """Fill `model` and `optimizer` from a checkpoint, restore the random generators, and return its `state`.
+        """Load `model` and `optimizer` from a checkpoint, restore the random generators, and return its `state`.
 
-        path: train.load_checkpoint_path: a checkpoint, an output folder (its newest whole checkpoint), or `auto`: this
-        output folder's newest, or where it has none yet the one elsewhere that its last start went on from. None is
-        returned, and nothing changed, for None, and for `auto` where there is neither.
-        ValueError, on every rank: no checkpoint is at `path`, or it is damaged or not of this `model` and `optimizer`.
+        path: train.load_checkpoint_path: a checkpoint, an output folder (its newest complete checkpoint), or `auto`:
+        this output folder's newest, or if it has none yet, the one elsewhere that its last start resumed from. For
+        None, and for `auto` if there is neither, nothing is changed and None is returned. ValueError, on every rank:
+        there is no checkpoint at `path`, or it is damaged, or of another `model` or `optimizer`.
         """
         if path is None:
             return None
@@ -229,7 +228,7 @@ class Checkpointer:
         return saved["state"]
 
     def _follow(self) -> tuple[Path, Manifest] | None:
-        """The checkpoint that `auto` means."""
+        """The checkpoint that `auto` refers to."""
         newest = _newest(self._root, self._world)
         start = self._world.run_on_all_ranks(lambda: read_start(self._root))
         if newest is None and start is not None and start.origin is not None and not start.goes_back:
@@ -288,7 +287,7 @@ class Checkpointer:
             log.warning("%s is saved, but then: %s", final, files.describe_error(error))
 
     def _surplus(self) -> list[Path]:
-        """The checkpoints that are not to be kept, now that the newest is there."""
+        """The checkpoints to remove, now that the newest is saved."""
         found, _ = manifest.by_age(self._root)
         kept = found[: self._max_checkpoints or len(found)]
         if self._keep_best:
@@ -297,7 +296,7 @@ class Checkpointer:
         return [folder for folder, _ in found if folder not in {path for path, _ in kept}]
 
     def _write_plain(self, folder: Path, snapshot: _Snapshot, unstepped: list[str]) -> dict[str, File]:
-        """Write all but tensors; the descriptions of all files that this rank wrote."""
+        """Write everything except tensors; returns the descriptions of all files that this rank wrote."""
         texts = {_rng_file(self._world.rank): snapshot.rng}
         if self._world.is_main:
             head = json.dumps({"world": self._world.size, "unstepped": unstepped})
@@ -309,7 +308,7 @@ class Checkpointer:
 
 
 def find_checkpoint(path: Path, world: World) -> tuple[Path, Manifest]:
-    """The checkpoint that `path` is, or an output folder's newest whole one, all its files verified. Collective.
+    """The checkpoint at `path`, or an output folder's newest complete one, all its files verified. Collective.
 
     ValueError, on every rank: there is none, or it is damaged.
     """
@@ -328,16 +327,16 @@ def find_checkpoint(path: Path, world: World) -> tuple[Path, Manifest]:
 
 
 class ResumePreview(NamedTuple):
-    """A checkpoint that will be resumed, before it is verified. facts: of its manifest. state: as it was saved."""
+    """A checkpoint that will be resumed, before it is verified. facts: of its manifest. state: the saved one."""
 
     facts: Mapping[str, Any]
     state: Mapping[str, Any]
 
 
 def preview_resume(path: str | None, output: Path) -> ResumePreview:
-    """The checkpoint that `Checkpointer.resume` is to find at `path`, for what is needed before tensors can be read.
+    """The checkpoint that `Checkpointer.resume` will find at `path`, for what is needed before tensors can be read.
 
-    output: the run's output folder. Empty where there is none, or none that can be read: `resume` says why.
+    output: the run's output folder. Empty if there is none, or it cannot be read: `resume` reports why.
     """
     if path is None:
         return ResumePreview({}, {})
@@ -355,8 +354,8 @@ def preview_resume(path: str | None, output: Path) -> ResumePreview:
 
 
 def leave_unsaved(folder: Path, model: nn.Module, world: World) -> None:
-    """Freeze what an adapted `model` has for pictures that it draws, where the checkpoint in `folder` has none of it:
-    the data of its run had no such pictures. Collective."""
+    """Freeze the image generation modules of an adapted `model` if the checkpoint in `folder` does not contain them:
+    its run had no images to draw. Collective."""
     codes = getattr(model, "code_decoder", None)
     if codes is None or lora_of(model) is None:
         return
@@ -369,10 +368,10 @@ def leave_unsaved(folder: Path, model: nn.Module, world: World) -> None:
 
 
 def read_model(folder: Path, model: nn.Module, world: World) -> None:
-    """Fill `model`, which must have its storage, from a checkpoint that `find_checkpoint` found: with the averages of
-    its weights, where it has such. Collective.
+    """Load `model`, which must be allocated, from a checkpoint that `find_checkpoint` found, using the averages of its
+    weights if there are any. Collective.
 
-    ValueError, on every rank: it is of another model.
+    ValueError, on every rank: it belongs to another model.
     """
     tensors = model_tensors(model)
     index = _fitting_index(folder, tensors, model, world, prefixes=("model.",))
@@ -380,8 +379,8 @@ def read_model(folder: Path, model: nn.Module, world: World) -> None:
 
 
 def model_reader(folder: Path, model: nn.Module, world: World) -> Callable[[str], Tensor]:
-    """A function that reads a full tensor of `model`, which needs no storage, or its average, by name, from a
-    checkpoint that `find_checkpoint` found. Collective, as is what it returns; ValueError as in `read_model`."""
+    """A function that reads a full tensor of `model` (which may be on the meta device), or its average, by name from
+    a checkpoint that `find_checkpoint` found. Collective, as is the function; ValueError as in `read_model`."""
     tensors = model_tensors(model)
     entries = model_entries(model)
     first = {id(entry): f"model.{name}" for name, entry in reversed(entries.items())}
@@ -397,15 +396,15 @@ def model_reader(folder: Path, model: nn.Module, world: World) -> Callable[[str]
 
 
 def _averaged(name: str, index: Metadata) -> str:
-    """The name in a checkpoint of the average of the tensor `model.<name>`; its own where there is none."""
+    """The name in a checkpoint of the average of the tensor `model.<name>`; the tensor's own if there is none."""
     average = f"optimizer.{name.removeprefix('model.')}.{AVERAGE}"
     return average if average in index.state_dict_metadata else name
 
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """The state that one save writes. tensors: the live ones; copies: of their parts on this rank; trained: what
-    is written of those that the optimizer changes; state and rng: JSON."""
+    """The state that one save writes. tensors: the live ones. copies: of this rank's parts of them. trained: the
+    written parts of those that the optimizer changes. state, rng: JSON."""
 
     step: int
     eval_loss: float | None
@@ -418,7 +417,7 @@ class _Snapshot:
 
 
 class _Background:
-    """A thread whose `error` is raised where it is joined."""
+    """A thread whose error is raised where it is joined."""
 
     def __init__(self, action: Callable[[], None]) -> None:
         self._action = action
@@ -443,7 +442,7 @@ def _rng_file(rank: int) -> str:
 
 
 def _advised(reason: str) -> str:
-    """`reason`, why a file could not be written on some rank, with what to do about it if there was no room."""
+    """`reason` why a file could not be written on some rank, with advice if the disk is full."""
     full = any(os.strerror(number) in reason for number in (errno.ENOSPC, errno.EDQUOT))
     return f"{reason}; make room, or keep fewer checkpoints (train.max_checkpoints)" if full else reason
 
@@ -454,12 +453,12 @@ def _require_shared(folder: Path) -> None:
 
 
 def _hide(folder: Path, kind: str) -> Path:
-    """Take a checkpoint's name away, so that it counts as a leftover however far its removal gets."""
+    """Rename a checkpoint before removing it, so that it counts as a leftover if the removal is interrupted."""
     return folder.rename(folder.with_name(f".{folder.name}{kind}"))
 
 
 def _put_back_replaced(root: Path) -> None:
-    """Undo a replacement that was interrupted when the old checkpoint had lost its name and the new one had none."""
+    """Undo a replacement that was interrupted after the old checkpoint was renamed and before the new one was."""
     for hidden in root.glob(f".global_step_*{_REPLACED}"):
         final = hidden.with_name(hidden.name.removeprefix(".").removesuffix(_REPLACED))
         if not final.exists():
@@ -467,7 +466,7 @@ def _put_back_replaced(root: Path) -> None:
 
 
 def _plain(state: Any) -> str:
-    """`state` as JSON, from which it can be read back."""
+    """`state` as JSON that can be read back exactly."""
 
     def check(value: Any) -> None:
         if isinstance(value, Mapping):
@@ -480,9 +479,9 @@ def _plain(state: Any) -> str:
 
 
 def _newest(root: Path, world: World) -> tuple[Path, Manifest] | None:
-    """The whole checkpoint under `root` that was committed last on the branch that is followed there, verified.
+    """The last committed complete checkpoint of the current branch under `root`, verified.
 
-    None: there is no checkpoint. ValueError: there are some, and all of them are damaged.
+    None: there is no checkpoint. ValueError: there are some, but all of them are damaged.
     """
     candidates, damaged = world.broadcast(world.run_on_all_ranks(lambda: _candidates(root) if world.is_main else None))
     newest = None
@@ -502,7 +501,7 @@ def _newest(root: Path, world: World) -> tuple[Path, Manifest] | None:
 
 
 def _candidates(root: Path) -> tuple[list[Path], dict[Path, str]]:
-    """The checkpoints of the branch that is followed under `root`, newest first; and the damaged ones, with reasons."""
+    """The checkpoints of the current branch under `root`, newest first; and the damaged ones, with reasons."""
     found, damaged = manifest.by_age(root)
     start = read_start(root)
     return [folder for folder, it in found if start is None or start.owns(it.step, it.start)], damaged
@@ -511,8 +510,8 @@ def _candidates(root: Path) -> tuple[list[Path], dict[Path, str]]:
 def _read(
     folder: Path, tensors: dict[str, Tensor], model: nn.Module, world: World, prefixes: Sequence[str], now: str = ""
 ) -> list[str]:
-    """Fill `tensors` from a verified checkpoint; returns the names of those that it holds in another precision, and
-    that were converted. model, prefixes, now: as in `_fitting_index`."""
+    """Read `tensors` from a verified checkpoint; returns the names of those that were stored in another precision
+    and converted. model, prefixes, now: as in `_fitting_index`."""
     index = _fitting_index(folder, tensors, model, world, prefixes, now)
     dcp.read(folder, index, tensors, world.group)
     stored: dict[str, Any] = index.state_dict_metadata
@@ -522,10 +521,10 @@ def _read(
 def _fitting_index(
     folder: Path, tensors: Mapping[str, Tensor], model: nn.Module, world: World, prefixes: Sequence[str], now: str = ""
 ) -> Metadata:
-    """The index of a verified checkpoint, which holds exactly `tensors` of those whose names begin with a prefix.
+    """The index of a verified checkpoint whose tensors with one of the prefixes are exactly `tensors`.
 
-    model: its tensors may be in the checkpoint under each name that tied ones have. now: this run's config.yaml.
-    ValueError, on every rank: names or shapes differ.
+    model: its tied tensors may be in the checkpoint under any of their names. now: this run's config.yaml. ValueError,
+    on every rank: names or shapes differ.
     """
     index = world.run_on_all_ranks(lambda: dcp.read_index(folder))
     stored = {name: entry for name, entry in index.state_dict_metadata.items() if name.startswith(tuple(prefixes))}

@@ -1,9 +1,9 @@
-"""Manifests: they tell which folders are checkpoints, and whether their files are what was written.
+"""Manifests: they define which folders are checkpoints, and whether their files are intact.
 
-A checkpoint is a folder `global_step_N` that holds a `manifest.json`: the step, facts about the run that wrote it, and
-the size and SHA-256 of every other file. The manifest is written last, into a folder that still has a temporary name,
-so a folder without a valid one is no checkpoint, whatever else is in it. Nothing is read from a checkpoint before
-`verify` has compared every file with the manifest; the hashing is shared out among the ranks.
+A checkpoint is a folder `global_step_N` with a `manifest.json`: the step, facts about the run that wrote it, and the
+size and SHA-256 of every other file. The manifest is written last, into a folder that still has a temporary name, so a
+folder without a valid one is not a checkpoint, whatever else is in it. Nothing is read from a checkpoint before
+`verify` has compared every file with the manifest; the ranks share the hashing.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class File:
 class Manifest:
     """Description of a checkpoint, written into it.
 
-    step: optimizer steps taken. saved: when it was committed, in nanoseconds since 1970, later than that of the
-    checkpoints beside it. facts: about the run (layout, configuration digest, versions). files: by their name in the
-    folder, all but the manifest. start: id of the start of the run that wrote it. parent: the checkpoint before it in
-    its run, the last one saved or the one gone on from: {"path", "saved"}; None for a run's first.
+    step: number of optimizer steps taken. saved: when it was committed, in nanoseconds since 1970, later than for older
+    checkpoints next to it. facts: about the run (layout, configuration digest, versions). files: by name, except the
+    manifest. start: id of the start of the run that wrote it. parent: the checkpoint before it in its run, the last one
+    saved or the one resumed from: {"path", "saved"}; None for a run's first.
     """
 
     step: int
@@ -73,14 +73,14 @@ def describe(path: Path) -> File:
 
 
 def write(folder: Path, manifest: Manifest) -> None:
-    """Put `manifest`, with a hash of its own, into `folder`, on stable storage when this returns."""
+    """Write `manifest`, with a hash of its own, into `folder`, on stable storage when this returns."""
     content = {"format": FORMAT, **asdict(manifest)}
     write_synced(folder / NAME, json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n")
     sync_folder(folder)
 
 
 def read(folder: Path) -> Manifest:
-    """The manifest of `folder`, its files not looked at. ValueError: there is none, or it is not one of ours."""
+    """The manifest of `folder`, without checking its files. ValueError: there is none, or it is not one of ours."""
     path = folder / NAME
     try:
         content = json.loads(path.read_bytes())
@@ -110,9 +110,9 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def verify(folder: Path, world: World) -> Manifest:
-    """The manifest of `folder`, after all its files were found as it says. Every rank calls this and hashes its share.
+    """The manifest of `folder`, after checking all of its files. Every rank calls this and hashes its share.
 
-    ValueError, on every rank: the first file found missing, of another size, or of another content.
+    ValueError, on every rank: the first file that is missing, or of another size or content.
     """
     manifest = world.run_on_all_ranks(lambda: _read_with_sizes(folder))
     mine = sorted(manifest.files.items())[world.rank :: world.size]
@@ -138,7 +138,8 @@ def _check_hashes(folder: Path, files: Sequence[tuple[str, File]]) -> None:
 
 
 def by_age(root: Path) -> tuple[list[tuple[Path, Manifest]], dict[Path, str]]:
-    """The checkpoints under `root`, last committed first; and the folders only named like one, with what is wrong."""
+    """The checkpoints under `root`, last committed first; and folders that are only named like one, with what is
+    wrong."""
     found: list[tuple[Path, Manifest]] = []
     broken: dict[Path, str] = {}
     for folder in sorted(root.iterdir()) if root.is_dir() else ():
@@ -151,6 +152,7 @@ def by_age(root: Path) -> tuple[list[tuple[Path, Manifest]], dict[Path, str]]:
 
 
 def after(root: Path, manifest: Manifest) -> Manifest:
-    """`manifest` with a time of saving later than all checkpoints under `root`, should the clock have gone back."""
+    """`manifest` with a time of saving later than that of all checkpoints under `root`, in case the clock was set
+    back."""
     newest = by_age(root)[0]
     return replace(manifest, saved=max(manifest.saved, newest[0][1].saved + 1)) if newest else manifest

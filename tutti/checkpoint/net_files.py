@@ -1,7 +1,7 @@
-"""The weights of a diffusion transformer in files, as diffusers has them.
+"""The weight files of a diffusion transformer, in diffusers' format.
 
-They are one `diffusion_pytorch_model.safetensors`, or several files with an index, by the names that they have within
-the class. Every rank reads its own slices of them.
+There is one `diffusion_pytorch_model.safetensors`, or several files with an index, with the names of tensors within the
+class. Every rank reads its own slices.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def fill_net(
     world: World,
     argument: str = "model.model_path",
 ) -> None:
-    """Fill a transformer, which has storage, with the weights in the folder that `argument` names; None draws them from
-    `seed`.
+    """Load the weights of a transformer, which is allocated, from the folder that `argument` names; None initializes
+    them from `seed`.
 
-    ValueError, on all ranks: there are none, or they are of another model.
+    ValueError, on all ranks: there are none, or they belong to another model.
     """
     targets = net.state_dict(keep_vars=True)
     if folder is None:
@@ -79,7 +79,7 @@ def _fill(targets: dict[str, Tensor], folder: Path, net: nn.Module, argument: st
 
 
 def weight_files(folder: Path, argument: str) -> Iterator[tuple[Path, list[str]]]:
-    """The weight files of a folder, each with the names that its index has for it (none without an index)."""
+    """Yield the weight files of a folder, each with its names in the index (none without an index)."""
     if (folder / WEIGHTS_INDEX).is_file():
         by_file: dict[str, list[str]] = {}
         for name, file in read_index(folder / WEIGHTS_INDEX).items():
@@ -92,15 +92,16 @@ def weight_files(folder: Path, argument: str) -> Iterator[tuple[Path, list[str]]
 
 
 def write_net_config(net: Mapping[str, Any], place: Path) -> None:
-    """Write the config `net` of a model of diffusers to its folder."""
+    """Write the config `net` of a diffusers model to its folder."""
     write_synced(place / "config.json", json.dumps(net, indent=2, sort_keys=True) + "\n")
 
 
 def write_weights(
     names: Iterable[str], full: Callable[[str], Tensor], place: Path, world: World, prefix: str
 ) -> Callable[[], None]:
-    """Write full tensors, which `full` gives by name on rank 0, to files in the folder `place`, by their names without
-    `prefix`. What finishes the files, to be called there; it raises what went wrong. Collective."""
+    """Write the full tensors that `full` returns by name on rank 0 to files in the folder `place`, with `prefix`
+    removed from their names. Returns a function that finishes the files on rank 0, and raises the first error.
+    Collective."""
     if world.is_main:
         place.mkdir(parents=True)
     held: dict[str, Tensor] = {}
@@ -137,7 +138,7 @@ def _write(tensors: dict[str, Tensor], file: Path) -> Exception | None:
 
 
 def _finish_weights(held: dict[str, Tensor], index: dict[str, str], before: int, place: Path) -> None:
-    """Write the last file of weights, and the index where there are more."""
+    """Write the last weight file, and the index if there are several."""
     if not before:
         save_file(held, place / WEIGHTS, metadata={"format": "pt"})
         return

@@ -1,8 +1,8 @@
-"""Filling a composed model: each part from its own folder, and what has none at random.
+"""Loading a composed model: each part from its own folder, and the rest initialized at random.
 
-The foundation comes from model.model_path and a tower from its encoder's model_path, which may hold a larger model that
-the tower is a part of. A projector comes from the file beside its tower, as exports have it; one that does not fit
-another foundation, or is not there, is new, and the log says so.
+The foundation is loaded from model.model_path, and a tower from its encoder's model_path, which may contain a larger
+model that the tower is a part of. A projector is loaded from the file next to its tower, as in exports. If it does not
+fit the foundation, or does not exist, it is new, and the log says so.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SAID = {
     "features": "the head that predicts features",
     "image": "what the model has for codes",
 }
-"""By a word in the names of what joins parts, how a message calls it."""
+"""By a word in the names of connecting parts, their name in messages."""
 
 
 def load_parts(
@@ -48,10 +48,10 @@ def load_parts(
     seed: int = 0,
     full_model: OmniModel | None = None,
 ) -> None:
-    """Fill `model`, whose foundation's weights are at `path` (None: random), as `load_weights` does. Collective.
+    """Load `model`, whose foundation's weights are at `path` (None: random), as `load_weights` does. Collective.
 
-    full_model: the complete model, without storage, where `model` is a part of its depth. ValueError, on all ranks:
-    weights that are damaged or do not fit their part.
+    full_model: the complete model, on the meta device, if `model` is a part of its depth. ValueError, on all ranks:
+    weights are damaged or do not fit their part.
     """
     complete = full_model or model
     materialize(model, device)
@@ -82,7 +82,7 @@ def load_parts(
 
 
 def _without_parts(module: nn.Module) -> nn.Module:
-    """A module of the same class and attributes that holds nothing: what a rank without the part loads."""
+    """An empty module with the same class and attributes, which a rank without the part loads."""
     shell = copy.copy(module)
     shell.__dict__ |= {"_modules": {}, "_parameters": {}, "_buffers": {}}
     return shell
@@ -95,8 +95,8 @@ def _part_of(name: str) -> str:
 
 
 def _load_decoder(model: OmniModel, complete: OmniModel, world: World, seed: int) -> set[str]:
-    """Fill what the model has for codes of pictures from the file beside their tokenizer, or for queries from the one
-    beside its diffusion transformer, as `_load_file` does, and that transformer. Collective."""
+    """Load the model's modules for image codes from the file next to their tokenizer, or for queries from the one
+    next to its diffusion transformer, as `_load_file` does, and that transformer. Collective."""
     if (flow := complete.flow) is not None:
         config = DenoiserConfig(net=flow.net)
         argument = "model.decoders.image.model_path"
@@ -110,8 +110,8 @@ def _load_decoder(model: OmniModel, complete: OmniModel, world: World, seed: int
 
 
 def _load_file(model: OmniModel, complete: OmniModel, prefix: str, file: Path, world: World) -> set[str]:
-    """Fill the parameters below `prefix` from a file, if that is there and fits; the names of what was filled, of the
-    complete model. Collective."""
+    """Load the parameters below `prefix` from a file, if it exists and fits; returns the names of the loaded
+    parameters in the complete model. Collective."""
     named = ((name, item) for name, item in complete.named_parameters() if not name.startswith(NET))
     wanted = {name: item.shape for name, item in named if name.startswith(prefix)}
     found: dict[str, Tensor] = world.run_on_all_ranks(lambda: load_file(file) if file.is_file() else {})

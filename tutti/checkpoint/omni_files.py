@@ -1,16 +1,16 @@
-"""Files of an export of a composed model beside the folders of its parts: how they are joined, and the projectors.
+"""Files of an export of a composed model, besides the folders of its parts: how they are connected, and the projectors.
 
-final/                 the foundation's own complete folder, with the tokenizer
-  omni.yaml            the encoders' settings, by kind
-  encoders/image/      the tower's own complete folder, with its image processor
+final/                   the foundation's own complete folder, with the tokenizer
+  omni.yaml              the encoders' settings, by kind
+  encoders/image/        the tower's own complete folder, with its image processor
     projector.safetensors
-    features.safetensors the head that predicts its features, of a model that does
-  decoders/image/        the tokenizer of pictures that it draws by, as it was
+    features.safetensors the head that predicts its features, if there is one
+  decoders/image/        the image tokenizer, unchanged
     codes.safetensors    the codes' embeddings and head
-  decoders/image/        or the diffusion transformer that it draws by, and beside it what was not trained
+  decoders/image/        or the diffusion transformer, and the frozen parts
     transformer/
     vae/  scheduler/
-    queries.safetensors  the queries' embeddings, and what brings their hidden states to the transformer's width
+    queries.safetensors  the queries' embeddings, and the projection of their hidden states
 """
 
 from __future__ import annotations
@@ -41,15 +41,17 @@ FEATURE_HEAD = "features.safetensors"
 QUERIES = "queries.safetensors"
 
 NET = "decoders.image.net."
-"""The beginning of the names of the tensors of a diffusion decoder's transformer."""
+"""The prefix of the tensor names of a diffusion decoder's transformer."""
 
 
 class Connectors(NamedTuple):
-    """settings: of each encoder, by kind. projectors: the tensors of each encoder's projector, by name within it.
-    drawing_folder, drawing_size, codes: of a model that draws, the folder of its tokenizer of pictures, their side
-    where that has none of its own, and the tensors of what the model has for their codes, or for queries. flow: the
-    diffusion decoder that it draws by. finish_flow: finishes the files of its transformer's weights. features: the
-    tensors of what predicts features, if it has that."""
+    """The parts that connect a composed model.
+
+    settings: of each encoder, by kind. projectors: each encoder's projector tensors, by name within it. drawing_folder,
+    drawing_size: for a model that draws, the folder of its image tokenizer, and its image size if the tokenizer does
+    not fix it. codes: the tensors for codes, or for queries. features: those of the feature head, if any. flow: the
+    diffusion decoder. finish_flow: finishes the files of its transformer's weights.
+    """
 
     settings: Mapping[str, Mapping[str, Any]]
     projectors: Mapping[str, Mapping[str, Tensor]]
@@ -62,8 +64,8 @@ class Connectors(NamedTuple):
 
 
 def connectors_of(model: OmniModel, full: Callable[[str], Tensor], folder: Path, world: World) -> Connectors:
-    """Collect what joins the parts of `model`, whose full tensors `full` gives by name on rank 0; the transformer of a
-    diffusion decoder goes to the `folder` of the export at once. Collective."""
+    """Collect the connecting parts of `model`. full: returns full tensors by name on rank 0. A diffusion decoder's
+    transformer is written to the export's `folder` at once. Collective."""
     projectors: dict[str, dict[str, Tensor]] = {}
     for kind, encoder in model.encoders.items():
         names = list(encoder.projector.state_dict())  # type: ignore[union-attr]
@@ -79,13 +81,13 @@ def connectors_of(model: OmniModel, full: Callable[[str], Tensor], folder: Path,
 
 
 def _tensors_of(model: OmniModel, part: str, full: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """The full tensors of a part of `model`, by name within it; none if it has no such part."""
+    """The full tensors of a part of `model`, by name within it; empty if it has no such part."""
     names = [name for name in model.state_dict() if name.startswith(f"{part}.") and not name.startswith(NET)]
     return {name.removeprefix(f"{part}."): full(name).contiguous() for name in names}
 
 
 def write_connectors(joins: Connectors, folder: Path) -> None:
-    """Write them to the folder of an export, which has those of its parts."""
+    """Write the connecting parts to the folder of an export that already contains the other parts."""
     content: dict[str, Any] = {"encoders": dict(joins.settings)}
     if joins.drawing_folder is not None:
         size = {} if joins.drawing_size is None else {IMAGE_SIZE: joins.drawing_size}
@@ -108,7 +110,7 @@ def write_connectors(joins: Connectors, folder: Path) -> None:
 
 
 def _write_flow(joins: Connectors, flow: FlowSpec, place: Path) -> None:
-    """Write a diffusion decoder, whose transformer's weights are there but for their end, to `place`."""
+    """Write a diffusion decoder, whose transformer's weights are written except for their end, to `place`."""
     joins.finish_flow()
     write_net_config(flow.net, place / TRANSFORMER)
     if "vae" in flow.folder.parts:

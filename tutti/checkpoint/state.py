@@ -1,12 +1,12 @@
-"""The state that a checkpoint holds, as one flat dictionary of named tensors, and the state of the random generators.
+"""The state in a checkpoint as one flat dictionary of named tensors, and the state of the random generators.
 
-The names are `model.<parameter or buffer>` and `optimizer.<parameter>.<state>`, tied parameters once, whatever the
-layout. The tensors are the live ones (DTensors where the model is sharded), so reading into them loads the model and
-the optimizer; nothing is copied for a save. Because the optimizer's state goes by parameter name, its groups may be cut
-and ordered otherwise when it is read.
+The names are `model.<parameter or buffer>` and `optimizer.<parameter>.<state>`, tied parameters once, on every layout.
+The tensors are the live ones (DTensors if the model is sharded), so reading into them loads the model and the
+optimizer; nothing is copied for a save. Since the optimizer's state is keyed by parameter name, its groups may be
+formed and ordered differently when it is read.
 
-An optimizer makes its state at a parameter's first step. Before a load it is therefore stepped once with zero gradients
-and a learning rate of zero, which changes no parameter.
+An optimizer creates its state at a parameter's first step. Before a load it therefore takes one step with zero
+gradients and a learning rate of zero, which changes no parameter.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ AVERAGE = "average"
 def model_entries(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and persistent buffer of `model`, tied ones under each of their names.
 
-    Of an adapted model only what trains: the rest is its base model. By way of state_dict, which has FSDP put gathered
-    parameters back into shards.
+    For an adapted model only the trained ones: the rest is its base model. Uses state_dict, which makes FSDP reshard
+    gathered parameters.
     """
     entries = model.state_dict(keep_vars=True)
     if lora_of(model) is not None:
@@ -59,7 +59,7 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
 
 
 def trained_parts(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Parts on this rank of all that the optimizer changes, under the names of `model_tensors` and
+    """This rank's parts of everything that the optimizer changes, under the names of `model_tensors` and
     `optimizer_tensors`."""
     tensors = {f"model.{name}": parameter for name, parameter in _optimized(model, optimizer).items()}
     tensors |= optimizer_tensors(model, optimizer)
@@ -67,10 +67,11 @@ def trained_parts(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def require_finite(parts: Mapping[str, Tensor], step: int) -> None:
-    """ValueError if a number in `parts`, which this rank holds of tensors by name after `step` steps, is not finite."""
+    """Raise ValueError if a number in `parts`, this rank's parts of tensors by name after `step` steps, is not
+    finite."""
     parts = {name: part for name, part in parts.items() if part.is_floating_point() and part.numel()}
-    # A sum is finite only if all its terms are, and is quick; one that is not may be an overflow, and is looked into.
-    # An accelerator is waited for once: sums of offloaded parts go there, not the others to the host.
+    # A sum is finite only if all its terms are, and is quick to compute; if it is not, it may be an overflow, and is
+    # examined. An accelerator is waited for once: sums of offloaded parts go there, not the others to the host.
     device = max((part.device for part in parts.values()), key=lambda device: device.type != "cpu", default=None)
     sums = [part.sum(dtype=torch.float32).to(device, non_blocking=True) for part in parts.values()]
     if not sums or torch.stack(sums).isfinite().all():
@@ -84,12 +85,12 @@ def require_finite(parts: Mapping[str, Tensor], step: int) -> None:
 
 
 def unstepped(model: nn.Module, optimizer: Optimizer) -> list[str]:
-    """The parameters that the optimizer holds no state for, since none ever had a gradient."""
+    """The parameters without optimizer state, because they never had a gradient."""
     return [name for name, parameter in _optimized(model, optimizer).items() if not optimizer.state.get(parameter)]
 
 
 def create_optimizer_state(model: nn.Module, optimizer: Optimizer, skip: set[str]) -> None:
-    """Make the state of every parameter except those named in `skip`, without changing any parameter."""
+    """Create the optimizer state of every parameter except those in `skip`, without changing any parameter."""
     assert not any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
     rates = [group["lr"] for group in optimizer.param_groups]
     parameters = [parameter for name, parameter in _optimized(model, optimizer).items() if name not in skip]
@@ -130,7 +131,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def restore_rng(state: dict[str, Any], device: torch.device) -> None:
-    """Go on from where `rng_state` was taken; an accelerator whose state was not kept is seeded from the CPU's."""
+    """Restore the result of `rng_state`; an accelerator whose state was not saved is seeded from the CPU's."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(tuple(state["numpy"]))
@@ -142,7 +143,7 @@ def restore_rng(state: dict[str, Any], device: torch.device) -> None:
 
 
 def derive_rng(origin: str, rank: int) -> None:
-    """Seed all generators from `origin` and `rank`: where the ranks are not those that saved their state."""
+    """Seed all generators from `origin` and `rank`, for use when the ranks are not those that saved their state."""
     seed = seed_of(f"{origin}:{rank}")
     random.seed(seed)
     np.random.seed(seed % (1 << 32))
