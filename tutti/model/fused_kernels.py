@@ -13,7 +13,7 @@ Shapes: R rows, N their width; T tokens, H heads, D head dimension.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,10 @@ from torch import Tensor
 
 MAX_WIDTH = 16_384
 """The widest row that a norm's kernels hold at once."""
+
+
+_kernel = partial(triton.jit, do_not_specialize=["num_rows"])
+"""A kernel that is compiled once for any number of rows: packed batches differ in it from one to the next."""
 
 
 class Tile(NamedTuple):
@@ -70,7 +74,7 @@ def _num_programs(device: torch.device) -> int:
     return PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@triton.jit
+@_kernel
 def _norm_kernel(x, weight, out, rstd, num_rows, eps, form: tl.constexpr):  # type: ignore[no-untyped-def]
     width: tl.constexpr = form.width
     rows: tl.constexpr = form.tile.rows
@@ -91,7 +95,7 @@ def _norm_kernel(x, weight, out, rstd, num_rows, eps, form: tl.constexpr):  # ty
     tl.store(out + places, (normal * factor[None, :]).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@_kernel
 def _norm_backward_kernel(grad, x, weight, rstd, grad_x, sums, num_rows, form: tl.constexpr):  # type: ignore[no-untyped-def]
     """Each program takes every so many tiles of rows; `sums` [programs, N] are of the weight's gradient."""
     width: tl.constexpr = form.width
@@ -124,7 +128,7 @@ def _norm_backward_kernel(grad, x, weight, rstd, grad_x, sums, num_rows, form: t
         tl.store(sums + program * width + col, total, mask=col < width)
 
 
-@triton.jit
+@_kernel
 def _column_sum_kernel(sums, out, num_rows, width, rows: tl.constexpr, cols: tl.constexpr):  # type: ignore[no-untyped-def]
     col = tl.program_id(0) * cols + tl.arange(0, cols)
     total = tl.zeros((rows, cols), tl.float32)
@@ -222,7 +226,7 @@ def _tile_of(num_rows, width: tl.constexpr, rows: tl.constexpr, cols: tl.constex
     return row, col, inside
 
 
-@triton.jit
+@_kernel
 def _gate_kernel(gate, up, out, num_rows, strides, form: tl.constexpr):  # type: ignore[no-untyped-def]
     """strides: between rows of gate and of up."""
     width: tl.constexpr = form.width
@@ -237,7 +241,7 @@ def _gate_kernel(gate, up, out, num_rows, strides, form: tl.constexpr):  # type:
     tl.store(out + row * width + col, (opened * values).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@_kernel
 def _gate_backward_kernel(grad, gate, up, grad_gate, grad_up, num_rows, strides, form: tl.constexpr):  # type: ignore[no-untyped-def]
     """strides: between rows of gate, of up, and of their gradients."""
     width: tl.constexpr = form.width
