@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 import tutti.model.experts as module
 from tests.model.zoo import EXPERTS, tiny
 from tutti.core.batch import IGNORE, Batch, Sample, pack
+from tutti.core.modules import attached
 from tutti.model.experts import EAGER, FUSED, ExpertLoad, fused_experts, resolve_experts
+from tutti.model.fuse_modules import fuse_modules
 from tutti.model.structure import blocks, experts, is_experts
 
 
@@ -61,8 +63,11 @@ LAYOUTS = {
 """Every combination of what transformers' decorator for experts can declare, by a class that has it."""
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_equals_the_models_own_loop(layout: str) -> None:
+GATED_IN_HALVES = {"gate and up in halves", "transposed", "a norm after each expert"}
+"""The layouts whose gate has a kernel."""
+
+
+def build_experts(layout: str) -> torch.nn.Module:
     family, class_name = LAYOUTS[layout]
     experts_class = getattr(import_module(f"transformers.models.{family}.modeling_{family}"), class_name)
     config = MagicMock(
@@ -80,6 +85,14 @@ def test_every_layout_equals_the_models_own_loop(layout: str) -> None:
     experts = experts_class(config)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
+    return experts
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_equals_the_models_own_loop(layout: str) -> None:
+    experts = build_experts(layout)
+    fuse_modules(experts, None, torch.float32)
+    assert attached(experts).gated_by == ("silu" if layout in GATED_IN_HALVES else None)
     hidden, weights = torch.randn(37, 32), torch.rand(37, 2)
     chosen = torch.rand(37, 4).topk(2, dim=1).indices
     results = []

@@ -48,9 +48,9 @@ class Attached:
     wrappers: names of the wrappers around its forward, innermost first. adapters: by the name of the adapted weight
     (`tutti.model.lora`). packed: how quantized weights are stored, by name (`tutti.model.quantized`). exchange: sends
     tokens to experts on other ranks (`tutti.parallel.expert`). expert_load: counts of the tokens that chose each expert
-    (`tutti.model.experts`). early_values: the exchange of an attention layer's values (`tutti.attention.ulysses`).
-    lora: for a model, the settings of its adapters. local_parameters: replaces a unit's DTensors by plain tensors
-    (`tutti.parallel.tensor`).
+    (`tutti.model.experts`). gated_by: the activation of experts whose gate has a kernel (`tutti.model.fused`).
+    early_values: the exchange of an attention layer's values (`tutti.attention.ulysses`). lora: for a model, the
+    settings of its adapters. local_parameters: replaces a unit's DTensors by plain tensors (`tutti.parallel.tensor`).
     """
 
     wrappers: tuple[str, ...] = ()
@@ -58,6 +58,7 @@ class Attached:
     packed: dict[str, Any] = field(default_factory=dict)
     exchange: Any = None
     expert_load: Any = None
+    gated_by: str | None = None
     early_values: Any = None
     lora: Any = None
     local_parameters: Callable[[], AbstractContextManager[None]] | None = None

@@ -43,6 +43,7 @@ from tutti.core.batch import Batch
 from tutti.core.compat import ExpertsInterface, has_triton
 from tutti.core.device import on_accelerator
 from tutti.core.modules import attach, attached
+from tutti.model.fused import gated_halves
 from tutti.model.lora import adapter_for
 from tutti.model.quantized import product
 from tutti.parallel.expert import inverse
@@ -310,8 +311,16 @@ def _grouped(module: Any, rows: Tensor, experts: Tensor, counts: Tensor) -> Tens
     name = "gate_up_proj" if module.has_gate else "up_proj"
     groups = _Groups(module, experts, counts)
     raw = groups.linear(rows, name)
-    out = groups.linear(module._apply_gate(raw) if module.has_gate else module.act_fn(raw), "down_proj")
+    out = groups.linear(_activated(module, raw), "down_proj")
     return module.post_expert_norm(out) if module.has_post_expert_norm else out
+
+
+def _activated(module: Any, raw: Tensor) -> Tensor:
+    """Apply the gate, or the activation if there is none, to the first product."""
+    if not module.has_gate:
+        return module.act_fn(raw)
+    activation = attached(module).gated_by
+    return module._apply_gate(raw) if activation is None else gated_halves(raw, activation)
 
 
 def _one_by_one(module: _LocalExperts, rows: Tensor, experts: Tensor, counts: Tensor) -> Tensor:

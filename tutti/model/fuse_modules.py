@@ -8,9 +8,10 @@ most of them alike. What a part computes is found out in two steps, on few rando
 2. On the accelerator the kernel is compared with the part. Where it cannot be compiled or differs, the part stays too.
 
 Parts are recognised by their structure: a norm has one vector of weights and a number for eps; a gated MLP has
-`gate_proj` and `up_proj` (or both in `gate_up_proj`), `down_proj` and an activation; attention calls a function of its
-module, `apply_rotary_pos_emb`. No class and no module is changed: an instance's forward is wrapped, or for the rotary
-embedding replaced by a copy that finds another function under that name.
+`gate_proj` and `up_proj` (or both in `gate_up_proj`), `down_proj` and an activation; a layer of experts has the method
+`_apply_gate`; attention calls a function of its module, `apply_rotary_pos_emb`. No class and no module is changed: an
+instance's forward is wrapped, or for the rotary embedding replaced by a copy that finds another function under that
+name. Experts are told their activation's name.
 
 Shapes: T tokens, H heads, D head dimension.
 """
@@ -29,9 +30,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tutti.core.modules import Forward, attached, wrap_forward
+from tutti.core.modules import Forward, attach, attached, wrap_forward
 from tutti.model import fused
 from tutti.model.fused import ACTIVATIONS, Norm
+from tutti.model.structure import is_experts
 
 log = logging.getLogger(__name__)
 
@@ -105,19 +107,40 @@ def _fuse_norm(module: Any, trials: _Trials) -> bool:
 
 
 def _fuse_mlp(module: Any, trials: _Trials) -> bool:
-    function = _activation_of(module)
-    if function is None:
-        return False
-    activation = trials.once((type(module), function), lambda: recognise_activation(function))
+    activation, function = _usable_activation(module, trials), _activation_of(module)
     if activation is None:
-        return False
-    if not trials.passes(activation, f"gated MLPs with {activation}", partial(_gate_differs, activation)):
-        fused.unusable.add(activation)
         return False
     if not trials.once((type(module), _scalars(module), function), lambda: is_gated_mlp(module, activation)):
         return False
     wrapper = _gated_halves if hasattr(module, "gate_up_proj") else _gated
     wrap_forward(module, NAME, partial(wrapper, module=module, activation=activation))
+    return True
+
+
+def _usable_activation(module: Any, trials: _Trials) -> str | None:
+    """The name of the activation of `module`, if there is a kernel that passes its trial."""
+    function = _activation_of(module)
+    if function is None:
+        return None
+    activation = trials.once((type(module), function), lambda: recognise_activation(function))
+    if activation is None:
+        return None
+    if not trials.passes(activation, f"gated MLPs with {activation}", partial(_gate_differs, activation)):
+        fused.unusable.add(activation)
+        return None
+    return activation
+
+
+def _fuse_experts(module: Any, trials: _Trials) -> bool:
+    if not (is_experts(module) and module.has_gate):
+        return False
+    activation = _usable_activation(module, trials)
+    if activation is None:
+        return False
+    key = (type(module), _scalars(module), _activation_of(module), "experts")
+    if not trials.once(key, lambda: is_gated_in_halves(module, activation)):
+        return False
+    attach(module, gated_by=activation)
     return True
 
 
@@ -135,6 +158,7 @@ def _fuse_rotary(module: Any, trials: _Trials) -> bool:
 _KINDS: dict[str, Callable[[Any, _Trials], bool]] = {
     "norms": _fuse_norm,
     "gated MLPs": _fuse_mlp,
+    "gates of experts": _fuse_experts,
     "rotary embeddings": _fuse_rotary,
 }
 
@@ -318,6 +342,19 @@ def is_gated_mlp(module: nn.Module, activation: str) -> bool:
     if any(problems):
         log.debug("not fused: %s: %s", type(module).__name__, *filter(None, problems[:1] or problems))
     return not any(problems)
+
+
+def is_gated_in_halves(experts: Any, activation: str) -> bool:
+    """True if a layer of experts computes activation(gate) * up, with gate and up next to each other."""
+    drawn = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    given = [scale * drawn.to(dtype) for dtype in (torch.float32, torch.bfloat16) for scale in (3, 60)]  # 60: a clamp
+    ours = partial(_plain_halves, activation=activation)
+    return not any(_said(partial(_difference, experts._apply_gate, ours, [item])) for item in given)
+
+
+def _plain_halves(gate_up: Tensor, activation: str) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return ACTIVATIONS[activation](gate) * up
 
 
 def _drops(module: nn.Module) -> bool:
