@@ -89,9 +89,13 @@ def cases(kernels: ModuleType) -> dict[str, Callable[[], str]]:
                         found[f"{name} {given[0].is_contiguous()} backward {joined}"] = lambda args=args: difference(
                             kernels.gated_backward, ops.gated_backward, *args
                         )
-        for heads, kv_heads, width, batch in ((5, 2, 16, 1), (1, 3, 12, 2)):
+        for heads, kv_heads, width, batch, turned, of in (
+            (5, 2, 16, 1, 16, dtype),
+            (1, 3, 12, 2, 12, torch.float32),
+            (3, 1, 20, 2, 8, dtype),
+        ):
             query, key = (torch.randn(batch, 3, n, width).to(dtype).transpose(1, 2) for n in (heads, kv_heads))
-            cos, sin = (torch.randn(count, 3, width).to(dtype) for count in (1, 1))
+            cos, sin = (torch.randn(batch if turned < width else 1, 3, turned).to(of) for _ in range(2))
             for is_inverse in (True, False):
                 args = (query, key.contiguous(), cos, sin, is_inverse)
                 found[f"rotary {dtype} {heads} {kv_heads} {width} {batch} {is_inverse}"] = lambda args=args: difference(

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as interleaved
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.olmo2.modeling_olmo2 import apply_rotary_pos_emb as wide
+from transformers.models.qwen3_next.modeling_qwen3_next import apply_rotary_pos_emb as partial
 
 from tests.model.zoo import tiny
 from tutti.check.rehearsal import rehearse
 from tutti.core.modules import attached
 from tutti.model import fused
-from tutti.model.fuse_modules import fuse_modules, recognise_activation, recognise_norm, turns_halves
+from tutti.model.fuse_modules import fuse_modules, recognise_activation, recognise_norm, recognise_rotary
 from tutti.model.fused import Norm
 from tutti.model.lora import Lora, add_adapters
 
@@ -71,7 +73,7 @@ def test_what_is_fused(family: str) -> None:
     assert counts(model) == FAMILIES[family]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma3", "phi3", "olmo2", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "phi3", "olmo2", "deepseek_v3", "gpt_neox"])
 def test_plain_forms_give_the_models_values(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(1))
     theirs, ours = built(family), built(family)
@@ -127,7 +129,9 @@ def test_rules_of_norms_and_rotations() -> None:
     assert recognise_norm(LlamaRMSNorm(40, eps=1e-5)) == Norm(1e-5, 0, True)
     assert recognise_norm(built("gemma3").model.norm) == Norm(1e-6, 1, False)
     assert recognise_norm(built("olmo2").model.norm) == Norm(1e-5, 0, False)
-    assert turns_halves(apply_rotary_pos_emb) and not turns_halves(interleaved)
+    assert recognise_rotary(apply_rotary_pos_emb) == [(False, False)] and not recognise_rotary(interleaved)
+    assert recognise_rotary(partial) == [(False, False), (True, False)]
+    assert recognise_rotary(wide) == [(False, False), (False, True)]
     assert recognise_activation(nn.SiLU()) == "silu" and recognise_activation(nn.ReLU()) is None
 
 

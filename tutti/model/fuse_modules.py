@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial, wraps
 from types import FunctionType, MethodType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -146,12 +146,18 @@ def _fuse_experts(module: Any, trials: _Trials) -> bool:
 
 def _fuse_rotary(module: Any, trials: _Trials) -> bool:
     rotate = rotary_of(module)
-    if rotate is None or not trials.once(rotate, lambda: turns_halves(rotate)):
+    if rotate is None:
         return False
     width = getattr(module, "head_dim", None) or 64
-    if not trials.passes((rotate, width), "rotary embeddings", partial(_rotary_differs, rotate, width)):
+    known = [item for item in trials.once(rotate, lambda: recognise_rotary(rotate))]
+    known = [
+        item
+        for item in known
+        if trials.passes((rotate, width, item), "rotary embeddings", partial(_rotary_differs, rotate, item, width))
+    ]
+    if WHOLE not in known:
         return False
-    wrap_forward(module, NAME, partial(_rotating, module=module, plain=rotate))
+    wrap_forward(module, NAME, partial(_rotating, module=module, plain=rotate, known=known))
     return True
 
 
@@ -192,13 +198,13 @@ def _gated_halves(forward: Forward, module: Any, activation: str) -> Forward:
     return run
 
 
-def _rotating(forward: Forward, module: nn.Module, plain: Callable[..., Any]) -> Forward:
-    """The forward of attention with its function for rotary embeddings exchanged for one that is `plain` where the
-    kernel does not go."""
+def _rotating(forward: Forward, module: nn.Module, plain: Callable[..., Any], known: Sequence[Rotation]) -> Forward:
+    """The forward of attention with its function for rotary embeddings exchanged for one that is `plain` for all but
+    the `known` kinds."""
     own: Any = type(module).forward
 
     def rotate(query: Any, key: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
-        if (args or kwargs) or not _turns(query, key, cos, sin):
+        if args or kwargs or not _turns(query, key, cos, sin, known):
             return plain(query, key, cos, sin, *args, **kwargs)
         return fused.rotate(query, key, cos, sin)
 
@@ -209,16 +215,22 @@ def _rotating(forward: Forward, module: nn.Module, plain: Callable[..., Any]) ->
     return MethodType(wraps(own)(made), module)
 
 
-def _turns(query: Any, key: Any, cos: Any, sin: Any) -> bool:
-    """True for queries and keys [B, heads, T, D] and angles [B or 1, T, D] of one dtype that the kernel takes."""
+def _turns(query: Any, key: Any, cos: Any, sin: Any, known: Sequence[Rotation]) -> bool:
+    """True for queries and keys [B, heads, T, D] and angles [B or 1, T, D or less] that are turned in a known way."""
     if query.ndim != 4 or key.ndim != 4 or cos.ndim != 3 or cos.shape != sin.shape:
         return False
     batch, _, length, width = query.shape
+    turned = cos.shape[-1]
     return (
-        (key.shape[0], *key.shape[2:]) == (batch, length, width)
-        and cos.shape[1:] == (length, width)
+        Rotation(turned < width, cos.dtype != query.dtype) in known
+        and turned % 2 == 0
+        and turned <= width
+        and cos.dtype in (query.dtype, torch.float32)
+        and (key.shape[0], *key.shape[2:]) == (batch, length, width)
+        and cos.shape[1] == length
         and cos.shape[0] in (1, batch)
-        and query.dtype == key.dtype == cos.dtype == sin.dtype
+        and query.dtype == key.dtype
+        and cos.dtype == sin.dtype
         and not cos.requires_grad
         and fused.fits(query, key, cos, sin)
     )
@@ -381,21 +393,38 @@ def rotary_of(module: nn.Module) -> Callable[..., Any] | None:
     return found if callable(found) else None
 
 
-def turns_halves(rotate: Callable[..., Any]) -> bool:
-    """True if `rotate` turns the first half of each head against the second, as `tutti.model.fused.rotate` does."""
-    dtypes = (torch.bfloat16, torch.float32)
-    problems = [_said(partial(_rotary_differs, rotate, 16, torch.device("cpu"), dtype)) for dtype in dtypes]
-    if any(problems):
+class Rotation(NamedTuple):
+    """A way to turn heads. is_partial: by their first columns only. is_wide: by angles in fp32."""
+
+    is_partial: bool
+    is_wide: bool
+
+
+WHOLE = Rotation(False, False)
+
+
+def recognise_rotary(rotate: Callable[..., Any]) -> list[Rotation]:
+    """The kinds of rotation in which `rotate` computes what `tutti.model.fused.rotate` does."""
+    cpu, dtypes = torch.device("cpu"), (torch.bfloat16, torch.float32)
+    kinds = (Rotation(is_partial, is_wide) for is_partial in (False, True) for is_wide in (False, True))
+    found = [
+        kind
+        for kind in kinds
+        if not any(_said(partial(_rotary_differs, rotate, kind, 16, cpu, item)) for item in dtypes)
+    ]
+    if WHOLE not in found:
         log.debug("not fused: %s.%s turns otherwise", rotate.__module__, ROTARY)
-    return not any(problems)
+    return found
 
 
-def _rotary_differs(rotate: Callable[..., Any], width: int, device: torch.device, dtype: torch.dtype) -> str:
+def _rotary_differs(
+    rotate: Callable[..., Any], kind: Rotation, width: int, device: torch.device, dtype: torch.dtype
+) -> str:
     draws = torch.Generator().manual_seed(0)
     shapes = ((2, 5, 6, width), (2, 5, 2, width))
     given = [torch.randn(shape, generator=draws).to(device, dtype).transpose(1, 2) for shape in shapes]
-    angles = torch.rand(2, 5, width, generator=draws) * 6
-    turns = [item.to(device, dtype) for item in (angles.cos(), angles.sin())]
+    angles = torch.rand(2, 5, width // 4 * 2 if kind.is_partial else width, generator=draws) * 6
+    turns = [item.to(device, torch.float32 if kind.is_wide else dtype) for item in (angles.cos(), angles.sin())]
 
     def by(function: Callable[..., Any], query: Tensor, key: Tensor) -> Any:
         return function(query, key, *turns)

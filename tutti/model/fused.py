@@ -165,8 +165,10 @@ class _GatedHalves(torch.autograd.Function):
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """query [B, H, T, D] and key [B, K, T, D] with the first half of each head turned against the second, by angles
-    whose cosines and sines are [B or 1, T, D]. The results lie in memory as attention reads them, tokens before heads.
-    """
+    whose cosines and sines are [B or 1, T, D]; of fewer columns, where only the first ones of a head are turned; in the
+    dtype of the query or in fp32, and then only the result is rounded.
+
+    The results lie in memory as attention reads them, tokens before heads."""
     out: tuple[Tensor, Tensor] = _Rotate.apply(query, key, cos, sin)
     return out
 
@@ -258,17 +260,22 @@ def _(grad, gate, up, activation, joined):  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("tutti::rotate", mutates_args=())
 def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, is_inverse: bool) -> tuple[Tensor, Tensor]:
-    found = []
+    def products(left: Tensor, right: Tensor) -> Tensor:
+        found = left * right[:, None]
+        return found.to(left.dtype) if is_inverse else found
+
+    results = []
     for item in (query, key):
-        turned = item * cos[:, None]
+        part, rest = item.split((cos.shape[-1], item.shape[-1] - cos.shape[-1]), -1)
         if is_inverse:
-            left, right = (item * sin[:, None]).chunk(2, -1)
-            turned += torch.cat((right, -left), -1)
+            left, right = products(part, sin).chunk(2, -1)
+            across = torch.cat((right, -left), -1)
         else:
-            left, right = item.chunk(2, -1)
-            turned += torch.cat((-right, left), -1) * sin[:, None]
-        found.append(turned.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2))
-    return found[0], found[1]
+            left, right = part.chunk(2, -1)
+            across = products(torch.cat((-right, left), -1), sin)
+        turned = (products(part, cos) + across).to(item.dtype)
+        results.append(torch.cat((turned, rest), -1).transpose(1, 2).contiguous().transpose(1, 2))
+    return results[0], results[1]
 
 
 @_rotate.register_fake

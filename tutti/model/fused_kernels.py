@@ -297,13 +297,16 @@ def _num_tiles(num_rows: int, width: int, tile: Tile) -> tuple[int]:
 
 
 class RotaryForm(NamedTuple):
-    """A kind of rotation, for which the kernel is compiled: numbers of heads of queries and keys, half their dimension,
-    the sign of the rotation, and the heads and columns of a tile."""
+    """A kind of rotation, for which the kernel is compiled. half: half the columns of a head that are turned. rest: its
+    other columns, and these filled up to a power of two. is_rounded: each product is, to the dtype of the result,
+    before they are added. tile: of the heads of one token and the columns of a half."""
 
     heads: int
     kv_heads: int
     half: int
+    rest: tuple[int, int]
     is_inverse: bool
+    is_rounded: bool
     tile: Tile
 
 
@@ -316,29 +319,45 @@ def rotary_tile(heads: int, half: int) -> Tile:
 
 
 @triton.jit
+def _product(left, right, kind: tl.constexpr, is_rounded: tl.constexpr):  # type: ignore[no-untyped-def]
+    product = left * right
+    if is_rounded:
+        product = product.to(kind).to(tl.float32)
+    return product
+
+
+@triton.jit
 def _rotate_heads(source, out, angles, stride, heads: tl.constexpr, form: tl.constexpr):  # type: ignore[no-untyped-def]
     """Rotate the heads of one token. angles: cosines of both halves, and sines. stride: between heads."""
     half: tl.constexpr = form.half
     rows: tl.constexpr = form.tile.rows
     cols: tl.constexpr = form.tile.cols
+    rest: tl.constexpr = form.rest[0]
+    rest_cols: tl.constexpr = form.rest[1]
+    is_rounded: tl.constexpr = form.is_rounded
+    kind: tl.constexpr = out.dtype.element_ty
+    width: tl.constexpr = 2 * half + rest
     col = tl.arange(0, cols)[None, :]
-    kind = out.dtype.element_ty
     for first in tl.static_range(0, heads, rows):
         head = (first + tl.arange(0, rows))[:, None]
         inside = (head < heads) & (col < half)
         left = tl.load(source + head * stride + col, mask=inside, other=0.0).to(tl.float32)
         right = tl.load(source + head * stride + half + col, mask=inside, other=0.0).to(tl.float32)
         if form.is_inverse:
-            from_right = (right * angles[3]).to(kind).to(tl.float32)
-            from_left = -(left * angles[2]).to(kind).to(tl.float32)
+            from_right = _product(right, angles[3], kind, is_rounded)
+            from_left = _product(-left, angles[2], kind, is_rounded)
         else:
-            from_right = -(right * angles[2]).to(kind).to(tl.float32)
-            from_left = (left * angles[3]).to(kind).to(tl.float32)
-        kept = (left * angles[0]).to(kind).to(tl.float32)
-        place = out + head * (2 * half) + col
+            from_right = _product(-right, angles[2], kind, is_rounded)
+            from_left = _product(left, angles[3], kind, is_rounded)
+        place = out + head * width + col
+        kept = _product(left, angles[0], kind, is_rounded)
         tl.store(place, (kept + from_right).to(kind), mask=inside)
-        kept = (right * angles[1]).to(kind).to(tl.float32)
+        kept = _product(right, angles[1], kind, is_rounded)
         tl.store(place + half, (kept + from_left).to(kind), mask=inside)
+        if rest > 0:
+            other = 2 * half + tl.arange(0, rest_cols)[None, :]
+            inside = (head < heads) & (other < width)
+            tl.store(out + head * width + other, tl.load(source + head * stride + other, mask=inside), mask=inside)
 
 
 @triton.jit
@@ -348,6 +367,7 @@ def _rotary_kernel(query, key, out_query, out_key, cos, sin, strides, form: tl.c
     cols: tl.constexpr = form.tile.cols
     heads: tl.constexpr = form.heads
     kv_heads: tl.constexpr = form.kv_heads
+    width: tl.constexpr = 2 * half + form.rest[0]
     token = tl.program_id(0).to(tl.int64)
     sequence = tl.program_id(1).to(tl.int64)
     place = sequence * tl.num_programs(0) + token
@@ -360,23 +380,26 @@ def _rotary_kernel(query, key, out_query, out_key, cos, sin, strides, form: tl.c
         tl.load(sin + at + half, mask=col < half, other=0.0).to(tl.float32),
     )
     source = query + sequence * strides[0] + token * strides[2]
-    _rotate_heads(source, out_query + place * (heads * 2 * half), angles, strides[1], heads, form)
+    _rotate_heads(source, out_query + place * (heads * width), angles, strides[1], heads, form)
     source = key + sequence * strides[3] + token * strides[5]
-    _rotate_heads(source, out_key + place * (kv_heads * 2 * half), angles, strides[4], kv_heads, form)
+    _rotate_heads(source, out_key + place * (kv_heads * width), angles, strides[4], kv_heads, form)
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, is_inverse: bool) -> tuple[Tensor, Tensor]:
-    """query [B, H, T, D] and key [B, K, T, D], laid out in any way but along D, turned by the angles whose cosines and
-    sines [B or 1, T, D] are given, contiguous. is_inverse: turned back, as gradients are. Both results lie in memory
-    with tokens before heads."""
+    """query [B, H, T, D] and key [B, K, T, D], laid out in any way but along D, with the first columns of each head
+    turned by the angles whose cosines and sines [B or 1, T, D or less] are given, contiguous.
+
+    is_inverse: turned back, as gradients are. Both results lie in memory with tokens before heads."""
     batch, heads, length, width = query.shape
-    kv_heads = key.shape[1]
+    kv_heads, turned = key.shape[1], cos.shape[-1]
     out_query = torch.empty(batch, length, heads, width, dtype=query.dtype, device=query.device)
     out_key = torch.empty(batch, length, kv_heads, width, dtype=key.dtype, device=key.device)
     if out_query.numel():
-        tile = rotary_tile(max(heads, kv_heads), width // 2)
+        tile = rotary_tile(max(heads, kv_heads), turned // 2)
         strides = (*query.stride()[:3], *key.stride()[:3], 0 if len(cos) == 1 else cos.stride(0))
-        form = RotaryForm(heads, kv_heads, width // 2, is_inverse, tile)
+        rest = width - turned, triton.next_power_of_2(max(1, width - turned))
+        is_rounded = is_inverse or cos.dtype == query.dtype
+        form = RotaryForm(heads, kv_heads, turned // 2, rest, is_inverse, is_rounded, tile)
         _rotary_kernel[(length, batch)](
             query, key, out_query, out_key, cos, sin, strides, form, num_warps=tile.warps
         )  # fmt: skip
