@@ -1,8 +1,8 @@
-"""Sounds of rows, decoded by PyAV: WAV, MP3, Ogg, FLAC and what else FFmpeg reads, also the sound of a video file.
+"""Sounds in rows, decoded with PyAV: WAV, MP3, Ogg, FLAC and whatever else FFmpeg reads, also the sound of video files.
 
-A sound is decoded to one channel, the mean of those it has, at the rate that the model's processor takes. What headers
-say of durations is often wrong, and how many tokens a sound takes depends on its length to the sample; so measuring
-one decodes it, which is quick.
+A sound is decoded to mono (the mean of its channels) at the sampling rate of the model's processor. Durations in
+headers are often wrong, and the number of tokens depends on the exact length, so measuring a sound decodes it, which is
+fast.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tutti.data.rows import RowError
 from tutti.data.video import open_av
 
 MAX_AUDIO_SECONDS = 3 * 3600
-"""A sound that is longer is taken for a mistake: decoded it would fill a gigabyte."""
+"""A longer sound is rejected as a mistake: decoded it would take a gigabyte."""
 
 
 def load_sound(medium: Media, rate: int, max_seconds: float | None) -> np.ndarray:
-    """The samples of a sound, or of a video's own, as `decode_sound` gives them. RowError: it cannot be decoded, or has
+    """The samples of a sound, or of a video's sound, as from `decode_sound`. RowError: it cannot be decoded, or has
     changed."""
     assert not isinstance(medium.source, tuple)
     samples = decode_sound(medium.source, rate, max_seconds)
@@ -32,7 +32,7 @@ def load_sound(medium: Media, rate: int, max_seconds: float | None) -> np.ndarra
 
 
 def has_sound(source: Source | tuple[Source, ...]) -> bool:
-    """True if a video is a file with a track of sound; a list of frames and an animated image have none. RowError: it
+    """True if a video is a file with a sound track; a list of frames and an animated image have none. RowError: it
     cannot be read."""
     if isinstance(source, tuple) or is_image(source):
         return False
@@ -41,7 +41,7 @@ def has_sound(source: Source | tuple[Source, ...]) -> bool:
 
 
 def decode_sound(source: Source, rate: int, max_seconds: float | None) -> np.ndarray:
-    """The samples of a sound, float32 [samples], at `rate` a second: of its first `max_seconds`, if given.
+    """The samples of a sound, float32 [samples], at `rate` per second; only the first `max_seconds`, if given.
 
     RowError: it cannot be decoded.
     """

@@ -1,9 +1,4 @@
-"""Variation of training images: mirrored, moved and scaled a little, each time anew.
-
-The random numbers depend on the sample and the epoch alone (`tutti.core.keyed_random`), so an image is varied in the
-same way on any number of ranks and after a restart. The variation is one affine map, applied to a whole batch of images
-on whatever device they are (`warp`); pixels that come in from outside repeat the image's border.
-"""
+"""Augmentation of training images: mirroring, shifting and scaling, different each time."""
 
 from __future__ import annotations
 
@@ -21,8 +16,8 @@ from tutti.core.keyed_random import generator
 
 @dataclass(frozen=True)
 class Augment:
-    """Image variation. flip: every other one is mirrored, on average. shift: by how much of its side an image is moved
-    at most. scale: it is scaled by a factor between 1 / (1 + scale) and 1 + scale."""
+    """Image augmentation. flip: mirror half of the images. shift: maximum shift, as a share of the side. scale: the
+    scale factor is between 1 / (1 + scale) and 1 + scale."""
 
     flip: bool = False
     shift: float = 0.0
@@ -30,7 +25,7 @@ class Augment:
 
     @classmethod
     def read(cls, entry: Mapping[str, Any]) -> Augment:
-        """The entry of a configuration under data.augment. ValueError: it cannot be used."""
+        """Parse data.augment. ValueError: it is invalid."""
         known = [field.name for field in dataclasses.fields(cls)]
         for name, value in entry.items():
             if name not in known:
@@ -46,8 +41,8 @@ class Augment:
         return self != Augment()
 
     def maps(self, seed: int, epoch: int, names: Sequence[Any]) -> Tensor:
-        """The affine maps fp32 [N, 2, 3] of images whose samples have these names, from places in the image that is
-        made to places in the one that there is, both from -1 to 1 (as `affine_grid` takes them)."""
+        """The affine maps fp32 [N, 2, 3] of images whose samples have these names, from positions in the output to
+        positions in the input, both in -1 to 1 (as in `affine_grid`)."""
         found = torch.zeros(len(names), 2, 3)
         for number, name in enumerate(names):
             mirrored, right, down, size = torch.rand(4, generator=generator(seed, epoch, name, "augment")).tolist()
@@ -59,6 +54,6 @@ class Augment:
 
 
 def warp(pixels: Tensor, maps: Tensor) -> Tensor:
-    """Images [N, C, height, width] after the affine `maps` [N, 2, 3], with bilinear interpolation."""
+    """Apply affine `maps` [N, 2, 3] to images [N, C, height, width] with bilinear interpolation."""
     grid = nn.functional.affine_grid(maps.to(pixels.dtype), list(pixels.shape), align_corners=False)
     return nn.functional.grid_sample(pixels, grid, padding_mode="border", align_corners=False)

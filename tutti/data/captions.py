@@ -1,15 +1,15 @@
-"""Rows of pictures or videos with captions, as diffusion models are trained on them.
+"""Rows of captioned images or videos, for training diffusion models.
 
-A row has a caption under the first of data.text_keys that it has (a list of them: one is drawn each time the row is
-trained on), and a picture under `image`, `image_path`, `image_bytes` or `target_image`, or a `video`; or it is a
-conversation, whose text is the user's and whose picture the assistant's.
+A row has a caption in the first of data.text_keys that it contains (from a list of captions, one is chosen each time
+the row is trained on), and an image in `image`, `image_path`, `image_bytes` or `target_image`, or a `video`. Or it is a
+conversation, with the user's text and the assistant's image.
 
-A sample's tokens stand for what the model sees, and are what batches are planned by: the bytes of its captions, which
-end with a 0 each, and then LATENT for each of its latent tokens. Its picture is resized, aspect kept, to the pixels
-that data.image_min_pixels and data.image_max_pixels allow, and cropped in the middle to whole latent tokens; a micro
-batch holds samples of one size alone.
+A sample's tokens represent what the model processes, and batches are planned with them: the bytes of its captions, each
+followed by a 0, and then LATENT for each latent token. The image is resized, keeping its aspect ratio, to the pixels
+that data.image_min_pixels and data.image_max_pixels allow, and center-cropped to whole latent tokens; a micro batch
+contains samples of one size.
 
-What other programs have written as pickled latents and embeddings is refused: unpickling runs code.
+Pickled latents and embeddings of other programs are refused: unpickling runs code.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ from tutti.data.source import BadRow, Row
 from tutti.data.video import FRAMES_FPS, load_video, measure_video, video_source
 
 LATENT = 256
-"""The token that stands for a latent token: no byte has this number."""
+"""The token for a latent token; no byte has this number."""
 
 VOCABULARY = 257
 PIXELS = "pixels"
-"""The name of decoded pictures among a batch's extras."""
+"""The name of decoded images among a batch's extras."""
 
 _IMAGES = ("image", "image_path", "image_bytes", "target_image")
 _VIDEOS = ("video", "video_path", "video_bytes")
 _PICKLE = b"\x80"
 _FRAMES = 49
-"""Frames that are taken of a video where data.video_max_frames does not say."""
+"""Number of frames of a video if data.video_max_frames is not set."""
 
 
 class Extent(NamedTuple):
@@ -69,9 +69,9 @@ class Extent(NamedTuple):
 class CaptionEncoder:
     """Turns rows into samples, and samples into pixels.
 
-    columns: that may hold the caption. limits: the data's bounds on pixels and frames. ranks: that share the latent
-    tokens of a sample. decodes: whether batches get pixels; False once all latents are cached. notes: as other encoders
-    have them.
+    columns: possible caption columns. limits: the data's limits for pixels and frames. ranks: the number of ranks that
+    share the latent tokens of a sample. decodes: batches get pixels; False if all latents are cached. notes: as in
+    other encoders.
     """
 
     columns: tuple[str, ...]
@@ -103,7 +103,7 @@ class CaptionEncoder:
         return Sample(ids, labels, source, media=(medium,), bucket=bucket)
 
     def _read(self, value: Mapping[str, Any]) -> tuple[list[str], str, Any]:
-        """A row's captions, and its picture or video: the kind and what the row says of it."""
+        """A row's captions, and its image or video: the kind and the row's entry."""
         kinds = (("video", _VIDEOS),) if self.grid.frames else ()
         for kind, names in (*kinds, ("image", _IMAGES)):
             name = next((name for name in names if value.get(name) is not None), None)
@@ -147,7 +147,7 @@ class CaptionEncoder:
         return Media("video", given, header.size, Frames(indices, header.total, rate))
 
     def extent(self, medium: Media) -> Extent:
-        """The size that a picture or video is trained in. RowError: it is too small for a single latent token."""
+        """The size at which an image or video is trained on. RowError: it is too small for a single latent token."""
         width, height, *_ = medium.size
         limits, step = self.limits, self.grid.step
         if medium.frames is not None:
@@ -168,8 +168,8 @@ class CaptionEncoder:
         return frames * (extent.width // self.grid.step) * (extent.height // self.grid.step)
 
     def extras(self, samples: Sequence[Sample], length: int) -> dict[str, Tensor]:
-        """The pixels of a micro batch, uint8 [B, 3, (frames,) height, width]: of a sample without a medium, whose own
-        turned out broken, black. BrokenMediaError: one cannot be decoded."""
+        """The pixels of a micro batch, uint8 [B, 3, (frames,) height, width]; black for a sample without a medium,
+        whose own was broken. BrokenMediaError: one cannot be decoded."""
         if not self.decodes:
             return {}
         found: list[Tensor | None] = []
@@ -182,8 +182,8 @@ class CaptionEncoder:
         return {PIXELS: torch.stack([torch.zeros_like(like) if pixels is None else pixels for pixels in found])}
 
     def pixels(self, medium: Media) -> Tensor:
-        """uint8 [3, height, width] of a picture, [3, frames, height, width] for models of videos. RowError: it cannot
-        be decoded."""
+        """The pixels of an image, uint8 [3, height, width], or for video models [3, frames, height, width].
+        RowError: it cannot be decoded."""
         extent = self.extent(medium)
         inner = _covering(medium.size, extent)
         if medium.frames is not None:
@@ -198,7 +198,7 @@ class CaptionEncoder:
         return pixels.unsqueeze(1) if self.grid.frames and pixels.ndim == 3 else pixels
 
     def summarize_media(self, samples: Sequence[Sample]) -> MediaSummary:
-        """The pictures of samples in numbers."""
+        """Statistics of the samples' images."""
         summary = MediaSummary()
         for sample in samples:
             for medium in sample.media:
@@ -232,7 +232,7 @@ def _checked(caption: str) -> str:
 
 
 def _refuse_pickles(value: Mapping[str, Any]) -> None:
-    """RowError: a column holds a pickle, as VeOmni's offline_embedding writes them."""
+    """Raise RowError if a column contains a pickle, as VeOmni's offline_embedding writes them."""
     names = [name for name, item in value.items() if isinstance(item, bytes | bytearray) and bytes(item[:1]) == _PICKLE]
     if names:
         raise RowError(

@@ -1,20 +1,20 @@
-"""The ways that a chat template's syntax tree lets a message's content go, and what must hold of a content for them.
+"""Data-flow analysis of chat templates: proving that a template writes messages' contents unchanged.
 
-Most templates do little with contents: they write them, perhaps without the blanks around them, and look for a marker
-in them. Of such a template it can be proved that two conversations of the same roles differ in their texts by their
-contents alone, as long as these have no blanks at their edges and none of the markers within. So the text need not be
-rendered for each.
+Most templates do little with contents: they write them, perhaps stripped, and look for a marker in them. For such a
+template one can prove that the texts of two conversations with the same roles differ only in their contents, as long as
+these have no whitespace at their edges and contain none of the markers. Then the text need not be rendered for each
+conversation.
 
-The proof is an abstract interpretation: expressions are evaluated to *kinds*, from `messages` on, over all branches
-that some conversation of the given roles may take, until the kinds of variables change no more. An operation on a
-content must give the content itself, or a truth value, and the same for all contents that meet its condition, which is
-added to those found so far. At anything else (a slice, a length, an escape, a comparison of contents, a macro) the
-proof is given up, which costs time alone. Messages have a role and a content and nothing else.
+The proof is an abstract interpretation. Expressions are evaluated to *kinds*, starting from `messages`, over all
+branches that some conversation of the given roles may take, until the kinds of variables no longer change. An operation
+on a content must return the content itself, or a truth value that is the same for all contents that meet its condition,
+which is added to the conditions found so far. For anything else (a slice, a length, an escape, a comparison of
+contents, a macro) the proof fails, which only costs time. Messages have a role and a content and nothing else.
 
-A content is a text, or a list of parts, `{"type": "text", "text": ...}` and others that have their type alone, such as
-images. Which of both it is, and the types of its parts, are alike in conversations that are compared, as their roles
-are; contents of which the texts must meet the condition are then those of the parts. What a template does where
-`content is string`, and where it is not, is followed apart.
+A content is a text, or a list of parts: `{"type": "text", "text": ...}`, and others that only have a type, such as
+images. Conversations are only compared if, besides the roles, the form of contents and the types of parts are the same;
+the condition then applies to the texts of the parts. The branches for `content is string` and for its opposite are
+followed separately.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from jinja2 import nodes
 _STRIPS = ("strip", "lstrip", "rstrip")
 _OF_TEXT = dict.fromkeys(("string", "defined", "iterable", "sequence"), True)
 _OF_TEXT |= dict.fromkeys(("undefined", "none", "mapping", "number", "boolean"), False)
-"""Tests that depend on the type of a value alone, and what they say of a text."""
+"""Jinja tests that only depend on a value's type, and their result for a text."""
 _OF_LISTS = _OF_TEXT | {"string": False}
 _OF_BOTH = {name: said for name, said in _OF_TEXT.items() if name != "string"}
 
@@ -42,10 +42,10 @@ _FUNCTIONS = {"raise_exception", "strftime_now", "namespace", "range"}
 
 
 class Kind(Enum):
-    """OTHER: nothing of a content. CONTENT: a text of a content as it is, or OTHER. TEXT: contents and other text, one
-    after the other. PIECES: a list of which the first and the last item are a content. MESSAGE, MESSAGES: as the
-    template gets them, with roles and contents. PART, PARTS: of a content that is a list. EITHER: a content that is a
-    text or a list of parts."""
+    """The kind of a value. OTHER: contains no content. CONTENT: the text of a content unchanged, or OTHER. TEXT:
+    contents and other text concatenated. PIECES: a list whose first and last items are contents. MESSAGE, MESSAGES:
+    as passed to the template, with roles and contents. PART, PARTS: of a content that is a list. EITHER: a content
+    that is a text or a list of parts."""
 
     OTHER = 0
     CONTENT = 1
@@ -59,16 +59,17 @@ class Kind(Enum):
 
 
 Fact = tuple[nodes.Node, Kind]
-"""An expression, and the kind that it is known to have."""
+"""An expression and its known kind."""
 
 
 class Unproved(Exception):
-    """The template does something with a content of which nothing is known."""
+    """Raised if the template does something unknown with a content."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A condition on contents. markers: texts that none has in it. edged: none is empty or has blanks at its edges."""
+    """A condition on contents. markers: texts that no content may contain. edged: no content may be empty or have
+    whitespace at its edges."""
 
     markers: frozenset[str]
     edged: bool
@@ -87,8 +88,9 @@ _ITEMS = {Kind.MESSAGES: Kind.MESSAGE, Kind.PARTS: Kind.PART}
 
 
 def condition_of(tree: nodes.Template, roles: Set[str], content: Kind = Kind.CONTENT) -> Condition | None:
-    """The condition under which a template writes all contents of messages of these roles as they are, and the same
-    around them; None if that is not proved. content: CONTENT if all are texts, PARTS if all are lists, else EITHER."""
+    """The condition under which a template writes all contents of messages of these roles unchanged, and the same
+    text around them; None if this is not proved. content: CONTENT if all are texts, PARTS if all are lists, else
+    EITHER."""
     tracer = _Tracer(roles, content)
     try:
         tracer.trace(tree)
@@ -99,8 +101,9 @@ def condition_of(tree: nodes.Template, roles: Set[str], content: Kind = Kind.CON
 
 @dataclass
 class _Tracer:
-    """The condition as far as it is found, and what is known of variables: their kinds, where they are not OTHER, and
-    which of them may be OTHER (as well). _narrowed: expressions whose kind is known better where the tracer is."""
+    """The condition found so far, and what is known about variables: their kinds, where they are not OTHER, and
+    which of them may (also) be OTHER. _narrowed: expressions whose kind is known more exactly at the current point.
+    """
 
     roles: Set[str]
     content: Kind = Kind.CONTENT
@@ -112,7 +115,7 @@ class _Tracer:
     _changed: bool = False
 
     def trace(self, tree: nodes.Template) -> None:
-        """Follow contents through a template. Unproved: its texts may differ by more than contents."""
+        """Follow contents through a template. Unproved: its texts may differ in more than contents."""
         self._changed, self._kinds = True, {"messages": Kind.MESSAGES}
         while self._changed:
             self._changed = False
@@ -156,8 +159,8 @@ class _Tracer:
             self._run(node.else_)
 
     def _facts(self, test: nodes.Node, within: nodes.Node) -> tuple[Fact | None, Fact | None]:
-        """The kind of a content where a test of its type is true, and where it is false; None if the test is another,
-        or `within` may make the tested expression another value."""
+        """The kind of a content if a test of its type is true, and if it is false; None if the test is another one,
+        or `within` may change the tested expression."""
         if isinstance(test, nodes.Not):
             true, false = self._facts(test.node, within)
             return false, true
@@ -171,7 +174,7 @@ class _Tracer:
 
     @contextmanager
     def _knowing(self, fact: Fact | None) -> Iterator[None]:
-        """Take a fact for true."""
+        """Assume a fact within this context."""
         before = self._narrowed
         self._narrowed = before if fact is None else [*before, fact]
         yield
@@ -218,7 +221,7 @@ class _Tracer:
             self.edged = True
 
     def _certain(self, test: nodes.Node) -> bool | None:
-        """The truth of a condition where it is the same for all conversations; None if that is not known."""
+        """The truth of a condition if it is the same for all conversations; None if unknown."""
         match test:
             case nodes.Not():
                 inner = self._certain(test.node)
@@ -251,7 +254,7 @@ class _Tracer:
                 return None if (key := self._key(test)) is None else key in _KEYS
 
     def _equals(self, left: nodes.Node, right: nodes.Node, op: str) -> bool | None:
-        """The truth of `left == right` or `left in right` where it is the same for all conversations."""
+        """The truth of `left == right` or `left in right` if it is the same for all conversations."""
         if isinstance(left, nodes.Const) and isinstance(left.value, str):
             if op == "in" and self._is(Kind.MESSAGE, right):
                 return left.value in _KEYS
@@ -262,14 +265,14 @@ class _Tracer:
         return self._holds_marker(left, values[0]) if op == "eq" and isinstance(values[0], str) else None
 
     def _holds_marker(self, node: nodes.Node, marker: str) -> bool | None:
-        """False for a content, which from now on must not have `marker` in it; None for anything else."""
+        """False for a content, which from now on must not contain `marker`; None for anything else."""
         if not marker or not self._is(Kind.CONTENT, node):
             return None
         self.markers.add(marker)
         return False
 
     def _key(self, node: nodes.Node) -> str | None:
-        """The key of a message that an expression is certain to be read from."""
+        """The key of a message from which an expression certainly reads."""
         match node:
             case nodes.Getattr(node=owner, attr=key) | nodes.Getitem(node=owner, arg=nodes.Const(value=str() as key)):
                 return key if self._is(Kind.MESSAGE, owner) else None
@@ -277,7 +280,7 @@ class _Tracer:
                 return None
 
     def _is(self, kind: Kind, node: nodes.Node) -> bool:
-        """True if an expression is certain to be a content, a message, or the list of messages."""
+        """True if an expression certainly is a content, a message, or the list of messages."""
         match node:
             case nodes.Name():
                 return self._kinds.get(node.name) is kind and node.name not in self._others
@@ -287,7 +290,7 @@ class _Tracer:
                 return kind is self.content and self._key(node) == "content"
 
     def _plain(self, *parts: nodes.Node | None) -> Kind:
-        """OTHER, for an expression of which all `parts` must be that."""
+        """OTHER, for an expression all of whose `parts` must be OTHER."""
         if any(part is not None and self._kind(part) is not Kind.OTHER for part in parts):
             raise Unproved("a content where something else is expected")
         return Kind.OTHER
@@ -323,7 +326,7 @@ class _Tracer:
                 return self._operation(node)
 
     def _operation(self, node: nodes.Node) -> Kind:
-        """The kind of an expression made of others by an operator, all of which must be OTHER where it is not known."""
+        """The kind of an operator expression; for unknown operators all operands must be OTHER."""
         match node:
             case nodes.Not():
                 self._truth(node.node)
@@ -351,7 +354,7 @@ class _Tracer:
                 return self._plain(*node.iter_child_nodes())
 
     def _is_namespace(self, name: str) -> bool:
-        """True if a variable is a namespace with a content or a message in it."""
+        """True if a variable is a namespace that contains a content or a message."""
         return any(key.startswith(f"{name}.") for key in self._kinds)
 
     def _item(self, owner: Kind, key: nodes.Node) -> Kind:
@@ -387,7 +390,7 @@ class _Tracer:
                 raise Unproved("a call")
 
     def _method(self, name: str, args: list[Any]) -> Kind:
-        """The kind of a string's method on a content, by constant arguments."""
+        """The kind of the result of a string method on a content, with constant arguments."""
         if name in _STRIPS and all(isinstance(arg, str) for arg in args):
             self.edged = True
             self.markers |= {char for arg in args for char in arg if not char.isspace()}
@@ -454,7 +457,7 @@ class _Tracer:
 
 
 def _joined(one: Kind, other: Kind) -> Kind:
-    """The kind of a value that is of either kind."""
+    """The kind of a value that has either kind."""
     if one is other or other is Kind.OTHER:
         return one
     if one is Kind.OTHER:
@@ -465,7 +468,7 @@ def _joined(one: Kind, other: Kind) -> Kind:
 
 
 def _constant(node: nodes.Node | None) -> Any:
-    """The value of a constant expression; None of another."""
+    """The value of a constant expression; None for others."""
     match node:
         case nodes.Const():
             return node.value

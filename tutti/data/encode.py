@@ -1,15 +1,15 @@
 """From rows to samples: text, token ids, and which of them are trained on.
 
-Per batch of rows: (1) every row becomes a text with the character spans that are trained (for a conversation the chat
-template says which); (2) all texts are tokenised in one call, in parallel and outside the interpreter's lock; (3) spans
-become labels. A token is trained if it *begins* inside a trained span: one that straddles the border between a header
-and an answer is not, since at inference the header's tokens are given.
+For each batch of rows: (1) every row becomes a text with the character spans that are trained (for a conversation the
+chat template defines them); (2) all texts are tokenized in one call, in parallel and without the interpreter lock; (3)
+spans become labels. A token is trained on if it *begins* inside a trained span: a token that straddles the border
+between header and answer is not, since at inference the header's tokens are given.
 
 - plaintext: every token and an end-of-text token, cut into pieces of at most L tokens.
 - conversation: the trained spans; a longer one keeps its last L tokens.
 - classification: the first L tokens; the last position is trained on the class.
 
-Labels are shifted here, once: `labels[t]` is the target of position t. A row that trains on nothing is a `BadRow`.
+Labels are shifted here, once: `labels[t]` is the target of position t. A row without targets is a `BadRow`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _LIMITS = {
     "video": "data.video_max_frames and data.video_max_pixels",
     "audio": "data.audio_max_seconds",
 }
-"""The arguments that make media of a kind take fewer tokens."""
+"""The arguments that reduce the number of tokens of media, by kind."""
 
 
 _HALVES = re.compile("[\ud800-\udfff]")
@@ -52,10 +52,9 @@ _HALVES = re.compile("[\ud800-\udfff]")
 class Encoder:
     """Turns rows into samples; picklable. Made by `make_encoder`.
 
-    media: the processor of a model that takes media; media_root, row_template: data.media_root and
-    data.row_template.
-    mends: whether halves of surrogate pairs, which are no characters, become U+FFFD; if not, the row is a bad one.
-    notes: what rows so far had that does not get to the model: how many of them, by what it is.
+    media: the processor of a multimodal model. media_root, row_template: data.media_root and data.row_template. mends:
+    unpaired surrogates, which are not characters, become U+FFFD; otherwise the row is bad. notes: counts of rows with
+    content that does not reach the model, by kind of content.
     """
 
     tokenize: BatchTokenizer
@@ -73,9 +72,10 @@ class Encoder:
     row_template: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, rows: Sequence[Row | BadRow], source: int = 0) -> list[list[Sample] | BadRow]:
-        """Per row its samples (several for a long plaintext row), or why there are none. `source`: its index.
+        """Encode rows: returns for each row its samples (several for a long plaintext row), or why there are none.
+        source: the source's index.
 
-        ValueError if the tokenizer gives ids the model has no embedding for.
+        ValueError: the tokenizer returns ids that the model does not embed.
         """
         results: list[Any] = list(rows)
         numbers, texts, targets, media = [], [], [], []
@@ -109,12 +109,12 @@ class Encoder:
         return results
 
     def extras(self, samples: Sequence[Sample], length: int) -> dict[str, Tensor]:
-        """The inputs that a model takes beside the tokens of samples that are packed into `length` places, by the name
-        of its argument; nothing where no sample has media. BrokenMediaError: one of them cannot be decoded."""
+        """The model's inputs in addition to tokens, by argument name, for samples packed to `length` tokens; empty
+        if no sample has media. BrokenMediaError: one of them cannot be decoded."""
         return {} if self.media is None else self.media.values(samples, length)
 
     def summarize_media(self, samples: Sequence[Sample]) -> MediaSummary:
-        """The media of samples in numbers."""
+        """Statistics of the samples' media."""
         summary = MediaSummary()
         for sample in samples:
             if not sample.media or self.media is None:
@@ -124,7 +124,7 @@ class Encoder:
         return summary.shortened()
 
     def _text(self, row: Row) -> tuple[str, Any, tuple[Media, ...] | None]:
-        """A row's text, its class or its trained character spans, and its media, if it has any."""
+        """A row's text, its class or its trained character spans, and its media if it has any."""
         value = row.value
         if self.template is not None:
             if self.row_template:
@@ -142,7 +142,7 @@ class Encoder:
                 return text, spans, None
             literal = literal_places(conversation.messages)
             if not entries:
-                self.media.expand(text, ())  # which minds a marker that a text spells
+                self.media.expand(text, ())  # reports a placeholder that is spelled in a text
             for place in literal:
                 self.notes[f"{place} stays a word of the text, as no column of the row has a medium for it"] += 1
             if not entries:
@@ -156,13 +156,15 @@ class Encoder:
         return text_of(value, self.columns), None, None
 
     def _with_media(self, sample: Sample, media: tuple[Media, ...], ids: np.ndarray) -> Sample:
-        """The sample with its media. ids: of the whole row. RowError: it was cut, and lacks some of their tokens."""
+        """The sample with its media. ids: of the whole row. RowError: the row was cut and lacks some of the media's
+        tokens."""
         self.require_media(media, ids, sample.input_ids, self.max_seq_len)
         values = 0 if self.media is None else self.media.num_values(media)
         return replace(sample, media=media, num_values=values)
 
     def require_media(self, media: tuple[Media, ...], ids: np.ndarray, kept: np.ndarray, max_seq_len: int) -> None:
-        """RowError if `kept`, what max_seq_len leaves of the tokens `ids` of a row, lacks some of its media's."""
+        """Raise RowError if `kept`, the part of a row's tokens `ids` within max_seq_len, lacks some of its media's
+        tokens."""
         if not media:
             return
         assert self.media is not None
@@ -176,7 +178,7 @@ class Encoder:
             )
 
     def _characters(self, text: str) -> str:
-        """`text`, which has as many characters afterwards, without halves of surrogate pairs."""
+        """`text` with unpaired surrogates replaced; the number of characters stays the same."""
         if (half := half_surrogate(text)) is None:
             return text
         if not self.mends:
@@ -189,7 +191,7 @@ class Encoder:
             raise ValueError(_too_large(f"gives token id {highest}", self.vocab_size))
 
     def _samples(self, ids: np.ndarray, labels: np.ndarray, target: Any, source: int) -> list[Sample]:
-        """A row's samples from its tokens [n] and as many labels, all IGNORE, to be filled in."""
+        """A row's samples, from its tokens [n] and labels [n], all IGNORE, to be filled in."""
         if self.rows == "documents":
             return _pieces(np.append(ids, np.int32(self.tokenize.tokenizer.eos_token_id)), self.max_seq_len, source)
         if self.rows == "conversations":
@@ -202,7 +204,7 @@ class Encoder:
 
 
 def _token_spans(tokens: Tokens, spans: list[list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
-    """Spans of characters, a list for each text, as spans of tokens."""
+    """Convert spans of characters, a list for each text, to spans of tokens."""
     places = [place for place, found in enumerate(spans) for _ in range(2 * len(found))]
     chars = [char for found in spans for span in found for char in span]
     borders = iter(tokens.first_from(places, chars))
@@ -210,9 +212,9 @@ def _token_spans(tokens: Tokens, spans: list[list[tuple[int, int]]]) -> list[lis
 
 
 def _pieces(ids: np.ndarray, max_seq_len: int, source: int) -> list[Sample]:
-    """Samples of at most `max_seq_len` tokens, each token but the first of each trained on.
+    """Samples of at most `max_seq_len` tokens, with each token except the first of each sample trained on.
 
-    A last piece of one token would train on nothing, so the piece before it gives it one of its own.
+    A last piece of one token would have no target, so it gets another token from the piece before.
     """
     count = len(ids)
     if count < 2:
@@ -228,7 +230,7 @@ def _pieces(ids: np.ndarray, max_seq_len: int, source: int) -> list[Sample]:
 
 
 def _chat(ids: np.ndarray, labels: np.ndarray, spans: list[tuple[int, int]], max_seq_len: int, source: int) -> Sample:
-    """The last `max_seq_len` tokens, trained on the token spans."""
+    """The sample of the last `max_seq_len` tokens, trained on the token spans."""
     start = max(0, len(ids) - max_seq_len)
     trained = False
     for first, last in spans:
@@ -259,11 +261,11 @@ def make_encoder(
     label_names: Sequence[str] = (),
     processor: Any = None,
 ) -> Encoder:
-    """The encoder for data.data_type. `tokenizer`: with its chat template set, for conversations. `vocab_size`: rows of
-    the model's embedding.
+    """The encoder for data.data_type.
 
-    `num_labels`, `label_names`: the classes, for classification. `processor`: of a model that takes media.
-    ValueError if tokenizer and model can't fit.
+    tokenizer: with its chat template set, for conversations. vocab_size: number of rows of the model's embedding.
+    num_labels, label_names: the classes, for classification. processor: of a multimodal model. ValueError: tokenizer
+    and model do not fit.
     """
     data, kind = config.data, config.data.task.rows
     if len(tokenizer) > vocab_size:
@@ -303,8 +305,8 @@ def make_encoder(
 def describe(sample: Sample, tokenizer: Any, media: MediaProcessor | None = None) -> list[tuple[str, bool]]:
     """The sample as consecutive pieces of text, each with whether its tokens are trained on (are targets).
 
-    For a classification sample nothing is: its target is a class, not a token. media: by which a sample that has some
-    is shown with their kinds, sizes and tokens in the place of these.
+    A classification sample has none: its target is a class, not a token. media: the processor, with which media are
+    shown by kind, size and number of tokens.
     """
     trained = np.zeros(len(sample), bool)
     trained[1:] = sample.labels[:-1] == sample.input_ids[1:]

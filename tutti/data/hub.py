@@ -1,10 +1,10 @@
-"""Data sets of the Hugging Face hub by name: which files a split has.
+"""Datasets of the Hugging Face hub by name: finding the files of a split.
 
-`org/name:split` is a split of a data set, `org/name` its split train, `org/name:subset/split` a split of one of its
-subsets, and `org/name@revision:split` one at a branch, tag or commit. The files are downloaded as they are and read by
-our own readers. Which files a split has, the repository's README says in its front matter (`configs`), or else their
-names do, by the rules that the hub documents: `data/SPLIT-00000-of-00004.parquet`; folders, and then files, with train,
-validation or test in their names; else all files are train. `hf://datasets/org/name/path` names files, folders or
+`org/name:split` is a split of a dataset, `org/name` its split train, `org/name:subset/split` a split of a subset, and
+`org/name@revision:split` one at a branch, tag or commit. The files are downloaded and read by our own readers. Which
+files a split has is defined in the front matter of the repository's README (`configs`), or else by file names,
+according to the hub's documented rules: `data/SPLIT-00000-of-00004.parquet`; folders, and then files, with train,
+validation or test in their names; otherwise all files are train. `hf://datasets/org/name/path` names files, folders or
 globs.
 """
 
@@ -23,10 +23,10 @@ from tutti.core.hub import NAME, HubFiles, Repo, repo_named
 log = logging.getLogger(__name__)
 
 IsData = Callable[[PurePosixPath], bool]
-"""True if a path has the name of a file of rows."""
+"""A function that tells whether a path is named like a data file."""
 
 Splits = dict[str, dict[str, list[str]]]
-"""By subset and split: the files."""
+"""Files by subset and split."""
 
 _SPLIT = re.compile(NAME + r"(?::(?P<split>[^:]+))?")
 _PATH = re.compile(r"hf://datasets/(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<path>.*))?")
@@ -41,15 +41,15 @@ _NO_ROWS = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_d
 
 
 def repo_name(text: str) -> str | None:
-    """The `org/name` in a text of the form of a split's name."""
+    """The `org/name` in a split's name; None if the text has another form."""
     match = _SPLIT.fullmatch(text)
     return None if match is None else match["name"]
 
 
 def pin_split(argument: str, name: str, is_data: IsData) -> HubFiles | None:
-    """The files of the split that `name`, which `argument` holds, stands for, downloaded; None: it names no data set.
+    """The downloaded files of the split `name`, from `argument`; None if it names no dataset.
 
-    ValueError: it is not there, or it has no such split.
+    ValueError: the dataset does not exist, or has no such split.
     """
     match = _SPLIT.fullmatch(name)
     if match is None or os.path.exists(name):
@@ -70,7 +70,7 @@ def pin_split(argument: str, name: str, is_data: IsData) -> HubFiles | None:
 
 
 def pin_path(argument: str, url: str, is_data: IsData) -> HubFiles:
-    """The data files that a URL hf://datasets/org/name[@revision]/path stands for, downloaded. ValueError: none."""
+    """The downloaded data files of a URL hf://datasets/org/name[@revision]/path. ValueError: there are none."""
     match = _PATH.fullmatch(url)
     if match is None:
         raise ValueError(f"{argument}: {url}: of the hub, files of data sets are read: hf://datasets/org/name/path")
@@ -94,7 +94,7 @@ def _downloaded(repo: Repo, commit: str, files: Sequence[str]) -> HubFiles:
 
 
 def find_splits(paths: Iterable[str], readme: str, is_data: IsData) -> Splits:
-    """The subsets of a data set and their splits, the default subset first. readme: the text of its README.md.
+    """The subsets of a dataset and their splits, the default subset first. readme: the text of its README.md.
 
     ValueError: the README's front matter cannot be read.
     """
@@ -114,14 +114,14 @@ def find_splits(paths: Iterable[str], readme: str, is_data: IsData) -> Splits:
 
 
 def is_rows(path: str, is_data: IsData) -> bool:
-    """True if a file is one of rows, and neither hidden nor one that describes the data set."""
+    """True if a file is a data file, and neither hidden nor metadata."""
     parts = PurePosixPath(path).parts
     hidden = any(part.startswith((".", "__")) for part in parts)
     return not hidden and parts[-1] not in _NO_ROWS and is_data(PurePosixPath(path))
 
 
 def _by_names(files: list[str]) -> dict[str, list[str]]:
-    """Splits as the files' names say."""
+    """Splits according to file names."""
     sharded = [(match[1], path) for path in files if (match := _SHARDED.fullmatch(path))]
     in_folders = [(split, path) for split, word in _KEYWORDS.items() for path in files
                   if word.search(str(PurePosixPath(path).parent))]  # fmt: skip
@@ -134,7 +134,7 @@ def _by_names(files: list[str]) -> dict[str, list[str]]:
 
 
 def _of_one_kind(files: list[str]) -> list[str]:
-    """The files of the commonest format: beside data there are often notes in another."""
+    """The files of the most common format, since there are often notes in another one."""
     kinds = Counter(PurePosixPath(path).suffixes[0] for path in files)
     if not kinds:
         return []
@@ -143,7 +143,7 @@ def _of_one_kind(files: list[str]) -> list[str]:
 
 
 def _choose(where: str, subsets: Splits, wanted: str | None, default: str | None) -> list[str]:
-    """The files of the split that is wanted, or of `default`; ValueError says which there are."""
+    """The files of the wanted split, or of `default`; the ValueError lists the existing ones."""
     subset, split = next(iter(subsets)), wanted
     if wanted and "/" in wanted:
         subset, _, split = wanted.partition("/")
@@ -165,7 +165,7 @@ def _choose(where: str, subsets: Splits, wanted: str | None, default: str | None
 
 
 def _front_matter(readme: str) -> dict[str, Any]:
-    """The content of the YAML between the README's first two lines of dashes."""
+    """The YAML between the README's first two lines of dashes."""
     import yaml
 
     match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", readme, re.DOTALL)
@@ -177,7 +177,7 @@ def _front_matter(readme: str) -> dict[str, Any]:
 
 
 def _patterns(data_files: Any) -> dict[str, list[str]]:
-    """By split the patterns of its files, from any form that a README may list them in."""
+    """File patterns by split, from any of the forms that a README may use."""
     if isinstance(data_files, dict):
         return {str(split): _listed(patterns) for split, patterns in data_files.items()}
     entries = _listed(data_files)
@@ -200,7 +200,7 @@ def _matching(files: Iterable[str], patterns: Sequence[str]) -> list[str]:
 
 
 def _missing_shard(files: Sequence[str]) -> str | None:
-    """The first file that the numbers in the others' names (-00001-of-00004) say there is, but is not among them."""
+    """The first file that is missing according to the numbers in the others' names (-00001-of-00004)."""
     there = set(files)
     for file in files:
         match = _SHARD.search(file)

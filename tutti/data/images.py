@@ -1,7 +1,7 @@
-"""Rows that are an image each, for models of pixels: measured when rows are read, decoded when they are trained on.
+"""Rows with one image each, for models of pixels: measured when rows are read, decoded when they are trained on.
 
-A sample counts as one token, which is trained on: its number and labels say nothing, its one medium everything. Images
-are scaled until their shorter side fits the model's size, and the middle is cut out.
+A sample counts as one token that is trained on; its id and label have no meaning, only its medium does. Images are
+scaled so that their shorter side fits the model's size, and center-cropped.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ from tutti.data.rows import BrokenMediaError, RowError, encode_each
 from tutti.data.source import BadRow, Row, text_columns
 
 PIXELS = "pixel_values"
-"""The name, among a batch's extras, of its images: fp32 [N, 3, S, S] in [-1, 1], one for each target."""
+"""The name of images among a batch's extras: fp32 [N, 3, S, S] in [-1, 1], one per target."""
 
 
 @dataclass
 class ImageEncoder:
-    """Turns rows into samples of one image; picklable. columns: that may hold it, first choice first. cache: of decoded
-    images. notes: how many rows had other columns, which are not read, by their names."""
+    """Turns rows into samples of one image; picklable.
+
+    columns: possible image columns, in order of preference. cache: of decoded images. notes: counts of rows with other,
+    unused columns, by name.
+    """
 
     columns: tuple[str, ...]
     size: Square
@@ -54,7 +57,7 @@ class ImageEncoder:
         return Sample(one, one.copy(), source, media=(Media("image", found, measure_image(found)),))
 
     def extras(self, samples: Sequence[Sample], length: int) -> dict[str, Tensor]:
-        """The images of samples, by the name `PIXELS`. BrokenMediaError: one of them cannot be decoded."""
+        """The images of samples under the name `PIXELS`. BrokenMediaError: one of them cannot be decoded."""
         values = []
         for number, sample in enumerate(samples):
             if sample.labels[0] == IGNORE:
@@ -66,7 +69,7 @@ class ImageEncoder:
         return {PIXELS: torch.stack(values)} if values else {}
 
     def _pixels(self, medium: Media) -> np.ndarray:
-        """The middle of an image, uint8 [S, S, 3]."""
+        """The center of an image, uint8 [S, S, 3]."""
         name = b"%s\0%d" % (identity(medium), self.size.side)
         if self.cache is not None and (found := self.cache.get(name)) is not None:
             return found
@@ -76,7 +79,7 @@ class ImageEncoder:
         return pixels
 
     def summarize_media(self, samples: Sequence[Sample]) -> MediaSummary:
-        """The images of samples in numbers."""
+        """Statistics of the samples' images."""
         summary = MediaSummary()
         for medium in (medium for sample in samples for medium in sample.media):
             summary.add(medium, 1)
@@ -84,7 +87,7 @@ class ImageEncoder:
 
 
 def make_image_encoder(config: Config, size: Square) -> ImageEncoder:
-    """The encoder of rows with images that become squares of `size`."""
+    """The encoder of rows with images, for squares of `size`."""
     megabytes = config.data.media_cache_mb
     cache = MediaCache(megabytes * 2**20) if megabytes else None
     return ImageEncoder(text_columns(config), size, config.data.media_root, cache)

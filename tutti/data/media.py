@@ -1,11 +1,11 @@
-"""Media of rows: what a row refers to, measured by its header when rows are encoded and decoded when it is trained on.
+"""Media in rows: measured by their headers when rows are encoded, and decoded when they are trained on.
 
-A *medium* is an image, a video or a sound. Rows name it by a path (relative to the data file's folder, or else to
-data.media_root), a `file://` address, a data URL, its encoded bytes, or `{"bytes", "path"}` as datasets' Image and
-Audio columns do; a video may also be a list of frames. Nothing is fetched from the network. Paths stay below the data
-file's folder and data.media_root, so that a row cannot read other files of the machine.
+A *medium* is an image, a video or a sound. Rows refer to it by a path (relative to the data file's folder, or else to
+data.media_root), a `file://` URL, a data URL, encoded bytes, or `{"bytes", "path"}` as in Image and Audio columns of
+datasets; a video may also be a list of frames. Nothing is downloaded. Paths must stay below the data file's folder or
+data.media_root, so that a row cannot read other files of the machine.
 
-Measuring an image reads its header alone; its orientation tag is minded. A sample carries `Media`, never pixels.
+Measuring an image only reads its header, including its orientation tag. A sample contains `Media`, never pixels.
 Videos: `tutti.data.video`; sounds: `tutti.data.audio`.
 """
 
@@ -37,26 +37,26 @@ Source = str | bytes
 
 
 class MemberBytes(bytes):
-    """The encoded bytes of a medium that has a name, such as its path within an archive: by it messages name it."""
+    """The encoded bytes of a medium with a name for messages, such as its path within an archive."""
 
     name: str = ""
 
 
 MAX_IMAGE_PIXELS = 2**28
-"""An image of more pixels than this is taken for a mistake, or an attack: decoded it would fill a gigabyte."""
+"""An image with more pixels is rejected as a mistake or an attack: decoded it would take a gigabyte."""
 
 _DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+(;[\w=.+-]+)*;base64,", re.ASCII)
 _ORIENTATION = 0x0112
 
 
 LISTED = 3
-"""The largest media that a summary names."""
+"""Number of largest media that a summary names."""
 
 
 @dataclass
 class MediaSummary:
-    """Media in numbers: how many there are of each kind, the tokens that they take, and the `largest`, each with its
-    tokens, its kind and what it is."""
+    """Statistics of media: the number of each kind, the tokens that they take, and the `largest` ones, each with its
+    tokens, kind and name."""
 
     numbers: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
@@ -67,19 +67,19 @@ class MediaSummary:
         return MediaSummary(self.numbers + other.numbers, self.tokens + other.tokens, both).shortened()
 
     def add(self, medium: Media, tokens: int) -> None:
-        """Count a medium that takes so many tokens."""
+        """Count a medium with this number of tokens."""
         name = name_of(medium.source) if isinstance(medium.source, str | MemberBytes) else ""
         self.numbers[medium.kind] += 1
         self.tokens[medium.kind] += tokens
         self.largest.append((tokens, medium.kind, f"{described(medium)} {name}".strip()))
 
     def shortened(self) -> MediaSummary:
-        """The summary with no more of the largest than are named."""
+        """The summary with only as many of the largest as are named."""
         return MediaSummary(self.numbers, self.tokens, sorted(self.largest, key=lambda one: -one[0])[:LISTED])
 
 
 def described(medium: Media) -> str:
-    """The size of a medium as it is shown."""
+    """The size of a medium for display."""
     if medium.kind == "audio":
         return f"{medium.size[0]:,} samples"
     size = "x".join(map(str, medium.size))
@@ -93,13 +93,13 @@ def plural(kind: str) -> str:
 
 @dataclass(frozen=True)
 class MediaFolder:
-    """The folders in which the media of a data file may lie. root: data.media_root."""
+    """The folders that may contain the media of a data file. root: data.media_root."""
 
     folder: str
     root: str | None = None
 
     def path_of(self, name: str) -> str:
-        """The file that `name` refers to; RowError: there is none, or it is outside."""
+        """The file that `name` refers to. RowError: it does not exist, or is outside of the folders."""
         allowed = [_real_folder(base) for base in (self.folder or os.curdir, self.root) if base]
         for base in allowed:
             folder, file = os.path.split(os.path.join(base, name))
@@ -114,11 +114,11 @@ class MediaFolder:
 
 
 _real_folder = lru_cache(4096)(os.path.realpath)
-"""The path of a folder without links. Rows have few folders, and to look each of their links up takes long."""
+"""The resolved path of a folder, cached, since rows refer to few folders and resolving links is slow."""
 
 
 def reference(entry: Any, folder: MediaFolder) -> str | bytes:
-    """The path or the encoded bytes that an entry of a row stands for. RowError: it is neither."""
+    """The path or the encoded bytes for an entry of a row. RowError: it is neither."""
     if isinstance(entry, bytes | bytearray):
         if not entry:
             raise RowError("a medium of no bytes")
@@ -151,7 +151,7 @@ def reference(entry: Any, folder: MediaFolder) -> str | bytes:
 
 
 def _member(entry: Any, name: Any, folder: MediaFolder) -> str | bytes:
-    """As `reference`, of bytes that may have a name, such as their path within an archive."""
+    """As `reference`, for bytes that may have a name, such as their path within an archive."""
     if not isinstance(name, str) or not isinstance(entry, bytes):
         return reference(entry, folder)
     if not entry:
@@ -162,7 +162,7 @@ def _member(entry: Any, name: Any, folder: MediaFolder) -> str | bytes:
 
 
 def measure_image(source: Source) -> tuple[int, int]:
-    """The width and height of an image, upright, from its header. RowError: it cannot be read."""
+    """The upright width and height of an image, from its header. RowError: it cannot be read."""
     with readable(source), opened(source) as image:
         if image.mode in ("I", "F"):
             raise RowError(f"{name_of(source)} has pixels of 32 bits, whose black and white are not known: make 8 bits")
@@ -181,16 +181,16 @@ def is_image(source: Source) -> bool:
 
 
 def decode_image(source: Source) -> Image.Image:
-    """The decoded image, upright, in RGB of 8 bits; of 16 bits of gray the upper 8. RowError: it cannot be decoded."""
+    """The decoded image, upright, in 8-bit RGB; of 16-bit gray the upper 8 bits. RowError: it cannot be decoded."""
     with readable(source), opened(source) as image:
         upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I;16"):  # of which pillow would make white of all that is brighter than 255
+        if upright.mode.startswith("I;16"):  # pillow would turn everything brighter than 255 white
             upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
         return upright.convert("RGB")
 
 
 def load_image(medium: Media) -> Image.Image:
-    """The decoded image, upright, in RGB. RowError: it cannot be decoded, or has another size now."""
+    """The decoded image, upright, in RGB. RowError: it cannot be decoded, or its size has changed."""
     assert not isinstance(medium.source, tuple)
     image = decode_image(medium.source)
     if image.size != medium.size:
@@ -199,7 +199,7 @@ def load_image(medium: Media) -> Image.Image:
 
 
 def resized(size: tuple[int, int], least: int | None, most: int | None) -> tuple[int, int]:
-    """The size with at least and at most so many pixels, of the same aspect."""
+    """The size with the same aspect ratio and between `least` and `most` pixels."""
     width, height = size
     pixels = width * height
     bound = min(pixels, most) if most else pixels
@@ -212,7 +212,7 @@ def resized(size: tuple[int, int], least: int | None, most: int | None) -> tuple
 
 
 def identity(medium: Media) -> bytes:
-    """The bytes that stand for a medium in a digest of data: its path, size and time of change, or its bytes."""
+    """The bytes that identify a medium in a digest of data: its path, size and modification time, or its bytes."""
     sources = medium.source if isinstance(medium.source, tuple) else (medium.source,)
     return b"\0".join([*map(_identity, sources), *([repr(medium.frames).encode()] if medium.frames else ())])
 
@@ -237,7 +237,7 @@ def opened(source: Source) -> Iterator[Image.Image]:
 
 @contextmanager
 def readable(source: Source, what: str = "an image") -> Iterator[None]:
-    """Say in one line why a file cannot be read as `what` it should be."""
+    """Convert errors of reading a file as `what` to a one-line RowError."""
     try:
         yield
     except UnidentifiedImageError:

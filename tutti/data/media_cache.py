@@ -1,13 +1,13 @@
-"""Decoded media that are kept, so that small data is decoded once and not in every epoch.
+"""A cache of decoded media, so that small data is decoded once and not in every epoch.
 
-The worker processes of a rank share one piece of memory, data.media_cache_mb large: which worker a micro batch goes to
-differs from epoch to epoch, and so each finds what any of them has decoded. It is made before they are forked.
+The worker processes of a rank share one memory region of data.media_cache_mb: a micro batch goes to different workers
+in different epochs, and each finds what any of them has decoded. It is allocated before they are forked.
 
-What comes first stays. A pass over data that is larger than the memory would, if the oldest made room for the newest,
-throw each medium out shortly before its next turn, and find nothing; so it finds what fits.
+Entries are never evicted. In a pass over data that is larger than the cache, eviction of the oldest entries would
+discard each medium shortly before its next use; without it, as many are found as fit.
 
-Media are kept as decoded and resized (8 bits a channel), before their processor makes floats of them, which are 4 to 8
-times as large and quickly made.
+Media are stored decoded and resized (8 bits per channel), before their processor turns them into floats, which are 4 to
+8 times as large and quickly computed.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ import numpy as np
 
 _SLOT = np.dtype([("name", "u8", (2,)), ("start", "i8"), ("shape", "i4", (4,)), ("dtype", "u1"), ("dims", "u1")])
 _BYTES_A_SLOT = 4096
-"""Memory for each array whose place can be noted."""
+"""Bytes per slot that records an array's place."""
 _TRIED = 8
-"""Slots that may note an array's place, one after the other from where its name points."""
+"""Number of consecutive slots that may record an array's place, starting where its name points."""
 _DTYPES = (np.dtype(np.uint8), np.dtype(np.float32))
 _ALIGNED = 16
 
 
 class MediaCache:
-    """Arrays by name, in memory of `size` bytes that processes forked from this one share; empty where it is unpickled.
+    """Arrays by name, in `size` bytes of memory that forked processes share; empty after unpickling.
 
-    Arrays are of 8 bits or fp32 and of at most 4 dimensions.
+    Arrays are of 8 bits or fp32 and have at most 4 dimensions.
     """
 
     def __init__(self, size: int) -> None:
@@ -40,13 +40,13 @@ class MediaCache:
         number = max(_TRIED, size // _BYTES_A_SLOT)
         self._memory = np.frombuffer(mmap.mmap(-1, size), np.uint8)
         self._slots = np.frombuffer(mmap.mmap(-1, number * _SLOT.itemsize), _SLOT)
-        self._end = np.frombuffer(mmap.mmap(-1, 8), np.int64)  # of what is taken of the memory
+        self._end = np.frombuffer(mmap.mmap(-1, 8), np.int64)  # end of the used memory
 
     def __reduce__(self) -> Any:
         return MediaCache, (self.size,)
 
     def get(self, name: bytes) -> np.ndarray | None:
-        """A copy of the array with this name; None: it is not kept."""
+        """A copy of the array with this name; None if it is not cached."""
         words, places = self._places(name)
         with self._lock:
             for slot in self._slots[places]:
@@ -59,7 +59,7 @@ class MediaCache:
         return found.view(dtype).reshape(shape).copy()
 
     def put(self, name: bytes, value: np.ndarray) -> None:
-        """Keep an array, if there is room for it, and none of its name yet."""
+        """Store an array, if there is room and no array of this name yet."""
         assert value.dtype in _DTYPES and 0 < value.ndim <= 4
         words, places = self._places(name)
         with self._lock:
@@ -74,7 +74,7 @@ class MediaCache:
             self._end[0] = start + -(-value.nbytes // _ALIGNED) * _ALIGNED
 
     def _places(self, name: bytes) -> tuple[np.ndarray, list[int]]:
-        """A name's digest, and the slots that its array may be noted in."""
+        """A name's digest, and the slots that may record its array."""
         words = np.frombuffer(hashlib.blake2b(name, digest_size=16).digest(), np.uint64)
         first = int(words[0]) % len(self._slots)
         return words, [(first + step) % len(self._slots) for step in range(_TRIED)]

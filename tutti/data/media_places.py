@@ -1,14 +1,14 @@
-"""Media among the messages of a row: the many ways in which rows say where an image, a video or a sound belongs.
+"""Media in the messages of a row: the many ways in which rows say where an image, a video or a sound belongs.
 
 - Parts: content is a list of `{"type": "text" | "image" | "video" | "audio", ...}` (Hugging Face), or OpenAI's
   `image_url`, `video_url` and `input_audio`. A part names its medium, or takes the next entry of the row's column.
 - Placeholders: `<image>`, `<video>` and `<audio>` in texts, for the entries of the row's columns `images` or `image`
-  (LLaVA, ShareGPT4V, ms-swift, LLaMA-Factory, VeOmni). Everything else of a text stays as it is.
-- A column whose entries no text has a place for: they come before the first message of the user.
-- A video may be the list of its frames: an entry of `videos` that is a list, or all of `video`, unless it has as many
-  entries as there are places for videos.
+  (LLaVA, ShareGPT4V, ms-swift, LLaMA-Factory, VeOmni). The rest of a text is unchanged.
+- A column for whose entries no text has a place: they come before the first message of the user.
+- A video may be a list of frames: an entry of `videos` that is a list, or all of `video`, unless it has as many entries
+  as there are places for videos.
 
-Chat templates get parts without their media, `{"type": "image"}`, and write the markers that the model knows.
+Chat templates get parts without their media, `{"type": "image"}`, and write the model's placeholders.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PLACEHOLDER = re.compile("<(image|video|audio)>")
 _NAMES = ("url", "path", "base64", "data", "bytes")
 
 Entry = tuple[str, Any]
-"""A medium's kind, and what the row says of it."""
+"""A medium's kind, and its entry in the row."""
 
 
 def with_media(conversation: Conversation, row: Mapping[str, Any]) -> tuple[Conversation, list[Entry]]:
@@ -37,9 +37,9 @@ def with_media(conversation: Conversation, row: Mapping[str, Any]) -> tuple[Conv
 
 
 def place_media(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[Entry]]:
-    """The messages with a part for each medium in place of what named it, and the media's entries in their order.
+    """The messages with each reference to a medium replaced by a part, and the media's entries in order.
 
-    Messages without media stay as they are. RowError: media that have no place, or places without a medium.
+    Messages without media are unchanged. RowError: media without a place, or places without a medium.
     """
     columns = {kind: _column(row, kind) for kind in KINDS}
     if isinstance(row.get("video"), list | tuple) and len(columns["video"]) != max(1, _places(messages, "video")):
@@ -80,7 +80,7 @@ def place_media(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> tuple
 
 
 def as_drawn(conversation: Conversation, entries: list[Entry], *, everyone: bool) -> tuple[Conversation, list[Entry]]:
-    """The conversation with its images as pictures that a model draws, of kind `drawn`: those of the assistant, or of
+    """The conversation with its images marked as images to draw (kind `drawn`): those of the assistant, or of
     everyone; and the entries of all media likewise."""
     kinds: list[str] = []
     messages = []
@@ -98,7 +98,7 @@ def as_drawn(conversation: Conversation, entries: list[Entry], *, everyone: bool
 
 
 def literal_places(messages: list[dict[str, Any]]) -> set[str]:
-    """The placeholders that texts of messages spell once media have been placed: no medium was there for them."""
+    """The placeholders that remain in texts of messages after media were placed, since there was no medium for them."""
     found: set[str] = set()
     for content in (message.get("content") or "" for message in messages):
         texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
@@ -107,7 +107,7 @@ def literal_places(messages: list[dict[str, Any]]) -> set[str]:
 
 
 def not_taken(entries: list[Entry]) -> RowError:
-    """The error that media are for a model without a processor for them."""
+    """The error for media if the model has no processor for them."""
     kinds = " and ".join(sorted({kind for kind, _ in entries}))
     return RowError(f"has {kinds}, and this model takes none, or its folder has no processor that can be used")
 
@@ -140,7 +140,7 @@ def _places(messages: list[dict[str, Any]], kind: str) -> int:
 
 
 def _parts(text: str, columns: Mapping[str, list[Any]]) -> list[tuple[str, Any]]:
-    """A text cut at the placeholders of media that the row has; other placeholders are text."""
+    """A text split at the placeholders of media that the row has; other placeholders stay text."""
     parts: list[tuple[str, Any]] = []
     last = 0
     for found in _PLACEHOLDER.finditer(text):
@@ -157,7 +157,7 @@ def _parts(text: str, columns: Mapping[str, list[Any]]) -> list[tuple[str, Any]]
 
 
 def _typed(number: int, content: Any) -> list[tuple[str, Any]]:
-    """The parts of a content list, as kinds with their text or what names their medium (None: nothing does)."""
+    """The parts of a content list, as kinds with their text or reference to a medium (None if there is none)."""
     if content is None:
         return []
     if not isinstance(content, list):
@@ -179,7 +179,7 @@ def _typed(number: int, content: Any) -> list[tuple[str, Any]]:
 
 
 def _entry(part: Mapping[str, Any], kind: str) -> Any:
-    """The entry that names the medium of a part: under its type, its kind, frames, or a name such as url or path."""
+    """The entry with the medium of a part: under its type, its kind, frames, or a name such as url or path."""
     for name in (part["type"], kind, "frames", *_NAMES):
         value = part.get(name)
         if value is None:

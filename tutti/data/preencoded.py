@@ -1,4 +1,4 @@
-"""Samples that a dataset of the user's own gives ready-made: they pass the encoder by, after a look at them."""
+"""Finished samples from a user's dataset, which bypass the encoder after a check."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tutti.data.source import BadRow
 
 @dataclass
 class PreEncoded:
-    """An encoder for rows of which some are samples already; `encoder` does the others. pairs: samples are pairs."""
+    """An encoder for rows some of which are samples already; `encoder` handles the others. pairs: samples are pairs."""
 
     encoder: Any
     max_seq_len: int
@@ -30,7 +30,7 @@ class PreEncoded:
         return self.encoder.notes
 
     def __call__(self, rows: Sequence[Any], source: int = 0) -> list[list[Sample] | BadRow]:
-        """As the encoder's: per row its samples, or what is wrong with it."""
+        """As the encoder: for each row its samples, or what is wrong with it."""
         results: list[Any] = [None] * len(rows)
         raw = []
         for number, row in enumerate(rows):
@@ -45,16 +45,16 @@ class PreEncoded:
         return results
 
     def extras(self, samples: Sequence[Sample], length: int) -> dict[str, Tensor]:
-        """The inputs beside the tokens, as the encoder makes them."""
+        """The inputs in addition to tokens, from the encoder."""
         return self.encoder.extras(samples, length)
 
     def summarize_media(self, samples: Sequence[Sample]) -> MediaSummary:
-        """The media of samples in numbers, as the encoder counts them."""
+        """Statistics of the samples' media, from the encoder."""
         found: MediaSummary = self.encoder.summarize_media(samples)
         return found
 
     def _wrong(self, sample: Any) -> str | None:
-        """Why a sample can't be trained on."""
+        """The reason why a sample cannot be trained on."""
         if not isinstance(sample, Sample):
             return f"a row must be a dict of columns or a tutti.core.batch.Sample, not {type(sample).__name__}"
         if sample.input_ids.shape != sample.labels.shape or sample.input_ids.ndim != 1 or not len(sample):

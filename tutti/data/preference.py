@@ -1,16 +1,16 @@
-"""Pairs of answers to compare: from a row with a chosen and a rejected one to a sample of two sequences.
+"""Preference pairs: from a row with a chosen and a rejected answer to a sample of two sequences.
 
-A row says both answers, and mostly the prompt, in one of many ways; its shape is found row by row:
+A row contains both answers, and usually the prompt, in one of many formats, which is detected row by row:
 
 1. Each side becomes a whole conversation: it is one already (`chosen: [messages]`), or the prompt is put before it. The
-   prompt is text or messages, an answer text, a message or messages.
-2. What both conversations begin with alike is the prompt, and nothing of it is trained on. An assistant's message must
-   follow on either side.
+   prompt is text or messages, an answer is text, a message or messages.
+2. The common beginning of both conversations is the prompt, and is not trained on. After it, both must continue with an
+   assistant's message.
 3. Both go through the encoder of conversations, which knows the chat template and finds the trained tokens.
-4. They become one sample, chosen first, split where the rejected one begins. A pair counts as one sample everywhere:
-   it lies in one micro batch, and data.max_seq_len is its length. Of one that is longer both sides lose the same number
-   of tokens at the beginning of the prompt; if the answers alone are too long, the row can't be used. Media lie in the
-   prompt, and each side has them all.
+4. They are joined to one sample, chosen first, split where the rejected one begins. A pair counts as one sample
+   everywhere: it is in one micro batch, and data.max_seq_len limits its length. If it is too long, both sides lose the
+   same number of tokens at the beginning of the prompt; if the answers alone are too long, the row is bad. Media are in
+   the prompt, and each side has all of them.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _SHARED = ("system", "tools", "chat_template_kwargs")
 
 Turn = tuple[dict[str, Any], bool]
-"""A message as chat templates take it, and whether it is to be trained on."""
+"""A message in the format of chat templates, and whether it is trained on."""
 
 
 @dataclass
 class PairEncoder:
-    """Turns rows into pairs; picklable. chats: the encoder of their conversations, which cuts nothing. last: an answer
-    is judged as a whole at its last token, which is then its only target (labelled 0)."""
+    """Turns rows into pairs; picklable. chats: the encoder of their conversations, which does not cut them. last:
+    answers are scored at their last token, which is then the only target (labeled 0)."""
 
     chats: Encoder
     columns: tuple[str, ...]
@@ -57,11 +57,11 @@ class PairEncoder:
 
     @property
     def notes(self) -> Counter[str]:
-        """As the encoder of conversations has them."""
+        """The notes of the encoder of conversations."""
         return self.chats.notes
 
     def __call__(self, rows: Sequence[Row | BadRow], source: int = 0) -> list[list[Sample] | BadRow]:
-        """Per row its pair, or why there is none, as the encoder of conversations does. `source`: its index."""
+        """Encode rows: returns for each row its pair, or why there is none. source: the source's index."""
         results: list[Any] = list(rows)
         numbers, sides = [], []
         for number, row in enumerate(rows):
@@ -83,15 +83,15 @@ class PairEncoder:
         return results
 
     def extras(self, samples: Sequence[Sample], length: int) -> dict[str, Tensor]:
-        """The inputs beside the tokens, as the encoder of conversations makes them."""
+        """The inputs in addition to tokens, from the encoder of conversations."""
         return self.chats.extras(samples, length)
 
     def summarize_media(self, samples: Sequence[Sample]) -> MediaSummary:
-        """The media of pairs in numbers, those of both answers."""
+        """Statistics of the pairs' media, counting both answers."""
         return self.chats.summarize_media(samples)
 
     def _joined(self, answers: Sequence[Any]) -> Sample:
-        """The pair that the encoded chosen and rejected conversation make."""
+        """Join the encoded chosen and rejected conversations to a pair."""
         samples: list[Sample] = []
         for name, side in zip(SIDES, answers, strict=True):
             if isinstance(side, BadRow):
@@ -123,7 +123,7 @@ class PairEncoder:
 
 
 def make_pair_encoder(config: Config, tokenizer: Any, *, vocab_size: int, processor: Any = None) -> PairEncoder:
-    """The encoder of tasks whose rows are pairs; arguments and errors as of `make_encoder`."""
+    """The encoder for tasks whose rows are pairs; arguments and errors as for `make_encoder`."""
     chats = replace(config, data=replace(config.data, data_type="conversation", text_keys="messages"))
     encoder = replace(
         make_encoder(chats, tokenizer, vocab_size=vocab_size, processor=processor), max_seq_len=sys.maxsize
@@ -134,7 +134,7 @@ def make_pair_encoder(config: Config, tokenizer: Any, *, vocab_size: int, proces
 def conversations_of(value: dict[str, Any], columns: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The chosen and the rejected conversation of a row, as rows of conversations in which the answers are trained on.
 
-    columns: where the prompt may be, first choice first.
+    columns: possible prompt columns, in order of preference.
     """
     for name in SIDES:
         if value.get(name) is None:
@@ -160,7 +160,7 @@ def conversations_of(value: dict[str, Any], columns: Sequence[str]) -> tuple[dic
 
 
 def _masked(turn: Turn, answer: bool) -> dict[str, Any]:
-    """The message, with a loss_mask where it is not trained on or left out by its role alone."""
+    """The message, with a loss_mask unless its role alone already decides whether it is trained on."""
     message, trained = turn
     trained = trained and answer
     return message if trained == (message["role"] == "assistant") else {**message, "loss_mask": int(trained)}
@@ -176,7 +176,7 @@ def _prompt(value: dict[str, Any], columns: Sequence[str]) -> Any:
 
 
 def _unpacked(side: Any) -> Any:
-    """Messages, where a table could only hold them as JSON text; anything else as it is."""
+    """Decode messages that a table stored as JSON text; anything else is unchanged."""
     if isinstance(side, str) and side.lstrip().startswith("[{"):
         try:
             turns = json.loads(side)
@@ -188,7 +188,7 @@ def _unpacked(side: Any) -> Any:
 
 
 def _turns(name: str, side: Any, prompt: Any) -> list[Turn]:
-    """The conversation that `side` is or makes with the prompt."""
+    """The conversation in `side`, with the prompt in front if it is only an answer."""
     if isinstance(side, str):
         begun = prompt if isinstance(prompt, str) else ""
         if prompt is None or _SPEAKER.match(begun):
@@ -226,7 +226,7 @@ def _normal(name: str, turns: list[Any]) -> list[Turn]:
 
 
 def _dialogue(name: str, text: str) -> list[Turn]:
-    """The turns of a conversation written as one text: `\\n\\nHuman: ...\\n\\nAssistant: ...`."""
+    """The turns of a conversation in one text: `\\n\\nHuman: ...\\n\\nAssistant: ...`."""
     first, *parts = _SPEAKER.split(text)
     if first.strip() or not parts:
         raise RowError(
