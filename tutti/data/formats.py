@@ -1,17 +1,17 @@
-"""Files of rows: one small reader per format, all with the same three operations.
+"""Data files: one small reader per format, all with the same three operations.
 
-A file answers `len()`, `read(ids)` for random access and `stream(start)` in order, and both give the same rows. The
-text formats here (jsonl, json, csv) share one idea: the file is cut into pieces of bytes, one a row, and a piece is
-parsed when its row is asked for. `stream` cuts as it reads; `read` maps the file into memory and keeps an index of
-where the pieces lie. Columnar formats are in tables.py.
+A file supports `len()`, `read(ids)` for random access and `stream(start)` in order, and both return the same rows. The
+text formats here (jsonl, json, csv) share one idea: the file is cut into pieces of bytes, one per row, and a piece is
+parsed when its row is requested. `stream` cuts while it reads; `read` maps the file into memory and keeps an index of
+the pieces. Columnar formats are in tables.py.
 
-What can't be addressed at random (gzip, zstandard, parquet) is unpacked once into a cache folder for `read`, so that a
-batch of random rows costs the same in every format; `stream` reads the original.
+Files without random access (gzip, zstandard, parquet) are unpacked once into a cache folder for `read`, so that a batch
+of random rows costs the same in every format; `stream` reads the original.
 
-Every row of a file comes out, as a `Row` or as a `BadRow` with the reason; what makes the rest of a file unreadable (a
-damaged archive, an array that never ends) is a ValueError that names the file.
+Every row of a file is returned as a `Row`, or as a `BadRow` with the reason. An error that makes the rest of a file
+unreadable (a damaged archive, an array that never ends) is a ValueError that names the file.
 
-Objects hold nothing but the path until they are used, drop what they opened when pickled, and share it when forked.
+Objects only hold the path until they are used, drop what they opened when pickled, and share it when forked.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of data and where it came from; `line` is the line or row number, from 1."""
+    """One row of data and its origin; `line` is the line or row number, from 1."""
 
     value: dict[str, Any]
     file: str
@@ -57,7 +57,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that can't be used and why; the consumer decides whether that stops the run."""
+    """A row that cannot be used, and why; the caller decides whether that stops the run."""
 
     file: str
     line: int
@@ -68,11 +68,11 @@ class BadRow:
 
 
 Rows = Generator[Row | BadRow, None, int]
-"""Rows in order. The generator's value at its end is how many rows it passed over to begin where it was told."""
+"""Rows in order. The generator returns how many rows it skipped to start where requested."""
 
 
 class DataFile(ABC):
-    """One file of rows. Subclasses say how many there are, and how to read some of them or all of them in order."""
+    """One data file. Subclasses define the number of rows, and how to read some of them or all in order."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -85,26 +85,26 @@ class DataFile(ABC):
 
     @abstractmethod
     def read(self, ids: Sequence[int]) -> list[Row | BadRow]:
-        """Read rows by their position in the file, in the order asked for."""
+        """Read rows by their index in the file, in the given order."""
 
     @abstractmethod
     def stream(self, start: int = 0) -> Rows:
-        """Read all rows from position `start` on, in order, holding only a few of them at a time."""
+        """Read all rows from index `start` on, in order, holding only a few of them at a time."""
 
     def row(self, value: Any, line: int) -> Row | BadRow:
-        """Take `value` for a row, or say what is wrong with it."""
+        """Make a row from `value`, or a BadRow that says what is wrong."""
         if isinstance(value, dict):
             return Row(value, self.path, line)
         return BadRow(self.path, line, f"a row must be an object with named columns, not {type(value).__name__}")
 
 
 def _opened(cls: type) -> frozenset[str]:
-    """The attributes that hold something opened or computed from the file."""
+    """The attributes that cache something opened or computed from the file."""
     return frozenset(name for base in cls.__mro__ for name, v in vars(base).items() if isinstance(v, cached_property))
 
 
 class _Piece(NamedTuple):
-    """The bytes of one row, where they begin in the (unpacked) file, and the line that is."""
+    """The bytes of one row, where they begin in the (unpacked) file, and their line number."""
 
     begin: int
     text: bytes
@@ -112,7 +112,7 @@ class _Piece(NamedTuple):
 
 
 class _TextFile(DataFile):
-    """Text whose rows are pieces of bytes. Subclasses cut the text into pieces and parse one."""
+    """A text file whose rows are pieces of bytes. Subclasses cut the text into pieces and parse one."""
 
     @cached_property
     def _bytes(self) -> mmap.mmap | bytes:
@@ -163,12 +163,12 @@ class _TextFile(DataFile):
         except json.JSONDecodeError as error:
             reason = error.msg.removesuffix(" at")  # json says "Unterminated string starting at"
             return BadRow(self.path, line, f"not valid JSON: {reason} at column {error.colno}")
-        except (ValueError, RecursionError) as error:  # no UTF-8, a number of too many digits, too deep
+        except (ValueError, RecursionError) as error:  # not UTF-8, a number with too many digits, nested too deeply
             return BadRow(self.path, line, f"not valid JSON: {error}")
 
 
 class JsonLines(_TextFile):
-    """A JSON object a line; blank lines are passed over."""
+    """One JSON object per line; blank lines are skipped."""
 
     def _parse(self, text: bytes, line: int) -> Row | BadRow:
         return self._parse_json(text, line)
@@ -198,10 +198,10 @@ class JsonLines(_TextFile):
 
 
 class JsonArray(_TextFile):
-    """A JSON array of objects, or an object that holds one under "data".
+    """A JSON array of objects, or an object with such an array under "data".
 
-    The text is decoded a window at a time by the JSON decoder, which is fast and finds where each row ends. A row that
-    is larger than a window, or malformed, is delimited by counting brackets.
+    The text is decoded one window at a time with the JSON decoder, which is fast and finds where each row ends. A row
+    that is larger than a window, or malformed, is delimited by counting brackets.
     """
 
     def _parse(self, text: bytes, line: int) -> Row | BadRow:
@@ -234,7 +234,7 @@ class JsonArray(_TextFile):
             raise ValueError(f"{self.path}:{window.line}: not valid JSON: something follows the array of rows")
 
     def _open_array(self, window: _Window) -> int:
-        """Move to the first row; 0 where the array is all of the file, 1 where an object holds it under "data"."""
+        """Move to the first row; returns 0 if the file is an array, 1 if an object contains it under "data"."""
         if window.ahead(3) == codecs.BOM_UTF8:
             window.skip(3)
         window.skip_blanks(_BLANK)
@@ -252,7 +252,7 @@ class JsonArray(_TextFile):
         raise ValueError(f'{self.path} must hold an array of rows, {{"data": [rows]}}, or one row a line')
 
     def _end_by_brackets(self, window: _Window) -> int:
-        """The number of bytes of the next row, found without understanding it."""
+        """The length in bytes of the next row, found without parsing it."""
         depth = 0
         while token := window.token():
             if not depth and token in (b",", b"]"):
@@ -264,9 +264,9 @@ class JsonArray(_TextFile):
 
 
 class _Window:
-    """The part of a text that is being looked at. It grows at its end by reading and is cut off at its beginning.
+    """The current part of a text. It grows at its end by reading, and is cut off at its beginning.
 
-    line: of the next byte. cursor: how far ahead tokens have been looked at. between: the bytes between the last two.
+    line: of the next byte. cursor: how far tokens have been read ahead. between: the bytes between the last two tokens.
     """
 
     def __init__(self, blocks: Iterator[bytes]) -> None:
@@ -274,7 +274,8 @@ class _Window:
         self._blocks, self._held, self._first, self._next = blocks, b"", 0, 0
 
     def _grow(self) -> bool:
-        """Read at least as many bytes as are held, so that a long row is copied few times; False at the end."""
+        """Read at least as many bytes as are held, so that a long row is copied only a few times; returns False at
+        the end."""
         self._held, self._first, self._next = self._held[self._next :], self._first + self._next, 0
         parts, wanted = [self._held], max(1, len(self._held))
         while wanted > 0 and (block := next(self._blocks, b"")):
@@ -307,7 +308,7 @@ class _Window:
                 return
 
     def token(self) -> bytes:
-        """The next string, bracket or comma after the cursor; empty where there is none that is whole."""
+        """The next string, bracket or comma after the cursor; empty if there is no complete one."""
         while True:
             begin = self._next + self.cursor
             found = _TOKEN.search(self._held, begin)
@@ -323,10 +324,10 @@ def _deeper(token: bytes) -> int:
 
 
 class Csv(_TextFile):
-    """Comma or tab separated values with a header, as Python's csv module reads them; every value is text.
+    """Comma- or tab-separated values with a header, as Python's csv module reads them; every value is text.
 
-    A value that begins with a quotation mark may hold line breaks. One that goes on over several lines must end where
-    its cell ends: otherwise a mark is missing or left over, and the rows between would vanish in one cell.
+    A quoted value may contain line breaks. A value that spans lines must end where its cell ends; otherwise a quotation
+    mark is missing or left over, and the rows between would silently become one cell.
     """
 
     @cached_property
@@ -350,12 +351,12 @@ class Csv(_TextFile):
         return next(self._reader(io.StringIO(text, newline=""), strict=strict), [])
 
     def _records(self, blocks: Iterator[bytes]) -> Iterator[_Piece]:
-        """The records, the header first. Each is all the lines that the csv module asks for to make it."""
+        """The records, the header first. A record consists of all lines that the csv module reads for it."""
         held: list[bytes] = []
         begin, line = 0, 1
 
         def lines() -> Iterator[str]:
-            # What delimits values is ASCII, so any decoding that keeps it finds the same records.
+            # All delimiters are ASCII, so any decoding that preserves ASCII finds the same records.
             for text in _universal_lines(blocks):
                 held.append(text)
                 first = begin == 0 and len(held) == 1
@@ -391,7 +392,7 @@ class Csv(_TextFile):
 
 
 class Text(DataFile):
-    """A text file, which is one document; `column` is the name the row carries it under."""
+    """A text file, which is one document; `column` is the name of the row's column for it."""
 
     def __init__(self, path: str, column: str) -> None:
         super().__init__(path)
@@ -421,7 +422,7 @@ def refuse_duplicates(path: str, names: Sequence[str]) -> None:
 
 
 def _whole_values(text: str) -> Iterator[tuple[int, int]]:
-    """Begin and end of the JSON values that stand, with commas between, at the start of `text`."""
+    """Yield begin and end of the JSON values, separated by commas, at the start of `text`."""
     decode, end = json.JSONDecoder().raw_decode, 0
     while True:
         begin = _GAP.match(text, end).end()  # type: ignore[union-attr]
@@ -444,12 +445,12 @@ def suffixes(path: str) -> list[str]:
 
 
 def open_binary(path: str) -> BinaryIO:
-    """Open a data file to be read from its beginning: the one place where that is done."""
+    """Open a data file for reading from its beginning: the one place where this is done."""
     return open(path, "rb")
 
 
 def read_blocks(path: str) -> Iterator[bytes]:
-    """The contents of a file, decompressed, a few MiB at a time. ValueError, with its name: it can't be read."""
+    """The content of a file, decompressed, a few MiB at a time. ValueError, with its name: it cannot be read."""
     compression = _COMPRESSED.get((suffixes(path) or [""])[-1])
     try:
         with open_binary(path) as file:
@@ -468,7 +469,7 @@ def read_blocks(path: str) -> Iterator[bytes]:
 
 
 def _text_blocks(path: str, name: str = "") -> Iterator[bytes]:
-    """As `read_blocks`, of a text; `name` is what errors call it, if not by its path."""
+    """As `read_blocks`, for a text; `name` is its name in errors, if not the path."""
     first = True
     for block in read_blocks(path):
         if first:
@@ -483,7 +484,7 @@ def _refuse_utf16(start: bytes, path: str) -> None:
 
 
 def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines of a text, without the newlines between them."""
+    """The lines of a text, without newlines."""
     rest = b""
     for block in blocks:
         *whole, rest = (rest + block).split(b"\n")
@@ -492,7 +493,7 @@ def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _universal_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines of a text, each with the \\n, \\r or \\r\\n that ends it."""
+    """The lines of a text, each with its line ending \\n, \\r or \\r\\n."""
     rest = b""
     for block in blocks:
         *whole, rest = (rest + block).splitlines(keepends=True)
@@ -507,10 +508,10 @@ def _copy(blocks: Iterable[bytes], target: str) -> None:
 
 
 def unpacked(path: str, write: Callable[[str], None]) -> str:
-    """The path of an unpacked copy of `path`, made by `write(target)` unless one is there already.
+    """The path of an unpacked copy of `path`, made by `write(target)` unless it exists.
 
-    Copies lie in `$TUTTI_CACHE` (default `~/.cache/tutti`) under a name made from path, size and time of change. Of
-    several processes one writes and the others wait for it.
+    Copies are in `$TUTTI_CACHE` (default `~/.cache/tutti`), under a name made from path, size and modification time. If
+    several processes call this, one writes and the others wait.
     """
     status = os.stat(path)
     key = f"{os.path.realpath(path)}:{status.st_size}:{status.st_mtime_ns}"

@@ -1,24 +1,24 @@
 """Packing: which samples make up a micro batch.
 
-With `train.dyn_bsz` a micro batch holds at most `budget` tokens. Laying samples end to end in the order they come
-leaves the room at the end empty whenever the next one is too long. `BestFit` holds samples back to fill that room, and
-keeps the order fair: at any place of an epoch a step's samples are a random draw from the data, long and short alike.
+With `train.dyn_bsz` a micro batch contains at most `budget` tokens. Simply concatenating samples in order leaves room
+at the end whenever the next one is too long. `BestFit` holds samples back to fill that room, and keeps the order fair:
+at any point of an epoch a step's samples are a random draw from the data, long and short alike.
 
 1. Draw a window of `capacity` samples.
-2. Begin a micro batch with the oldest sample and add the next ones, in order, as long as they fit. Give the last of
-   them back, for a better one: add the largest sample that fits, the oldest among equals, until none does.
-3. Repeat until RESERVE samples are left loose: with fewer to choose from, room stays empty. At the end of the data,
+2. Begin a micro batch with the oldest sample and add the next ones, in order, as long as they fit. Take the last of
+   them back, to look for a better one: add the largest sample that fits, the oldest among equals, until none does.
+3. Repeat until RESERVE samples are left: with fewer to choose from, room would stay empty. At the end of the data,
    repeat until none is left.
-4. Give the micro batches out in random order, but first the one that was begun with the oldest sample.
+4. Return the micro batches in random order, except that the one begun with the oldest sample comes first.
 
-Choosing by size alone in step 2 would fill micro batches as well, but sort the data: long samples are used up first,
-the short ones remain. For the same reason the reserve is small (what is chosen by size is missing in it), and the order
-in step 4 is random (the first micro batches of a window had more to choose from than the last).
+Choosing only by size in step 2 would fill micro batches as well, but would sort the data: long samples are used first,
+and short ones remain. For the same reason the reserve is small (it lacks the samples that were chosen by size), and the
+order in step 4 is random (the first micro batches of a window had more samples to choose from than the last).
 
-While the budget grows, micro batches are made one at a time. A sample longer than the budget goes alone; none is
-dropped or split.
+While the budget grows, micro batches are made one at a time. A sample longer than the budget forms its own micro batch;
+none is dropped or split.
 
-Packers see only lengths, and buckets where a micro batch must hold pictures of one size: they are the same on every
+Packers only see lengths, and buckets if a micro batch must contain pictures of one size. They are the same on every
 rank, and their whole state is the samples they hold.
 """
 
@@ -35,7 +35,7 @@ from typing import Any
 from tutti.data.mix import Draw, SampleRef, permutation
 
 RESERVE = 32
-"""Samples that stay loose, so that the end of each micro batch finds one that fits."""
+"""Number of samples that stay loose, so that the end of each micro batch finds one that fits."""
 
 _WINDOW_WHILE_GROWING = 64
 
@@ -44,10 +44,10 @@ _AGE_MASK = (1 << _AGE_BITS) - 1
 
 
 class Packer(ABC):
-    """Makes micro batches of the samples it draws.
+    """Makes micro batches from the samples it draws.
 
-    ready: micro batches made ahead. open: one that the end of a pass left unfinished; the next pass completes it.
-    Further samples are loose.
+    ready: micro batches made in advance. open: one that the end of a pass left unfinished; the next pass completes it.
+    Other held samples are loose.
     """
 
     def __init__(self) -> None:
@@ -55,18 +55,19 @@ class Packer(ABC):
         self.open: list[SampleRef] = []
 
     def take(self, draw: Draw, budget: int, step: int) -> list[SampleRef] | None:
-        """The next micro batch; None where the pass that `draw` reads gives no other. `step` keys the random order."""
+        """The next micro batch; None if the pass that `draw` reads gives no other. step: key of the random order."""
         if not self.ready:
             self.ready.extend(self._pack(draw, budget, step))
         return self.ready.popleft() if self.ready else None
 
     def held(self) -> tuple[list[SampleRef], list[int]]:
-        """All samples held, and the sizes of the micro batches that they begin with: those ready, and the open one."""
+        """All held samples, and the sizes of the micro batches that they begin with: the ready ones, and the open
+        one."""
         batches = [*self.ready, self.open]
         return [drawn for batch in batches for drawn in batch] + self._loose_samples(), [len(one) for one in batches]
 
     def hold(self, samples: Sequence[SampleRef], sizes: Sequence[int] = ()) -> None:
-        """Hold exactly these, as `held` gave them; without `sizes` all are loose, oldest first."""
+        """Hold exactly these samples, as returned by `held`; without `sizes` all are loose, oldest first."""
         end, batches = 0, []
         for size in sizes:
             batches.append(list(samples[end : end + size]))
@@ -77,7 +78,7 @@ class Packer(ABC):
 
     @abstractmethod
     def _pack(self, draw: Draw, budget: int, step: int) -> list[list[SampleRef]]:
-        """Some micro batches; none at the end of the pass, when what fills none is in `open`."""
+        """Some micro batches; none at the end of the pass, when samples that do not fill one are in `open`."""
 
     @abstractmethod
     def _loose_samples(self) -> list[SampleRef]: ...
@@ -87,9 +88,9 @@ class Packer(ABC):
 
 
 class BestFit(Packer):
-    """Micro batches of at most `budget` tokens, made of windows of `capacity` samples.
+    """Micro batches of at most `budget` tokens, made from windows of `capacity` samples.
 
-    budget: in the end; smaller ones are growing. seed: of the micro batches' order; None keeps the order of their
+    budget: the final one; smaller ones may precede it. seed: of the micro batches' order; None keeps the order of their
     oldest samples.
     """
 
@@ -97,7 +98,7 @@ class BestFit(Packer):
         super().__init__()
         self.capacity, self.budget, self.seed = max(1, capacity), budget, seed
         self.reserve = min(self.capacity, RESERVE)
-        # Samples by the number with which each came, ascending. Keys: one for each, sorted, and some of samples gone.
+        # Samples by arrival number, ascending. Keys: one per sample, sorted, including some of samples that are gone.
         self._loose: dict[int, SampleRef] = {}
         self._keys: list[int] = []
         self._count = self._oldest = 0
@@ -123,7 +124,7 @@ class BestFit(Packer):
         return batches
 
     def _fill(self, draw: Draw, budget: int) -> list[SampleRef]:
-        """One micro batch: the open one completed, or a new one."""
+        """Make one micro batch: complete the open one, or a new one."""
         loose = self._loose
         batch, self.open = self.open or [loose.pop(self._oldest_from(0))], []
         room = budget - sum([length for length, _ in batch])
@@ -157,7 +158,7 @@ class BestFit(Packer):
         self._count += 1
 
     def _oldest_from(self, age: int) -> int:
-        """The age of the first loose sample that is not older than `age`; `_count` if there is none."""
+        """The arrival number of the first loose sample not older than `age`; `_count` if there is none."""
         begin = age = max(age, self._oldest)
         while age < self._count and age not in self._loose:
             age += 1
@@ -166,7 +167,8 @@ class BestFit(Packer):
         return age
 
     def _take_largest(self, room: int) -> SampleRef | None:
-        """The largest sample of at most `room` tokens, the oldest among equals. Keys of samples gone are met here."""
+        """Take the largest sample of at most `room` tokens, the oldest among equals. Skips keys of samples that are
+        gone."""
         at = bisect_right(self._keys, _key(room, 0)) - 1
         while at >= 0:
             age = _AGE_MASK - (self._keys.pop(at) & _AGE_MASK)
@@ -185,12 +187,12 @@ class BestFit(Packer):
 
 
 def _key(length: int, age: int) -> int:
-    """Sorts by length, and among equals the oldest last, where a search for the largest finds it first."""
+    """A key that sorts by length, and among equals the oldest last, where a search for the largest finds it first."""
     return length << _AGE_BITS | (_AGE_MASK - age)
 
 
 class Fixed(Packer):
-    """Micro batches of `size` samples in the order they come, whatever their length."""
+    """Micro batches of `size` samples in order, whatever their length."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -215,9 +217,9 @@ class Fixed(Packer):
 
 
 class Bucketed(Packer):
-    """Micro batches of `size` samples of one bucket each, complete in the order in which they fill up.
+    """Micro batches of `size` samples of one bucket each, returned in the order in which they fill up.
 
-    What fills none at the end of a pass waits for the next pass, or is dealt by `deal_buckets`.
+    Samples left over at the end of a pass wait for the next pass, or are distributed by `deal_buckets`.
     """
 
     def __init__(self, size: int, bucket: Callable[[Any], int]) -> None:
@@ -248,8 +250,8 @@ class Bucketed(Packer):
 def deal_buckets(
     samples: Sequence[SampleRef], steps: int, micro_batches: int, size: int, bucket: Callable[[Any], int]
 ) -> list[list[SampleRef]]:
-    """All of `samples` as `steps` times `micro_batches` micro batches of at most `size` samples of one bucket each,
-    some of them empty; none where that are too few."""
+    """Distribute all of `samples` over `steps` times `micro_batches` micro batches of at most `size` samples of one
+    bucket each, some of them empty; returns none if these are too few."""
     groups: dict[int, list[SampleRef]] = {}
     for drawn in samples:
         groups.setdefault(bucket(drawn[1]), []).append(drawn)
@@ -261,16 +263,17 @@ def deal_buckets(
         place = next(number for number, batch in enumerate(batches) if batch is largest)
         batches[place : place + 1] = _cut(largest, 2)
     batches += [[] for _ in range(room - len(batches))]
-    # Every step gets about as many samples: its micro batches are every steps-th of all, the largest first.
+    # Every step gets about the same number of samples: its micro batches are every steps-th of all, largest first.
     order = sorted(batches, key=len, reverse=True)
     return [batch for step in range(steps) for batch in order[step::steps]]
 
 
 def deal_tokens(samples: Sequence[SampleRef], steps: int, micro_batches: int, budget: int) -> list[list[SampleRef]]:
-    """All of `samples` as `steps` times `micro_batches` micro batches of about as many tokens each.
+    """Distribute all of `samples` over `steps` times `micro_batches` micro batches with about equal numbers of tokens.
 
-    Each has at most `budget` tokens, or a single sample. Empty where this finds no way: largest first, each sample to
-    the micro batch with the fewest tokens (R. L. Graham, Bounds on multiprocessing timing anomalies, 1969).
+    Each has at most `budget` tokens, or a single sample. Returns an empty list if no distribution is found: largest
+    first, each sample goes to the micro batch with the fewest tokens (R. L. Graham, Bounds on multiprocessing timing
+    anomalies, 1969).
     """
     batches: list[list[SampleRef]] = [[] for _ in range(steps * micro_batches)]
     fewest = [(0, place) for place in range(len(batches))]
@@ -281,13 +284,15 @@ def deal_tokens(samples: Sequence[SampleRef], steps: int, micro_batches: int, bu
         heapq.heapreplace(fewest, (tokens + drawn[0], place))
         batches[place].append(drawn)
     batches = [batches[place] for _, place in sorted(fewest)]
-    # Of the first `steps` of them step i takes the i-th, of the next ones the i-th from behind, and so on in turns.
+    # Step i takes the i-th of the first `steps` of them, the i-th from the end of the next `steps`, and so on
+    # alternating.
     turns = [batches[start : start + steps] for start in range(0, len(batches), steps)]
     return [turn[-1 - step if number % 2 else step] for step in range(steps) for number, turn in enumerate(turns)]
 
 
 def deal_samples(samples: Sequence[SampleRef], steps: int, micro_batches: int) -> list[list[SampleRef]]:
-    """All of `samples`, in order, as `steps` times `micro_batches` micro batches, all of one size or one less."""
+    """Distribute all of `samples`, in order, over `steps` times `micro_batches` micro batches whose sizes differ by
+    at most one."""
     return [batch for step in _cut(samples, steps) for batch in _cut(step, micro_batches)]
 
 
@@ -297,19 +302,20 @@ def _cut(samples: Sequence[SampleRef], count: int) -> list[list[SampleRef]]:
 
 
 def budget_at(step: int, *, budget: int, initial: int, warmup_steps: int) -> int:
-    """Tokens a micro batch may hold at `step` (from 0): linear from `initial` to `budget` over `warmup_steps`."""
+    """Maximum number of tokens of a micro batch at `step` (from 0): linear from `initial` to `budget` over
+    `warmup_steps`."""
     if step >= warmup_steps or initial >= budget:
         return budget
     return initial + (budget - initial) * step // warmup_steps
 
 
 def deal_work(works: Sequence[float], ranks: int) -> list[list[int]]:
-    """The numbers of the micro batches that each of `ranks` runs, in their order, as many for each; one rank runs all
-    as they come.
+    """The indices of the micro batches that each of `ranks` runs, in order, equally many for each; a single rank runs
+    all in order.
 
-    works: what each micro batch takes, by any measure. They are dealt in rounds, the longest first, and in each round
-    the longest to the rank with the least so far. So micro batches that run at the same time, which ranks wait for one
-    another at where parameters are gathered, take about as long, and so do all of each rank's.
+    works: the cost of each micro batch. They are distributed in rounds, the most expensive first, and in each round the
+    most expensive goes to the rank with the least work so far. So micro batches that run at the same time (ranks wait
+    for each other when parameters are gathered) take about equally long, and so does each rank's total.
     """
     if ranks == 1:
         return [list(range(len(works)))]

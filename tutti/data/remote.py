@@ -1,10 +1,10 @@
-"""Data that lies elsewhere: data sets of the Hugging Face hub by name (`tutti.data.hub`), and files behind URLs.
+"""Remote data: datasets of the Hugging Face hub by name (`tutti.data.hub`), and files behind URLs.
 
 A URL (`s3://`, `gs://`, ...) is a file, a folder or a glob that fsspec reads, with the package for its kind of storage.
-Copies lie in `$TUTTI_CACHE` (default `~/.cache/tutti`), by URL and version; they are made under another name and
-renamed when they are whole, by one process of a node while the others wait.
+Copies are in `$TUTTI_CACHE` (default `~/.cache/tutti`), by URL and version. One process of a node writes a copy under
+another name and renames it when it is complete, while the others wait.
 
-To know which files a run reads, rank 0 opens the sources first, and brings what is elsewhere as it is asked for.
+To find out which files a run reads, rank 0 opens the sources first, and downloads remote files on request.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ _PACKAGES = {
 
 
 def fetch_data(config: Config, world: World) -> LocalCopies:
-    """Bring what the data paths name that is not here; gives the local copies of a part of a path. Collective.
+    """Download the remote files that the data paths name; returns a function that gives the local copies for a part of
+    a path. Collective.
 
-    ValueError, on all ranks: it is not there, or another part of a path is wrong.
+    ValueError, on all ranks: they do not exist, or another part of a path is wrong.
     """
 
     def pin() -> dict[tuple[str, str], HubFiles | UrlFiles]:
@@ -52,7 +53,7 @@ def fetch_data(config: Config, world: World) -> LocalCopies:
             found[argument, part] = files
             return files.local(download=True)
 
-        if ":" not in config.data.datasets_type:  # a data set of the user's own knows itself where its rows are
+        if ":" not in config.data.datasets_type:  # a user's dataset locates its rows itself
             open_sources(config, elsewhere=bring)
             if config.data.eval_path:
                 open_sources(config, config.data.eval_path, elsewhere=bring)
@@ -63,9 +64,9 @@ def fetch_data(config: Config, world: World) -> LocalCopies:
 
 
 def pin_data(argument: str, part: str) -> HubFiles | UrlFiles | None:
-    """The files that a part of the data path which `argument` holds stands for; None where it names nothing elsewhere.
+    """The remote files for a part of the data path in `argument`; None if it names none.
 
-    What is on the hub is downloaded. ValueError: it is not there, or has no such split or file.
+    Files on the hub are downloaded. ValueError: they do not exist, or there is no such split or file.
     """
     if not _URL.match(part):
         return pin_split(argument, part, is_data)
@@ -74,13 +75,13 @@ def pin_data(argument: str, part: str) -> HubFiles | UrlFiles | None:
 
 @dataclass(frozen=True)
 class UrlFiles:
-    """Files behind URLs, each with what tells this version of it from others."""
+    """Files behind URLs, each with an identifier of its current version."""
 
     argument: str
     files: tuple[tuple[str, str], ...]
 
     def local(self, *, download: bool) -> list[str]:
-        """The paths of the copies. NotCachedError: one is not there, and `download` is false."""
+        """The paths of the copies. NotCachedError: one is missing, and `download` is false."""
         folder = cache_folder()
         copies = []
         for url, version in self.files:
@@ -95,7 +96,7 @@ class UrlFiles:
 
 
 def pin_url(argument: str, url: str, is_data: IsData) -> UrlFiles:
-    """The data files that a URL, of a file or a folder or with a glob, stands for. ValueError: there is none."""
+    """The data files of a URL: a file, a folder or a glob. ValueError: there are none."""
     with _explained(argument, url):
         from fsspec.core import url_to_fs
 
@@ -114,7 +115,7 @@ def pin_url(argument: str, url: str, is_data: IsData) -> UrlFiles:
 
 
 def _copy_once(url: str, copy: Path) -> None:
-    """Copy a file to `copy` unless it is there already."""
+    """Copy a file to `copy` unless it exists."""
     from fsspec.callbacks import NoOpCallback, TqdmCallback
     from fsspec.core import url_to_fs
 
@@ -131,7 +132,7 @@ def _copy_once(url: str, copy: Path) -> None:
 
 @contextmanager
 def _explained(argument: str, url: str) -> Iterator[None]:
-    """Say in one line what is wrong with a URL; each storage has errors of its own."""
+    """Convert errors about a URL to one line; each kind of storage has its own."""
     try:
         yield
     except ImportError as error:

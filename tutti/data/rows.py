@@ -1,9 +1,9 @@
-"""Shapes of rows: documents, conversations and labelled texts, checked and brought into one form.
+"""Row formats: documents, conversations and labeled texts, validated and normalized.
 
 A conversation becomes a list of messages as chat templates take them, with a flag for each that says whether it is
-trained on. Its shape is found row by row, so that a file may mix them: OpenAI messages (`role`, `content`), ShareGPT
-(`from`, `value`), Alpaca (`instruction`, `input`, `output`). A tool call has many spellings too; templates get all of
-them in one (`_calls`), with arguments as an object. Whatever is wrong is a `RowError` that says exactly what.
+trained on. Its format is detected row by row, so a file may mix them: OpenAI messages (`role`, `content`), ShareGPT
+(`from`, `value`), Alpaca (`instruction`, `input`, `output`). Tool calls have many formats too; templates get all of
+them in one (`_calls`), with arguments as an object. Every error is a `RowError` that says exactly what is wrong.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _ALIASES = {
     "tool_call": "assistant",
 } | {role: role for role in ROLES}
 _CALLERS = ("function_call", "tool_call")
-"""Names of the assistant where it says nothing but calls tools."""
+"""Role names of an assistant's message that only calls tools."""
 
 CONVERSATIONS = ("messages", "conversations")
 _FLAGS = ("loss_mask", "weight", "train", "loss")
-"""Keys of a message that say whether it is trained on, 1 or 0, true or false."""
+"""Keys of a message that say whether it is trained on: 1 or 0, true or false."""
 
 _TAKEN = {"role", "content", "from", "value", "function_call", "tool_calls", *_FLAGS}
 
@@ -55,19 +55,19 @@ MEDIA_PARTS = {
     "input_audio": "audio",
     "audio_url": "audio",
 }
-"""The kind of medium in a part of this type."""
+"""The kind of medium by type of a part."""
 
 
 _FILE_NAMES = ("{}_file_name", "{}s_file_names", "file_name", "file_names")
-"""Columns with paths of media in the metadata.csv or metadata.jsonl of a folder that Hugging Face's datasets read."""
+"""Columns with media paths in the metadata.csv or metadata.jsonl of a folder for Hugging Face's datasets."""
 
 
 class RowError(Exception):
-    """A row that can't be used; the message is the reason."""
+    """A row that cannot be used; the message is the reason."""
 
 
 class BrokenMediaError(RowError):
-    """A sample whose media cannot be decoded. number: its place among the samples of a batch."""
+    """A sample whose media cannot be decoded. number: its index in a batch."""
 
     def __init__(self, reason: str, number: int) -> None:
         super().__init__(reason)
@@ -75,7 +75,7 @@ class BrokenMediaError(RowError):
 
 
 def encode_each(rows: Sequence[Row | BadRow], encode: Callable[[Row], Sample]) -> list[list[Sample] | BadRow]:
-    """Per row the one sample that `encode` makes of it, or why there is none: `encode` raises RowError."""
+    """For each row the sample that `encode` makes of it, or why there is none: `encode` raises RowError."""
     results: list[list[Sample] | BadRow] = []
     for row in rows:
         try:
@@ -87,9 +87,9 @@ def encode_each(rows: Sequence[Row | BadRow], encode: Callable[[Row], Sample]) -
 
 @dataclass(slots=True)
 class Conversation:
-    """Messages as a chat template takes them. trained: one flag a message. tools, kwargs: passed to the template.
+    """Messages as a chat template takes them. trained: one flag per message. tools, kwargs: passed to the template.
 
-    plain: whether every message is a role and a content and nothing else is passed, as nearly all are.
+    plain: True if every message consists of a role and a content and nothing else is passed, as in nearly all rows.
     """
 
     messages: list[dict[str, Any]]
@@ -100,7 +100,7 @@ class Conversation:
 
 
 def text_of(value: dict[str, Any], columns: Sequence[str]) -> str:
-    """The text of a plaintext or classification row: that of the first of `columns` it has."""
+    """The text of a plaintext or classification row: the first of `columns` that it has."""
     text = _column(value, columns)
     if not isinstance(text, str):
         raise RowError(f"{_name(value, columns)} must be text, not {kind_of(text)}")
@@ -110,9 +110,9 @@ def text_of(value: dict[str, Any], columns: Sequence[str]) -> str:
 
 
 def half_surrogate(text: str) -> str | None:
-    """The first half of a surrogate pair that stands alone in `text`, if any.
+    """The first unpaired surrogate in `text`, if any.
 
-    JSON can write one (`"\\ud83d"`), but it is no character: UTF-8 has no bytes for it, and no tokenizer takes it.
+    JSON can contain one (`"\\ud83d"`), but it is not a character: UTF-8 cannot encode it, and no tokenizer accepts it.
     """
     try:
         text.encode()
@@ -122,9 +122,9 @@ def half_surrogate(text: str) -> str | None:
 
 
 def class_of(value: dict[str, Any], num_labels: int | None, label_names: Sequence[str] = ()) -> int:
-    """The class of a classification row: a whole number in [0, num_labels), or one of `label_names`.
+    """The class of a classification row: an integer in [0, num_labels), or one of `label_names`.
 
-    A number may be written as a float or as text, and false and true are 0 and 1, as tables have them.
+    A number may be written as a float or as text, and false and true are 0 and 1, as in tables.
     """
     label = value.get("label")
     if label is None:
@@ -144,7 +144,7 @@ def class_of(value: dict[str, Any], num_labels: int | None, label_names: Sequenc
 
 
 def _whole(value: Any) -> int | None:
-    """The whole number that `value` is or says; None if it is no such."""
+    """The integer that `value` is or spells; None if it is none."""
     if isinstance(value, str):
         text = value.strip().lower()
         value = {"false": 0, "true": 1}.get(text, text)
@@ -156,14 +156,14 @@ def _whole(value: Any) -> int | None:
 
 
 def has_media(content: Any) -> bool:
-    """True for a list of parts of which one is a medium."""
+    """True for a list of parts that contains a medium."""
     return isinstance(content, list) and any(
         isinstance(part, dict) and part.get("type") in MEDIA_PARTS for part in content
     )
 
 
 def conversation_of(value: dict[str, Any], columns: Sequence[str]) -> Conversation:
-    """The conversation a row holds, whichever of the known shapes it has."""
+    """The conversation in a row, in any of the known formats."""
     turns = _turns(value, columns)
     if not isinstance(turns, list):
         raise RowError(f"{_name(value, columns)} must be a list of messages, not {kind_of(turns)}")
@@ -194,8 +194,8 @@ def conversation_of(value: dict[str, Any], columns: Sequence[str]) -> Conversati
 
 
 def fill(template: Mapping[str, str], value: dict[str, Any]) -> dict[str, Any]:
-    """The row with messages of the texts that `template` (data.row_template) has for each role, columns filled in; a
-    row that has messages stays as it is. RowError: it lacks a column, or a medium that a text has a place for."""
+    """The row with messages made from `template` (data.row_template), a text per role with columns filled in; a row
+    that already has messages is unchanged. RowError: it lacks a column, or a medium that a text has a place for."""
     if any(value.get(column) is not None for column in CONVERSATIONS):
         return value
     texts = "".join(template.values())
@@ -237,7 +237,7 @@ def _turns(value: dict[str, Any], columns: Sequence[str]) -> Any:
 
 
 def _completed(value: dict[str, Any]) -> list[Any]:
-    """The messages of a row with a `prompt` and its `completion`, texts or messages; the latter alone is trained on."""
+    """The messages of a row with a `prompt` and its `completion`, texts or messages; only the latter is trained on."""
     turns: list[Any] = []
     for column, role in (("prompt", "user"), ("completion", "assistant")):
         side = value[column]
@@ -253,7 +253,7 @@ def _completed(value: dict[str, Any]) -> list[Any]:
 
 
 def _system(value: dict[str, Any]) -> str:
-    """The system message beside the conversation; "" if there is none."""
+    """The row's separate system message; "" if there is none."""
     system = value.get("system")
     if system is not None and not isinstance(system, str):
         raise RowError(f"system must be text, not {kind_of(system)}")
@@ -273,7 +273,7 @@ def _alpaca(value: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def question_of(value: dict[str, Any]) -> Any:
-    """The question of a row with an `instruction` and maybe an `input` that follows it."""
+    """The question in a row with an `instruction` and maybe an `input` that follows it."""
     question, extra = value["instruction"], value.get("input")
     if extra is not None and not isinstance(extra, str):
         raise RowError(f"input must be text, not {kind_of(extra)}")
@@ -288,7 +288,7 @@ def message_of(number: int, turn: Any) -> tuple[dict[str, Any], bool]:
 
 
 def _simple(turn: Any) -> tuple[dict[str, Any], bool] | None:
-    """The common message, a known role and a text, without further looks; None for any other."""
+    """A simple message (a known role and a text) without further checks; None for any other."""
     try:
         role = turn["role"]
         if len(turn) == 2 and role in ROLES and type(turn["content"]) is str:
@@ -327,9 +327,9 @@ def _message(number: int, turn: Any) -> tuple[dict[str, Any], bool]:
 
 
 def _is_trained(number: int, turn: dict[str, Any], role: str) -> bool:
-    """True if a message is trained on: as its flag says, else if it is the assistant's.
+    """True if a message is trained on: according to its flag, else if it is the assistant's.
 
-    A weight is told apart from the other flags: it takes assistant messages out, and puts none of others in.
+    A weight differs from the other flags: it can exclude assistant's messages, but not include others.
     """
     flags = {key: turn[key] for key in _FLAGS if turn.get(key) is not None}
     for key, flag in flags.items():
@@ -343,11 +343,11 @@ def _is_trained(number: int, turn: dict[str, Any], role: str) -> bool:
 
 
 def _calls(number: int, turn: dict[str, Any], said: Any) -> list[dict[str, Any]]:
-    """The tool calls of a message as templates take them, `{"type": "function", "function": {"name", "arguments"}}` or
-    `{"name", "arguments"}` as the row has them, arguments as an object.
+    """The tool calls of a message in the format of templates, `{"type": "function", "function": {"name",
+    "arguments"}}`, or `{"name", "arguments"}` if the row has them so, with arguments as an object.
 
-    They stand in `tool_calls`, in OpenAI's older `function_call`, or are what the assistant has `said`; each may be
-    JSON text.
+    They are in `tool_calls`, in OpenAI's older `function_call`, or in the assistant's text `said`; each may be JSON
+    text.
     """
     where = f"message {number}: tool_calls"
     calls = turn.get("tool_calls")
@@ -368,7 +368,7 @@ def _calls(number: int, turn: dict[str, Any], said: Any) -> list[dict[str, Any]]
 
 
 def _call(call: dict[str, Any], where: str, wrapped: bool) -> dict[str, Any]:
-    """A tool call with its arguments as an object; `wrapped`: in the form that has a type."""
+    """A tool call with its arguments as an object. wrapped: in the format with a type."""
     function = as_json(call.get("function") or call, dict, where)
     if not isinstance(function.get("name"), str):
         raise RowError(f"{where} must have a name, and the arguments it is called with")
@@ -411,7 +411,7 @@ def _name(value: dict[str, Any], columns: Sequence[str]) -> str:
 
 
 def as_json(value: Any, kind: type | tuple[type, ...], column: str) -> Any:
-    """`value`, or what it says as JSON where a table could only hold it as text."""
+    """`value`, decoded if it is JSON text (for tables that can only hold it as text)."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -431,6 +431,6 @@ def kind_of(value: Any) -> str:
 
 
 def listed(value: dict[str, Any]) -> str:
-    """The columns that a row has, for a message."""
+    """The columns of a row, for a message."""
     names = [str(key) for key, item in value.items() if item is not None]
     return ", ".join(names) if names else "none"

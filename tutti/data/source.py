@@ -1,9 +1,9 @@
-"""Sources: where rows come from, by name and weight, whatever files they lie in.
+"""Sources: named collections of rows with weights, in any kind of files.
 
-`data.train_path` and `data.eval_path` name a file, a folder (every data file in it, sorted), a glob, a comma list of
-those, or a YAML that lists several sources with weights. `open_sources` turns a path into `Source`s. A source is the
-concatenation of its files' rows: `rows(ids)` reads any of them, `stream(start)` all in order. Rows that can't be parsed
-come back as `BadRow`; what is wrong with the set-up (no such file, nothing in it, an unknown format) is an error here.
+`data.train_path` and `data.eval_path` name a file, a folder (all data files in it, sorted), a glob, a comma-separated
+list of those, or a YAML that lists several sources with weights. `open_sources` turns a path into `Source`s. A source
+is the concatenation of its files' rows: `rows(ids)` reads any of them, `stream(start)` all in order. Rows that cannot
+be parsed are returned as `BadRow`; errors in the set-up (no such file, no rows, an unknown format) are raised here.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ _COMPRESSIBLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 LocalCopies = Callable[[str, str], Sequence[str] | None]
-"""Given an argument and a part of its path: the local copies of what that names elsewhere; None: it names nothing."""
+"""Function of an argument and a part of its path that returns local copies of the remote files it names; None if it
+names none."""
 
 
 class Source:
     """A named stream of rows with its share in the mix.
 
-    name: what its loss and token counts are logged under. mapping: whether it has a length and random access.
-    weight: its share of the samples at step 0, relative to the other sources'; `weight_at(step)` for later steps.
-    weighted: whether the user gave weights; without, every sample is due once a pass, whatever its source. own: whether
-    it is the user's own dataset.
+    name: for logging its loss and token counts. mapping: it has a length and random access. weight: its share of the
+    samples at step 0, relative to the other sources'; `weight_at(step)` for later steps. weighted: the user gave
+    weights; otherwise every sample is used once a pass, whatever its source. own: it is a user's dataset.
     """
 
     def __init__(self, name: str, files: Sequence[DataFile], schedule: Sequence[tuple[int, float, bool]] = ()) -> None:
@@ -77,7 +77,8 @@ class Source:
         return self.weight_at(0)
 
     def weight_at(self, step: int) -> float:
-        """The weight at optimizer step `step`, from 0: that of the last entry begun, or on the line to the next."""
+        """The weight at optimizer step `step` (from 0): that of the last entry begun, or interpolated to the next
+        one."""
         if not self.schedule:
             return 1.0
         begun = max(i for i, (start, _, _) in enumerate(self.schedule) if start <= max(step, 0))
@@ -95,7 +96,7 @@ class Source:
         return int(self._ends[-1])
 
     def rows(self, ids: Sequence[int]) -> list[Row | BadRow]:
-        """Rows by position, in the order asked for; IndexError outside [0, len)."""
+        """Rows by index, in the given order; IndexError outside of [0, len)."""
         wanted = np.asarray(ids, np.int64)
         if len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(self):
             raise IndexError(f"source {self.name} has rows 0 to {len(self) - 1}")
@@ -112,13 +113,13 @@ class Source:
         return rows
 
     def stream(self, start: int = 0) -> Iterator[Row | BadRow]:
-        """Read all rows from position `start` on, in order, holding only a few of them at a time."""
+        """Read all rows from index `start` on, in order, holding only a few of them at a time."""
         for file in self.files:
             start -= yield from file.stream(start)
 
 
 def text_columns(config: Config) -> tuple[str, ...]:
-    """The columns that may hold a row's text, first choice first: data.text_keys, else what data.data_type implies."""
+    """The possible text columns, in order of preference: data.text_keys, else the default for data.data_type."""
     keys = config.data.text_keys or config.data.task.columns
     return tuple(key.strip() for key in keys.split(",") if key.strip())
 
@@ -126,10 +127,10 @@ def text_columns(config: Config) -> tuple[str, ...]:
 def open_sources(
     config: Config, path: str | None = None, *, elsewhere: LocalCopies = lambda argument, part: None
 ) -> list[Source]:
-    """The sources that `path` (default: data.train_path) names; ValueError says what is missing and what would work.
+    """The sources that `path` (default: data.train_path) names. ValueError: says what is missing and what would work.
 
-    data.source_name picks one of the sources of a YAML that is trained on, and is the name of any other training data.
-    elsewhere: finds what is not here.
+    data.source_name selects one source of a training YAML, and is the name of any other training data. elsewhere: finds
+    the local copies of remote files.
     """
     key = "data.train_path" if path is None else "data.eval_path"
     path = config.data.train_path if path is None else path
@@ -166,7 +167,7 @@ def _source(
 
 
 def _files(key: str, path: str, folder: str, elsewhere: LocalCopies) -> list[str]:
-    """The data files that `path` stands for, in order; parts of it are relative to `folder` where they exist there."""
+    """The data files for `path`, in order; its parts are relative to `folder` if they exist there."""
     found: list[str] = []
     whole = _matches(path, folder)
     for part in [path] if whole else [part.strip() for part in path.split(",") if part.strip()]:
@@ -189,7 +190,7 @@ def _files(key: str, path: str, folder: str, elsewhere: LocalCopies) -> list[str
 
 
 def _matches(path: str, folder: str) -> list[str]:
-    """The file or folder of that name, or those that match it as a glob: within `folder`, else as it is."""
+    """The file or folder of that name, or those that match it as a glob: within `folder`, or else as given."""
     for root in dict.fromkeys((folder, "")):
         if os.path.exists(os.path.join(root, path)):
             return [os.path.join(root, path)]
@@ -225,7 +226,7 @@ def _folder(key: str, folder: str) -> list[str]:
 
 
 def _field(path: Path, name: str) -> list[Any]:
-    """A list in a JSON file that `datasets.save_to_disk` writes; empty where it is no such file."""
+    """A list in a JSON file that `datasets.save_to_disk` writes; empty for any other file."""
     try:
         found = json.loads(path.read_bytes())[name]
     except (OSError, ValueError, KeyError, TypeError):
@@ -245,12 +246,12 @@ def _open_file(config: Config, path: str) -> DataFile:
 
 
 def is_data(path: PurePath) -> bool:
-    """True if a path has the name of a file of rows."""
+    """True if a path is named like a data file."""
     return bool(_format(path))
 
 
 def _format(path: PurePath) -> str:
-    """The extension that says how `path` is read, without compression; empty if it is none of ours."""
+    """The extension that determines how `path` is read, without compression; empty if it is unknown."""
     *before, kind = suffixes(str(path)) or [""]
     if kind in (".gz", ".zst"):
         return before[-1] if before and before[-1] in _COMPRESSIBLE else ""
@@ -262,7 +263,7 @@ def _known() -> str:
 
 
 def _has_row_per_line(path: str) -> bool:
-    """True if a .json file, which may be compressed, holds an object a line, as many do."""
+    """True if a .json file (possibly compressed) contains one object per line, as many do."""
     start = next(read_blocks(path), b"").removeprefix(codecs.BOM_UTF8).lstrip()
     if start.startswith(b"["):
         return False
@@ -272,7 +273,7 @@ def _has_row_per_line(path: str) -> bool:
 
 
 def _nearest(path: str, folder: str) -> str:
-    """A hint at what lies beside a path that does not exist."""
+    """A hint about files next to a path that does not exist."""
     if any(letter in path for letter in "*?["):
         return ": nothing matches"
     parent = Path(folder, path).parent
@@ -289,7 +290,7 @@ def _stem(path: str) -> str:
 
 
 def _from_yaml(config: Config, key: str, path: Path, elsewhere: LocalCopies) -> list[Source]:
-    """The sources of a YAML with `sources`, and optionally `names` and `weights` or `schedule`."""
+    """The sources in a YAML with `sources`, and optionally `names` and `weights` or `schedule`."""
     if not path.exists():
         raise ValueError(f"{key}: {path} does not exist{_nearest(str(path), '')}")
     spec, _ = read_file(str(path), expects="`sources`: a list of paths")
@@ -315,7 +316,7 @@ def _from_yaml(config: Config, key: str, path: Path, elsewhere: LocalCopies) -> 
 
 
 def _texts(path: Path, name: str, values: Any) -> list[str]:
-    """A list of texts in a YAML; numbers are taken for texts."""
+    """A list of texts in a YAML; numbers are accepted as texts."""
     if values is None:
         return []
     if not isinstance(values, list) or not all(isinstance(value, str | int | float) for value in values):
@@ -324,7 +325,7 @@ def _texts(path: Path, name: str, values: Any) -> list[str]:
 
 
 def _schedules(path: Path, spec: dict[str, Any], count: int) -> list[list[tuple[int, float, bool]]]:
-    """Per source its (first step, weight, whether it moves on a line to the next weight)."""
+    """For each source, its entries (first step, weight, whether it is interpolated to the next one)."""
     if "weights" in spec and "schedule" in spec:
         raise ValueError(f"{path}: give `weights` or `schedule`, not both")
     if "weights" not in spec and "schedule" not in spec:

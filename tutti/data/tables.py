@@ -1,9 +1,9 @@
-"""Columnar files (Arrow, parquet) as rows, read through pyarrow.
+"""Columnar files (Arrow, parquet) as rows, read with pyarrow.
 
-pyarrow is imported only when such a file is read: importing it costs more than reading a small file of another format.
+pyarrow is imported only when such a file is read: importing it costs more than reading a small file in another format.
 
-All rows of a table have all its columns, at every depth: what a row does not have is null in it. Those nulls are left
-out again, so that a row is what a JSON file with an object a row would give.
+All rows of a table have all its columns, at every depth; what a row does not have is null. These nulls are removed, so
+that a row looks as in a JSON file with one object per row.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tutti.data.formats import BadRow, DataFile, Row, Rows, open_binary, refuse_
 
 
 class Arrow(DataFile):
-    """An Arrow IPC file or stream, such as `datasets.save_to_disk` writes; mapped into memory, never copied whole."""
+    """An Arrow IPC file or stream, such as from `datasets.save_to_disk`; memory-mapped, never copied as a whole."""
 
     @cached_property
     def _batches(self) -> list[Any]:
@@ -31,7 +31,7 @@ class Arrow(DataFile):
 
     @cached_property
     def _sound(self) -> dict[int, bool]:
-        """True if a batch, by number, has been found to be valid throughout."""
+        """The result of validating a batch, by index."""
         return {}
 
     def __len__(self) -> int:
@@ -60,7 +60,7 @@ class Arrow(DataFile):
         return (yield from self._stream_batches(_arrow_batches(self.path), start))
 
     def _stream_batches(self, batches: Iterable[Any], start: int, position: int = 0) -> Rows:
-        """The rows of `batches`, the first of which is at `position` in the file, from `start` on."""
+        """The rows of `batches`, whose first is at `position` in the file, from `start` on."""
         for batch in batches:
             for at in range(max(0, start - position), batch.num_rows, 1024):
                 piece = batch.slice(at, 1024)
@@ -76,12 +76,12 @@ class Arrow(DataFile):
         """The rows of a valid batch."""
         try:
             values = _to_python(batch)
-        except Exception:  # a date, say, that Python has no value for: which row's is it?
+        except Exception:  # for example a date outside of Python's range: find the row
             return [self._row_alone(batch, place, line) for place, line in enumerate(lines)]
         return [self.row(value, line) for value, line in zip(values, lines, strict=True)]
 
     def _row_alone(self, batch: Any, place: int, line: int) -> Row | BadRow:
-        """One row of a batch of which some row can't be read."""
+        """One row of a batch in which some row cannot be read."""
         try:
             one = batch.slice(place, 1)
             one.validate(full=True)
@@ -91,7 +91,7 @@ class Arrow(DataFile):
 
 
 class Parquet(Arrow):
-    """A parquet file: streamed row group by row group; random access goes through an unpacked Arrow copy."""
+    """A parquet file: streamed by row group; random access uses an unpacked Arrow copy."""
 
     @cached_property
     def _batches(self) -> list[Any]:
@@ -132,7 +132,7 @@ class Parquet(Arrow):
 
 
 def _arrow_batches(path: str, name: str = "") -> Iterator[Any]:
-    """The record batches of an Arrow file or stream; `name` is what errors call it, if not by its path."""
+    """The record batches of an Arrow file or stream; `name` is its name in errors, if not the path."""
     import pyarrow
     import pyarrow.ipc
 
@@ -153,17 +153,17 @@ def _arrow_batches(path: str, name: str = "") -> Iterator[Any]:
 
 @contextmanager
 def _naming(path: str, kind: str) -> Iterator[None]:
-    """Turn what pyarrow raises into an error that names the file."""
+    """Convert pyarrow's exceptions to errors that name the file."""
     import pyarrow
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last of a column's name
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last one from a column's name
         raise ValueError(f"{path} is not a readable {kind} file: {error}") from None
 
 
 def _is_sound(batch: Any) -> bool:
-    """True if all that a batch holds is valid, so that none of it can crash the reader."""
+    """True if a batch is valid throughout, so that it cannot crash the reader."""
     import pyarrow
 
     try:
@@ -174,7 +174,7 @@ def _is_sound(batch: Any) -> bool:
 
 
 def _to_python(batch: Any) -> list[dict[str, Any]]:
-    """The rows of a batch, without the nulls of structs."""
+    """The rows of a batch, without the null fields of structs."""
     import pyarrow
 
     prune = _pruner(pyarrow.struct(list(batch.schema)))
@@ -184,7 +184,7 @@ def _to_python(batch: Any) -> list[dict[str, Any]]:
 
 @cache
 def _pruner(kind: Any) -> Callable[[Any], Any] | None:
-    """A function that drops the null fields of structs in values of this Arrow type; None where it has no structs."""
+    """A function that drops the null fields of structs in values of this Arrow type; None if it has no structs."""
     from pyarrow import types
 
     if types.is_struct(kind):

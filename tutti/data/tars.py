@@ -1,10 +1,10 @@
-"""Tar archives of samples (webdataset): consecutive members whose names are alike up to the first dot make a row.
+"""Tar archives of samples (webdataset): consecutive members with equal names up to the first dot form a row.
 
-`0001.json`, `0001.jpg` and `0001.txt` are one row: the object of the JSON file gives its columns, each other text a
-column by its extension (`{txt}` in data.row_template), and media the columns `images`, `videos` and `audios`, in their
-order. Where the JSON object has such a column itself, the names in it that are members of the row stand for these.
+`0001.json`, `0001.jpg` and `0001.txt` are one row: the object in the JSON file gives its columns, each other text is a
+column named by its extension (`{txt}` in data.row_template), and media are the columns `images`, `videos` and `audios`,
+in order. If the JSON object has such a column itself, file names in it refer to members of the row.
 
-An archive is never unpacked: for random access its headers are read once, and members where they lie.
+An archive is never unpacked: for random access its headers are read once, and members in place.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _COLUMN = {extension: column for column, extensions in _MEDIA.items() for extens
 
 
 class _Member(NamedTuple):
-    """A file in an archive: its name, and where it lies."""
+    """A file in an archive: its name, position and size."""
 
     name: str
     begin: int
@@ -39,7 +39,7 @@ class _Member(NamedTuple):
 
 
 class Tar(DataFile):
-    """A tar archive, not compressed, whose members of one stem are a row."""
+    """An uncompressed tar archive, whose members with one stem form a row."""
 
     @cached_property
     def _members(self) -> list[list[_Member]]:
@@ -107,7 +107,7 @@ class Tar(DataFile):
 
 
 def _is_member(one: tarfile.TarInfo) -> bool:
-    """True for a file of a row: no folder or link, and none that is hidden."""
+    """True for a regular file that is not hidden."""
     name = PurePosixPath(one.name).name
     return one.isfile() and "." in name and not name.startswith(".")
 
@@ -119,7 +119,7 @@ def _contents(archive: tarfile.TarFile, one: tarfile.TarInfo) -> bytes:
 
 
 def _of_rows(members: Iterator[tuple[str, Any]]) -> Iterator[list[Any]]:
-    """Members in order, by name, as lists of those that are of one row."""
+    """Group consecutive members, by name, into lists that belong to one row."""
     held: list[Any] = []
     stem = None
     for name, member in members:

@@ -1,16 +1,16 @@
-"""Tokenising a batch of texts, and finding the token at a character.
+"""Tokenizing a batch of texts, and finding the token at a character.
 
-The fast path calls the `tokenizers` library beneath a Hugging Face tokenizer once per batch: it runs on all cores and
-releases the interpreter's lock. A text is always tokenised whole, never in segments, so that the ids are those the
+The fast path calls the `tokenizers` library below a Hugging Face tokenizer once per batch: it uses all cores and
+releases the interpreter lock. A text is always tokenized as a whole, never in segments, so that the ids are those the
 model sees at inference.
 
-Where a token begins follows from the ids alone for byte-level tokenizers (GPT-2's kind, which most models have): a
-token stands for a fixed number of bytes, so that the sum over the tokens before it is its place. That is checked for
-each text, which must come out at its full length, and it spares the library the bookkeeping, a fifth of its time.
-Otherwise the library's character offsets are used. A few tokenizers are written in Python and have none; for them a
-character's token is found by tokenising the text up to it.
+For byte-level tokenizers (as in GPT-2 and most models) the position of a token follows from the ids alone: a token
+stands for a fixed number of bytes, so its position is the sum over the tokens before it. This is checked for each text,
+which must have its full length, and saves the library the bookkeeping, a fifth of its time. Otherwise the library's
+character offsets are used. A few tokenizers are written in Python and have none; for them a character's token is found
+by tokenizing the text up to it.
 
-A run of one added token, such as the hundreds that stand for an image, is tokenised as one of it, whose id is then
+A run of one added token, such as the hundreds that represent an image, is tokenized as a single one, whose id is then
 repeated.
 """
 
@@ -28,11 +28,11 @@ import numpy as np
 
 @dataclass
 class Tokens:
-    """The tokens of a batch of n texts, all texts' end to end.
+    """The concatenated tokens of a batch of n texts.
 
-    ids: int32. ends: where each text's tokens end, [n + 1] from 0.
-    begins: the byte each token begins at and the last one ends, int64 [tokens + 1], if it follows from the ids; else
-    offsets: per text, each token's first character; else neither.
+    ids: int32. ends: where each text's tokens end, [n + 1] from 0. begins: the byte at which each token begins and the
+    last one ends, int64 [tokens + 1], if it follows from the ids; else offsets: per text, each token's first character;
+    else neither.
     """
 
     tokenizer: Any
@@ -43,9 +43,10 @@ class Tokens:
     offsets: list[list[int]] | None = None
 
     def first_from(self, places: Sequence[int], chars: Sequence[int]) -> list[int]:
-        """For each text number and character, the text's first token that begins there or later (else their number).
+        """For each text index and character, the text's first token that begins there or later (or the number of its
+        tokens).
 
-        -1 where a tokenizer without offsets joins text across that character.
+        -1 if a tokenizer without offsets merges text across that character.
         """
         if self.begins is None:
             return [self._first_from(place, char) for place, char in zip(places, chars, strict=True)]
@@ -69,10 +70,10 @@ class Tokens:
 
 
 class BatchTokenizer:
-    """Tokenises texts in batches; picklable. `special`: with the tokens the tokenizer adds by itself."""
+    """Tokenizes texts in batches; picklable. special: with the tokens that the tokenizer adds by itself."""
 
     def __init__(self, tokenizer: Any, *, special: bool, places: bool, repeated: Sequence[int] = ()) -> None:
-        """`places`: whether `Tokens.first_from` will be asked. repeated: ids of tokens that texts have long runs of."""
+        """places: `Tokens.first_from` will be called. repeated: ids of tokens that texts contain in long runs."""
         self.tokenizer, self.special, self.places = tokenizer, special, places
         self.fast = bool(getattr(tokenizer, "is_fast", False))
         self._byte_lengths = _byte_lengths(tokenizer) if self.fast and places and not special else None
@@ -106,8 +107,8 @@ class BatchTokenizer:
         return Tokens(self.tokenizer, texts, np.array(flat, np.int32), ends)
 
     def _without_runs(self, backend: Any, texts: Sequence[str]) -> Tokens | None:
-        """The tokens of texts, each run of an added token tokenised as one of it; None if one is not where its text is
-        or the other way around."""
+        """The tokens of texts, tokenizing each run of an added token as a single one; None if a single one and its
+        text do not correspond everywhere."""
         lengths: list[int] = []
         of_text = {text: len(text) for text in self._repeated.values()}
 
@@ -127,7 +128,7 @@ class BatchTokenizer:
         return Tokens(self.tokenizer, texts, np.repeat(tokens.ids, repeats), ends.tolist())
 
     def _begins(self, tokens: Tokens, byte_lengths: np.ndarray) -> np.ndarray | None:
-        """The byte each token begins at; None if some text was not taken byte for byte."""
+        """The byte at which each token begins; None if some text was not tokenized byte for byte."""
         if len(tokens.ids) and int(tokens.ids.max()) >= len(byte_lengths):
             return None
         ends = np.concatenate([[0], np.cumsum(byte_lengths[tokens.ids])])
@@ -141,8 +142,8 @@ class BatchTokenizer:
         return ends
 
     def _with_offsets(self, backend: Any, texts: Sequence[str]) -> Tokens:
-        # A post-processor only adds special tokens, not wanted here, and may trim spaces off the offsets, which would
-        # hide that a token straddles a border.
+        # A post-processor only adds special tokens, which are not wanted here, and may remove spaces from the
+        # offsets, which would hide that a token straddles a border.
         processor = backend.post_processor
         if not self.special:
             backend.post_processor = None
@@ -156,7 +157,7 @@ class BatchTokenizer:
 
 
 def _byte_lengths(tokenizer: Any) -> np.ndarray | None:
-    """The bytes of text that each id stands for, int64 [vocabulary]; None if that isn't fixed for this tokenizer."""
+    """The number of bytes that each id stands for, int64 [vocabulary]; None if this tokenizer has no fixed numbers."""
     backend = tokenizer.backend_tokenizer
     if _state(backend.normalizer).get("type", "NFC") != "NFC" or "ByteLevel" not in str(_state(backend.pre_tokenizer)):
         return None
@@ -170,8 +171,8 @@ def _byte_lengths(tokenizer: Any) -> np.ndarray | None:
 
 
 def _alone(tokenizer: Any, ids: Sequence[int]) -> dict[int, str]:
-    """The texts of those of `ids` that are added tokens which are found in a text wherever it has them, whatever
-    stands beside: no added token can overlap them."""
+    """The texts of those of `ids` that are added tokens which are recognized wherever they occur in a text: no added
+    token can overlap them."""
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
     found = {}
     for number in {number for number in ids if number in added}:
@@ -183,12 +184,12 @@ def _alone(tokenizer: Any, ids: Sequence[int]) -> dict[int, str]:
 
 
 def _runs_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """A pattern of runs of one of `texts`; beginning with the text itself it is found much faster."""
+    """A pattern for runs of one of `texts`; starting with the text itself makes it much faster."""
     return re.compile("|".join("{0}(?:{0})*".format(re.escape(text)) for text in texts) or "(?!)")
 
 
 def _overlap(one: str, other: str, *, same: bool) -> bool:
-    """True if the texts can overlap in a longer one. same: they are one token, which it does with itself as a whole."""
+    """True if the texts can overlap in a longer one. same: they are one token, which may overlap itself as a whole."""
     if not same and (one in other or other in one):
         return True
     sizes = range(1, min(len(one), len(other)))
@@ -196,5 +197,5 @@ def _overlap(one: str, other: str, *, same: bool) -> bool:
 
 
 def _state(part: Any) -> dict[str, Any]:
-    """The settings of a part of a tokenizer, which may be absent."""
+    """The settings of a part of a tokenizer, which may be missing."""
     return json.loads(part.__getstate__()) if part else {}

@@ -1,9 +1,8 @@
-"""Datasets of the user's own (data.datasets_type: module:factory), as if they were files of rows.
+"""Users' datasets (data.datasets_type: module:factory), as if they were data files.
 
-The factory is called with the path and returns something with a length and items, or something to iterate over. Many
-datasets that are iterated over share themselves out when they find a loader's worker around them, each worker getting a
-part. Here the whole is wanted: what a rank and a worker get is decided later, from all samples. So they are iterated
-over in the training process alone, never in a worker (see stream.py).
+The factory is called with the path and returns something with a length and items, or an iterable. Many iterable
+datasets split themselves over the workers of a loader. Here all rows are needed, since what a rank and a worker get is
+decided later, from all samples. So they are iterated only in the training process, never in a worker (see stream.py).
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from torch.utils.data import IterableDataset
 from tutti.data.formats import BadRow, DataFile, Row, Rows
 
 _TRIES = 100
-"""So many errors in a row of an iterator mean that it will not go on."""
+"""After this many consecutive errors, an iterator is considered broken."""
 
 
 class UserDataset(DataFile):
-    """The dataset that the factory `name` makes of `path`. mapping: whether it has a length and random access.
+    """The dataset that the factory `name` makes of `path`. mapping: it has a length and random access.
 
-    Its items are rows like those of files, or samples that need no encoding: `PreEncoded` tells them apart.
+    Its items are rows like those of files, or finished samples: `PreEncoded` distinguishes them.
     """
 
     def __init__(self, name: str, path: str) -> None:
@@ -60,7 +59,7 @@ class UserDataset(DataFile):
 
     @cached_property
     def _from_arrow(self) -> bool:
-        """True if it is a Hugging Face dataset: its rows come out of Arrow tables, which have all keys in all rows."""
+        """True for a Hugging Face dataset: its rows are from Arrow tables, in which all rows have all keys."""
         return type(self._dataset).__module__.partition(".")[0] == "datasets"
 
     def __len__(self) -> int:
@@ -102,7 +101,7 @@ class UserDataset(DataFile):
                 yield bad or self.row(value, number)
 
     def _iterate(self) -> Iterator[Any]:
-        """All items. An iterator has but one pass in it, so that the factory makes another for each."""
+        """All items. An iterator supports only one pass, so the factory makes another for each."""
         items = iter(self._dataset)
         return iter(self._make()) if items is self._dataset else items
 
@@ -112,7 +111,7 @@ def _raised(error: Exception) -> str:
 
 
 def _without_nulls(value: Any) -> Any:
-    """The value without the nulls of dicts, at any depth."""
+    """The value without null entries of dicts, at any depth."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

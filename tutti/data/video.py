@@ -1,15 +1,15 @@
-"""Videos of rows: which frames are taken of one is decided by its header, and these are decoded when it is trained on.
+"""Videos in rows: frames are selected from a video's header, and decoded when it is trained on.
 
 A video is a file, which PyAV reads, an animated image (WebP, GIF), which pillow reads, or a list of images, its frames.
 
-1. `measure_video` reads the header: size, number of frames, and how many there are a second. Where a header has no
-   number of frames, the packets of the file are counted, which decodes nothing.
-2. The processor of the family says which frames it takes of such a video, or data.video_fps and data.video_max_frames
-   do (`tutti.data.media_processor`).
-3. `load_video` decodes up to the last of them, and keeps these alone, each made smaller as it comes.
+1. `measure_video` reads the header: size, number of frames, and frame rate. If the header has no number of frames, the
+   packets of the file are counted, without decoding.
+2. The family's processor selects the frames of such a video, or data.video_fps and data.video_max_frames do
+   (`tutti.data.media_processor`).
+3. `load_video` decodes up to the last of them, and keeps only these, resizing each at once.
 
-Frames are numbered as they are decoded, in the order in which they are shown, and a number divided by the frames a
-second is its time, as transformers has it; where frames lie unevenly in time it is one on average.
+Frames are numbered in display order. A number divided by the frame rate is its time, as in transformers; if frames are
+unevenly spaced this is an average.
 """
 
 from __future__ import annotations
@@ -39,24 +39,23 @@ from tutti.data.media import (
 from tutti.data.rows import RowError
 
 FRAMES_FPS = 2.0
-"""Frames a second of a video that is given as a list of frames, where the row does not say."""
+"""Frame rate of a video given as a list of frames, if the row does not say."""
 
 MAX_VIDEO_PIXELS = 2**29
-"""Pixels of all frames that are taken of a video; decoded, these are 1.5 GB."""
+"""Maximum total pixels of a video's frames; decoded, these take 1.5 GB."""
 
 _TAIL = 0.1
-"""The part of a video's frames that may be missing at its end: headers count frames that cuts have taken off."""
+"""Share of a video's frames that may be missing at its end: headers may count frames that were cut off."""
 
 _FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,wav,w64,mp3,flac,aac,aiff,amr,caf,au,"
     "ivf,h264,hevc,mjpeg"
 )
-"""The containers that are read: none of those that name other files or addresses."""
+"""The supported containers: none that refer to other files or URLs."""
 
 
 class Header(NamedTuple):
-    """The width and height of a video, upright, its number of frames, and how many there are a second (None: not
-    said)."""
+    """The upright width and height of a video, its number of frames, and its frame rate (None: not known)."""
 
     size: tuple[int, int]
     total: int
@@ -64,7 +63,7 @@ class Header(NamedTuple):
 
 
 def video_source(entry: Any, folder: MediaFolder) -> tuple[Source | tuple[Source, ...], float | None]:
-    """The file, or the frames, that an entry of a row stands for, and its frames a second if the row says so."""
+    """The file, or the frames, in an entry of a row, and the frame rate if the row gives it."""
     fps = None
     if isinstance(entry, dict) and entry.get("frames") is not None:
         fps = entry.get("video_fps", entry.get("fps"))
@@ -81,7 +80,7 @@ def video_source(entry: Any, folder: MediaFolder) -> tuple[Source | tuple[Source
 
 
 def measure_video(source: Source | tuple[Source, ...]) -> Header:
-    """Read off a video what is known before it is decoded. RowError: it cannot be read."""
+    """Measure a video without decoding it. RowError: it cannot be read."""
     if isinstance(source, tuple):
         sizes = [measure_image(frame) for frame in source]
         if len(set(sizes)) > 1:
@@ -100,7 +99,7 @@ def measure_video(source: Source | tuple[Source, ...]) -> Header:
 
 
 def load_video(medium: Media, size: tuple[int, int]) -> np.ndarray:
-    """The frames that are taken of a video, uint8 [frames, 3, height, width], each resized to `size` (width, height).
+    """The selected frames of a video, uint8 [frames, 3, height, width], resized to `size` (width, height).
 
     RowError: it cannot be decoded.
     """
@@ -133,7 +132,7 @@ def _resized(frame: Image.Image, expected: tuple[int, ...], size: tuple[int, int
 
 @contextmanager
 def open_av(source: Source) -> Iterator[Any]:
-    """The container of a file that has video or sound."""
+    """The container of a file with video or sound."""
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
     with av.open(file, options=options) as container:
@@ -159,14 +158,14 @@ def _header(container: Any, source: Source) -> Header:
 
 
 def _animation(image: Image.Image) -> Header:
-    """Of an animated image, or a still one, which is a video of one frame."""
+    """The header of an animated image, or a still one, which is a video of one frame."""
     image.load()
     milliseconds = image.info.get("duration")
     return Header(image.size, getattr(image, "n_frames", 1), 1000 / milliseconds if milliseconds else None)
 
 
 def _decoded(source: Source | tuple[Source, ...]) -> Iterator[Callable[[], Image.Image]]:
-    """The frames of a video, one after the other, each as a function that makes an image of it."""
+    """The frames of a video in order, each as a function that returns the image."""
     if isinstance(source, tuple):
         for frame in source:
             yield partial(decode_image, frame)

@@ -1,10 +1,10 @@
-"""Worker processes: forked, quiet, and deaf to signals that are meant for the trainer.
+"""Worker processes: forked, and ignoring signals that are meant for the trainer.
 
-Forking takes milliseconds where starting an interpreter anew takes seconds. It is safe here because a worker runs only
-numpy, the tokenizer and small tensor copies on one thread, and never touches the accelerator.
+Forking takes milliseconds, while starting a new interpreter takes seconds. It is safe here because a worker only runs
+numpy, the tokenizer and small tensor copies on one thread, and never uses the accelerator.
 
-At SIGINT or SIGTERM the trainer finishes its step and saves. Such signals often go to every process of a run, and a
-worker that died of one would take the step with it. So workers ignore SIGINT, and heed SIGTERM only from their parent.
+At SIGINT or SIGTERM the trainer finishes its step and saves. Such signals are often sent to every process of a run, and
+a worker that died would break the step. So workers ignore SIGINT, and obey SIGTERM only from their parent.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from collections.abc import Iterator
 from typing import Any
 
 NICE = 10
-"""Steps by which the priority of workers is below the trainer's. Where both need a core, the threads of a step would
-wait for the one whose core a worker has; a worker finds a core when the step has no use for it, or waits for data."""
+"""The niceness of workers relative to the trainer. Otherwise, when both need a core, the threads of a step would
+wait for the one whose core a worker occupies; a worker gets a core when the step does not use it, or waits for data.
+"""
 
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 @contextlib.contextmanager
 def quiet_fork() -> Iterator[None]:
-    """Within it processes may be forked: tokenizers, told to, neither warn nor use threads there.
+    """Within this context processes may be forked: tokenizers neither warn nor use threads.
 
-    Signals wait meanwhile, in the children until `be_a_worker`: one that came before it would still end them.
+    Signals are blocked meanwhile, in the children until `be_a_worker`, since an earlier one would still kill them.
     """
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -59,7 +60,7 @@ def be_a_worker(*_: Any) -> None:
 
 
 def _obey(parent: int) -> None:
-    """End this process when `parent` says so, or is no more."""
+    """End this process when `parent` says so, or has ended."""
     while os.getppid() == parent:
         heard = signal.sigtimedwait({signal.SIGTERM}, 5.0)
         if heard is not None and heard.si_pid == parent:
