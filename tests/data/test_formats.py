@@ -7,7 +7,9 @@ import csv
 import gzip
 import io
 import json
+import os
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -373,6 +375,28 @@ def test_columns_of_categories_are_read(tmp_path: Path) -> None:
     table = pa.table({"text": pa.array(list("abcabd")).dictionary_encode()})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
     assert [row.value["text"] for row in read(tmp_path / "a.parquet")] == list("abcabd")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.csv.zst"])
+def test_the_places_of_a_large_files_rows_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(formats, "KEEP_PLACES", 1)
+    path = example(tmp_path / name)
+    expected = open_file(path).read(range(40))
+    with monkeypatch.context() as again:
+        again.setattr(formats._TextFile, "_write_places", lambda *_: pytest.fail("found again"))
+        again.setattr(formats.JsonLines, "_write_places", lambda *_: pytest.fail("found again"))
+        assert open_file(path).read(range(40)) == expected
+    path.write_bytes(path.read_bytes())
+    os.utime(path, (1, 1))
+    assert open_file(path).read([39, 2]) == [expected[39], expected[2]]
+
+
+def test_places_are_found_anew_where_they_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "KEEP_PLACES", 1)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TUTTI_CACHE", str(tmp_path / "file" / "folder"))
+    file = open_file(example(tmp_path / "a.jsonl"))
+    assert len(file.read(range(40))) == 40 and file.checksum() == zlib.crc32((tmp_path / "a.jsonl").read_bytes())
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.csv.gz", "a.csv.zst", "a.parquet"])

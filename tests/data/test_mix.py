@@ -10,7 +10,7 @@ from tutti.data.mix import Mix, Permuted, permutation
 
 def stream(count, number=0, shuffle=True):
     ids = np.arange(count) + 1000 * number
-    return Permuted(ids, np.full(count, 3), key=(7, number), shuffle=shuffle)
+    return Permuted(ids, np.full(count + 1000 * number, 3), key=(7, number), shuffle=shuffle)
 
 
 def drain(mix, step=0):

@@ -2,8 +2,9 @@
 
 A file supports `len()`, `read(ids)` for random access and `stream(start)` in order, and both return the same rows. The
 text formats here (jsonl, json, csv) share one idea: the file is cut into pieces of bytes, one per row, and a piece is
-parsed when its row is requested. `stream` cuts while it reads; `read` maps the file into memory and keeps an index of
-the pieces. Columnar formats are in tables.py.
+parsed when its row is requested. `stream` cuts while it reads; `read` keeps an index of the pieces, for large files in
+the cache folder, and reads single pieces (a memory map would keep all pages that a process has read resident). Columnar
+formats are in tables.py.
 
 Files without random access (gzip, zstandard, parquet) are unpacked once into a cache folder for `read`, so that a batch
 of random rows costs the same in every format; `stream` reads the original.
@@ -19,26 +20,28 @@ from __future__ import annotations
 import codecs
 import csv
 import gzip
-import hashlib
 import io
 import json
-import mmap
 import os
 import re
 import sys
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from tutti.core.files import cache_folder, make_once
+from tutti.data.kept import in_memory, kept, unpacked
 
 _BLOCK = 1 << 22
+
+KEEP_PLACES = 1 << 26
+"""Bytes of text from which on the places of its rows are kept in the cache folder."""
+
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.DOTALL)
 _GAP, _GAP_BYTES, _BLANK = re.compile(r"[\s,]*"), re.compile(rb"[\s,]*"), re.compile(rb"\s*")
 _COLON = re.compile(rb"\s*:\s*")
@@ -80,6 +83,18 @@ class DataFile(ABC):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in _opened(type(self))}
 
+    def checksum(self) -> int:
+        """The CRC-32 of the file as it lies there; it is kept in the cache folder. ValueError: it can't be read."""
+
+        def write(file: IO[bytes]) -> None:
+            crc = 0
+            with open_binary(self.path) as source:
+                while block := source.read(_BLOCK):
+                    crc = zlib.crc32(block, crc)
+            file.write(b"%d" % crc)
+
+        return int(kept(self.path, "checksum", write).tobytes())
+
     @abstractmethod
     def __len__(self) -> int: ...
 
@@ -111,14 +126,31 @@ class _Piece(NamedTuple):
     line: int
 
 
+class _Places(NamedTuple):
+    """Where the rows of a text lie: for each the byte behind it, the byte it begins at and its line, int64 [rows] each.
+
+    begins, lines: None where every line is a row, so that they follow from `ends`.
+    """
+
+    ends: np.ndarray
+    begins: np.ndarray | None = None
+    lines: np.ndarray | None = None
+
+    def of(self, ids: np.ndarray) -> Iterator[tuple[int, int, int]]:
+        """Begin, end and line of the rows with these numbers."""
+        if self.begins is None or self.lines is None:
+            begins, lines = np.where(ids > 0, self.ends[ids - 1] + 1, 0), ids + 1
+        else:
+            begins, lines = self.begins[ids], self.lines[ids]
+        return zip(begins.tolist(), self.ends[ids].tolist(), lines.tolist(), strict=True)
+
+
 class _TextFile(DataFile):
     """A text file whose rows are pieces of bytes. Subclasses cut the text into pieces and parse one."""
 
     @cached_property
-    def _bytes(self) -> mmap.mmap | bytes:
-        path = self._plain_path
-        with open(path, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(path) else b""
+    def _file(self) -> BinaryIO:
+        return open_binary(self._plain_path)
 
     @property
     def _plain_path(self) -> str:
@@ -127,12 +159,20 @@ class _TextFile(DataFile):
         return unpacked(self.path, lambda target: _copy(read_blocks(self.path), target))
 
     @cached_property
-    def _index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Begin, end and line number of every row, int64 [rows] each."""
+    def _places(self) -> _Places:
+        path = self._plain_path
+        if os.path.getsize(path) < KEEP_PLACES:
+            table = np.frombuffer(in_memory(self._write_places), np.int64)
+        else:
+            table = kept(path, "places of rows", self._write_places).view(np.int64)
+        width, columns = int(table[0]), table[1:]
+        return _Places(*(columns[column::width] for column in range(width)))
+
+    def _write_places(self, file: IO[bytes]) -> None:
+        """Write the table of `_Places`, row by row, behind the number of its columns."""
         pieces = self._pieces(_text_blocks(self._plain_path, name=self.path))
-        spans = ((piece.begin, piece.begin + len(piece.text), piece.line) for piece in pieces)
-        table = np.fromiter(spans, dtype=np.dtype((np.int64, 3)))
-        return table[:, 0].copy(), table[:, 1].copy(), table[:, 2].copy()
+        spans = ((piece.begin + len(piece.text), piece.begin, piece.line) for piece in pieces)
+        file.write(np.int64(3).tobytes() + np.fromiter(spans, dtype=np.dtype((np.int64, 3))).tobytes())
 
     @abstractmethod
     def _pieces(self, blocks: Iterator[bytes]) -> Iterator[_Piece]: ...
@@ -141,12 +181,12 @@ class _TextFile(DataFile):
     def _parse(self, text: bytes, line: int) -> Row | BadRow: ...
 
     def __len__(self) -> int:
-        return len(self._index[0])
+        return len(self._places.ends)
 
     def read(self, ids: Sequence[int]) -> list[Row | BadRow]:
-        data = self._bytes
-        spans = zip(*(column[list(ids)].tolist() for column in self._index), strict=True)
-        return [self._parse(data[begin:end], line) for begin, end, line in spans]
+        descriptor = self._file.fileno()
+        spans = self._places.of(np.asarray(ids, np.int64))
+        return [self._parse(os.pread(descriptor, end - begin, begin), line) for begin, end, line in spans]
 
     def stream(self, start: int = 0) -> Rows:
         passed = 0
@@ -173,21 +213,44 @@ class JsonLines(_TextFile):
     def _parse(self, text: bytes, line: int) -> Row | BadRow:
         return self._parse_json(text, line)
 
-    @cached_property
-    def _index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        data = self._bytes
-        _refuse_utf16(data[:4], self.path)
-        newlines = [
-            np.flatnonzero(np.frombuffer(data[at : at + _BLOCK], np.uint8) == 10) + at
-            for at in range(0, len(data), _BLOCK)
-        ]
-        end = np.concatenate([*newlines, [len(data)]]).astype(np.int64)
-        begin = np.concatenate([[0], end[:-1] + 1])
-        keep = end > begin
-        first = np.frombuffer(data, np.uint8)[begin[keep]]
-        for i in np.flatnonzero(keep)[np.isin(first, _BLANK_BYTES)]:
-            keep[i] = bool(data[begin[i] : end[i]].strip())
-        return begin[keep], end[keep], np.flatnonzero(keep) + 1
+    def _write_places(self, file: IO[bytes]) -> None:
+        """Write the ends alone, unless some line may be blank."""
+        file.write(np.int64(1).tobytes())
+        for _, ends, first in self._lines():
+            if np.isin(first, (10, *_BLANK_BYTES)).any():
+                file.seek(0)
+                file.truncate()
+                return self._write_places_of_some(file)
+            file.write(ends.tobytes())
+        return None
+
+    def _write_places_of_some(self, file: IO[bytes]) -> None:
+        file.write(np.int64(3).tobytes())
+        descriptor, line = self._file.fileno(), 1
+        for begins, ends, first in self._lines():
+            keep = ends > begins
+            for i in np.flatnonzero(keep & np.isin(first, _BLANK_BYTES)):
+                keep[i] = bool(os.pread(descriptor, int(ends[i] - begins[i]), int(begins[i])).strip())
+            lines = np.arange(line, line + len(ends))
+            line += len(ends)
+            file.write(np.stack([ends, begins, lines], axis=1)[keep].tobytes())
+
+    def _lines(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Begins, ends and first bytes of all lines, those that end in one block of the text at a time."""
+        at = begin = first = 0
+        for block in _text_blocks(self._plain_path, name=self.path):
+            text = np.frombuffer(block, np.uint8)
+            first = int(text[0]) if begin == at else first
+            ends = np.flatnonzero(text == 10)
+            if len(ends):
+                begins = np.concatenate([[begin - at], ends[:-1] + 1])
+                firsts = np.concatenate([[first], text[begins[1:]]])
+                yield begins + at, ends + at, firsts
+                begin = at + int(ends[-1]) + 1
+                first = int(text[begin - at]) if begin < at + len(text) else first
+            at += len(text)
+        if begin < at:
+            yield np.array([begin]), np.array([at]), np.array([first])
 
     def _pieces(self, blocks: Iterator[bytes]) -> Iterator[_Piece]:
         begin = 0
@@ -505,24 +568,3 @@ def _universal_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
 def _copy(blocks: Iterable[bytes], target: str) -> None:
     with open(target, "wb") as file:
         file.writelines(blocks)
-
-
-def unpacked(path: str, write: Callable[[str], None]) -> str:
-    """The path of an unpacked copy of `path`, made by `write(target)` unless it exists.
-
-    Copies are in `$TUTTI_CACHE` (default `~/.cache/tutti`), under a name made from path, size and modification time. If
-    several processes call this, one writes and the others wait.
-    """
-    status = os.stat(path)
-    key = f"{os.path.realpath(path)}:{status.st_size}:{status.st_mtime_ns}"
-    folder = cache_folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"{path} must be unpacked for random access, and {folder} can't be made ({error.strerror}): let the "
-            "environment variable TUTTI_CACHE name a folder that can, or set data.datasets_type: iterable"
-        ) from None
-    copy = folder / hashlib.sha256(key.encode()).hexdigest()[:32]
-    make_once(copy, write)
-    return str(copy)

@@ -38,7 +38,7 @@ from tutti.core.batch import IGNORE, Media, Sample
 from tutti.core.dist import World
 from tutti.data.formats import BadRow, Row
 from tutti.data.media import MediaSummary, identity
-from tutti.data.mix import Mix, Permuted, SampleRef, Weights
+from tutti.data.mix import LearnsLengths, Mix, Permuted, SampleRef, Weights
 from tutti.data.worker import be_a_worker, quiet_fork
 
 log = logging.getLogger(__name__)
@@ -154,7 +154,8 @@ class Index:
     there are too many.
 
     num_media: the number of media of each sample, whose row is read again when it is trained on; num_values: of these;
-    media: all in numbers.
+    media: all in numbers. learn: of an index whose rows are tokenised as they are drawn (learn.py), finds out lengths
+    and targets, which are 0 before.
     """
 
     source: np.ndarray
@@ -172,6 +173,7 @@ class Index:
     notes: Counter[str]
     digest: str
     media: MediaSummary
+    learn: LearnsLengths | None = None
 
     def __len__(self) -> int:
         return len(self.length)
@@ -184,17 +186,23 @@ class MapSource:
         self.index, self.weights, self.names, self.seed, self.shuffle = index, weights, names, seed, shuffle
         self.size: int | None = len(index)
 
+    @property
+    def knows_lengths(self) -> bool:
+        """False where lengths are found out as samples are drawn."""
+        return self.index.learn is None
+
     def mix(self) -> Mix:
         """One stream over all samples; with weights one for every source."""
         index = self.index
+        groups: list[np.ndarray | int]
         if self.weights is None:
-            groups = [np.arange(len(index)) if self.shuffle else _interleaved(index.source)]
+            groups = [len(index) if self.shuffle else _interleaved(index.source)]
         else:
             groups = [np.flatnonzero(index.source == source) for source in range(len(self.names))]
-            if empty := [name for name, ids in zip(self.names, groups, strict=True) if not len(ids)]:
+            if empty := [name for name, ids in zip(self.names, groups, strict=True) if not np.size(ids)]:
                 raise ValueError(f"data.train_path: source {empty[0]} has a weight but no usable row")
         streams = [
-            Permuted(ids, index.length[ids], key=(self.seed, number), shuffle=self.shuffle)
+            Permuted(ids, index.length, key=(self.seed, number), shuffle=self.shuffle, learn=index.learn)
             for number, ids in enumerate(groups)
         ]
         return Mix(streams, self.weights, self.size)
@@ -213,6 +221,8 @@ class MapSource:
         return item
 
     def find(self, names: Sequence[int]) -> list[SampleRef]:
+        if self.index.learn is not None:
+            self.index.learn(np.array(names, np.int64), np.array([], np.int64))
         return [(int(self.index.length[name]), name) for name in names]
 
 
@@ -226,12 +236,12 @@ def _interleaved(source: np.ndarray) -> np.ndarray:
 
 
 def build_index(
-    sources: Sequence[Any], encoder: Any, world: World, *, num_workers: int, silent: bool, argument: str
+    sources: Sequence[Any], encoder: Any, world: World, *, num_workers: int, silent: bool, argument: str, hint: str = ""
 ) -> Index:
     """Encode all rows of `sources` once, shared among the ranks; the same index on every rank.
 
-    argument: the dotted argument that names the data, for messages. ValueError on all ranks: a bad row (unless
-    `silent`), or no sample at all.
+    argument: the dotted argument that names the data, for messages. hint: what would begin at once, for the log.
+    ValueError on all ranks: a bad row (unless `silent`), or no sample at all.
     """
     lengths = world.run_on_all_ranks(lambda: [len(source) for source in sources])
     for rank, others in enumerate(world.gather(lengths)):
@@ -244,7 +254,9 @@ def build_index(
     ]
     if not spans:
         raise ValueError(f"{argument} is empty: it has no rows")
-    mine = world.run_on_all_ranks(lambda: _encode_spans(sources, encoder, spans[world.rank :: world.size], num_workers))
+    mine = world.run_on_all_ranks(
+        lambda: _encode_spans(sources, encoder, spans[world.rank :: world.size], num_workers, hint)
+    )
     if sum(world.gather(sum(int(chunk.length.sum()) for chunk in mine))) > KEEP_TOKENS:
         mine = [replace(chunk, tokens=None) for chunk in mine]
     shares = world.gather(mine)
@@ -269,6 +281,12 @@ def bad_row_error(row: Any, more: int = 0) -> ValueError:
     return ValueError(f"{place_of(row)}: {row.reason}{others}; data.silent_exception: true skips bad rows")
 
 
+def log_left_out(argument: str, rows: int, dropped: Mapping[str, int]) -> None:
+    """Log how many of `rows` rows were left out, by reason."""
+    for reason, count in dropped.items():
+        log.warning("%s: left out %s of %s rows: %s", argument, f"{count:,}", f"{rows:,}", reason)
+
+
 def left_out(rows: int, dropped: Mapping[str, int]) -> str:
     """The end of a message about `rows` rows that are all bad: how many, for each reason."""
     reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.items())
@@ -282,7 +300,7 @@ def _num_media(chunk: Chunk) -> np.ndarray:
 def _join(chunks: list[Chunk], dropped: dict[str, int]) -> Index:
     length = np.concatenate([chunk.length for chunk in chunks])
     kept = [chunk.tokens for chunk in chunks if chunk.tokens is not None]
-    columns = {
+    columns: dict[str, Any] = {
         "source": np.concatenate([np.full(len(chunk.row), chunk.source, np.int64) for chunk in chunks]),
         "row": np.concatenate([chunk.row for chunk in chunks]),
         "piece": np.concatenate([chunk.piece for chunk in chunks]),
@@ -308,7 +326,7 @@ def _join(chunks: list[Chunk], dropped: dict[str, int]) -> Index:
 
 
 def _encode_spans(
-    sources: Sequence[Any], encoder: Any, spans: list[tuple[int, int, int]], num_workers: int
+    sources: Sequence[Any], encoder: Any, spans: list[tuple[int, int, int]], num_workers: int, hint: str
 ) -> list[Chunk]:
     chunks: list[Chunk] = []
     tokens, rows = 0, sum(stop - start for _, start, stop in spans)
@@ -328,8 +346,8 @@ def _encode_spans(
                 stream = pool.map(_encode_in_pool, spans[len(chunks) :], chunksize=4)
             if now - shown > _LOG_SECONDS:
                 shown, done = now, sum(stop - start for _, start, stop in spans[: len(chunks)])
-                hint = "; data.datasets_type iterable would begin at once" if left > _LONG_SECONDS else ""
-                log.info("tokenising: %d of %d rows, about %.0f s left%s", done, rows, left, hint)
+                advice = f"; {hint} would begin at once" if hint and left > _LONG_SECONDS else ""
+                log.info("tokenising: %d of %d rows, about %.0f s left%s", done, rows, left, advice)
     return chunks
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice, takewhile
 from typing import Any, Literal, NamedTuple
@@ -27,7 +27,8 @@ from tutti.core.batch import Batch, GlobalBatch, Sample
 from tutti.core.dist import World
 from tutti.data.encode import make_encoder
 from tutti.data.images import make_image_encoder
-from tutti.data.index import CHUNK, Index, MapSource, build_index, encode_chunk
+from tutti.data.index import CHUNK, Index, MapSource, encode_chunk, log_left_out
+from tutti.data.learn import make_index
 from tutti.data.media import MediaSummary
 from tutti.data.mix import SampleRef, Weights
 from tutti.data.pack import deal_work
@@ -64,8 +65,9 @@ def num_tokens(lengths: Sequence[int], num_values: int) -> float:
 class DataSummary:
     """The figures of the training data; of streamed data, what has been read so far.
 
-    rows, samples, tokens, trained_tokens: of one pass. dropped: rows left out, by reason. packing_efficiency: tokens
-    per slot, over the whole run or (streamed) so far; None before the first step. media: of indexed data.
+    rows, samples, tokens, trained_tokens: of one pass; where rows are tokenised as they are drawn, the tokens of all
+    are estimated by those that have been. dropped: rows left out, by reason. packing_efficiency: tokens per slot, over
+    the whole run or so far; None before the first step. media: of indexed data.
     """
 
     rows: int
@@ -400,13 +402,23 @@ def build_data(
     if streams:
         part = _streamed_part(config, sources, collate, recipe, decodes=processor is not None)
     else:
-        index = _index(config, sources, encoder, world, "data.train_path")
+        index = make_index(
+            config,
+            sources,
+            encoder,
+            world,
+            "data.train_path",
+            row_is_sample=rows in ("conversations", "labels")
+            and processor is None
+            and not any(source.own for source in sources),
+            counts_without_lengths=recipe.counts_without_lengths,
+        )
         settings["digest"] = index.digest
         supply = MapSource(index, _weights(sources), names, config.train.seed, config.data.shuffle)
         part = _indexed_part(config, PackedSamples(index, sources, collate), supply, recipe)
     evaluation = None
     if held_out is not None:
-        index = _index(config, held_out, encoder, world, "data.eval_path")
+        index = make_index(config, held_out, encoder, world, "data.eval_path")
         supply = MapSource(index, None, [source.name for source in held_out], config.train.seed, shuffle=False)
         evaluation = _indexed_part(config, PackedSamples(index, held_out, collate), supply, one_pass(recipe))
     may_lose = config.data.silent_exception and processor is not None
@@ -469,32 +481,6 @@ def _weights(sources: Sequence[Source]) -> Weights | None:
     return lambda step: [source.weight_at(step) for source in sources]
 
 
-def _index(config: Config, sources: Sequence[Any], encoder: Any, world: World, argument: str) -> Index:
-    data = config.data
-    index = build_index(
-        sources, encoder, world, num_workers=data.num_workers, silent=data.silent_exception, argument=argument
-    )
-    log.info(
-        "%s: %s rows, %s samples, %s tokens, %s of them trained%s",
-        argument,
-        *(f"{count:,}" for count in (index.rows, len(index), index.length.sum(), index.targets.sum())),
-        "; kept in memory, no workers needed"
-        if index.tokens is not None and data.num_workers and not index.num_media.any()
-        else "",
-    )
-    if world.is_main:
-        log_left_out(argument, index.rows, index.dropped)
-        for note, count in index.notes.items():
-            log.warning("%s: %s rows: %s", argument, f"{count:,}", note)
-    return index
-
-
-def log_left_out(argument: str, rows: int, dropped: Mapping[str, int]) -> None:
-    """Log how many of `rows` rows were left out, by reason."""
-    for reason, count in dropped.items():
-        log.warning("%s: left out %s of %s rows: %s", argument, f"{count:,}", f"{rows:,}", reason)
-
-
 def _needs_workers(index: Index) -> bool:
     return index.tokens is None or bool(index.num_media.any())
 
@@ -507,11 +493,15 @@ def _indexed_part(config: Config, samples: PackedSamples, supply: MapSource, rec
 
     def report(given: np.ndarray) -> DataSummary:
         counted = planner.counted
+        known = len(index) if index.learn is None else np.count_nonzero(index.length)
+        tokens, targets = (
+            round(int(column.sum()) * len(index) / max(1, known)) for column in (index.length, index.targets)
+        )
         return DataSummary(
             rows=index.rows,
             samples=len(index),
-            tokens=int(index.length.sum()),
-            trained_tokens=int(index.targets.sum()),
+            tokens=tokens,
+            trained_tokens=targets,
             dropped=index.dropped,
             packing_efficiency=counted.tokens / counted.slots if counted.slots else _efficiency(given),
             media=index.media,
@@ -526,6 +516,7 @@ def _indexed_part(config: Config, samples: PackedSamples, supply: MapSource, rec
         planner,
         fetch,
         report,
+        close=(lambda: None) if index.learn is None else index.learn.close,
         digest=index.digest,
         scan=scan,
         has_media=bool(index.num_media.any()),

@@ -31,6 +31,12 @@ Weights = Callable[[int], Sequence[float]]
 
 _BLOCK = 8192
 
+LEARNT = 512
+"""Samples whose lengths are found out at a time, where they are not known yet."""
+
+SOON = 4096
+"""Samples behind these that are the next to be looked at."""
+
 
 def random_words(count: int, *key: int) -> np.ndarray:
     """`count` random uint64 that depend on `key` alone, on every machine and in every version."""
@@ -59,12 +65,40 @@ class Stream(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Permuted:
-    """Samples with random access: `ids` and their `lengths`, permuted anew for every pass, or in order."""
+class LearnsLengths(Protocol):
+    """Finds out lengths of samples that are not known from the start."""
 
-    def __init__(self, ids: np.ndarray, lengths: np.ndarray, *, key: tuple[int, ...], shuffle: bool) -> None:
-        self.ids, self.lengths, self.key, self.shuffle = ids, lengths, key, shuffle
-        self._begin(-1, len(ids))
+    def __call__(self, now: np.ndarray, soon: np.ndarray) -> None:
+        """Find out those of the samples with the numbers `now`, and begin with those that will be asked for `soon`."""
+
+    def close(self) -> None:
+        """End what works on it beside the trainer."""
+
+
+class Permuted:
+    """Samples with random access, permuted anew for every pass, or in order.
+
+    ids: their numbers; an int stands for all numbers below it. lengths: by number. learn: finds out lengths that are
+    not known yet; it is told which are needed now, and which will be soon.
+    """
+
+    def __init__(
+        self,
+        ids: np.ndarray | int,
+        lengths: np.ndarray,
+        *,
+        key: tuple[int, ...],
+        shuffle: bool,
+        learn: LearnsLengths | None = None,
+    ) -> None:
+        self.ids, self.lengths, self.key, self.shuffle, self.learn = ids, lengths, key, shuffle, learn
+        self.count = ids if isinstance(ids, int) else len(ids)
+        self._begin(-1, self.count)
+
+    @property
+    def left(self) -> int:
+        """The samples that are left of this pass."""
+        return self.count - self._start - self._next
 
     def _begin(self, number: int, at: int) -> None:
         self.number, self._start, self._next = number, at, 0
@@ -80,13 +114,21 @@ class Permuted:
 
     def _fill(self) -> bool:
         self._start, self._next = self._start + self._next, 0
-        if self._order is None and self.shuffle and self._start < len(self.ids):
-            self._order = permutation(len(self.ids), *self.key, self.number)
-        places: Any = slice(self._start, self._start + _BLOCK)
+        if self._order is None and self.shuffle and self._start < self.count:
+            self._order = permutation(self.count, *self.key, self.number)
+        end = self._start + (_BLOCK if self.learn is None else LEARNT)
+        ids = self._ids(self._start, end)
+        if self.learn is not None and len(ids):
+            self.learn(ids, self._ids(end, end + SOON))
+        self._block = list(zip(self.lengths[ids].tolist(), ids.tolist(), strict=True))
+        return bool(self._block)
+
+    def _ids(self, start: int, end: int) -> np.ndarray:
+        """The numbers of the samples at the places [start, end) of this pass, as far as it has them."""
+        places = np.arange(start, min(end, self.count))
         if self._order is not None:
             places = self._order[places]
-        self._block = list(zip(self.lengths[places].tolist(), self.ids[places].tolist(), strict=True))
-        return bool(self._block)
+        return places if isinstance(self.ids, int) else self.ids[places]
 
     def restart(self) -> None:
         self._begin(self.number + 1, 0)
@@ -163,6 +205,14 @@ class Mix:
         self._running = list(range(len(self.streams)))
         for stream in self.streams:
             stream.restart()
+
+    @property
+    def left(self) -> int | None:
+        """The samples that are left of this pass; None where a stream doesn't know."""
+        if self.weights is not None:
+            return None if self.size is None else self.size - self._draws
+        known = [stream.left for stream in self.streams if isinstance(stream, Permuted)]
+        return sum(known) if len(known) == len(self.streams) else None
 
     def passes(self) -> list[int]:
         """The number of the pass that each stream is in."""

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -48,6 +49,8 @@ MicroBatches = list[list[SampleRef]]
 _REST_STEPS = 8
 """Steps over which the rest of a run may be dealt."""
 
+_LOG_SECONDS = 5.0
+
 _LEAST = 0.5
 """Of what a full step has, so much has the smallest."""
 
@@ -57,6 +60,10 @@ class SampleSource(Protocol):
 
     size: int | None
     """Samples in a pass; None when unknown."""
+
+    @property
+    def knows_lengths(self) -> bool:
+        """True if lengths are known before samples are drawn."""
 
     @property
     def names(self) -> Sequence[str]:
@@ -157,6 +164,13 @@ class BatchingPlan:
         if not dealt and steps == 1:
             return batches + [[] for _ in range(self.micro_batches - len(batches))]
         return dealt
+
+    def counts_without_lengths(self, tokens: int) -> bool:
+        """True if the steps of epochs of about so many `tokens` are known before all lengths are: they have as many
+        samples each, follow from a formula, or are cut short by train.max_steps."""
+        if not self.dynamic or self.epoch_steps is not None:
+            return not self.bucketed
+        return self.max_steps is not None and 2 * self.max_steps * self.micro_batches * self.budget <= tokens
 
     def capped(self, steps: int) -> int:
         return steps if self.max_steps is None else min(steps, self.max_steps)
@@ -373,7 +387,9 @@ class Planner:
     def _count(self) -> Count:
         batching = self.batching
         if batching.epoch_steps is None:
-            return self._count_passes()
+            if self.source.knows_lengths:
+                return self._count_passes()
+            return (self._count_cut() or self._count_passes()) if batching.dynamic else self._count_by_samples()
         old = self._formula_steps or batching.epoch_steps
         left = math.ceil(batching.epoch_steps * max(0, old - self.step_in_epoch) / old)
         current, later = batching.capped(self.step_in_epoch + left), batching.capped(batching.epoch_steps)
@@ -388,11 +404,15 @@ class Planner:
         steps = [0] * self.epoch + [self.step_in_epoch] + [0] * batching.epochs
         tokens = slots = 0
         last: deque[_Planned] = deque(maxlen=_REST_STEPS - 1)
+        shown = time.monotonic()
         while ahead.epoch < batching.epochs:
             if ahead._is_cut():
                 ahead._end_epoch()
                 last.clear()
                 continue
+            if not self.source.knows_lengths and time.monotonic() - shown > _LOG_SECONDS:
+                shown = time.monotonic()
+                log.info("tokenising what the steps hold, to count them: %s so far", f"{sum(steps):,}")
             batches, room = ahead._take()
             if len(batches) < batching.micro_batches:
                 so_far = Count(tuple(steps[: batching.epochs]), 0, 0, tokens, slots)
@@ -403,6 +423,50 @@ class Planner:
             tokens, slots = tokens + _tokens(batches), slots + room
             last.append(_Planned(ahead.epoch, batches, room))
         return Count(tuple(steps[: batching.epochs]), 0, 0, tokens, slots)
+
+    def _count_by_samples(self) -> Count:
+        """As `_count_passes`, where all steps have as many samples, whatever their lengths. Tokens and slots: 0."""
+        batching, each, size = self.batching, self.batching.global_batch_size, self.source.size or 0
+        epoch, passes, limit = self.epoch, self.passes, batching.max_steps
+        steps = [0] * epoch + [self.step_in_epoch] + [0] * batching.epochs
+        left = len(self.packer.held()[0]) + ((self.mix.left or 0) if passes else 0)
+        last: list[int] = []
+        while epoch < batching.epochs:
+            if limit is not None and steps[epoch] >= limit:
+                epoch, left, last = epoch + 1, size, []
+                passes = epoch + 1
+            elif left >= each:
+                epoch = max(epoch, passes - 1)
+                full = left // each if limit is None else min(left // each, limit - steps[epoch])
+                steps[epoch], left = steps[epoch] + full, left - full * each
+                last = [*last, *[epoch] * min(full, _REST_STEPS)][1 - _REST_STEPS :]
+            elif passes < batching.epochs:
+                passes, left = passes + 1, left + size
+            else:
+                break
+        counted = Count(tuple(steps[: batching.epochs]))
+        if epoch == batching.epochs:
+            return counted
+        ahead = Planner(self.source, batching)
+        ahead.step = self.step + sum(steps) - self.step_in_epoch
+        some, full_one = [(0, None)] * left, [(0, None)] * batching.micro_batch_size
+        rest = [some[start : start + len(full_one)] for start in range(0, left, len(full_one))]
+        planned = [_Planned(of, [full_one] * batching.micro_batches, 0) for of in last]
+        return replace(ahead._count_rest(rest, planned, counted), tokens=0, slots=0)
+
+    def _count_cut(self) -> Count | None:
+        """As `_count_passes`, where train.max_steps ends every epoch even if each sample is a single token; else None.
+        Tokens and slots: 0."""
+        batching, limit, size = self.batching, self.batching.max_steps, self.source.size or 0
+        if limit is None:
+            return None
+        left = len(self.packer.held()[0]) + (self.mix.left or 0) if self.passes else size
+        needs = [(max(0, limit - self.step_in_epoch), left), *[(limit, size)] * (batching.epochs - self.epoch - 1)]
+        # All micro batches of a pass but the last are complete, and none has more tokens than the budget.
+        if any(count < (steps * batching.micro_batches + 1) * batching.budget for steps, count in needs):
+            return None
+        steps = [0] * self.epoch + [self.step_in_epoch + needs[0][0]] + [limit] * (len(needs) - 1)
+        return Count(tuple(steps[: batching.epochs]))
 
     def _count_rest(self, rest: MicroBatches, last: Sequence[_Planned], so_far: Count) -> Count:
         """The count of all steps: `so_far` is that of the full ones, `last` are the last of these, `rest` is left."""

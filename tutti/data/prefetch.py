@@ -143,8 +143,8 @@ class PackedSamples(Dataset):
 
     def __init__(self, index: Index, sources: Sequence[Source], collate: Collator) -> None:
         self.index, self.sources, self.collate, self.encoder = index, sources, collate, collate.encoder
-        self._ends = np.cumsum(index.length)
-        self._long = LongRows(index) if index.tokens is None else None
+        self._ends = np.cumsum(index.length if index.tokens is not None else [])
+        self._long = LongRows(index) if index.tokens is None and index.learn is None else None
 
     def __getitems__(self, ids: list[int]) -> Batch | ValueError:
         """The micro batch of these samples, or what is wrong with them: raised in a worker, an error would come with
@@ -193,7 +193,8 @@ class PackedSamples(Dataset):
                 found |= dict(enumerate(samples, start=first))
                 ends = here.stop >= len(index) or index.piece[here.stop] == 0
                 before = list(zip(index.piece[here].tolist(), index.length[here].tolist(), strict=True))
-                if not samples or not ends or before != [(piece, len(one)) for piece, one in enumerate(samples)]:
+                now = [(piece, len(one) if index.length[first] else 0) for piece, one in enumerate(samples)]
+                if not samples or not ends or before != now:
                     name = self.sources[source].name
                     raise ValueError(f"row {row + 1} of source {name} has changed during the run")
                 if self._long:

@@ -335,6 +335,7 @@ class StreamSource:
     """The supply of samples that streams give: items are the samples themselves."""
 
     size: int | None = None
+    knows_lengths = False
 
     def __init__(
         self, feed: ChunkPrefetcher, weights: Weights | None, *, seed: int, capacity: int, silent: bool

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from tutti.data.formats import BadRow, DataFile, Row, Rows, open_binary, refuse_duplicates, unpacked
+from tutti.data.formats import BadRow, DataFile, Row, Rows, open_binary, refuse_duplicates
+from tutti.data.kept import unpacked
 
 
 class Arrow(DataFile):

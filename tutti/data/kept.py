@@ -1,0 +1,63 @@
+"""Files about data files, in the cache folder: unpacked copies, and what took a pass over a file to find out.
+
+They are in `$TUTTI_CACHE` (default `~/.cache/tutti`), under names made from the file's path, size and modification time.
+If several processes need one, one writes it and the others wait.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from tutti.core.files import cache_folder, make_once
+
+
+def unpacked(path: str, write: Callable[[str], None]) -> str:
+    """The path of an unpacked copy of `path`, made by `write(target)` unless it exists."""
+    try:
+        copy = _cache_place(path)
+    except OSError as error:
+        raise ValueError(
+            f"{path} must be unpacked for random access, and {cache_folder()} can't be made ({error.strerror}): let "
+            "the environment variable TUTTI_CACHE name a folder that can, or set data.datasets_type: iterable"
+        ) from None
+    make_once(copy, write)
+    return str(copy)
+
+
+def _cache_place(path: str, of: str = "") -> Path:
+    """The place in the cache folder for an unpacked copy of the file `path`, or for what is known `of` it. OSError: the
+    folder can't be made."""
+    status = os.stat(path)
+    key = f"{os.path.realpath(path)}:{status.st_size}:{status.st_mtime_ns}{of}"
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
+def kept(path: str, of: str, write: Callable[[IO[bytes]], None]) -> np.ndarray:
+    """The bytes that `write(file)` writes, which are kept in the cache folder as what is known `of` the file `path`;
+    in memory where there is no room for them."""
+
+    def write_to(target: str) -> None:
+        with open(target, "wb") as file:
+            write(file)
+
+    try:
+        place = _cache_place(path, of)
+        make_once(place, write_to)
+        return np.memmap(place, np.uint8, "r")
+    except OSError:
+        return np.frombuffer(in_memory(write), np.uint8)
+
+
+def in_memory(write: Callable[[IO[bytes]], None]) -> bytes:
+    file = io.BytesIO()
+    write(file)
+    return file.getvalue()
