@@ -115,7 +115,7 @@ class Permuted:
     def _fill(self) -> bool:
         self._start, self._next = self._start + self._next, 0
         if self._order is None and self.shuffle and self._start < self.count:
-            self._order = permutation(self.count, *self.key, self.number)
+            self._order = permutation(self.count, *self.key, self.number).astype(np.min_scalar_type(self.count))
         end = self._start + (_BLOCK if self.learn is None else LEARNT)
         ids = self._ids(self._start, end)
         if self.learn is not None and len(ids):
@@ -127,7 +127,7 @@ class Permuted:
         """The numbers of the samples at the places [start, end) of this pass, as far as it has them."""
         places = np.arange(start, min(end, self.count))
         if self._order is not None:
-            places = self._order[places]
+            places = self._order[places].astype(np.int64)
         return places if isinstance(self.ids, int) else self.ids[places]
 
     def restart(self) -> None:
