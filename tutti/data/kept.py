@@ -1,7 +1,7 @@
 """Files about data files, in the cache folder: unpacked copies, and what took a pass over a file to find out.
 
-They are in `$TUTTI_CACHE` (default `~/.cache/tutti`), under names made from the file's path, size and modification time.
-If several processes need one, one writes it and the others wait.
+They are in `$TUTTI_CACHE` (default `~/.cache/tutti`), under names made from the path, size and modification time of the
+file. If several processes need one, one writes it and the others wait.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ _BAD = -1
 
 @dataclass(frozen=True)
 class Survey:
-    """What a few rows tell about all: about how many tokens there are and how many of them are trained on, and the
-    checksum of the few."""
+    """Estimates from a few rows: about how many tokens there are and how many of them are trained on; and the checksum
+    of the few."""
 
     rows: int
     tokens: int
@@ -165,7 +165,7 @@ def _index_as_drawn(learner: Learner, rows: int, digest: str) -> Index:
 
 
 def _digest_of(sources: Sequence[Source], found: Survey) -> str:
-    """What stands for data that was only surveyed: all bytes of its files, and how rows from all over are tokenised."""
+    """A digest of data that was only surveyed: of all bytes of its files, and of how a few rows are tokenised."""
     parts = [[file.checksum() for file in source.files] for source in sources]
     return hashlib.sha256(repr((parts, found.rows, found.crc)).encode()).hexdigest()[:32]
 

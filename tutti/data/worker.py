@@ -10,6 +10,7 @@ a worker that died would break the step. So workers ignore SIGINT, and obey SIGT
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import threading
@@ -49,6 +50,7 @@ def quiet_fork() -> Iterator[None]:
 
 def be_a_worker(*_: Any) -> None:
     """Prepare a worker process."""
+    gc.freeze()  # what the trainer has left to the collector, loaders with queues among it, is not a worker's to end
     os.nice(NICE)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
