@@ -1,18 +1,18 @@
-"""A Hugging Face processor as the encoder and the loader see it.
+"""A Hugging Face processor with the interface that the encoder and the loader need, for any family.
 
-Nothing here knows a family. A processor replaces each placeholder in a text by as many tokens as the medium takes, and
-makes values (pixels, features of sounds) of the media; how many tokens depends on the media's sizes alone, and for a
-video on which frames are taken. So when rows are encoded the processor is asked with blank media of the same sizes,
-once for each tuple of sizes, and its answers are remembered; the placeholders of a rendered chat are then replaced as
-the processor would (`expand`), and the trained spans shifted.
+A processor replaces each placeholder in a text by as many tokens as the medium takes, and computes values (pixels,
+features of sounds) from the media. The number of tokens only depends on the media's sizes, and for a video on the
+selected frames. So when rows are encoded, the processor is called with blank media, once for each tuple of sizes, and
+its results are cached. The placeholders of a rendered chat are then replaced as the processor would (`expand`), and the
+trained spans are shifted.
 
-When a micro batch is loaded, each sample's media are decoded and processed together, as they would be alone, and the
-samples' values are joined (`values`). Samples of images go through the processor in one call, which takes a fraction of
-the time, where a trial shows that this changes no number. Along which dimension a value grows with the media is found
-out once, by processing one and two blanks of each kind; its other dimensions are padded with zeros to the largest.
+When a micro batch is loaded, each sample's media are processed together, as for a single sample, and the samples'
+values are joined (`values`). Samples with only images go through the processor in one call, which is much faster, if a
+trial shows that this gives the same numbers. The dimension along which a value grows with the media is found once, by
+processing one and two blanks of each kind; its other dimensions are padded with zeros.
 
-Frames of a video are chosen here and handed over decoded, by the family's own rule (its `sample_frames`) unless
-data.video_fps says otherwise: of what processors do with files themselves, nothing works without further packages.
+The frames of a video are selected here and passed decoded, by the family's own rule (its `sample_frames`) unless
+data.video_fps is set: processors' own handling of files would need additional packages.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ Span = tuple[int, int]
 _KINDS = (*KINDS, "drawn")
 
 REMEMBERED = 1024
-"""Tuples of sizes whose replacements are kept: those of a long video may take 100 KB."""
+"""Number of tuples of sizes whose replacements are cached; those of a long video may take 100 KB."""
 
 
 class _Layout(NamedTuple):
-    """The form of a processor's values for a kind of media: for each the dimension along which samples are joined; and
-    for values that lie along tokens, what stands for a token's id. stacked: videos are joined only if they have as many
+    """The form of a processor's values for a kind of media: `dims` along which samples are joined, and for values
+    that lie along tokens, their number for a token id (`along`). stacked: joined videos need equal numbers of
     frames."""
 
     dims: dict[str, int]
@@ -59,9 +59,11 @@ class _Layout(NamedTuple):
 
 @dataclass
 class MediaProcessor:
-    """The processor of a model that takes media; picklable. limits: the data.image_*, video_* and audio_* bounds, which
-    media are cut or resized to. cache: of what was decoded. decodes_drawn: whether pictures that the model draws are
-    decoded; else they are blank."""
+    """The processor of a multimodal model; picklable.
+
+    limits: the data.image_*, video_* and audio_* limits, to which media are cut or resized. cache: of decoded media.
+    decodes_drawn: decode images that the model draws; otherwise they are blank.
+    """
 
     processor: Any
     limits: DataConfig
@@ -86,18 +88,17 @@ class MediaProcessor:
             raise ValueError(f"data.audio_in_video: {self.name} takes no sound of a video; set false")
 
     def place(self, conversation: Conversation, entries: list[Entry]) -> tuple[Conversation, list[Entry]]:
-        """The conversation and its media's entries with the pictures that the model draws as such: the assistant's, and
-        all of a model that sees pictures as it draws them."""
+        """The conversation and its media's entries, with images marked that become codes."""
         if not entries or "drawn" not in self.markers:
             return conversation, entries
         return as_drawn(conversation, entries, everyone=bool(getattr(self.processor, "draws_all", False)))
 
     def measure(self, kind: str, entry: Any, folder: MediaFolder) -> Media:
-        """The medium of an entry, with its size. RowError: it cannot be read, or the model takes none of its kind."""
+        """The medium of an entry, with its size. RowError: it cannot be read, or its kind is not supported."""
         if kind not in self.markers or (kind == "audio" and not self._rate):
             advice = getattr(self.processor, "advice", lambda kind: "")
             raise RowError(f"has {kind}, which {self.name} does not take{advice(kind)}")
-        self._layout(kind)  # which refuses a processor that cannot be trained with
+        self._layout(kind)  # refuses an unusable processor
         if kind == "video":
             source, fps = video_source(entry, folder)
             header = measure_video(source)
@@ -114,8 +115,8 @@ class MediaProcessor:
         return Media(kind, source, measure_image(source))
 
     def _frames(self, header: Header, said: float | None, *, listed: bool) -> Frames:
-        """The frames to take of a video. said: the frames a second that its row names. listed: it is a list of frames,
-        all of which are taken unless the row names these."""
+        """Select the frames of a video. said: the frame rate in its row. listed: the row lists the frames; all are
+        used without a rate."""
         total, limits = header.total, self.limits
         fps = said or header.fps or (FRAMES_FPS if listed else 24.0)
         if self._layout("video").stacked:
@@ -135,7 +136,7 @@ class MediaProcessor:
         return Frames(tuple(indices), total, fps)
 
     def _own_rule(self, header: Header, fps: float) -> list[int]:
-        """The frames that the family takes of a video by itself; none where it has no rule for it."""
+        """The frames that the family selects by its own rule; empty if it has none."""
         videos: Any = getattr(self.processor, "video_processor", None)
         has_rule = any(getattr(videos, name, None) for name in ("do_sample_frames", "fps", "num_frames"))
         if self.limits.video_fps is not None or not has_rule:
@@ -144,11 +145,11 @@ class MediaProcessor:
         metadata = _describe_video(header.total, fps, width, height)
         try:
             return [int(index) for index in videos.sample_frames(metadata)]
-        except (ValueError, ZeroDivisionError, RuntimeError):  # it has too few frames for the rule
+        except (ValueError, ZeroDivisionError, RuntimeError):  # too few frames for the rule
             return []
 
     def _check_decodes(self, video: Media) -> None:
-        """RowError: the frames that are taken of a video would fill the memory."""
+        """Raise RowError if the selected frames of a video would take too much memory."""
         assert video.frames is not None
         width, height = self._size(video)
         if (count := len(video.frames.indices)) * width * height > MAX_VIDEO_PIXELS:
@@ -158,8 +159,8 @@ class MediaProcessor:
             )
 
     def expand(self, text: str, media: Sequence[Media]) -> tuple[str, list[tuple[int, int, int]]]:
-        """The text with its placeholders replaced as the media need, and for each of them (begin and end in `text`, end
-        in the new text). RowError: there are other placeholders than media."""
+        """The text with its placeholders replaced according to the media, and for each of them (begin and end in
+        `text`, end in the new text). RowError: the placeholders do not correspond to the media."""
         found = list(self._marker.finditer(text)) if self.markers else []
         kinds = [self._kind_of[match.group()] for match in found]
         if kinds != [medium.kind for medium in media]:
@@ -177,17 +178,18 @@ class MediaProcessor:
         return "".join(parts), places
 
     def _replaced(self, media: Sequence[Media]) -> list[str]:
-        """The text that takes the place of each medium's placeholder."""
+        """The replacement text of each medium."""
         if not media:
             return []
         return [text for group in _groups(media) for text in self._measured(group)[0]]
 
     def num_values(self, media: Sequence[Media]) -> int:
-        """The numbers that a row's media become, such as the pixels of patches; padding beside others not counted."""
+        """The number of values (such as pixels of patches) that a row's media become, without padding for other
+        media."""
         return sum(self._measured(group)[1] for group in _groups(media)) if media else 0
 
     def _measured(self, media: Sequence[Media]) -> tuple[list[str], int]:
-        """For media that are processed together, the text in the place of each, and the number of their values."""
+        """The replacement text of each of some media that are processed together, and the number of their values."""
         key = tuple(
             (medium.kind, medium.size if medium.kind == "audio" else self._size(medium), medium.frames, medium.sound)
             for medium in media
@@ -203,16 +205,16 @@ class MediaProcessor:
         return self._replacements[key]
 
     def _size(self, medium: Media) -> tuple[int, int]:
-        """The width and height of an image or a video within its bounds."""
+        """The width and height of an image or video within its limits."""
         limits, (width, height) = self.limits, medium.size
-        if medium.kind == "drawn":  # which has the size that the model draws
+        if medium.kind == "drawn":  # has the size that the model draws
             return width, height
         if medium.kind == "video":
             return resized((width, height), limits.video_min_pixels, limits.video_max_pixels)
         return resized((width, height), limits.image_min_pixels, limits.image_max_pixels)
 
     def _blank(self, medium: Media) -> Any:
-        """A blank of a medium's size, as a processor takes it."""
+        """A blank medium of the same size, in the processor's input format."""
         if medium.kind == "audio":
             return np.zeros(medium.size, np.float32)
         width, height = self._size(medium)
@@ -222,7 +224,7 @@ class MediaProcessor:
         return Image.new("RGB", (width, height))
 
     def _load(self, medium: Media) -> Any:
-        """A decoded medium within its bounds, as a processor takes it."""
+        """A decoded medium within its limits, in the processor's input format."""
         if medium.kind == "audio":
             return self._kept("audio", medium, self._decode_sound)
         if medium.kind == "drawn" and not self.decodes_drawn:
@@ -233,7 +235,7 @@ class MediaProcessor:
         return _Video(pixels, self._kept("its sound", medium, self._decode_sound) if medium.sound else None)
 
     def _kept(self, what: str, medium: Media, decode: Callable[[Media], np.ndarray]) -> np.ndarray:
-        """The result of `decode`, from the cache if it is there. what: of the medium it is."""
+        """The result of `decode`, from the cache if possible. what: which part of the medium it is."""
         if self.cache is None:
             return decode(medium)
         name = f"{what} {medium.size}".encode() + identity(medium)
@@ -245,7 +247,7 @@ class MediaProcessor:
         return load_sound(medium, self._rate, self.limits.audio_max_seconds)
 
     def _decode(self, medium: Media) -> np.ndarray:
-        """An image [height, width, 3] or the frames of a video, within its bounds."""
+        """An image [height, width, 3] or the frames of a video, within the limits."""
         size = self._size(medium)
         if medium.frames is not None:
             return load_video(medium, size)
@@ -253,7 +255,7 @@ class MediaProcessor:
         return np.asarray(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
 
     def _process(self, media: Sequence[Media], contents: Sequence[Any]) -> dict[str, Any]:
-        """Run the processor on one sample's media: values as tensors, and how it replaced the placeholders."""
+        """Run the processor on one sample's media; returns values as tensors, and how it replaced placeholders."""
         of_kind = {
             kind: [one for medium, one in zip(media, contents, strict=True) if medium.kind == kind] for kind in _KINDS
         }
@@ -275,7 +277,7 @@ class MediaProcessor:
         try:
             found = self.processor(
                 text=["".join(self.markers[medium.kind] for medium in media)],
-                images=[of_kind["image"]] if of_kind["image"] else None,  # those of one sample
+                images=[of_kind["image"]] if of_kind["image"] else None,  # a list for one sample
                 videos=[[video.pixels for video in of_kind["video"]]] if of_kind["video"] else None,
                 audio=sounds or None,
                 return_text_replacement_offsets=True,
@@ -294,7 +296,7 @@ class MediaProcessor:
             )
         made = {**found, "text_replacement_offsets": offsets}
         if (seconds := made.get("video_second_per_grid")) is not None:
-            # These processors take it from an argument that is one for all videos, and else for a constant.
+            # These processors take the rate from one argument for all videos, and otherwise assume a constant.
             patch = self.processor.video_processor.temporal_patch_size
             made["video_second_per_grid"] = torch.tensor([patch / rate for rate in _rates(media)]).to(seconds)
         return made
@@ -322,20 +324,19 @@ class MediaProcessor:
         return self._layouts[kind]
 
     def _takes_for_images(self, made: Mapping[str, Any], dims: Mapping[str, int]) -> bool:
-        """True if a video's tokens are those of images, though its values are not."""
+        """True if a video's tokens are image tokens, although its values are not."""
         text = "".join(item["replacement"] for item in made["text_replacement_offsets"])
         return self.markers.get("image", "\0") in text and dims.keys().isdisjoint(self._layout("image").dims)
 
     def _check_text(self, made: Mapping[str, Any]) -> None:
-        """RowError: the processor puts more into a text than what takes the place of media, as do those that write
-        prompts of their own; a chat would then not be what it is when the model is asked."""
+        """Raise RowError if the processor adds to a text: the chat would then differ from inference."""
         (item,) = made["text_replacement_offsets"]
         tokens = self.processor.tokenizer(item["replacement"])["input_ids"]
         if made["input_ids"].flatten().tolist() != tokens:
             raise RowError(f"{self.name} writes more into a text than its media: it cannot be trained with")
 
     def _stacks(self, video: Media, made: Mapping[str, Any], dims: Mapping[str, int]) -> bool:
-        """True if videos are stacked with a dimension of frames that the processor does not pad."""
+        """True if videos are stacked with a frame dimension that the processor does not pad."""
         shorter = video._replace(frames=Frames((0, 1), 2, 2.0))
         other = self._made_of_blanks(shorter)
         if not any(set(_unlike(made[name], other[name])) - {dim} for name, dim in dims.items()):
@@ -347,14 +348,14 @@ class MediaProcessor:
         return False
 
     def _small(self, kind: str) -> Media:
-        """A medium that the processor is tried with."""
+        """A small medium for trials of the processor."""
         return Media(kind, b"", *_BLANKS.get(kind, ((self._rate,),)))
 
     def _made_of_blanks(self, *media: Media) -> dict[str, Any]:
         return self._process(media, [self._blank(medium) for medium in media])
 
     def _check_mix(self, kinds: frozenset[str]) -> None:
-        """RowError: the processor loses media of one kind beside another."""
+        """Raise RowError if the processor loses media of mixed kinds."""
         if kinds in self._mixed:
             return
         layouts = {kind: self._layout(kind) for kind in sorted(kinds)}
@@ -368,7 +369,7 @@ class MediaProcessor:
         self._mixed.add(kinds)
 
     def spans(self, sample: Sample) -> list[Span]:
-        """For each medium of a sample where its tokens begin and end: from its first placeholder to its last."""
+        """For each medium of a sample, where its tokens begin and end: from its first placeholder to its last."""
         places = np.flatnonzero(self._stand_for_media(sample.input_ids))
         texts = [self.processor.tokenizer.convert_ids_to_tokens(token) for token in self.placeholders]
         spans, used = [], 0
@@ -381,20 +382,19 @@ class MediaProcessor:
         return spans
 
     def count(self, ids: np.ndarray) -> int:
-        """The number of `ids` that are placeholders of media."""
+        """The number of media placeholders among `ids`."""
         return int(self._stand_for_media(ids).sum())
 
     def _stand_for_media(self, ids: np.ndarray) -> np.ndarray:
-        """bool [n]: which of the tokens are placeholders. They are few, and comparing with each is faster than isin."""
+        """Returns bool [n]: which tokens are media placeholders. Comparing with each kind is faster than isin."""
         found = np.zeros(len(ids), bool)
         for token in self.placeholders:
             found |= ids == token
         return found
 
     def values(self, samples: Sequence[Sample], length: int) -> dict[str, Tensor]:
-        """The inputs that the model takes beside the tokens of samples packed into `length` places: values by name, and
-        what lies along the tokens [1, length]. Nothing where no sample has media. BrokenMediaError: one of them cannot
-        be decoded."""
+        """The model's inputs in addition to tokens for samples packed to `length` tokens: values by name, and [1,
+        length] along the tokens. Empty without media. BrokenMediaError: one of them cannot be decoded."""
         if not any(sample.media for sample in samples):
             return {}
         made: list[Mapping[str, Any]] = []
@@ -421,13 +421,13 @@ class MediaProcessor:
         return extras
 
     def _halves(self, sample: Sample) -> list[tuple[Media, ...]]:
-        """The media of each of a sample's sequences; both of a pair have the same."""
+        """The media of each of a sample's sequences; both of a pair have the same ones."""
         if not sample.split:
             return [sample.media]
         return [sample.media[: len(sample.media) // 2]] * 2
 
     def _one_by_one(self, samples: Iterable[tuple[int, Sample]]) -> list[Mapping[str, Any]]:
-        """The processor's outputs for the media of numbered samples, each processed apart from the others."""
+        """The processor's outputs for the media of numbered samples, each processed separately."""
         made: list[Mapping[str, Any]] = []
         for number, sample in samples:
             try:
@@ -437,26 +437,26 @@ class MediaProcessor:
         return made
 
     def _of_images(self, samples: list[tuple[int, Sample]]) -> list[Mapping[str, Any]]:
-        """The processor's outputs for numbered samples that have images alone: of one call for all, if it may be."""
+        """The processor's outputs for numbered samples with only images: from a single call, if possible."""
         if len(samples) == 1 or not self._takes_images_together():
             return self._one_by_one(samples)
         try:
             made = self._process_images([[self._load(medium) for medium in sample.media] for _, sample in samples])
-        except Exception:  # found out below, and whose it is
+        except Exception:  # the sample at fault is found below
             return self._one_by_one(samples)
         replaced = [[item["replacement"] for item in offsets] for offsets in made["text_replacement_offsets"]]
         as_measured = replaced == [self._replaced(sample.media) for _, sample in samples]
         return [made] if as_measured else self._one_by_one(samples)
 
     def _process_images(self, images: Sequence[Sequence[Image.Image]]) -> Mapping[str, Any]:
-        """Run the processor on the images of several samples: values as tensors, and how it replaced placeholders."""
+        """Run the processor on several samples' images; returns values as tensors, and replacements of placeholders."""
         text = [self.markers["image"] * len(own) for own in images]
         options: dict[str, Any] = {"padding": True, "return_text_replacement_offsets": True, "return_tensors": "pt"}
         found: Mapping[str, Any] = self.processor(text=text, images=list(images), **options)
         return found
 
     def _takes_images_together(self) -> bool:
-        """True if images of several samples become the same values in one call as in a call for each sample. Tried with
+        """True if one call for the images of several samples gives the same values as a call per sample. Tested with
         noise of three sizes, one of them twice."""
         if self._images_together is None:
             layout, draws = self._layout("image"), np.random.default_rng(0)
@@ -468,7 +468,7 @@ class MediaProcessor:
             alone = [self._process([Media("image", b"", one.size) for one in own], own) for own in samples]
             try:
                 together = self._process_images(samples)
-            except Exception:  # a processor may fail in any way on what it was not made for
+            except Exception:  # a processor may fail in any way on unsuitable input
                 together = {}
             parts = {name: [made[name] for made in alone if name in made] for name in layout.dims}
             self._images_together = all(
@@ -491,25 +491,25 @@ class MediaProcessor:
 
 
 _FPS = 2.0
-"""Frames a second that are taken of a video where nobody says."""
+"""Frame rate for videos if nothing else determines it."""
 
 _BLANKS: dict[str, tuple[Any, ...]] = {
     "image": ((64, 48),),
     "drawn": ((64, 48),),
     "video": ((64, 48), Frames((0, 1, 2, 3), 4, 2.0)),
 }
-"""Size and frames of the media that a processor is tried with; of a sound one second."""
+"""Size and number of frames of media for trials; a sound has one second."""
 
 
 class _Video(NamedTuple):
-    """A decoded video: frames uint8 [frames, 3, height, width], and the samples of its sound, if that is heard."""
+    """A decoded video: frames uint8 [frames, 3, height, width], and the samples of its sound, if used."""
 
     pixels: np.ndarray
     sound: np.ndarray | None
 
 
 def _placeholder_ids(processor: Any, kind: str) -> list[int]:
-    """The ids of the tokens that stand for a medium of this kind: those that the processor names, or its marker's."""
+    """The ids of this kind's placeholder tokens: those that the processor names, or that of its marker."""
     named = [token for token in getattr(processor, f"{kind}_token_ids", None) or () if token is not None]
     return named or [processor.tokenizer.convert_tokens_to_ids(getattr(processor, f"{kind}_token"))]
 
@@ -519,31 +519,31 @@ def _has_images_alone(sample: Sample) -> bool:
 
 
 def _hears_videos(processor: Any) -> bool:
-    """True if a processor puts the sound of a video between its frames."""
+    """True if a processor interleaves the sound of a video with its frames."""
     method = getattr(type(processor), "replace_video_with_audio_token", None)
     return method is not None and not method.__qualname__.startswith("OmniModalProcessorMixin")
 
 
 def _groups(media: Sequence[Media]) -> list[tuple[Media, ...]]:
-    """A row's media in the groups that a processor is given: all together, unless there are videos that are heard, of
-    different rates. How a sound lies between frames depends on their rate, of which a processor takes one for all; so
-    it is given each medium alone."""
+    """A row's media, grouped for calls of the processor: all together, except if videos have sound and different
+    frame rates, which determine the interleaving. A call only has one rate, so each medium is then processed alone.
+    """
     alone = any(medium.sound for medium in media) and len(set(_rates(media))) > 1
     return [(medium,) for medium in media] if alone else [tuple(media)]
 
 
 def _rates(media: Sequence[Media]) -> list[float]:
-    """For each video the frames a second that are taken of it."""
+    """The frame rate of each video."""
     return [len(one.indices) / one.total * one.fps for one in (medium.frames for medium in media) if one]
 
 
 def _unlike(value: Tensor, other: Tensor) -> list[int]:
-    """The dimensions in which two values differ in size."""
+    """The dimensions in which two values have different sizes."""
     return [dim for dim in range(value.ndim) if other.shape[dim] != value.shape[dim]]
 
 
 def _describe_video(total: int, fps: float, width: int, height: int, **more: Any) -> Any:
-    """transformers' record of a video, whose module brings torchvision along: rows of text go without."""
+    """transformers' description of a video, whose module imports torchvision, which rows of text do not need."""
     from tutti.core.compat import VideoMetadata
 
     return VideoMetadata(total, fps, width, height, total / fps, **more)
@@ -557,14 +557,14 @@ def _metadata(video: Media) -> Any:
 
 
 def _evenly(number: int, total: int) -> list[int]:
-    """`number` indices of `total`, evenly spaced from the first to the last, some twice where these are fewer."""
+    """`number` indices of `total`, evenly spaced from the first to the last, with repetitions if `total` is smaller."""
     return [int(index) for index in np.linspace(0, total - 1, number).round()]
 
 
 def shift(spans: Sequence[Span], places: Sequence[tuple[int, int, int]], media: Sequence[Media]) -> list[Span]:
-    """Spans of a text as spans of the text with replacements at `places` (from `MediaProcessor.expand`) of `media`.
+    """Convert spans of a text to spans after the replacements at `places` (from `MediaProcessor.expand`) of `media`.
 
-    RowError: a span has a replacement within it, of what is not drawn, which cannot be trained on.
+    RowError: a span contains a replacement that is not an image to draw, which cannot be trained on.
     """
     moved = []
     seen = [place for place, medium in zip(places, media, strict=True) if medium.kind != "drawn"]
@@ -576,13 +576,13 @@ def shift(spans: Sequence[Span], places: Sequence[tuple[int, int, int]], media: 
 
 
 def _moved(at: int, places: Sequence[tuple[int, int, int]]) -> int:
-    """A place in a text as a place in the one with replacements."""
+    """Convert a position in a text to one in the text with replacements."""
     before = [(stop, end) for _, stop, end in places if stop <= at]
     return at + before[-1][1] - before[-1][0] if before else at
 
 
 def _join(values: Sequence[Tensor], dim: int) -> Tensor:
-    """Values of several samples, one after the other along `dim`; other dimensions padded with zeros at their ends."""
+    """Concatenate values of several samples along `dim`, with other dimensions padded with zeros at their ends."""
     shape = [max(value.shape[d] for value in values) for d in range(values[0].ndim)]
     padded = []
     for value in values:

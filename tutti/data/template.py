@@ -1,37 +1,37 @@
 """Chat templates: the text of a conversation, and exactly which of its characters are trained on.
 
-A chat template is a Jinja program that knows nothing of training. Its text must be what `apply_chat_template` gives,
-and the trained span of an assistant turn is what the model would write at inference: it starts where the generation
-prompt ends and runs through the marker that ends the turn. Templates that say so themselves (`{% generation %}`) are
-taken at their word. For the others the borders are found by rendering *marks*, characters no template knows, in place
+A chat template is a Jinja program that knows nothing about training. The text must be what `apply_chat_template`
+returns, and the trained span of an assistant turn is what the model would write at inference: it starts where the
+generation prompt ends and includes the marker that ends the turn. If a template defines it (`{% generation %}`), that
+is used. For other templates the borders are found by rendering *marks*, characters that no template contains, instead
 of content:
 
-1. Render the conversation with every message's content replaced by its mark. Between the marks now lies what the
+1. Render the conversation with every message's content replaced by its mark. The text between the marks is what the
    template writes around the contents.
-2. The *header* of turn i is what the generation prompt puts after the previous mark: render messages [0, i) with
-   `add_generation_prompt=True` and read off what follows the last mark. The full rendering must have the same there.
-   Of a template without a generation prompt it is all visible text up to the content.
+2. The *header* of turn i is what the generation prompt adds after the previous mark: render messages [0, i) with
+   `add_generation_prompt=True` and take what follows the last mark. The full rendering must have the same text there.
+   For a template without a generation prompt it is all visible text up to the content.
 3. The *close* of turn i is what follows its mark when it is the last message, up to and including the first of the
-   tokenizer's added tokens (`<|im_end|>`), or all of it if there is none; the full rendering must agree again. Some
-   templates end the last turn with another token than the earlier ones; the full rendering's token counts.
-4. Render the conversation as it is, and once more with only message i replaced by a mark. What follows the mark must
-   be what the real text ends with, so that the content ends there, whatever the template did to it (stripping, dropping
-   earlier thoughts). Header and close, which must be found at these places, give the span.
-   (Where a mark in place of the message before i changes more than that, the prompt of the real messages [0, i) does
-   as well, if the text begins with it.)
+   tokenizer's added tokens (`<|im_end|>`), or all of it if there is none; again the full rendering must agree. Some
+   templates end the last turn with another token than the earlier ones; the full rendering's token is used.
+4. Render the conversation as it is, and once more with only message i replaced by a mark. What follows the mark must be
+   what the real text ends with, so the content ends there, whatever the template did to it (stripping, dropping earlier
+   thoughts). Header and close, which must be found at these positions, give the span. (If a mark instead of the message
+   before i changes more than that, the prompt of the real messages [0, i) is also accepted, if the text begins with
+   it.)
 
-Anything that fails to agree is an error for that row; nothing is guessed.
+Any disagreement is an error for that row; nothing is guessed.
 
-That takes several renderings a row. Nearly all templates put the contents of nearly all rows between strings that
-depend on the roles alone: for each *shape* (the sequence of roles and flags, and of parts where a content is a list of
-texts and media) these strings, and where the spans lie among them, are kept from a rendering of marks. A row whose text
-is exactly its contents between the strings of its shape has its spans there; any other row takes the way above. It need
-not be rendered where the template's syntax tree proves its text (`tutti.data.content_flow`). Nothing that is kept comes
-from another row's contents, so that what a row becomes depends on that row alone.
+This takes several renderings per row. But nearly all templates put the contents of nearly all rows between strings that
+depend only on the roles. For each *shape* (the sequence of roles and flags, and of parts if a content is a list of
+texts and media) these strings, and the positions of the spans, are cached from a rendering of marks. If a row's text is
+exactly its contents between the strings of its shape, its spans are known; otherwise it is processed as above. The text
+need not be rendered if the template's syntax tree proves it (`tutti.data.content_flow`). Nothing cached depends on
+another row's contents, so the result for a row depends on that row alone.
 
-A template may silently leave out a part of a conversation that it was not written for. Tool calls that it does not
-write make a row a bad one, since an empty answer would be trained on in their place. Of anything else that it leaves
-out (`ChatTemplate.notes`) a count is kept, for one warning.
+A template may silently drop a part of a conversation that it was not written for. If it drops tool calls, the row is
+bad, since the model would be trained on an empty answer. Anything else that it drops is counted (`ChatTemplate.notes`),
+for a single warning.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ _KNOWN = {"role", "content", "name", "tool_calls", "tool_call_id", *_REASONING}
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """A template's form of messages. parts: text as a list of parts. text_arguments: a tool call's arguments as JSON
-    text. empty_content: a message that calls tools with an empty content rather than without one."""
+    """The form in which a template takes messages. parts: text as a list of parts. text_arguments: a tool call's
+    arguments as JSON text. empty_content: messages that call tools have an empty content, rather than none."""
 
     parts: bool = False
     text_arguments: bool = False
@@ -88,8 +88,8 @@ _AS_IT_IS = _Form()
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
-    """A message's trained span: `header` characters after the content of message `before` (None: after
-    the start of the text), through `close` characters after its own content."""
+    """A message's trained span: from `header` characters after the content of message `before` (None: after the
+    start of the text) to `close` characters after its own content."""
 
     before: int | None
     header: str
@@ -98,10 +98,10 @@ class _Turn:
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """A shape's form in text: its texts (`_texts`) `order` between `literals`, one more of these.
+    """The text of a shape: its texts (`_texts`) in `order` between `literals`, of which there is one more.
 
-    spans: (place in `order`, or -1 for the start of the text, and an offset) of begin and of end. left_out: roles of
-    messages that are not written. condition: under which that is proved for texts; None if it is not.
+    spans: (index in `order`, or -1 for the start of the text, and an offset) of begin and of end. left_out: roles of
+    messages that are not written. condition: on the texts, under which this is proved; None if it is not.
     """
 
     literals: list[str]
@@ -126,12 +126,12 @@ class _Shape:
 
 @dataclass
 class ChatTemplate:
-    """A chat template over a tokenizer's special tokens. Call it with a conversation; picklable.
+    """A chat template with a tokenizer's special tokens. Call it with a conversation; picklable.
 
-    source: the Jinja text. tool_source: the one for conversations with tools, where the tokenizer has another.
-    variables: the special tokens by name. ends: texts of the tokenizer's added tokens, any of which may end a turn.
-    now: the time that the template is told when it asks for today's date. notes: how many conversations had something
-    that the template left out, by what that was.
+    source: the Jinja text. tool_source: for conversations with tools, if the tokenizer has a separate one. variables:
+    the special tokens by name. ends: texts of the tokenizer's added tokens, any of which may end a turn. now: the time
+    for templates that ask for today's date. notes: counts of conversations of which the template left something out, by
+    what that was.
     """
 
     source: str
@@ -152,7 +152,8 @@ class ChatTemplate:
         self._form = self._find_form()
 
     def __call__(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """The text and its trained spans, ascending. RowError if the template refuses or spans can't be exact."""
+        """The text and its trained spans, ascending. RowError: the template refuses the conversation, or spans
+        cannot be exact."""
         shape = self._shape(conversation) if conversation.plain else None
         if shape is None:
             text, tagged = self._render(conversation.messages, conversation, False)
@@ -170,7 +171,7 @@ class ChatTemplate:
         return text, self._spans(conversation, text, tagged)
 
     def render(self, messages: list[dict[str, Any]], conversation: Conversation, *, prompt: bool = False) -> str:
-        """The text that `apply_chat_template` gives for `messages`, with the conversation's tools and settings."""
+        """The text that `apply_chat_template` returns for `messages`, with the conversation's tools and settings."""
         return self._render(messages, conversation, prompt)[0]
 
     def _render(
@@ -192,16 +193,17 @@ class ChatTemplate:
                     **{**self.variables, **conversation.kwargs},
                 ),
             )
-        except Exception as error:  # a template may fail in any way on messages it was not made for
+        except Exception as error:  # a template may fail in any way on unexpected messages
             calls = any("tool_calls" in message for message in messages)
             hint = "; a message calls tools, and the template may not write such" if calls else ""
             raise RowError(f"the chat template can't render it: {error}{hint}") from None
         return texts[0], spans[0] if self._tagged else []
 
     def _find_form(self) -> _Form:
-        """The form that the template takes messages in, tried with marks as contents and as a tool's name."""
+        """The form in which the template takes messages, found with marks as contents and as a tool's name."""
         chat = [_marked(number, {"role": role}) for number, role in enumerate(("user", "assistant"))]
-        # One that takes no texts out of parts may write a part as it is, where it writes but a piece of a text.
+        # A template that ignores texts in parts may write a part as it is, where it would write only a piece of a
+        # text.
         takes_parts = "text" in self._names
         parts = takes_parts and not self._writes(chat, _AS_IT_IS) and self._writes(chat, _Form(parts=True))
         call = {"id": "call00000", "type": "function", "function": {"name": _mark(1), "arguments": {"x": "y"}}}
@@ -210,14 +212,14 @@ class ChatTemplate:
         return next((form for form in forms if self._writes(chat, form)), forms[0])
 
     def _writes(self, chat: list[dict[str, Any]], form: _Form) -> bool:
-        """True if the marks 0 and 1 are in the text of messages in a form."""
+        """True if the marks 0 and 1 appear in the text of messages in this form."""
         try:
             return {0, 1} <= set(_split(self.render([form.of(message) for message in chat], _BARE))[1])
         except RowError:
             return False
 
     def _look_for_omissions(self, conversation: Conversation, text: str) -> None:
-        """Note what the template leaves out of a conversation whose text is `text`. RowError: it is tool calls."""
+        """Record what the template leaves out of a conversation with this text. RowError: it is tool calls."""
         messages = conversation.messages
         if any("tool_calls" in message for message in messages):
             self._require_calls(conversation, text)
@@ -236,7 +238,7 @@ class ChatTemplate:
                 self.notes[f"the chat template leaves out messages of role {', '.join(roles)}"] += 1
 
     def _require_calls(self, conversation: Conversation, text: str) -> None:
-        """RowError unless the name of every tool call is written, seen by a mark in its place."""
+        """Raise RowError unless the name of every tool call is written, tested with a mark in its place."""
         messages: list[dict[str, Any]] = []
         callers: list[int] = []
         for number, message in enumerate(conversation.messages):
@@ -249,7 +251,7 @@ class ChatTemplate:
         try:
             written = set(_split(self.render(messages, conversation))[1])
             silent = [number for call, number in enumerate(callers) if call not in written]
-        except RowError:  # some know certain tools by their names
+        except RowError:  # some templates handle certain tools by name
             silent = [number for number in callers if not self._shows_calls(conversation, number, text)]
         if silent:
             raise RowError(
@@ -258,7 +260,7 @@ class ChatTemplate:
             )
 
     def _shows_calls(self, conversation: Conversation, number: int, text: str) -> bool:
-        """True if the text would be another without the tool calls of message `number`."""
+        """True if the text would differ without the tool calls of message `number`."""
         messages = list(conversation.messages)
         messages[number] = {key: value for key, value in messages[number].items() if key != "tool_calls"}
         try:
@@ -267,18 +269,18 @@ class ChatTemplate:
             return True
 
     def _exact(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """Text and spans by rendering, for any conversation."""
+        """Find text and spans by rendering, for any conversation."""
         text, tagged = self._render(conversation.messages, conversation, False)
         return text, self._spans(conversation, text, tagged)
 
     def _spans(self, conversation: Conversation, text: str, tagged: list[Span]) -> list[Span]:
-        """The trained spans of a conversation's text, of which the template has tagged some, by rendering it."""
+        """The trained spans of a conversation's text (of which the template may have tagged some), by rendering it."""
         try:
             return self._find_spans(conversation, text, tagged)
         except RowError as error:
             if _INEXACT in str(error):
                 raise
-            # It has rendered these contents, and refuses a part of them, or others in their place.
+            # The template has rendered these contents, but refuses a part of them, or marks instead.
             raise RowError(f"{error}; {_INEXACT}") from None
 
     def _find_spans(self, conversation: Conversation, text: str, tagged: list[Span]) -> list[Span]:
@@ -298,7 +300,7 @@ class ChatTemplate:
         return spans
 
     def _begin(self, conversation: Conversation, number: int, turn: _Turn, text: str, ends: dict[int, int]) -> int:
-        """The beginning of a message's span: after its header, or else after the whole prompt, if `text` has that."""
+        """The beginning of a message's span: after its header, or after the whole prompt, if `text` contains that."""
         try:
             begin = 0 if turn.before is None else self._content_end(conversation, turn.before, text, ends)
             if text.startswith(turn.header, begin):
@@ -312,7 +314,7 @@ class ChatTemplate:
             raise
 
     def _tagged_spans(self, conversation: Conversation, tagged: list[Span]) -> list[Span]:
-        """The spans the template itself tags, less those of assistant messages that are not to be trained on."""
+        """The spans that the template itself tags, except those of assistant's messages that are not trained on."""
         assistants = [n for n, message in enumerate(conversation.messages) if message["role"] == "assistant"]
         trained = [number for number, train in enumerate(conversation.trained) if train]
         if trained == assistants:
@@ -325,7 +327,8 @@ class ChatTemplate:
         return [span for number, span in zip(assistants, tagged, strict=True) if conversation.trained[number]]
 
     def _content_end(self, conversation: Conversation, number: int, text: str, ends: dict[int, int]) -> int:
-        """The end of a message's content in `text`: before what follows when it alone is a mark. Kept in `ends`."""
+        """The end of a message's content in `text`: before what follows when only this message is a mark. Cached in
+        `ends`."""
         if number in ends:
             return ends[number]
         messages = list(conversation.messages)
@@ -348,7 +351,7 @@ class ChatTemplate:
         return turn
 
     def _find_turn(self, messages: list[dict[str, Any]], conversation: Conversation, number: int) -> _Turn:
-        """Header and close of a message's turn, from renderings of marks alone."""
+        """Find header and close of a message's turn from renderings of marks."""
         literals, order = _split(self.render(messages, conversation))
         if order.count(number) != 1:
             raise RowError(f"the chat template writes message {number} {order.count(number)} times, {_INEXACT}")
@@ -371,7 +374,7 @@ class ChatTemplate:
     def _header(
         self, messages: list[dict[str, Any]], conversation: Conversation, before: int | None, between: str
     ) -> str:
-        """The part of `between`, the text from one content to an assistant's, that is given at inference."""
+        """The part of `between` (the text from one content to an assistant's) that is given at inference."""
         if before is None:
             return self._first_header(conversation, between)
         literals, order = _split(self.render(messages, conversation, prompt=True))
@@ -386,7 +389,7 @@ class ChatTemplate:
         raise RowError(f"the chat template's generation prompt {prompt!r} is not how it writes {between!r}, {_INEXACT}")
 
     def _first_header(self, conversation: Conversation, between: str) -> str:
-        """The header of an assistant message that nothing comes before, by the generation prompt of another chat."""
+        """The header of an assistant's message without predecessor, from the generation prompt of another chat."""
         user = [_marked(0, {"role": "user"})]
         without, full = self.render(user, conversation), self.render(user, conversation, prompt=True)
         prompt = full[len(without) :] if full.startswith(without) else between
@@ -396,7 +399,7 @@ class ChatTemplate:
         return between[: found + len(prompt)]
 
     def _close(self, closing: str, after: str, number: int) -> str:
-        """The part of `after`, the text after a content, that ends its turn; `closing`: after the last turn."""
+        """The part of `after` (the text after a content) that ends its turn. closing: the text after the last turn."""
         end = self._end.search(closing)
         if end is None:
             if after.startswith(closing):
@@ -408,7 +411,7 @@ class ChatTemplate:
         raise RowError(f"the chat template ends message {number} in another way when others follow, {_INEXACT}")
 
     def _shape(self, conversation: Conversation) -> _Shape | None:
-        """The form of conversations with the roles, parts and flags of this one; None if the template won't say."""
+        """The shape of conversations with the roles, parts and flags of this one; None if the template cannot tell."""
         key = (*[_kinds(message) for message in conversation.messages], *conversation.trained)
         if key not in self._shapes:
             try:
@@ -434,13 +437,13 @@ class ChatTemplate:
         return _Shape(literals, order, places, left_out, self._condition(messages))
 
     def _condition(self, messages: list[dict[str, Any]]) -> Condition | None:
-        """The condition under which texts of messages of the same roles are written as marks are."""
+        """The condition under which texts of messages with the same roles are written like marks."""
         lists = any(isinstance(message["content"], list) for message in messages)
         content = Kind.PARTS if self._form.parts else Kind.EITHER if lists else Kind.CONTENT
         key = frozenset(message["role"] for message in messages), content
         if key not in self._conditions:
             found = condition_of(_tree(self.source), *key)
-            # A text that may lie within a mark would make a mark another content than all the others.
+            # A text that may occur within a mark would distinguish marks from other contents.
             clear = found is not None and not any(set(text) <= _OF_MARKS for text in found.markers)
             self._conditions[key] = found if clear else None
         return self._conditions[key]
@@ -452,7 +455,7 @@ _BARE = Conversation([], ())
 def read_template(tokenizer: Any, date: str | None = None) -> ChatTemplate:
     """The chat template of `tokenizer`, which must have one.
 
-    date: what it is told when it asks for today's, YYYY-MM-DD; by default the present time.
+    date: the date for templates that ask for today's, YYYY-MM-DD; by default the present time.
     """
     added = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
     return ChatTemplate(
@@ -465,7 +468,7 @@ def read_template(tokenizer: Any, date: str | None = None) -> ChatTemplate:
 
 
 def is_dated(tokenizer: Any) -> bool:
-    """True if texts by the chat template of `tokenizer` depend on the date."""
+    """True if texts of the chat template of `tokenizer` depend on the date."""
     return "strftime_now" in str(getattr(tokenizer, "chat_template", None))
 
 
@@ -474,19 +477,19 @@ def _mark(number: int) -> str:
 
 
 def _marked(number: int, message: dict[str, Any]) -> dict[str, Any]:
-    """The message with a mark in place of all it says; role, name and call id stay."""
+    """The message with a mark instead of its content; role, name and call id stay."""
     kept: dict[str, Any] = {key: message[key] for key in ("role", "name", "tool_call_id") if key in message}
     return {**kept, "content": _mark(number)}
 
 
 def _kinds(message: dict[str, Any]) -> Any:
-    """The role of a message, with the types of its parts if its content is a list: alike in all rows of a shape."""
+    """The role of a message, and the types of its parts if its content is a list: equal in all rows of a shape."""
     content = message["content"]
     return message["role"] if isinstance(content, str) else (message["role"], *[part["type"] for part in content])
 
 
 def _texts(messages: Sequence[dict[str, Any]]) -> list[str]:
-    """The contents of messages, of lists those of each part with text."""
+    """The contents of messages; for lists, those of each part with text."""
     texts: list[str] = []
     for message in messages:
         content = message["content"]
@@ -498,7 +501,7 @@ def _texts(messages: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _with_texts(message: dict[str, Any], texts: Iterator[str]) -> dict[str, Any]:
-    """The message with the next of `texts` in the place of each of its own."""
+    """The message with each of its texts replaced by the next of `texts`."""
     content = message["content"]
     if isinstance(content, str):
         return {"role": message["role"], "content": next(texts)}

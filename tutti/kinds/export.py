@@ -29,13 +29,12 @@ log = logging.getLogger(__name__)
 
 
 def export(source: str, out: str, *, merge_adapters: bool = False) -> None:
-    """Write the model of `source` (a checkpoint, or an output folder: its newest whole one) to the new folder `out`.
+    """Write the model of `source` (a checkpoint, or an output folder: its newest complete one) to the new folder `out`.
 
-    Runs in one process on the CPU, whatever layout wrote the checkpoint, and holds about one tensor at a time; merging
-    adapters, and DoRA, take the whole model in memory.
-    merge_adapters: of an adapted model not the adapter, but the complete model that it makes of its base; `source` may
-    then be an adapter folder, of peft as well.
-    ValueError: there is no checkpoint, it is damaged, or `out` exists or cannot be written.
+    It runs in one process on the CPU, whatever layout wrote the checkpoint, and holds about one tensor at a time;
+    merging adapters, and DoRA, need the whole model in memory. merge_adapters: write the complete model with its
+    adapters merged; `source` may then also be an adapter folder, including one of peft. ValueError: there is no
+    checkpoint, it is damaged, or `out` exists or cannot be written.
     """
     setup_logging(0)
     close_new_files_to_others()
@@ -53,17 +52,17 @@ def export(source: str, out: str, *, merge_adapters: bool = False) -> None:
             trained = find_trained(Path(source), world)
         except ValueError as error:
             raise ValueError(str(error).replace("train.load_checkpoint_path: ", "").replace(", or auto", "")) from error
-        # A pipeline's other parts are copied; adapters need their base.
+        # The other parts of a pipeline are copied; adapters need their base.
         copies = trained.config.data.task.kind == "denoiser" or trained.config.train.architecture == "lora"
         config = with_local_paths(trained.config, world, weights=copies)
         trained = replace(trained, config=config)
         if merge_adapters:
-            # What is merged into bf16 is rounded away, and quantized weights take no change.
+            # Merging into bf16 would round the changes away, and quantized weights cannot be changed.
             exact = replace(trained.config.train, compute_dtype="float32", lora_base_dtype="compute")
             trained = replace(trained, config=replace(trained.config, train=exact))
         kind, config = kind_of(trained.config), trained.config
         tokenizer, model = kind.build(config, world.device)
-        # The files of a processor belong to a model that takes images.
+        # Processor files belong to a multimodal model.
         if config.data.task.has_tokens:
             tokenizer = build_processor(config, tokenizer) or tokenizer
         lora = lora_of(model)
@@ -89,7 +88,7 @@ def export(source: str, out: str, *, merge_adapters: bool = False) -> None:
 
 
 def _export_merged(folder: Path, out: Path, world: World) -> None:
-    """Write the complete model that the adapter in `folder` makes of the base that it names, in fp32."""
+    """Write the base of the adapter in `folder` with the adapter merged, in fp32."""
     own = str(folder) if (folder / "tokenizer_config.json").is_file() else None
     base: dict[str, Any] = {"model_path": base_path(folder), "tokenizer_path": own, "adapter_path": str(folder)}
     model_config = ModelConfig(**base, **read_composed(folder))
@@ -112,9 +111,9 @@ def export_trained(
     world: World,
     full_model: PreTrainedModel | None = None,
 ) -> None:
-    """Write `model` to `folder`: complete, or of an adapted one its adapter, which peft reads. Collective.
+    """Write `model` to `folder`: complete, or for an adapted one its adapter. Collective.
 
-    full_model: the complete model, without storage, where the ranks' models are parts of it.
+    full_model: the complete model, on the meta device, if the ranks' models are parts of it.
     """
     kind = kind_of(config)
     if lora_of(model) is not None:

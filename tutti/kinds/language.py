@@ -1,4 +1,4 @@
-"""Language models of Hugging Face, also those that take media, and composed ones."""
+"""Language models of Hugging Face, including multimodal and composed ones."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 def build(config: Config, device: torch.device) -> tuple[Any, PreTrainedModel]:
     check_composed(config)
     if config.model.safetensor_idx_path is not None:
-        # Exports may be the first to need it, and they come when training is over.
+        # Checked early, since otherwise an export at the end of training would be the first to need it.
         read_index(Path(config.model.safetensor_idx_path))
     tokenizer = build_tokenizer(config)
     if is_composed(config.model):
@@ -72,7 +72,7 @@ def build(config: Config, device: torch.device) -> tuple[Any, PreTrainedModel]:
 def inspect(config: Config, layout: Layout, model: PreTrainedModel) -> ModelStructure:
     check_packable(model)
     check_eager(model)
-    if config.train.architecture != "lora":  # frozen weights may be of other dtypes than adapters
+    if config.train.architecture != "lora":  # frozen weights may have other dtypes than adapters
         check_dtypes(model)
     structure = read_structure(model, config.model.basic_modules)
     check_multimodal(structure, layout, config.train)
@@ -87,7 +87,7 @@ def inspect(config: Config, layout: Layout, model: PreTrainedModel) -> ModelStru
 
 
 def read_facts(structure: ModelStructure, layout: Layout) -> ModelFacts:
-    """The sizes in a model that the axes of `layout` divide; ValueError where one of them cannot divide it at all."""
+    """The sizes in a model that the axes of `layout` divide. ValueError: an axis cannot divide it at all."""
     num_blocks, plan = 0, tensor_plan(structure, layout)
     if layout.pipeline > 1:
         num_blocks = len(list(structure.text_model.get_submodule(trace_stages(structure).blocks).children()))
