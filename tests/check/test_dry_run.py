@@ -223,6 +223,13 @@ def test_the_fullest_rank_is_told_of(tmp_path):
     assert len(set(peaks)) > 1 and found.peak == max(peaks) == peaks[found.rank]
 
 
+def test_fused_kernels_keep_less_than_what_they_replace(tmp_path):
+    config = family_config(tmp_path, "llama", 1, global_batch_size=4)
+    compiled = replace(config, train=replace(config.train, enable_compile=True))  # in which nothing is fused by us
+    fused, plain = (predict(item, model_of(config), 1).activations for item in (config, compiled))
+    assert 0 < fused < 0.95 * plain
+
+
 def test_check_shows_it(tmp_path, capsys):
     config = family_config(tmp_path, "llama", 8, tensor_parallel_size=2, global_batch_size=8, **FSDP2)
     check(config, 8)

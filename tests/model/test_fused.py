@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import subprocess
@@ -79,11 +80,15 @@ def test_plain_forms_give_the_models_values(family: str, monkeypatch: pytest.Mon
     theirs, ours = built(family), built(family)
     fuse_modules(ours, None, torch.float32)
     monkeypatch.setattr(fused, "fits", lambda *tensors: True)
+    copied = copy.deepcopy(ours)
     want, got = results(theirs, ids), results(ours, ids)
     for first, second in zip(want, got, strict=True):
         torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-6 * float(first.abs().max()) + 1e-8)
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     assert ours.generate(ids, **options).tolist() == theirs.generate(ids, **options).tolist()
+    for parameter in ours.parameters():
+        nn.init.zeros_(parameter)
+    assert all(map(torch.equal, results(copied, ids), got)), "a copy runs on what it was copied from"
 
 
 def test_nothing_happens_on_a_cpu_or_to_what_is_wrapped(caplog: pytest.LogCaptureFixture) -> None:

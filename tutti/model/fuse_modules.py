@@ -169,38 +169,36 @@ _KINDS: dict[str, Callable[[Any, _Trials], bool]] = {
 }
 
 
-def _normed(forward: Forward, module: Any, norm: Norm) -> Forward:
-    @wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        weight = module.weight
-        if kwargs or len(args) != 1 or not fused.fits(args[0], weight):
-            return forward(*args, **kwargs)
-        return fused.rms_norm(args[0], weight, norm)
+def _normed(forward: Forward, module: nn.Module, norm: Norm) -> Forward:
+    plain: Any = type(module).forward
 
-    return run
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != 1 or not fused.fits(args[0], self.weight):
+            return plain(self, *args, **kwargs)
+        return fused.rms_norm(args[0], self.weight, norm)
+
+    return _bound(run, module)
 
 
-def _gated(forward: Forward, module: Any, activation: str) -> Forward:
-    @wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
+def _gated(forward: Forward, module: nn.Module, activation: str) -> Forward:
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         (hidden,) = *args, *kwargs.values()
-        return module.down_proj(fused.gated(module.gate_proj(hidden), module.up_proj(hidden), activation))
+        return self.down_proj(fused.gated(self.gate_proj(hidden), self.up_proj(hidden), activation))
 
-    return run
+    return _bound(run, module)
 
 
-def _gated_halves(forward: Forward, module: Any, activation: str) -> Forward:
-    @wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
+def _gated_halves(forward: Forward, module: nn.Module, activation: str) -> Forward:
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         (hidden,) = *args, *kwargs.values()
-        return module.down_proj(fused.gated_halves(module.gate_up_proj(hidden), activation))
+        return self.down_proj(fused.gated_halves(self.gate_up_proj(hidden), activation))
 
-    return run
+    return _bound(run, module)
 
 
 def _rotating(forward: Forward, module: nn.Module, plain: Callable[..., Any], known: Sequence[Rotation]) -> Forward:
-    """The forward of attention with its function for rotary embeddings exchanged for one that is `plain` for all but
-    the `known` kinds."""
+    """The forward of attention, which finds in the place of the function `plain` one that uses the kernel for the
+    `known` kinds of rotation."""
     own: Any = type(module).forward
 
     def rotate(query: Any, key: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
@@ -208,11 +206,15 @@ def _rotating(forward: Forward, module: nn.Module, plain: Callable[..., Any], kn
             return plain(query, key, cos, sin, *args, **kwargs)
         return fused.rotate(query, key, cos, sin)
 
-    made = FunctionType(
-        own.__code__, {**own.__globals__, ROTARY: rotate}, own.__name__, own.__defaults__, own.__closure__
-    )
+    names = {**own.__globals__, ROTARY: rotate}
+    made = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
     made.__kwdefaults__ = own.__kwdefaults__
-    return MethodType(wraps(own)(made), module)
+    return _bound(made, module)
+
+
+def _bound(function: Callable[..., Any], module: nn.Module) -> Forward:
+    """`function` as a method of `module`, so that a copy of the module has it as its own."""
+    return MethodType(wraps(type(module).forward)(function), module)
 
 
 def _turns(query: Any, key: Any, cos: Any, sin: Any, known: Sequence[Rotation]) -> bool:
