@@ -1,21 +1,21 @@
-"""The cache of keys and values of sequences that are being generated, and the attention that reads it.
+"""The key/value cache of sequences that are being generated, and the attention that reads it.
 
-The sequences have different lengths, and nothing is padded on the left: each starts at place 0 of its row in the cache.
-A model runs in two kinds of pass, both on a packed row [1, T] as in training (`tutti.attention.interface`):
+The sequences have different lengths, without padding on the left: each starts at position 0 of its row in the cache. A
+model runs in two kinds of passes, both on a packed row [1, T] as in training (`tutti.attention.interface`):
 
-- *prefill*: the prompts of new sequences, end to end, attend within themselves; their keys and values are copied to
-  new rows.
-- *decode*: one token for each sequence. It is written behind the row's last one, and attends to its own row: one
-  batched product over all rows up to the longest, with places beyond a row's length hidden.
+- *prefill*: the prompts of new sequences, end to end, attend within themselves; their keys and values are copied to new
+  rows.
+- *decode*: one token per sequence. It is written to the end of the sequence's row, and attends to this row: one batched
+  product over all rows up to the longest, with positions beyond a row's length masked.
 
-So a sequence's logits do not depend on its neighbours, except through the rounding of the matrix products. Rows of
-finished sequences are dropped, and new sequences may join between any two passes. A row never has more places than the
-largest sequence in the cache may come to take, so that a budget of rows times places holds.
+So a sequence's logits do not depend on its neighbors, except through the rounding of matrix products. Rows of finished
+sequences are dropped, and new sequences may join between any two passes. A row never has more positions than the
+largest sequence in the cache may need, so that a budget of rows times positions holds.
 
 The cache reaches the attention as a keyword argument, which transformers passes from a model's forward to its attention
 function; the model itself runs without a cache of its own.
 
-Shapes: B rows, C places a row, H query heads, K key/value heads, G = H / K, D head dimension, E value dimension.
+Shapes: B rows, C positions per row, H query heads, K key/value heads, G = H / K, D head dimension, E value dimension.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ CACHED = "tutti_cached"
 _GROWTH = 64
 
 Slot = tuple[int, int]
-"""A layer's number, and which of its calls of attention within a pass."""
+"""A layer's index, and the index of its attention call within a pass."""
 
 
 def register() -> str:
-    """Make the attention known to transformers, and return its name."""
+    """Register the attention with transformers, and return its name."""
     AttentionInterface.register(CACHED, _cached_forward)
     AttentionMaskInterface.register(CACHED, packed_mask)
     return CACHED
@@ -69,17 +69,17 @@ class KVCache:
 
     @property
     def places(self) -> int:
-        """Places that there is room for, rows times the longest that one of them may get."""
+        """The capacity: rows times the largest size that one of them may reach."""
         return len(self.lengths) * self._capacity
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], sizes: Sequence[int], ahead: Sequence[int] | None = None
     ) -> dict[str, Any]:
-        """Make room for new sequences; the arguments of the model's forward that run their `prompts`.
+        """Make room for new sequences; returns the arguments of the model's forward that run their `prompts`.
 
-        sizes: how long each may get, prompt and answer; the cache never takes more places a row. ahead: by how much the
-        position of what follows each prompt differs from its length, where images have positions of their own. The
-        logits are those that follow each prompt: [1, number of prompts, V].
+        sizes: the maximum length of each, prompt and answer; the cache never takes more positions per row. ahead: for
+        each prompt, the difference between the position that follows it and its length, if images have positions of
+        their own. The resulting logits are those that follow each prompt: [1, number of prompts, V].
         """
         self._new, self._calls = [len(prompt) for prompt in prompts], {}
         self.lengths += self._new
@@ -99,9 +99,10 @@ class KVCache:
         }
 
     def decode(self, tokens: Sequence[int]) -> dict[str, Any]:
-        """Make room for one more token of every sequence; the arguments of the model's forward that run `tokens` [B].
+        """Make room for one more token of every sequence; returns the arguments of the model's forward that run
+        `tokens` [B].
 
-        Its logits are [1, B, V].
+        The resulting logits are [1, B, V].
         """
         self._new, self._calls = [], {}
         self._reserve(len(self.lengths), max(self.lengths) + 1)
@@ -116,7 +117,7 @@ class KVCache:
         }
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop all sequences but those in `rows` (ascending)."""
+        """Drop all sequences except those in `rows` (ascending)."""
         index = torch.tensor(rows, dtype=torch.int64, device=self._device)
         self.lengths = [self.lengths[row] for row in rows]
         self._sizes = [self._sizes[row] for row in rows]
@@ -138,7 +139,7 @@ class KVCache:
         return bool(self._new)
 
     def slot(self, layer: int) -> Slot:
-        """The place of the layer's next call of attention in this pass; some call it twice (DiffLlama)."""
+        """The slot of the layer's next attention call in this pass; some layers call it twice (DiffLlama)."""
         self._calls[layer] = self._calls.get(layer, -1) + 1
         return layer, self._calls[layer]
 
@@ -177,7 +178,7 @@ class KVCache:
     def attend_sparsely(
         self, slot: Slot, query: Tensor, key: Tensor, value: Tensor, sparse: NativeSparse, scale: float
     ) -> Tensor:
-        """As `attend`, by native sparse attention; row after row, since each selects its own tokens."""
+        """As `attend`, with native sparse attention; row by row, since each selects its own tokens."""
         keys, values = self._write(slot, key, value)
         gates = sparse.take_gates()
         compressed = self._compressed.setdefault(slot, [])
@@ -191,7 +192,8 @@ class KVCache:
         return torch.stack(outs)
 
     def _write(self, slot: Slot, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one more token of every row, key [K, B, D] and value [K, B, E]; all keys and values of the slot."""
+        """Write one more token of every row, key [K, B, D] and value [K, B, E]; returns all keys and values of the
+        slot."""
         keys, values = self._layers[slot]
         rows = torch.arange(len(self.lengths), device=self._device)
         keys[rows, :, self._places] = key.transpose(0, 1)
@@ -199,7 +201,7 @@ class KVCache:
         return keys, values
 
     def _bias(self, longest: int, kv_heads: int, spec: AttentionSpec, like: Tensor) -> Tensor:
-        """0 where a row's token may look and -inf elsewhere, [B * K, 1, longest]; made once a pass."""
+        """The bias [B * K, 1, longest], 0 where a row's token may attend and -inf elsewhere; computed once per pass."""
         key = (spec.window, kv_heads)
         if key not in self._hidden:
             distance = self._places[:, None] - torch.arange(longest, device=self._device)
@@ -211,7 +213,8 @@ class KVCache:
         return self._hidden[key]
 
     def _reserve(self, num_rows: int, num_places: int) -> None:
-        """Make room for that many rows and places. Unused ones are zeros: garbage times a weight of 0 could be NaN."""
+        """Make room for this many rows and positions. Unused ones are zero: garbage times a weight of 0 could be
+        NaN."""
         if num_places > self._capacity:
             self._capacity = min(max(num_places + _GROWTH, self._capacity * 5 // 4), max(self._sizes))
         for slot, parts in self._layers.items():

@@ -1,25 +1,25 @@
 """Tensor parallelism (arXiv 1909.08053) with sequence-parallel norms (arXiv 2205.05198): matrices split over ranks.
 
-The ranks of a tensor group are given the same packed row of T tokens:
+The ranks of a tensor group get the same packed row of T tokens:
 
-1. The embedding's rows are split: each rank looks up the tokens that it has rows for, and a reduce-scatter leaves the
-   sums with the rank that a token belongs to. The row keeps its length, so that positions and masks stay as they are.
-2. From the first block on a rank has its own T / G tokens, contiguous ones: residuals and norms run on these.
+1. The embedding's rows are split: each rank looks up the tokens for which it has rows, and a reduce-scatter leaves the
+   sums with the rank that a token belongs to. The row keeps its length, so that positions and masks do not change.
+2. From the first block on, a rank has its own T / G contiguous tokens: residuals and norms run on these.
 3. A region (attention or MLP; see `tutti.parallel.tp_plan`) gathers all tokens, multiplies with this rank's columns of
    its first matrices (for attention: this rank's heads) and with its rows of the last one; a reduce-scatter leaves the
-   ranks' sums with the rank that a token belongs to. That is one gather and one scatter a region, forward and backward.
-   Experts are not split: each rank sends its own tokens through them. All ranks hold them, or they are divided among
-   ranks of a grid of their own (`tutti.parallel.expert`).
+   ranks' sums with the rank that a token belongs to. That is one gather and one scatter per region, forward and
+   backward. Experts are not split: each rank sends its own tokens through them. Either all ranks hold them, or they are
+   divided among ranks of a separate grid (`tutti.parallel.expert`).
 4. The last hidden states are gathered once, for a head that is split by the vocabulary (`tutti.train.loss`).
 
-The gradient of every collective is its adjoint (`tutti.core.collectives`), and each rank answers for its share of the
-loss, so that the loss of the batch is the sum over ranks. One rule then holds for all parameters: the gradient of a
-split one is complete on the rank that holds the part; that of any other is summed over the ranks, once a step
+The gradient of every collective is its adjoint (`tutti.core.collectives`), and each rank is responsible for its share
+of the loss, so that the loss of the batch is the sum over ranks. One rule then holds for all parameters: the gradient
+of a split one is complete on the rank that holds the part; that of any other is summed over the ranks, once per step
 (`tutti.parallel.grads.sum_replicated`).
 
-Parameters are DTensors on the tensor axis, for FSDP to split further and for loading, checkpoints and norms to know
+Parameters are DTensors on the tensor axis, so that FSDP can split them further and loading, checkpoints and norms know
 each rank's part. While a unit runs, its modules see plain tensors, this rank's parts: the models' own code and
-torch.compile meet no DTensor, and autograd turns the parts' gradients into DTensors again.
+torch.compile never see a DTensor, and autograd turns the parts' gradients into DTensors again.
 
 Shapes: G ranks, T tokens (a multiple of G), t = T / G of a rank, H hidden size.
 """
@@ -43,7 +43,7 @@ from tutti.parallel.tp_plan import GATHERED, SLICED, Linear, TensorPlan
 
 
 def tensor_ranks(mesh: Mesh) -> RankGroup | None:
-    """The tensor group of this rank; None where matrices are not split."""
+    """The tensor group of this rank; None if matrices are not split."""
     if mesh.size("tensor") == 1:
         return None
     return RankGroup(mesh.rank("tensor"), mesh.size("tensor"), mesh.group("tensor").group_name)
@@ -52,19 +52,19 @@ def tensor_ranks(mesh: Mesh) -> RankGroup | None:
 class LinearShard(NamedTuple):
     """The part of a split projection that a rank computes.
 
-    outputs: a slice of the weight's rows, where the rank holds more than it computes. inputs: the ranks that hold the
-    other columns, over which products are to be summed; None where the rank holds all columns.
+    outputs: a slice of the weight's rows, if the rank holds more than it computes. inputs: the ranks that hold the
+    other columns, over which products have to be summed; None if the rank holds all columns.
     """
 
     outputs: slice | None = None
     inputs: RankGroup | None = None
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """The rows of a tensor [out, ...] that belong to this part's outputs."""
+        """The rows of a tensor [out, ...] for this part's outputs."""
         return tensor if self.outputs is None else tensor[self.outputs]
 
     def total(self, part: Tensor) -> Tensor:
-        """The sum of `part` over the ranks that hold the inputs. Without gradient."""
+        """Sum `part` over the ranks that hold the inputs, without gradient."""
         if self.inputs is None:
             return part
         return gather_rows(part[None], self.inputs.group, self.inputs.size).sum(0)
@@ -74,18 +74,18 @@ WHOLE = LinearShard()
 
 
 class Change(Protocol):
-    """A trained change beside a projection's frozen weight; the module holds its parameters (`tutti.model.lora`)."""
+    """A trained change to a projection's frozen weight; the module holds its parameters (`tutti.model.lora`)."""
 
     def by_output(self, module: Any) -> list[Tensor]:
-        """Parameters that have a row for each output."""
+        """Parameters with a row for each output."""
         ...
 
     def by_input(self, module: Any) -> list[Tensor]:
-        """Parameters that have a column for each input."""
+        """Parameters with a column for each input."""
         ...
 
     def product(self, module: Any, inputs: Tensor, share: LinearShard) -> Tensor:
-        """The product of weight and change with `inputs` [.., in], without the bias."""
+        """The product of the changed weight with `inputs` [.., in], without the bias."""
         ...
 
 
@@ -94,13 +94,14 @@ def _change(module: Any) -> Change | None:
 
 
 _TOKENS, _FEATURES = -2, -1
-"""The dimensions of hidden states, with and without a batch dimension of one."""
+"""The numbers of dimensions of hidden states, with and without a batch dimension of one."""
 
 
 def split_tensors(root: nn.Module, plan: TensorPlan, mesh: Mesh) -> None:
-    """Split the parameters of `root` as `plan` says, and put collectives around the parts of its blocks, in place.
+    """Split the parameters of `root` according to `plan`, and put collectives around the parts of its blocks, in place.
 
-    Parameters become DTensors on the tensor axis; they may be on the meta device. `use_local` has to follow.
+    Parameters become DTensors on the tensor axis; they may be on the meta device. `use_local` must be called
+    afterwards.
     """
     ranks = tensor_ranks(mesh)
     if ranks is None:
@@ -114,7 +115,9 @@ def split_tensors(root: nn.Module, plan: TensorPlan, mesh: Mesh) -> None:
         _share_head(linear, ranks)
     attentions: dict[Any, int] = {linear.region: linear.units for linear in shared}
     for attention, num_heads in attentions.items():
-        if hasattr(attention, "num_key_value_groups"):  # what the model's own attention repeats keys and values by
+        if hasattr(
+            attention, "num_key_value_groups"
+        ):  # the factor with which the model's attention repeats keys and values
             attention.num_key_value_groups = attention.num_key_value_groups * num_heads // ranks.size
     counting: tuple[Any, ...] = plan.counting
     for attention in counting:
@@ -139,7 +142,7 @@ def split_tensors(root: nn.Module, plan: TensorPlan, mesh: Mesh) -> None:
 
 
 def _split_parameters(linear: Linear) -> Iterator[Tensor]:
-    """The projection's parameters that are split as its weight is, this among them."""
+    """The projection's parameters that are split like its weight, including the weight."""
     module, change = linear.module, _change(linear.module)
     yield module.weight
     if linear.dim == 0 and module.bias is not None:
@@ -149,7 +152,7 @@ def _split_parameters(linear: Linear) -> Iterator[Tensor]:
 
 
 def _project(module: Any, hidden: Tensor, share: LinearShard) -> Tensor:
-    """The product of the module's weight, and a trained change beside it, with `hidden` [.., in]; without the bias."""
+    """The product of the module's weight, with its trained change if any, with `hidden` [.., in]; without the bias."""
     change = _change(module)
     if change is None:
         return nn.functional.linear(hidden, share.rows(module.weight))
@@ -157,10 +160,10 @@ def _project(module: Any, hidden: Tensor, share: LinearShard) -> Tensor:
 
 
 def divide(root: nn.Module, split: dict[int, Placement], mesh: DeviceMesh) -> None:
-    """Make every parameter below `root` a DTensor, split along the last axis of `mesh` as `split` says by its id, or
-    else replicated.
+    """Make every parameter below `root` a DTensor, split along the last axis of `mesh` if `split` has its id, else
+    replicated.
 
-    Divided experts are DTensors already, and left alone. Tied parameters stay one.
+    Divided experts are DTensors already and are skipped. Tied parameters stay tied.
     """
     made: dict[int, nn.Parameter] = {}
     for module in root.modules():
@@ -188,8 +191,8 @@ def _divided(parameter: nn.Parameter, placement: Placement, mesh: DeviceMesh) ->
 
 
 def _localize_embedding(embedding: Any, ranks: RankGroup) -> None:
-    """Make the table look up the ids that this rank has rows for, and give its own tokens' embeddings, in a row of
-    which nothing else is read later."""
+    """Make the embedding look up only the ids for which this rank has rows, and return the embeddings of its own
+    tokens, in a row whose other entries are not used."""
     total = embedding.weight.shape[0]
     first = ranks.start(total)
     num_rows = ranks._replace(rank=ranks.rank + 1).start(total) - first
@@ -226,7 +229,7 @@ def _localize_linear(linear: Linear, ranks: RankGroup) -> None:
 
 
 def _share_head(linear: Linear, ranks: RankGroup) -> None:
-    """Make a projection that every rank holds whole compute the one head that this rank's queries read."""
+    """Make a replicated projection compute only the one head that this rank's queries read."""
     module: Any = linear.module
     sharers = ranks.size // linear.units
     width = module.weight.shape[0] // linear.units
@@ -241,8 +244,8 @@ def _share_head(linear: Linear, ranks: RankGroup) -> None:
 
 
 def _on_all_tokens(forward: Forward, ranks: RankGroup, *, reduces: bool) -> Forward:
-    """A region's forward, whose first input and (first) output are a rank's own tokens [1, t, H]; and so is what else
-    of that shape it is given (Zamba's embeddings, Bloom's residual)."""
+    """A region's forward with a rank's own tokens [1, t, H] as first input and (first) output; other inputs of that
+    shape (Zamba's embeddings, Bloom's residual) are gathered too."""
 
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -263,8 +266,8 @@ def _on_all_tokens(forward: Forward, ranks: RankGroup, *, reduces: bool) -> Forw
 
 
 def _from_own_tokens(forward: Forward, ranks: RankGroup, *, is_first: bool) -> Forward:
-    """A block's forward, on this rank's tokens: of the first one, cut from the whole row [1, T, H]; and so is what
-    blocks are given beside hidden states and positions (embeddings of each layer), which lies along the tokens too."""
+    """A block's forward on this rank's tokens. The first block cuts them from the whole row [1, T, H]; other inputs
+    along the tokens besides positions (embeddings of each layer) are cut too."""
 
     @wraps(forward)
     def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -282,14 +285,14 @@ def _from_own_tokens(forward: Forward, ranks: RankGroup, *, is_first: bool) -> F
 
 
 def _padded(own: Tensor, ranks: RankGroup) -> Tensor:
-    """A row [.., T, H] with this rank's `own` tokens [.., t, H] in their place, and ones elsewhere: of zeros a model
-    might take the root (Gemma 3n), whose gradient is infinite."""
+    """A row [.., T, H] with this rank's `own` tokens [.., t, H] in their place, and ones elsewhere: a model might
+    take the root of zeros (Gemma 3n), whose gradient is infinite."""
     length = own.shape[_TOKENS]
     return nn.functional.pad(own, (0, 0, ranks.rank * length, (ranks.size - 1 - ranks.rank) * length), value=1.0)
 
 
 def _in_a_row(forward: Forward, ranks: RankGroup) -> Forward:
-    """The last block's forward, whose hidden states are to be as many as there were before the first."""
+    """The last block's forward, returning as many hidden states as there were before the first block."""
 
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -300,7 +303,7 @@ def _in_a_row(forward: Forward, ranks: RankGroup) -> Forward:
 
 
 def _out_of_a_row(forward: Forward, ranks: RankGroup) -> Forward:
-    """A decoder's forward, of whose last hidden states only this rank's own are any."""
+    """A decoder's forward, returning only this rank's own last hidden states."""
 
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -312,10 +315,10 @@ def _out_of_a_row(forward: Forward, ranks: RankGroup) -> Forward:
 
 
 def use_local(units: Iterable[nn.Module], skip: Iterable[nn.Module] = (), dtype: torch.dtype | None = None) -> None:
-    """Make the parameters of each of `units` (inner ones before outer ones) be plain tensors while it runs.
+    """Make the parameters of each of `units` (inner ones first) plain tensors while it runs.
 
-    A parameter belongs to the innermost unit around it, as with FSDP, which gathers it just before the unit runs.
-    skip: modules within units that see to their own parameters. dtype: what they are cast to, if not left as they are.
+    A parameter belongs to the innermost unit around it, as with FSDP, which gathers it just before the unit runs. skip:
+    modules within units that handle their own parameters. dtype: cast parameters to it (None: no cast).
     """
     taken = set(skip)
     for unit in units:
@@ -326,7 +329,7 @@ def use_local(units: Iterable[nn.Module], skip: Iterable[nn.Module] = (), dtype:
 
 
 def _outside_of(module: nn.Module, units: set[nn.Module]) -> Iterator[nn.Module]:
-    """`module` and the modules below it, without the units below it."""
+    """`module` and the modules below it, except within `units`."""
     yield module
     for child in module.children():
         if child not in units:
@@ -334,7 +337,7 @@ def _outside_of(module: nn.Module, units: set[nn.Module]) -> Iterator[nn.Module]
 
 
 def with_local_parameters(forward: Forward, unit: nn.Module) -> Forward:
-    """`forward` with the parameters of `unit`, which has been told to `use_local`, as plain tensors."""
+    """`forward` with the parameters of `unit`, on which `use_local` was called, as plain tensors."""
     localize = attached(unit).local_parameters
     assert localize is not None, f"{type(unit).__name__} is no unit"
 
@@ -353,7 +356,8 @@ def is_cast(parameter: Tensor, dtype: torch.dtype) -> bool:
 
 @contextmanager
 def local_parameters(modules: Iterable[nn.Module], dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Put the local parts of the modules' DTensors in their place, floats cast to `dtype`; tied ones are one tensor."""
+    """Replace the modules' DTensors by their local parts within this context, with floats cast to `dtype`; tied ones
+    become one tensor."""
     replaced: list[tuple[dict[str, Any], str, Any]] = []
     made: dict[int, Tensor] = {}
     for module in modules:

@@ -1,25 +1,25 @@
-"""The plan by which a model's matrices are split over the ranks of a tensor group, from its Hugging Face config.
+"""The plan for splitting a model's matrices over the ranks of a tensor group, from its Hugging Face config.
 
-Configs carry a plan: names of modules, with `*` for a layer's number, and a style for each (`base_model_tp_plan`). Here
-it becomes facts about one model that `tutti.parallel.tensor` acts on. Whatever is not understood is refused by name,
-before anything is built:
+Configs contain a plan: names of modules, with `*` for a layer's number, and a style for each (`base_model_tp_plan`).
+Here it becomes a description of one model for `tutti.parallel.tensor`. Anything unknown is refused by name, before
+anything is built:
 
-- `Linear`: a projection that is split, by its outputs (colwise) or by its inputs (rowwise).
-- `Region`: a part of a block that mixes tokens or splits features (attention, MLP). It is given all tokens, and its
-  output is brought back to a rank's own; everything else in a block (norms, residuals) runs on the rank's own tokens.
-  A part with matrices that the plan does not split is a region too: every rank computes it for all tokens.
-- Mixers (`tutti.model.mixers`), and parts that look across their features, are regions that every rank computes,
-  whatever the plan says of their matrices.
-- Experts are not split, and are no region: they look at one token at a time, so each rank sends its own through them
-  (see `tutti.parallel.expert` for dividing whole experts among ranks).
-- The input embedding and the output head are split by the vocabulary, whatever the plan says of them.
+- `Linear`: a projection that is split by its outputs (colwise) or by its inputs (rowwise).
+- `Region`: a part of a block that mixes tokens or splits features (attention, MLP). It gets all tokens, and its output
+  is reduced to a rank's own; everything else in a block (norms, residuals) runs on the rank's own tokens. A part with
+  matrices that the plan does not split is a region too, and every rank computes it for all tokens.
+- Mixers (`tutti.model.mixers`), and parts that mix features, are regions that every rank computes, whatever the plan
+  says about their matrices.
+- Experts are not split, and are not a region: they process tokens independently, so each rank sends its own through
+  them (see `tutti.parallel.expert` for dividing whole experts among ranks).
+- The input embedding and the output head are split by the vocabulary, whatever the plan says.
 
-A config without a plan, or with one for its experts alone, is taken to mean the usual one: parts of blocks that are
-made of the usual projections are split, and any other (GPT-BigCode's attention, JetMoE's, a fused gate) is run whole by
-every rank. Matrices that are parts of a block themselves are not split (OPT's MLP), and run on a rank's own tokens.
+If a config has no plan, or only one for its experts, the usual one is assumed: parts of blocks that consist of the
+usual projections are split, and any other part (GPT-BigCode's attention, JetMoE's, a fused gate) is run in full by
+every rank. Matrices that are direct members of a block are not split (OPT's MLP), and run on a rank's own tokens.
 
-A projection of heads is split between heads, never within one. Where key/value heads are fewer than the ranks, several
-ranks hold the same one. Parameters of one number for each query head (sinks) go with the head, planned or not.
+A projection of heads is split between heads, never within one. If there are fewer key/value heads than ranks, several
+ranks hold the same one. Parameters with one number per query head (sinks) are split like the heads, planned or not.
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ COLWISE, GATHERED = "colwise", ("colwise_gather_output", "colwise_rep")
 ROWWISE, SLICED = "rowwise", ("rowwise_split_input", "rowwise_rep")
 _SPLITTING = {COLWISE, ROWWISE, *GATHERED, *SLICED}
 _EXPERTS = {"moe_tp_experts", "packed_colwise", "packed_rowwise", "moe_identity_expert"}
-"""Styles that splitting experts takes, which mark a part of a block as one of experts."""
+"""Styles for splitting experts, which identify a part of a block as experts."""
 
 _REPLICATED = {"replicated_with_grad_allreduce", "mla_kv_a_proj", "sequence_parallel", "replicate", "local_params"}
-"""Styles of modules that every rank holds whole: gradients of such parameters are summed over the ranks anyway; and of
-attention whose numbers for each head (sinks) go with the heads."""
+"""Styles of modules that every rank holds in full (gradients of such parameters are summed over the ranks anyway),
+and of attention whose per-head numbers (sinks) are split like the heads."""
 
 _HEAD_BY_HEAD = "query_key_value"
-"""A projection to one head's query, key and value after the other's, if it has three outputs for each input."""
+"""A projection to query, key and value interleaved by head, if it has three outputs per input."""
 
 _USUAL = dict.fromkeys(
     ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "w1", "w3", "c_fc", "dense_h_to_4h", _HEAD_BY_HEAD), COLWISE
 ) | dict.fromkeys(("o_proj", "out_proj", "down_proj", "w2", "c_proj", "dense", "dense_4h_to_h"), ROWWISE)
-"""Names of projections in most families, and how these are split."""
+"""Usual names of projections, and how these are split."""
 
 _KEYS_AND_VALUES = ("k_proj", "v_proj")
 
 
 class Linear(NamedTuple):
-    """A projection that is split. units: how many equal pieces its split dimension has; a piece stays on one rank.
+    """A projection that is split.
 
-    shared: it projects keys or values, so that with more ranks than heads several hold the same head. region: the
-    module that it is a part of.
+    units: number of equal pieces of its split dimension; a piece stays on one rank. shared: it projects keys or values,
+    so that with more ranks than heads several hold the same head. region: the module that it belongs to.
     """
 
     name: str
@@ -78,13 +78,13 @@ class Linear(NamedTuple):
 
     @property
     def piece(self) -> Piece:
-        """Its demand on the number of ranks."""
+        """Its requirement for the number of ranks."""
         what = "heads" if self.units < self.module.weight.shape[self.dim] else "features"
         return Piece(self.name, self.units, what, self.shared)
 
 
 class Region(NamedTuple):
-    """A part of a block that is given all tokens. reduces: its last projection gives a rank's own tokens."""
+    """A part of a block that gets all tokens. reduces: its last projection returns a rank's own tokens."""
 
     module: nn.Module
     reduces: bool
@@ -92,11 +92,12 @@ class Region(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """The parts of one model that are split. head: None where it is small and stays whole (a classifier's).
+    """The parts of one model that are split.
 
-    per_head: parameters of one number for each query head. counting: attention that lays heads out by a number of its
-    own, `num_heads`. blocks: in order; the row of tokens is cut among the ranks at the first. reshaping: the decoder,
-    if it lays its last hidden states out for as many tokens as it was given (`tutti.model.stage_trace` tells).
+    head: None if it is small and replicated (a classifier's). per_head: parameters with one number per query head.
+    counting: attention modules that reshape heads with their own `num_heads`. blocks: in order; the row of tokens is
+    cut among the ranks at the first. reshaping: the decoder, if it reshapes its last hidden states to its number of
+    input tokens (`tutti.model.stage_trace` finds out).
     """
 
     embedding: nn.Embedding
@@ -110,9 +111,9 @@ class TensorPlan:
 
 
 def read_plan(structure: ModelStructure) -> TensorPlan:
-    """The plan of a model's config applied to it.
+    """Apply the plan in a model's config.
 
-    ValueError: the config has no plan, or one with something that is not known here.
+    ValueError: the config has no plan, or one with something unknown.
     """
     decoder, config = structure.text_model, structure.config
     head = None if structure.classifies else structure.head
@@ -126,7 +127,7 @@ def read_plan(structure: ModelStructure) -> TensorPlan:
         raise ValueError(f"{refuse}its tokens are not embedded by a table; leave it at 1")
     if len({name.rpartition(".")[0] for name, _ in structure.blocks}) > 1:
         raise ValueError(f"{refuse}its blocks are not one list, at whose begin tokens are divided; leave it at 1")
-    # The table is split in any case; since transformers 5.24 plans name it, and some nothing else.
+    # The embedding is always split; since transformers 5.24 plans name it, and some name nothing else.
     given = {path: style for path, style in (config.base_model_tp_plan or {}).items() if path != names[embedding]}
     splits = any(style in _SPLITTING and ".experts." not in path for path, style in given.items())
     styles: dict[str, str] = given if splits else given | _usual_plan(structure, names, heads)
@@ -150,7 +151,7 @@ def read_plan(structure: ModelStructure) -> TensorPlan:
                 not_split.append(names[region] + ".")
                 continue
             if isinstance(region, nn.Linear) and _wildcards(names[region]) not in styles:
-                continue  # a matrix of the block itself looks at one token at a time
+                continue  # a matrix of the block itself processes tokens independently
             found = [
                 _linear(names[module], module, style, region, config)
                 for module in region.modules()
@@ -170,7 +171,7 @@ def read_plan(structure: ModelStructure) -> TensorPlan:
     ]
     if missed or not (linears or sparse):
         raise ValueError(f"{refuse}its plan splits {', '.join(missed[:4]) or 'nothing'} outside of its blocks")
-    # Classes with a plan of their own lay heads out by their width, so that there may be fewer.
+    # Classes with their own plan reshape heads by width, so their number may be smaller.
     split = {linear.region for linear in linears if linear.units == heads[0]}
     counting = [] if splits else [region for region in split if getattr(region, "num_heads", None) == heads[0]]
     return TensorPlan(
@@ -179,8 +180,8 @@ def read_plan(structure: ModelStructure) -> TensorPlan:
 
 
 def _usual_plan(structure: ModelStructure, names: Mapping[nn.Module, str], heads: tuple[int]) -> dict[str, str]:
-    """The plan of blocks whose parts are split where they are made of the usual projections, norms of tokens or of
-    heads and numbers for each of the query `heads`, and where they have experts; empty where no part is so."""
+    """The plan for blocks without one: parts that consist of the usual projections, norms of tokens or heads and
+    per-head numbers (of the query `heads`) are split, and experts are marked; empty if no part is like this."""
     plan: dict[str, str] = {}
     for block in (block for _, block in structure.blocks if block in names):
         for region in _regions(block):
@@ -195,15 +196,15 @@ def _usual_plan(structure: ModelStructure, names: Mapping[nn.Module, str], heads
 
 
 def _usual_styles(region: nn.Module, heads: tuple[int]) -> dict[nn.Module, str]:
-    """The splits of a region's projections; empty where it is to be run whole, having anything unusual."""
+    """The splits of a region's projections; empty if it has anything unusual, and is to be run in full."""
     if "residual" in inspect.signature(region.forward).parameters:
-        return {}  # what is added to the last product is not brought back to a rank's own tokens
+        return {}  # a residual added to the last product would not be reduced to a rank's own tokens
     styles: dict[nn.Module, str] = {}
     width = (getattr(region, "head_dim", 0),)
     for path, module in region.named_modules():
         leaf, own = path.rpartition(".")[2], list(module.parameters(recurse=False))
         if isinstance(module, nn.ModuleList):
-            return {}  # such as a norm for each head
+            return {}  # for example a norm per head
         if isinstance(module, nn.Linear) and leaf in _USUAL:
             if leaf == _HEAD_BY_HEAD and module.out_features != 3 * module.in_features:
                 return {}
@@ -222,7 +223,7 @@ def _wildcards(path: str) -> str:
 
 
 def _regions(block: nn.Module) -> list[nn.Module]:
-    """The block's children that have matrices, and members of its lists; norms and the like have vectors at most."""
+    """The block's children with matrices, and members of its lists; norms and the like only have vectors."""
     children: list[nn.Module] = []
     for child in block.children():
         children += child if isinstance(child, nn.ModuleList) else [child]
@@ -230,7 +231,7 @@ def _regions(block: nn.Module) -> list[nn.Module]:
 
 
 def _has_experts(region: nn.Module) -> bool:
-    """True for a region of experts in this block: some families have dense blocks too, under the same name."""
+    """True for a region of experts in this block: some families also have dense blocks, under the same name."""
     return any(parameter.ndim > 2 and len(parameter) > 1 for parameter in region.parameters())
 
 

@@ -1,9 +1,9 @@
-"""The progress of a run on stderr: a live block on a terminal, a plain line now and then in a log file.
+"""The progress of a run on stderr: a live block on a terminal, occasional lines in a log file.
 
-On a terminal two lines are redrawn in place, a bar with the time left and the newest figures, and log lines scroll by
+On a terminal two lines are redrawn in place, a bar with the time left and the newest metrics, and log lines scroll by
 above them. Elsewhere a line is written after 1, 2, 5, 10, 20, 50 ... steps and then at least every 30 seconds, so that
-a log of any length stays readable. Both fit into 80 columns: figures are left out, the least important first, where
-they do not. The time left counts everything between steps (evaluation, saving), but not the first step, which compiles.
+a log of any length stays readable. Both fit into 80 columns: if there is no room, the least important metrics are left
+out. The time left includes everything between steps (evaluation, saving), but not the first step, which compiles.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ log = logging.getLogger(__name__)
 WIDTH = 80
 PREFIX = len("12:34:56 I ")
 PLAIN_EVERY = 30.0
-"""Most seconds between two plain lines, if a step is done at all."""
+"""Maximum seconds between two lines, if a step finishes in that time."""
 REDRAW_EVERY = 0.1
 SMOOTHING = 0.95
 
 
 class Progress:
-    """A sink of `Metrics` that shows training records as they come.
+    """A sink of `Metrics` that shows training records as they arrive.
 
-    clock: seconds, for tests. live: redraw in place, rather than write lines; by default where stderr is a terminal.
+    clock: returns seconds; for tests. live: redraw in place, rather than write lines; by default if stderr is a
+    terminal.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class Progress:
             self._block.close()
 
     def _clock_line(self) -> str:
-        """The time left as `ETA 3:21`, or the time taken when nothing is left to do."""
+        """The time left as `ETA 3:21`, or the total time at the end."""
         now, step = self._clock(), self._record["step"]
         if step >= self._total:
             return f"took {duration(now - self._began)}"
@@ -116,7 +117,7 @@ class Progress:
         block.draw(self._record["step"], self._clock_line(), fit(self._figures(), block.width - 1))
 
     def _figures(self) -> list[tuple[int, str]]:
-        """The importance and the text of each figure, in the order shown."""
+        """The importance and the text of each metric, in display order."""
         record, evaluated = self._record, self._history.last_eval
         loss = f"loss {number(record.get('loss'))}"
         if self._average.count > 1:
@@ -136,7 +137,7 @@ class Progress:
 
 
 class _Average:
-    """Exponential average without a bias to where it started, over the finite values."""
+    """Exponential average of the finite values, without initialization bias."""
 
     def __init__(self) -> None:
         self.count, self._sum, self._weight = 0, 0.0, 0.0
@@ -159,7 +160,7 @@ def next_milestone(step: int) -> int:
 
 
 def fit(parts: list[tuple[int, str]], width: int) -> str:
-    """The texts of `parts` (importance, text) in order, the least important left out until they fit `width`."""
+    """The texts of `parts` (importance, text) in order, without the least important ones that do not fit `width`."""
     parts = list(parts)
     while len(parts) > 1 and len("  ".join(text for _, text in parts)) > width:
         parts.remove(min(parts))
@@ -167,14 +168,14 @@ def fit(parts: list[tuple[int, str]], width: int) -> str:
 
 
 def number(value: float | None) -> str:
-    """A loss to four digits or so."""
+    """Format a loss with about four digits."""
     if value is None:
         return "-"
     return f"{value:.3f}" if 0.1 <= abs(value) < 1000 else f"{value:.3g}"
 
 
 def si(value: float) -> str:
-    """A figure in few digits: 123, 1.2k, 12.3k, 4.5M."""
+    """Format a number with few digits: 123, 1.2k, 12.3k, 4.5M."""
     for unit in ("", "k", "M", "G"):
         if abs(value) < 999.5 or unit == "G":
             break
@@ -183,7 +184,7 @@ def si(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in figures: 0:07, 3:21, 2:03:04, 3d 04:05."""
+    """Format a duration: 0:07, 3:21, 2:03:04, 3d 04:05."""
     whole = round(seconds)
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     if hours >= 48:

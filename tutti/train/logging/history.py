@@ -1,16 +1,15 @@
-"""The recorded history of a run: the lines of metrics.jsonl, and a summary of any length of them in bounded memory.
+"""The recorded history of a run: the lines of metrics.jsonl, and a summary of them in bounded memory.
 
 Lines. Every record is one JSON object with floats in full precision (`repr`). JSON has no NaN or infinity, so such a
 value is written as null and named in `non_finite`: `{"step": 7, "loss": null, "non_finite": {"loss": "nan"}}`.
 
-Going back. A run that resumes at step N makes the steps after N again. `cut_back` moves the lines that the interrupted
-run had written of them to metrics.superseded.jsonl, so that metrics.jsonl is always one clean history and nothing is
-lost.
+Going back. A run that resumes at step N repeats the steps after N. `cut_back` moves the lines that the interrupted run
+wrote for them to metrics.superseded.jsonl, so that metrics.jsonl is always one consistent history and nothing is lost.
 
-Bounded. The report draws at most `LIMIT` points however long the run is. `Buckets` gives every step range of equal
-width one bucket (count, sum, lowest, highest per column); when there are too many, the width doubles and neighbours
-merge. Which bucket a step falls into depends on its number alone, so a resumed run draws the same picture. Spikes stay
-visible because a bucket keeps its extremes.
+Bounded. The report draws at most `LIMIT` points however long the run is. `Buckets` has one bucket (count, sum, lowest,
+highest per column) per step range of equal width; when there are too many, the width doubles and neighbors merge. The
+bucket of a step only depends on its number, so a resumed run draws the same picture. Spikes stay visible because a
+bucket keeps its extremes.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from typing import Any
 from tutti.core.files import read_jsonl, replacing, synced
 
 LIMIT = 1000
-"""Most buckets of a table."""
+"""Maximum number of buckets of a table."""
 
 METRICS, SUPERSEDED = "metrics.jsonl", "metrics.superseded.jsonl"
 
@@ -40,8 +39,8 @@ def encode(record: Mapping[str, Any]) -> str:
 def cut_back(folder: Path, step: int, *, superseded: bool = True) -> int:
     """Keep the lines of metrics.jsonl in `folder` up to `step`; append the others to metrics.superseded.jsonl.
 
-    superseded: false drops the others, which were copied elsewhere.
-    Returns how many lines were cut. A kill in between loses nothing: the lines are appended before they are removed.
+    superseded: false drops the others, which were copied elsewhere. Returns the number of lines that were cut. Being
+    killed in between loses nothing: lines are appended before they are removed.
     """
     path, count = folder / METRICS, 0
     if not path.exists():
@@ -58,7 +57,7 @@ def cut_back(folder: Path, step: int, *, superseded: bool = True) -> int:
 
 
 def step_range(path: Path) -> tuple[int, int]:
-    """The lowest and the highest step in a metrics.jsonl; 0 and 0 where there is none."""
+    """The lowest and the highest step in a metrics.jsonl; 0 and 0 if it does not exist."""
     low = high = 0
     for record in _records(path):
         low, high = min(low or record["step"], record["step"]), max(high, record["step"])
@@ -121,13 +120,12 @@ def _merge(a: list[float] | None, b: list[float] | None) -> list[float] | None:
 
 
 class History:
-    """Figures of all records so far, for the report and the closing line.
+    """Statistics of all records so far, for the report and the closing line.
 
-    train, evals: the curves. last, last_eval: the newest records. best_eval: the one of lowest loss. answers:
-    the newest record of prompts with an expected answer. tokens, trained_tokens, samples: sums. seconds: time spent in
-    training steps (not in evaluation, saving or start-up). source_tokens: trained tokens per source. skipped: steps
-    that were left without an update.
-    non_finite: (step, what) of every non-finite value, the first 100.
+    train, evals: the curves. last, last_eval: the newest records. best_eval: the one with the lowest loss. answers: the
+    newest record of prompts with an expected answer. tokens, trained_tokens, samples: sums. seconds: time in training
+    steps (without evaluation, saving and start-up). source_tokens: trained tokens per source. skipped: steps without an
+    update. non_finite: (step, name) of non-finite values, the first 100.
     """
 
     def __init__(self) -> None:
@@ -142,7 +140,7 @@ class History:
         self.non_finite: list[tuple[int, str]] = []
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Take in a record of training, evaluation or answers, as logged or as read back."""
+        """Add a record of training, evaluation or answers, as logged or as read back."""
         values = {
             key: value
             for key, value in record.items()
@@ -182,7 +180,7 @@ class History:
 
 
 def read_history(path: Path) -> History:
-    """The history in a metrics.jsonl; empty where there is none."""
+    """The history in a metrics.jsonl; empty if it does not exist."""
     history = History()
     for record in _records(path):
         history.add(record)
@@ -190,6 +188,6 @@ def read_history(path: Path) -> History:
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics.jsonl, without a line that its writer was killed in."""
+    """The records of a metrics.jsonl, without an incomplete last line."""
     if path.exists():
         yield from (value for _, value in read_jsonl(path) if _is_record(value))

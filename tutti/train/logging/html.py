@@ -32,14 +32,14 @@ log = logging.getLogger(__name__)
 
 WRITE_EVERY = 10.0
 MAX_SOURCES = 12
-"""Sources with curves of their own; the smaller ones are counted together."""
+"""Number of sources with their own curves; smaller ones are combined."""
 MAX_TEXTS = 50
-"""Newest texts that are kept; those of the first showing stay beside them."""
+"""Number of newest texts to keep; those of the first samples are kept too."""
 MAX_PICTURES = 400_000
-"""Most characters that the pictures beside texts may take."""
+"""Maximum characters of all pictures next to texts."""
 RUN, REPORT = "run.json", "report.html"
 BANDED = ("loss", "grad_norm", "tokens_per_second")
-"""Columns whose extremes are drawn as well as their means."""
+"""Columns whose extremes are drawn in addition to means."""
 
 
 class Report:
@@ -90,7 +90,7 @@ class Report:
         self.step(record)
 
     def _keep_pictures(self, pictures: Sequence[str]) -> dict[str, list[str]]:
-        """Keep data URLs as far as there is room, each once however often its prompt is answered; their keys."""
+        """Keep data URLs if there is room, each only once; returns their keys."""
         kept: dict[str, str] = self._run["pictures"]
         keys = []
         for picture in pictures:
@@ -110,7 +110,7 @@ class Report:
         self._write()
 
     def _write(self) -> None:
-        """Replace both files. A full disk must not stop a run for the sake of its report."""
+        """Replace both files. A full disk must not stop a run because of its report."""
         now = time.time()
         self._run |= {"data": _plain(self._data()), "updated": now, "seconds": self._seconds_before + now - self._began}
         try:
@@ -133,7 +133,7 @@ def write_report(output_dir: str | Path) -> Path:
 
 
 def render(run: Mapping[str, Any], history: History) -> str:
-    """The page, of what run.json holds and the records."""
+    """Render the page from the content of run.json and the records."""
     parts = {
         "TITLE": html.escape(str(run.get("name", "run"))),
         "STYLE": _asset("report.css"),
@@ -152,7 +152,7 @@ def _asset(name: str) -> str:
 
 
 def config_rows(config: Config) -> list[dict[str, Any]]:
-    """Every argument that a training run reads: its name, value, documentation, and whether it was set."""
+    """Every argument of a training run: its name, value, documentation, and whether it was set."""
     return [
         {"name": name, "value": _plain(get(config, name)), "doc": argument.doc, "set": away_from_default(config, name)}
         for name, argument in ARGUMENTS.items()
@@ -161,7 +161,7 @@ def config_rows(config: Config) -> list[dict[str, Any]]:
 
 
 def _payload(run: Mapping[str, Any], history: History) -> dict[str, str]:
-    """The page's data: JSON texts by name."""
+    """The page's data as JSON texts by name."""
     ranked = sorted(history.source_tokens, key=lambda name: -history.source_tokens[name])
     sources = [{"name": name, "tokens": history.source_tokens[name]} for name in ranked[:MAX_SOURCES]]
     small, rest = ranked[MAX_SOURCES:], ""
@@ -192,7 +192,7 @@ def _payload(run: Mapping[str, Any], history: History) -> dict[str, str]:
 def _table(buckets: Buckets, small: Collection[str] = (), rest: str = "") -> str:
     """`buckets` as JSON: {width, step, columns: {name: {mean, low?, high?} or {sum}}}, exact if width is 1.
 
-    The sources in `small` get no columns; their tokens are counted together under the name `rest`.
+    The sources in `small` get no columns; their tokens are summed under the name `rest`.
     """
     exact = buckets.width == 1
     arrays: dict[str, dict[str, list[float | None]]] = {}
@@ -220,7 +220,7 @@ def _table(buckets: Buckets, small: Collection[str] = (), rest: str = "") -> str
 
 
 def _object(members: Mapping[str, str]) -> str:
-    """A JSON object of members that are JSON already. (For many numbers this is cheaper than `json.dumps`.)"""
+    """A JSON object from members that are already JSON, which for many numbers is faster than `json.dumps`."""
     return "{" + ",".join(f"{_script_json(name)}:{text}" for name, text in members.items()) + "}"
 
 
@@ -230,12 +230,12 @@ def _numbers(values: list[float | None], exact: bool) -> str:
 
 
 def _script_json(value: Any) -> str:
-    """JSON that may stand within a script element: no `<`, so that no text can end it; NaN and infinity are null."""
+    """JSON for a script element: without `<`, so that no text can end it; NaN and infinity become null."""
     return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
 
 
 def _plain(value: Any) -> Any:
-    """`value` in the types of JSON: dataclasses and mappings as dicts, sequences as lists, anything else as text."""
+    """Convert `value` to JSON types: dataclasses and mappings to dicts, sequences to lists, anything else to text."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if hasattr(value, "item"):

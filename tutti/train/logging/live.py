@@ -1,4 +1,4 @@
-"""The live block of a run's progress on a terminal: apart from `console`, so that rich is loaded only then."""
+"""The live block of a run's progress on a terminal; separate from `console`, so that rich is only loaded if needed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.text import Text
 
 
 class LiveBlock(progress.Progress):
-    """A bar and a line of figures at the foot of the terminal, above which log lines scroll by."""
+    """A bar and a line of metrics at the bottom of the terminal, above which log lines scroll by."""
 
     def __init__(self, total: int) -> None:
         console = Console(stderr=True, highlight=False)
@@ -27,7 +27,7 @@ class LiveBlock(progress.Progress):
         )
         self._bar = self.add_task("", total=total, clock="")
         self.start()
-        # Handlers that exist already are to write to the stream that scrolls above the block.
+        # Existing handlers must write to the stream that scrolls above the block.
         self._handlers = [
             (handler, handler.setStream(sys.stderr))
             for handler in logging.getLogger("tutti").handlers
@@ -43,7 +43,7 @@ class LiveBlock(progress.Progress):
         return min(self.console.width, 100)
 
     def draw(self, step: int, clock: str, figures: str) -> None:
-        """Show that `step` is done. clock: the time left. figures: one line that fits `width`."""
+        """Show that `step` is done. clock: the time left. figures: a line that fits `width`."""
         self._figures = Text(f" {figures}", style="dim")
         self.update(self._bar, completed=step, clock=clock, refresh=True)
 

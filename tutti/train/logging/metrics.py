@@ -1,20 +1,20 @@
-"""Metrics of a run: one record a step, sent to every place that shows it.
+"""Metrics of a run: one record per step, sent to every place that shows it.
 
-The loop hands plain dicts to `Metrics`, which passes them on to its *sinks*: metrics.jsonl (the record that everything
-else can be made from), the progress line on the terminal, report.html, and the services that are asked for. A sink is
-anything with the five methods of `Sink`. Rank 0 alone has sinks; on the other ranks every call does nothing.
+The loop passes plain dicts to `Metrics`, which forwards them to its *sinks*: metrics.jsonl (from which everything else
+can be made), the progress line on the terminal, report.html, and the requested services. A sink is anything with the
+five methods of `Sink`. Only rank 0 has sinks; on other ranks every call does nothing.
 
 A training record has `step, epoch, loss, grad_norm, lr, tokens, trained_tokens, samples, step_seconds,
 tokens_per_second, mfu, memory_gib, packing`, with several sources `source_loss/<name>` and `source_tokens/<name>`, and
-with experts `expert_load_max`, `expert_load_min` (as multiples of an even share) and maybe `router_loss`.
-Where a record stands for several steps (train.log_steps), tokens, trained_tokens, samples and source_tokens are sums
-over them and the rest are means, or the last value. mfu is the share that the model's operations are of what products
-of large matrices reach on this device in the faster of bf16 and fp32. An evaluation record has `step, eval_loss,
-eval_tokens`, with several sources `eval_source_loss/<name>`, and `eval_accuracy` for classification. Of pairs of
-answers the losses are means over pairs, eval_accuracy is the share whose chosen answer wins, and a training record has
-`rewards/chosen`, `rewards/rejected`, `rewards/margin` and `rewards/accuracy`. Either may hold more. Where prompts have
-an expected answer (train.sample_prompts_path), a record of its own has `step, sample_accuracy, sample_answers`: the
-share of right answers, and how many were expected.
+with experts `expert_load_max`, `expert_load_min` (as multiples of an even share) and possibly `router_loss`. If a
+record covers several steps (train.log_steps), tokens, trained_tokens, samples and source_tokens are sums over them, and
+the others are means, or the last value. mfu is the ratio of the model's operations to the rate that products of large
+matrices reach on this device in the faster of bf16 and fp32. An evaluation record has `step, eval_loss, eval_tokens`,
+with several sources `eval_source_loss/<name>`, and `eval_accuracy` for classification. For preference pairs the losses
+are means over pairs, eval_accuracy is the share whose chosen answer wins, and a training record has `rewards/chosen`,
+`rewards/rejected`, `rewards/margin` and `rewards/accuracy`. Records may have more fields. If prompts have an expected
+answer (train.sample_prompts_path), a separate record has `step, sample_accuracy, sample_answers`: the share of right
+answers, and the number of expected ones.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class Sink(Protocol):
 
 
 class Metrics:
-    """The run's one outlet for figures; use it as a context manager, or call `close`.
+    """Receives all metrics of a run; use it as a context manager, or call `close`.
 
-    total_steps: of the whole run. start_step: the step that training goes on from; metrics.jsonl holds the steps up to
-    it (see `tutti.train.output.begin_branch`). run_info: what the report shows beside the curves, all of
-    it optional: `name`, `model` (one line), `parameters` (int), `trainable_parameters` (int), `device`, `layout` and
-    `versions` (dicts of name to value), `data` (gives the data report as it is by now: a dict or dataclass),
-    `steps_reason`, `branch` (a branch that was left at the start: `tutti.train.output.Branch`).
-    Leaving the `with` block by an exception closes with the status `failed` and its message.
+    total_steps: of the whole run. start_step: the step that training resumes from; metrics.jsonl contains the steps up
+    to it (see `tutti.train.output.begin_branch`). run_info: what the report shows next to the curves, all optional:
+    `name`, `model` (one line), `parameters` (int), `trainable_parameters` (int), `device`, `layout` and `versions`
+    (dicts of name to value), `data` (a function that returns the current data summary: a dict or dataclass),
+    `steps_reason`, `branch` (a branch abandoned at the start: `tutti.train.output.Branch`). Leaving the `with` block
+    with an exception closes with the status `failed` and its message.
     """
 
     def __init__(
@@ -73,13 +73,13 @@ class Metrics:
         ]
 
     def log_step(self, record: Record) -> None:
-        """A training record."""
+        """Log a training record."""
         record = _plain(record)
         for sink in self._sinks:
             sink.step(record)
 
     def log_eval(self, record: Record) -> None:
-        """An evaluation record."""
+        """Log an evaluation record."""
         record = _plain(record)
         for sink in self._sinks:
             sink.evaluation(record)
@@ -87,15 +87,15 @@ class Metrics:
     def log_text(
         self, step: int, prompt: str, text: str, right: bool | None = None, pictures: Sequence[str] = ()
     ) -> None:
-        """A text that the model generated after `step`. right: it is the answer that was expected; None: none was.
-        pictures: that the prompt is about, as data URLs."""
+        """Log a text that the model generated after `step`. right: whether it is the expected answer; None if none
+        was expected. pictures: in the prompt, as data URLs."""
         seen = {"pictures": list(pictures)} if pictures else {}
         for sink in self._sinks:
             sink.text({"step": step, "prompt": prompt, "text": text, "right": right, **seen})
 
     def log_answers(self, step: int, known: Sequence[bool], unseen: Sequence[bool]) -> None:
-        """Log the shares of expected answers that the model gave after `step`, by whether each was right: to prompts,
-        and to those of the evaluation data."""
+        """Log the shares of right answers after `step`: to prompts, and to those of the evaluation data. Each
+        element says whether an answer was right."""
         record: dict[str, Any] = {"step": step}
         for name, found in (("sample", known), ("unseen", unseen)):
             if found:
@@ -104,10 +104,9 @@ class Metrics:
             self.log_eval(record)
 
     def close(self, summary: Record) -> None:
-        """Finish every sink, once; later calls do nothing.
+        """Close every sink, once; later calls do nothing.
 
-        summary: `status` (finished, stopped or failed), `message` (why it stopped or failed), and any further figures
-        to show.
+        summary: `status` (finished, stopped or failed), `message` (why it stopped or failed), and other values to show.
         """
         if self._closed:
             return
@@ -127,7 +126,7 @@ class Metrics:
 
 
 def _plain(record: Record) -> dict[str, Any]:
-    """The record with plain numbers for those of numpy and torch."""
+    """The record with numbers of numpy and torch converted to plain ones."""
     return {key: value.item() if hasattr(value, "item") else value for key, value in record.items()}
 
 

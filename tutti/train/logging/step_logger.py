@@ -1,4 +1,4 @@
-"""From totals to lines of metrics: reads what the steps left on the device every train.log_steps steps."""
+"""From totals to metrics records: reads the device's totals every train.log_steps steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class Clock:
-    """Seconds of training since the last lap, without evaluations and saves, and how many went by waiting for data."""
+    """Measures training time since the last lap, without evaluations and saves, and the time spent waiting for data."""
 
     def __init__(self) -> None:
         self._running_since: float | None = time.perf_counter()
@@ -33,7 +33,7 @@ class Clock:
         self._running_since = time.perf_counter()
 
     def waiting(self, batches: Iterable[GlobalBatch]) -> Iterator[GlobalBatch]:
-        """Yield the batches, with the time it takes to get each one counted."""
+        """Yield the batches, counting the time it takes to get each one."""
         iterator = iter(batches)
         while True:
             start = time.perf_counter()
@@ -44,7 +44,7 @@ class Clock:
             yield batch
 
     def state(self) -> tuple[float, float]:
-        """(seconds, seconds waited for data) since the last lap; the lap goes on."""
+        """Returns (seconds, seconds waited for data) since the last lap, without starting another."""
         running = self._running_since is not None
         self.pause()
         if running:
@@ -52,12 +52,12 @@ class Clock:
         return self._seconds, self._waited
 
     def go_back(self, seconds: float, waited: float) -> None:
-        """Count these seconds to this lap as well."""
+        """Add these seconds to this lap."""
         self._seconds += seconds
         self._waited += waited
 
     def lap(self) -> tuple[float, float]:
-        """(seconds, seconds waited for data) since the last lap."""
+        """Returns (seconds, seconds waited for data) since the last lap, and starts another."""
         self.pause()
         result = self._seconds, self._waited
         self._seconds = self._waited = 0.0
@@ -66,7 +66,7 @@ class Clock:
 
 
 class StepLogger:
-    """Holds the totals of the steps since the last line of metrics, and writes the line when it is due."""
+    """Holds the totals of the steps since the last metrics record, and writes the record when it is due."""
 
     def __init__(self, run: Run, metrics: Metrics) -> None:
         self._run, self._config, self._world, self._metrics = run, run.config, run.world, metrics
@@ -86,16 +86,16 @@ class StepLogger:
         return Totals.zero(self._run.placed.objective.sizes, self._world.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """The totals since the last line of metrics, as plain data, the same on every rank. A collective call."""
+        """The totals since the last metrics record, as plain data, the same on every rank. A collective call."""
         return {"clock": self._world.broadcast(self.clock.state()), **self.totals.state_dict(self._world)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the totals of `state`."""
+        """Restore the totals in `state`."""
         self.clock.go_back(*state["clock"])
         self.totals.load_state_dict(state, self._world)
 
     def after_step(self, batch: GlobalBatch, lr: float) -> None:
-        """Write the line that is due after `batch`, if one is. ValueError where training has broken down."""
+        """Write the record if one is due after `batch`. ValueError: training has broken down."""
         if batch.step % self._config.train.log_steps and not batch.epoch_end:
             return
         totals, reduced = self.totals, self.totals.reduce(self._world)
@@ -136,7 +136,7 @@ class StepLogger:
         self.totals.consecutive_skips = totals.consecutive_skips
 
     def _mfu(self, flops: float, seconds: float) -> float:
-        """The model's own operations as a share of what all ranks' devices can do in that time."""
+        """The model's operations as a share of what all ranks' devices can do in that time."""
         rate = flops / seconds
         if rate > self._peak:
             log.warning(
@@ -149,7 +149,7 @@ class StepLogger:
         return rate / self._peak
 
     def _by_source(self, reduced: Reduced) -> dict[str, float]:
-        """Loss and tokens of each of several sources, or of the one that the user gave a name."""
+        """Loss and tokens of each source, if there are several, or the user has named the only one."""
         names, tokens, targets = self._run.data.sources, self.totals.source_tokens, self.totals.source_targets
         if len(names) == 1:
             label = self._config.data.source_name

@@ -1,8 +1,8 @@
-"""Services that follow a run: Weights & Biases, and those that accelerate has a tracker for (TensorBoard, MLflow, ...).
+"""Experiment trackers: Weights & Biases, and those that accelerate supports (TensorBoard, MLflow, ...).
 
-All are given the records of metrics.jsonl, the same numbers under the same names. None of them may cost a run: what is
-missing is said before the run begins, and what fails later is a warning. A service that fails several times in a row is
-left alone, so that a run does not wait for each of its time-outs.
+All of them get the records of metrics.jsonl, with the same names. None may break a run: missing packages are reported
+before the run begins, and later failures are warnings. A service that fails several times in a row is no longer called,
+so that a run does not wait for each of its time-outs.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ log = logging.getLogger(__name__)
 Record = Mapping[str, Any]
 
 MAX_FAILURES = 3
-"""Failures in a row after which a tracker is left alone."""
+"""Number of consecutive failures after which a tracker is no longer called."""
 
 _PACKAGES = {"comet": "comet_ml"}
-"""Names of a tracker's package, and of its class in accelerate, where they differ from its own."""
+"""The names of a tracker's package, and of its class in accelerate, if they differ from its own."""
 
 
 class Tracker(Protocol):
-    """A service that is told of a run; any of its methods may raise anything."""
+    """A service that receives a run's records; any of its methods may raise anything."""
 
     def record(self, record: Record) -> None: ...
     def text(self, record: Record) -> None: ...
@@ -37,7 +37,7 @@ class Tracker(Protocol):
 
 
 class GuardedTracker:
-    """A sink that passes everything on to a tracker, and survives it. start: makes the tracker."""
+    """A sink that forwards everything to a tracker, and survives its failures. start: creates the tracker."""
 
     def __init__(self, name: str, start: Callable[[], Tracker]) -> None:
         self._name = name
@@ -76,7 +76,7 @@ class GuardedTracker:
 
 
 def require_trackers(config: Config) -> None:
-    """ValueError unless the packages of the trackers that `config` asks for are installed."""
+    """Raise ValueError unless the packages of all trackers in `config` are installed."""
     for name in tracker_names(config):
         if name != "wandb" and importlib.util.find_spec("accelerate") is None:
             raise ValueError('train.trackers needs the accelerate package: pip install "tutti-train[trackers]"')
@@ -87,12 +87,12 @@ def require_trackers(config: Config) -> None:
 
 
 def tracker_names(config: Config) -> list[str]:
-    """The trackers that `config` asks for, each once."""
+    """The names of the trackers in `config`, each once."""
     return list(dict.fromkeys([*(["wandb"] if config.train.use_wandb else []), *config.train.trackers]))
 
 
 def open_trackers(config: Config, folder: Path, run_info: Record, start_step: int) -> list[GuardedTracker]:
-    """The trackers that `config` asks for, started. folder: the run's. start_step: the step that it goes on from."""
+    """Start the trackers in `config`. folder: the run's. start_step: the step that it resumes from."""
 
     def starter(name: str) -> Callable[[], Tracker]:
         if name == "wandb":
@@ -103,14 +103,15 @@ def open_trackers(config: Config, folder: Path, run_info: Record, start_step: in
 
 
 class _Accelerate:
-    """One of accelerate's trackers: project train.wandb_project, run train.wandb_name, else the run's folder's name."""
+    """One of accelerate's trackers, with project train.wandb_project, and run name train.wandb_name or the run's
+    folder name."""
 
     def __init__(self, name: str, config: Config, folder: Path, start_step: int) -> None:
         import torch
         from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        # accelerate logs through a state of its own, which must not take the device or the threads for itself.
+        # accelerate logs through a global state, which must not claim the device or the threads.
         threads = torch.get_num_threads()
         PartialState(cpu=True)
         torch.set_num_threads(threads)
@@ -126,16 +127,16 @@ class _Accelerate:
         self._tracker.log(numbers, step=record["step"])
 
     def text(self, record: Record) -> None:
-        """Texts are in the report; few of the services have a place for them."""
+        """Does nothing: texts are in the report, and few services have a place for them."""
 
     def close(self, summary: Record) -> None:
         self._tracker.finish()
 
 
 def _arguments(name: str, project: str, run: str, folder: Path, start_step: int) -> dict[str, Any]:
-    """The arguments of accelerate's class for a service; each calls its project and its run by other names."""
+    """The arguments of accelerate's class for a service, which name project and run differently."""
     if name == "tensorboard":
-        again = {"purge_step": start_step + 1} if start_step else {}  # what an interrupted run wrote after it
+        again = {"purge_step": start_step + 1} if start_step else {}  # removes what an interrupted run wrote after it
         return {"run_name": run, "logging_dir": folder / "tensorboard", **again}
     if name == "aim":
         return {"run_name": run, "logging_dir": folder}
@@ -151,7 +152,7 @@ def _arguments(name: str, project: str, run: str, folder: Path, start_step: int)
 
 
 def _flat(config: Config) -> dict[str, Any]:
-    """The configuration by dotted names, in values that every service takes."""
+    """The configuration by dotted names, as values that every service accepts."""
     values: dict[str, Any] = {}
     for group, tree in dataclasses.asdict(config).items():
         for leaf, value in tree.items() if isinstance(tree, dict) else ():
@@ -161,10 +162,10 @@ def _flat(config: Config) -> dict[str, Any]:
 
 
 class _Wandb:
-    """A Weights & Biases run, in `folder`/wandb; offline where there is no network or no login.
+    """A Weights & Biases run, in `folder`/wandb; offline if there is no network or no login.
 
-    Every row carries its `step`, which is the x axis of all charts. The service's own step only counts rows, so that
-    a resumed run can go back to an earlier step: its rows are appended, where rows of a lower service step are dropped.
+    Every row contains its `step`, which is the x axis of all charts. The service's own step only counts rows, so that a
+    resumed run can go back to an earlier step: rows with a lower service step would be dropped.
     """
 
     def __init__(self, config: Config, folder: Path, run_info: Record) -> None:
@@ -194,7 +195,7 @@ class _Wandb:
         self._texts.append(record)
 
     def _log_texts(self) -> None:
-        """Log the texts that have come since the last record, as a table."""
+        """Log the texts since the last record as a table."""
         import wandb
 
         if self._texts:
@@ -211,7 +212,8 @@ class _Wandb:
 
 
 def _wandb_mode() -> Literal["offline"] | None:
-    """None leaves the choice to wandb; offline where its server cannot be reached or nobody is logged in."""
+    """The wandb mode: offline if its server cannot be reached or nobody is logged in; None leaves the choice to
+    wandb."""
     import wandb
 
     if "WANDB_MODE" in os.environ:
@@ -226,7 +228,7 @@ def _wandb_mode() -> Literal["offline"] | None:
 
 
 def _unreachable(url: str) -> str | None:
-    """Why `url` cannot be reached, or None where anything answers."""
+    """The reason why `url` cannot be reached; None if anything answers."""
     import urllib.error
     import urllib.request
 
