@@ -14,7 +14,11 @@ SAVE = {"train/spike_guard.py state_dict", "train/step.py state_dict", "checkpoi
 
 ALONE = {
     "fused attention": {"train.compute_dtype": "bfloat16", "train.enable_gradient_checkpointing": True},
-    "experts": {"model": "qwen3_moe", "train.compute_dtype": "bfloat16"},
+    "experts": {
+        "model": "qwen3_moe",
+        "train.compute_dtype": "bfloat16",
+        "train.enable_gradient_checkpointing": True,
+    },
     "offloaded activations": {"train.enable_activation_offload": True},
     "checkpoints": {"train.save_steps": 2, "train.save_async": True},
     "muon": {"train.optimizer": "muon"},

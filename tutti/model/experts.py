@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from types import ModuleType
 from typing import Any
 
@@ -356,13 +356,18 @@ class _Groups:
             out = adapter.grouped(self._module, rows, out, self._experts, self._product)
         return out if bias is None else out + bias[self._experts]
 
+    @cached_property
+    def _sizes(self) -> list[int]:
+        """The counts on the host, which waits for the device once."""
+        return self._counts.tolist()
+
     def _product(self, rows: Tensor, weight: Tensor) -> Tensor:
         """Grouped product of rows [S, in] with weight [E, in, out] -> [S, out]."""
         rows = rows.to(weight.dtype)
         if _has_kernel(weight):
             return grouped_mm(rows, weight, offs=self._ends)
         # unbind, because indexing single experts would create a gradient of the whole stack for each
-        pairs = zip(rows.split(self._counts.tolist()), weight.unbind(0), strict=True)
+        pairs = zip(rows.split(self._sizes), weight.unbind(0), strict=True)
         return torch.cat([part @ matrix for part, matrix in pairs])
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -64,17 +65,33 @@ class Exchange:
         if self.isolated:
             # Copied, because kernels may depend on alignment.
             parts = zip(rows.split(received), arriving, strict=True)
-            out = torch.cat([compute(part.clone(), _experts(counts), counts) for part, counts in parts])
+            out = torch.cat([compute(part.clone(), _experts(counts, len(part)), counts) for part, counts in parts])
             return all_to_all(out, received, sent, name)
-        experts, order = _experts(arriving).sort(stable=True)
-        out = compute(rows[order], experts, arriving.sum(0))
-        return all_to_all(out[inverse(order)], received, sent, name)
+        experts, order = _experts(arriving, len(rows)).sort(stable=True)
+        back = inverse(order)
+        out = compute(_Permute.apply(rows, order, back), experts, arriving.sum(0))
+        return all_to_all(_Permute.apply(out, back, order), received, sent, name)
 
 
-def _experts(counts: Tensor) -> Tensor:
+def _experts(counts: Tensor, num_rows: int) -> Tensor:
     """The expert of each row, int64 [R], if `counts` [G, E / G] or [E / G] rows are ordered by sender and expert."""
     local = torch.arange(counts.shape[-1], device=counts.device)
-    return local.expand_as(counts).flatten().repeat_interleave(counts.flatten())
+    return local.expand_as(counts).flatten().repeat_interleave(counts.flatten(), output_size=num_rows)
+
+
+class _Permute(torch.autograd.Function):
+    """Put rows [R, H] in `order` [R]. back [R]: the inverse of it, in which the gradient is gathered. Autograd's own
+    gradient of indexing sorts the indices, in case some occur twice."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (back,) = ctx.saved_tensors
+        return grad.index_select(0, back), None, None
 
 
 def inverse(order: Tensor) -> Tensor:
