@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests.model.zoo import EXPERTS, FAMILIES, VOCAB, tiny
 from tests.sweep import tiny_config
-from tutti.checkpoint.adapter import export_adapter, load_adapter, open_merged, read_lora
+from tests.train.adapted import open_merged
+from tutti.checkpoint.adapter import export_adapter, load_adapter, read_lora
 from tutti.core.dist import World
 from tutti.model.experts import FUSED, resolve_experts
 from tutti.model.lora import (

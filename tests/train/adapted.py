@@ -12,7 +12,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.train.runs import TINY, tiny_config
+from tutti.checkpoint.adapter import base_path, load_adapter, read_lora
 from tutti.config import Config
+from tutti.model.lora import add_adapters, merge
 
 MOE = TINY | {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -23,6 +25,15 @@ MOE = TINY | {
 }
 DEEP = TINY | {"num_hidden_layers": 4, "tie_word_embeddings": False, "attention_bias": True}
 BASES = {"dense": TINY, "deep": DEEP, "moe": MOE}
+
+
+def open_merged(folder: Path) -> Any:
+    """The base of the adapter in `folder`, a causal language model, with the adapter merged, on the CPU."""
+    model = AutoModelForCausalLM.from_pretrained(base_path(folder), local_files_only=True)
+    add_adapters(model, read_lora(folder, model), model.dtype)
+    load_adapter(model, folder)
+    merge(model)
+    return model
 
 
 def write_bases(folder: Path) -> Path:

@@ -12,10 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.harness import run_ranks
 from tests.parallel.layouts import assert_same, train_all
-from tests.train.adapted import export_quietly, lora_config, write_bases, written
+from tests.train.adapted import export_quietly, lora_config, open_merged, write_bases, written
 from tests.train.runs import records, run
 from tests.train.test_run import HYBRID, REMAT, ZERO2, train_until
-from tutti.checkpoint.adapter import open_merged
 from tutti.checkpoint.dcp import read_index
 
 VARIANTS = {

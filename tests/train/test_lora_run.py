@@ -9,10 +9,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from tests.harness import run_ranks
-from tests.train.adapted import export_quietly, lora_config, write_bases
+from tests.train.adapted import export_quietly, lora_config, open_merged, write_bases
 from tests.train.runs import records, run, tiny_config
 from tests.train.test_run import assert_same_training, train_until
-from tutti.checkpoint.adapter import open_merged
 from tutti.checkpoint.dcp import read_index
 from tutti.core.tensors import local_part
 from tutti.model.lora import ADAPTER_MARK

@@ -7,10 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.harness import run_ranks
-from tests.train.adapted import export_quietly, lora_config, write_bases
+from tests.train.adapted import export_quietly, lora_config, open_merged, write_bases
 from tests.train.runs import records, run
 from tests.train.test_run import HYBRID, REMAT, assert_same_training, train_until
-from tutti.checkpoint.adapter import open_merged
 from tutti.checkpoint.dcp import read_index
 from tutti.config import ConfigError
 from tutti.config.load import from_dict

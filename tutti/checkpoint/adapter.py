@@ -26,7 +26,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from tutti.checkpoint.hf_files import Checkpoint, weights_digest
 from tutti.checkpoint.hf_save import first_holders, gather_from, prepare_folder
@@ -41,11 +41,9 @@ from tutti.model.lora import (
     Adapter,
     Lora,
     adapters,
-    add_adapters,
     check_frozen,
     listed,
     lora_of,
-    merge,
     modules_to_save,
     row_norms,
 )
@@ -249,16 +247,6 @@ def read_composed(folder: Path) -> dict[str, Any]:
     composed."""
     file = folder / COMPOSED
     return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def open_merged(folder: Path) -> PreTrainedModel:
-    """Load the base of the adapter in `folder`, a causal language model, and merge the adapter, in this process on
-    the CPU."""
-    model = AutoModelForCausalLM.from_pretrained(base_path(folder), local_files_only=True)
-    add_adapters(model, read_lora(folder, model), model.dtype)
-    load_adapter(model, folder)
-    merge(model)
-    return model
 
 
 def base_of(config: Config, world: World) -> dict[str, str] | None:

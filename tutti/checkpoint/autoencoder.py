@@ -47,20 +47,20 @@ def load_autoencoder(
             buffer.zero_()
 
 
-def read_weights(folder: Path, shapes: dict[str, torch.Size], argument: str = "model.model_path") -> dict[str, Tensor]:
-    """The tensors in the folder of an autoencoder. ValueError, naming `argument`: they cannot be read, or do not
+def read_weights(folder: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """The tensors in the folder of an autoencoder. ValueError: they cannot be read, or do not
     have these names and shapes."""
     file = folder / WEIGHTS
     if not file.is_file():
-        raise ValueError(f"{argument}: there is no {WEIGHTS} in {folder}")
+        raise ValueError(f"model.model_path: there is no {WEIGHTS} in {folder}")
     try:
         found = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{argument}: {file} cannot be read: {error}") from None
+        raise ValueError(f"model.model_path: {file} cannot be read: {error}") from None
     if {name: item.shape for name, item in found.items()} != shapes:
         odd = sorted(name for name in shapes.keys() | found.keys() if name not in found or name not in shapes)
         odd = odd or sorted(name for name, item in found.items() if item.shape != shapes[name])
-        raise ValueError(f"{argument}: {file} is of another model than its config.json: {', '.join(odd[:5])}")
+        raise ValueError(f"model.model_path: {file} is of another model than its config.json: {', '.join(odd[:5])}")
     return found
 
 

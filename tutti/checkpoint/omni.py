@@ -26,6 +26,7 @@ from tutti.core.tensors import local_part
 from tutti.model.denoiser import DenoiserConfig
 from tutti.model.initialize import fill_by_rules, materialize, own_part
 from tutti.model.omni import OmniModel
+from tutti.model.vq import DECODER
 
 log = logging.getLogger(__name__)
 
@@ -99,8 +100,7 @@ def _load_decoder(model: OmniModel, complete: OmniModel, world: World, seed: int
     next to its diffusion transformer, as `_load_file` does, and that transformer. Collective."""
     if (flow := complete.flow) is not None:
         config = DenoiserConfig(net=flow.net)
-        argument = "model.decoders.image.model_path"
-        fill_net(model.flow_decoder.net, config, flow.weights, seed=seed, world=world, argument=argument)
+        fill_net(model.flow_decoder.net, config, flow.weights, seed=seed, world=world, argument=DECODER)
         loaded = {name for name in complete.state_dict() if name.startswith(NET)}
         file = None if flow.weights is None else flow.weights.parent / QUERIES
         return loaded | (_load_file(model, complete, "decoders.image.", file, world) if file else set())

@@ -68,9 +68,9 @@ def same(name: str, convert: Callable[[Any], Any] = lambda value: value) -> Rule
     return lambda value, source: Result(MAPPED, {name: convert(value)})
 
 
-def changed(note: str, *names: str, convert: Callable[[Any], Any] = lambda value: value) -> Rule:
+def changed(note: str, *names: str) -> Rule:
     """Our nearest settings, with what is different about them."""
-    return lambda value, source: Result(CHANGED, dict.fromkeys(names, convert(value)), note)
+    return lambda value, source: Result(CHANGED, dict.fromkeys(names, value), note)
 
 
 def none(note: str) -> Rule:

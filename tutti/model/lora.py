@@ -129,18 +129,18 @@ class Adapter:
         """The factors with a column for each input."""
         return [self.factors(module).A]
 
-    def product(self, module: Any, inputs: Tensor, share: LinearShard = WHOLE) -> Tensor:
+    def product(self, module: Any, inputs: Tensor, shard: LinearShard = WHOLE) -> Tensor:
         """The output of the adapted linear layer for `inputs` [.., in], without its bias: [.., out]."""
         A, *rest = self.factors(module)
-        B, offset = (None if part is None else share.rows(part) for part in rest)
+        B, offset = (None if part is None else shard.rows(part) for part in rest)
         assert B is not None
-        out = _frozen_product(module, inputs, share)
+        out = _frozen_product(module, inputs, shard)
         low = linear(dropout(inputs, self.dropout, module.training).to(A.dtype), A) * self.scaling
         changed = out + linear(low, B).to(out.dtype)
         if offset is None:
             return changed
-        weight = share.rows(self.weight_of(module))
-        return (changed * self._ratio(weight, Factors(A, B, offset), share)).to(out.dtype)
+        weight = shard.rows(self.weight_of(module))
+        return (changed * self._ratio(weight, Factors(A, B, offset), shard)).to(out.dtype)
 
     def grouped(
         self, module: Any, rows: Tensor, out: Tensor, experts: Tensor, product: Callable[[Tensor, Tensor], Tensor]
@@ -162,7 +162,7 @@ class Adapter:
         weight = whole_weight(module, self.weight)
         return weight.transpose(-2, -1) if self.transposed else weight
 
-    def _ratio(self, weight: Tensor, factors: Factors, share: LinearShard = WHOLE) -> Tensor:
+    def _ratio(self, weight: Tensor, factors: Factors, shard: LinearShard = WHOLE) -> Tensor:
         """DoRA's factor for each output, fp32 [(E,) out]; only the offset gets a gradient."""
         A, B, offset = factors
         assert offset is not None
@@ -171,7 +171,7 @@ class Adapter:
             cross = ((weight.to(A.dtype) @ A.transpose(-2, -1)).float() * b).sum(-1)
             square = ((b @ (a @ a.transpose(-2, -1))) * b).sum(-1)
             change = 2 * self.scaling * cross + self.scaling**2 * square
-            base, change = share.total(torch.stack([row_norms(weight).square(), change]))
+            base, change = shard.total(torch.stack([row_norms(weight).square(), change]))
             norm = (base + change).clamp(min=0).sqrt()
         return (base.sqrt() + offset.float()) / norm
 
@@ -241,14 +241,14 @@ def _adapted(module: Any, inputs: Tensor) -> Tensor:
     return out if module.bias is None else out + module.bias
 
 
-def _frozen_product(module: Any, inputs: Tensor, share: LinearShard = WHOLE) -> Tensor:
+def _frozen_product(module: Any, inputs: Tensor, shard: LinearShard = WHOLE) -> Tensor:
     """The product of a linear layer's weight with `inputs` [.., in], without bias and adapter: [.., out]."""
     rows_are_inputs = isinstance(module, Conv1D)
     if packing_of(module, "weight") is not None:
-        assert share == WHOLE, "the rows of a quantized weight are not split"
+        assert shard == WHOLE, "the rows of a quantized weight are not split"
         return product(module, "weight", inputs, torch.matmul, rows_are_inputs=rows_are_inputs)
     weight = module.weight.T if rows_are_inputs else module.weight
-    return linear(inputs, share.rows(weight))
+    return linear(inputs, shard.rows(weight))
 
 
 def adapter_for(module: Any, weight: str) -> Adapter | None:

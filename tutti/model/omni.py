@@ -50,11 +50,9 @@ from tutti.model.omni_config import (
     regresses,
     tower_config,
 )
-from tutti.model.vq import read_codes
+from tutti.model.vq import DECODER, read_codes
 
 log = logging.getLogger(__name__)
-
-_DECODER_PATH = "model.decoders.image.model_path"
 
 
 def tower_class(config: PreTrainedConfig) -> type[Any]:
@@ -423,9 +421,9 @@ def compose(model: ModelConfig, text: PreTrainedConfig) -> PreTrainedConfig:
     flow = read_flow(model)
     towers = {kind: tower_config(kind, spec) for kind, spec in specs.items()}
     settings = {kind: _settings(kind, spec, towers[kind], text) for kind, spec in specs.items()}
-    drawn = flow.codes if flow else None if folder is None else read_codes(folder, _DECODER_PATH, decoder_size(model))
+    drawn = flow.codes if flow else None if folder is None else read_codes(folder, DECODER, decoder_size(model))
     if drawn is not None and not drawn.draws:
-        raise ValueError(f"{_DECODER_PATH}: {folder} is of ChameleonVQVAE, which makes no pictures of codes")
+        raise ValueError(f"{DECODER}: {folder} is of ChameleonVQVAE, which makes no pictures of codes")
     return OmniConfig(
         text_config=text,
         vision_config=towers.get("image"),

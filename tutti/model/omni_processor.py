@@ -49,7 +49,7 @@ from tutti.model.omni_config import (
     tower_config,
 )
 from tutti.model.tokenizer import first_line
-from tutti.model.vq import PictureCodes, read_codes
+from tutti.model.vq import DECODER, PictureCodes, read_codes
 
 log = logging.getLogger(__name__)
 
@@ -352,9 +352,7 @@ def compose_processor(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) ->
             ) from error
     if (folder := decoder_folder(model)) is not None:
         flow = read_flow(model)
-        made["drawn"] = (
-            flow.codes if flow else read_codes(folder, "model.decoders.image.model_path", decoder_size(model))
-        )
+        made["drawn"] = flow.codes if flow else read_codes(folder, DECODER, decoder_size(model))
         made["draws_all"] = model.input_encoder == "decoder"
     made["regresses"] = regresses(model)
     return OmniProcessor(tokenizer, **made)

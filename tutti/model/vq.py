@@ -55,6 +55,10 @@ _PART = "vqmodel."
 """Names of the tensors of a tokenizer of pictures within a whole model, after what is around that."""
 
 
+DECODER = "model.decoders.image.model_path"
+"""The argument that names an image tokenizer."""
+
+
 @dataclass(frozen=True)
 class PictureCodes:
     """The codes of a picture: `tokens` of them, of `number` different ones, for a square of pixels of `size`. draws:
@@ -220,22 +224,16 @@ def read_range(folder: Path) -> PixelRange | None:
 class PictureTokenizer:
     """A tokenizer of pictures whose weights stay as they are, on one device, in fp32."""
 
-    def __init__(
-        self,
-        folder: Path,
-        device: torch.device,
-        argument: str = "model.decoders.image.model_path",
-        size: int | None = None,
-    ) -> None:
-        """size: as for `read_codes`. ValueError, in the name of `argument`: the folder has no weights that fit its
+    def __init__(self, folder: Path, device: torch.device, size: int | None = None) -> None:
+        """size: as for `read_codes`. ValueError: the folder has no weights that fit its
         config."""
-        net = _make(folder, argument, size)
+        net = _make(folder, DECODER, size)
         self.codes, self.net, self._device = net.codes, net, device
         try:
             held = net.module.to_empty(device="cpu").float()
             held.load_state_dict(_read(folder, held.state_dict()))
         except (OSError, SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{argument}: the weights in {folder} cannot be used: {first_line(error)}") from None
+            raise ValueError(f"{DECODER}: the weights in {folder} cannot be used: {first_line(error)}") from None
         held.to(device).eval().requires_grad_(False)
         self._range = read_range(folder) if net.codes.draws else None  # else pictures come as the processor makes them
         if self._range is not None:

@@ -200,35 +200,35 @@ def _extend(value: Tensor, name: str, padding: int) -> Tensor:
     return torch.cat([value, more.to(value.dtype).expand(*value.shape[:-1], -1)], dim=-1)
 
 
-def sum_shares(tensor: Tensor, whole: GlobalSequence | None) -> Tensor:
+def sum_shares(tensor: Tensor, sequence: GlobalSequence | None) -> Tensor:
     """Sum `tensor` over the ranks that share a batch, on each of them: see `tutti.core.collectives.sum_over`."""
-    if whole is None:
+    if sequence is None:
         return tensor
-    return sum_over(tensor, (whole.ranks.ulysses_group, whole.ranks.context_group))
+    return sum_over(tensor, (sequence.ranks.ulysses_group, sequence.ranks.context_group))
 
 
-def gather_tokens(tensor: Tensor, whole: GlobalSequence | None) -> Tensor:
+def gather_tokens(tensor: Tensor, sequence: GlobalSequence | None) -> Tensor:
     """Gather [t, ...] of this rank's tokens to [T, ...] of all tokens of the batch, in its order, on every rank.
 
     Differentiable: gradients of all ranks are summed. The padding that made the batch divide evenly is removed.
     """
-    if whole is None:
+    if sequence is None:
         return tensor
-    ranks = whole.ranks
+    ranks = sequence.ranks
     places = [
-        _held_places(whole, ranks._replace(context_rank=context, ulysses_rank=ulysses))
+        _held_places(sequence, ranks._replace(context_rank=context, ulysses_rank=ulysses))
         for context in range(ranks.context_size)
         for ulysses in range(ranks.ulysses_size)
     ]
-    real = torch.cat([torch.arange(int(part.borders[-1])) < part.length for part in whole.parts])
+    real = torch.cat([torch.arange(int(part.borders[-1])) < part.length for part in sequence.parts])
     found = torch.cat(places).argsort()[real].to(tensor.device)
     return gather_over(tensor, (ranks.ulysses_group, ranks.context_group)).index_select(0, found)
 
 
-def _held_places(whole: GlobalSequence, ranks: SequenceRanks) -> Tensor:
+def _held_places(sequence: GlobalSequence, ranks: SequenceRanks) -> Tensor:
     """The positions in the padded batch of the tokens that one of the ranks holds, in its order."""
     places, begin = [], 0
-    for part in whole.parts:
+    for part in sequence.parts:
         length = int(part.borders[-1])
         places.append(begin + held_tokens(length, ranks))
         begin += length

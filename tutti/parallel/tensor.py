@@ -84,7 +84,7 @@ class Change(Protocol):
         """Parameters with a column for each input."""
         ...
 
-    def product(self, module: Any, inputs: Tensor, share: LinearShard) -> Tensor:
+    def product(self, module: Any, inputs: Tensor, shard: LinearShard) -> Tensor:
         """The product of the changed weight with `inputs` [.., in], without the bias."""
         ...
 
@@ -151,12 +151,12 @@ def _split_parameters(linear: Linear) -> Iterator[Tensor]:
         yield from change.by_input(module) if linear.dim == 1 else change.by_output(module)
 
 
-def _project(module: Any, hidden: Tensor, share: LinearShard) -> Tensor:
+def _project(module: Any, hidden: Tensor, shard: LinearShard) -> Tensor:
     """The product of the module's weight, with its trained change if any, with `hidden` [.., in]; without the bias."""
     change = _change(module)
     if change is None:
-        return nn.functional.linear(hidden, share.rows(module.weight))
-    return change.product(module, hidden, share)
+        return nn.functional.linear(hidden, shard.rows(module.weight))
+    return change.product(module, hidden, shard)
 
 
 def divide(root: nn.Module, split: dict[int, Placement], mesh: DeviceMesh) -> None:
@@ -218,11 +218,11 @@ def _localize_linear(linear: Linear, ranks: RankGroup) -> None:
     if linear.style in GATHERED:
         wrap_forward(module, "shard", lambda project: lambda hidden: gather_tensor(project(hidden), ranks, _FEATURES))
     if linear.dim == 1:
-        share = LinearShard(inputs=ranks)
+        shard = LinearShard(inputs=ranks)
 
         def reduce(hidden: Tensor) -> Tensor:
             hidden = ranks.own(hidden, _FEATURES) if linear.style in SLICED else hidden
-            out = scatter_tensor(_project(module, hidden, share), ranks, _TOKENS)
+            out = scatter_tensor(_project(module, hidden, shard), ranks, _TOKENS)
             return out if module.bias is None else out + module.bias
 
         wrap_forward(module, "shard", lambda _: reduce)
@@ -234,11 +234,11 @@ def _share_head(linear: Linear, ranks: RankGroup) -> None:
     sharers = ranks.size // linear.units
     width = module.weight.shape[0] // linear.units
     start = ranks.rank // sharers * width
-    share = LinearShard(outputs=slice(start, start + width))
+    shard = LinearShard(outputs=slice(start, start + width))
 
     def project(hidden: Tensor) -> Tensor:
-        out = _project(module, hidden, share)
-        return out if module.bias is None else out + share.rows(module.bias)
+        out = _project(module, hidden, shard)
+        return out if module.bias is None else out + shard.rows(module.bias)
 
     wrap_forward(module, "shard", lambda _: project)
 

@@ -21,7 +21,7 @@ from tutti.core.dist import World
 from tutti.data.loader import DataSummary
 from tutti.train.logging import html as module
 from tutti.train.logging.history import History
-from tutti.train.logging.html import render, write_report
+from tutti.train.logging.html import render
 from tutti.train.logging.metrics import Metrics
 
 STEPS, EVALS, NAN_STEP = 120, 6, 50
@@ -321,20 +321,6 @@ def test_data_is_exact_while_every_step_has_its_point(finished: Path) -> None:
         "train.lr",
         "train.micro_batch_size",
     ]
-
-
-def test_write_report_makes_the_same_page_later(finished: Path, tmp_path: Path) -> None:
-    for name in ("metrics.jsonl", "run.json"):
-        shutil.copy(finished / name, tmp_path / name)
-    path = write_report(tmp_path)
-    assert data_of(path.read_text()) == data_of((finished / "report.html").read_text())
-    (tmp_path / "run.json").unlink()
-    assert data_of(write_report(tmp_path).read_text())["run"]["status"] == "finished"
-
-
-def test_write_report_needs_metrics(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no metrics"):
-        write_report(tmp_path)
 
 
 def test_is_written_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ and the file stays under 1 MB however long the run is, because curves are kept i
 
     run.json       what is known of the run beside its metrics: configuration, versions, data, status, sample texts
     metrics.jsonl  the records
-    report.html    made from these two, by the run as it goes or by `write_report` later
+    report.html    made from these two, by the run as it goes
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 
 from tutti.config import ARGUMENTS, Config, away_from_default, get
 from tutti.core.files import replace_file
-from tutti.train.logging.history import METRICS, Buckets, History, read_history
+from tutti.train.logging.history import Buckets, History
 
 log = logging.getLogger(__name__)
 
@@ -119,17 +119,6 @@ class Report:
         except OSError as error:
             log.warning("the report could not be written: %s", error)
         self._written = time.monotonic()
-
-
-def write_report(output_dir: str | Path) -> Path:
-    """Make report.html anew from metrics.jsonl and run.json (if there) in `output_dir`; returns its path."""
-    folder = Path(output_dir)
-    history = read_history(folder / METRICS)
-    if not history.last and not history.last_eval:
-        raise ValueError(f"{folder / METRICS} holds no metrics: output_dir must be the folder of a training run")
-    run = {"name": folder.resolve().name, "status": "finished", **_read_run(folder)}
-    replace_file(folder / REPORT, render(run, history), durable=False)
-    return folder / REPORT
 
 
 def render(run: Mapping[str, Any], history: History) -> str:
