@@ -69,7 +69,7 @@ def tower_class(config: PreTrainedConfig) -> type[Any]:
         if isinstance(item, type) and issubclass(item, PreTrainedModel) and item.config_class is type(config)
     ]
     if config.is_encoder_decoder:
-        fitting = [item for item in fitting if item.__name__.endswith("ProjectedTower")]
+        fitting = [item for item in fitting if item.__name__.endswith("Encoder")]
     if not fitting:
         raise ValueError(f"transformers has no model for {type(config).__name__}")
     return fitting[0]
