@@ -73,24 +73,27 @@ class World:
         This keeps bad input from hanging a run: no rank enters a collective that a failed rank never joins. Every rank
         must call it, and `action` must not itself contain a collective that others may miss.
         """
+        if self.size == 1:
+            return action()
         result, error = None, None
         try:
             result = action()
         except Exception as caught:
             error = caught
-        if self.size == 1:
-            if error is not None:
-                raise error
-            return result
         described = None if error is None else (isinstance(error, (ValueError, OSError)), describe_error(error))
-        for rank, failed in enumerate(self.gather(described)):
-            if failed is None:
-                continue
-            if error is not None and rank == self.rank:
-                raise error
-            is_users, message = failed
-            raise OtherRankError(message) if is_users else RuntimeError(f"rank {rank}: {message}")
-        return result
+        try:
+            for rank, failed in enumerate(self.gather(described)):
+                if failed is None:
+                    continue
+                if error is not None and rank == self.rank:
+                    raise error
+                is_users, message = failed
+                raise OtherRankError(message) if is_users else RuntimeError(f"rank {rank}: {message}")
+            return result
+        finally:
+            # Its traceback holds this frame: a cycle, with all that the frames hold (a loader's workers and queues,
+            # which can't be ended in order by the garbage collector).
+            del error
 
 
 def init_world(device: torch.device, *, timeout_seconds: float = 0) -> World:
