@@ -195,6 +195,6 @@ def test_models_of_attention_alone_have_none() -> None:
 
 def test_attention_inside_and_around_is_left_alone() -> None:
     objective = separated(built("qwen3_next"))
-    worn = {name for name, part in objective.named_modules() if "_tutti_extras" in part.__dict__}
+    worn = {name for name, part in objective.named_modules() if "_tutti_attached" in part.__dict__}
     assert worn == {"model.model.layers.0", "model.model.layers.0.linear_attn", "model.model.layers.1"}
     assert isinstance(copy.deepcopy(objective.model), nn.Module)
