@@ -91,14 +91,14 @@ def export_hf(
                 value = beside.read(key)
                 writer.add({key: value if isinstance(value, Tensor) else value[...]})
         written.append((part, place, writer, failure))
-    joins = connectors_of(model, full, partial, world) if isinstance(model, OmniModel) else None
+    connectors = connectors_of(model, full, partial, world) if isinstance(model, OmniModel) else None
 
     def finish() -> None:
         try:
             for part, place, writer, failure in written:
                 _finish(part, place, tokenizer, writer, failure)
-            if joins is not None:
-                write_connectors(joins, partial)
+            if connectors is not None:
+                write_connectors(connectors, partial)
             tokenizer.save_pretrained(partial)
             put_folder(partial, folder)
         except OSError as error:

@@ -73,11 +73,11 @@ def connectors_of(model: OmniModel, full: Callable[[str], Tensor], folder: Path,
     encoders: Any = model.config.encoders
     settings = {kind: {name: encoders[kind][name] for name in SETTINGS} for kind in projectors}
     codes, features = (_tensors_of(model, part, full) for part in ("decoders.image", "decoders.features"))
-    joins = Connectors(settings, projectors, model.drawing_folder, model.drawing_size, codes, features, model.flow)
+    connectors = Connectors(settings, projectors, model.drawing_folder, model.drawing_size, codes, features, model.flow)
     if model.flow is None:
-        return joins
+        return connectors
     names = [name for name in model.state_dict() if name.startswith(NET)]
-    return joins._replace(finish_flow=write_weights(names, full, folder / DECODER / TRANSFORMER, world, NET))
+    return connectors._replace(finish_flow=write_weights(names, full, folder / DECODER / TRANSFORMER, world, NET))
 
 
 def _tensors_of(model: OmniModel, part: str, full: Callable[[str], Tensor]) -> dict[str, Tensor]:
@@ -86,34 +86,34 @@ def _tensors_of(model: OmniModel, part: str, full: Callable[[str], Tensor]) -> d
     return {name.removeprefix(f"{part}."): full(name).contiguous() for name in names}
 
 
-def write_connectors(joins: Connectors, folder: Path) -> None:
+def write_connectors(connectors: Connectors, folder: Path) -> None:
     """Write the connecting parts to the folder of an export that already contains the other parts."""
-    content: dict[str, Any] = {"encoders": dict(joins.settings)}
-    if joins.drawing_folder is not None:
-        size = {} if joins.drawing_size is None else {IMAGE_SIZE: joins.drawing_size}
+    content: dict[str, Any] = {"encoders": dict(connectors.settings)}
+    if connectors.drawing_folder is not None:
+        size = {} if connectors.drawing_size is None else {IMAGE_SIZE: connectors.drawing_size}
         content["decoders"] = {"image": size}
         place = folder / DECODER
         place.mkdir(parents=True, exist_ok=True)
-        copy_tokenizer(joins.drawing_folder, place, joins.drawing_size)
-        save_file(dict(joins.codes), place / CODE_DECODER, metadata={"format": "pt"})
-    if joins.flow is not None:
-        content["decoders"] = {"image": {"tokens": joins.flow.tokens, IMAGE_SIZE: joins.flow.side}}
-        _write_flow(joins, joins.flow, folder / DECODER)
-    if joins.features:
+        copy_tokenizer(connectors.drawing_folder, place, connectors.drawing_size)
+        save_file(dict(connectors.codes), place / CODE_DECODER, metadata={"format": "pt"})
+    if connectors.flow is not None:
+        content["decoders"] = {"image": {"tokens": connectors.flow.tokens, IMAGE_SIZE: connectors.flow.side}}
+        _write_flow(connectors, connectors.flow, folder / DECODER)
+    if connectors.features:
         content["output_encoder"] = "encoder"
-        save_file(dict(joins.features), folder / "encoders" / "image" / FEATURE_HEAD, metadata={"format": "pt"})
+        save_file(dict(connectors.features), folder / "encoders" / "image" / FEATURE_HEAD, metadata={"format": "pt"})
     write_synced(folder / OMNI, yaml.safe_dump(content, sort_keys=False))
-    for kind, tensors in joins.projectors.items():
+    for kind, tensors in connectors.projectors.items():
         if tensors:
             contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
             save_file(contiguous, folder / "encoders" / kind / PROJECTOR, metadata={"format": "pt"})
 
 
-def _write_flow(joins: Connectors, flow: FlowSpec, place: Path) -> None:
+def _write_flow(connectors: Connectors, flow: FlowSpec, place: Path) -> None:
     """Write a diffusion decoder, whose transformer's weights are written except for their end, to `place`."""
-    joins.finish_flow()
+    connectors.finish_flow()
     write_net_config(flow.net, place / TRANSFORMER)
     if "vae" in flow.folder.parts:
         write_part(flow.folder, "vae", place / "vae", seed=0)
     read_scheduler(flow.folder).save_pretrained(place / "scheduler")
-    save_file(dict(joins.codes), place / QUERIES, metadata={"format": "pt"})
+    save_file(dict(connectors.codes), place / QUERIES, metadata={"format": "pt"})

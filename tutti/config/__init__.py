@@ -29,9 +29,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Config:
-    """Everything one run is made from.
+    """The complete configuration of a run.
 
-    explicit: the dotted names that the user set, as opposed to left at their defaults.
+    explicit: the dotted names that the user set, as opposed to defaults.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -42,7 +42,7 @@ class Config:
 
 
 class ConfigError(ValueError):
-    """Raised for a configuration, with every problem on a line of its own that begins with the dotted argument."""
+    """Raised for an invalid configuration, with one line per problem that begins with the dotted argument."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
@@ -61,10 +61,10 @@ _DERIVED: dict[str, Callable[[Config], Any]] = {
     "data.text_keys": lambda config: config.data.task.columns,
     "infer.tokenizer_path": lambda config: config.model.model_path or config.infer.model_path,
 }
-"""Defaults that follow other arguments."""
+"""Defaults that depend on other arguments."""
 
 FOLLOW_WORLD = ("train.global_batch_size",)
-"""Defaults that follow the number of ranks: `layout.resolve_sizes` fills them in."""
+"""Defaults that depend on the number of ranks: `layout.resolve_sizes` fills them in."""
 
 
 def get(config: Config, name: str) -> Any:
@@ -73,7 +73,7 @@ def get(config: Config, name: str) -> Any:
 
 
 def resolve(config: Config) -> Config:
-    """The configuration with the defaults filled in that follow other arguments."""
+    """The configuration with defaults that depend on other arguments filled in."""
     for name, derive in _DERIVED.items():
         if get(config, name) is None:
             group, leaf = name.split(".")
@@ -82,7 +82,7 @@ def resolve(config: Config) -> Config:
 
 
 def away_from_default(config: Config, name: str) -> bool:
-    """True if the argument has another value than the default it would resolve to."""
+    """True if the argument's value differs from its resolved default."""
     value = get(config, name)
     if name in _DERIVED:
         return value is not None and value != _DERIVED[name](config)

@@ -1,9 +1,9 @@
-"""Arguments: how one is declared, and the record from which it is read, checked and documented.
+"""Arguments: their declaration, and the record from which they are read, checked and documented.
 
 The four groups (`model`, `data`, `train`, `infer`) are frozen dataclasses whose fields are declared with `arg`: a
 default, one line of documentation with the unit, and the range. `arguments_of` turns such a class into `Argument`
-records, from which the loader coerces values and the reference tables are printed. Plain dataclasses keep start-up
-short: reading a configuration costs a few hundredths of a second.
+records, which the loader uses to coerce values, and from which the reference tables are printed. Plain dataclasses keep
+start-up fast: reading a configuration takes a few hundredths of a second.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 
 class Open(NamedTuple):
-    """A set of names that is not closed: any other value is allowed that contains one of `marks` (a path, say)."""
+    """An open set of names: any other value that contains one of `marks` (such as a path) is allowed too."""
 
     names: tuple[str, ...]
     other: str
@@ -24,14 +24,12 @@ class Open(NamedTuple):
 class Argument:
     """One argument.
 
-    kind: what its value is: str, int, float, bool, dict or tuple (of str). values: the closed set it, or each of a
-    tuple, must be of, or ().
-    examples: values that the reference lists though there are others.
-    optional: whether it may be None. default: the class's. shown: the documented default, where that is not a value (it
-    is required, or follows another argument) or depends on another one. low, high: inclusive bounds. required: the
-    verbs that cannot run without it. path: it names a file or folder, in which `~` and environment variables are
-    replaced (in a mapping, of the entries `..._path`). added: not one of the 107 of the reference. prose: a
-    list of texts, in which a comma on the command line divides nothing.
+    kind: the type of its value: str, int, float, bool, dict or tuple (of str). values: the closed set of values (or of
+    each element of a tuple), or (). examples: values to list in the reference although others are allowed. optional: it
+    may be None. default: the class's. shown: the documented default, if that is not a value (it is required, or depends
+    on another argument). low, high: inclusive bounds. required: the commands that need it. path: it names a file or
+    folder, in which `~` and environment variables are expanded (in a mapping, in the entries `..._path`). added: it is
+    not one of the 107 of the reference. prose: a list of texts, which a comma on the command line does not split.
     """
 
     name: str
@@ -52,7 +50,7 @@ class Argument:
 
     @property
     def type(self) -> str:
-        """The type as the reference writes it: `int`, `List of str`, `str: {"a", "b"}`."""
+        """The type in the notation of the reference: `int`, `List of str`, `str: {"a", "b"}`."""
         if self.kind is tuple:
             return "List of str"
         if listed := self.values or self.examples:

@@ -1,8 +1,8 @@
-"""From what a user wrote to a value of the argument's type, or one line that says what is wrong with it.
+"""Convert what a user wrote to a value of the argument's type, or to a one-line error.
 
-Values come from YAML, already typed, and are taken strictly: `"3"` is no number and `3` no string. They also come from
-the command line as text, where the argument's type decides how to read it. `none`, `null` and nothing at all mean None
-for arguments that may be None, and an empty list or mapping.
+Values from YAML are already typed, and are checked strictly: `"3"` is not a number and `3` not a string. Values from
+the command line are texts, which are read according to the argument's type. `none`, `null` and an empty value mean None
+for optional arguments, and an empty list or mapping.
 """
 
 import difflib
@@ -27,7 +27,7 @@ _WANTED = {
 
 
 def coerce(argument: Argument, value: Any, *, text: bool = False) -> Any:
-    """`value` as the argument's type; `text`: it comes from the command line.  Raises ValueError: what is wrong."""
+    """`value` as the argument's type; text: it is from the command line. ValueError: what is wrong with it."""
     if value is None or (isinstance(value, str) and value.lower() in _NONE):
         if argument.optional:
             return None
@@ -45,15 +45,15 @@ def coerce(argument: Argument, value: Any, *, text: bool = False) -> Any:
 
 
 def nearest(word: str, names: list[str] | tuple[str, ...], cutoff: float = 0.5) -> str | None:
-    """The one of `names` that `word` was probably meant to be; cutoff: how alike they must be, of 1."""
+    """The element of `names` most similar to `word`; cutoff: minimum similarity, up to 1."""
     matches = difflib.get_close_matches(word, names, n=1, cutoff=cutoff)
     return matches[0] if matches else None
 
 
 def expand_path(path: str) -> str:
-    """A path, or a comma list of paths, with `~` and environment variables replaced.
+    """A path, or a comma-separated list of paths, with `~` and environment variables expanded.
 
-    Raises ValueError: a variable is not set, or has more within its braces than a name, and no file is called so.
+    ValueError: a variable is not set, or its braces contain more than a name, and no file has this name.
     """
     if os.path.exists(path):
         return path
@@ -75,7 +75,8 @@ def _expand_paths(value: Any, name: str = "_path") -> Any:
 
 
 def _from_text(argument: Argument, text: str) -> Any:
-    """Read command-line text by the argument's type; what cannot be read stays text, for `_of_type` to refuse."""
+    """Read command-line text by the argument's type; unreadable text is returned unchanged, for `_of_type` to
+    reject."""
     kind = argument.kind
     if kind is str:
         return text
@@ -110,8 +111,8 @@ def _of_type(argument: Argument, value: Any) -> Any:
 
 
 def _hint(argument: Argument, value: Any) -> str:
-    """The end of an error that says how to write `value`, which is not of the argument's type, if it is plain what was
-    meant."""
+    """The end of an error message about `value`, which has the wrong type, that says how to write it if the
+    intention is clear."""
     kind = argument.kind
     if kind is str and isinstance(value, bool | int | float):
         return "; put it in quotes"
@@ -145,7 +146,7 @@ def _check_range(argument: Argument, value: Any) -> None:
 
 
 def _show(value: Any) -> str:
-    """A value as the user would have written it."""
+    """A value as the user would write it."""
     if isinstance(value, bool):
         return str(value).lower()
     shown = repr(value)

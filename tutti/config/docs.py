@@ -1,7 +1,7 @@
-"""The reference of all arguments, made from their declarations: for a terminal, for a pipe, as JSON, as Markdown, and
-as a JSON Schema for editors.
+"""The reference of all arguments, generated from their declarations: for a terminal, for a pipe, as JSON, as Markdown,
+and as a JSON Schema for editors.
 
-The 107 arguments of the contract come first, in its order; keys that were added to it follow.
+The 107 arguments of the contract come first, in its order; additional arguments follow.
 """
 
 import json
@@ -36,9 +36,9 @@ optimizer steps in all; dp is the number of data-parallel ranks.
 
 
 def select(prefix: str) -> list[Argument]:
-    """The arguments whose dotted name begins with `prefix`, or else those whose name within its group does.
+    """The arguments whose dotted name begins with `prefix`, or, if there are none, whose name within its group does.
 
-    Those that were added to the reference come last.
+    Additional arguments come last.
     """
     arguments = ARGUMENTS.values()
     found = [argument for argument in arguments if argument.name.startswith(prefix)]
@@ -47,7 +47,8 @@ def select(prefix: str) -> list[Argument]:
 
 
 def as_json(arguments: Iterable[Argument]) -> str:
-    """A list of objects: name, type, values, open (to other values), default, required (verbs), description, added."""
+    """A JSON list of objects: name, type, values, open (to other values), default, required (commands), description,
+    added."""
     rows = [
         {
             "name": argument.name,
@@ -65,7 +66,8 @@ def as_json(arguments: Iterable[Argument]) -> str:
 
 
 def as_schema() -> str:
-    """A JSON Schema of a configuration file, by which editors complete keys, show what they are, and mark mistakes."""
+    """A JSON Schema of a configuration file, with which editors complete keys, show their documentation, and mark
+    mistakes."""
     groups = {
         group: {
             "type": ["object", "null"],
@@ -90,7 +92,7 @@ _JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", 
 
 
 def _schema(argument: Argument) -> dict[str, Any]:
-    """The schema of one argument's value in a YAML file; `none` and null are no value, where there may be none."""
+    """The schema of one argument's value in a YAML file; `none` and null are accepted for optional arguments."""
     value: dict[str, Any] = {"type": _JSON_TYPES[argument.kind]}
     if argument.kind is tuple:
         value["items"] = {"enum": list(argument.values)} if argument.values else {"type": "string"}
@@ -111,7 +113,7 @@ def _schema(argument: Argument) -> dict[str, Any]:
 
 
 def as_lines(arguments: Iterable[Argument]) -> str:
-    """One line for each argument, in columns: name, type, default, description."""
+    """One line per argument, in columns: name, type, default, description."""
     rows = [(argument.name, _type(argument), _default(argument.shown), _doc(argument)) for argument in arguments]
     widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
     return "\n".join("  ".join([*map(str.ljust, row, widths), row[3]]) for row in rows)
@@ -159,12 +161,12 @@ def _type(argument: Argument) -> str:
 
 
 def _doc(argument: Argument) -> str:
-    """The argument's documentation, with the closed set of values that the column of types leaves out."""
+    """The argument's documentation, including the closed set of values that the type column omits."""
     return f"{argument.doc} One of: {', '.join(argument.values)}." if argument.values else argument.doc
 
 
 def _default(value: Any) -> str:
-    """A default as one writes it in YAML."""
+    """A default in YAML notation."""
     if isinstance(value, str):
         return value
     if value is None:

@@ -1,13 +1,13 @@
-"""The layout of a run: the sizes of a configuration made complete for a number of ranks.
+"""The layout of a run: the parallel sizes of a configuration completed for a number of ranks.
 
 The world is a product of axes: W = pipeline * data * context * ulysses * tensor, and data = replicate * shard. All but
-the data axis are given, so that data-parallel ranks are what is left: dp = W / (tp * pp * ulysses * cp). Experts are
-spread over ranks that hold one replica of a stage together. A global batch is a whole number of micro batches on each
-of the dp ranks.
+the data axis are given, so data-parallel ranks are the remaining ones: dp = W / (tp * pp * ulysses * cp). Experts are
+distributed over ranks that hold one replica of a stage together. A global batch is a whole number of micro batches on
+each of the dp ranks.
 
-Everything here is arithmetic on plain numbers. `fit` holds the sizes against every rule; a broken rule names the
-argument that could be changed, and the values of it that mend the rule (and break no other, where there are such). It
-is asked twice: before the training code is loaded, and when the model's sizes are known.
+Everything here is arithmetic on plain numbers. `fit` checks the sizes against every rule. A violated rule names the
+argument that could be changed, and the values that satisfy the rule (and no other rule violates, if there are any). It
+is called twice: before the training code is loaded, and when the model's sizes are known.
 """
 
 import math
@@ -20,11 +20,11 @@ from tutti.config import Config, ConfigError
 from tutti.config.train import TrainConfig
 
 INNER = ("tensor", "pipeline", "ulysses", "context")
-"""The axes whose sizes are always given; data-parallel ranks are what is left of the world."""
+"""The axes whose sizes are always given; data-parallel ranks are the rest of the world."""
 
 
 class Piece(NamedTuple):
-    """Something in a model that the tensor axis divides: `units` equal parts (what: heads, features) of `name`.
+    """A part of a model that the tensor axis divides: `units` equal pieces (what: heads, features) of `name`.
 
     shared: with more ranks than units, several ranks may hold the same one.
     """
@@ -37,11 +37,11 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The sizes in a model that the axes divide. What belongs to an axis of size 1 may be left out.
+    """The sizes in a model that the axes divide. Sizes for axes of size 1 may be omitted.
 
-    blocks: its depth (pipeline). heads: the numbers of query heads that its attention layers have (ulysses).
-    experts: the numbers of experts that its layers of experts have (expert). pieces: what is divided of its blocks, and
-    vocabulary: rows of its embedding, of which every rank must get some (tensor).
+    blocks: its depth (pipeline). heads: numbers of query heads of its attention layers (ulysses). experts: numbers of
+    experts of its experts layers (expert). pieces: the divided parts of its blocks (tensor). vocabulary: rows of its
+    embedding, of which every rank must get some (tensor).
     """
 
     blocks: int = 0
@@ -53,7 +53,7 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The arguments of the train group that are about sizes, under their names, and the number of ranks."""
+    """The size arguments of the train group, under their names, and the number of ranks."""
 
     world: int
     data_parallel_mode: str = "ddp"
@@ -80,13 +80,13 @@ class Sizes:
 
     @cached_property
     def data(self) -> int | None:
-        """The number of data-parallel ranks; None where the axes do not divide the world."""
+        """The number of data-parallel ranks; None if the axes do not divide the world."""
         ranks = math.prod(self.inner.values())
         return None if self.world % ranks else self.world // ranks
 
     @property
     def data_axes(self) -> tuple[int, int]:
-        """Replicas, and ranks that share one, of sizes that fit."""
+        """The numbers of replicas and of ranks that share one, for valid sizes."""
         assert self.data is not None, "the axes do not divide the world"
         if self.data_parallel_mode == "ddp":
             return self.data, 1
@@ -127,9 +127,9 @@ class Layout:
 
 
 def fit(config: Config, world: int, facts: ModelFacts | None = None) -> Layout:
-    """The layout of `config` on `world` ranks, for the model of `facts` if they are given.
+    """The layout of `config` on `world` ranks, checked against the model's sizes in `facts` if given.
 
-    Raises ConfigError: which sizes do not fit, and which would.
+    ConfigError: which sizes do not fit, and which would.
     """
     sizes = Sizes.of(config.train, world)
     problems = misfits(sizes, facts)
@@ -151,12 +151,12 @@ def fit(config: Config, world: int, facts: ModelFacts | None = None) -> Layout:
 
 
 def resolve_sizes(config: Config, world: int) -> Config:
-    """The configuration with train.global_batch_size filled in for `world` ranks. Raises what `fit` raises."""
+    """The configuration with train.global_batch_size filled in for `world` ranks. ConfigError: as for `fit`."""
     return replace(config, train=replace(config.train, global_batch_size=fit(config, world).global_batch_size))
 
 
 class _Complaint(NamedTuple):
-    """A rule that is broken, an argument that could mend it, and what to say. Several may be of one rule."""
+    """A violated rule, an argument that could fix it, and the message. Several may belong to one rule."""
 
     rule: str
     argument: str
@@ -164,7 +164,7 @@ class _Complaint(NamedTuple):
 
 
 def _complaints(sizes: Sizes, facts: ModelFacts | None) -> Iterator[_Complaint]:
-    """Yield the rules that `sizes` break; none, if they fit."""
+    """Yield the rules that `sizes` violate."""
     if sizes.data is None:
         yield from _about_ranks(sizes)
     else:
@@ -251,16 +251,16 @@ def _about_model(sizes: Sizes, facts: ModelFacts) -> Iterator[_Complaint]:
 
 
 def misfits(sizes: Sizes, facts: ModelFacts | None = None) -> list[str]:
-    """One problem for each rule that `sizes` break, with what would mend it; none if they fit.
+    """One problem for each rule that `sizes` violate, with changes that would fix it.
 
-    facts: of the model; without, nothing is said about it.
+    facts: sizes of the model; without them, model rules are skipped.
     """
     found = list(_complaints(sizes, facts))
     return [f"train.{item.argument}: {item.text}; {_advice(item, sizes, facts)}" for item in found]
 
 
 def _advice(complaint: _Complaint, sizes: Sizes, facts: ModelFacts | None) -> str:
-    """The changes of the complaint's argument that mend its rule; of these, the ones that break no other rule."""
+    """The values of the complaint's argument that fix its rule, preferably without violating another one."""
     broken = {item.rule for item in _complaints(sizes, facts)}
     mending, clean = [], []
     for label, change in _changes(complaint, sizes):
@@ -279,8 +279,8 @@ def _advice(complaint: _Complaint, sizes: Sizes, facts: ModelFacts | None) -> st
 
 
 def _changes(complaint: _Complaint, sizes: Sizes) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Other values for the argument of a complaint, each with what it is called, in the order in which they are
-    named. Of every rule but that of the ranks, one of them mends it."""
+    """Other values for the argument of a complaint, each with its description, in the order for messages. Except for
+    the rule about ranks, at least one of them fixes the rule."""
     argument, data = complaint.argument, sizes.data
     if argument == "global_batch_size":
         assert data is not None and sizes.global_batch_size is not None
@@ -305,11 +305,11 @@ def _changes(complaint: _Complaint, sizes: Sizes) -> Iterator[tuple[str, dict[st
 
 
 def _divisors(number: int) -> list[int]:
-    """All of them, ascending."""
+    """All divisors, ascending."""
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
 def _listed(choices: Sequence[Any], conjunction: str) -> str:
-    """`1, 2 or 4`"""
+    """Format choices as `1, 2 or 4`."""
     *first, last = map(str, choices)
     return f"{', '.join(first)} {conjunction} {last}" if first else last

@@ -1,9 +1,9 @@
 """Reading a configuration: one YAML file, then overrides, into a checked and resolved `Config`.
 
-The steps: split the command line into the file and the overrides; lay both out as one flat table from dotted names to
-what was written for them, later entries winning; turn each entry into a value of its argument's type; build the frozen
-classes and fill in the defaults that follow other arguments; look at what can only be judged together. Every step adds
-to one list of problems, and a configuration with any is refused with all of them at once.
+The steps: split the command line into the file and the overrides; put both into one flat table from dotted names to
+what was written for them, later entries winning; convert each entry to its argument's type; build the frozen classes
+and fill in defaults that depend on other arguments; check rules between arguments. Every step adds to one list of
+problems, and a configuration with problems is refused with all of them at once.
 """
 
 import os
@@ -20,11 +20,11 @@ __all__ = ["ConfigError", "from_dict", "load", "to_yaml"]
 
 
 _WRITTEN = ("train.output_dir", "train.profile_trace_dir")
-"""Paths that a run writes to."""
+"""The arguments for paths that a run writes to."""
 
 
 class _Entry(NamedTuple):
-    """A value as written for one argument; text: on the command line; where: in which line of which file."""
+    """A value as written for one argument. text: it is from the command line. where: the line and the file."""
 
     value: Any
     text: bool = False
@@ -32,8 +32,8 @@ class _Entry(NamedTuple):
 
 
 class _Draft(NamedTuple):
-    """A configuration being read: entries by dotted name, problems so far, and of a file that a run wrote the list of
-    explicit names and the defaults that the number of ranks gave."""
+    """A configuration being read: entries by dotted name, problems so far, and for a file written by a run the list
+    of explicit names and the defaults that depended on the number of ranks."""
 
     entries: dict[str, _Entry]
     problems: list[str]
@@ -44,7 +44,7 @@ class _Draft(NamedTuple):
 def load(argv: list[str], verb: str | None = "train") -> Config:
     """Read `[FILE.yaml] [--a.b VALUE | --a.b=VALUE | a.b=VALUE ...]` into a resolved configuration.
 
-    `verb`: what it is for, which says what is required (None: nothing is).  Raises ConfigError with every problem.
+    verb: the command, which determines the required arguments (None: none). ConfigError: lists every problem.
     """
     draft = _Draft({}, [], [], {})
     files, overrides = _split(argv, draft.problems)
@@ -60,7 +60,8 @@ def load(argv: list[str], verb: str | None = "train") -> Config:
 
 
 def _beside(draft: _Draft, folder: str) -> list[str]:
-    """One problem for each path that is not there from the working directory, and is from the file's `folder`."""
+    """One problem for each path that does not exist relative to the working directory, but does relative to the
+    file's `folder`."""
     problems = []
     for name, entry in draft.entries.items():
         path = entry.value
@@ -77,7 +78,7 @@ def _beside(draft: _Draft, folder: str) -> list[str]:
 def from_dict(tree: dict[str, Any]) -> Config:
     """A resolved configuration from nested values, `{"train": {"lr": 1e-5}}`; nothing is required.
 
-    Raises ConfigError with every problem, by the rules of a YAML file.
+    ConfigError: lists every problem, by the rules of a YAML file.
     """
     draft = _Draft({}, [], [], {})
     _add_tree(draft, tree, {})
@@ -119,7 +120,7 @@ def _is_value(name: str, token: str) -> bool:
 
 
 def _add_tree(draft: _Draft, tree: dict[str, Any], where: dict[str, str]) -> None:
-    """Add what a YAML file or a nested dict says."""
+    """Add the entries of a YAML file or a nested dict."""
     for group, values in tree.items():
         place = where.get(str(group), "")
         if group == "explicit" and isinstance(values, list):
@@ -149,7 +150,8 @@ def _add_tree(draft: _Draft, tree: dict[str, Any], where: dict[str, str]) -> Non
 
 
 def _drop_defaults(draft: _Draft) -> None:
-    """Forget entries of a written-back file that only repeat defaults, so that those follow later overrides."""
+    """Drop entries of a file written by a run that only repeat defaults, so that these can depend on later
+    overrides."""
     try:
         config = _build(draft._replace(problems=list(draft.problems)), None)
     except ConfigError:
@@ -176,7 +178,7 @@ def _add_override(draft: _Draft, name: str, value: str) -> None:
 
 
 def _with(tree: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
-    """A copy of `tree` with `value` at `path`; what is in the way is replaced."""
+    """A copy of `tree` with `value` at `path`, replacing anything that is not a mapping on the way."""
     first, *rest = path
     if rest:
         below = tree.get(first)
@@ -185,7 +187,7 @@ def _with(tree: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
 
 
 def _build(draft: _Draft, verb: str | None) -> Config:
-    """Check the entries and make the configuration of them; raises ConfigError with every problem."""
+    """Check the entries and build the configuration. ConfigError: lists every problem."""
     problems = list(draft.problems)
     values: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
     for name, entry in draft.entries.items():
@@ -209,7 +211,7 @@ def _build(draft: _Draft, verb: str | None) -> Config:
 
 
 def _missing(config: Config, verb: str | None, refused: list[str]) -> list[str]:
-    """Required arguments without a value, unless a value was given and refused."""
+    """Required arguments without a value, except those whose value was rejected."""
     named = {problem.partition(":")[0] for problem in refused}
     problems = [
         f"{name}: required; {argument.doc}"
@@ -222,7 +224,7 @@ def _missing(config: Config, verb: str | None, refused: list[str]) -> list[str]:
 
 
 def _unknown(name: str) -> str:
-    """The problem line for a name that is none, with the one that was probably meant."""
+    """The problem line for an unknown name, with the one that was probably meant."""
     group, _, leaf = name.rpartition(".")
     leaf = leaf.lower()
     same_leaf = [known for known, argument in ARGUMENTS.items() if argument.leaf == leaf]
@@ -241,7 +243,7 @@ def _unknown(name: str) -> str:
 
 
 def _nearest(group: str, leaf: str) -> str | None:
-    """The argument (or without `group` the group) whose name is most like `leaf`, of this group's before others'."""
+    """The argument (or without `group` the group) with the most similar name, preferably of this group."""
     if not group and (guess := nearest(leaf, list(GROUPS))):
         return guess
     for groups in ({group}, set(GROUPS)):

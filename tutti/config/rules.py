@@ -1,7 +1,7 @@
-"""Rules between arguments: values that contradict each other, that have no effect, and that are not there yet.
+"""Rules between arguments: values that contradict each other, that have no effect, or that are not supported together.
 
-Each of the three says what it refuses or warns of in one line that begins with the argument. Only what the user set to
-something else than the default is worth a warning, and nothing is accepted and silently ignored.
+Each violation is one line that begins with the argument. Only values that the user set, and that differ from the
+default, cause warnings; nothing is accepted and silently ignored.
 """
 
 import re
@@ -13,14 +13,14 @@ from tutti.config import ARGUMENTS, Config, away_from_default, get
 from tutti.config.tasks import TASKS
 
 _CREDENTIALS = re.compile(r"://[^/?#\s]*:[^/?#\s]*@|[?&](sig|[\w-]*(signature|token|secret|password|api_?key))=", re.I)
-"""Secrets in a URL: user:password@host, and the parameters that sign one."""
+"""Patterns of secrets in a URL: user:password@host, and signature parameters."""
 
 NOT_TOGETHER: tuple[tuple[str, str], ...] = (("train.lora_base_dtype", "train.tensor_parallel_size"),)
-"""Pairs of arguments (or `argument=value`) that work, but not both at once."""
+"""Pairs of arguments (or `argument=value`) that work alone, but not together."""
 
 
 def unavailable(config: Config) -> list[str]:
-    """One problem for each pair of arguments of a resolved configuration that this version cannot act on together."""
+    """One problem for each pair of arguments that this version does not support together."""
     problems = []
     for first, second in NOT_TOGETHER:
         if _is_set(config, first) and _is_set(config, second):
@@ -34,7 +34,7 @@ def _is_set(config: Config, row: str) -> bool:
 
 
 def contradictions(config: Config) -> list[str]:
-    """One problem for each set of values that are right by themselves and cannot go together."""
+    """One problem for each set of values that are valid alone but contradict each other."""
     train = config.train
     problems = [
         f"{name}: holds a password or a signature, which the run would write into its files; leave it out, and give it "
@@ -95,7 +95,7 @@ def contradictions(config: Config) -> list[str]:
 
 
 def _of_numbers_by_name(config: Config) -> list[str]:
-    """One problem for each number that is given by name and cannot be used."""
+    """One problem for each invalid number in a mapping by name."""
     train, known = config.train, config.data.task.losses
     problems = []
     for argument, numbers in (("part_lr", train.part_lr), ("loss_weights", train.loss_weights)):
@@ -119,7 +119,7 @@ _OF_TOKENS = {
     "train.tensor_parallel_size": "its matrices are not split",
     "train.expert_parallel_size": "it has no experts",
 }
-"""Arguments that are about the layers or the tokens of a language model, and why a model of pixels has none of it."""
+"""Arguments about the layers or tokens of a language model, and why they do not apply to a model of pixels."""
 
 _OF_AUTOENCODERS = {
     "model.adapter_path": "it is trained in full",
@@ -142,7 +142,7 @@ _OF_DENOISERS_ALONE = {
 
 
 def _of_pixels(config: Config) -> list[str]:
-    """One problem for each argument that a model of pixels has nothing for."""
+    """One problem for each argument that does not apply to a model of pixels."""
     kind, draws = config.data.data_type, config.data.task.kind == "denoiser"
     reasons = _OF_TOKENS | (_OF_DENOISERS_ALONE if draws else _OF_AUTOENCODERS)
     if draws:
@@ -174,7 +174,7 @@ def _draws(config: Config) -> bool:
 
 
 _OF_DENOISERS = (*_prefixed("train.flow_"), "train.sample_steps", "train.sample_guidance")
-"""About models of diffusion, and about such beside a language model (model.decoders)."""
+"""Arguments about diffusion models, and about diffusion decoders of a language model (model.decoders)."""
 _OF_DIFFUSION = ("train.cache_latents",)
 _LIMITS = (*_prefixed("data.image_"), *_prefixed("data.video_"), *_prefixed("data.audio_"))
 _OF_ADAPTERS = tuple(name for name in _prefixed("train.lora_") if name != "train.lora_base_dtype")
@@ -463,12 +463,12 @@ def warnings(config: Config) -> list[str]:
 
 
 def warnings_on_cpu(config: Config) -> list[str]:
-    """One line for each argument that was set and has no effect where the run is on a CPU."""
+    """One line for each argument that was set and has no effect on a CPU."""
     return _apply(_ON_CPU, config)
 
 
 def warnings_on_length(config: Config, total_steps: int) -> list[str]:
-    """One line for each argument that was set and whose time never comes in a run of `total_steps`."""
+    """One line for each argument that was set and whose step is never reached in a run of `total_steps`."""
     train = config.train
     late = {
         f"train.{name}_{unit}": why

@@ -1,7 +1,7 @@
-"""Names that other programs have for what is an argument here, so that an unknown argument is answered by ours.
+"""Names in other programs for our arguments, so that an unknown argument can be answered with ours.
 
-Names alone are too alike for this to be left to their letters: `warmup_steps` is nearer to `sample_steps` than to
-`lr_warmup_ratio`. A value is an argument's dotted name, or a half sentence where there is no single one.
+Similarity of names is not enough: `warmup_steps` is more similar to `sample_steps` than to `lr_warmup_ratio`. A value
+is an argument's dotted name, or a half sentence if there is no single one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The table of tasks: what `data.data_type` may be, and what the parts of the program need to know of each.
+"""The table of tasks: the values of `data.data_type`, and what the program needs to know about each.
 
-A task is a kind of row together with what is learned from it. Its loss and metrics are in the module that its row
-names; how rows are read and what kind of head the model gets follows from the other columns. To add a task, write its
-module (`tutti.train.tasks`) and its row here.
+A task is a row format together with what is learned from it. Its loss and metrics are in the module that its row names;
+how rows are read and which head the model gets follows from the other columns. To add a task, write its module
+(`tutti.train.tasks`) and its row here.
 """
 
 from collections.abc import Mapping
@@ -14,12 +14,11 @@ from typing import Literal
 class TaskRow:
     """One task.
 
-    module: where `make_task(config)` is. doc: a row of its data, for the reference of arguments. columns: default of
-    data.text_keys. rows: the shape of its rows, and so the encoder. head: what the model ends in: logits of tokens,
-    logits of model.num_labels classes, or one number; the last two are computed at the last token of a sequence. kind:
-    of the model, a module of `tutti.kinds`. Only a language model has tokens and a tokenizer: in the others, models of
-    pixels, an image counts as one token. losses: where the loss is a sum of several kinds, the weights that these have
-    by default.
+    module: where `make_task(config)` is. doc: describes its rows, for the reference of arguments. columns: default of
+    data.text_keys. rows: the row format, which determines the encoder. head: the model's output: logits of tokens,
+    logits of model.num_labels classes, or one number; the last two are at the last token of a sequence. kind: the kind
+    of model, a module of `tutti.kinds`. Only language models have tokens and a tokenizer; in models of pixels an image
+    counts as one token. losses: if the loss is a sum of several kinds, their default weights.
     """
 
     module: str
@@ -32,7 +31,7 @@ class TaskRow:
 
     @property
     def holds_chats(self) -> bool:
-        """True if rows are rendered by a chat template."""
+        """True if rows are rendered with a chat template."""
         return self.rows in ("conversations", "pairs")
 
     @property

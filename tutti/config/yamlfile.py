@@ -1,8 +1,8 @@
-"""YAML as configurations are written in it: read with line numbers and without surprises, and written back.
+"""YAML for configurations: read with line numbers and without surprises, and written back.
 
-Four things differ from PyYAML's own reading: `5e-5` is a float (YAML 1.1 wants `5.0e-5`), dates stay strings, times do
-too (YAML 1.1 takes `1:30` for 90), and a key given twice is an error. The file is parsed into nodes first, which know
-their lines; `lines` keeps them by dotted path, so that a wrong value is reported with the place it stands in.
+Differences from PyYAML: `5e-5` is a float (YAML 1.1 requires `5.0e-5`), dates stay strings, so do times (YAML 1.1 reads
+`1:30` as 90), and duplicate keys are an error. The file is parsed into nodes first, which know their lines; `lines`
+keeps them by dotted path, so that errors can name the line.
 """
 
 import re
@@ -26,7 +26,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every string that `_Loader` would not read as one."""
+    """Quotes every string that `_Loader` would read as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -44,8 +44,8 @@ for _class in (_Loader, _Dumper):
 def read_file(path: str, expects: str = "groups such as `train:`") -> tuple[dict, dict[str, int]]:
     """The mapping in the YAML file, and the line of every key by dotted path.
 
-    expects: what it should hold, for messages.
-    Raises ConfigError: the file is not there, is not YAML, is not a mapping, or gives a key twice.
+    expects: what it should contain, for messages. ConfigError: the file does not exist, is not YAML, is not a mapping,
+    or has a key twice.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -79,7 +79,7 @@ def read_file(path: str, expects: str = "groups such as `train:`") -> tuple[dict
 
 
 def parse_value(text: str) -> Any:
-    """The value of one override that is a list or a mapping, or that lies inside one.  Raises ValueError."""
+    """The value of an override that is a list or a mapping, or is inside one. ValueError: it is not valid YAML."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError:
@@ -87,10 +87,10 @@ def parse_value(text: str) -> Any:
 
 
 def to_yaml(config: Config) -> str:
-    """The whole configuration as YAML, defaults included; reading it gives an equal configuration.
+    """The complete configuration as YAML, including defaults; reading it gives an equal configuration.
 
-    `explicit` at its end lists what the user set, so that the rest is known to be defaults when it is read back.
-    `derived` holds defaults that the run's number of ranks gave: read back unchanged, they follow that number again.
+    `explicit` at its end lists what the user set, so that the rest can be recognized as defaults. `derived` contains
+    defaults that depended on the run's number of ranks: if they are read back unchanged, they are computed again.
     """
     tree: dict[str, Any] = {}
     for group, cls in GROUPS.items():
@@ -104,7 +104,7 @@ def to_yaml(config: Config) -> str:
 
 
 def _walk(node: yaml.MappingNode, prefix: str, lines: dict[str, int], twice: list[str]) -> None:
-    """Note the line of every key below `node`, and the keys that one mapping has twice."""
+    """Record the line of every key below `node`, and duplicate keys."""
     seen: dict[str, int] = {}
     for key, value in node.value:
         name, line = str(key.value), key.start_mark.line + 1
