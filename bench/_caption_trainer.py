@@ -50,7 +50,9 @@ def main(folder: Path, path: Path, workers: int, batch_size: int = BATCH_SIZE) -
     config = AutoConfig.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     collate, timer = Collator(folder), Timer(after=WARMUP_STEPS)
-    arguments = training_arguments(folder, batch_size, ACCUMULATION, dataloader_num_workers=workers)
+    arguments = training_arguments(
+        folder, batch_size, ACCUMULATION, dataloader_num_workers=workers, bf16=torch.accelerator.is_available()
+    )
     Trainer(model, arguments, train_dataset=rows, data_collator=collate, callbacks=[timer]).train()
     counts = [len(collate.processor.tokenizer(row["caption"])["input_ids"]) + 1 for row in rows]
     timed = counts[WARMUP_STEPS * batch_size * ACCUMULATION :]

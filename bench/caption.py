@@ -50,8 +50,8 @@ TEMPLATE = (
 )
 
 
-def write_model(folder: Path, width: int = 192) -> None:
-    """A model folder without weights: config.json and the processor."""
+def write_model(folder: Path, width: int = 192, layers: int = 4) -> None:
+    """A model folder without weights, of this width and number of layers: config.json and the processor."""
     from transformers import (
         PreTrainedTokenizerFast,
         Qwen2_5_VLConfig,
@@ -75,14 +75,15 @@ def write_model(folder: Path, width: int = 192) -> None:
     Qwen2_5_VLConfig(
         architectures=["Qwen2_5_VLForConditionalGeneration"],
         text_config={
-            "vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": 512, "num_hidden_layers": 4,
+            "vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": width * 8 // 3,
+            "num_hidden_layers": layers,
             "num_attention_heads": heads, "num_key_value_heads": heads // 2, "max_position_embeddings": 4096,
             "rope_parameters": rope, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         },
         vision_config={
-            "depth": 2, "hidden_size": 96, "intermediate_size": 192, "num_heads": 2, "out_hidden_size": width,
-            "fullatt_block_indexes": [1],
+            "depth": layers // 2, "hidden_size": width // 2, "intermediate_size": width, "num_heads": width // 96,
+            "out_hidden_size": width, "fullatt_block_indexes": [layers // 2 - 1],
         },
         **ids,
     ).save_pretrained(folder)  # fmt: skip
@@ -125,6 +126,8 @@ def write_rows(folder: Path, count: int, pictures: int, seed: int, side: int = 4
 
 def settings(folder: Path, rows: Path, workers: int) -> dict[str, Any]:
     """The arguments of a run of Tutti on `rows`."""
+    import torch
+
     return {
         "model.config_path": folder / "config.json",
         "model.tokenizer_path": folder,
@@ -137,7 +140,7 @@ def settings(folder: Path, rows: Path, workers: int) -> dict[str, Any]:
         "train.dyn_bsz": True,
         "train.micro_batch_size": MICRO_BATCH,
         "train.global_batch_size": MICRO_BATCH * ACCUMULATION,
-        "train.compute_dtype": "float32",
+        "train.compute_dtype": "auto" if torch.accelerator.is_available() else "float32",
         "train.lr": 1e-4,
         "train.enable_gradient_checkpointing": False,
         "train.save_epochs": 0,
@@ -185,19 +188,20 @@ def speed(rounds: int, steps: int, workers: int) -> None:
                 folder = Path(place)
                 write_model(folder)
                 found[name].append(run(folder, write_rows(folder, count, count, seed=number), workers))
-            print(f"round {number + 1}/{rounds}  {name:18} {_rate(found[name][-1]):8.1f} tokens/s, load "
+            print(f"round {number + 1}/{rounds}  {name:18} {rate(found[name][-1]):8.1f} tokens/s, load "
                   f"{os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)  # fmt: skip
     print("| | trained tokens/s | to Trainer, padded | data wait |\n| --- | ---: | ---: | ---: |")
     for name, results in found.items():
-        ratios = [_rate(ours) / _rate(theirs) for ours, theirs in zip(results, found["Trainer, padded"], strict=True)]
+        ratios = [rate(ours) / rate(theirs) for ours, theirs in zip(results, found["Trainer, padded"], strict=True)]
         wait = f"{statistics.median(one['wait'] for one in results):.1%}" if "wait" in results[0] else ""
-        rate = statistics.median(map(_rate, results))
-        print(f"| {name} | {rate:.0f} | {statistics.median(ratios):.2f} | {wait} |")
+        middle = statistics.median(map(rate, results))
+        print(f"| {name} | {middle:.0f} | {statistics.median(ratios):.2f} | {wait} |")
     trained = {name: [int(one["trained"]) for one in results] for name, results in found.items()}
     print(f"\n{rounds} rounds, {workers} workers; trained tokens of each: {trained}")
 
 
-def _rate(result: dict[str, float]) -> float:
+def rate(result: dict[str, float]) -> float:
+    """Trained tokens a second."""
     return result["trained_tokens"] / result["seconds"]
 
 
@@ -282,7 +286,7 @@ def soak(steps: int, count: int, workers: int, folder: Path | None, seconds: flo
         command = [sys.executable, "-m", "tutti", "train", *_arguments(given)]
         held = _watch(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL), seconds)
         ours = _timed(folder)
-        print(f"soak: {ours['steps']:.0f} steps over {count:,} rows: {_rate(ours):.0f} trained tokens/s, data wait "
+        print(f"soak: {ours['steps']:.0f} steps over {count:,} rows: {rate(ours):.0f} trained tokens/s, data wait "
               f"{ours['wait']:.2%}, load {os.getloadavg()[0]:.1f}", flush=True)  # fmt: skip
         for number, values in enumerate(held.values()):
             middle, tenth = statistics.median(values), max(1, len(values) // 10)
@@ -293,8 +297,8 @@ def soak(steps: int, count: int, workers: int, folder: Path | None, seconds: flo
         some = write_rows(folder, (WARMUP_STEPS + SOAK_TRAINER_STEPS) * SOAK_BATCH, seed=1, **small)
         arguments = (str(folder), str(some), str(workers), str(SOAK_BATCH))
         theirs = json.loads(run_python("-m", "bench._caption_trainer", *arguments).splitlines()[-1])
-        print(f"Trainer, padded batches of {SOAK_BATCH}, {SOAK_TRAINER_STEPS} steps: {_rate(theirs):.0f} trained "
-              f"tokens/s; Tutti {_rate(ours) / _rate(theirs):.2f} times that")  # fmt: skip
+        print(f"Trainer, padded batches of {SOAK_BATCH}, {SOAK_TRAINER_STEPS} steps: {rate(theirs):.0f} trained "
+              f"tokens/s; Tutti {rate(ours) / rate(theirs):.2f} times that")  # fmt: skip
 
 
 def _watch(run: subprocess.Popen[bytes], seconds: float) -> dict[int, list[float]]:

@@ -2,8 +2,8 @@
 
 First the tests that need an accelerator: each path of training against the same run on the CPU. Then figures: a dense
 Qwen3 of 1.7B parameters on packed rows of up to 8,192 tokens, with transformers' Trainer beside it on the same samples;
-a mixture of 64 experts; native sparse attention at 16,384 tokens against full attention; LoRA; compiled blocks; seconds
-to the first step.
+a mixture of 64 experts; native sparse attention at 16,384 tokens against full attention; LoRA; captioning beside
+Trainer; compiled blocks; seconds to the first step.
 
 Each part is a process of its own with a limit to its time, and all have eight minutes together: one that fails or hangs
 takes nothing from the others. Markdown and JSON are written to `--out` after each part, with what was printed by it, so
@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import workload
+from bench import caption, workload
 from bench.workload import run_python
 
 ROOT = Path(__file__).parents[1]
@@ -53,12 +53,14 @@ GROUPED, PADDED, KEPT = "Trainer, length-grouped", "Trainer, padded", "dense, ac
 
 @dataclass(frozen=True)
 class Scale:
-    """The sizes of a run: the dense model and the one of experts, and the longest sample."""
+    """The sizes of a run: the dense model and the one of experts, the longest samples, and width and layers of the
+    model that captions pictures."""
 
     dense: dict[str, Any]
     experts: dict[str, Any]
     longest: int
     sparse_length: int
+    captioning: tuple[int, int]
 
 
 _QWEN3_1B7 = {
@@ -95,12 +97,13 @@ _SMALL = {
     "head_dim": 16,
     "vocab_size": 2000,
 }
-FULL = Scale(workload.MODEL | _QWEN3_1B7, workload.MODEL | _MOE, 8192, 16_384)
+FULL = Scale(workload.MODEL | _QWEN3_1B7, workload.MODEL | _MOE, 8192, 16_384, (1536, 16))
 TINY = Scale(
     workload.MODEL | _SMALL,
     workload.MODEL | _MOE | _SMALL | {"num_experts": 8, "num_experts_per_tok": 2},
     256,
     512,
+    (96, 4),
 )
 
 
@@ -262,6 +265,22 @@ def sparse(scale: Scale) -> dict[str, Any]:
     return {**times, "ratio": times["full"] / times["native-sparse"]}
 
 
+def captioning(scale: Scale) -> dict[str, Any]:
+    """Tutti on pictures with captions, and transformers' Trainer on the same."""
+    batches, workers = caption.WARMUP_STEPS + STEPS, max(1, (os.cpu_count() or 1) // 4)
+    with tempfile.TemporaryDirectory() as place:
+        caption.write_model(Path(place), *scale.captioning)
+        count = batches * caption.BATCH_SIZE
+        rows = caption.write_rows(Path(place), count, count, seed=0)
+        ours, theirs = (run(Path(place), rows, workers) for run in (caption.run_tutti, caption.run_trainer))
+    return {
+        "tokens_per_second": caption.rate(ours),
+        "Trainer's": caption.rate(theirs),
+        "Tutti to it": caption.rate(ours) / caption.rate(theirs),
+        "data wait": ours["wait"],
+    }
+
+
 def startup(scale: Scale) -> dict[str, Any]:
     """Seconds from the start of the process to the end of a run of one step."""
     with tempfile.TemporaryDirectory() as place:
@@ -285,6 +304,7 @@ PARTS = {
     "experts": Part(experts, 90),
     "native-sparse": Part(sparse, 40),
     "LoRA": Part(lora, 90),
+    "captioning": Part(captioning, 100),
     KEPT: Part(kept, 90),
     f"{KEPT}, compiled": Part(compiled, 120),
     PADDED: Part(partial(trainer, mode="padded"), 90),
