@@ -1,6 +1,6 @@
-"""Hold the code to its size limits: 600 lines a file, 80 lines a function, 8 parameters.
+"""Check the size limits of the code: 600 lines per file, 80 lines and 8 parameters per function.
 
-Tests are held to the file limit alone. Prints each offender as path:line and exits 1 if there is any.
+Tests only have to meet the file limit. Prints each violation as path:line and exits 1 if there is any.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Hold the text of the project to the project: no paths of one machine, no tracker numbers, no package hosts; and to
-sentences that stand by themselves.
+"""Check the wording of the project: no machine's paths, no issue numbers, no package hosts, and no docstring that
+begins with a relative clause.
 
-Looks at every tracked text file except data and licences. Prints each hit as path:line and exits 1 if there is any.
+Reads every tracked text file except data and licenses. Prints each hit as path:line and exits 1 if there is any.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 FORBIDDEN = {
-    "a path of one machine": r"(?<![\w.$}])/(?:work|root|home)/[\w.]|\.\./shared\b",
+    "a path of a particular machine": r"(?<![\w.$}])/(?:work|root|home)/[\w.]|\.\./shared\b",
     "a package host": r"\b(?:pypi|npmjs|debian)\.org\b|\bpythonhosted\b",
-    "a docstring that names neither what it does nor what it is": r'^\s*"{3}(?:What|Whether|Have|How|The same)\b',
-    "a tracker number": r"\b(?:issue|ticket|pull request)s? #?\d",
+    "a docstring that begins neither with a verb nor with a noun": r'^\s*"{3}(?:What|Whether|Have|How|The same)\b',
+    "an issue number": r"\b(?:issue|ticket|pull request)s? #?\d",
 }
 SKIPPED = ("data/", "LICENSE")
 

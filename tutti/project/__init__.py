@@ -1,8 +1,8 @@
-"""`tutti init`: a folder with everything that a first run needs, small enough to train on a laptop in a minute.
+"""`tutti init`: a folder with everything for a first run, small enough to train on a laptop in a minute.
 
-The files are packaged with Tutti: a commented config.yaml, conversations (written for it), a model config with a
-tokenizer of 512 tokens, and a README with the next commands. They are copied as they are. The schema of a
-configuration, which config.yaml names for editors, is made of the arguments that exist.
+The files are packaged with Tutti and copied unchanged: a config.yaml with comments, conversations that were written for
+it, a model config with a tokenizer of 512 tokens, and a README with the next commands. The JSON schema, to which
+config.yaml refers for editors, is generated from Tutti's arguments.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SCHEMA = "tutti.schema.json"
 
 
 def make_project(folder: Path) -> list[str]:
-    """Write the project to the new folder; the files it has now.  ValueError: there is something in the folder."""
+    """Write the project to `folder` and return the names of its files. ValueError: the folder is not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already: give the name of a new folder")
     files = _copy(resources.files("tutti.project") / "files", folder, folder)
