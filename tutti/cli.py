@@ -1,9 +1,9 @@
-"""The command `tutti`: verbs, which import their modules when they run, and one way to report errors.
+"""The command `tutti`: its verbs, whose modules are imported when they run, and uniform error reports.
 
 A command line is a verb, its options and the rest: for most verbs a configuration (`FILE.yaml`, `--train.lr 1e-5`,
-`train.lr=1e-5`), which `tutti.config.load` reads. argparse takes the options and leaves the rest in its order.
+`train.lr=1e-5`), which `tutti.config.load` reads. argparse takes the options and leaves the rest in order.
 
-Help, the reference of arguments and configuration errors answer at once, because nothing here imports torch: the
+Help, the reference of arguments and configuration errors are fast, because nothing here imports torch: the
 configuration is read, and its sizes are checked against the number of ranks, before the training code is loaded.
 
 Exit status: 0 done; 1 the run failed; 2 the command or the configuration is wrong; 130 interrupted.
@@ -29,19 +29,19 @@ from tutti.config import ARGUMENTS, Config, ConfigError
 from tutti.core.launch import ERROR_FILE, launch
 
 _CONFIGURED = """
-The configuration is one YAML file, then overrides, of which the later wins; both are optional:
+The configuration is one YAML file, then overrides, where later ones win; both are optional:
 
   --train.lr 1e-5      --train.lr=1e-5      train.lr=1e-5
-  --train.dyn_bsz                           a switch alone is true
+  --train.dyn_bsz                           a switch without a value is true
   --train.no_decay_params bias,norm         a list
   --model.config_path none                  no value
 
-`tutti args` lists all arguments, `tutti args train.lr` those that begin so."""
+`tutti args` lists all arguments, `tutti args train.lr` those that begin with train.lr."""
 
 _ABOUT = "Tutti trains any model of the Hugging Face ecosystem on any number of processes, from one YAML."
 
 _EPILOG = """\
-  tutti VERB --help    more about a verb
+  tutti VERB --help    help on a verb
   tutti --version
 
 examples:
@@ -53,14 +53,14 @@ examples:
 _SETTINGS = "[FILE.yaml] [--a.b VALUE | a.b=VALUE ...]"
 
 _MEDIA = ("image", "video", "audio")
-"""The kinds of media that `tutti infer` takes by an option."""
+"""The kinds of media that `tutti infer` accepts as options."""
 
 _VALUED = ("--prompt", *(f"--{kind}" for kind in _MEDIA), "--input", "--output", "--nproc", "--max-restarts", "-o")
 """Options that take the next word as their value, whatever it is."""
 
 
 class _Command(NamedTuple):
-    """A command line, taken apart. words: all but the launcher's. rest: those that are no options of the verb."""
+    """A parsed command line. words: all except the launcher's. rest: those that are not options of the verb."""
 
     words: list[str]
     rest: list[str]
@@ -70,7 +70,7 @@ class _Command(NamedTuple):
 
 
 class _Verb(NamedTuple):
-    """A verb and its help. usage: the words that follow it. options: argparse's settings of each option, by name."""
+    """A verb and its help. usage: the words after it. options: argparse settings of each option, by name."""
 
     run: Callable[[_Command], int]
     usage: str
@@ -81,12 +81,12 @@ class _Verb(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line `argv` (default: this process's); the exit status."""
+    """Run the command line `argv` (default: this process's); returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(argv)
     except BrokenPipeError:
-        # Whoever read the output (`tutti args | head`) has seen enough.
+        # The reader of the output (`tutti args | head`) has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
@@ -125,7 +125,7 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _with_values_bound(argv: list[str]) -> list[str]:
-    """Put "=" between an option and its value in `argv`, wherever the value could be taken for an option."""
+    """Join an option and its value in `argv` with "=" if the value could be mistaken for an option."""
     bound, left = [], deque(argv)
     while left:
         word = left.popleft()
@@ -164,7 +164,7 @@ def _parser() -> _Parser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse's, whose help keeps its lines, and whose errors are ours."""
+    """argparse's parser, with line breaks in help preserved, and our errors."""
 
     def __init__(self, **settings: Any) -> None:
         layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=20, width=120)
@@ -324,7 +324,7 @@ def _migrate(command: _Command) -> int:
 
 
 def _medium(kind: str, path: str) -> tuple[str, str]:
-    """The value of an option that gives a medium."""
+    """The value of a media option."""
     return kind, os.path.expanduser(path)
 
 
@@ -344,7 +344,7 @@ _VERBS = {
             "--max-restarts": {
                 "metavar": "N",
                 "default": "0",
-                "help": "start again up to N times after a crash, from the newest checkpoint",
+                "help": "restart up to N times after a crash, from the newest checkpoint",
             },
         },
         examples=(
@@ -356,27 +356,27 @@ _VERBS = {
     "check": _Verb(
         run=_check,
         usage=f"{_SETTINGS} [--nproc N]",
-        brief="look at a run's data, batches, sizes and memory first",
+        brief="show a run's data, batches, sizes and memory without training",
         text="""\
 Read the configuration and the data as a run would, and show the first batch with its loss mask, rows kept and dropped,
-steps and tokens, the parallel plan, and the memory and traffic that a step takes of each rank. Nothing is trained.
+steps and tokens, the parallel plan, and the memory and traffic per rank of a step. Nothing is trained.
 """
         + _CONFIGURED,
-        options=_nproc("look at a run of N ranks; none of them is started"),
+        options=_nproc("show a run of N ranks; none of them is started"),
         examples=("run.yaml", "run.yaml --nproc 64"),
     ),
     "export": _Verb(
         run=_export,
         usage="CHECKPOINT_OR_OUTPUT_DIR OUT_FOLDER [--merge]",
-        brief="make a Hugging Face folder of a checkpoint",
+        brief="make a Hugging Face folder from a checkpoint",
         text="""\
-Make a complete Hugging Face folder (config, weights, tokenizer) of a training checkpoint: a folder
-.../checkpoints/global_step_N, or a run's output_dir, whose newest whole checkpoint is taken. Of a run that trained
-adapters (train.architecture lora) it makes an adapter folder, which peft reads as well.""",
+Make a complete Hugging Face folder (config, weights, tokenizer) from a training checkpoint: a folder
+.../checkpoints/global_step_N, or a run's output_dir, whose newest complete checkpoint is used. For a run that trained
+adapters (train.architecture lora) it makes an adapter folder in peft's format.""",
         options={
             "--merge": {
                 "action": "store_true",
-                "help": "add the adapters (of a run, or of an adapter folder) to the base model, and write it complete",
+                "help": "merge the adapters (of a run, or of an adapter folder) into the base model, and write that",
             }
         },
         examples=("runs/first runs/first/hf/final", "runs/lora runs/lora/hf/merged --merge"),
@@ -384,20 +384,20 @@ adapters (train.architecture lora) it makes an adapter folder, which peft reads 
     "init": _Verb(
         run=_init,
         usage="FOLDER",
-        brief="write a small project that runs, to start from",
+        brief="create a small project to start from",
         text="""\
-Write a small project to start from: a commented config.yaml, conversations to train on, and a tiny model's config. It
-runs as it is, on a CPU, in about a minute.""",
+Create a small project to start from: a commented config.yaml, conversations to train on, and a tiny model's config. It
+runs unchanged, on a CPU, in about a minute.""",
         options={},
         examples=("songs && cd songs && tutti train config.yaml",),
     ),
     "launch": _Verb(
         run=_launch,
         usage="JOB.yaml --slurm | --k8s | --sky",
-        brief="make the job file of a cluster",
+        brief="make a job file for a cluster",
         text="""\
-Make the file by which a scheduler runs a training on several machines, from one YAML that says what it takes of them:
-a script for Slurm, a TrainJob for Kubeflow Trainer, or a task for SkyPilot. It goes to standard output, and nothing is
+Make the file with which a scheduler runs a training on several machines, from one YAML that describes the job: a script
+for Slurm, a TrainJob for Kubeflow Trainer, or a task for SkyPilot. It is written to standard output, and nothing is
 submitted. docs/cluster.md lists the keys.""",
         options={
             "--slurm": {"action": "store_true", "help": "a script for sbatch"},
@@ -409,10 +409,10 @@ submitted. docs/cluster.md lists the keys.""",
     "migrate": _Verb(
         run=_migrate,
         usage="FILE.yaml [-o OUT.yaml] [--nproc N]",
-        brief="turn a file of another framework into ours",
+        brief="convert the configuration of another framework",
         text="""\
-Turn a training file of VeOmni, LLaMA-Factory, Axolotl, TRL, transformers' Trainer (YAML or JSON) or torchtitan (TOML)
-into ours, and list every key of it: what it is mapped to, what changed its meaning and how, and what has no
+Convert a configuration of VeOmni, LLaMA-Factory, Axolotl, TRL, transformers' Trainer (YAML or JSON) or torchtitan
+(TOML) to ours, and list every key: what it is mapped to, what changed in meaning and how, and what has no
 counterpart.""",
         options={
             "-o": {
@@ -432,12 +432,12 @@ counterpart.""",
         usage="[PREFIX] [--json | --markdown | --schema]",
         brief="list the arguments of a configuration",
         text="""\
-List the arguments: name, type, default, and what it is. PREFIX is the beginning of a dotted name (train.lr) or of a
+List the arguments with name, type, default and description. PREFIX is the beginning of a dotted name (train.lr) or of a
 name within its group (lr).""",
         options={
             "--json": {"action": "store_true", "help": "as a list of JSON objects"},
             "--markdown": {"action": "store_true", "help": "as the page docs/arguments.md"},
-            "--schema": {"action": "store_true", "help": "as a JSON Schema, by which an editor completes a YAML"},
+            "--schema": {"action": "store_true", "help": "as a JSON Schema, with which an editor completes a YAML"},
         },
         examples=("train.save", "--schema > tutti.schema.json"),
     ),
@@ -446,12 +446,11 @@ name within its group (lr).""",
         usage="""\
 [FILE.yaml] --infer.model_path PATH [--a.b VALUE | a.b=VALUE ...] [--nproc N]
                    [[--image FILE ...] [--prompt TEXT ...] | --input FILE.jsonl --output FILE.jsonl] [--draw]""",
-        brief="talk to a model, or let it answer prompts",
+        brief="chat with a model, or have it answer prompts",
         text="""\
 Generate text with a model: a Hugging Face folder, an adapter folder (on the base that it names, or model.model_path),
-either of them by its name on the hub (org/name), a training checkpoint (.../checkpoints/global_step_N), or a run's
-output_dir. Without --prompt and --input one talks to it: answers come as they are made, /help lists the commands; or
-pipe in a message a line.
+a name of either on the hub (org/name), a training checkpoint (.../checkpoints/global_step_N), or a run's output_dir.
+Without --prompt and --input this starts a chat (/help lists its commands); you can also pipe in one message per line.
 
 `tutti args infer` lists the arguments: sampling, length, seed.""",
         options={
@@ -459,7 +458,7 @@ pipe in a message a line.
                 "metavar": "TEXT",
                 "action": "append",
                 "default": [],
-                "help": "answer this and end; may be given several times",
+                "help": "answer this and exit; may be given several times",
             },
             **{
                 f"--{kind}": {
@@ -468,7 +467,7 @@ pipe in a message a line.
                     "dest": "media",
                     "type": partial(_medium, kind),
                     "default": [],
-                    "help": f"{kind} that comes before each prompt, or the first message; may be given several times",
+                    "help": f"{kind} to put before each prompt, or the first message; may be given several times",
                 }
                 for kind in _MEDIA
             },
@@ -476,20 +475,20 @@ pipe in a message a line.
                 "metavar": "FILE",
                 "action": "append",
                 "default": [],
-                "help": 'answer its rows ({"prompt": ...} or {"messages": [...]}) into the file given by --output; '
-                "when interrupted, the same command goes on",
+                "help": 'answer the rows of a file ({"prompt": ...} or {"messages": [...]}) into the file given by '
+                "--output; after an interruption, the same command continues",
             },
             "--output": {
                 "metavar": "FILE",
                 "action": "append",
                 "default": [],
-                "help": "the new file of answers; of a diffusion model, which draws --prompt, the folder of pictures",
+                "help": "the new file of answers; with a diffusion model, the folder of the pictures drawn",
             },
             "--draw": {
                 "action": "store_true",
-                "help": "begin each answer with a picture",
+                "help": "start each answer with a picture",
             },
-            **_nproc("divide a model that is too large for one device among N ranks"),
+            **_nproc("shard a model that is too large for one device over N ranks"),
         },
         examples=(
             '--infer.model_path runs/first --prompt "What is the capital of Sweden?"',
@@ -532,7 +531,7 @@ def _environment_number(name: str) -> int:
 
 
 def _configure(command: _Command, world: int) -> Config:
-    """The configuration for `world` ranks, its warnings shown by the one process that speaks for all."""
+    """The configuration for `world` ranks; one process prints its warnings."""
     from tutti.config.layout import resolve_sizes
     from tutti.config.load import load
 
@@ -546,7 +545,7 @@ def _configure(command: _Command, world: int) -> Config:
 
 
 def _whose(words: Sequence[str]) -> list[str]:
-    """A line that names the way out, if the file among `words` is one of another framework."""
+    """An advice line if a file among `words` belongs to another framework."""
     from tutti.migrate import recognised
 
     for path in (word for word in words if os.path.isfile(word)):
@@ -556,7 +555,7 @@ def _whose(words: Sequence[str]) -> list[str]:
 
 
 def _warn(config: Config) -> None:
-    """Say which settings have no effect."""
+    """Print which settings have no effect."""
     from tutti.config.rules import warnings
 
     if _speaks():
@@ -565,12 +564,12 @@ def _warn(config: Config) -> None:
 
 
 def _speaks() -> bool:
-    """True for the one process that reports what every rank finds out by itself: rank 0, or else the launcher."""
+    """True for the one process that prints what every rank knows: rank 0, or the launcher."""
     return os.environ.get("RANK", "0") == "0" and ERROR_FILE not in os.environ
 
 
 def _report(error: Exception, *, debug: bool) -> None:
-    """Say what went wrong: one line for each problem; with a traceback if asked for, or if the mistake is ours."""
+    """Print what went wrong: one line per problem, with a traceback on request or if the mistake is ours."""
     if getattr(error, "reported", False):  # by the rank that found it
         return
     if isinstance(error, ConfigError):
@@ -584,7 +583,7 @@ def _report(error: Exception, *, debug: bool) -> None:
     text = "".join(f"tutti: error: {problem}\n" for problem in problems)
     if debug or not isinstance(error, ValueError | OSError):
         text = "".join(traceback.format_exception(error)) + text
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # of which torchrun shows the earliest, and passes it on
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows the earliest one, and passes it on
         known = {"message": text.strip(), "extraInfo": {"timestamp": str(int(time.time()))}}
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": known}), encoding="utf-8")
     if ERROR_FILE in os.environ:

@@ -1,1 +1,1 @@
-"""`tutti check`: what a run would do and take, without training."""
+"""`tutti check`: shows what a run would do and need, without training."""

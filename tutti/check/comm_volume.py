@@ -1,18 +1,18 @@
-"""Counting communication: bytes and messages that a rank sends, by the axis of the mesh they travel along.
+"""Counting communication: bytes and messages that a rank sends, by mesh axis.
 
-Volume is what decides whether a layout scales, and it is easy to send too much of without a wrong number to show for
-it. So it is counted from below: every collective, whoever calls it (our own code, `fully_shard`, DTensor), ends in one
-of torch's `c10d` operators, and a dispatch mode sees all of them, in forward and backward passes alike.
+Volume decides whether a layout scales, and code can easily send too much without computing anything wrong. So it is
+counted at the lowest level: every collective, whoever calls it (our own code, `fully_shard`, DTensor), ends in one of
+torch's `c10d` operators, and a dispatch mode sees all of them, in forward and backward passes.
 
-- A process group tells the axis. Every axis of the mesh has a group of its own (see `tutti.parallel.mesh`); other
-  groups within a pipeline are its wires, and whatever else there is counts as `other`.
-- Operators of our own hide what their bodies do from a mode: it runs the body itself, and looks.
-- Tensors may be fake, and the process group too (torch's `FakeTensorMode` and its `fake` backend): then a step of
-  thousands of ranks is counted in one process, in which nothing is sent at all.
+- The process group identifies the axis. Every axis of the mesh has its own group (see `tutti.parallel.mesh`); other
+  groups within a pipeline count as its connections, and all remaining ones as `other`.
+- Our own operators hide what their bodies do from a mode: it runs the body itself, and observes it.
+- Tensors may be fake, and the process group too (torch's `FakeTensorMode` and its `fake` backend). Then a step of
+  thousands of ranks is counted in one process, in which nothing is sent.
 
-Bytes are those of the algorithms that send least: of n ranks each sends (n - 1) / n of the whole in an all-gather or a
-reduce-scatter, twice that in an all-reduce, and in an all-to-all what is for others. A message is one call; calls in a
-group of one rank send nothing, and are none.
+Bytes are those of the optimal algorithms: in a group of n ranks each sends (n - 1) / n of the whole in an all-gather or
+a reduce-scatter, twice that in an all-reduce, and in an all-to-all what is for others. A message is one call; calls in
+a group of one rank send nothing and are not counted.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from tutti.core.compat import TorchDispatchMode, resolve_process_group, tree_lea
 from tutti.parallel.mesh import Mesh
 
 OTHER = "other"
-"""The name for groups that are no axis of the mesh: of all ranks, mostly."""
+"""The name for groups that are not an axis of the mesh, mostly those of all ranks."""
 
 _LABELS = {"shard": "fsdp", "copies": "replicate"}
-"""Axes that are counted under the name of another, which they are a part of."""
+"""Axes that are counted as part of another one."""
 
 
 class Sent(NamedTuple):
-    """bytes: that this rank puts on the wire. messages: calls."""
+    """bytes: sent by this rank. messages: number of calls."""
 
     bytes: int = 0
     messages: int = 0
@@ -51,7 +51,7 @@ class Sent(NamedTuple):
 class Traffic:
     """The bytes and messages that this rank has sent so far.
 
-    by_kind: for an axis (fsdp, replicate, expert, expert_shard, tensor, ulysses, context, pipeline, other) and a kind
+    by_kind: for each axis (fsdp, replicate, expert, expert_shard, tensor, ulysses, context, pipeline, other) and kind
     (all-gather, reduce-scatter, all-reduce, all-to-all, send, broadcast, reduce, gather, scatter, barrier).
     """
 
@@ -60,7 +60,7 @@ class Traffic:
 
     @property
     def sent(self) -> dict[str, Sent]:
-        """By axis, those without a message left out."""
+        """The totals by axis, without axes that sent nothing."""
         sums: dict[str, Sent] = defaultdict(Sent)
         for (axis, _), sent in self.by_kind.items():
             sums[axis] += sent
@@ -69,14 +69,14 @@ class Traffic:
 
 @contextmanager
 def count_traffic(mesh: Mesh) -> Iterator[Traffic]:
-    """Count what this rank sends while the context is open, in this thread and the backward passes it starts."""
+    """Count what this rank sends within this context, in this thread and the backward passes it starts."""
     traffic = Traffic()
     with _Counter(mesh, traffic):
         yield traffic
 
 
 class _Call(NamedTuple):
-    """One of torch's operators. given: which of its arguments is what a rank gives (a tensor, or lists of them)."""
+    """One of torch's operators. given: the index of the argument with the rank's input (a tensor, or lists of them)."""
 
     kind: str
     given: int
@@ -123,10 +123,10 @@ _SILENT = {
     "_c10d_functional::wait_tensor",
     "_c10d_functional::_wrap_tensor_autograd",
 }
-"""Operators of the same families that send nothing."""
+"""Related operators that send nothing."""
 
 _RESOLVE = (torch.ops.aten.resolve_conj.default, torch.ops.aten.resolve_neg.default)
-"""Operators that reading a tensor's numbers begins with; they copy nothing unless it is conjugated or negated."""
+"""Operators at the start of reading a tensor's values; they copy nothing unless it is conjugated or negated."""
 
 
 class _Counter(TorchDispatchMode):
@@ -142,10 +142,10 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # what it does with its local parts comes by here again
+            return NotImplemented  # its operations on local parts arrive here again
         name, namespace = func.name().partition(".")[0], func.namespace
         if func in _RESOLVE and not (args[0].is_conj() or args[0].is_neg()):
-            return args[0]  # real borders of samples can so be read within a fake mode, which would hide them
+            return args[0]  # so that real borders of samples can be read within a fake mode, which would hide them
         if namespace == "tutti":
             with self:
                 return body_of(func)(*args, **(kwargs or {}))
@@ -166,7 +166,7 @@ class _Counter(TorchDispatchMode):
 
 
 def _group_of(args: Sequence[Any]) -> dist.ProcessGroup:
-    """The process group that an operator is given, boxed or by its name, which is the last of its strings."""
+    """The process group argument of an operator, boxed or by name (the last of its strings)."""
     boxed = [item for item in args if isinstance(item, torch.ScriptObject)]
     if boxed:
         return dist.ProcessGroup.unbox(boxed[0])
@@ -191,7 +191,8 @@ def _num_bytes(call: _Call, args: Sequence[Any], group: dist.ProcessGroup) -> in
 
 
 def _kept(args: Sequence[Any], given: Sequence[Tensor], whole: int, group: dist.ProcessGroup) -> int:
-    """Bytes of an all-to-all that stay with the rank: of one tensor cut as the last list of sizes says, or of many."""
+    """Bytes of an all-to-all that stay on the rank: of one tensor cut by the last list of sizes, or of several
+    tensors."""
     size, rank = group.size(), group.rank()
     if len(given) > 1:
         return given[rank].numel() * given[rank].element_size()

@@ -1,7 +1,8 @@
-"""`tutti check`: what a run would do, without training: its data as the model sees it, its steps, layout and memory.
+"""`tutti check`: shows what a run would do without training: its data as the model sees it, its steps, layout and
+memory.
 
 It is assembled from the same parts as a run, in one process, for any number of ranks: the model stays on the meta
-device, and the data plan is the same whatever process looks at it.
+device, and the data plan is the same in every process.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ SHOWN_CHARACTERS = 1200
 
 
 def check(config: Config, world: int = 1) -> None:
-    """Print what training with `config` on `world` ranks would do. ValueError: what is wrong with its files."""
+    """Print what training with `config` on `world` ranks would do. ValueError: its files are wrong."""
     setup_logging(0)
     layout = fit(config, world)
     ranks = World(rank=0, size=1, local_rank=0, device=pick_device(config.train.init_device))
@@ -94,7 +95,7 @@ def _samples(batch: Batch) -> Iterator[Sample]:
 
 
 def _halves(sample: Sample) -> list[Sample]:
-    """The sequences of a sample: those of a pair of answers apart."""
+    """The sequences of a sample: both answers of a pair, or the sample itself."""
     if not sample.split:
         return [sample]
     at, media = sample.split, sample.media[: len(sample.media) // 2]
@@ -185,7 +186,7 @@ def _plan_table(config: Config, layout: Layout, model: PreTrainedModel, structur
 
 
 def _largest(config: Config, data: Data, inputs: Inputs) -> Batch | None:
-    """The largest micro batch with media; None: there is none, or a medium in it cannot be decoded."""
+    """The largest micro batch with media; None if there is none, or if a medium in it cannot be decoded."""
     samples = data.largest() if inputs.processor is not None else []
     try:
         return full_batch_of(config, samples, MediaProcessor(inputs.processor, config.data)) if samples else None
@@ -246,5 +247,5 @@ def _show_prediction(
 
 
 def _size(num_bytes: int) -> str:
-    """The number of bytes in GiB, or MiB where that would be nought."""
+    """Format a number of bytes in GiB, or in MiB if that would be zero."""
     return f"{num_bytes / 2**30:9.3f} GiB" if num_bytes >= 2**27 else f"{num_bytes / 2**20:9.3f} MiB"

@@ -1,6 +1,6 @@
-"""`tutti launch`: one description of a job on several machines, rendered as the file of a scheduler.
+"""`tutti launch`: renders a description of a multi-machine job as a scheduler's job file.
 
-The description is a YAML of its own (`tutti.cluster.job`), beside the configuration of the training. What runs on each
-machine is the same under every scheduler: torchrun, which goes on with the machines that are left, and under
-it `tutti train`, which goes on from the newest checkpoint. Nothing is submitted: the file is to be read first.
+The description is a YAML of its own (`tutti.cluster.job`), in addition to the training configuration. Every scheduler
+runs the same on each machine: torchrun, which continues with the remaining machines if one fails, and under it `tutti
+train`, which resumes from the newest checkpoint. Nothing is submitted: read the file first.
 """

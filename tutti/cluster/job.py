@@ -1,7 +1,7 @@
-"""The description of a job: what it takes of a cluster, and the command of each machine.
+"""The description of a job: the resources it needs, and the command of each machine.
 
-Secrets are named, never given: a scheduler has places for them, and a job file is copied, shown and kept. An entry of
-`env` that looks like one is refused.
+Secrets are referred to by name only: schedulers have their own place for them, and job files are copied, shown and
+kept. An entry of `env` that looks like a secret is refused.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from tutti.config.yamlfile import read_file
 
 @dataclass(frozen=True)
 class Job:
-    """A job, as its YAML gives it.
+    """A job, as described in its YAML.
 
-    config: the configuration of the training, a path on the machines. overrides: of its arguments. nodes: machines, or
-    the fewest and the most, `2-4`. gpus: of each machine; ranks: of each machine without GPUs. gpu_type: as SkyPilot
-    names it. cpus, memory_gib: of each machine. time: the longest it may run, `days-hours:minutes:seconds`, for Slurm.
-    restarts: after crashes. port: of the rendezvous, on the first machine. image: of the containers. workdir: where the
-    command runs. setup: shell commands before it. env: variables. secrets: names of variables that the machines get
-    from the scheduler. slurm, k8s, sky: what only that scheduler knows.
+    config: the training configuration, a path on the machines. overrides: of its arguments. nodes: number of machines,
+    or the minimum and maximum, `2-4`. gpus: per machine; ranks: per machine without GPUs. gpu_type: SkyPilot's name for
+    it. cpus, memory_gib: per machine. time: time limit, `days-hours:minutes:seconds`, for Slurm. restarts: after
+    crashes. port: of the rendezvous, on the first machine. image: of the containers. workdir: where the command runs.
+    setup: shell commands before it. env: variables. secrets: names of variables that the scheduler sets. slurm, k8s,
+    sky: options of that scheduler.
     """
 
     name: str
@@ -52,15 +52,16 @@ class Job:
 
     @property
     def num_nodes(self) -> int:
-        """The most machines that the job takes."""
+        """The maximum number of machines of the job."""
         return int(self.nodes.rpartition("-")[2])
 
     def torchrun(self, host: str, is_host: str) -> str:
-        """The shell command of one machine. host: the address of the first one, and is_host: 1 on it and 0 elsewhere;
-        shell expressions."""
+        """The shell command of one machine. host, is_host: shell expressions for the address of the first machine,
+        and for 1 on it and 0 elsewhere."""
         words = [
             "env",
-            # The machines that stay would use the store of an earlier round again, and not tell one that comes where.
+            # Otherwise the remaining machines would reuse the store of an earlier round, which a new machine cannot
+            # find.
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
             "torchrun",
             f"--nnodes={self.nodes.replace('-', ':')}",
@@ -70,7 +71,7 @@ class Job:
             f"--rdzv-id={self.name}",
         ]
         expressions = [f'--rdzv-endpoint="{host}:{self.port}"', f'--rdzv-conf="is_host={is_host}"']
-        # A rank that is told to end saves first, which may take longer than torchrun's half minute.
+        # A rank that is told to end saves first, which may take longer than torchrun's 30 seconds.
         rest = ["--shutdown-timeout=120", "-m", "tutti", "train", self.config]
         rest += [*self.overrides, "--train.load_checkpoint_path=auto"]
         return " ".join([*map(shlex.quote, words), *expressions, *map(shlex.quote, rest)])
@@ -90,7 +91,7 @@ _PATTERNS = {
 
 
 def read_job(path: str) -> Job:
-    """The job that the YAML file describes. ConfigError: what is wrong in it, with lines."""
+    """The job in a YAML file. ConfigError: lists what is wrong, with line numbers."""
     tree, lines = read_file(path, "keys such as `nodes:`")
     values, problems = _values(tree)
     problems |= {name: "is required" for name in ("name", "config") if name not in tree}
@@ -102,7 +103,7 @@ def read_job(path: str) -> Job:
 
 
 def _values(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values of the keys as their types, and by name what is wrong with the others."""
+    """The values of the keys converted to their types, and by name what is wrong with the others."""
     kinds = get_type_hints(Job)
     values: dict[str, Any] = {}
     problems: dict[str, str] = {}
@@ -119,7 +120,7 @@ def _values(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _faults(values: Mapping[str, Any]) -> dict[str, str]:
-    """By name what is wrong with values of the right types."""
+    """By name, what is wrong with values of the right types."""
     problems = {}
     for name, (pattern, expects) in _PATTERNS.items():
         if values.get(name) is not None and not pattern.fullmatch(values[name]):
@@ -142,7 +143,7 @@ def _faults(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _coerce(value: Any, kind: Any) -> Any:
-    """`value` of a YAML as the type of its key. ValueError: it is of another."""
+    """Convert `value` from a YAML to the type of its key. ValueError: it has another type."""
     if kind == tuple[str, ...]:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise ValueError("expects a list of texts")

@@ -1,6 +1,6 @@
 """Job files: a script for Slurm's sbatch, a TrainJob for Kubeflow Trainer (2.2 or later), a task for SkyPilot.
 
-Each one finds out on the machines, by the means of its scheduler, which machine is the first, and runs the command of
+Each of them determines on the machines, with the scheduler's means, which machine is the first, and runs the command of
 `tutti.cluster.job` on all of them.
 """
 
@@ -19,7 +19,7 @@ _HEAD = "# Made by `tutti launch --{}`; change the YAML that it was made from in
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes texts of several lines as blocks, and everything where it belongs."""
+    """Writes multi-line texts as blocks, and never uses aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -46,8 +46,8 @@ def slurm(job: Job) -> str:
         "output": "%x-%j.out",
         "open-mode": "append",
         "requeue": True,
-        "no-kill": True,  # a machine that fails is torchrun's to deal with
-        "signal": "TERM@180",  # before the time is over, so that the run is saved
+        "no-kill": True,  # torchrun handles a failed machine
+        "signal": "TERM@180",  # before the time limit, so that the run is saved
         **job.slurm,
     }
     lines = ["#!/bin/bash", _HEAD.format("slurm")]
@@ -91,7 +91,7 @@ def k8s(job: Job) -> str:
     env: list[dict[str, Any]] = [{"name": name, "value": value} for name, value in job.env.items()]
     held = settings.get("secret")
     env += [{"name": name, "valueFrom": {"secretKeyRef": {"name": held, "key": name}}} for name in job.secrets]
-    # Kubeflow's runtimes for torch tell where the first machine is in the variables of torchrun's own options.
+    # Kubeflow's torch runtimes name the first machine in the variables of torchrun's own options.
     script = _script(job, job.torchrun("$PET_MASTER_ADDR", "$((PET_NODE_RANK == 0))"))
     resources = {
         "nvidia.com/gpu": job.gpus or None,
@@ -136,7 +136,7 @@ def sky(job: Job) -> str:
         "cpus": job.cpus and f"{job.cpus}+",
         "memory": job.memory_gib and f"{job.memory_gib}+",
         "image_id": job.image and f"docker:{job.image}",
-        # A machine that is taken away is replaced, and the run goes on from its newest checkpoint.
+        # A preempted machine is replaced, and the run resumes from its newest checkpoint.
         "job_recovery": {"max_restarts_on_errors": job.restarts},
         **job.sky,
     }
