@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tutti.checkpoint.read_ahead import Span
 from tutti.core.compat import str_to_torch_dtype
 
 SINGLE = "model.safetensors"
@@ -75,6 +76,7 @@ class Checkpoint:
         """Open all files at `path` (a folder or a single file); ValueError names what is missing or damaged."""
         self._slices: dict[str, Any] = {}
         self._opened: list[Any] = []
+        self._spans: dict[int, Span] = {}  # of slices, by their identity: subclasses give them other keys
         expected = self._expected(path, index_path)
         lacking = [file for file in expected if not file.is_file()]
         if lacking:
@@ -92,6 +94,14 @@ class Checkpoint:
     def read(self, key: str) -> Any:
         """The lazy tensor of this key: index it to read."""
         return self._slices[key]
+
+    def span(self, key: str, rows: slice | None = None) -> Span | None:
+        """The bytes of the tensor of this key, or of its `rows`, in its file; None for the older format."""
+        span = self._spans.get(id(self._slices[key]))
+        if span is None or rows is None or rows.stop is None:
+            return span
+        row_bytes = (span.end - span.begin) // max(1, self._slices[key].get_shape()[0])
+        return Span(span.file, span.begin + rows.start * row_bytes, span.begin + rows.stop * row_bytes)
 
     def meta(self) -> dict[str, Tensor]:
         """A meta tensor for every key."""
@@ -122,10 +132,22 @@ class Checkpoint:
                 return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             handle = safe_open(file, framework="pt", device="cpu")
             self._opened.append(handle)
-            return {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118  # no mapping
+            slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118  # no mapping
+            self._spans |= {id(slices[key]): span for key, span in _spans(file).items()}
+            return slices
         except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             reason = reason_of_refusal(error)
             raise ValueError(f"model.model_path: {file} is damaged or no weight file: {reason}") from error
+
+
+def _spans(file: Path) -> dict[str, Span]:
+    """The bytes of each tensor in a safetensors file, by its key."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    header.pop("__metadata__", None)
+    places = {key: entry["data_offsets"] for key, entry in header.items()}
+    return {key: Span(file, 8 + size + begin, 8 + size + end) for key, (begin, end) in places.items()}
 
 
 class RestOfCheckpoint(Checkpoint):

@@ -6,7 +6,8 @@ conversions that transformers registers for a family (renamed keys, experts stac
 1. The headers of the files contain every key's shape. All conversions are run once on meta tensors of these shapes,
    which shows what the checkpoint provides before any data is read. Anything missing, unexpected or of another shape is
    an error that lists the keys; a wrong checkpoint never silently becomes random weights.
-2. Each group of keys that makes one parameter (or a few) is read, converted and copied. A rank reads only its slice if
+2. Each group of keys that makes one parameter (or a few) is read, converted and copied, while a thread reads the files
+   ahead. A rank reads only its slice if
    a key maps to one parameter, and only its experts if a stack is divided by experts; other conversions are computed in
    full and cut. With `broadcast`, only rank 0 opens files, and sends tensors in pieces. Parameters that the model
    stores quantized are packed on the way, in whole rows.
@@ -19,6 +20,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +31,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tutti.attention.sparse import NAME as SPARSE
 from tutti.checkpoint.hf_files import Checkpoint
+from tutti.checkpoint.read_ahead import ReadAhead, Span
 from tutti.core.compat import (
     Concatenate,
     MergeModulelist,
@@ -98,6 +101,7 @@ def load_opened(
     """Load `model`, as `load_weights` does, from the checkpoint that `open_checkpoint` opens on the ranks that read
     it. path: its name in errors."""
     materialize(model, device or world.device)
+    broadcast = broadcast and world.size > 1  # alone, a rank copies from the files right into its parameters
     reads = world.is_main or not broadcast
     checkpoint: Any = world.run_on_all_ranks(lambda: open_checkpoint() if reads else None)
     full_model = full_model or model
@@ -110,17 +114,22 @@ def load_opened(
     targets = _tensors(model)
     filled: dict[int, str] = {}
     conflicts: list[str] = []
-    for group in plan.groups:
-        if broadcast:
-            values = group.convert(model, checkpoint.read) if world.is_main else {}
-            parts = ((name, _receive(targets.get(name), values.get(name), spec, world)) for name, spec in group.targets)
-        elif group.first in targets:
-            parts = ((name, value) for name, value in group.read_own_part(model, checkpoint, targets))
-        else:
-            continue
-        for name, part in parts:
-            if name in targets:
-                _settle(targets[name], part, name, filled, conflicts)
+    spans = [list(group.spans(checkpoint, None if broadcast else targets)) if reads else [] for group in plan.groups]
+    with ReadAhead(chain(*spans)) as ahead:
+        for group, used in zip(plan.groups, spans, strict=True):
+            parts: Iterable[tuple[str, Tensor | None]] = ()
+            if broadcast:
+                values = group.convert(model, checkpoint.read) if world.is_main else {}
+                parts = (
+                    (name, _receive(targets.get(name), values.get(name), spec, world)) for name, spec in group.targets
+                )
+            elif group.first in targets:
+                parts = group.read_own_part(model, checkpoint, targets)
+            for name, part in parts:
+                if name in targets:
+                    _settle(targets[name], part, name, filled, conflicts)
+            for span in used:
+                ahead.used(span)
     world.run_on_all_ranks(lambda: _refuse_conflicts(conflicts, path))
     if fresh:
         log.info("%s has no %s: initialised at random", path, _listed(sorted(fresh)))
@@ -210,6 +219,21 @@ class _Group:
             assert block is not None
             for name, value in self._converted(model, experts, checkpoint.read).items():
                 yield name, specs[name].cut(value, (slice(None), *block[1:]))
+
+    def spans(self, checkpoint: Checkpoint, targets: Mapping[str, Tensor] | None) -> Iterator[Span]:
+        """The parts of the files that `read_own_part` reads, in its order; all of them if `targets` is None."""
+        keys, rows = self.keys, None
+        if targets is not None:
+            if self.first not in targets or not local_part(targets[self.first]).numel():
+                return
+            if self.converter is not None:
+                own = self._own_experts(targets)
+                keys = keys if own is None else tuple(own)
+            elif block := own_block(targets[self.first]):
+                rows = block[0]
+        for key, _ in keys:
+            if (span := checkpoint.span(key, rows)) is not None:
+                yield span
 
     def _own_experts(self, targets: Mapping[str, Tensor]) -> list[tuple[str, str]] | None:
         """The keys of this rank's experts, if these are enough to make its part of a stack of experts."""
