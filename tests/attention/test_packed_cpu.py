@@ -59,12 +59,21 @@ def test_equals_masked_softmax(kv_heads, causal, window, softcap, with_sinks):
 
 def test_saved_and_recomputed_probabilities_agree(monkeypatch):
     grads = []
+    monkeypatch.setattr("tutti.attention.packed_cpu.SAVING_DIM", 1)
     for limit in (0, 1e9):
         monkeypatch.setattr("tutti.attention.packed_cpu.SAVED_SCORES", limit)
         inputs = make_inputs(4, 2)
         packed_attention(*inputs, BORDERS, AttentionSpec(0.3)).square().sum().backward()
         grads.append([item.grad for item in inputs])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_probabilities_of_narrow_heads_are_not_saved():
+    spec = [float(item) for item in AttentionSpec(0.3)]
+    for dim in (64, 128):
+        inputs = [torch.randn(heads, int(BORDERS[-1]), dim) for heads in (4, 2, 2)]
+        saved = torch.ops.tutti.packed_attention(*inputs, BORDERS, None, True, spec)[1]
+        assert bool(saved.numel()) == (dim == 128)
 
 
 def test_operator_is_sound_under_compile():

@@ -81,12 +81,12 @@ def test_memory_that_is_emptied_and_filled_is_told_apart():
 
 def test_a_cpu_saves_attentions_probabilities_and_an_accelerator_none():
     borders, spec = torch.tensor([0, 5, 48]), AttentionSpec(0.3)
-    real = [torch.randn(heads, 48, 8) for heads in (4, 2, 2)]
+    real = [torch.randn(heads, 48, 128) for heads in (4, 2, 2)]
     saved = torch.ops.tutti.packed_attention(*real, borders, None, True, [float(item) for item in spec])[1]
     assert saved.numel() > 0
     for on_cpu in (True, False):
         with rehearse(on_cpu=on_cpu) as memory:
-            shapes = [(heads, 48, 8) for heads in (4, 2, 2)]
+            shapes = [(heads, 48, 128) for heads in (4, 2, 2)]
             query, key, value = (torch.empty(shape, dtype=torch.float32).requires_grad_() for shape in shapes)
             before = memory.now
             out = packed_attention(query, key, value, borders, spec)

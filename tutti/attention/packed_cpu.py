@@ -31,6 +31,9 @@ SAVED_SCORES = 8
 """The backward pass uses saved probabilities if they have at most this many times the size of the queries, and
 otherwise recomputes them."""
 
+SAVING_DIM = 128
+"""Channels of a head from which on it saves them. To recompute those of 64 channels takes no longer than reading them."""
+
 
 def packed_attention(
     query: Tensor,
@@ -110,6 +113,8 @@ def _forward(
 
 def num_saved(query: Tensor, places: list[int], spec: AttentionSpec, sinks: Tensor | None) -> int:
     """The number of probabilities that a forward pass with `keep` saves for samples with borders at `places`."""
+    if query.shape[-1] < SAVING_DIM:
+        return 0
     num_scores = _num_scores(places, query.shape[0], spec, sinks)
     return int(num_scores) if num_scores <= SAVED_SCORES * query.numel() else 0
 
