@@ -2,8 +2,8 @@
 
 FOLDER holds what bench.speed put there: config.json and workload.json. It trains fp32 weights, with autocast if bf16 is
 what it is to compute in, padded to the longest of a batch. MODE `grouped` runs the samples in the length-grouped micro
-batches they come in, `padded` in a random order. Prints a line of JSON: trained tokens and seconds of the timed steps,
-and the peak of memory.
+batches they come in, `padded` in a random order. Prints a line of JSON: trained tokens, seconds and seconds of cores
+of the timed steps, and the peak of memory.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ IGNORE = -100
 
 
 class Timer(TrainerCallback):
-    """Seconds from the end of step `after` to the end of the last step."""
+    """Seconds, by the clock and of cores, from the end of step `after` to the end of the last step."""
 
     def __init__(self, after: int) -> None:
-        self.after, self.start, self.end = after, 0.0, 0.0
+        self.after, self.start, self.end = after, (0.0, 0.0), (0.0, 0.0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.end = time.perf_counter()
+        self.end = time.perf_counter(), time.process_time()
         if state.global_step == self.after:
             self.start = self.end
 
@@ -86,7 +86,8 @@ def main(folder: Path, mode: str) -> None:
     Trainer(model, arguments, train_dataset=rows, data_collator=collate, callbacks=[timer]).train()
     trained = sum(len(ids) - 1 for ids in measured)
     peak = memory_gib(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
-    print(json.dumps({"trained_tokens": trained, "seconds": timer.end - timer.start, "memory_gib": peak}))
+    seconds, cores = (end - start for start, end in zip(timer.start, timer.end, strict=True))
+    print(json.dumps({"trained_tokens": trained, "seconds": seconds, "cores": cores, "memory_gib": peak}))
 
 
 if __name__ == "__main__":

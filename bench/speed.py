@@ -8,8 +8,9 @@ weights, computed with in the faster of bf16 and fp32, AdamW, no gradient checkp
 batches a step and as near as possible the same tokens in them. Warm-up steps
 are not timed. Rounds are interleaved (Trainer, Tutti, Trainer, Tutti ...), so that a machine that slows down does so
 for all, and each round measures the machine's own rate of matrix products in that dtype. Reported are medians over the
-rounds: trained tokens a second, the ratio to each other contender within a round, the share of the matrix rate that the
-model's operations reach, and the peak of resident memory.
+rounds: trained tokens a second, the share of the matrix rate that the model's operations reach, the ratio to each other
+contender within a round, trained tokens for each second of a core, of which a busy machine takes less away, and the
+peak of resident memory.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ class Setup:
 
 @dataclass(frozen=True)
 class Result:
-    """One contender in one round: trained tokens a second, its share of the matrix rate measured beside it, and its
-    peak of memory."""
+    """One contender in one round: trained tokens, a second by the clock and a second of a core, and its peak of
+    memory."""
 
     tokens_per_second: float
-    share: float
+    tokens_per_core_second: float
     memory_gib: float
 
 
@@ -73,7 +74,7 @@ def main() -> None:
     wanted = [part.strip().lower() for part in options.only.split(",")]
     contenders = [name for name in CONTENDERS if any(_means(part, name.lower()) for part in wanted)]
     os.environ.update(OMP_NUM_THREADS=str(options.threads), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    results: dict[str, list[Result]] = {name: [] for name in contenders}
+    results: dict[str, list[tuple[Result, float]]] = {name: [] for name in contenders}
     rates = []
     dtype = options.dtype or workload.faster_dtype()
     setup = Setup(options.model, dtype, options.accumulation, options.slots, options.warmup_steps)
@@ -82,11 +83,11 @@ def main() -> None:
         work = workload.make_workload(steps * batches, BATCH_SIZE, setup.warmup_steps * BATCH_SIZE * batches, number)
         for name in contenders:
             rates.append(_matrix_rate(dtype))
-            speed, memory = _run(name, work, setup)
+            found = _run(name, work, setup)
             operations = workload.flops_per_token(work.measured, MODELS[setup.model])
             operations *= work.tokens / (work.tokens - len(work.measured))
-            results[name].append(Result(speed, speed * operations / rates[-1], memory))
-            said = f"round {number + 1}/{rounds}  {name:24} {speed:8.1f} tokens/s {memory:6.2f} GiB"
+            results[name].append((found, found.tokens_per_second * operations / rates[-1]))
+            said = f"round {number + 1}/{rounds}  {name:24} {found.tokens_per_second:8.1f} tokens/s"
             print(said, file=sys.stderr, flush=True)
     print(_table(results))
     low, middle, high = (rate / 1e9 for rate in (min(rates), statistics.median(rates), max(rates)))
@@ -99,8 +100,8 @@ def _means(part: str, name: str) -> bool:
     return part == name or (part in name and part not in map(str.lower, CONTENDERS))
 
 
-def _run(name: str, work: Workload, setup: Setup) -> tuple[float, float]:
-    """Trained tokens a second of one contender on `work`, and its peak of memory in GiB."""
+def _run(name: str, work: Workload, setup: Setup) -> Result:
+    """One contender's figures on `work`."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         workload.write_model(folder, MODELS[setup.model])
@@ -112,7 +113,7 @@ def _run(name: str, work: Workload, setup: Setup) -> tuple[float, float]:
         return _run_tutti(folder, work, setup, compile="compiled" in name)
 
 
-def _run_peer(folder: Path, work: Workload, setup: Setup, *command: str) -> tuple[float, float]:
+def _run_peer(folder: Path, work: Workload, setup: Setup, *command: str) -> Result:
     plan = {
         "warmup": work.warmup,
         "measured": work.measured,
@@ -123,10 +124,11 @@ def _run_peer(folder: Path, work: Workload, setup: Setup, *command: str) -> tupl
     }
     (folder / "workload.json").write_text(json.dumps(plan))
     result = json.loads(run_python("-m", *command).splitlines()[-1])
-    return result["trained_tokens"] / result["seconds"], result["memory_gib"]
+    trained = result["trained_tokens"]
+    return Result(trained / result["seconds"], trained / result["cores"], result["memory_gib"])
 
 
-def _run_tutti(folder: Path, work: Workload, setup: Setup, *, compile: bool) -> tuple[float, float]:
+def _run_tutti(folder: Path, work: Workload, setup: Setup, *, compile: bool) -> Result:
     workload.write_text(folder / "rows.jsonl", work.warmup + work.measured)
     arguments = {
         "model.config_path": folder,
@@ -148,35 +150,48 @@ def _run_tutti(folder: Path, work: Workload, setup: Setup, *, compile: bool) -> 
         "train.save_epochs": 0,
         "train.save_hf_weights": False,
     }
-    run_python("-m", "tutti", "train", *(f"{name}={value}" for name, value in arguments.items()))
+    os.environ["BENCH_CORES"] = str(folder / "cores.json")
+    run_python("-m", "bench._tutti", "train", *(f"{name}={value}" for name, value in arguments.items()))
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     timed = [line for line in lines if "step_seconds" in line and line["step"] > setup.warmup_steps]
     shutil.rmtree(folder / "run")
-    speed = sum(line["trained_tokens"] for line in timed) / sum(line["step_seconds"] for line in timed)
-    return speed, max(line["memory_gib"] for line in timed)
+    trained = sum(line["trained_tokens"] for line in timed)
+    ends = json.loads((folder / "cores.json").read_text())
+    return Result(
+        trained / sum(line["step_seconds"] for line in timed),
+        trained / (ends[-1] - ends[setup.warmup_steps - 1]),
+        max(line["memory_gib"] for line in timed),
+    )
 
 
 def _matrix_rate(dtype: str) -> float:
     return float(run_python("-c", f"from bench.workload import matrix_rate; print(matrix_rate({dtype!r}))"))
 
 
-def _table(results: dict[str, list[Result]]) -> str:
-    """A Markdown table of medians over the rounds."""
+def _table(results: dict[str, list[tuple[Result, float]]]) -> str:
+    """A Markdown table of medians over the rounds, each a result and its share of the matrix rate."""
     baselines = [name for name in results if not name.startswith("Tutti")]
-    header = ["", "trained tokens/s", "of matrix rate", "peak memory, GiB", *(f"to {name}" for name in baselines)]
+    ratios = [f"to {name}" for name in baselines]
+    header = ["", "trained tokens/s", "of matrix rate", *ratios, "tokens/s of a core", "peak memory, GiB"]
     rows = [header, ["---", *["---:"] * (len(header) - 1)]]
     for name, rounds in results.items():
-        ratios = [
+        speeds = [
             statistics.median(
                 mine.tokens_per_second / other.tokens_per_second
-                for mine, other in zip(rounds, results[baseline], strict=True)
+                for (mine, _), (other, _) in zip(rounds, results[baseline], strict=True)
             )
             for baseline in baselines
         ]
-        speed = statistics.median(result.tokens_per_second for result in rounds)
-        share = statistics.median(result.share for result in rounds)
-        memory = statistics.median(result.memory_gib for result in rounds)
-        rows.append([name, f"{speed:.0f}", f"{share:.0%}", f"{memory:.2f}", *(f"{ratio:.2f}" for ratio in ratios)])
+        rows.append(
+            [
+                name,
+                f"{statistics.median(result.tokens_per_second for result, _ in rounds):.0f}",
+                f"{statistics.median(share for _, share in rounds):.0%}",
+                *(f"{ratio:.2f}" for ratio in speeds),
+                f"{statistics.median(result.tokens_per_core_second for result, _ in rounds):.0f}",
+                f"{statistics.median(result.memory_gib for result, _ in rounds):.2f}",
+            ]
+        )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
