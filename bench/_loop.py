@@ -2,10 +2,10 @@
 
 FOLDER holds what bench.speed put there: config.json and workload.json. Samples are laid end to end in rows of up to as
 many tokens as Tutti's, and each attends to itself with torch's SDPA. The head and the loss go over the trained
-positions in chunks, whose logits become their own gradient. Tokens are sorted by expert, and each expert has one
-product. AdamW is torch's fused one, in fp32; to compute in bf16, the model is a copy in bf16 that is written anew after
-each step, and whose gradients are added up in fp32 as they come. Prints a line of JSON: trained tokens, seconds and
-seconds of cores of the timed steps, and the peak of memory.
+positions in chunks, whose logits become their own gradient. Tokens are sorted by expert, whose products are grouped.
+AdamW is torch's fused one, in fp32; to compute in bf16, the model is a copy in bf16 that is written anew after each
+step, and whose gradients are added up in fp32 as they come. Prints a line of JSON: trained tokens, seconds and seconds
+of cores of the timed steps, and the peak of memory.
 """
 
 from __future__ import annotations
@@ -46,20 +46,13 @@ def attend(
 def by_expert(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """The weighted sum of each token's experts. hidden [N, H], chosen and weights [N, k] -> [N, H]."""
     experts, order = chosen.flatten().sort()
-    counts = experts.bincount(minlength=module.num_experts)
+    ends = experts.bincount(minlength=module.num_experts).cumsum(0).int()
     tokens = order // chosen.shape[1]
-    rows = product(hidden.index_select(0, tokens), module.gate_up_proj, counts)
+    rows = grouped_mm(hidden.index_select(0, tokens), module.gate_up_proj.mT, offs=ends)
     gate, up = rows.chunk(2, -1)
-    rows = product(module.act_fn(gate) * up, module.down_proj, counts)
+    rows = grouped_mm(module.act_fn(gate) * up, module.down_proj.mT, offs=ends)
     rows = rows * weights.flatten()[order, None].to(rows.dtype)
     return torch.zeros_like(hidden).index_add(0, tokens, rows)
-
-
-def product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Rows [S, in], sorted by expert, each by its expert's weight [E, out, in] -> [S, out]."""
-    if rows.dtype == torch.bfloat16:
-        return grouped_mm(rows, weight.mT, offs=counts.cumsum(0).int())
-    return torch.cat([part @ one.T for part, one in zip(rows.split(counts.tolist()), weight.unbind(), strict=True)])
 
 
 class HeadAndLoss(torch.autograd.Function):
