@@ -31,7 +31,16 @@ from bench.workload import MODELS, Workload, run_python
 ROOT = Path(__file__).parents[1]
 BATCH_SIZE = 10
 LOOP = "packed loop by hand"
-CONTENDERS = ("Trainer, padded", "Trainer, length-grouped", LOOP, "Tutti", "Tutti, compiled")
+KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+"""Variables that make glibc keep freed memory, as PyTorch's advice for CPUs does by other allocators."""
+CONTENDERS = (
+    "Trainer, padded",
+    "Trainer, length-grouped",
+    LOOP,
+    f"{LOOP}, memory kept",
+    "Tutti",
+    "Tutti, compiled",
+)
 
 
 @dataclass(frozen=True)
@@ -105,15 +114,15 @@ def _run(name: str, work: Workload, setup: Setup) -> Result:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         workload.write_model(folder, MODELS[setup.model])
-        if name == LOOP:
-            return _run_peer(folder, work, setup, "bench._loop", str(folder))
+        if name.startswith(LOOP):
+            return _run_peer(folder, work, setup, "bench._loop", str(folder), **(KEEPING if name != LOOP else {}))
         if name.startswith("Trainer"):
             mode = "grouped" if "grouped" in name else "padded"
             return _run_peer(folder, work, setup, "bench._trainer", str(folder), mode)
         return _run_tutti(folder, work, setup, compile="compiled" in name)
 
 
-def _run_peer(folder: Path, work: Workload, setup: Setup, *command: str) -> Result:
+def _run_peer(folder: Path, work: Workload, setup: Setup, *command: str, **environment: str) -> Result:
     plan = {
         "warmup": work.warmup,
         "measured": work.measured,
@@ -123,7 +132,7 @@ def _run_peer(folder: Path, work: Workload, setup: Setup, *command: str) -> Resu
         "slots": setup.slots,
     }
     (folder / "workload.json").write_text(json.dumps(plan))
-    result = json.loads(run_python("-m", *command).splitlines()[-1])
+    result = json.loads(run_python("-m", *command, **environment).splitlines()[-1])
     trained = result["trained_tokens"]
     return Result(trained / result["seconds"], trained / result["cores"], result["memory_gib"])
 
@@ -150,8 +159,8 @@ def _run_tutti(folder: Path, work: Workload, setup: Setup, *, compile: bool) -> 
         "train.save_epochs": 0,
         "train.save_hf_weights": False,
     }
-    os.environ["BENCH_CORES"] = str(folder / "cores.json")
-    run_python("-m", "bench._tutti", "train", *(f"{name}={value}" for name, value in arguments.items()))
+    given = (f"{name}={value}" for name, value in arguments.items())
+    run_python("-m", "bench._tutti", "train", *given, BENCH_CORES=str(folder / "cores.json"))
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     timed = [line for line in lines if "step_seconds" in line and line["step"] > setup.warmup_steps]
     shutil.rmtree(folder / "run")

@@ -11,6 +11,7 @@ warm up.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -173,9 +174,11 @@ def matrix_rate(dtype: str, seconds: float = 4.0) -> float:
     return 2 * 4096**3 / best
 
 
-def run_python(*arguments: str) -> str:
-    """The output of `python ARGUMENTS`, run in the project's root; its own errors are shown when it fails."""
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+def run_python(*arguments: str, **environment: str) -> str:
+    """The output of `python ARGUMENTS`, run in the project's root with these changes to the environment; its own errors
+    are shown when it fails."""
+    variables = os.environ | environment
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, env=variables)
     if done.returncode:
         sys.exit(f"{' '.join(arguments[:3])} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
     return done.stdout
