@@ -27,12 +27,13 @@ class Timer(TrainerCallback):
     """Seconds, by the clock and of cores, from the end of step `after` to the end of the last step."""
 
     def __init__(self, after: int) -> None:
-        self.after, self.start, self.end = after, (0.0, 0.0), (0.0, 0.0)
+        self.after = after
+        self.start = self.end = self.start_cores = self.end_cores = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.end = time.perf_counter(), time.process_time()
+        self.end, self.end_cores = time.perf_counter(), time.process_time()
         if state.global_step == self.after:
-            self.start = self.end
+            self.start, self.start_cores = self.end, self.end_cores
 
 
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -86,7 +87,7 @@ def main(folder: Path, mode: str) -> None:
     Trainer(model, arguments, train_dataset=rows, data_collator=collate, callbacks=[timer]).train()
     trained = sum(len(ids) - 1 for ids in measured)
     peak = memory_gib(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
-    seconds, cores = (end - start for start, end in zip(timer.start, timer.end, strict=True))
+    seconds, cores = timer.end - timer.start, timer.end_cores - timer.start_cores
     print(json.dumps({"trained_tokens": trained, "seconds": seconds, "cores": cores, "memory_gib": peak}))
 
 

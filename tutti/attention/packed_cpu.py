@@ -32,7 +32,7 @@ SAVED_SCORES = 8
 otherwise recomputes them."""
 
 SAVING_DIM = 128
-"""Channels of a head from which on it saves them. To recompute those of 64 channels takes no longer than reading them."""
+"""Heads of at least this many channels save them; with 64, recomputing them takes no longer than reading them."""
 
 
 def packed_attention(
