@@ -1,7 +1,8 @@
 """transformers' Trainer on pictures of bench.caption: `python -m bench._caption_trainer FOLDER ROWS WORKERS [BATCH]`.
 
-FOLDER holds config.json and the processor. Samples come in random order, padded to the longest of a batch, decoded and
-processed by the collator in WORKERS processes. Prints a line of JSON: trained tokens and seconds of the timed steps.
+FOLDER holds config.json and the processor. Samples come in random order and are padded to the longest of their batch.
+The collator decodes and processes them in WORKERS processes. Prints trained tokens and seconds of the timed steps as
+JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from bench.caption import ACCUMULATION, BATCH_SIZE, QUESTION, WARMUP_STEPS
 
 
 class Collator:
-    """Pads rows to the longest, with labels for what the assistant says and its end."""
+    """Pads rows to the longest, with labels for the assistant's text and its end."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.processor = folder, AutoProcessor.from_pretrained(folder)

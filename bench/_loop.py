@@ -1,11 +1,11 @@
-"""A packed training loop as an expert would write it by hand, as a process of its own: `python -m bench._loop FOLDER`.
+"""A packed training loop as an expert would write it by hand: `python -m bench._loop FOLDER`.
 
-FOLDER holds what bench.speed put there: config.json and workload.json. Samples are laid end to end in rows of up to as
-many tokens as Tutti's, and each attends to itself with torch's SDPA. The head and the loss go over the trained
-positions in chunks, whose logits become their own gradient. Tokens are sorted by expert, whose products are grouped.
-AdamW is torch's fused one, in fp32; to compute in bf16, the model is a copy in bf16 that is written anew after each
-step, and whose gradients are added up in fp32 as they come. Prints a line of JSON: trained tokens, seconds and seconds
-of cores of the timed steps, and the peak of memory.
+FOLDER holds config.json and workload.json, written by bench.speed. Samples are packed into rows of up to as many tokens
+as Tutti's, and each attends to itself with torch's SDPA. Head and loss are computed for chunks of trained positions,
+whose logits are overwritten with their gradient. Tokens are sorted by expert, with grouped products. The optimizer is
+torch's fused AdamW in fp32. To compute in bf16, the model is a bf16 copy that is updated after each step, and its
+gradients are accumulated in fp32. Prints JSON: trained tokens, wall and core seconds of the timed steps, and peak
+memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tutti.core.device import memory_gib
 Pack = list[list[int]]
 
 CHUNK = 512
-"""Positions whose logits there are at a time."""
+"""Number of positions whose logits exist at a time."""
 
 
 def attend(
@@ -56,7 +56,7 @@ def by_expert(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> T
 
 
 class HeadAndLoss(torch.autograd.Function):
-    """The sum of cross-entropies: hidden [N, H], head's weight [V, H], targets [N]. Gradients are made on the way."""
+    """Sum of cross-entropies of hidden [N, H], head weight [V, H], targets [N]; the forward computes the gradients."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> Tensor:
@@ -82,7 +82,7 @@ class HeadAndLoss(torch.autograd.Function):
 
 
 def packs(samples: Pack, slots: int) -> list[Pack]:
-    """The samples in rows of at most `slots` tokens, each in the first that has room for it."""
+    """Pack samples into rows of at most `slots` tokens, each into the first row with room (first fit)."""
     rows: list[Pack] = []
     left: list[int] = []
     for sample in samples:
@@ -96,7 +96,7 @@ def packs(samples: Pack, slots: int) -> list[Pack]:
 
 
 class Loop:
-    """The model as it computes, its weights in fp32, and the optimizer."""
+    """The model in its compute dtype, its fp32 weights, and the optimizer."""
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         AttentionInterface.register("by_sample", attend)
@@ -107,7 +107,7 @@ class Loop:
         options = {"attn_implementation": "by_sample", "experts_implementation": "by_expert"}
         held = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
         self.model = held if dtype == torch.float32 else copy.deepcopy(held)
-        for parameter in self.model.parameters():  # and no buffers: frequencies of positions stay fp32
+        for parameter in self.model.parameters():  # not buffers: rotary frequencies stay fp32
             parameter.data = parameter.data.to(dtype)
         self.held = list(held.parameters())
         self.computed = list(self.model.parameters())
@@ -118,7 +118,7 @@ class Loop:
         self.optimizer = torch.optim.AdamW(self.held, lr=1e-4, fused=True)
 
     def step(self, rows: Sequence[Pack]) -> int:
-        """Train on these rows; the number of trained tokens."""
+        """Train one step on these rows, one micro batch each; returns the number of trained tokens."""
         count = sum(len(sample) - 1 for row in rows for sample in row)
         for number, row in enumerate(rows):
             self.is_first = number == 0
@@ -139,7 +139,7 @@ class Loop:
         return count
 
     def move_gradient(self, to: Tensor, given: Tensor) -> None:
-        """Add the gradient of `given` to those of the step, in fp32, and drop it."""
+        """Add the gradient of `given` to the step's fp32 gradient `to`, and free it."""
         assert given.grad is not None
         if self.is_first:
             to.copy_(given.grad)

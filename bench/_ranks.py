@@ -1,8 +1,8 @@
-"""Processes that train: ranks of a layout, each of which counts what it sends.
+"""Processes that train as the ranks of a layout and count the data that they send.
 
-A job is a configuration, run through the parts that `tutti train` is made of, without logs and checkpoints: warm-up
-steps, of which the last is counted, then timed steps between barriers. Every job has processes of its own, forked from
-a server that has torch and transformers loaded already and has never computed anything.
+A job runs a configuration with the building blocks of `tutti train`, without logs and checkpoints: warm-up steps, in
+the last of which communication is counted, then timed steps between barriers. Each job has its own processes, forked
+from a server that has imported torch and transformers but never computed anything.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ ByAxis = dict[str, tuple[float, float]]
 
 @dataclass(frozen=True)
 class Job:
-    """arguments: the configuration, by dotted names. warmup: steps before the `steps` that are timed, at least one.
-    threads: of each of the `world` ranks."""
+    """arguments: the configuration, by dotted names. warmup: number of untimed steps, at least one, before the `steps`
+    timed ones. threads: per rank, of which there are `world`."""
 
     arguments: dict[str, Any]
     world: int
@@ -37,7 +37,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Report:
-    """Of one rank: seconds of each timed step, tokens of a step over all ranks, what it sent in one step, its loss."""
+    """One rank's seconds per timed step, tokens per step over all ranks, data sent in one step, and loss."""
 
     seconds: list[float]
     tokens: int
@@ -49,7 +49,7 @@ _PRELOAD = ["tutti.train.run", "tutti.train.step", "tutti.check.comm_volume", "b
 
 
 def run(job: Job) -> list[Report]:
-    """The reports of the ranks, in their order. Ends the program where one fails."""
+    """The reports of all ranks, in rank order. Exits the program if a rank fails."""
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)

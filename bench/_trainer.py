@@ -1,9 +1,9 @@
-"""transformers' Trainer on the bench's samples, as a process of its own: `python -m bench._trainer FOLDER MODE`.
+"""transformers' Trainer on the samples of the speed benchmark: `python -m bench._trainer FOLDER MODE`.
 
-FOLDER holds what bench.speed put there: config.json and workload.json. It trains fp32 weights, with autocast if bf16 is
-what it is to compute in, padded to the longest of a batch. MODE `grouped` runs the samples in the length-grouped micro
-batches they come in, `padded` in a random order. Prints a line of JSON: trained tokens, seconds and seconds of cores
-of the timed steps, and the peak of memory.
+FOLDER holds config.json and workload.json, written by bench.speed. Weights are fp32, with autocast for bf16, and
+samples are padded to the longest of their batch. With MODE `grouped` they stay in the length-grouped micro batches of
+the workload, with `padded` they are shuffled. Prints JSON: trained tokens, wall and core seconds of the timed steps, and
+peak memory.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def training_arguments(folder: Path, batch_size: int, accumulation: int, **options: Any) -> TrainingArguments:
-    """The settings that all benches train with."""
+    """The training arguments that all benchmarks share."""
     return TrainingArguments(
         output_dir=str(folder / "trainer"),
         use_cpu=not torch.accelerator.is_available(),

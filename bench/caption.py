@@ -1,17 +1,17 @@
-"""Captioning pictures: a vision-language model in transformers' Trainer and in Tutti, and what the data takes.
+"""Image captioning with a vision-language model: transformers' Trainer against Tutti, and the cost of the data.
 
-`python -m bench.caption [--part speed,index,memory,soak]`. The model is a Qwen2.5-VL of 2 million parameters (about
-220 of its tokens a picture); pictures are JPEGs of 448 pixels along their longer side, in four shapes; captions are
-log-normal in length (mean 200 tokens, at most 1,024), short labels and long descriptions mixed.
+`python -m bench.caption [--part speed,index,memory,soak]`. The model is a Qwen2.5-VL of 2 million parameters, with
+about 220 tokens per picture. Pictures are JPEGs of four shapes with 448 pixels along the longer side. Captions mix
+short labels and long descriptions: their lengths are log-normal (mean 200 tokens, at most 1,024).
 
-- speed: trained tokens a second. Trainer pads batches of 8 random samples, Tutti packs as many tokens on average. Both
-  decode and process pictures by the same class in as many worker processes, and see each picture once. Contenders run
-  in turns, each in a process of its own. `data wait`: the share of a step that Tutti waits for its workers.
-- index: rows a second whose pictures are measured by their headers and whose texts are tokenised.
-- memory: what each worker holds over 500 micro batches.
-- soak: 500 steps on 20,000 indexed rows with small pictures and short captions, about 8 rows a step, by a narrower
-  model, so that it takes minutes: how long they wait for data, and what each worker holds; then a few of Trainer.
-  `--seconds` ends it early, to go on in the same `--folder` another time.
+- speed: trained tokens per second. Trainer pads batches of 8 random samples; Tutti packs as many tokens on average.
+  Both process pictures with the same class and the same number of workers, and see each picture once. Contenders run in
+  turns, each in its own process. `data wait`: the fraction of a step during which Tutti waits for its workers.
+- index: rows indexed per second; this reads the sizes of pictures from their headers and tokenizes the texts.
+- memory: the memory of each worker over 500 micro batches.
+- soak: 500 steps on 20,000 indexed rows with small pictures and short captions, about 8 rows per step, with a narrower
+  model, so that it takes only minutes. Reports data wait and the memory of each worker, then runs a few steps of
+  Trainer. `--seconds` stops it early; to resume it, use the same `--folder` again.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ TEMPLATE = (
 
 
 def write_model(folder: Path, width: int = 192, layers: int = 4) -> None:
-    """A model folder without weights, of this width and number of layers: config.json and the processor."""
+    """Write a model folder of this width and number of layers, without weights: config.json and the processor."""
     from transformers import (
         PreTrainedTokenizerFast,
         Qwen2_5_VLConfig,
@@ -90,7 +90,7 @@ def write_model(folder: Path, width: int = 192, layers: int = 4) -> None:
 
 
 def write_pictures(folder: Path, count: int, seed: int, side: int = 448) -> list[str]:
-    """`count` JPEGs of `side` pixels along the longer side, of noise at several scales; their names."""
+    """Write `count` JPEGs of noise at several scales, `side` pixels along the longer side; returns their names."""
     from PIL import Image
 
     random, names = np.random.default_rng(seed), []
@@ -116,7 +116,7 @@ def captions(count: int, seed: int, mean: int = 67) -> Iterator[str]:
 
 
 def write_rows(folder: Path, count: int, pictures: int, seed: int, side: int = 448, words: int = 67) -> Path:
-    """`count` rows about `pictures` pictures, in turns; the others as in `write_pictures` and `captions`."""
+    """Write `count` rows that cycle through `pictures` pictures; other arguments as in `write_pictures`, `captions`."""
     names = write_pictures(folder, pictures, seed, side)
     path = folder / f"rows{seed}.jsonl"
     made = zip(range(count), captions(count, seed, words), strict=True)
@@ -149,7 +149,7 @@ def settings(folder: Path, rows: Path, workers: int) -> dict[str, Any]:
 
 
 def run_tutti(folder: Path, rows: Path, workers: int) -> dict[str, float]:
-    """Trained tokens and seconds of the timed steps of Tutti, and its wait for data."""
+    """Train with Tutti; returns trained tokens and seconds of the timed steps, and the data wait."""
     run_python("-m", "tutti", "train", *_arguments(settings(folder, rows, workers)))
     return _timed(folder)
 
@@ -173,7 +173,7 @@ def _timed(folder: Path) -> dict[str, float]:
 
 
 def run_trainer(folder: Path, rows: Path, workers: int) -> dict[str, float]:
-    """The captioning of transformers' Trainer."""
+    """Train with transformers' Trainer; returns the same figures, without the data wait."""
     return json.loads(run_python("-m", "bench._caption_trainer", str(folder), str(rows), str(workers)).splitlines()[-1])
 
 
@@ -190,7 +190,7 @@ def speed(rounds: int, steps: int, workers: int) -> None:
                 found[name].append(run(folder, write_rows(folder, count, count, seed=number), workers))
             print(f"round {number + 1}/{rounds}  {name:18} {rate(found[name][-1]):8.1f} tokens/s, load "
                   f"{os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)  # fmt: skip
-    print("| | trained tokens/s | to Trainer, padded | data wait |\n| --- | ---: | ---: | ---: |")
+    print("| | trained tokens/s | relative to Trainer, padded | data wait |\n| --- | ---: | ---: | ---: |")
     for name, results in found.items():
         ratios = [rate(ours) / rate(theirs) for ours, theirs in zip(results, found["Trainer, padded"], strict=True)]
         wait = f"{statistics.median(one['wait'] for one in results):.1%}" if "wait" in results[0] else ""
@@ -201,12 +201,12 @@ def speed(rounds: int, steps: int, workers: int) -> None:
 
 
 def rate(result: dict[str, float]) -> float:
-    """Trained tokens a second."""
+    """Trained tokens per second."""
     return result["trained_tokens"] / result["seconds"]
 
 
 def open_data(folder: Path, rows: Path, workers: int) -> Any:
-    """The data of a run of Tutti, indexed."""
+    """The indexed data of a Tutti run."""
     import torch
     from transformers import AutoProcessor
 
@@ -227,7 +227,7 @@ def open_data(folder: Path, rows: Path, workers: int) -> Any:
 
 
 def index(count: int, workers: int) -> None:
-    """Print how many rows are indexed a second."""
+    """Print the number of rows indexed per second."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_model(folder)
@@ -236,16 +236,16 @@ def index(count: int, workers: int) -> None:
         found = open_data(folder, rows, workers)
         seconds, used = time.perf_counter() - start, _cpu_seconds() - used
     print(f"index: {count / seconds:,.0f} rows/s ({found.report.rows:,} rows in {seconds:.1f} s, {workers} workers), "
-          f"{count / used:,.0f} rows a second of a core's time")  # fmt: skip
+          f"{count / used:,.0f} rows per second of core time")  # fmt: skip
 
 
 def _cpu_seconds() -> float:
-    """Seconds that cores have worked for this process and those of its children that have ended."""
+    """Processor time of this process and its finished children, in seconds."""
     return sum(os.times()[:4])
 
 
 def memory(steps: int, workers: int) -> None:
-    """Print what workers hold over so many micro batches, from when each of them has made a few."""
+    """Print the memory of each worker over `steps` micro batches, after a few to warm up."""
     import multiprocessing
 
     with tempfile.TemporaryDirectory() as place:
@@ -260,7 +260,7 @@ def memory(steps: int, workers: int) -> None:
                 seen.append([_resident(child.pid) for child in multiprocessing.active_children()])
             if done >= steps:
                 break
-    for name, part in (("of its own", 0), ("with the shared cache", 1)):
+    for name, part in (("without the shared cache", 0), ("with the shared cache", 1)):
         for worker in range(workers):
             held = [step[worker][part] for step in seen]
             middle = statistics.median(held)
@@ -269,8 +269,8 @@ def memory(steps: int, workers: int) -> None:
 
 
 def soak(steps: int, count: int, workers: int, folder: Path | None, seconds: float) -> None:
-    """Print what so many steps wait for their data, what their workers hold, and the rate beside Trainer's. folder: of
-    the run, which goes on if it is begun; it is ended after so many seconds."""
+    """Print data wait, workers' memory and speed of `steps` steps, and the speed of Trainer. folder: of the run, which
+    resumes if it exists. seconds: stop the run after this time."""
     with tempfile.TemporaryDirectory() as place:
         folder = folder or Path(place)
         folder.mkdir(exist_ok=True)
@@ -292,18 +292,18 @@ def soak(steps: int, count: int, workers: int, folder: Path | None, seconds: flo
             middle, tenth = statistics.median(values), max(1, len(values) // 10)
             first, last = (statistics.median(some) for some in (values[:tenth], values[-tenth:]))
             most, least, grown = max(values) / middle - 1, min(values) / middle - 1, last / first - 1
-            print(f"worker {number + 1}: {middle:.0f} MiB of its own, {least:+.1%} to {most:+.1%}, {grown:+.1%} from "
-                  "the first to the last tenth of the run")  # fmt: skip
+            print(f"worker {number + 1}: {middle:.0f} MiB without the shared cache, {least:+.1%} to {most:+.1%}, "
+                  f"{grown:+.1%} from the first to the last tenth of the run")  # fmt: skip
         some = write_rows(folder, (WARMUP_STEPS + SOAK_TRAINER_STEPS) * SOAK_BATCH, seed=1, **small)
         arguments = (str(folder), str(some), str(workers), str(SOAK_BATCH))
         theirs = json.loads(run_python("-m", "bench._caption_trainer", *arguments).splitlines()[-1])
         print(f"Trainer, padded batches of {SOAK_BATCH}, {SOAK_TRAINER_STEPS} steps: {rate(theirs):.0f} trained "
-              f"tokens/s; Tutti {rate(ours) / rate(theirs):.2f} times that")  # fmt: skip
+              f"tokens/s; Tutti / Trainer: {rate(ours) / rate(theirs):.2f}")  # fmt: skip
 
 
 def _watch(run: subprocess.Popen[bytes], seconds: float) -> dict[int, list[float]]:
-    """MiB that each child of a run holds, every half second from SOAK_WARMUP seconds on, until it ends, which it is
-    told to after so many seconds."""
+    """Sample the memory of each child of a run, in MiB, every half second after SOAK_WARMUP seconds until the run ends.
+    seconds: terminate the run after this time."""
     held: dict[int, list[float]] = {}
     begun = time.monotonic()
     while run.poll() is None:
@@ -321,7 +321,7 @@ def _watch(run: subprocess.Popen[bytes], seconds: float) -> dict[int, list[float
 
 
 def _resident(pid: int | None) -> tuple[float, float]:
-    """MiB of a process that are its own, and all that it has in memory."""
+    """Anonymous and total resident memory of a process, in MiB."""
     lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     found = {line[0]: int(line[1]) / 1024 for line in lines if line and line[0] in ("VmRSS:", "RssAnon:")}
     return found["RssAnon:"], found["VmRSS:"]
@@ -329,16 +329,16 @@ def _resident(pid: int | None) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", default="speed,index,memory", help="comma list of what to measure (all)")
+    parser.add_argument("--part", default="speed,index,memory", help="comma-separated parts to measure (all but soak)")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds of the contenders (3)")
-    parser.add_argument("--steps", type=int, default=8, help="timed optimizer steps a round (8)")
+    parser.add_argument("--steps", type=int, default=8, help="timed optimizer steps per round (8)")
     parser.add_argument("--rows", type=int, default=20_000, help="rows to index (20,000)")
     parser.add_argument("--soak-steps", type=int, default=500, help="optimizer steps of the soak (500)")
-    parser.add_argument("--folder", type=Path, help="where the soak's run is kept (nowhere)")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="end the soak's run after so long (never)")
-    parser.add_argument("--batches", type=int, default=500, help="micro batches to watch the memory over (500)")
+    parser.add_argument("--folder", type=Path, help="folder that keeps the soak's run (none)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop the soak after this time (never)")
+    parser.add_argument("--batches", type=int, default=500, help="micro batches of the part memory (500)")
     parser.add_argument("--workers", type=int, default=2, help="worker processes (2)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of each process that trains (2)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of each training process (2)")
     options = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS=str(options.threads), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     parts = options.part.split(",")

@@ -1,10 +1,10 @@
-"""Seconds that a save keeps training waiting: `train.save_async` against a save that is waited for.
+"""Seconds for which a save blocks training: `train.save_async` against a synchronous save.
 
-`python -m bench.checkpoint [--rounds 4] [--layers 8]`. One process trains the speed bench's model (60 million
-parameters, some 730 MB with AdamW's moments) and saves it through the run's own `Checkpointer`, in turns both ways.
-Reported are the least of several, by the clock and in seconds of processors, since other processes take their share:
-of a save that is waited for and of the call that saves in the background; and how much longer the three steps take in
-all that come after it (medians). The first save in the background, which makes room for its copies, is told separately.
+`python -m bench.checkpoint [--rounds 4] [--layers 8]`. One process trains the model of the speed benchmark (60 million
+parameters, about 730 MB with AdamW's moments) and saves it with the run's own `Checkpointer`, in turns both ways. For
+the synchronous save and for the asynchronous call, it reports the minimum of several tries, as wall time and as core
+time (which other processes do not affect), and the median time that the three steps after the call take longer in
+total. The first asynchronous save, which allocates the buffers for its copies, is reported separately.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from tutti.checkpoint.manager import Checkpointer
 from tutti.core.dist import World, init_world, shutdown_world
 
 _STEPS = 3
-"""Steps that are watched after each call."""
+"""Steps that are timed after each call."""
 _MARK = 0.10
-"""The part of a save that the call in the background may take at most."""
+"""The goal: the maximum time of the asynchronous call relative to a synchronous save."""
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--folder", help="where to save: on the file system that counts (default: a temporary folder)")
+    parser.add_argument("--folder", help="where to save, which chooses the file system (default: a temporary folder)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.disable(logging.INFO)
@@ -82,14 +82,14 @@ def _compare(folder: Path, rounds: int, layers: int, world: World) -> None:
     size = sum(path.stat().st_size for path in (folder / "sync").rglob("*") if path.is_file())
     (sync, sync_cores), (call, call_cores) = ((min(clock[how][1:]), min(cores[how][1:])) for how in ("sync", "async"))
     print(f"{size / 1e6:.0f} MB on {world.device}; a step takes {plain:.3f} s")
-    print(f"save that is waited for   {sync:.3f} s, {sync_cores:.3f} s of cores")
+    print(f"synchronous save          {sync:.3f} s, {sync_cores:.3f} s of core time")
     print(
-        f"call with save_async      {call:.3f} s, {call_cores:.3f} s of cores: {call / sync:.1%} and "
-        f"{call_cores / sync_cores:.1%} of that (mark: {_MARK:.0%})"
+        f"call with save_async      {call:.3f} s, {call_cores:.3f} s of core time: {call / sync:.1%} and "
+        f"{call_cores / sync_cores:.1%} of that (goal: {_MARK:.0%})"
     )
-    print(f"the first such call       {clock['async'][0]:.3f} s, {cores['async'][0]:.3f} s of cores")
+    print(f"the first such call       {clock['async'][0]:.3f} s, {cores['async'][0]:.3f} s of core time")
     after = statistics.median(slower)
-    print(f"{_STEPS} steps after it         {after:.3f} s longer in all, {after / sync:.1%}")
+    print(f"{_STEPS} steps after a call     {after:.3f} s longer in total, {after / sync:.1%}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Rows a second that become packed micro batches with loss masks: `datasets.map`, as before Trainer, and Tutti.
+"""Rows per second that become packed micro batches with loss masks: `datasets.map`, as used with Trainer, against
+Tutti.
 
-`python -m bench.data [--rows 20000] [--rounds 5] [--threads 2]`. The rows are those of data/quickstart/chat.jsonl, over
-and over, as ChatML. Trainer's way renders, tokenises and masks row by row in `Dataset.map` (its template tags what the
-assistant writes), in one process or as many as there are threads, then fills batches of 2,048 tokens in the order of
-the rows; reading the file into a `Dataset` is not counted. Tutti's way is that of its loader, from the file on disk.
-Both leave out imports. Contenders run in turns, each in a process of its own; reported are medians.
+`python -m bench.data [--rows 20000] [--rounds 5] [--threads 2]`. The rows are those of data/quickstart/chat.jsonl,
+repeated, in ChatML. Trainer's way is to render, tokenize and mask each row in `Dataset.map` (the template marks the
+assistant's text), in one process or in as many as there are threads, and to fill batches of 2,048 tokens in row order;
+reading the file into a `Dataset` is not timed. Tutti uses its loader, from the file on disk. Imports are not timed.
+Contenders run in turns, each in its own process. Reports medians.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def main() -> None:
         print(f"| {name} | {statistics.median(values):,.0f} | {min(values):,.0f} | {max(values):,.0f} | {ratio:.2f} |")
     same = len(set(totals.values())) == 1
     print(f"\n{options.rows:,} rows, {options.rounds} rounds, {options.threads} threads; ", end="")
-    print("all make the same tokens and trained tokens" if same else f"tokens and trained tokens differ: {totals}")
+    print("all agree on tokens and trained tokens" if same else f"tokens and trained tokens differ: {totals}")
 
 
 def _run(name: str, path: Path, threads: int) -> dict[str, Any]:
@@ -155,7 +156,7 @@ def _tutti(path: str, threads: int) -> dict[str, Any]:
 
 CONTENDERS: dict[str, Callable[[str, int], dict[str, Any]]] = {
     "datasets.map": lambda path, threads: _mapped(path, 1),
-    "datasets.map, a process a thread": _mapped,
+    "datasets.map, one process per thread": _mapped,
     "Tutti": _tutti,
 }
 

@@ -1,16 +1,16 @@
-"""One prepared run on a machine with a GPU: is everything right there, and how fast is it? `make gpu`.
+"""Tests and benchmarks for a machine with a GPU, in one run: `make gpu`.
 
-First the tests that need an accelerator: each path of training against the same run on the CPU. Then figures: a dense
-Qwen3 of 1.7B parameters on packed rows of up to 8,192 tokens, with transformers' Trainer beside it on the same samples;
-a mixture of 64 experts; native sparse attention at 16,384 tokens against full attention; LoRA; captioning beside
-Trainer; compiled blocks; seconds to the first step.
+First come the tests that need an accelerator, which compare each path of training with the same run on the CPU. Then
+come benchmarks: a dense Qwen3 of 1.7B parameters on packed rows of up to 8,192 tokens, and transformers' Trainer on the
+same samples; a model with 64 experts; native sparse attention against full attention for 16,384 tokens; LoRA;
+captioning, also with Trainer; compiled blocks; seconds to the first step.
 
-Each part is a process of its own with a limit to its time, and all have eight minutes together: one that fails or hangs
-takes nothing from the others. Markdown and JSON are written to `--out` after each part, with what was printed by it, so
-that the first results are there whatever comes of the rest.
+Each part is a separate process with a time limit, so a part that fails or hangs does not affect the others. All of them
+together may take eight minutes. After each part, the results so far are written to `--out` as Markdown and JSON,
+together with the part's output.
 
-On a machine without network: `python -m bench.gpu --requirements` lists what has to be installed there besides torch.
-`--tiny` runs the same on a small model, on whatever device there is, to see that the script itself is sound.
+For a machine without network: `python -m bench.gpu --requirements` lists the packages to install besides torch.
+`--tiny` runs everything with small models on any device, to test this script.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ TESTS = (
     "tests/parallel/test_activation_offload.py::test_device_memory_is_given_back_and_copies_are_right",
 )
 WARMUP_STEPS, STEPS = 4, 6
-GROUPED, PADDED, KEPT = "Trainer, length-grouped", "Trainer, padded", "dense, activations kept"
+GROUPED, PADDED, KEPT = "Trainer, length-grouped", "Trainer, padded", "dense, without recomputation"
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The sizes of a run: the dense model and the one of experts, the longest samples, and width and layers of the
-    model that captions pictures."""
+    """The sizes of a run: the dense model, the model with experts, the longest samples, and width and number of layers
+    of the captioning model."""
 
     dense: dict[str, Any]
     experts: dict[str, Any]
@@ -110,18 +110,18 @@ TINY = Scale(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the results (runs/gpu)")
-    parser.add_argument("--only", choices=("tests", "figures"), help="one half of the run")
-    parser.add_argument("--part", choices=PARTS, help="one figure alone, in this process: a line of JSON")
-    parser.add_argument("--seconds", type=float, default=480.0, help="for everything together (480)")
+    parser.add_argument("--only", choices=("tests", "figures"), help="run only this half")
+    parser.add_argument("--part", choices=PARTS, help="run only this part, in this process, and print JSON")
+    parser.add_argument("--seconds", type=float, default=480.0, help="time limit for the whole run (480)")
     parser.add_argument("--tiny", action="store_true", help="small models, on any device")
-    parser.add_argument("--requirements", action="store_true", help="list the packages that are needed, and end")
+    parser.add_argument("--requirements", action="store_true", help="print the packages that are needed, and exit")
     options = parser.parse_args()
     if options.requirements:
         print("\n".join(requirements()))
     elif options.part:
         print(json.dumps(PARTS[options.part].measure(TINY if options.tiny else FULL)))
     elif not (torch.accelerator.is_available() or options.tiny):
-        sys.exit("bench.gpu: there is no GPU here; --tiny runs the same small on a CPU")
+        sys.exit("bench.gpu: no GPU found; --tiny runs small models on a CPU")
     else:
         results = run_all(options)
         print(table(results))
@@ -130,7 +130,7 @@ def main() -> None:
 
 
 def run_all(options: argparse.Namespace) -> dict[str, Any]:
-    """Run the tests and each part within `options.seconds`; write what is known to `options.out` after each."""
+    """Run the tests and each part within `options.seconds`; write the results so far to `options.out` after each."""
     options.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"device": _device(), "torch": torch.__version__}
     end = time.monotonic() + options.seconds
@@ -152,7 +152,7 @@ def _write(out: Path, results: dict[str, Any]) -> None:
 
 
 def requirements() -> list[str]:
-    """The packages that Tutti and its tests need, as pip takes them, without torch and what is only for developing."""
+    """The requirements of Tutti and its tests in pip's format, without torch and development tools."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = [*project["dependencies"], "accelerate", "bitsandbytes", "peft", "pytest", "pytest-xdist", "hypothesis"]
     return [line for line in lines if not line.startswith(("torch>", "torch="))]
@@ -162,7 +162,7 @@ def run_tests(said: Path, limit: float) -> dict[str, Any]:
     """Run the tests that need an accelerator for at most `limit` seconds: pytest's summary, the names of those that
     failed, and the exit status. What pytest prints goes to the file `said`.
 
-    A test keeps little of the device busy and a core or two: several run at once where there are cores for them.
+    A test uses little of the device and one or two cores, so several run at once if there are enough cores.
     """
     start = time.perf_counter()
     processes = min(8, (os.cpu_count() or 1) // 2)
@@ -171,34 +171,34 @@ def run_tests(said: Path, limit: float) -> dict[str, Any]:
     failed = [line.split()[1] for line in lines if line.startswith(("FAILED", "ERROR"))]
     last = lines[-1].strip("= ") if lines else ""
     if status is None:
-        last = f"ended after {limit:.0f} s, {sum('PASSED' in line for line in lines)} had passed"
+        last = f"stopped after {limit:.0f} s, {sum('PASSED' in line for line in lines)} had passed"
     return {"status": 1 if status is None else status, "summary": last, "failed": failed} | {
         "seconds": time.perf_counter() - start
     }
 
 
 def run_part(command: list[str], said: Path, limit: float) -> dict[str, Any]:
-    """The figures that a command prints as JSON in its last line of such, or `error`: why there are none.
+    """Run a command; returns the figures from the last line of JSON that it prints, or `error` with the reason.
 
-    It and the processes that it started are ended after `limit` seconds. What it prints goes to the file `said`.
+    The command and its child processes are killed after `limit` seconds. Its output goes to the file `said`.
     """
     if limit < 5:
-        return {"error": "not begun: the time was up"}
+        return {"error": "not started: no time left"}
     status = _run(command, said, limit)
     text = said.read_text()
     if status is None:
-        return {"error": f"ended after {limit:.0f} s"}
+        return {"error": f"stopped after {limit:.0f} s"}
     if status:
         return {"error": text[-2000:] or f"exit status {status}"}
     figures = [line for line in text.splitlines() if line.startswith("{")]  # warnings may come after them
     if not figures:
-        return {"error": text[-2000:] or "it printed no figures"}
+        return {"error": text[-2000:] or "no figures in the output"}
     found: dict[str, Any] = json.loads(figures[-1])
     return found
 
 
 def _run(command: list[str], said: Path, limit: float) -> int | None:
-    """The exit status of a process; None where it, with all that it started, had to be ended."""
+    """The exit status of a command; None if it had to be killed, with its child processes."""
     with said.open("w") as file:
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
         try:
@@ -212,12 +212,12 @@ def _run(command: list[str], said: Path, limit: float) -> int | None:
 
 
 def dense(scale: Scale) -> dict[str, Any]:
-    """Tutti on ragged samples."""
+    """The dense model on samples of different lengths."""
     return _of_model(scale, scale.dense)
 
 
 def kept(scale: Scale) -> dict[str, Any]:
-    """The dense model with all activations kept, none recomputed."""
+    """The dense model without activation checkpointing."""
     return _of_model(scale, scale.dense, **{"train.enable_gradient_checkpointing": False})
 
 
@@ -229,17 +229,17 @@ def trainer(scale: Scale, mode: str) -> dict[str, Any]:
 
 
 def lora(scale: Scale) -> dict[str, Any]:
-    """LoRA of rank 16 on a base in bf16."""
+    """LoRA of rank 16 on a bf16 base."""
     return _of_model(scale, scale.dense, **{"train.architecture": "lora", "train.enable_mixed_precision": False})
 
 
 def experts(scale: Scale) -> dict[str, Any]:
-    """A model of experts."""
+    """The model with experts."""
     return _of_model(scale, scale.experts)
 
 
 def compiled(scale: Scale) -> dict[str, Any]:
-    """The dense model with torch.compile, all activations kept."""
+    """The dense model with torch.compile, without activation checkpointing."""
     return _of_model(scale, scale.dense, **{"train.enable_compile": True, "train.enable_gradient_checkpointing": False})
 
 
@@ -266,7 +266,7 @@ def sparse(scale: Scale) -> dict[str, Any]:
 
 
 def captioning(scale: Scale) -> dict[str, Any]:
-    """Tutti on pictures with captions, and transformers' Trainer on the same."""
+    """Captioning with Tutti, and with transformers' Trainer on the same samples."""
     batches, workers = caption.WARMUP_STEPS + STEPS, max(1, (os.cpu_count() or 1) // 4)
     with tempfile.TemporaryDirectory() as place:
         caption.write_model(Path(place), *scale.captioning)
@@ -276,13 +276,13 @@ def captioning(scale: Scale) -> dict[str, Any]:
     return {
         "tokens_per_second": caption.rate(ours),
         "Trainer's": caption.rate(theirs),
-        "Tutti to it": caption.rate(ours) / caption.rate(theirs),
+        "Tutti / Trainer": caption.rate(ours) / caption.rate(theirs),
         "data wait": ours["wait"],
     }
 
 
 def startup(scale: Scale) -> dict[str, Any]:
-    """Seconds from the start of the process to the end of a run of one step."""
+    """Seconds that a run of one step takes in this process."""
     with tempfile.TemporaryDirectory() as place:
         workload.write_model(Path(place), scale.dense)
         start = time.perf_counter()
@@ -291,7 +291,7 @@ def startup(scale: Scale) -> dict[str, Any]:
 
 
 class Part(NamedTuple):
-    """A figure of the run, and the seconds that it may take."""
+    """A benchmark, and its time limit in seconds."""
 
     measure: Callable[[Scale], dict[str, Any]]
     seconds: float
@@ -310,7 +310,7 @@ PARTS = {
     PADDED: Part(partial(trainer, mode="padded"), 90),
     "start-up": Part(startup, 60),
 }
-"""In the order of their worth: the time may be up before the last."""
+"""The most important first, as time may run out before the last."""
 
 
 def _of_model(scale: Scale, model: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -320,7 +320,7 @@ def _of_model(scale: Scale, model: dict[str, Any], **changes: Any) -> dict[str, 
 
 
 def _work(scale: Scale) -> workload.Workload:
-    """Samples of up to the longest length, of which a batch of 8 fills about two packed rows."""
+    """Samples of up to `scale.longest` tokens; a batch of 8 fills about two packed rows."""
     factor, batch = scale.longest / workload.MAX_LENGTH, 8
     work = workload.make_workload(STEPS, batch, WARMUP_STEPS * batch, seed=0)
 
@@ -331,14 +331,14 @@ def _work(scale: Scale) -> workload.Workload:
 
 
 def _stretched(sample: list[int], factor: float) -> list[int]:
-    """A sample of another length, with words that any vocabulary of the bench has."""
+    """A sample with `factor` times the length, of words that all vocabularies of the benchmarks contain."""
     length = max(2, round(len(sample) * factor))
     words = [token % 1999 + 1 for token in sample[:-1]]
     return [*(words * (length // len(words) + 1))[: length - 1], workload.EOS]
 
 
 def _tutti(folder: Path, work: workload.Workload, longest: int, **changes: Any) -> dict[str, Any]:
-    """Rates of the steps after the warm-up: the median step's tokens a second and MFU, and the peak of memory."""
+    """Figures of the steps after the warm-up: tokens per second and MFU of the median step, and peak memory."""
     workload.write_text(folder / "rows.jsonl", work.warmup + work.measured)
     arguments = {
         "model.config_path": folder,
@@ -387,7 +387,7 @@ def _trainer(folder: Path, work: workload.Workload, mode: str) -> dict[str, Any]
 
 
 def _milliseconds(run: Callable[[], torch.Tensor], count: int = 5) -> float:
-    """Of one pass forward and backward, after two that are not timed."""
+    """Time of one forward and backward pass, after two warm-up passes."""
     for number in range(count + 2):
         if number == 2:
             _wait()
@@ -412,7 +412,7 @@ def table(results: dict[str, Any]) -> str:
     if "tests" in results:
         tests = results["tests"]
         lines += [f"Tests: {tests['summary']}", *(f"- {name}" for name in tests["failed"]), ""]
-    lines += ["| | trained tokens/s | MFU | peak memory, GiB | further |", "| --- | ---: | ---: | ---: | --- |"]
+    lines += ["| | trained tokens/s | MFU | peak memory, GiB | other figures |", "| --- | ---: | ---: | ---: | --- |"]
     ours = results.get("dense", {}).get("tokens_per_second")
     for name in PARTS:
         figures = dict(results.get(name, {}))
@@ -422,7 +422,7 @@ def table(results: dict[str, Any]) -> str:
             speed, mfu = figures.pop("tokens_per_second", None), figures.pop("mfu", None)
             memory = figures.pop("memory_gib", None)
             if ours and speed and name in (GROUPED, PADDED):
-                figures["Tutti to it"] = ours / speed
+                figures["Tutti / Trainer"] = ours / speed
             cells = [
                 name,
                 "" if speed is None else f"{speed:,.0f}",

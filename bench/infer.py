@@ -1,10 +1,10 @@
-"""Generated tokens a second: transformers' generate against Tutti's loop, on one batch of mixed lengths.
+"""Generated tokens per second: transformers' `generate` against Tutti's loop, on one batch of different lengths.
 
-Both continue the same 16 prompts (from 8 to 512 random tokens) of the same random 60M-parameter Qwen3 of
-bench.workload, greedily, by the same number of tokens each, in one process: `generate` as one left-padded batch, Tutti
-as one batch of its own. Rounds are interleaved, so that a machine that slows down does so for both; reported are
-medians over the rounds and the ratio within a round. With --mixed the answers are of different lengths, as real ones
-are: every sequence ends after its own number of tokens, in `generate` by a stop token in just that place.
+Both greedily continue the same 16 prompts (8 to 512 random tokens) by the same number of tokens, with the randomly
+initialized 60M-parameter Qwen3 of bench.workload, in one process: `generate` with a left-padded batch, Tutti with its
+own batching. Rounds are interleaved, so that a machine that slows down affects both. Reports medians over the rounds
+and the ratio within a round. With --mixed, answers have different lengths, as in reality: each sequence ends after its
+own number of tokens, for `generate` through a stop token at that position.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STOP = 0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (5)")
-    parser.add_argument("--tokens", type=int, default=64, help="most tokens of an answer (64)")
+    parser.add_argument("--tokens", type=int, default=64, help="maximum tokens per answer (64)")
     parser.add_argument("--threads", type=int, default=2, help="threads of the process (2)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--mixed", action="store_true", help="answers of different lengths")
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 class _StopAt(LogitsProcessor):
-    """Lets row i end after its own number of tokens, and no earlier."""
+    """Makes row i end after exactly its own number of tokens."""
 
     def __init__(self, limits: list[int]) -> None:
         self._limits = torch.tensor(limits)
@@ -109,7 +109,7 @@ def _tutti(model: PreTrainedModel, prompts: list[list[int]], limits: list[int]) 
 
 
 class _NeverStop(Sampler):
-    """Greedy among all tokens but the stop token, so that answers are as long as they are to be."""
+    """Greedy sampling that never chooses the stop token, so that answers have exactly the length requested."""
 
     def pick(self, logits: torch.Tensor, generators: object) -> torch.Tensor:
         logits[:, STOP] = -torch.inf

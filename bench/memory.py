@@ -1,9 +1,9 @@
-"""The cost of a vocabulary of 152,000: peak memory of a packed batch of 16,384 tokens, with and without head.
+"""The memory cost of a vocabulary of 152,000: peak memory of a packed batch of 16,384 tokens, with and without head.
 
-`python -m bench.memory [--quick]`. Two runs of `tutti train` on the same text, each a process of its own whose peak
-resident memory the operating system reports: a language model, whose head scores every token against the vocabulary,
-and the same trunk as a two-class classifier, which has no such head. Full logits in fp32 and their gradient would be
-18.6 GiB. The difference that is reported includes the head's own weight, gradient and optimizer state.
+`python -m bench.memory [--quick]` runs `tutti train` twice on the same text, each in its own process, whose peak
+resident memory the operating system reports. The first is a language model, whose head scores every token against the
+vocabulary; the second is a two-class classifier with the same backbone, which has no such head. Full fp32 logits and
+their gradient would take 18.6 GiB. The reported difference includes the head's weight, gradient and optimizer state.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def _write_rows(path: Path, tokens: int) -> None:
-    """Texts of up to 1,024 words that fill two batches of `tokens`, good for both kinds of training."""
+    """Write texts of up to 1,024 words that fill two batches of `tokens`, with labels for the classifier."""
     rng = np.random.default_rng(0)
     with path.open("w") as file:
         for _ in range(2 * tokens // workload.MAX_LENGTH):
@@ -61,7 +61,7 @@ def _write_rows(path: Path, tokens: int) -> None:
 
 
 def _peak_gib(folder: Path, data_type: str, tokens: int) -> float:
-    """Peak resident memory in GiB of a `tutti train` of one step."""
+    """Peak resident memory of a `tutti train` run of one step, in GiB."""
     arguments = {
         "model.config_path": folder,
         "data.train_path": folder / "rows.jsonl",

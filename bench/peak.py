@@ -1,9 +1,9 @@
-"""Peak memory on a CPU: what `tutti check` predicts of a run beside what the operating system reports of it.
+"""Peak memory on a CPU: the prediction of `tutti check` against the measurement of the operating system.
 
-`python -m bench.peak [CASE ...]`. The quickstart's model, and one of 64 experts with 27 million parameters, on batches
-of 4,096 tokens. Each case is rehearsed and trained for a few steps of full micro batches, in two processes side by
-side. The prediction has two parts, which are compared together: what the program itself takes before there is a
-model, and what the tensors of a step take at their peak.
+`python -m bench.peak [CASE ...]`. The models are the quickstart's and one with 64 experts and 27 million parameters, on
+batches of 4,096 tokens. Each case is predicted in one process and trained for a few steps of full micro batches in
+another. The measured peak is compared with the sum of two predictions: the memory of the program before there is a
+model, and the peak of the tensors of a step.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help=f"some of: {'; '.join(CASES)}")
     names = parser.parse_args().cases or list(CASES)
-    print("| run | predicted | of it the program | measured | ratio |\n| --- | --- | --- | --- | --- |")
+    print("| run | predicted | of which the program | measured | ratio |\n| --- | --- | --- | --- | --- |")
     for name in names:
         program, tensors, measured = compare(*CASES[name])
         total = program + tensors
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def compare(model: dict[str, Any] | None, arguments: dict[str, Any]) -> tuple[int, int, int]:
-    """Bytes of the program and of a step's tensors as predicted, and the peak that was measured."""
+    """Predicted bytes of the program and of a step's tensors, and the measured peak."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         values: dict[str, Any] = {

@@ -1,8 +1,8 @@
-"""The needs of training three published models on 8 to 4,096 GPUs, predicted: memory per rank, and bytes on the wire.
+"""Predicted memory and communication per rank for training three published models on 8 to 4,096 GPUs.
 
-`python -m bench.predict [MODEL ...]`, of qwen3-8b, qwen3-30b-a3b, qwen2.5-72b. Each row is a step of the training code
-itself, rehearsed by one process on tensors without values (`tutti.check.dry_run`); `tutti check` shows the same for any
-configuration. Nothing is downloaded: the values of the models' configs are below, as they are published.
+`python -m bench.predict [MODEL ...]`, where MODEL is qwen3-8b, qwen3-30b-a3b or qwen2.5-72b. For each row, one process
+runs a step of the real training code on tensors without values (`tutti.check.dry_run`); `tutti check` does the same for
+any configuration. Nothing is downloaded: the published config values of the models are below.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tutti.model.build import build_model
 from tutti.model.structure import num_params
 
 TOKENS = 8_192
-"""Of a micro batch."""
+"""Number of tokens in a micro batch."""
 
 _QWEN3: dict[str, Any] = {
     "head_dim": 128,
@@ -99,7 +99,7 @@ LAYOUTS: dict[str, dict[int, dict[str, Any]]] = {
         },
     },
 }
-"""For each number of GPUs what differs from sharding everything over all of them, one micro batch a step."""
+"""Settings for each number of GPUs; the default is to shard everything over all of them, with one micro batch."""
 
 
 def main() -> None:
@@ -108,7 +108,7 @@ def main() -> None:
     names = parser.parse_args().models or list(MODELS)
     if unknown := set(names) - set(MODELS):
         parser.error(f"{', '.join(sorted(unknown))}: there are {', '.join(MODELS)}")
-    sizes = "parameters | gradients | optimizer | gathered | activations | together"
+    sizes = "parameters | gradients | optimizer | gathered | activations | total"
     print(f"| model | GPUs | layout | {sizes} | sent (messages) | seconds to predict |")
     print("| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |", flush=True)
     for name in names:
@@ -117,7 +117,7 @@ def main() -> None:
 
 
 def _row(name: str, world: int) -> str:
-    """One line of the table; sizes in GiB."""
+    """One row of the table, with sizes in GiB."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODELS[name]))
         config = _config(folder, LAYOUTS[name][world], world)
@@ -151,7 +151,7 @@ def _config(folder: str, changes: dict[str, Any], world: int) -> Config:
 
 
 def _layout(config: Config, world: int) -> str:
-    """The axes that are more than one rank, and how many micro batches each runs."""
+    """The axes with more than one rank, and the number of micro batches per step."""
     layout = fit(config, world)
     axes = ("pipeline", "replicate", "shard", "context", "ulysses", "tensor", "expert")
     sizes = [f"{axis} {getattr(layout, axis)}" for axis in axes if getattr(layout, axis) > 1]

@@ -1,15 +1,15 @@
-"""The cost of a layout: tokens a second, and bytes sent in a step beside those of theory. `python -m bench.scaling`.
+"""The cost of parallel layouts: tokens per second, and bytes sent per step against theory. `python -m bench.scaling`.
 
 1. Layouts. A small Qwen3 (and a Qwen3-MoE) trains on the same global batch of four samples of 1,024 tokens in every
-   layout, on ranks of one thread each. One step is counted (`tutti.check.comm_volume`): bytes and messages that a rank
-   sends, by axis, averaged over the ranks. Beside them stand bytes and messages by formula (`bench.volume`), and the
-   ratio of the bytes: above 1.00 something is sent that need not be.
+   layout, with one thread per rank. For one step, the bytes and messages that a rank sends along each axis are counted
+   (`tutti.check.comm_volume`), averaged over the ranks, and compared with the formulas of `bench.volume`. A ratio of
+   bytes above 1.00 means that more is sent than necessary.
 2. Ulysses with and without train.async_enabled, in turns.
-3. Two processes of one thread against one process of two (`--headline`): the 60M model of `bench.workload` with fsdp2,
-   4,096 tokens a rank, the same global batch in both, in turns.
+3. Two processes of one thread against one process of two (`--headline`), in turns: the 60M model of `bench.workload`
+   with fsdp2, 4,096 tokens per rank, the same global batch.
 
-All ranks are processes of this machine: with more of them than cores, tokens a second say little, and what travels says
-as much as ever.
+All ranks are processes of this machine. If there are more of them than cores, tokens per second mean little, but the
+communication is still exact.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bench._ranks import ByAxis, Job, Report, run
 from bench.volume import Setting, volume
 
 LENGTH, SAMPLES = 1024, 4
-"""Tokens of each sample, and samples of a global batch."""
+"""Tokens per sample, and samples per global batch."""
 
 DENSE: dict[str, Any] = workload.MODEL | {
     "vocab_size": 4096,
@@ -53,7 +53,7 @@ HEADLINE_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Layout:
-    """A row of the table. sizes: of the axes, by their names in the configuration; train: further arguments."""
+    """A row of the table. sizes: axis sizes, by their names in the configuration. train: further arguments."""
 
     name: str
     world: int = 1
@@ -72,7 +72,7 @@ class Layout:
 
     @property
     def setting(self) -> Setting:
-        """The bytes by the formulas, as `counted` has those that were sent."""
+        """The bytes and messages by the formulas, in the same form as `counted`."""
         inner = {axis: self.sizes.get(axis, 1) for axis in ("tensor", "ulysses", "context", "pipeline", "expert")}
         data = self.world
         for axis in ("tensor", "ulysses", "context", "pipeline"):
@@ -139,10 +139,10 @@ LAYOUTS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="layouts of up to two ranks, few steps, one round")
-    parser.add_argument("--only", default="", help="comma list of parts of layouts' names")
+    parser.add_argument("--only", default="", help="comma-separated parts of layout names")
     parser.add_argument("--steps", type=int, default=None, help="timed steps of each layout (3, quick: 2)")
-    parser.add_argument("--rounds", type=int, default=None, help="rounds of what is measured in turns (3, quick: 1)")
-    parser.add_argument("--headline", action="store_true", help="two processes against one of two threads, alone")
+    parser.add_argument("--rounds", type=int, default=None, help="rounds of the comparisons in turns (3, quick: 1)")
+    parser.add_argument("--headline", action="store_true", help="run only two processes against one with two threads")
     options = parser.parse_args()
     steps = options.steps or (2 if options.quick else 3)
     rounds = options.rounds or (1 if options.quick else 3)
@@ -162,11 +162,11 @@ def main() -> None:
                 print("\n" + _in_turns(folder, steps, rounds), flush=True)
         if not options.only:
             print("\n" + _headline(folder, rounds), flush=True)
-    print(f"\n{rounds} rounds of what is measured in turns; {steps} timed steps of each layout")
+    print(f"\n{rounds} rounds of the comparisons in turns; {steps} timed steps of each layout")
 
 
 def write_samples(folder: Path, model: dict[str, Any], length: int, count: int) -> None:
-    """A model folder and `count` samples of exactly `length` tokens."""
+    """Write a model folder and `count` samples of exactly `length` tokens."""
     import numpy as np
 
     workload.write_model(folder, model)
@@ -201,7 +201,7 @@ def _measure(layouts: Sequence[Layout], folder: Path, steps: int) -> Iterator[tu
 
 
 def _speed(reports: list[Report]) -> float:
-    """Tokens a second of the median step."""
+    """Tokens per second of the median step."""
     return reports[0].tokens / statistics.median(reports[0].seconds)
 
 
@@ -213,8 +213,8 @@ def mean_sent(reports: list[Report]) -> ByAxis:
 
 
 def _layouts_table(measured: list[tuple[Layout, list[Report]]]) -> str:
-    """A Markdown table: a row for each layout and axis."""
-    header = ["", "tokens/s", "axis", "KiB a rank and step", "by formula", "ratio", "messages", "by formula"]
+    """A Markdown table with one row per layout and axis."""
+    header = ["", "tokens/s", "axis", "KiB per rank and step", "by formula", "ratio", "messages", "by formula"]
     rows = [header, ["---", "---:", "---", *["---:"] * 5]]
     for layout, reports in measured:
         first = [layout.name, f"{_speed(reports):.0f}"]
@@ -234,7 +234,7 @@ def _kib(size: float) -> str:
 
 
 def _in_turns(folder: Path, steps: int, rounds: int) -> str:
-    """Ulysses with and without overlapping."""
+    """A table of Ulysses with and without train.async_enabled."""
     contenders = [layout for layout in LAYOUTS if layout.name in ("ulysses 2", "ulysses 2, async")]
     speeds: list[list[float]] = [[], []]
     for _ in range(rounds):
@@ -244,7 +244,7 @@ def _in_turns(folder: Path, steps: int, rounds: int) -> str:
 
 
 def _headline(folder: Path, rounds: int) -> str:
-    """Two ranks of one thread against one process of two: a step each in every round, after one to warm up."""
+    """A table of two ranks with one thread against one process with two; one timed step per round, after a warm-up."""
     samples = HEADLINE_TOKENS // LENGTH
     write_samples(folder / "60m", workload.MODEL, LENGTH, 2 * samples * 3)
     arguments = _arguments(folder / "60m", LENGTH, 2 * samples, micro_batch_size=samples)
@@ -258,7 +258,7 @@ def _headline(folder: Path, rounds: int) -> str:
 
 def _turns_table(names: Sequence[str], speeds: Sequence[Sequence[float]]) -> str:
     """Medians over the rounds, and the ratio to the first contender within a round."""
-    rows = [["", "tokens/s", f"to {names[0]}"], ["---", "---:", "---:"]]
+    rows = [["", "tokens/s", f"relative to {names[0]}"], ["---", "---:", "---:"]]
     for name, found in zip(names, speeds, strict=True):
         ratio = statistics.median(mine / first for mine, first in zip(found, speeds[0], strict=True))
         rows.append([name, f"{statistics.median(found):.0f}", f"{ratio:.2f}"])

@@ -1,16 +1,15 @@
-"""Trained tokens a second: transformers' Trainer, padded and length-grouped, and a packed loop, against Tutti.
+"""Trained tokens per second: transformers' Trainer (padded and length-grouped) and a packed loop against Tutti.
 
 `make bench`.
 
 Each contender trains the same model (`--model`: a Qwen3 of 60 million parameters, the shape of SmolLM2-135M, or 64
-experts) on the same ragged samples (bench.workload says which) in a process of its own with the same two threads: fp32
-weights, computed with in the faster of bf16 and fp32, AdamW, no gradient checkpointing, the same number of micro
-batches a step and as near as possible the same tokens in them. Warm-up steps
-are not timed. Rounds are interleaved (Trainer, Tutti, Trainer, Tutti ...), so that a machine that slows down does so
-for all, and each round measures the machine's own rate of matrix products in that dtype. Reported are medians over the
-rounds: trained tokens a second, the share of the matrix rate that the model's operations reach, the ratio to each other
-contender within a round, trained tokens for each second of a core, of which a busy machine takes less away, and the
-peak of resident memory.
+experts) on the same samples of different lengths (see bench.workload), in its own process with two threads. All use
+fp32 weights, compute in the faster of bf16 and fp32, and use AdamW without gradient checkpointing, with the same number
+of micro batches per step and nearly the same number of tokens in them. Warm-up steps are not timed. Rounds are
+interleaved (Trainer, Tutti, Trainer, Tutti ...), so that a machine that slows down affects all, and each round measures
+the machine's rate of matrix products in that dtype. Reports medians over the rounds: trained tokens per second, the
+model's operations relative to the matrix rate, the ratio to each other contender within a round, trained tokens per
+second of core time, which depends less on other processes, and peak resident memory.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ CONTENDERS = (
 
 @dataclass(frozen=True)
 class Setup:
-    """One round of one model: its name, the dtype that it computes in, the micro batches of a step, the tokens that
-    there is room for in a packed one, and the steps that Tutti's figures leave out."""
+    """A round: the model's name, the compute dtype, micro batches per step, tokens per packed micro batch (slots), and
+    the steps of Tutti that are not timed."""
 
     model: str
     dtype: str
@@ -57,8 +56,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Result:
-    """One contender in one round: trained tokens, a second by the clock and a second of a core, and its peak of
-    memory."""
+    """One contender in one round: trained tokens per second of wall time and of core time, and peak memory."""
 
     tokens_per_second: float
     tokens_per_core_second: float
@@ -68,15 +66,15 @@ class Result:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), default="qwen3", help="the model to train (qwen3)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="to compute in (the faster one here)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="compute dtype (the faster one here)")
     parser.add_argument("--quick", action="store_true", help="one short round")
     parser.add_argument("--rounds", type=int, default=None, help="interleaved rounds (3, quick: 1)")
-    parser.add_argument("--steps", type=int, default=None, help="timed optimizer steps a round (8, quick: 4)")
+    parser.add_argument("--steps", type=int, default=None, help="timed optimizer steps per round (8, quick: 4)")
     parser.add_argument("--warmup-steps", type=int, default=4, help="steps of Tutti that are not timed (4)")
-    parser.add_argument("--accumulation", type=int, default=2, help="micro batches a step (2)")
-    parser.add_argument("--slots", type=int, default=2048, help="tokens of a packed micro batch (2048)")
+    parser.add_argument("--accumulation", type=int, default=2, help="micro batches per step (2)")
+    parser.add_argument("--slots", type=int, default=2048, help="tokens per packed micro batch (2048)")
     parser.add_argument("--threads", type=int, default=2, help="threads of each process (2)")
-    parser.add_argument("--only", default="", help="comma list of contenders' names, or parts of them")
+    parser.add_argument("--only", default="", help="comma-separated names of contenders, or parts of names")
     options = parser.parse_args()
     rounds = options.rounds or (1 if options.quick else 3)
     steps = options.steps or (4 if options.quick else 8)
@@ -100,17 +98,17 @@ def main() -> None:
             print(said, file=sys.stderr, flush=True)
     print(_table(results))
     low, middle, high = (rate / 1e9 for rate in (min(rates), statistics.median(rates), max(rates)))
-    print(f"\n{dtype} matrix rate: median {middle:.0f} GFLOP/s, from {low:.0f} to {high:.0f} over the run")
+    print(f"\n{dtype} matrix rate: median {middle:.0f} GFLOP/s, between {low:.0f} and {high:.0f} during the run")
     print(f"{setup.model}: {rounds} rounds of {steps} timed steps, {options.threads} threads")
 
 
 def _means(part: str, name: str) -> bool:
-    """True if `part` is `name`, or is in it and no contender's whole name."""
+    """True if `part` is `name`, or is contained in it and is not the full name of a contender."""
     return part == name or (part in name and part not in map(str.lower, CONTENDERS))
 
 
 def _run(name: str, work: Workload, setup: Setup) -> Result:
-    """One contender's figures on `work`."""
+    """Run one contender on `work`."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         workload.write_model(folder, MODELS[setup.model])
@@ -180,8 +178,8 @@ def _matrix_rate(dtype: str) -> float:
 def _table(results: dict[str, list[tuple[Result, float]]]) -> str:
     """A Markdown table of medians over the rounds, each a result and its share of the matrix rate."""
     baselines = [name for name in results if not name.startswith("Tutti")]
-    ratios = [f"to {name}" for name in baselines]
-    header = ["", "trained tokens/s", "of matrix rate", *ratios, "tokens/s of a core", "peak memory, GiB"]
+    ratios = [f"relative to {name}" for name in baselines]
+    header = ["", "trained tokens/s", "of matrix rate", *ratios, "tokens per core second", "peak memory, GiB"]
     rows = [header, ["---", *["---:"] * (len(header) - 1)]]
     for name, rounds in results.items():
         speeds = [

@@ -1,8 +1,8 @@
 """Seconds from the start of the process to the first loss of a tiny job: transformers' Trainer against Tutti.
 
-`python -m bench.startup [--rounds 5]`. Both make a one-layer model from the same config.json, read the same forty rows,
-tokenise them and train; a run's clock starts when its process does and stops when the first loss is on disk. Rounds are
-interleaved after one of each that only warms the disk cache; reported are medians.
+`python -m bench.startup [--rounds 5]`. Both build a one-layer model from the same config.json, read and tokenize the
+same forty rows, and train. The time runs from the start of the process until the first loss is on disk. The first round
+only warms the disk cache. Rounds are interleaved. Reports medians.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def _tutti(folder: Path, dtype: str) -> list[str]:
 
 
 def _wait_for_line(command: list[str], path: Path) -> float:
-    """Seconds from starting `python COMMAND` until `path` holds a whole line with a loss; the process is then ended."""
+    """Seconds from starting `python COMMAND` until `path` has a complete line with a loss; the process is then
+    killed."""
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=output, stderr=output)

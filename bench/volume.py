@@ -1,26 +1,27 @@
-"""The bytes that a rank has to send in one step, by axis of the mesh: closed formulas, made without looking at a run.
+"""Closed formulas for the bytes that a rank has to send in one step along each axis of the mesh.
 
-A step is A micro batches on each data-parallel rank, each one sample of T tokens; ranks that share it have t of them.
-Bytes are those of the algorithms that send least (see `tutti.check.comm_volume`), averaged over the ranks, which differ
-where keys travel in a ring and where a model is cut into stages. Compute is in bf16 (2 bytes), gradients are reduced in
-fp32 (4 bytes).
+A step has A micro batches on each data-parallel rank, each with one sample of T tokens; of ranks that share a sample,
+each has t tokens. Bytes are those of the algorithms that send the least (see `tutti.check.comm_volume`), averaged over
+the ranks, which differ for ring attention and pipeline stages. Compute is in bf16 (2 bytes), and gradients are reduced
+in fp32 (4 bytes).
 
-- fsdp, over S ranks: with ZeRO-3 every micro batch gathers all parameters for the forward pass and all blocks but the
-  last one again for the backward pass, and reduces and scatters gradients; else a step does both once.
-- replicate: the gradients that a rank keeps are all-reduced once a step.
-- tensor, over G ranks: in each layer and each pass, attention and MLP each gather all tokens and scatter their sums.
-  The embedding scatters, the head gathers, and back. The loss needs three numbers for each target. The gradients of
-  what every rank has whole (norms, routers, experts that are not divided) are summed once a step.
-- ulysses, over U ranks: in each layer and each pass, tokens of queries, keys and values for heads, and heads of the
-  output for tokens.
-- context, over C ranks: of two chunks that each rank has of a causal sample, C (C - 1) early ones travel to the others
-  and half as many late ones. Keys and values go there in both passes, their gradients back in one.
-- pipeline, over P ranks: hidden states at each border, and their gradients back.
-- expert, over G ranks: a token's row goes to each expert that it chose, comes back, and so do the gradients, but for
-  the rows that stay on their rank; before that go the counts.
-- expert_shard: as fsdp, of the experts that a rank has.
+- fsdp, over S ranks: with ZeRO-3, each micro batch all-gathers all parameters for the forward pass and all blocks
+  except the last again for the backward pass, and reduce-scatters gradients. Otherwise each happens once per step.
+- replicate: the gradients that a rank keeps are all-reduced once per step.
+- tensor, over G ranks: in each layer and pass, attention and MLP each gather all tokens and reduce-scatter their sums.
+  The embedding scatters and the head gathers, and the reverse backward. The loss needs three numbers per target. The
+  gradients of replicated parameters (norms, routers, experts that are not divided) are summed once per step.
+- ulysses, over U ranks: in each layer and pass, queries, keys and values are exchanged from tokens to heads, and the
+  output from heads to tokens.
+- context, over C ranks: each rank has an early and a late chunk of a causal sample. C (C - 1) early chunks travel to
+  other ranks, and half as many late ones. Keys and values travel in both passes, their gradients back in one.
+- pipeline, over P ranks: hidden states at each stage boundary, and their gradients back.
+- expert, over G ranks: a token's row travels to each expert that it chose and back, and so do gradients, except for
+  rows that stay on their rank; the counts are exchanged first.
+- expert_shard: as fsdp, for the experts of a rank.
 
-With several kinds of parameters on a mesh, the gradient norm is one number for each kind and axis that it is split on.
+With several kinds of parameters on a mesh, the gradient norm takes one number for each kind and each axis that splits
+it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import Any
 from bench._ranks import ByAxis
 
 COMPUTE, REDUCE, COUNT = 2, 4, 8
-"""Bytes of a number in forward and backward passes, of one that is added up over ranks, and of an integer."""
+"""Bytes per number in forward and backward passes, per number that is reduced over ranks, and per integer."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class _Volume:
         self.by_axis: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
 
     def add(self, axis: str, size: int, whole: float, times: float = 1, *, twice: bool = False) -> None:
-        """`times` collectives over `size` ranks, in each of which a rank sends (size - 1) / size of `whole` bytes
+        """Add `times` collectives over `size` ranks, in each of which a rank sends (size - 1) / size of `whole` bytes
         (twice: an all-reduce)."""
         if size > 1:
             self.by_axis[axis][0] += times * whole * (size - 1) / size * (2 if twice else 1)
@@ -95,8 +96,8 @@ def volume(model: dict[str, Any], setting: Setting) -> ByAxis:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Numbers of parameters of one layer that are split over tensor ranks, that are whole on each, and of experts; and
-    of the embedding or the head."""
+    """Parameter counts: of one layer's parameters that are split over tensor ranks, that are replicated, and of
+    experts; and of the embedding or the head."""
 
     split: int
     whole: int
@@ -117,7 +118,7 @@ def _sizes(model: dict[str, Any]) -> _Sizes:
 
 
 def _parameters(total: _Volume, model: dict[str, Any], setting: Setting) -> None:
-    """Gathering parameters, reducing gradients, the gradient norm."""
+    """Add parameter gathers, gradient reductions and the gradient norm."""
     sizes, layers = _sizes(model), model["num_hidden_layers"] // setting.pipeline
     divided = setting.expert > 1
     block = sizes.split / setting.tensor + sizes.whole + (0 if divided else sizes.experts)
@@ -139,7 +140,7 @@ def _parameters(total: _Volume, model: dict[str, Any], setting: Setting) -> None
         own_experts = sizes.experts / setting.expert
         shard("expert_shard", setting.expert_shards, own_experts, layers, twice * reductions)
         total.add("replicate", setting.replicate, REDUCE * own_experts / setting.expert_shards, layers, twice=True)
-    kinds = 2 if setting.tensor > 1 else 1  # what is split over tensor ranks, and what is not
+    kinds = 2 if setting.tensor > 1 else 1  # parameters that are split over tensor ranks, and those that are not
     total.add("fsdp", setting.dense_shards, REDUCE, kinds, twice=True)
     total.add("tensor", setting.tensor, REDUCE, twice=True)
     if divided:

@@ -1,11 +1,11 @@
-"""The speed bench's common ground: the model, the samples, the operations they cost, and the machine's matrix rate.
+"""The workload of the speed benchmark: the models, the samples, their operations, and the machine's matrix rate.
 
-The model is a Qwen3 of 60 million parameters (hidden 512, 8 layers, vocabulary 32,000, untied), or has the shape of
-SmolLM2-135M, or is a Qwen3-MoE of 137 million parameters that has 64 small experts in each of 4 layers. A sample is a
-text of random words, log-normal in length (mean 200, at most 1024 tokens, sigma 1). transformers' own length-grouped
-sampler groups a corpus of 4,000 samples into micro batches; a few of them are run, drawn evenly over the lengths, so
-that long and short ones are there in their right proportion. Every contender gets these same samples, besides others to
-warm up.
+The model is a Qwen3 of 60 million parameters (hidden size 512, 8 layers, vocabulary 32,000, untied), has the shape of
+SmolLM2-135M, or is a Qwen3-MoE of 137 million parameters with 64 small experts in each of 4 layers. Samples are texts
+of random words with log-normal lengths (mean 200, at most 1024 tokens, sigma 1). transformers' own length-grouped
+sampler groups a corpus of 4,000 samples into micro batches. A few of these, evenly spaced over the lengths, are used,
+so that long and short samples occur in the right proportion. Every contender gets the same samples, and other samples
+to warm up.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
 }
-"""Configurations of models by the name that `bench.speed --model` knows them by."""
+"""Model configs by their names for `bench.speed --model`."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ def make_workload(micro_batches: int, batch_size: int, warmup: int, seed: int) -
 
 
 def matmul_parameters(model: dict[str, Any] = MODEL) -> int:
-    """Weights that take part in a matrix product for each token: all but an untied embedding, the norms, and the
-    experts that a token does not choose."""
+    """Number of weights in matrix products per token: all except an untied embedding, norms, and the experts that a
+    token does not choose."""
     hidden, layers = model["hidden_size"], model["num_hidden_layers"]
     heads, kv = (model[name] * model["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
     mlp = 3 * hidden * model["intermediate_size"]
@@ -122,10 +122,10 @@ def matmul_parameters(model: dict[str, Any] = MODEL) -> int:
 
 
 def flops_per_token(samples: list[list[int]], model: dict[str, Any] = MODEL) -> float:
-    """Forward and backward operations a token: 6 a matrix weight, and causal attention within the sample.
+    """Forward and backward operations per token: 6 per matrix weight, plus causal attention within the sample.
 
-    Attention multiplies queries by keys and weights by values, n^2 / 2 pairs of 2 operations a channel each; backward
-    costs twice the forward.
+    Attention multiplies queries with keys and weights with values: n^2 / 2 pairs with 2 operations per channel for each
+    of the two products. The backward pass costs twice the forward.
     """
     channels = model["num_attention_heads"] * model["head_dim"] * model["num_hidden_layers"]
     attention = sum(3 * 2 * len(sample) ** 2 * channels for sample in samples)
@@ -133,7 +133,7 @@ def flops_per_token(samples: list[list[int]], model: dict[str, Any] = MODEL) -> 
 
 
 def write_model(folder: Path, model: dict[str, Any] = MODEL) -> None:
-    """A model folder without weights: config.json and a tokenizer whose words are w0, w1, ..."""
+    """Write a model folder without weights: config.json and a tokenizer whose words are w0, w1, ..."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -147,13 +147,13 @@ def write_model(folder: Path, model: dict[str, Any] = MODEL) -> None:
 
 
 def write_text(path: Path, samples: list[list[int]]) -> None:
-    """The samples as plaintext rows, without the EOS that Tutti appends itself."""
+    """Write the samples as plaintext rows, without EOS, which Tutti appends itself."""
     rows = (" ".join(f"w{token}" for token in sample[:-1]) for sample in samples)
     path.write_text("".join(json.dumps({"content_split": row}) + "\n" for row in rows))
 
 
 def faster_dtype() -> str:
-    """The one of bfloat16 and float32 that this CPU multiplies matrices faster in."""
+    """bfloat16 or float32, whichever this CPU multiplies faster."""
     import torch
 
     from tutti.core.device import faster_dtype
@@ -162,7 +162,7 @@ def faster_dtype() -> str:
 
 
 def matrix_rate(dtype: str, seconds: float = 4.0) -> float:
-    """Operations a second of this machine in one process: the best product of two 4096 x 4096 matrices of `dtype`."""
+    """Operations per second of one process on this machine, from the fastest product of two 4096 x 4096 matrices."""
     import torch
 
     left, right = (torch.randn(4096, 4096).to(getattr(torch, dtype)) for _ in range(2))
@@ -175,8 +175,8 @@ def matrix_rate(dtype: str, seconds: float = 4.0) -> float:
 
 
 def run_python(*arguments: str, **environment: str) -> str:
-    """The output of `python ARGUMENTS`, run in the project's root with these changes to the environment; its own errors
-    are shown when it fails."""
+    """Run `python ARGUMENTS` in the project's root, with these changes to the environment, and return its output; if it
+    fails, exit with its errors."""
     variables = os.environ | environment
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, env=variables)
     if done.returncode:

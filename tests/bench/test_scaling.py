@@ -1,4 +1,4 @@
-"""Layouts send what theory says: every axis, counted on tiny models, against the formulas of bench.volume."""
+"""The data that layouts send along each axis, counted on tiny models, equals the formulas of bench.volume."""
 
 from __future__ import annotations
 
@@ -34,6 +34,6 @@ def test_nothing_is_sent_that_need_not_be(tmp_path: Path, monkeypatch: pytest.Mo
     counted, formula = mean_sent(run(layout.job(tmp_path, warmup=1, steps=0))), volume(layout.model, layout.setting)
     assert counted.keys() == formula.keys()
     for axis, (size, messages) in formula.items():
-        # Where a token goes a router decides, which need not be even.
+        # The router decides where tokens go, which may be uneven.
         assert counted[axis][0] == pytest.approx(size, rel=0.5 if axis == "expert" else 1e-3), axis
         assert counted[axis][1] == pytest.approx(messages), axis

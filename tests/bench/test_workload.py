@@ -1,4 +1,4 @@
-"""The speed bench's workload is what it says: the model's size, the operations counted, samples in proportion."""
+"""The workload of the speed benchmark: model size, counted operations, and the distribution of samples."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_weights_in_products_are_counted_for_each_model(tmp_path: Path, name: st
 
 
 def test_operations_a_token() -> None:
-    # One token attends to nothing but itself; of two samples the longer costs more a token.
+    # One token attends only to itself; longer samples cost more per token.
     channels = 8 * 64 * 8
     assert workload.flops_per_token([[1]]) == 6 * workload.matmul_parameters() + 6 * channels
     assert workload.flops_per_token([[1] * 100]) == 6 * workload.matmul_parameters() + 6 * channels * 100
