@@ -2,8 +2,8 @@
 
 FOLDER holds config.json and workload.json, written by bench.speed. Weights are fp32, with autocast for bf16, and
 samples are padded to the longest of their batch. With MODE `grouped` they stay in the length-grouped micro batches of
-the workload, with `padded` they are shuffled. Prints JSON: trained tokens, wall and core seconds of the timed steps, and
-peak memory.
+the workload, with `padded` they are shuffled. Prints JSON: trained tokens, wall and core seconds of the timed steps,
+and peak memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ IGNORE = -100
 
 
 class Timer(TrainerCallback):
-    """Seconds, by the clock and of cores, from the end of step `after` to the end of the last step."""
+    """Wall and core seconds from the end of step `after` to the end of the last step."""
 
     def __init__(self, after: int) -> None:
         self.after = after

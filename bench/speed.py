@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 BATCH_SIZE = 10
 LOOP = "packed loop by hand"
 KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-"""Variables that make glibc keep freed memory, as PyTorch's advice for CPUs does by other allocators."""
+"""Environment variables that make glibc keep freed memory, as the allocators do that PyTorch recommends for CPUs."""
 CONTENDERS = (
     "Trainer, padded",
     "Trainer, length-grouped",
@@ -176,7 +176,7 @@ def _matrix_rate(dtype: str) -> float:
 
 
 def _table(results: dict[str, list[tuple[Result, float]]]) -> str:
-    """A Markdown table of medians over the rounds, each a result and its share of the matrix rate."""
+    """A Markdown table of medians over the rounds. Each entry is a result and its fraction of the matrix rate."""
     baselines = [name for name in results if not name.startswith("Tutti")]
     ratios = [f"relative to {name}" for name in baselines]
     header = ["", "trained tokens/s", "of matrix rate", *ratios, "tokens per core second", "peak memory, GiB"]
