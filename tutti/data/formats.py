@@ -1,18 +1,18 @@
 """Data files: one small reader per format, all with the same three operations.
 
 A file supports `len()`, `read(ids)` for random access and `stream(start)` in order, and both return the same rows. The
-text formats here (jsonl, json, csv) share one idea: the file is cut into pieces of bytes, one per row, and a piece is
-parsed when its row is requested. `stream` cuts while it reads; `read` keeps an index of the pieces, for large files in
-the cache folder, and reads single pieces (a memory map would keep all pages that a process has read resident). Columnar
-formats are in tables.py.
+text formats here (jsonl, json, csv) work the same way: the file is cut into pieces of bytes, one per row, and a piece
+is parsed when its row is requested. `stream` cuts while it reads; `read` has an index of the pieces, cached on disk for
+large files, and reads single pieces (with a memory map, all pages that a process has read would stay resident).
+Columnar formats are in tables.py.
 
 Files without random access (gzip, zstandard, parquet) are unpacked once into a cache folder for `read`, so that a batch
 of random rows costs the same in every format; `stream` reads the original.
 
 Every row of a file is returned as a `Row`, or as a `BadRow` with the reason. An error that makes the rest of a file
-unreadable (a damaged archive, an array that never ends) is a ValueError that names the file.
+unreadable (a damaged archive, an unterminated array) is a ValueError that names the file.
 
-Objects only hold the path until they are used, drop what they opened when pickled, and share it when forked.
+A file object only holds its path until it is used, drops what it opened when pickled, and shares it when forked.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from tutti.data.kept import in_memory, kept, unpacked
 _BLOCK = 1 << 22
 
 KEEP_PLACES = 1 << 26
-"""Bytes of text from which on the places of its rows are kept in the cache folder."""
+"""The size of text in bytes from which on the offsets of its rows are cached on disk."""
 
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.DOTALL)
 _GAP, _GAP_BYTES, _BLANK = re.compile(r"[\s,]*"), re.compile(rb"[\s,]*"), re.compile(rb"\s*")
@@ -84,7 +84,7 @@ class DataFile(ABC):
         return {name: value for name, value in vars(self).items() if name not in _opened(type(self))}
 
     def checksum(self) -> int:
-        """The CRC-32 of the file as it lies there; it is kept in the cache folder. ValueError: it can't be read."""
+        """The CRC-32 of the file on disk (before unpacking), cached on disk. ValueError: it can't be read."""
 
         def write(file: IO[bytes]) -> None:
             crc = 0
@@ -127,9 +127,9 @@ class _Piece(NamedTuple):
 
 
 class _Places(NamedTuple):
-    """Where the rows of a text lie: for each the byte behind it, the byte it begins at and its line, int64 [rows] each.
+    """The offsets of the rows of a text: for each row its end, its begin and its line, int64 [rows] each.
 
-    begins, lines: None where every line is a row, so that they follow from `ends`.
+    begins, lines: None if every line is a row, so that they follow from `ends`.
     """
 
     ends: np.ndarray
@@ -169,7 +169,7 @@ class _TextFile(DataFile):
         return _Places(*(columns[column::width] for column in range(width)))
 
     def _write_places(self, file: IO[bytes]) -> None:
-        """Write the table of `_Places`, row by row, behind the number of its columns."""
+        """Write the table of `_Places`, one row after another, after the number of its columns."""
         pieces = self._pieces(_text_blocks(self._plain_path, name=self.path))
         spans = ((piece.begin + len(piece.text), piece.begin, piece.line) for piece in pieces)
         file.write(np.int64(3).tobytes() + np.fromiter(spans, dtype=np.dtype((np.int64, 3))).tobytes())
@@ -214,7 +214,7 @@ class JsonLines(_TextFile):
         return self._parse_json(text, line)
 
     def _write_places(self, file: IO[bytes]) -> None:
-        """Write the ends alone, unless some line may be blank."""
+        """Write only the ends, unless some line may be blank."""
         file.write(np.int64(1).tobytes())
         for _, ends, first in self._lines():
             if np.isin(first, (10, *_BLANK_BYTES)).any():
@@ -236,7 +236,7 @@ class JsonLines(_TextFile):
             file.write(np.stack([ends, begins, lines], axis=1)[keep].tobytes())
 
     def _lines(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Begins, ends and first bytes of all lines, those that end in one block of the text at a time."""
+        """Begins, ends and first bytes of all lines, one block of text at a time."""
         at = begin = first = 0
         for block in _text_blocks(self._plain_path, name=self.path):
             text = np.frombuffer(block, np.uint8)
@@ -455,7 +455,7 @@ class Csv(_TextFile):
 
 
 class Text(DataFile):
-    """A text file, which is one document; `column` is the name of the row's column for it."""
+    """A text file, which is one document; `column` is the name of its column in the row."""
 
     def __init__(self, path: str, column: str) -> None:
         super().__init__(path)
@@ -513,7 +513,7 @@ def open_binary(path: str) -> BinaryIO:
 
 
 def read_blocks(path: str) -> Iterator[bytes]:
-    """The content of a file, decompressed, a few MiB at a time. ValueError, with its name: it cannot be read."""
+    """The content of a file, decompressed, a few MiB at a time. ValueError, with the file's name: it cannot be read."""
     compression = _COMPRESSED.get((suffixes(path) or [""])[-1])
     try:
         with open_binary(path) as file:
@@ -532,7 +532,7 @@ def read_blocks(path: str) -> Iterator[bytes]:
 
 
 def _text_blocks(path: str, name: str = "") -> Iterator[bytes]:
-    """As `read_blocks`, for a text; `name` is its name in errors, if not the path."""
+    """`read_blocks` for a text; `name` is its name in errors, if not the path."""
     first = True
     for block in read_blocks(path):
         if first:

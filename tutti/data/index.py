@@ -1,18 +1,17 @@
-"""The index of data with random access: how long every sample is and how much of it is trained on.
+"""The index of data with random access: the length of each sample, and its number of trained tokens.
 
-Steps and packing are planned from lengths, so every row is tokenised once before training begins:
+Steps and packing are planned from lengths, so all rows are tokenised once before training begins:
 
-1. the rows of every source are cut into chunks, which are dealt out to the ranks,
-2. each rank encodes its chunks: in this process, or, when the first ones show that it will take seconds, in
-   `data.num_workers` processes,
-3. all ranks gather all results, in the order of the chunks, so that each has the same index.
+1. The rows of all sources are split into chunks, and the chunks are distributed over the ranks.
+2. Each rank encodes its chunks: in this process, or in `data.num_workers` processes if the first chunks show that it
+   will take seconds.
+3. All ranks gather all results, in the order of the chunks, so that every rank has the same index.
 
-The tokens themselves are kept as well as long as there are no more than `KEEP_TOKENS` of them: small data is then
-never tokenised again, and needs no worker processes. Larger data is read and encoded again when its turn comes
-(prefetch.py).
+The tokens themselves are kept if there are at most `KEEP_TOKENS`: small data is then never tokenised again, and needs
+no worker processes. The rows of larger data are read and encoded again when they are needed (prefetch.py).
 
 A row that cannot be used stops the run, on all ranks, with its file, line and reason; with `data.silent_exception` it
-is left out and counted. `digest` stands for every token and label of the data, to tell on resume that it is the same.
+is left out and counted. `digest` is a checksum of all tokens and labels, by which a resumed run recognises the data.
 """
 
 from __future__ import annotations
@@ -47,10 +46,10 @@ CHUNK = 64
 """Rows encoded at a time."""
 
 KEEP_TOKENS = 32_000_000
-"""Data of at most so many tokens (8 bytes each, with their labels) stays in memory."""
+"""The tokens of data are kept in memory up to this number (8 bytes each, with their labels)."""
 
 _POOL_SECONDS = 2.0
-"""Encoding that takes no longer than this is not worth starting processes for."""
+"""Seconds of encoding that are not worth starting processes for."""
 
 _LONG_SECONDS = 120.0
 _LOG_SECONDS = 5.0
@@ -58,14 +57,14 @@ _LOG_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Consecutive rows of one source, encoded: n samples of T tokens in all.
+    """Consecutive encoded rows of one source: n samples with T tokens in total.
 
-    row, piece, length, targets, split, num_values, bucket: int64 [n]; targets counts the trained tokens, the last three
-    are as in Sample.
-    media, places: [n] as in Sample, and the file and line of each, or empty where no sample has media.
-    tokens: int32 [2, T], ids above labels, or None where only the numbers are wanted. bad: the rows left out.
-    bad_numbers: their row numbers. rows: how many there were. first: the number of the first. crc: of the tokens.
-    notes: how many rows had something that does not get to the model, by what it is. summary: of the media.
+    row, piece, length, targets, split, num_values, bucket: int64 [n]; targets counts the trained tokens; the last three
+    are as in Sample. media, places: [n]; media as in Sample; places are each sample's file and line, or empty if no
+    sample has media. tokens: int32 [2, T], ids above labels, or None if only the numbers are wanted. crc: of the
+    tokens. bad: the rows left out. bad_numbers: their row numbers. rows: the number of rows. first: the number of the
+    first one. notes: counts of rows with content that does not reach the model, by its description. summary: of the
+    media.
     """
 
     source: int
@@ -88,7 +87,7 @@ class Chunk:
     summary: MediaSummary
 
     def samples(self) -> Iterator[Sample]:
-        """The samples, each with memory of its own."""
+        """The samples, each with its own memory."""
         assert self.tokens is not None
         end = 0
         media = self.media or [()] * len(self.length)
@@ -100,7 +99,7 @@ class Chunk:
 
 
 def encode_chunk(encoder: Any, source: int, numbers: Sequence[int], rows: Sequence[Any]) -> Chunk:
-    """Encode `rows` of `source`, whose row numbers are `numbers`. `encoder` may keep `notes`, which are taken."""
+    """Encode `rows` of `source`, whose row numbers are `numbers`. Takes the `notes` of `encoder`, if it has any."""
     found = []
     bad, bad_numbers = [], []
     empty: Counter[str] = Counter()
@@ -150,12 +149,12 @@ def _sums(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Index:
-    """Every sample of the data, by source and row: n samples; `tokens` and `notes` as in Chunk, but no tokens when
-    there are too many.
+    """All samples of the data, by source and row: n samples. tokens, notes: as in Chunk; no tokens if there are too
+    many.
 
-    num_media: the number of media of each sample, whose row is read again when it is trained on; num_values: of these;
-    media: all in numbers. learn: of an index whose rows are tokenised as they are drawn (learn.py), finds out lengths
-    and targets, which are 0 before.
+    num_media: the number of media of each sample (its row is read again for training). num_values: the number of their
+    values. media: a summary of all media. learn: finds lengths and targets, which are 0 before, if rows are tokenised
+    as they are drawn (learn.py).
     """
 
     source: np.ndarray
@@ -180,7 +179,7 @@ class Index:
 
 
 class MapSource:
-    """The supply of samples that an index gives: items are the numbers of samples."""
+    """The samples of an index as a `SampleSource`: items are sample numbers."""
 
     def __init__(self, index: Index, weights: Weights | None, names: Sequence[str], seed: int, shuffle: bool) -> None:
         self.index, self.weights, self.names, self.seed, self.shuffle = index, weights, names, seed, shuffle
@@ -188,11 +187,11 @@ class MapSource:
 
     @property
     def knows_lengths(self) -> bool:
-        """False where lengths are found out as samples are drawn."""
+        """False if lengths are found as samples are drawn."""
         return self.index.learn is None
 
     def mix(self) -> Mix:
-        """One stream over all samples; with weights one for every source."""
+        """One stream over all samples; with weights, one stream per source."""
         index = self.index
         groups: list[np.ndarray | int]
         if self.weights is None:
@@ -227,7 +226,7 @@ class MapSource:
 
 
 def _interleaved(source: np.ndarray) -> np.ndarray:
-    """The samples in order, the sources spread evenly over each other."""
+    """The samples in order, with the sources spread evenly."""
     place = np.empty(len(source))
     for one in np.unique(source):
         ids = np.flatnonzero(source == one)
@@ -238,10 +237,10 @@ def _interleaved(source: np.ndarray) -> np.ndarray:
 def build_index(
     sources: Sequence[Any], encoder: Any, world: World, *, num_workers: int, silent: bool, argument: str, hint: str = ""
 ) -> Index:
-    """Encode all rows of `sources` once, shared among the ranks; the same index on every rank.
+    """Encode all rows of `sources` once, distributed over the ranks; returns the same index on every rank.
 
-    argument: the dotted argument that names the data, for messages. hint: what would begin at once, for the log.
-    ValueError on all ranks: a bad row (unless `silent`), or no sample at all.
+    argument: the dotted argument that names the data, for messages. hint: the way to start at once, for the log.
+    ValueError on all ranks: a bad row (unless `silent`), or no samples.
     """
     lengths = world.run_on_all_ranks(lambda: [len(source) for source in sources])
     for rank, others in enumerate(world.gather(lengths)):
@@ -271,12 +270,12 @@ def build_index(
 
 
 def place_of(row: Row | BadRow) -> str:
-    """The file and the line of a row, for messages."""
+    """The file and line of a row, for messages."""
     return f"{row.file}, line {row.line}"
 
 
 def bad_row_error(row: Any, more: int = 0) -> ValueError:
-    """The error that a bad row is, with the way out."""
+    """The error about a bad row, with advice."""
     others = f" ({more} more bad rows follow)" if more else ""
     return ValueError(f"{place_of(row)}: {row.reason}{others}; data.silent_exception: true skips bad rows")
 
@@ -288,7 +287,7 @@ def log_left_out(argument: str, rows: int, dropped: Mapping[str, int]) -> None:
 
 
 def left_out(rows: int, dropped: Mapping[str, int]) -> str:
-    """The end of a message about `rows` rows that are all bad: how many, for each reason."""
+    """The end of a message about `rows` rows that are all bad: the count for each reason."""
     reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.items())
     return f": all {rows} were left out ({reasons})" if reasons else ""
 
@@ -312,7 +311,7 @@ def _join(chunks: list[Chunk], dropped: dict[str, int]) -> Index:
         "num_values": np.concatenate([chunk.num_values for chunk in chunks]),
     }
     digest = hashlib.sha256(np.array([chunk.crc for chunk in chunks], np.int64).tobytes())
-    for column in (columns[name] for name in columns if name != "bucket"):  # which follows from the others
+    for column in (columns[name] for name in columns if name != "bucket"):  # it follows from the others
         digest.update(column.tobytes())
     return Index(
         **columns,
@@ -352,16 +351,16 @@ def _encode_spans(
 
 
 def encode_span(sources: Sequence[Any], encoder: Any, span: tuple[int, int, int]) -> Chunk:
-    """The encoded rows [start, stop) of a source, `span` being its number and these; media without their bytes."""
+    """The encoded rows [start, stop) of a source, without the bytes of media. span: (source, start, stop)."""
     source, start, stop = span
     numbers = range(start, stop)
     chunk = encode_chunk(encoder, source, numbers, sources[source].rows(numbers))
-    # An index counts media, which are read again in their turn: their bytes would be all of the data.
+    # An index only counts media, which are read again when needed: their bytes would be the entire data.
     return replace(chunk, media=[tuple(one._replace(source=b"") for one in found) for found in chunk.media], places=[])
 
 
 _inherited: tuple[Sequence[Any], Any] | None = None
-"""Sources and encoder in a process of the pool, which gets them by being forked."""
+"""Sources and encoder in a pool process, inherited by forking."""
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
-"""Files about data files, in the cache folder: unpacked copies, and what took a pass over a file to find out.
+"""Cached files derived from data files: unpacked copies, and results of a pass over a file.
 
 They are in `$TUTTI_CACHE` (default `~/.cache/tutti`), under names made from the path, size and modification time of the
-file. If several processes need one, one writes it and the others wait.
+file. If several processes need the same one, one writes it and the others wait.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tutti.core.files import cache_folder, make_once
 
 
 def unpacked(path: str, write: Callable[[str], None]) -> str:
-    """The path of an unpacked copy of `path`, made by `write(target)` unless it exists."""
+    """The path of an unpacked copy of `path`, made by `write(target)` if missing."""
     try:
         copy = _cache_place(path)
     except OSError as error:
@@ -32,8 +32,8 @@ def unpacked(path: str, write: Callable[[str], None]) -> str:
 
 
 def _cache_place(path: str, of: str = "") -> Path:
-    """The place in the cache folder for an unpacked copy of the file `path`, or for what is known `of` it. OSError: the
-    folder can't be made."""
+    """The path in the cache folder of an unpacked copy of the file `path`, or of the result `of` a pass over it.
+    OSError: the folder can't be made."""
     status = os.stat(path)
     key = f"{os.path.realpath(path)}:{status.st_size}:{status.st_mtime_ns}{of}"
     folder = cache_folder()
@@ -42,8 +42,8 @@ def _cache_place(path: str, of: str = "") -> Path:
 
 
 def kept(path: str, of: str, write: Callable[[IO[bytes]], None]) -> np.ndarray:
-    """The bytes that `write(file)` writes, which are kept in the cache folder as what is known `of` the file `path`;
-    in memory where there is no room for them."""
+    """The bytes that `write(file)` writes, cached as the result `of` a pass over the file `path`; in memory if the
+    disk has no space."""
 
     def write_to(target: str) -> None:
         with open(target, "wb") as file:

@@ -1,18 +1,18 @@
-"""Data with random access that is tokenised as it is drawn, so that training begins at once however much there is.
+"""Data with random access that is tokenised as it is drawn, so that training starts at once, even on very large data.
 
-Small data is tokenised before the first step and kept (index.py). Of large data the tokens can't be kept; all that its
-index says of a sample is its length, its targets and the row it is in. Where every row is one sample (a conversation, a
+Small data is tokenised before the first step and kept (index.py). The tokens of large data can't be kept; its index
+only has each sample's length, its number of trained tokens and its row. If every row is one sample (a conversation, a
 text with a class) and a bad row stops the run, the samples and their order follow from the number of rows alone. So
-lengths need to be known no sooner than steps are planned with them:
+lengths are needed only when steps are planned with them:
 
-1. `survey` tokenises a few hundred rows, evenly spaced, to learn about how many tokens there are.
-2. The index (`make_index`) begins with lengths of 0. When a stream of samples (`mix.Permuted`) comes to the next few
-   hundred, it has the `Learner` find out theirs.
-3. Each rank does a share of these, in `data.num_workers` processes, and the ranks exchange what they found.
-4. Processes that nobody asks for anything go through the rest of the rows in order. So a bad row is found about as
-   early as by tokenising everything first, and lengths that are asked for later are mostly known.
+1. `survey` tokenises a few hundred evenly spaced rows, to estimate the number of tokens.
+2. The index (`make_index`) begins with lengths of 0. When a stream of samples (`mix.Permuted`) reaches the next few
+   hundred, the `Learner` finds their lengths.
+3. Each rank does its share of these, in `data.num_workers` processes, and the ranks exchange the results.
+4. Idle processes go through the remaining rows in order. So a bad row is found about as early as by tokenising
+   everything first, and most lengths are known before they are needed.
 
-Lengths and targets lie in memory that the processes share. They tell the trainer nothing but what is wrong with rows.
+Lengths and targets are in memory shared by the processes, which send the trainer only errors and notes about rows.
 """
 
 from __future__ import annotations
@@ -43,18 +43,17 @@ from tutti.data.worker import be_a_worker, quiet_fork
 log = logging.getLogger(__name__)
 
 AT_ONCE_TOKENS = 8_000_000
-"""Data of more tokens than this is worth opening before all of it is tokenised."""
+"""Data with more tokens than this is opened before all of it is tokenised."""
 
 _SURVEYED = 512
-"""Rows of the survey."""
+"""The number of rows in the survey."""
 
 _BAD = -1
 
 
 @dataclass(frozen=True)
 class Survey:
-    """Estimates from a few rows: about how many tokens there are and how many of them are trained on; and the checksum
-    of the few."""
+    """Estimates from a few rows: the number of tokens, and of trained tokens (targets). crc: of the surveyed rows."""
 
     rows: int
     tokens: int
@@ -74,8 +73,9 @@ def make_index(
 ) -> Index:
     """The index of `sources`, made by tokenising all rows now, or as they are drawn. A collective call.
 
-    argument: names the data, for messages. row_is_sample: whether each row is one sample or bad, and has no media.
-    counts_without_lengths: whether the steps of data of about so many tokens can be counted before lengths are known.
+    argument: names the data, for messages. row_is_sample: each row is one sample or bad, and has no media.
+    counts_without_lengths: tells if the steps of data with about this many tokens can be counted before lengths are
+    known.
     """
     data, found, hint = config.data, None, "data.datasets_type iterable"
     if row_is_sample:
@@ -103,7 +103,7 @@ def make_index(
         hint=hint if argument == "data.train_path" else "",
     )
     if found is not None and not index.dropped:
-        index = replace(index, digest=digests[0])  # so that other batches, or bad rows left out, can go on
+        index = replace(index, digest=digests[0])  # so that other batch sizes, or leaving out bad rows, can resume
     log.info(
         "%s: %s rows, %s samples, %s tokens, %s of them trained%s",
         argument,
@@ -120,16 +120,16 @@ def make_index(
 
 
 def _rounded(count: int) -> int:
-    """`count` with two digits."""
+    """`count` rounded to two digits."""
     return round(count, 2 - len(str(count)))
 
 
 def survey(sources: Sequence[Source], encoder: Any, *, silent: bool) -> Survey | None:
-    """Tokenise rows from all over `sources`; None where all rows may be tokenised as well. ValueError: one of these is
-    bad, unless that is `silent`."""
+    """Tokenise rows from all parts of `sources`; None if all rows can be tokenised instead. ValueError: one of them
+    is bad, unless `silent`."""
     size = sum(os.path.getsize(file.path) for source in sources for file in source.files)
     starts = _starts(sources)
-    if size < AT_ONCE_TOKENS or starts[-1] <= _SURVEYED:  # a token is a byte at least
+    if size < AT_ONCE_TOKENS or starts[-1] <= _SURVEYED:  # a token is at least a byte
         return None
     ids = np.linspace(0, starts[-1] - 1, _SURVEYED).astype(np.int64)
     facts, crc, _ = _facts_of(sources, encoder, starts, ids)
@@ -141,7 +141,7 @@ def survey(sources: Sequence[Source], encoder: Any, *, silent: bool) -> Survey |
 
 
 def _index_as_drawn(learner: Learner, rows: int, digest: str) -> Index:
-    """The index of rows of which each is a sample, with lengths that are found out as samples are drawn."""
+    """The index of rows that are one sample each, with lengths found as samples are drawn."""
     sizes = np.diff(learner.starts).tolist()
     nothing = np.broadcast_to(np.int64(0), rows)
     return Index(
@@ -165,17 +165,17 @@ def _index_as_drawn(learner: Learner, rows: int, digest: str) -> Index:
 
 
 def _digest_of(sources: Sequence[Source], found: Survey) -> str:
-    """A digest of data that was only surveyed: of all bytes of its files, and of how a few rows are tokenised."""
+    """A checksum of data that was only surveyed: of all bytes of its files, and of the tokens of the surveyed rows."""
     parts = [[file.checksum() for file in source.files] for source in sources]
     return hashlib.sha256(repr((parts, found.rows, found.crc)).encode()).hexdigest()[:32]
 
 
 class Learner:
-    """Finds out lengths and targets of rows of which each is a sample, when it is called with the numbers of those that
-    are needed now and of those that will be soon. A collective call, with the same numbers on every rank.
+    """Finds lengths and targets of rows that are one sample each. Called with the numbers of the samples needed now and
+    of those needed soon: a collective call, with the same numbers on every rank.
 
-    length, targets: int32 [samples], 0 where they are not known here. starts: the first number of each source's
-    samples, and how many there are in all.
+    length, targets: int32 [samples], 0 where not known here. starts: the first sample number of each source, and the
+    total number of samples.
     """
 
     def __init__(self, sources: Sequence[Source], encoder: Any, world: World, num_workers: int) -> None:
@@ -191,7 +191,7 @@ class Learner:
         weakref.finalize(self, _end, self._workers, os.getpid())
 
     def __call__(self, now: np.ndarray, soon: np.ndarray) -> None:
-        """ValueError, on all ranks: one of them has come upon a bad row."""
+        """ValueError, on all ranks: one of them has found a bad row."""
         rank, size = self.world.rank, self.world.size
         now = np.unique(now[~self._known_to_all[now]])
         if not len(now):
@@ -204,12 +204,12 @@ class Learner:
         self._known_to_all[now] = True
 
     def close(self) -> None:
-        """End the processes. What they were asked for will be asked for again."""
+        """Stop the processes. Their unfinished requests will be made again."""
         _end(self._workers, os.getpid())
         self._asked[:] = False
 
     def _find(self, now: np.ndarray, soon: np.ndarray) -> list[str]:
-        """Find out about `now`, and have the processes begin with `soon`; the notes that rows gave rise to."""
+        """Find the lengths of `now`, and have the processes start on `soon`; returns the notes about rows."""
         notes: list[str] = []
         if self.num_workers and not self._workers:
             self._start()
@@ -244,17 +244,17 @@ class Learner:
                 self._workers.append((process, here))
 
     def _ask(self, ids: np.ndarray) -> None:
-        """Ask the processes for the samples that have not been asked for, in turns."""
+        """Distribute the samples that have not been requested yet over the processes."""
         ids = ids[(self.facts[ids] == 0) & ~self._asked[ids]]
         if not self._workers:
             return
         self._asked[ids] = True
         for turn, start in enumerate(range(0, len(ids), CHUNK)):
-            with contextlib.suppress(OSError):  # it has died, which is seen where its work is waited for
+            with contextlib.suppress(OSError):  # it has died, which is noticed when its work is awaited
                 self._workers[turn % len(self._workers)][1].send(ids[start : start + CHUNK])
 
     def _heard(self) -> list[str]:
-        """The notes that processes have sent. ValueError: one has found a bad row."""
+        """The notes that processes have sent. ValueError: one of them found a bad row."""
         notes = []
         for _, connection in self._workers:
             with contextlib.suppress(EOFError, OSError):
@@ -272,7 +272,8 @@ class Learner:
             self._noted.add(note)
 
     def _work(self, connection: Any, first: int, step: int) -> None:
-        """The life of a process: rows that are asked for, and meanwhile every `step`-th chunk of all, from `first`."""
+        """The main loop of a process: requested rows and, when idle, every `step`-th chunk of all rows, from
+        `first`."""
         be_a_worker()
         noted: set[str] = set()
         starts = iter(range(first * CHUNK, len(self.facts), step * CHUNK))
@@ -295,7 +296,7 @@ class Learner:
 
 
 def _end(workers: list[tuple[Any, Any]], owner: int) -> None:
-    """End the processes that the process `owner` has started; another that was forked from it leaves them."""
+    """Stop the processes that the process `owner` started; does nothing in a forked child of it."""
     if os.getpid() != owner:
         return
     for process, _ in workers:
@@ -307,7 +308,7 @@ def _end(workers: list[tuple[Any, Any]], owner: int) -> None:
 
 
 def _error_of(sources: Sequence[Source], encoder: Any, starts: np.ndarray, number: int) -> ValueError:
-    """The error that a bad row is, which is encoded again for it."""
+    """The error about a bad row, found by encoding it again."""
     (source,), (row,) = (found.tolist() for found in _rows_of(starts, np.array([number])))
     chunk = encode_chunk(encoder, source, [row], sources[source].rows([row]))
     if chunk.bad:
@@ -320,7 +321,7 @@ def _starts(sources: Sequence[Source]) -> np.ndarray:
 
 
 def _rows_of(starts: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The source of each sample, and its row in it."""
+    """The source of each sample, and its row in the source."""
     source = np.searchsorted(starts, ids, side="right") - 1
     return source, ids - starts[source]
 
@@ -328,8 +329,8 @@ def _rows_of(starts: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def _facts_of(
     sources: Sequence[Source], encoder: Any, starts: np.ndarray, ids: np.ndarray
 ) -> tuple[np.ndarray, int, list[str]]:
-    """Length and targets of samples in one int64 each (`_columns`), _BAD for bad rows; a checksum of their tokens; and
-    the notes of the encoder. ids: ascending, none twice."""
+    """Length and targets of samples in one int64 each (`_columns`), _BAD for bad rows; a checksum of their tokens;
+    and the encoder's notes. ids: ascending, without duplicates."""
     facts, crc, notes = np.full(len(ids), _BAD, np.int64), 0, list[str]()
     source, row = _rows_of(starts, ids)
     for one in np.unique(source).tolist():

@@ -1,14 +1,14 @@
 """The data of a run: global batches for this data-parallel rank, and the position to resume from.
 
-`build_data` opens the sources, learns the lengths of all samples (index.py) or sets up streams (stream.py), and plans
-how many steps that makes (plan.py). `Data.train()` then follows the plan, step by step:
+`build_data` opens the sources, finds the lengths of all samples (index.py) or sets up streams (stream.py), and plans
+the number of steps (plan.py). `Data.train()` then follows the plan, step by step:
 
-1. the planner says which samples make up the step's M micro batches, for all ranks;
-2. this rank's are read, encoded and packed, in worker processes where that takes time (fetch.py);
-3. the totals over all ranks come from the plan.
+1. The planner says which samples make up the step's M micro batches, for all ranks.
+2. This rank's samples are read, encoded and packed, in worker processes if that takes time (prefetch.py).
+3. The totals over all ranks come from the plan.
 
 The planner runs ahead together with the workers. Every planned step therefore carries the position after it, and
-`state_dict()` is that of the last global batch handed out.
+`state_dict()` is the position of the last global batch returned.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from tutti.data.template import is_dated
 log = logging.getLogger(__name__)
 
 Work = Callable[[Sequence[int], int], float]
-"""A measure of what a micro batch takes, by the lengths of its samples and the number of its media's values."""
+"""Estimates the work of a micro batch from the lengths of its samples and the number of its media's values."""
 
 
 def num_tokens(lengths: Sequence[int], num_values: int) -> float:
@@ -63,11 +63,11 @@ def num_tokens(lengths: Sequence[int], num_values: int) -> float:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """The figures of the training data; of streamed data, what has been read so far.
+    """Statistics of the training data; for streamed data, of what has been read so far.
 
-    rows, samples, tokens, trained_tokens: of one pass; where rows are tokenised as they are drawn, the tokens of all
-    are estimated by those that have been. dropped: rows left out, by reason. packing_efficiency: tokens per slot, over
-    the whole run or so far; None before the first step. media: of indexed data.
+    rows, samples, tokens, trained_tokens: of one pass; tokens are estimated if rows are tokenised as they are drawn.
+    dropped: rows left out, by reason. packing_efficiency: tokens per slot, over the entire run or so far; None before
+    the first step. media: of indexed data.
     """
 
     rows: int
@@ -81,12 +81,12 @@ class DataSummary:
 
 @dataclass(frozen=True)
 class DataSplit:
-    """Data for training or evaluation: the plan, how its micro batches are fetched, its report, and how to end it.
+    """Data for training or evaluation: the plan, how its micro batches are fetched, its report, and how to close it.
 
-    sources: their names, by which a batch's counts are told. report: from the samples, tokens, trained tokens and slots
-    given out so far. digest, scan: of indexed data, what stands for it, and a planner of one pass over it in
-    order. has_media: None where data is streamed. read: of indexed data, samples by their names in a batch. broken: how
-    often this rank left samples out whose media cannot be decoded, by reason. may_lose: whether it does.
+    sources: their names, used as keys of a batch's counts. report: takes the samples, tokens, trained tokens and slots
+    returned so far. has_media: None if data is streamed. broken: counts of samples that this rank left out because
+    their media cannot be decoded, by reason. may_lose: true if samples may be left out. Of indexed data only: digest:
+    its checksum; scan: makes a planner of one ordered pass; read: returns samples by their names in a batch.
     """
 
     sources: tuple[str, ...]
@@ -104,10 +104,9 @@ class DataSplit:
 
 @dataclass(frozen=True)
 class DataRank:
-    """This rank's micro batches: which they are, and whether a sample is a pair of answers.
+    """Selects this rank's micro batches. pairs: a sample is a pair of answers.
 
-    work: what a micro batch of samples of these lengths, and of so many values of media, takes; by it micro batches are
-    dealt to ranks.
+    work: the cost of a micro batch, by which micro batches are distributed over ranks.
     """
 
     dp_rank: int
@@ -117,7 +116,7 @@ class DataRank:
     work: Work = num_tokens
 
     def micro_batches(self, plan: StepPlan, source: SampleSource, number: int) -> MicroBatches:
-        """This rank's of the `number` micro batches of a step, of which the last may be missing: these are empty."""
+        """This rank's share of the `number` micro batches of a step; missing ones at the end are empty."""
         planned = plan.micro_batches + [[]] * (number - len(plan.micro_batches))
         if self.dp_size == 1:
             return planned
@@ -125,12 +124,12 @@ class DataRank:
         return [planned[k] for k in deal_work(works, self.dp_size)[self.dp_rank]]
 
     def lost(self, batch: Sequence[Batch], num_sources: int) -> np.ndarray:
-        """The targets of all ranks' samples of a step that were left out, by their source. batch: this rank's micro
+        """The number of targets, by source, in samples of a step that any rank left out. batch: this rank's micro
         batches. A collective call."""
         own = np.zeros(num_sources, np.int64)
         for sample in (sample for micro in batch for sample in micro.broken):
             own[sample.source] += sample.targets
-        by_rank = dict(self.world.gather((self.dp_rank, own)))  # ranks of one place have the same
+        by_rank = dict(self.world.gather((self.dp_rank, own)))  # ranks with the same dp_rank have the same
         return sum(by_rank.values(), np.zeros_like(own))
 
     def _work_of(self, batch: Sequence[SampleRef], source: SampleSource) -> float:
@@ -138,40 +137,40 @@ class DataRank:
         return self.work([length for length, _ in batch], source.num_values(items)) if items else 0.0
 
 
-def global_batches(planner: Planner, split: DataSplit, share: DataRank) -> Iterator[tuple[StepPlan, GlobalBatch]]:
-    """Follow `planner`, which plans batches of `split`; fetching may run ahead, the plans wait for its batches."""
+def global_batches(planner: Planner, split: DataSplit, rank: DataRank) -> Iterator[tuple[StepPlan, GlobalBatch]]:
+    """Follow `planner`, which plans batches of `split`; fetching may run ahead, while plans wait for their batches."""
     planned: deque[tuple[StepPlan, MicroBatches]] = deque()
     micro_batches = planner.batching.micro_batches
 
     def mine() -> Iterator[list[Any]]:
         for plan in planner.steps():
-            own = share.micro_batches(plan, planner.source, micro_batches)
+            own = rank.micro_batches(plan, planner.source, micro_batches)
             planned.append((plan, own))
             for batch in own:
                 yield [item for _, item in batch]
 
     batches = split.fetch(mine())
-    while batch := tuple(islice(batches, micro_batches // share.dp_size)):
+    while batch := tuple(islice(batches, micro_batches // rank.dp_size)):
         plan, own = planned.popleft()
         for reason in (lost.reason for one in batch for lost in one.broken):
             if not split.broken[reason]:
                 log.warning("left out, with padding in its place: %s", reason)
             split.broken[reason] += 1
-        yield plan, _with_totals(plan, own, batch, split, share)
+        yield plan, _with_totals(plan, own, batch, split, rank)
 
 
 def _with_totals(
-    plan: StepPlan, own: MicroBatches, batch: tuple[Batch, ...], split: DataSplit, share: DataRank
+    plan: StepPlan, own: MicroBatches, batch: tuple[Batch, ...], split: DataSplit, rank: DataRank
 ) -> GlobalBatch:
-    pairs = share.pairs
-    supply = split.planner.source
+    pairs = rank.pairs
+    sample_source = split.planner.source
     drawn = [one for micro_batch in plan.micro_batches for one in micro_batch]
-    tokens, sources = supply.facts([item for _, item in drawn])
+    tokens, sources = sample_source.facts([item for _, item in drawn])
     targets = np.ones_like(tokens) if pairs else tokens
 
     lost = np.zeros(len(split.sources), np.int64)
     if split.may_lose and split.has_media is not False:
-        lost = share.lost(batch, len(split.sources))
+        lost = rank.lost(batch, len(split.sources))
 
     def by_source(counts: np.ndarray, lost: np.ndarray | int = 0) -> dict[str, int]:
         sums = np.bincount(sources, weights=counts, minlength=len(split.sources)) - lost
@@ -180,7 +179,7 @@ def _with_totals(
     source_tokens, num_lost = by_source(tokens, lost), int(lost.sum())
     return GlobalBatch(
         micro_batches=batch,
-        # A step that has lost all of its samples trains on nothing, and divides no loss.
+        # A step that has lost all its samples trains on nothing, and no loss is divided.
         num_targets=int(targets.sum()) if pairs else max(1, int(tokens.sum()) - num_lost),
         trained_tokens=int(tokens.sum()) - num_lost,
         num_tokens=sum(length for length, _ in drawn),
@@ -188,7 +187,7 @@ def _with_totals(
         num_slots=plan.slots,
         source_targets=by_source(targets) if pairs else source_tokens,
         source_tokens=source_tokens,
-        names=tuple(tuple(supply.name(item) for _, item in one) for one in own),
+        names=tuple(tuple(sample_source.name(item) for _, item in one) for one in own),
         step=plan.step,
         epoch=plan.epoch,
         epoch_end=plan.epoch_end,
@@ -198,20 +197,20 @@ def _with_totals(
 class Data:
     """Training and evaluation data of a run, made by `build_data`.
 
-    total_steps: optimizer steps of the whole run, those before the position included. steps_reason: the log line that
-    says why. Both follow `load_state_dict`. sources, evaluation_sources: names. digest: stands for all training and
-    evaluation data, None where that is streamed. chat_date: the date that chats have, None where their template writes
-    none. state_dict() is the position after the last global batch that train() gave: plain data, the same on every
+    total_steps: optimizer steps of the entire run, including those before the position. steps_reason: the log line that
+    explains it. Both change with `load_state_dict`. sources, evaluation_sources: names. digest: checksum of all
+    training and evaluation data, None if streamed. chat_date: the date written into chats, None if their template
+    writes none. state_dict() is the position after the last global batch of train(): plain data, the same on every
     rank.
     """
 
     def __init__(
-        self, train: DataSplit, evaluation: DataSplit | None, share: DataRank, settings: dict[str, Any], encoder: Any
+        self, train: DataSplit, evaluation: DataSplit | None, rank: DataRank, settings: dict[str, Any], encoder: Any
     ) -> None:
         self.sources, self.evaluation_sources = train.sources, evaluation.sources if evaluation else ()
         self.chat_date: str | None = settings["data.chat_date"]
         self.digest = train.digest and f"{train.digest} {evaluation.digest if evaluation else None}"
-        self._train, self._evaluation, self._share, self._settings = train, evaluation, share, settings
+        self._train, self._evaluation, self._rank, self._settings = train, evaluation, rank, settings
         self._encoder = encoder
         self._given = np.zeros(4, np.int64)
         self._ahead = False
@@ -221,9 +220,9 @@ class Data:
             self._evaluation_start = evaluation.planner.position()
 
     def leave_out_drawn(self) -> None:
-        """Make batches hold blanks in the place of pictures that the model draws, from the next `train` or `evaluate`
-        on: what is made of them is known."""
-        getattr(self._encoder, "encoder", self._encoder).media.decodes_drawn = False  # within PreEncoded
+        """Replace pictures that the model draws by blanks, from the next `train` or `evaluate` on: their codes are
+        already known."""
+        getattr(self._encoder, "encoder", self._encoder).media.decodes_drawn = False  # inside PreEncoded
 
     def _plan_ahead(self) -> None:
         planner = self._train.planner
@@ -233,29 +232,29 @@ class Data:
 
     @property
     def has_media(self) -> bool | None:
-        """True if training samples have images; None where they are streamed, and nobody knows."""
+        """True if training samples have media; None if they are streamed, when nobody knows."""
         return self._train.has_media
 
     def read(self, names: Sequence[Any], split: Literal["train", "eval"] = "train") -> list[Sample] | None:
-        """The samples of a micro batch by their names in it, with their media; None where the data is streamed, and
-        of evaluation data that there is none of."""
+        """The samples of a micro batch, with their media, by their names in it; None if the data is streamed, or
+        there is no evaluation data."""
         part = self._train if split == "train" else self._evaluation
         return None if part is None or part.read is None else part.read(list(names))
 
     def size(self, split: Literal["train", "eval"]) -> int:
-        """The number of samples that can be read; 0 where the data is streamed."""
+        """The number of samples that `read` can return; 0 if the data is streamed."""
         part = self._train if split == "train" else self._evaluation
         return 0 if part is None or part.read is None else part.planner.source.size or 0
 
     def largest(self) -> list[Sample]:
-        """The samples of the micro batch, of those planned for the epoch of the first step, whose media have most
-        values; none where there are no media, or data is streamed."""
+        """The samples of the micro batch with the most media values, among those planned for the epoch of the first
+        step; empty if there are no media or the data is streamed."""
         if not self._train.has_media or self._train.read is None:
             return []
         planner = Planner(self._train.planner.source, self._train.planner.batching)
         planner.count()
         plans = iter(planner.steps())
-        first = next(plans)  # which may end in a later epoch
+        first = next(plans)  # it may end in a later epoch
         plans = chain([first], takewhile(lambda plan: plan.epoch == first.epoch, plans))
         batches = ([item for _, item in batch] for plan in plans for batch in plan.micro_batches)
         return self._train.read(max(batches, key=planner.source.num_values))
@@ -275,7 +274,7 @@ class Data:
             self._train.planner.load_position(self._position)
         self._ahead = True
         try:
-            for plan, batch in global_batches(self._train.planner, self._train, self._share):
+            for plan, batch in global_batches(self._train.planner, self._train, self._rank):
                 self._position = plan.position
                 self._given += (batch.num_samples, batch.num_tokens, batch.trained_tokens, batch.num_slots)
                 yield batch
@@ -283,9 +282,10 @@ class Data:
             self._train.close()
 
     def close(self) -> None:
-        """End the training data. Log how many rows of streams were left out; those of an index are logged before."""
+        """Close the training data. Logs how many rows of streams were left out (for an index this is logged before
+        training)."""
         self._train.close()
-        if self._train.digest is None and self._share.world.is_main:
+        if self._train.digest is None and self._rank.world.is_main:
             log_left_out("data.train_path", self.report.rows, self.report.dropped)
 
     def evaluate(self) -> Iterator[GlobalBatch]:
@@ -294,24 +294,24 @@ class Data:
             raise ValueError("there is nothing to evaluate on: set data.eval_path")
         planner = self._evaluation.planner
         planner.load_position(self._evaluation_start)
-        for _, batch in global_batches(planner, self._evaluation, self._share):
+        for _, batch in global_batches(planner, self._evaluation, self._rank):
             yield batch
 
     def scan(self) -> Iterator[GlobalBatch]:
         """Global batches of one pass over the training data, in order, each sample once over all ranks; the position
-        stays. For data that is not streamed."""
+        does not change. For data that is not streamed."""
         assert self._train.scan is not None, "streams cannot be gone over beforehand"
         planner = self._train.scan()
         planner.count()
-        for _, batch in global_batches(planner, self._train, self._share):
+        for _, batch in global_batches(planner, self._train, self._rank):
             yield batch
 
     def deal_by(self, work: Work) -> None:
-        """Deal the micro batches of each step to ranks by this measure, rather than by their tokens."""
-        self._share = replace(self._share, work=work)
+        """Distribute each step's micro batches over ranks by this measure instead of by tokens."""
+        self._rank = replace(self._rank, work=work)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and what it holds for (data, seed, order)."""
+        """The position, and the data, seed and order for which it is valid."""
         return {
             "settings": _plain(self._settings),
             "position": _plain(self._position),
@@ -319,7 +319,7 @@ class Data:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`; ValueError if it was made with other data, another seed or another order."""
+        """Continue from `state`; ValueError if it was made with other data, another seed or another order."""
         for name, now in self._settings.items():
             before = state["settings"].get(name)
             if before == now:
@@ -337,7 +337,7 @@ class Data:
 
 
 class Classes(NamedTuple):
-    """The classes of a classifier: how many, and their names, if they have any."""
+    """The classes of a classifier: their number, and their names, if any."""
 
     number: int | None = None
     names: Sequence[str] = ()
@@ -357,12 +357,12 @@ def build_data(
     classes: Classes = NO_CLASSES,
     processor: Any = None,
 ) -> Data:
-    """Open data.train_path (and data.eval_path), see what is in them and plan the run. A collective: all ranks call it.
+    """Open data.train_path (and data.eval_path), index them and plan the run. A collective call on all ranks.
 
-    dp_rank, dp_size: this rank's place along the data-parallel axes; ranks that share a place get the same batches.
-    vocab_size: rows of the model's embedding. processor: the Hugging Face processor of a model that takes images; of a
-    model of pixels their `Square`. ValueError, on all ranks: data that is missing, empty or bad, or too little for one
-    global batch.
+    dp_rank, dp_size: this rank's coordinate along the data-parallel axes; ranks with the same dp_rank get the same
+    batches. vocab_size: rows of the model's embedding. processor: the Hugging Face processor of a model that takes
+    media; for a pixel model, its `Square`. ValueError, on all ranks: data that is missing, empty or bad, or too little
+    for one global batch.
     """
     rows = config.data.task.rows
     pairs = rows == "pairs"
@@ -387,7 +387,7 @@ def build_data(
     streams = config.data.datasets_type == "iterable" or not all(source.mapping for source in sources)
     _require_same_rows(config, sources, encoder, world)
     explicit = "data.train_size" if config.train.dyn_bsz else "data.train_sample"
-    recipe = make_batching_plan(config, dp_size=dp_size, by_formula=streams or explicit in config.explicit)
+    batching = make_batching_plan(config, dp_size=dp_size, by_formula=streams or explicit in config.explicit)
     names = [source.name for source in sources]
     settings: dict[str, Any] = {
         "train.seed": config.train.seed,
@@ -398,9 +398,9 @@ def build_data(
         "the list of sources in data.train_path": names,
         "whether sources in data.train_path have weights": _weights(sources) is not None,
     }
-    collate = Collator(encoder, recipe.pad_to, pad_id, config.data.silent_exception)
+    collate = Collator(encoder, batching.pad_to, pad_id, config.data.silent_exception)
     if streams:
-        part = _streamed_part(config, sources, collate, recipe, decodes=processor is not None)
+        part = _streamed_part(config, sources, collate, batching, decodes=processor is not None)
     else:
         index = make_index(
             config,
@@ -411,24 +411,23 @@ def build_data(
             row_is_sample=rows in ("conversations", "labels")
             and processor is None
             and not any(source.own for source in sources),
-            counts_without_lengths=recipe.counts_without_lengths,
+            counts_without_lengths=batching.counts_without_lengths,
         )
         settings["digest"] = index.digest
-        supply = MapSource(index, _weights(sources), names, config.train.seed, config.data.shuffle)
-        part = _indexed_part(config, PackedSamples(index, sources, collate), supply, recipe)
+        sample_source = MapSource(index, _weights(sources), names, config.train.seed, config.data.shuffle)
+        part = _indexed_part(config, PackedSamples(index, sources, collate), sample_source, batching)
     evaluation = None
     if held_out is not None:
         index = make_index(config, held_out, encoder, world, "data.eval_path")
-        supply = MapSource(index, None, [source.name for source in held_out], config.train.seed, shuffle=False)
-        evaluation = _indexed_part(config, PackedSamples(index, held_out, collate), supply, one_pass(recipe))
+        sample_source = MapSource(index, None, [source.name for source in held_out], config.train.seed, shuffle=False)
+        evaluation = _indexed_part(config, PackedSamples(index, held_out, collate), sample_source, one_pass(batching))
     may_lose = config.data.silent_exception and processor is not None
     part, evaluation = replace(part, may_lose=may_lose), evaluation and replace(evaluation, may_lose=may_lose)
     return Data(part, evaluation, DataRank(dp_rank, dp_size, pairs, world), settings, encoder)
 
 
 def _require_same_rows(config: Config, sources: Sequence[Source], encoder: Any, world: World) -> None:
-    """ValueError, on all ranks: a dataset of the user's own begins with other rows on some ranks, as one does that
-    shares itself out."""
+    """ValueError, on all ranks: a user's dataset begins with different rows on some ranks, because it shards itself."""
     own = [source for source in sources if source.own]
     if world.size == 1 or not own:
         return
@@ -447,7 +446,7 @@ def _require_same_rows(config: Config, sources: Sequence[Source], encoder: Any, 
 
 
 def _held_out(config: Config, elsewhere: LocalCopies) -> list[Source | Loaded] | None:
-    """The sources of data.eval_path, if it is set."""
+    """The sources of data.eval_path, if set."""
     if not config.data.eval_path:
         return None
     sources = open_sources(config, config.data.eval_path, elsewhere=elsewhere)
@@ -455,7 +454,7 @@ def _held_out(config: Config, elsewhere: LocalCopies) -> list[Source | Loaded] |
 
 
 class Loaded:
-    """A source without random access, read whole: evaluation data is small."""
+    """A source without random access, loaded into memory: evaluation data is small."""
 
     def __init__(self, source: Source) -> None:
         self.name = source.name
@@ -469,13 +468,13 @@ class Loaded:
 
 
 def _pad_id(tokenizer: Any) -> int:
-    """The id of padding in packed rows: not the tokenizer's own, whose embedding may be zero, which not every model can
-    be differentiated at (Gemma 3n takes the root of its square)."""
+    """The padding id in packed rows. Not the tokenizer's own, whose embedding may be zero, where some models cannot
+    be differentiated (Gemma 3n takes the root of its square)."""
     return int(getattr(tokenizer, "pad_token_id", None) == 0)
 
 
 def _weights(sources: Sequence[Source]) -> Weights | None:
-    """The sources' weights by step; None if none are given: each sample then comes once a pass."""
+    """The sources' weights by step; None if none are set: each sample then comes once per pass."""
     if len(sources) == 1 or not any(source.weighted for source in sources):
         return None
     return lambda step: [source.weight_at(step) for source in sources]
@@ -485,10 +484,12 @@ def _needs_workers(index: Index) -> bool:
     return index.tokens is None or bool(index.num_media.any())
 
 
-def _indexed_part(config: Config, samples: PackedSamples, supply: MapSource, recipe: BatchingPlan) -> DataSplit:
+def _indexed_part(
+    config: Config, samples: PackedSamples, sample_source: MapSource, batching: BatchingPlan
+) -> DataSplit:
     index = samples.index
-    planner = Planner(supply, recipe)
-    # Samples in memory are packed faster here than workers could send them; media are decoded by workers.
+    planner = Planner(sample_source, batching)
+    # Packing samples from memory is faster here than receiving them from workers; media are decoded by workers.
     num_workers = config.data.num_workers if _needs_workers(index) else 0
 
     def report(given: np.ndarray) -> DataSummary:
@@ -508,11 +509,13 @@ def _indexed_part(config: Config, samples: PackedSamples, supply: MapSource, rec
         )
 
     def scan() -> Planner:
-        return Planner(MapSource(index, None, supply.names, supply.seed, shuffle=False), one_pass(recipe))
+        return Planner(
+            MapSource(index, None, sample_source.names, sample_source.seed, shuffle=False), one_pass(batching)
+        )
 
     fetch = fetch_indexed(samples, loader_options(config, num_workers))
     return DataSplit(
-        tuple(supply.names),
+        tuple(sample_source.names),
         planner,
         fetch,
         report,
@@ -525,15 +528,15 @@ def _indexed_part(config: Config, samples: PackedSamples, supply: MapSource, rec
 
 
 def _streamed_part(
-    config: Config, sources: Sequence[Source], collate: Collator, recipe: BatchingPlan, *, decodes: bool
+    config: Config, sources: Sequence[Source], collate: Collator, batching: BatchingPlan, *, decodes: bool
 ) -> DataSplit:
-    feed = ChunkPrefetcher(
+    chunks = ChunkPrefetcher(
         sources, collate.encoder, loader_options(config, config.data.num_workers) | {"pin_memory": False}
     )
     capacity = config.data.shuffle_buffer_size if config.data.shuffle else 1
     silent = config.data.silent_exception
-    supply = StreamSource(feed, _weights(sources), seed=config.train.seed, capacity=capacity, silent=silent)
-    planner = Planner(supply, recipe)
+    sample_source = StreamSource(chunks, _weights(sources), seed=config.train.seed, capacity=capacity, silent=silent)
+    planner = Planner(sample_source, batching)
 
     def report(given: np.ndarray) -> DataSummary:
         samples, tokens, targets, _ = given.tolist()
@@ -541,7 +544,7 @@ def _streamed_part(
         return DataSummary(rows, samples, tokens, targets, dropped, _efficiency(given))
 
     names = tuple(source.name for source in sources)
-    return DataSplit(names, planner, fetch_streamed(config, collate, decodes=decodes), report, feed.close)
+    return DataSplit(names, planner, fetch_streamed(config, collate, decodes=decodes), report, chunks.close)
 
 
 def _efficiency(given: np.ndarray) -> float | None:
@@ -549,7 +552,7 @@ def _efficiency(given: np.ndarray) -> float | None:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays as lists, at any depth."""
+    """The value with arrays converted to lists, at any depth."""
     if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, dict):

@@ -1,16 +1,15 @@
-"""Mixing: in which order samples are drawn, from one source or several.
+"""Mixing: the order in which samples are drawn, from one source or several.
 
-A *stream* gives the samples of one source, a pass at a time, each pass in an order of its own; `Permuted` here is the
-one over data with random access. A *mix* draws from several streams.
+A *stream* yields the samples of one source, one pass at a time, each pass in its own order; `Permuted` is the stream
+for data with random access. A *mix* draws from several streams.
 
-Without weights every sample comes exactly once a pass. With weights a pass is as many draws as there are samples
-(where that is known), and a source that runs out starts over, reshuffled. Draws do not use chance: each draw adds its
-weight to every source's credit and takes one from the source with the most, so that after any number of draws every
-source is within one sample of its exact share. Which samples these are is random, through each source's order.
-Weights count samples, not tokens, and only their proportions matter; they may change with the optimizer step that is
-being planned.
+Without weights, every sample comes exactly once per pass. With weights, a pass is as many draws as there are samples
+(if known), and a source that runs out starts again, reshuffled. The choice of the source is not random: each draw adds
+every source's weight to its credit and takes one from the source with the most, so that after any number of draws every
+source is within one sample of its exact share. The order within each source is random. Weights count samples, not
+tokens; only their ratios matter; they may change with the optimizer step being planned.
 
-Random numbers come from Philox, keyed by (seed, source, pass): nothing but the pass and the place in it is state.
+Random numbers come from Philox, keyed by (seed, source, pass): the only state is the pass and the position in it.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from typing import Any, Protocol
 import numpy as np
 
 SampleRef = tuple[int, Any]
-"""A sample's length in tokens and whatever names it: an index, or the sample itself."""
+"""A sample's length in tokens and what identifies it: an index, or the sample itself."""
 
 Draw = Callable[[], SampleRef | None]
-"""Gives the next sample of a pass; None at its end."""
+"""Returns the next sample of a pass; None at its end."""
 
 Weights = Callable[[int], Sequence[float]]
 """The sources' weights at an optimizer step, from 0."""
@@ -32,19 +31,19 @@ Weights = Callable[[int], Sequence[float]]
 _BLOCK = 8192
 
 LEARNT = 512
-"""Samples whose lengths are found out at a time, where they are not known yet."""
+"""The number of samples whose lengths are found at a time, if not known yet."""
 
 SOON = 4096
-"""Samples behind these that are the next to be looked at."""
+"""The number of samples after these that are looked at next."""
 
 
 def random_words(count: int, *key: int) -> np.ndarray:
-    """`count` random uint64 that depend on `key` alone, on every machine and in every version."""
+    """`count` random uint64 that depend only on `key`, on every machine and in every version."""
     return np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
 
 
 def permutation(count: int, *key: int) -> np.ndarray:
-    """A random order of `range(count)` that depends on `key` alone."""
+    """A random order of `range(count)` that depends only on `key`."""
     return np.argsort(random_words(count, *key), kind="stable")
 
 
@@ -52,13 +51,13 @@ class Stream(Protocol):
     """The samples of one source, pass after pass."""
 
     number: int
-    """Of the pass, from 0; -1 before the first."""
+    """The number of the pass, from 0; -1 before the first."""
 
     def draw(self) -> SampleRef | None:
         """The next sample of this pass; None at its end."""
 
     def restart(self) -> None:
-        """Begin the next pass, wherever this one stands."""
+        """Begin the next pass, even if this one has not ended."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -66,20 +65,20 @@ class Stream(Protocol):
 
 
 class LearnsLengths(Protocol):
-    """Finds out lengths of samples that are not known from the start."""
+    """Finds lengths of samples that are not known from the start."""
 
     def __call__(self, now: np.ndarray, soon: np.ndarray) -> None:
-        """Find out those of the samples with the numbers `now`, and begin with those that will be asked for `soon`."""
+        """Find the lengths of the samples with the numbers `now`, and start on those that will be needed `soon`."""
 
     def close(self) -> None:
-        """End what works on it beside the trainer."""
+        """Stop the background processes."""
 
 
 class Permuted:
-    """Samples with random access, permuted anew for every pass, or in order.
+    """Samples with random access, in a new order each pass or in their own order.
 
-    ids: their numbers; an int stands for all numbers below it. lengths: by number. learn: finds out lengths that are
-    not known yet; it is told which are needed now, and which will be soon.
+    ids: their numbers; an int stands for all numbers below it. lengths: by number. learn: finds lengths not known yet;
+    it is told which are needed now and which soon.
     """
 
     def __init__(
@@ -97,7 +96,7 @@ class Permuted:
 
     @property
     def left(self) -> int:
-        """The samples that are left of this pass."""
+        """The number of samples left in this pass."""
         return self.count - self._start - self._next
 
     def _begin(self, number: int, at: int) -> None:
@@ -124,7 +123,7 @@ class Permuted:
         return bool(self._block)
 
     def _ids(self, start: int, end: int) -> np.ndarray:
-        """The numbers of the samples at the places [start, end) of this pass, as far as it has them."""
+        """The numbers of the samples at the positions [start, end) of this pass, which may end earlier."""
         places = np.arange(start, min(end, self.count))
         if self._order is not None:
             places = self._order[places].astype(np.int64)
@@ -141,10 +140,9 @@ class Permuted:
 
 
 class Mix:
-    """Draws from several streams, by weights or (without) each sample once a pass.
+    """Draws from several streams, by weights or (without) each sample once per pass.
 
-    weights: the sources' weights at a step, relative to each other. size: draws in a pass with weights; None: such a
-    pass has no end.
+    weights: the sources' relative weights at a step. size: draws in a pass with weights; None: such a pass has no end.
     """
 
     def __init__(self, streams: Sequence[Stream], weights: Weights | None = None, size: int | None = None) -> None:
@@ -157,7 +155,7 @@ class Mix:
         self._shares = [1 / len(self.streams)] * len(self.streams)
 
     def drawer(self, step: int) -> Draw:
-        """A function that gives the next sample, with the weights of `step`; None at the end of the pass."""
+        """A function that returns the next sample, with the weights of `step`; None at the end of the pass."""
         if len(self.streams) == 1:
             return self.streams[0].draw
         if self.weights is None:
@@ -196,7 +194,7 @@ class Mix:
         return most
 
     def restart(self) -> None:
-        """Begin the next pass. With weights the sources go on where they are; without, they start over."""
+        """Begin the next pass. With weights the sources continue where they are; without, they start again."""
         self._draws = 0
         if self.weights is not None and self._begun:
             return
@@ -208,7 +206,7 @@ class Mix:
 
     @property
     def left(self) -> int | None:
-        """The samples that are left of this pass; None where a stream doesn't know."""
+        """The number of samples left in this pass; None if a stream doesn't know."""
         if self.weights is not None:
             return None if self.size is None else self.size - self._draws
         known = [stream.left for stream in self.streams if isinstance(stream, Permuted)]

@@ -1,27 +1,28 @@
 """Planning: from an order of samples to optimizer steps, their number, and the position to resume from.
 
-Everything here is global: each rank plans the same micro batches for all ranks, from lengths alone, and runs its own.
-A step's micro batches are the same for any number of ranks, and are dealt to these by their work, as many to each
-(`pack.deal_work`): so all train on the same samples at the same step, and totals over all ranks are known without
-communication.
+Planning is global: each rank plans the same micro batches for all ranks, from lengths alone, and runs its own. A step's
+micro batches are the same for any number of ranks. They are distributed by their work, the same number to each rank
+(`pack.deal_work`): so any number of ranks trains on the same samples at the same step, and totals over all ranks are
+known without communication.
 
-A step takes M = train.global_batch_size / train.micro_batch_size micro batches. How long an epoch is:
+A step takes M = train.global_batch_size / train.micro_batch_size micro batches. The length of an epoch is given
 
-- by the data: one pass, each sample once. Samples that fill no step at its end are part of the next epoch's first step.
-  The number of steps comes from planning every epoch once, in advance.
-- by a formula (data.train_size or data.train_sample): so many steps. Data that ends earlier starts over, reshuffled;
-  data that is longer goes on in the next epoch where it was.
+- by the data: one pass, each sample once. Samples at its end that do not fill a step go into the first step of the next
+  epoch. The number of steps is found by planning every epoch once, in advance.
+- by a formula (data.train_size or data.train_sample). Data that ends earlier starts again, reshuffled; data that is
+  longer continues in the next epoch.
 
-Only the run by the data ends with a rest. It is left out (data.drop_last) or trained on: as a step of its own if that
-has at least half of what others have, else dealt over the last steps, so that each of them has.
+Only a run whose epochs are given by the data ends with a rest. The rest is left out (data.drop_last) or trained on: as
+a step of its own if it has at least half of what other steps have, otherwise distributed over the last steps so that
+each of them has at least half.
 
-The budget of a micro batch may grow over the first W steps, W = int(bsz_warmup_ratio * total steps). How many steps an
-epoch by the data has depends on W, and W on that number: W starts from the steps without a warm-up and is put in again
-until it repeats. Should it go round in a circle, the first repeated W stands; the number of steps is always the true
-one for that W.
+The budget of a micro batch may grow over the first W steps, W = int(bsz_warmup_ratio * total steps). If epochs are
+given by the data, the number of steps depends on W and W on the number of steps: W starts from the number of steps
+without a warm-up and is recomputed until it repeats. If it cycles, the first repeated W is used; the number of steps is
+always the true one for that W.
 
-The position is taken after every step: the mix, the samples held back, and the counters. Going on with another batch
-size starts from the very same position, so that what is left of the epoch is trained on, the samples held back first.
+The position is taken after every step: the mix, the samples held back, and the counters. Continuing with another batch
+size starts from that same position, so that the rest of the epoch is trained on, starting with the samples held back.
 """
 
 from __future__ import annotations
@@ -47,19 +48,19 @@ log = logging.getLogger(__name__)
 MicroBatches = list[list[SampleRef]]
 
 _REST_STEPS = 8
-"""Steps over which the rest of a run may be dealt."""
+"""Maximum number of steps over which the rest of a run is distributed."""
 
 _LOG_SECONDS = 5.0
 
 _LEAST = 0.5
-"""Of what a full step has, so much has the smallest."""
+"""The smallest allowed size of a step, as a fraction of a full one."""
 
 
 class SampleSource(Protocol):
-    """A source of samples: an index of data with random access, or a stream."""
+    """A source of samples: an index with random access, or a stream."""
 
     size: int | None
-    """Samples in a pass; None when unknown."""
+    """The number of samples in a pass; None if unknown."""
 
     @property
     def knows_lengths(self) -> bool:
@@ -67,22 +68,22 @@ class SampleSource(Protocol):
 
     @property
     def names(self) -> Sequence[str]:
-        """Names of the data sources, each a stream of the mix where that has several."""
+        """Names of the data sources; each is a stream of the mix if the mix has several."""
 
     def mix(self) -> Mix:
         """The mix before its first pass."""
 
     def facts(self, items: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Trained tokens and source of each item."""
+        """The number of trained tokens, and the source, of each item."""
 
     def num_values(self, items: Sequence[Any]) -> int:
-        """The values of all media of these items."""
+        """The number of values of all media of these items."""
 
     def bucket(self, item: Any) -> int:
-        """Its bucket: items of others are never in one micro batch."""
+        """The bucket of an item: items of different buckets never share a micro batch."""
 
     def name(self, item: Any) -> Any:
-        """Plain data that finds the item again."""
+        """Plain data that identifies the item."""
 
     def find(self, names: Sequence[Any]) -> list[SampleRef]:
         """The items with these names."""
@@ -90,11 +91,11 @@ class SampleSource(Protocol):
 
 @dataclass(frozen=True)
 class BatchingPlan:
-    """A plan by which samples become steps.
+    """The rules by which samples become steps.
 
-    micro_batches: M, over all ranks. budget: B tokens. seed: of the order in which micro batches packed together come;
-    None keeps the order of the samples. even_end: the rest of a run is dealt over its last steps. epoch_steps: if by
-    formula. bucketed: samples are of several buckets.
+    micro_batches: M, over all ranks. budget: B tokens. seed: for the random order of micro batches that are packed
+    together; None keeps the order of the samples. even_end: distribute the rest of a run over its last steps.
+    epoch_steps: set if given by a formula. bucketed: the samples are in several buckets.
     """
 
     micro_batches: int
@@ -122,13 +123,13 @@ class BatchingPlan:
         return self.micro_batches * self.micro_batch_size
 
     def packer(self, bucket: Callable[[Any], int]) -> Packer:
-        """The packer of items. bucket: gives the bucket of each."""
+        """A packer of items. bucket: returns an item's bucket."""
         if self.bucketed:
             return Bucketed(self.micro_batch_size, bucket)
         return BestFit(self.buffer_size, self.budget, self.seed) if self.dynamic else Fixed(self.micro_batch_size)
 
     def slots(self, budget: int, batch: Sequence[SampleRef]) -> int:
-        """Room of a micro batch that was planned with `budget`."""
+        """Slots (places for tokens) of a micro batch planned with `budget`."""
         if self.pad:
             return self.budget
         if not batch:
@@ -138,22 +139,22 @@ class BatchingPlan:
         return max(budget if self.dynamic else 0, sum([length for length, _ in batch]))
 
     def fullness(self, budget: int, batches: MicroBatches) -> float:
-        """Part of a full step's tokens (without dyn_bsz: samples) that a step of these micro batches has."""
+        """The fraction of a full step's tokens (without dyn_bsz: samples) in a step of these micro batches."""
         if self.dynamic:
             return _tokens(batches) / (self.micro_batches * budget)
         return sum(map(len, batches)) / self.global_batch_size
 
     def room(self, budget: int, batches: MicroBatches) -> int:
-        """Slots of several micro batches."""
+        """Slots of several micro batches in total."""
         return sum([self.slots(budget, batch) for batch in batches])
 
     def deal(
         self, budget: int, batches: MicroBatches, steps: int, bucket: Callable[[Any], int] | None = None
     ) -> MicroBatches:
-        """The samples of `batches`, which are the last of a run, as M micro batches for each of `steps` steps.
+        """The samples of `batches`, the last of a run, as M micro batches for each of `steps` steps.
 
-        bucket: gives the bucket of each, where these matter. Empty if there is no way. One step of at most M micro
-        batches always is one.
+        bucket: returns a sample's bucket, if buckets matter. Returns nothing if it is impossible, which it never is for
+        one step of at most M micro batches.
         """
         samples = [drawn for batch in batches for drawn in batch]
         if self.bucketed and bucket is not None:
@@ -166,8 +167,8 @@ class BatchingPlan:
         return dealt
 
     def counts_without_lengths(self, tokens: int) -> bool:
-        """True if the steps of epochs of about so many `tokens` are known before all lengths are: they have as many
-        samples each, follow from a formula, or are cut short by train.max_steps."""
+        """True if the number of steps of epochs with about this many `tokens` is known before all lengths are: steps
+        have equal numbers of samples, follow from a formula, or are limited by train.max_steps."""
         if not self.dynamic or self.epoch_steps is not None:
             return not self.bucketed
         return self.max_steps is not None and 2 * self.max_steps * self.micro_batches * self.budget <= tokens
@@ -213,7 +214,7 @@ def make_batching_plan(config: Config, *, dp_size: int, by_formula: bool) -> Bat
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step over all ranks: its micro batches in global order, `slots` of room in all, and the position after it."""
+    """One step over all ranks: its micro batches in global order, their slots, and the position after it."""
 
     micro_batches: MicroBatches
     slots: int
@@ -225,10 +226,10 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Count:
-    """Counts from planning ahead: steps of every epoch (those before the position: 0), and sums over these steps.
+    """Counts from planning ahead: the steps of every epoch (0 before the position), and sums over these steps.
 
-    rest_steps: over how many of the last steps what is left at the run's end is dealt. left_out: samples left out
-    there instead.
+    rest_steps: over how many of the last steps the rest of the run is distributed. left_out: the samples left out
+    instead.
     """
 
     epoch_steps: tuple[int, ...]
@@ -247,17 +248,17 @@ class _Planned(NamedTuple):
 
 
 class Planner:
-    """Plans step after step from a position. `count()` must have set the number of steps before `steps()` runs.
+    """Plans steps from a position on. `count()` must set the number of steps before `steps()` runs.
 
-    passes: how many passes over the data have begun. While the last samples of one fill the next epoch's first step,
-    this is one ahead of the epochs.
+    passes: the number of passes over the data that have begun. While the last samples of a pass are part of the next
+    epoch's first step, this is one ahead of the number of epochs.
     """
 
     def __init__(self, source: SampleSource, batching: BatchingPlan) -> None:
         self.source, self.batching = source, batching
         self.mix, self.packer = source.mix(), batching.packer(source.bucket)
         self.step = self.epoch = self.step_in_epoch = self.passes = 0
-        self._cut_at = 0  # steps of the epoch that has just ended, if train.max_steps ended it and no new one has begun
+        self._cut_at = 0  # steps of the last epoch if train.max_steps ended it and no new one has begun
         self.warmup_steps = 0
         self._set_counted(Count(()))
         self._formula_steps = batching.epoch_steps
@@ -268,12 +269,12 @@ class Planner:
 
     @property
     def total_steps(self) -> int:
-        """Steps of the whole run, those before the position included."""
+        """Steps of the entire run, including those before the position."""
         done_before = self.step - self.step_in_epoch
         return done_before + sum(self.counted.epoch_steps[self.epoch :])
 
     def steps(self) -> Iterator[StepPlan]:
-        """From the position to the end of the last epoch."""
+        """The steps from the position to the end of the last epoch."""
         ends = self.counted.epoch_steps
         while self.epoch < self.batching.epochs:
             if self.step_in_epoch >= ends[self.epoch]:
@@ -290,7 +291,7 @@ class Planner:
             yield StepPlan(batches, slots, self.step, epoch, epoch_end, self.position())
 
     def _take(self) -> tuple[MicroBatches, int]:
-        """The next step's micro batches and their room. Fewer than M at the end of the run: they are no step."""
+        """The next step's micro batches and their slots. Fewer than M, at the end of the run, are not a step."""
         budget = self._budget_at(self.step)
         batches = list(islice(self._micro_batches(budget), self.batching.micro_batches))
         if len(batches) == self.batching.micro_batches:
@@ -303,7 +304,7 @@ class Planner:
         return budget_at(step, budget=full, initial=initial, warmup_steps=self.warmup_steps)
 
     def _micro_batches(self, budget: int) -> Iterator[list[SampleRef]]:
-        """Micro batches at the current step, one pass after the other; by the data until the last one ends."""
+        """Micro batches from the current step on, pass after pass (the last one ends if the data gives epochs)."""
         before = None if self.passes else 0
         if not self.passes:
             self._begin_pass()
@@ -326,14 +327,14 @@ class Planner:
         self.passes += 1
 
     def _deal_rest(self) -> None:
-        """Deal all samples that are left over the steps that are left."""
+        """Distribute all remaining samples over the remaining steps."""
         budget = self._budget_at(self.step)
         batches = [*self._micro_batches(budget), self.packer.open]
         dealt = self.batching.deal(budget, batches, self.counted.rest_steps, self.source.bucket)
         self.packer.hold([drawn for batch in dealt for drawn in batch], [*map(len, dealt), 0])
 
     def _say_restarts(self, before: Sequence[int]) -> None:
-        """Log which sources have begun again since they were in the passes `before`."""
+        """Log which sources have restarted since they were in the passes `before`."""
         if self.batching.epoch_steps is None and len(before) == 1:
             return
         names = self.source.names if len(before) > 1 else ["data.train_path"]
@@ -342,7 +343,7 @@ class Planner:
                 log.info("step %d: %s is read through and begins again, for pass %d", self.step, name, new + 1)
 
     def _end_epoch(self) -> None:
-        """Go to the next epoch. One that train.max_steps cut short leaves nothing to it."""
+        """Go to the next epoch. An epoch that train.max_steps cut short leaves it no samples."""
         cut, limit = self._is_cut(), self.batching.max_steps
         self._cut_at = self.step_in_epoch if limit is not None and self.step_in_epoch >= limit else 0
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
@@ -360,7 +361,7 @@ class Planner:
         return self.batching.epoch_steps is None and limit is not None and self.step_in_epoch >= limit
 
     def count(self) -> None:
-        """Find the number of steps from the position on, and the warm-up that goes with it, unless known already."""
+        """Find the number of steps from the position on, and the matching warm-up, unless known already."""
         if self.counted.epoch_steps:
             return
         ratio = self.batching.warmup_ratio
@@ -425,7 +426,7 @@ class Planner:
         return Count(tuple(steps[: batching.epochs]), 0, 0, tokens, slots)
 
     def _count_by_samples(self) -> Count:
-        """As `_count_passes`, where all steps have as many samples, whatever their lengths. Tokens and slots: 0."""
+        """`_count_passes` for steps with equal numbers of samples, regardless of their lengths. Tokens and slots: 0."""
         batching, each, size = self.batching, self.batching.global_batch_size, self.source.size or 0
         epoch, passes, limit = self.epoch, self.passes, batching.max_steps
         steps = [0] * epoch + [self.step_in_epoch] + [0] * batching.epochs
@@ -455,21 +456,21 @@ class Planner:
         return replace(ahead._count_rest(rest, planned, counted), tokens=0, slots=0)
 
     def _count_cut(self) -> Count | None:
-        """As `_count_passes`, where train.max_steps ends every epoch even if each sample is a single token; else None.
+        """`_count_passes` if train.max_steps ends every epoch even if each sample is a single token, else None.
         Tokens and slots: 0."""
         batching, limit, size = self.batching, self.batching.max_steps, self.source.size or 0
         if limit is None:
             return None
         left = len(self.packer.held()[0]) + (self.mix.left or 0) if self.passes else size
         needs = [(max(0, limit - self.step_in_epoch), left), *[(limit, size)] * (batching.epochs - self.epoch - 1)]
-        # All micro batches of a pass but the last are complete, and none has more tokens than the budget.
+        # All micro batches of a pass but the last are full, and none has more tokens than the budget.
         if any(count < (steps * batching.micro_batches + 1) * batching.budget for steps, count in needs):
             return None
         steps = [0] * self.epoch + [self.step_in_epoch + needs[0][0]] + [limit] * (len(needs) - 1)
         return Count(tuple(steps[: batching.epochs]))
 
     def _count_rest(self, rest: MicroBatches, last: Sequence[_Planned], so_far: Count) -> Count:
-        """The count of all steps: `so_far` is that of the full ones, `last` are the last of these, `rest` is left."""
+        """The count of all steps. so_far: of the full steps; last: the last of these; rest: the remaining batches."""
         batching, each = self.batching, self.batching.micro_batches
         rest = [batch for batch in rest if batch]
         if not rest:
@@ -500,8 +501,8 @@ class Planner:
         return Count(tuple(counts), steps, 0, so_far.tokens + _tokens(rest), slots)
 
     def _count_buckets(self, rest: MicroBatches, so_far: Count) -> Count:
-        """The count of all steps where the `rest` is of more buckets than a step has micro batches: it takes as many
-        steps as it needs."""
+        """The count of all steps if the `rest` has more buckets than a step has micro batches: it takes as many
+        steps as needed."""
         batching, steps, dealt = self.batching, 0, MicroBatches()
         while not dealt:
             steps += 1
@@ -511,7 +512,7 @@ class Planner:
         return Count(counts, steps, 0, so_far.tokens + _tokens(rest), slots)
 
     def position(self) -> dict[str, Any]:
-        """Plain data from which planning goes on: on the same plan exactly, on another one with what is left."""
+        """Plain data from which planning continues: exactly with the same plan, with the rest under another one."""
         held, sizes = self.packer.held()
         return {
             "batching": self._batching,
@@ -540,8 +541,8 @@ class Planner:
         self._set_counted(Count(**position["counted"]) if same else Count(()))
 
     def _reopen(self, cut_at: int) -> None:
-        """Go on with the last epoch, which train.max_steps ended after `cut_at` steps, if it may now be longer; or with
-        the next one, if there is one now. 0: it was not ended so."""
+        """Continue the last epoch, which train.max_steps ended after `cut_at` steps, if it may now be longer; or
+        begin the next epoch, if there now is one. cut_at: 0 if it did not end that way."""
         limit, self._cut_at = self.batching.max_steps, cut_at
         if cut_at and (limit is None or limit > cut_at):
             self.epoch, self.step_in_epoch, self._cut_at = self.epoch - 1, cut_at, 0
@@ -558,7 +559,7 @@ def _chunks(batches: MicroBatches, size: int) -> list[MicroBatches]:
 
 
 def one_pass(batching: BatchingPlan) -> BatchingPlan:
-    """The plan for evaluation: packed in the same way, one epoch of all the data in order, no warm-up."""
+    """The plan for evaluation: packed in the same way, one epoch of all data in order, no warm-up."""
     return replace(
         batching,
         seed=None,
@@ -572,7 +573,7 @@ def one_pass(batching: BatchingPlan) -> BatchingPlan:
 
 
 def describe_steps(planner: Planner) -> str:
-    """The number of steps that the run takes and why: one line."""
+    """The number of steps of the run, with the reason: one line."""
     batching, counted = planner.batching, planner.counted
     steps = counted.epoch_steps[planner.epoch :] or counted.epoch_steps[-1:]
     each = f"{min(steps):,}" if min(steps) == max(steps) else f"{min(steps):,} to {max(steps):,}"

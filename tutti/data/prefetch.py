@@ -1,10 +1,9 @@
 """Fetching: planned micro batches are read, encoded and packed, ahead of training.
 
-Small data lies in memory already (index.py) and is packed in this process, which takes microseconds a sample. Larger
-data is read and encoded again, by the worker processes of a torch DataLoader. A long row is the text of many samples,
-which lie in as many micro batches: it is encoded for the first of them, and its tokens are kept on disk for the others
-(`LongRows`). Nothing here uses random numbers, and the loader draws its seed from a generator of its own, so that the
-state of torch's generator stays the trainer's.
+Small data is already in memory (index.py) and is packed in this process, which takes microseconds per sample. Larger
+data is read and encoded again by the worker processes of a torch DataLoader. A long row makes many samples, in as many
+micro batches: it is encoded for the first of them, and its tokens are kept on disk for the others (`LongRows`). Nothing
+here uses torch's global random numbers: the loader has its own generator.
 """
 
 from __future__ import annotations
@@ -34,22 +33,22 @@ from tutti.data.worker import be_a_worker, quiet_fork
 log = logging.getLogger(__name__)
 
 MANY_SAMPLES = 8
-"""A row of at least so many samples is long."""
+"""Samples from which on a row counts as long."""
 
 KEEP_ON_DISK = 250_000_000
-"""Tokens of long rows that a rank keeps on disk (8 bytes each, with their labels)."""
+"""Maximum number of tokens of long rows that a rank keeps on disk (8 bytes each, with their labels)."""
 
 SENT_WHOLE = 2**18
-"""Bytes up to which a tensor of a batch is sent from a worker within the message, and not in shared memory."""
+"""Maximum size in bytes of a tensor that a worker sends inside the message instead of in shared memory."""
 
 Fetch = Callable[[Iterator[list[Any]]], Iterator[Batch]]
-"""Turns lists of items into packed micro batches, one each, in order; may run ahead."""
+"""Packs lists of items into micro batches, one each, in order; may run ahead."""
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes micro batches of samples, with what the model takes beside their tokens. pad_to, pad_id: as in `pack`.
-    silent: data.silent_exception."""
+    """Makes micro batches of samples, with the media's values. pad_to, pad_id: as in `pack`. silent:
+    data.silent_exception."""
 
     encoder: Any
     pad_to: int | None
@@ -57,10 +56,10 @@ class Collator:
     silent: bool = False
 
     def __call__(self, samples: Sequence[Sample], find: Callable[[int], str]) -> Batch:
-        """The micro batch of `samples`. find: the file and line of the sample with this number.
+        """The micro batch of `samples`. find: returns the file and line of a sample by its index in `samples`.
 
-        A sample whose media turn out broken when they are decoded is left out, where that is wanted: tokens of padding,
-        none of them trained on, take its place, so that the step is what was planned. ValueError: it is not wanted.
+        A sample whose media fail to decode is left out if `silent`: padding tokens, none of them trained on, replace
+        it, so that the step is as planned. Otherwise ValueError.
         """
         samples, broken = list(samples), list[LostSample]()
         while True:
@@ -82,10 +81,10 @@ class Collator:
 
 
 class LongRows:
-    """Tokens of an index's long rows, kept in a file from when a row is first encoded.
+    """The tokens of an index's long rows, kept in a file once a row has been encoded.
 
-    The file has no name, so that it is gone with the processes that hold it; forked workers share it. A sample's place
-    in it follows from the index. One byte a row, behind all samples, says that the row is there. Workers that encode
+    The file has no name, so that it disappears with the processes that hold it; forked workers share it. A sample's
+    offset follows from the index. One byte per row, after all samples, says that the row is there. Workers that encode
     the same row at the same time write the same bytes.
     """
 
@@ -101,7 +100,7 @@ class LongRows:
         self._file = _nameless_file(int(ends[-1]) + len(index)) if long.any() else None
 
     def get(self, number: int) -> Sample | None:
-        """The sample of this number; None if it is of no long row, or the row isn't there yet."""
+        """The sample of this number; None if its row is not long or not there yet."""
         index, place = self.index, int(self._places[number])
         if self._file is None or place < 0:
             return None
@@ -112,7 +111,8 @@ class LongRows:
         return Sample(ids, labels, int(index.source[number]), int(index.split[number]))
 
     def put(self, first: int, samples: Sequence[Sample]) -> None:
-        """Keep all samples of the row whose first one has this number, if that is long. A full disk keeps nothing."""
+        """Keep all samples of the row whose first sample has this number, if the row is long. If the disk is full,
+        nothing is kept."""
         place = int(self._places[first])
         if self._file is None or place < 0:
             return
@@ -126,7 +126,7 @@ class LongRows:
 
 
 def _nameless_file(size: int) -> Any:
-    """A file of `size` zeros, of which only what is written takes room; None where there can be none."""
+    """A sparse file of `size` zeros; None if it cannot be made."""
     try:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ def _nameless_file(size: int) -> Any:
 
 
 class PackedSamples(Dataset):
-    """Packs the samples of an index by their numbers: from memory, or reading and encoding their rows."""
+    """Packs the samples of an index by number: from memory, or by reading and encoding their rows."""
 
     def __init__(self, index: Index, sources: Sequence[Source], collate: Collator) -> None:
         self.index, self.sources, self.collate, self.encoder = index, sources, collate, collate.encoder
@@ -147,8 +147,8 @@ class PackedSamples(Dataset):
         self._long = LongRows(index) if index.tokens is None and index.learn is None else None
 
     def __getitems__(self, ids: list[int]) -> Batch | ValueError:
-        """The micro batch of these samples, or what is wrong with them: raised in a worker, an error would come with
-        the worker's traceback in its message."""
+        """The micro batch of these samples, or the error: if raised in a worker, its message would include the
+        worker's traceback."""
         tokens = self.index.tokens
         has_media = self.index.num_media[ids].any()
         try:
@@ -176,7 +176,7 @@ class PackedSamples(Dataset):
         return [kept[number] or encoded[number] for number in ids]
 
     def _encode(self, ids: list[int]) -> dict[int, Sample]:
-        """Samples by their numbers, from their rows. ValueError: a row is not what it was."""
+        """Samples by their numbers, from their rows. ValueError: a row has changed."""
         index = self.index
         found: dict[int, Sample] = {}
         firsts = {number: number - int(index.piece[number]) for number in ids}
@@ -203,7 +203,7 @@ class PackedSamples(Dataset):
 
 
 def loader_options(config: Config, num_workers: int) -> dict[str, Any]:
-    """The arguments that every DataLoader here is made with."""
+    """The arguments of every DataLoader here."""
     options: dict[str, Any] = {
         "num_workers": num_workers,
         "collate_fn": _to_send if num_workers else _as_it_is,
@@ -220,7 +220,7 @@ def loader_options(config: Config, num_workers: int) -> dict[str, Any]:
 
 
 def pins_memory(config: Config) -> bool:
-    """True if batches go to page-locked memory: only an accelerator has any use for that."""
+    """True if batches go to page-locked memory: only useful with an accelerator."""
     return config.data.pin_memory and torch.accelerator.is_available()
 
 
@@ -229,12 +229,12 @@ def _as_it_is(batch: Any) -> Any:
 
 
 class _Sent(NamedTuple):
-    """A batch on its way from a worker, with arrays in the place of its small tensors."""
+    """A batch sent by a worker, with its small tensors as arrays."""
 
     batch: Batch
 
     def received(self) -> Batch:
-        """The batch with tensors again."""
+        """The batch with its arrays as tensors again."""
         return self.batch.map(lambda value: torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
 
     def pin_memory(self) -> Batch:
@@ -243,8 +243,8 @@ class _Sent(NamedTuple):
 
 
 def _to_send(item: Any) -> Any:
-    """A worker's result, a batch in the form in which it gets to the trainer soonest: each tensor would be a file of
-    shared memory, for which the trainer asks the worker, and arrays come with the message."""
+    """A worker's result, prepared for sending: each tensor would be a shared-memory file that the trainer must ask
+    for, while arrays are part of the message."""
     return _Sent(item.map(_as_array_if_small)) if isinstance(item, Batch) else item
 
 
@@ -253,7 +253,7 @@ def _as_array_if_small(value: Tensor) -> Any:
 
 
 def fetch_indexed(samples: Dataset, options: dict[str, Any]) -> Fetch:
-    """Micro batches that `samples` gives for lists of items, such as an index for numbers of samples."""
+    """The fetch function of `samples`, which returns a micro batch for a list of items."""
 
     def fetch(batches: Iterator[list[Any]]) -> Iterator[Batch]:
         with quiet_fork():
@@ -263,7 +263,7 @@ def fetch_indexed(samples: Dataset, options: dict[str, Any]) -> Fetch:
 
 
 def _raised(batches: Iterator[Batch | _Sent | ValueError]) -> Iterator[Batch]:
-    """The batches, up to one that is an error."""
+    """The batches; raises the first that is an error."""
     for batch in batches:
         if isinstance(batch, ValueError):
             raise batch
@@ -271,13 +271,13 @@ def _raised(batches: Iterator[Batch | _Sent | ValueError]) -> Iterator[Batch]:
 
 
 class PackedStream(Dataset):
-    """Packs samples of a stream, whose media are decoded then."""
+    """Packs samples of a stream, decoding their media."""
 
     def __init__(self, collate: Collator) -> None:
         self.collate = collate
 
     def __getitems__(self, items: list[StreamSample]) -> Batch | ValueError:
-        """The micro batch of these samples, or what is wrong with them."""
+        """The micro batch of these samples, or the error."""
         try:
             return self.collate([item.sample for item in items], lambda number: items[number].place)
         except ValueError as error:
@@ -285,7 +285,7 @@ class PackedStream(Dataset):
 
 
 def fetch_streamed(config: Config, collate: Collator, *, decodes: bool = False) -> Fetch:
-    """Micro batches of samples that are here already: packed in this process, unless there are media to decode."""
+    """The fetch function for samples already in memory: packed in this process, unless there are media to decode."""
     samples, pins = PackedStream(collate), pins_memory(config)
     if decodes and config.data.num_workers:
         return fetch_indexed(samples, loader_options(config, config.data.num_workers))

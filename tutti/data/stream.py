@@ -1,15 +1,14 @@
-"""Streaming: samples of data that is read in order and never loaded whole.
+"""Streaming: samples of data that is read in order and never fully loaded.
 
-Every source is read row by row in chunks. Workers encode the chunks ahead: each reads the whole stream but encodes
-only the chunks it is asked for, which come back in the order of asking, so the samples and their order do not depend
-on the number of workers. (Datasets of the user's own often give a worker just a part. They are read in this process,
-and their rows go along with the request.) A shuffle buffer of `data.shuffle_buffer_size` samples stands between a
-stream and the mix: a random one is drawn and the next of the stream takes its place; at the end of the stream the
-buffer runs empty.
+Every source is read in chunks of rows. Workers encode the chunks ahead: each reads the entire stream but encodes only
+the chunks requested from it, which return in the order of the requests, so the samples and their order do not depend on
+the number of workers. (Datasets of users often give each worker only a part. They are read in this process, and their
+rows are sent with the request.) A shuffle buffer of `data.shuffle_buffer_size` samples lies between a stream and the
+mix: a random one is drawn and replaced by the next of the stream; at the end of the stream the buffer is emptied.
 
-Every rank streams everything, because packing is planned from the lengths of all samples. The position holds no
-tokens: it names the samples in the buffers by row and piece, and going on reads these rows again, from the oldest.
-A checksum over their tokens tells whether the data is still the same.
+Every rank streams everything, because packing is planned from the lengths of all samples. The position contains no
+tokens: it names the samples in the buffers by row and piece, and resuming reads these rows again, from the oldest. A
+checksum of their tokens detects changed data.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _BLOCK = 4096
 
 
 class StreamSample(NamedTuple):
-    """A sample of a stream, and what finds it again. place: the file and line of its row, if it has media."""
+    """A sample of a stream, with what identifies it. place: the file and line of its row, if it has media."""
 
     row: int
     piece: int
@@ -59,10 +58,10 @@ def streamed(chunk: Chunk) -> Iterator[StreamSample]:
 
 
 class RowCounts:
-    """Counts the rows of one source and, by reason, those left out: each once, however often they are read.
+    """Counts the rows of one source and, by reason, those left out: each once, however often it is read.
 
-    silent: whether rows are left out at all; else the first of these is an error. What else of rows does not get to the
-    model (`Chunk.notes`) is logged when it is first seen.
+    silent: leave bad rows out; otherwise the first one is an error. Other content that does not reach the model
+    (`Chunk.notes`) is logged when first seen.
     """
 
     def __init__(self, silent: bool) -> None:
@@ -92,7 +91,8 @@ class RowCounts:
 
 
 class Request(NamedTuple):
-    """The rows [start, start + CHUNK) of a source, for the `run`-th time that it is read; `rows`: if read already."""
+    """A request for the rows [start, start + CHUNK) of a source. run: how often `begin` was called before; answers
+    to older runs are ignored. rows: set if already read."""
 
     source: int
     run: int
@@ -101,7 +101,7 @@ class Request(NamedTuple):
 
 
 class RowReader:
-    """Reads the rows of requests. It keeps a stream of each source open and moves it forward."""
+    """Reads the rows of requests. Keeps a stream of each source open and moves it forward."""
 
     def __init__(self, sources: Sequence[Any]) -> None:
         self.sources = sources
@@ -117,7 +117,7 @@ class RowReader:
 
 
 class ChunkReader(Dataset):
-    """Reads and encodes the rows of a request: a worker's work. ValueErrors come back as their message."""
+    """Reads and encodes the rows of a request, in a worker. A ValueError is returned as its message."""
 
     def __init__(self, sources: Sequence[Any], encoder: Any) -> None:
         self.sources, self.encoder = sources, encoder
@@ -134,9 +134,11 @@ class ChunkReader(Dataset):
 
 
 class ReadQueue:
-    """Endless requests: for the source that is waited for if nothing of it is asked, else for the one with least asked.
+    """An endless iterator of requests: for the source being waited for if it has no request, else for the source with
+    the fewest requested chunks.
 
-    upcoming: each source's next request. asked: its chunks asked for and not yet used. wanted: who is waited for.
+    upcoming: each source's next request. asked: each source's chunks that are requested and not yet used. wanted: the
+    source being waited for.
     """
 
     def __init__(self, count: int) -> None:
@@ -153,13 +155,13 @@ class ReadQueue:
             yield request
 
     def begin(self, source: int, start: int, asked: int = 0) -> None:
-        """Read `source` anew from `start`; what was asked for before is not wanted any more."""
+        """Read `source` again from `start`; earlier requests are ignored."""
         self.upcoming[source] = Request(source, self.upcoming[source].run + 1, start)
         self.asked[source] = asked
 
 
 class ChunkPrefetcher:
-    """The chunks of every source in order, over and over, prepared ahead by workers."""
+    """The chunks of every source in order, repeated forever, prepared by workers."""
 
     def __init__(self, sources: Sequence[Any], encoder: Any, loader_options: dict[str, Any]) -> None:
         self.count = len(sources)
@@ -176,7 +178,7 @@ class ChunkPrefetcher:
         self._ready[source].clear()
 
     def next(self, source: int) -> Chunk:
-        """The next chunk of `source`; one with fewer than CHUNK rows is the last, after which it begins again."""
+        """The next chunk of `source`; one with fewer than CHUNK rows is the last of a pass."""
         if self._results is None:
             with quiet_fork():
                 self._results = iter(DataLoader(self.reader, batch_sampler=self._requests(), **self._options))
@@ -199,20 +201,20 @@ class ChunkPrefetcher:
             yield request._replace(rows=self._own.read(request)) if own else request
 
     def close(self) -> None:
-        """End the workers. What they had prepared is lost: `seek` before going on."""
+        """Stop the workers. Their prepared chunks are lost: call `seek` before continuing."""
         self._results = None
 
 
 class ShuffleBuffer:
-    """One source of a stream, through a shuffle buffer of `capacity` samples.
+    """One source, through a shuffle buffer of `capacity` samples.
 
-    needed: whether it is an error that the source has no usable row.
+    needed: raise an error if the source has no usable row.
     """
 
     def __init__(
-        self, feed: ChunkPrefetcher, source: int, *, seed: int, capacity: int, silent: bool, needed: bool
+        self, chunks: ChunkPrefetcher, source: int, *, seed: int, capacity: int, silent: bool, needed: bool
     ) -> None:
-        self.feed, self.source, self.seed, self.capacity, self.needed = feed, source, seed, capacity, needed
+        self.chunks, self.source, self.seed, self.capacity, self.needed = chunks, source, seed, capacity, needed
         self.counts = RowCounts(silent)
         self.number, self._draws = -1, 0
         self._row, self._piece, self._ended = 0, 0, True
@@ -257,7 +259,7 @@ class ShuffleBuffer:
                 return one
             if self._ended:
                 return None
-            chunk = self.feed.next(self.source)
+            chunk = self.chunks.next(self.source)
             self._ended = chunk.rows < CHUNK
             self.counts.add(chunk)
             position = self._row, self._piece
@@ -265,14 +267,14 @@ class ShuffleBuffer:
 
     def _no_row(self) -> ValueError:
         which = " has"
-        if self.feed.count > 1:
-            which = f": source {self.feed.reader.sources[self.source].name} has a weight but"
+        if self.chunks.count > 1:
+            which = f": source {self.chunks.reader.sources[self.source].name} has a weight but"
         reasons = left_out(self.counts.rows, self.counts.dropped)
         return ValueError(f"data.train_path{which} no usable row{reasons}")
 
     def restart(self) -> None:
         if not self._ended:
-            self.feed.seek(self.source, 0)
+            self.chunks.seek(self.source, 0)
         self.number, self._draws = self.number + 1, 0
         self._row, self._piece, self._ended = 0, 0, False
         self._buffer, self._words, self._incoming = [], [], iter(())
@@ -292,21 +294,21 @@ class ShuffleBuffer:
         self._row, self._piece, self._ended = state["row"], state["piece"], self.number < 0
         self._buffer, self._words, self._incoming = [], [], iter(())
         self.counts.load_state_dict(state["counts"])
-        self.feed.seek(self.source, self._row)
+        self.chunks.seek(self.source, self._row)
         names = np.asarray(state["buffer"], np.int64).reshape(-1, 3).tolist()
         self._names = np.zeros((max(self.capacity, len(names)), 3), np.int64)
-        for one in find_rows(self.feed.reader, self.source, names):
+        for one in find_rows(self.chunks.reader, self.source, names):
             self._put(len(self._buffer), one)
 
 
 def row_counts(mix: Mix) -> tuple[int, dict[str, int]]:
-    """The rows that the streams of `mix` have read, and how many of them were left out, by reason."""
+    """The number of rows read by the streams of `mix`, and the number left out, by reason."""
     counts = [stream.counts for stream in mix.streams if isinstance(stream, ShuffleBuffer)]
     return sum(one.rows for one in counts), dict(sum((one.dropped for one in counts), Counter()))
 
 
 def find_rows(reader: ChunkReader, source: int, names: Sequence[Sequence[int]]) -> list[StreamSample]:
-    """The samples of `source` with these (row, piece, crc), read again; ValueError if they are not what they were."""
+    """The samples of `source` with these (row, piece, crc), read again; ValueError if they have changed."""
     if not names:
         return []
     wanted = {row for row, _, _ in names}
@@ -332,21 +334,21 @@ def data_changed() -> ValueError:
 
 
 class StreamSource:
-    """The supply of samples that streams give: items are the samples themselves."""
+    """The samples of streams as a `SampleSource`: items are the samples themselves."""
 
     size: int | None = None
     knows_lengths = False
 
     def __init__(
-        self, feed: ChunkPrefetcher, weights: Weights | None, *, seed: int, capacity: int, silent: bool
+        self, chunks: ChunkPrefetcher, weights: Weights | None, *, seed: int, capacity: int, silent: bool
     ) -> None:
-        self.feed, self.weights, self.seed, self.capacity, self.silent = feed, weights, seed, capacity, silent
-        self.names = [source.name for source in feed.reader.sources]
+        self.chunks, self.weights, self.seed, self.capacity, self.silent = chunks, weights, seed, capacity, silent
+        self.names = [source.name for source in chunks.reader.sources]
 
     def mix(self) -> Mix:
-        needed = self.weights is not None or self.feed.count == 1
+        needed = self.weights is not None or self.chunks.count == 1
         options: dict[str, Any] = {"seed": self.seed, "capacity": self.capacity, "silent": self.silent}
-        streams = [ShuffleBuffer(self.feed, source, needed=needed, **options) for source in range(self.feed.count)]
+        streams = [ShuffleBuffer(self.chunks, source, needed=needed, **options) for source in range(self.chunks.count)]
         return Mix(streams, self.weights)
 
     def facts(self, items: Sequence[StreamSample]) -> tuple[np.ndarray, np.ndarray]:
@@ -365,6 +367,6 @@ class StreamSource:
     def find(self, names: Sequence[Sequence[int]]) -> list[SampleRef]:
         found: dict[tuple[int, int, int], StreamSample] = {}
         for source in {name[0] for name in names}:
-            for one in find_rows(self.feed.reader, source, [name[1:] for name in names if name[0] == source]):
+            for one in find_rows(self.chunks.reader, source, [name[1:] for name in names if name[0] == source]):
                 found[source, one.row, one.piece] = one
         return [found[source, row, piece].drawn for source, row, piece, _ in names]

@@ -1,13 +1,13 @@
-"""The processor of a composed model: the towers' own image processor and feature extractor beside the foundation's
+"""The processor of a composed model: the towers' own image processor and feature extractor, with the foundation's
 tokenizer.
 
-It has the interface that `tutti.data.media_processor` expects of a Hugging Face processor: called with a text and media
-it returns token ids, values, and the text that replaced each placeholder: one placeholder per feature of the tower.
-For a tower with a fixed image size that number is found by running the tower once on the meta device; for a tower that
-takes patches it follows from the grid; for a sound it is the part of the tower's window that the sound fills.
+It has the interface that `tutti.data.media_processor` expects of a Hugging Face processor: called with a text and
+media, it returns token ids, values, and the text that replaced each placeholder, which is one placeholder per feature
+of the tower. The number of features is found by running the tower once on the meta device (fixed image size), from the
+grid (patches), or from the part of the tower's window that a sound fills.
 
-Placeholders are tokens that the tokenizer has for a kind of media, or new ones. Chat templates of language models know
-no media: `write_markers` puts a few lines before such a template, by which parts of a message become text.
+Placeholders are existing tokens of the tokenizer for a kind of media, or new ones. Chat templates of language models
+have no media: `write_markers` adds a few lines before such a template that turn the parts of a message into text.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _TRIPLES = {
         ("<|audio_start|>", "<|audio|>", "<|audio_end|>"),
     ),
 }
-"""Names of the tokens before, for and after a medium in tokenizers; the last one's name is what a new one gets."""
+"""Common names of the tokens before, for and after a medium; the last name is used for a new token."""
 
 _FLATTENED = (
     "{%- set marks = MARKS -%}{%- set flat = namespace(messages=[]) -%}{%- for message in messages -%}"
@@ -80,25 +80,25 @@ _FLATTENED = (
     "{%- else -%}{%- set flat.messages = flat.messages + [message] -%}{%- endif -%}"
     "{%- endfor -%}{%- set messages = flat.messages -%}"
 )
-"""Jinja that makes each message's parts one text; MARKS: by kind of media, what stands for one."""
+"""Jinja that joins each message's parts into one text. MARKS: the placeholder of each kind of media."""
 
 
 AS_DRAWN = {"pixel_values": "drawn_values", "image_grid_thw": "drawn_grid_thw"}
-"""By name of a value of images, what it is called of pictures that are drawn."""
+"""Names of image values -> their names for pictures that are drawn."""
 
 DRAWN, CODE = "drawn", "<|image_code|>"
-"""The kind of media that a model draws, and the token that stands for a code until there is one."""
+"""The kind of media that a model draws, whose placeholder token stands for a code not yet known."""
 
 
 class Marks(NamedTuple):
-    """The tokens before and after a picture that is drawn."""
+    """The ids of the tokens before and after a drawn picture."""
 
     start: int
     end: int
 
 
 def drawing_marks(tokenizer: PreTrainedTokenizerBase) -> Marks:
-    """The tokens that begin and end a picture, which the tokenizer is given if it has none."""
+    """The tokens that begin and end a picture, added to the tokenizer if missing."""
     known = tokenizer.get_vocab()
     named = [getattr(tokenizer, name, None) for name in ("boi_token", "eoi_token")]
     if all(token in known for token in named):
@@ -112,8 +112,8 @@ def drawing_marks(tokenizer: PreTrainedTokenizerBase) -> Marks:
 
 
 def make_room(tokenizer: PreTrainedTokenizerBase, text: Any, *, is_new: bool) -> None:
-    """Give the embedding of a language model, whose config is `text`, as many rows as the tokens that begin and end a
-    picture need. is_new: it starts from random weights. ValueError: it does not, and lacks rows."""
+    """Grow the embedding of a language model with config `text` to include the tokens that begin and end a picture.
+    is_new: it starts from random weights. ValueError: it does not, and lacks rows."""
     needed = max(drawing_marks(tokenizer)) + 1
     if needed <= text.vocab_size:
         return
@@ -128,7 +128,7 @@ def make_room(tokenizer: PreTrainedTokenizerBase, text: Any, *, is_new: bool) ->
 
 
 def placeholder(tokenizer: PreTrainedTokenizerBase, kind: str) -> str:
-    """The token that stands for a feature of a medium of this kind."""
+    """The placeholder token of this kind of media."""
     if kind == DRAWN:
         return CODE
     known, triples = tokenizer.get_vocab(), _TRIPLES[kind]
@@ -136,18 +136,18 @@ def placeholder(tokenizer: PreTrainedTokenizerBase, kind: str) -> str:
 
 
 def placeholders(tokenizer: PreTrainedTokenizerBase, config: OmniConfig) -> dict[str, int]:
-    """The ids of the placeholders of a model's media, by kind. Those that the tokenizer lacks are left out."""
+    """The ids of the placeholders of a model's media, by kind, without those that the tokenizer lacks."""
     known = tokenizer.get_vocab()
     kinds = [kind for encoder in config.encoders or () for kind in PLACES[encoder]] + [DRAWN] * config.draws
     return {kind: known[token] for kind in kinds if (token := placeholder(tokenizer, kind)) in known}
 
 
 def add_placeholders(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> None:
-    """Give the tokenizer a token for each kind of media that `model` takes or draws, if it has none. Logs a line where
-    it does."""
+    """Add a token to the tokenizer for each kind of media that `model` takes or draws, if missing. Logs what it
+    added."""
     kinds = _kinds(model)
     if DRAWN in kinds:
-        drawing_marks(tokenizer)  # first, since these have embeddings, and placeholders none
+        drawing_marks(tokenizer)  # first, because these have embeddings, and placeholders don't
     for kind in kinds:
         token = placeholder(tokenizer, kind)
         if token not in tokenizer.get_vocab():
@@ -156,13 +156,13 @@ def add_placeholders(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> 
 
 
 def _kinds(model: ModelConfig) -> list[str]:
-    """The kinds of media that a composed model takes, and those that it draws."""
+    """The kinds of media that a composed model takes or draws."""
     taken = [kind for encoder in encoder_specs(model) for kind in PLACES[encoder]]
     return [*taken, DRAWN] if answers_with_pictures(model) else taken
 
 
 def write_markers(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> None:
-    """Make the chat template write the placeholders for media among a message's parts, if it does not."""
+    """Make the chat template write the placeholders of media in a message's parts, if it does not."""
     source, known = tokenizer.chat_template, tokenizer.get_vocab()
     if not isinstance(source, str):
         return
@@ -182,11 +182,11 @@ def write_markers(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> Non
 
 
 def _writes(tokenizer: PreTrainedTokenizerBase, kind: str, token: str) -> bool:
-    """True if the chat template writes `token` once for a part of this kind."""
+    """True if the chat template writes `token` exactly once for a part of this kind."""
     chat: Any = [{"role": "user", "content": [{"type": kind}, {"type": "text", "text": "x"}]}]
     try:
         text = str(tokenizer.apply_chat_template(chat, tokenize=False))
-    except Exception:  # a template may fail in any way on messages it was not made for
+    except Exception:  # a template may fail in any way on unexpected messages
         return False
     return text.count(token) == 1
 
@@ -195,11 +195,11 @@ def _writes(tokenizer: PreTrainedTokenizerBase, kind: str, token: str) -> bool:
 class OmniProcessor:
     """The processor of a composed model.
 
-    image_processor: of its images, with counts: by height and width of their pixels how many tokens one takes; or
-    merge: of a tower that takes patches, how many by how many of them make a token. feature_extractor: of its sounds,
-    with frames: how many mel frames make a token, and window: how many tokens there are of one sound at most. drawn:
-    the codes of pictures that the model draws; draws_all: it also sees pictures as such. regresses: pictures that it
-    draws go to the tower of images as well.
+    - Images: image_processor, with counts: tokens per image by (height, width) in pixels; or with merge, for a tower
+      that takes patches: merge x merge patches make a token.
+    - Sounds: feature_extractor; frames: mel frames per token; window: the maximum number of tokens of one sound.
+    - Drawing: drawn, the codes of pictures that the model draws; draws_all: it also sees pictures as codes; regresses:
+      pictures that it draws also go to the image tower.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -223,7 +223,7 @@ class OmniProcessor:
             setattr(self, f"{kind}_token_ids", [self.tokenizer.get_vocab()[token]])
 
     def advice(self, kind: str) -> str:
-        """The way to have the model take media of a kind that it does not take, at the end of an error."""
+        """Advice, for the end of an error, on how to make the model take media of a kind that it does not take."""
         encoder = "audio" if kind == "audio" else "image"
         drawn = "; it draws images whose place is in the assistant's message" if self.drawn and kind == "image" else ""
         return f": a composed model takes it by model.encoders.{encoder}{drawn}"
@@ -244,7 +244,7 @@ class OmniProcessor:
         """Ids and values of one text with its media, as tensors, and `text_replacement_offsets`. ValueError: media that
         the towers do not take.
 
-        images: those of the text, or a list of that; videos the same, of frames [F, 3, height, width]; audio: waves;
+        images: those of the text, or a list of that; videos: the same, of frames [F, 3, height, width]; audio: waves;
         drawn: pictures that become codes.
         """
         (source,) = text
@@ -275,7 +275,7 @@ class OmniProcessor:
         return {**ids, **values, "text_replacement_offsets": [offsets]}
 
     def _replace(self, source: str, numbers: dict[str, list[int]]) -> tuple[str, list[dict[str, str]]]:
-        """The text with each placeholder as many times as its medium takes, and what replaces each."""
+        """The text with each placeholder repeated for its medium's tokens, and the replacement of each."""
         left = {kind: list(found) for kind, found in numbers.items()}
         offsets: list[dict[str, str]] = []
 
@@ -297,7 +297,7 @@ class OmniProcessor:
         return {name: found[name] for name in ("pixel_values", "image_grid_thw") if name in found}
 
     def _numbers(self, values: dict[str, torch.Tensor]) -> list[int]:
-        """Numbers of tokens, of each image."""
+        """The number of tokens of each image."""
         if self.merge:
             return [int(count) // self.merge**2 for count in values["image_grid_thw"].prod(-1)]
         pixels = values["pixel_values"]
@@ -322,7 +322,7 @@ class OmniProcessor:
         return {"input_features": found["input_features"], "audio_tokens": count.clamp(1, self.window).long()}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the tokenizer to `folder`, and the other two to their encoders'."""
+        """Write the tokenizer to `folder`, and the other two to their encoders' folders."""
         self.tokenizer.save_pretrained(folder)
         for kind, part in (("image", self.image_processor), ("audio", self.feature_extractor)):
             if part is not None:
@@ -330,13 +330,13 @@ class OmniProcessor:
 
 
 def _flat(media: Any) -> list[Any]:
-    """The media of the one text, which may be given as a list of such."""
+    """The media of the one text, which may be a list of lists."""
     return [item for part in media for item in (part if isinstance(part, (list, tuple)) else [part])]
 
 
 def compose_processor(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> OmniProcessor:
-    """The processor of the composed model that `model` describes. ValueError: a tower's own cannot be used, or does not
-    make what it takes."""
+    """The processor of the composed model `model`. ValueError: a tower's processor cannot be used, or does not make
+    the tower's inputs."""
     made: dict[str, Any] = {}
     for kind, spec in encoder_specs(model).items():
         config: Any = tower_config(kind, spec)
@@ -345,7 +345,7 @@ def compose_processor(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) ->
             tower = tower_class(config)(copy.deepcopy(config))
         try:
             made |= (_for_images if kind == "image" else _for_sounds)(spec, tower, settings)
-        except Exception as error:  # towers and processors fail in many ways when they do not fit each other
+        except Exception as error:  # towers and processors that do not match fail in many ways
             raise ValueError(
                 f"model.encoders.{kind}.processor_path: makes nothing that {type(config).__name__} takes: "
                 f"{first_line(error)}"
@@ -359,7 +359,7 @@ def compose_processor(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _for_images(spec: dict[str, Any], tower: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """The fields of an `OmniProcessor` that are about images."""
+    """The fields of an `OmniProcessor` for images."""
     config, patches = tower.config, takes_grid(tower)
     processor = _own_processor(spec, AutoImageProcessor)
     if processor is None and patches:
@@ -382,11 +382,11 @@ def _for_images(spec: dict[str, Any], tower: Any, settings: dict[str, Any]) -> d
 
 
 def _for_sounds(spec: dict[str, Any], tower: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """The fields of an `OmniProcessor` that are about sounds."""
+    """The fields of an `OmniProcessor` for sounds."""
     config, extractor = tower.config, _own_processor(spec, AutoFeatureExtractor)
     length = config.max_source_positions * mel_stride(tower)
     if extractor is None:
-        seconds = length // 100  # an extractor makes a hundred frames of a second
+        seconds = length // 100  # an extractor makes a hundred frames per second
         log.info("model.encoders.audio: no feature extractor in its folder: sounds of up to %d s are heard", seconds)
         extractor = WhisperFeatureExtractor(feature_size=config.num_mel_bins, chunk_length=seconds)
     mel = extractor([np.zeros(400, np.float32)], sampling_rate=extractor.sampling_rate, return_tensors="pt")
@@ -397,7 +397,7 @@ def _for_sounds(spec: dict[str, Any], tower: Any, settings: dict[str, Any]) -> d
 
 
 def _own_processor(spec: dict[str, Any], factory: Any) -> Any:
-    """The processor in an encoder's folder; None: there is none."""
+    """The processor in an encoder's folder; None if there is none."""
     for key in ("processor_path", "model_path", "config_path"):
         folder = Path(spec[key]).expanduser() if spec.get(key) else None
         if folder is not None and any(folder.glob("*processor_config.json")):

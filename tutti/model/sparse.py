@@ -1,9 +1,8 @@
-"""Native sparse attention in a Hugging Face model: what its layers get, where it is wanted, and where it cannot be.
+"""Native sparse attention in a Hugging Face model: its layers' modules, its config, and its restrictions.
 
-`model.attn_implementation: native-sparse` gives each attention layer a `NativeSparse` of its own. Its sizes are the
-paper's, or those under `native_sparse` in the model's config.json, where they are written too: so a folder or
-checkpoint of a model that has been trained this way says so by itself, and runs this way whatever attention is asked
-for.
+`model.attn_implementation: native-sparse` adds a `NativeSparse` to each attention layer. Its sizes are the paper's, or
+those under `native_sparse` in the model's config.json, where they are also written: so the folder or checkpoint of a
+model trained this way records it, and is run this way whatever attention is requested.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ log = logging.getLogger(__name__)
 
 
 def take_sparse_sizes(config: PreTrainedConfig, requested: str) -> None:
-    """Write the sizes of native sparse attention into a model's config if it is `requested`, and complete them.
+    """Write the sizes of native sparse attention into a model's config if it is `requested`, and fill in missing ones.
 
-    Logs a line where the config has them and something else is requested.
+    Logs a line if the config has them and something else is requested.
     """
     text = config.get_text_config()
     entry = getattr(text, NAME, None)
@@ -39,9 +38,9 @@ def take_sparse_sizes(config: PreTrainedConfig, requested: str) -> None:
 
 
 def add_sparse_attention(model: PreTrainedModel) -> None:
-    """Give the attention layers of `model` their `NativeSparse` where its config has sizes for it.
+    """Add a `NativeSparse` to the attention layers of `model` if its config has sizes for it.
 
-    ValueError: the model has another attention than causal attention to all tokens before.
+    ValueError: the model's attention is not causal attention to all previous tokens.
     """
     config: Any = model.config.get_text_config()
     entry = getattr(config, NAME, None)
@@ -68,7 +67,7 @@ def add_sparse_attention(model: PreTrainedModel) -> None:
 
 
 _OTHER_ATTENTION = ("attn_logit_softcapping", "attention_chunk_size", "attention_dropout")
-"""Keys of configs for what this attention does not do."""
+"""Config keys of features that this attention does not support."""
 
 
 def _is_attention(module: Any) -> bool:
@@ -83,7 +82,7 @@ def is_sparse(config: PreTrainedConfig) -> bool:
 
 
 def check_sparse(structure: ModelStructure, layout: Layout) -> None:
-    """ConfigError for axes that native sparse attention does not run on."""
+    """ConfigError for parallel axes that native sparse attention does not support."""
     if not is_sparse(structure.config):
         return
     kv_heads = structure.config.num_key_value_heads

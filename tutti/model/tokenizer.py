@@ -1,8 +1,8 @@
-"""The tokenizer, with the chat template that conversations are rendered by, and the tokens at which a text ends.
+"""The tokenizer, with its chat template and the tokens that end a text.
 
-Training, samples, inference and exports all take a tokenizer whose `chat_template` is set (`set_chat_template`), and go
-by that alone: what is exported renders chats as they were rendered in training, and generation stops at the same tokens
-wherever it happens (`end_ids`).
+Training, samples, inference and exports all take a tokenizer whose `chat_template` is set (`set_chat_template`), and
+use only that: an exported model renders chats as in training, and generation stops at the same tokens everywhere
+(`end_ids`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TEMPLATES = {
         "{% endif %}{% endfor %}"
     ),
 }
-"""Chat templates by name. `plain` is for tokenizers that have none of their own."""
+"""Chat templates by name. `plain` is for tokenizers without a template."""
 
 _SPECIAL_TOKENS = {
     "eos_token": ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>", "<|eot_id|>"),
@@ -49,13 +49,13 @@ _SPECIAL_TOKENS = {
     "pad_token": ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>"),
     "unk_token": ("<unk>", "[UNK]", "<|unk|>"),
 }
-"""Usual names of special tokens, best first: how a bare tokenizer.json gets its roles."""
+"""Common names of special tokens, best first, by which a bare tokenizer.json gets its special tokens."""
 
 
 def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The tokenizer at model.tokenizer_path: a Hugging Face folder, or a tokenizer.json on its own.
+    """The tokenizer at model.tokenizer_path: a Hugging Face folder, or a bare tokenizer.json.
 
-    A bare tokenizer.json does not say which of its tokens end a text; they are found by their usual names, and logged.
+    A bare tokenizer.json does not say which tokens end a text; they are found by their common names, and logged.
     """
     name = config.model.tokenizer_path or config.model.model_path or config.model.config_path
     if name is None:
@@ -76,11 +76,11 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str, argument: str = "data.chat_template") -> None:
-    """Set the chat template of `tokenizer` to the one that `argument` names, in place.
+    """Set the chat template of `tokenizer`, in place.
 
-    name: `default` (its own, else `plain`), a name in TEMPLATES, or the path of a Jinja file. ValueError: another name,
-    a template that is not valid Jinja, or one that ends a turn with a token that the tokenizer lacks. A warning, where
-    no token of the tokenizer ends a turn.
+    name: `default` (its own, else `plain`), a name in TEMPLATES, or the path of a Jinja file. argument: the argument
+    that set it, for messages. ValueError: an unknown name, a template that is not valid Jinja, or one that ends a turn
+    with a token that the tokenizer lacks. Warns if no token of the tokenizer ends a turn.
     """
     if name == "default" and not tokenizer.chat_template:
         name = "plain"
@@ -92,7 +92,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str, argument: s
     try:
         if name != "default":
             tokenizer.chat_template = TEMPLATES.get(name) or Path(name).read_text(encoding="utf-8")
-        tokenizer.get_chat_template()  # of several, one must be the default
+        tokenizer.get_chat_template()  # if there are several, one must be the default
         after = _after_answer(tokenizer)
     except ValueError as error:
         raise ValueError(f"{argument} {name}: {error}") from None
@@ -108,10 +108,10 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str, argument: s
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None) -> list[int]:
     """The ids of the tokens that end generated text, in order: those of `generation_config`, the tokenizer's eos_token,
-    and the one by which its chat template ends an assistant's turn.
+    and the one with which its chat template ends an assistant's turn.
 
-    A base model's config knows the end of a text, but not the marker that ends a turn: a server that went by that alone
-    would let the model speak for the user next.
+    A base model's config knows the end of a text, but not the marker that ends a turn: a server that only used that
+    config would let the model continue with the user's turn.
     """
     known = getattr(generation_config, "eos_token_id", None)
     ids = [known] if isinstance(known, int) else list(known or ())
@@ -120,7 +120,7 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationCon
 
 
 def _after_answer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text that the chat template writes after an answer; "" where it can't render a question and an answer.
+    """The text that the chat template writes after an answer; "" if it can't render a question and an answer.
 
     ValueError: it is not valid Jinja.
     """
@@ -132,7 +132,7 @@ def _after_answer(tokenizer: PreTrainedTokenizerBase) -> str:
             text = str(tokenizer.apply_chat_template(turns, tokenize=False))
         except TemplateSyntaxError as error:
             raise ValueError(f"is not a valid Jinja template: {error} (line {error.lineno})") from None
-        except Exception:  # a template may fail in any way on messages it was not made for
+        except Exception:  # a template may fail in any way on unexpected messages
             continue
         if mark in text:
             return text.rpartition(mark)[2]
@@ -140,7 +140,8 @@ def _after_answer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase, after: str) -> int | None:
-    """The first of the tokenizer's added tokens in the text after an answer, which ends the turn; None if none does."""
+    """The first added token of the tokenizer in the text after an answer, which ends the turn; None if there is
+    none."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
     found = re.search("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)", after)
     return tokenizer.get_vocab()[found.group()] if found else None
@@ -175,5 +176,5 @@ def _bare_tokenizer(file: Path) -> PreTrainedTokenizerBase:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text: what follows in those of transformers is advice for other situations."""
+    """The first line of an error's text: the other lines of transformers' errors are advice for other situations."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

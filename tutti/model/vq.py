@@ -1,18 +1,18 @@
-"""Tokenizers of pictures in frozen use: pixels to codes and back.
+"""Frozen picture tokenizers: pixels to codes and back.
 
-A language model that draws predicts the codes of a picture one after the other, row by row. What makes codes of pixels,
-and pixels of codes, is trained by itself before (data.data_type image) and stays as it is: it is no part of the model
-that is trained, and every rank holds all of it.
+A language model that draws predicts the codes of a picture one after another, row by row. The tokenizer that turns
+pixels into codes, and codes into pixels, has been trained separately (data.data_type image) and stays frozen: it is not
+part of the trained model, and every rank holds all of it.
 
-There are diffusers' VQModel, and those of transformers' models that draw, by a folder of their own or of the model:
+Supported are diffusers' VQModel and the tokenizers of transformers' models that draw, in a folder of their own or the
+model's:
 
-- `JanusVQVAE`: its lookup scales codes' vectors to length 1, which its encoder does not; both are taken as they are.
-- `ChameleonVQVAE`: has no decoder, so that its model alone uses it, to see pictures and to be trained on codes.
-- `Emu3VQVAE`: takes pictures of any size, so the size is asked for (`image_size`). A picture is a video of one frame.
+- `JanusVQVAE`: its lookup scales codes' vectors to length 1, its encoder does not; both are used as they are.
+- `ChameleonVQVAE`: has no decoder, so only its own model uses it, to see pictures and to be trained on codes.
+- `Emu3VQVAE`: takes pictures of any size, so the size must be given (`image_size`). A picture is a video of one frame.
 
-Pictures are values in [-1, 1]. The tokenizer of a whole model that draws has learned those that the model's image
-processor makes of bytes, by a mean and a deviation: what goes in and comes out is brought to these, as the processor's
-`postprocess` has it.
+Pictures are values in [-1, 1]. The tokenizer inside a model that draws was trained on values made by the model's image
+processor with a mean and a standard deviation: inputs and outputs are converted as in the processor's `postprocess`.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from tutti.model.tokenizer import first_line
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 _CLASSES = {"janus_vqgan": "JanusVQVAE", "emu3_vqgan": "Emu3VQVAE"}
-"""model_type of transformers' tokenizers of pictures, and their classes."""
+"""transformers' picture tokenizers: model_type -> class name."""
 
 _REFUSED = {
     "chameleon_vqgan": "ChameleonVQVAE, which makes codes of pictures but no pictures of codes",
     "glm_image_vqmodel": "GlmImageVQVAE, which makes codes of a vision tower's features, and pictures by diffusion",
 }
-"""model_type of those that models do not draw by, and why."""
+"""Picture tokenizers that no model draws with: model_type -> the reason."""
 
 _ELSEWHERE = {
     "janusvq16_decoder": "or a Janus folder of Hugging Face (its vqmodel is taken)",
     "movqgan": "such as the movq of a Kandinsky 2",
 }
-"""model_type that VeOmni has for itself -> what to give instead, after `a diffusers VQModel`."""
+"""model_type names of VeOmni -> the alternative, completing `a diffusers VQModel`."""
 
 _PART = "vqmodel."
-"""Names of the tensors of a tokenizer of pictures within a whole model, after what is around that."""
+"""Patterns of a picture tokenizer's tensor names inside an entire model, after any outer prefix."""
 
 
 DECODER = "model.decoders.image.model_path"
@@ -61,8 +61,8 @@ DECODER = "model.decoders.image.model_path"
 
 @dataclass(frozen=True)
 class PictureCodes:
-    """The codes of a picture: `tokens` of them, of `number` different ones, for a square of pixels of `size`. draws:
-    pictures can be made of them."""
+    """The codes of a picture. number: of different codes. tokens: codes per picture. size: pixels. draws: the
+    tokenizer has a decoder."""
 
     number: int
     tokens: int
@@ -71,7 +71,7 @@ class PictureCodes:
 
 
 class _Net(Protocol):
-    """A tokenizer of pictures. codes: that it makes. module: which has the weights."""
+    """A picture tokenizer. codes: describes its codes. module: has the weights."""
 
     codes: PictureCodes
     module: Any
@@ -147,8 +147,8 @@ class _Emu3VQVAE:
 
 
 def _make(folder: Path, argument: str, size: int | None) -> _Net:
-    """The tokenizer of pictures in a folder, from its config, on the meta device. size: the side of its pictures, where
-    that is not its own. ValueError, in the name of `argument`: it cannot be used."""
+    """The picture tokenizer in a folder, from its config, on the meta device. size: the side of its pictures, if the
+    config does not give it. ValueError, naming `argument`: it cannot be used."""
     content: Any = {}
     for name in ("config.json", "model_index.json"):
         if (folder / name).is_file():
@@ -192,21 +192,21 @@ def _of_transformers(folder: Path, argument: str, size: int | None) -> _Net:
 
 
 def read_codes(folder: Path, argument: str, size: int | None = None) -> PictureCodes:
-    """The codes of the tokenizer of pictures in a folder, from its config. size: the side of its pictures, where that
-    is not its own. ValueError, in the name of `argument`: it is another."""
+    """A description of the codes of the picture tokenizer in a folder, from its config. size: the side of its
+    pictures, if the config does not give it. ValueError, naming `argument`: it cannot be used."""
     return _make(folder, argument, size).codes
 
 
 class PixelRange(NamedTuple):
-    """The values that a model takes for pictures: those in [-1, 1] times `factor`, plus `shift`; each [3, 1, 1]."""
+    """The pixel values that a model expects: those in [-1, 1] times `factor`, plus `shift`; each [3, 1, 1]."""
 
     factor: Tensor
     shift: Tensor
 
 
 def read_range(folder: Path) -> PixelRange | None:
-    """The values that the image processor in the folder of a whole model that draws makes of pictures; None where there
-    is none, or the folder is of a tokenizer alone."""
+    """The pixel values that the image processor in a model's folder makes; None if there is none, or the folder has
+    only a tokenizer."""
     config = folder / "config.json"
     if not config.is_file() or "vq_config" not in json.loads(config.read_text(encoding="utf-8")):
         return None
@@ -222,11 +222,10 @@ def read_range(folder: Path) -> PixelRange | None:
 
 
 class PictureTokenizer:
-    """A tokenizer of pictures whose weights stay as they are, on one device, in fp32."""
+    """A frozen picture tokenizer, on one device, in fp32."""
 
     def __init__(self, folder: Path, device: torch.device, size: int | None = None) -> None:
-        """size: as for `read_codes`. ValueError: the folder has no weights that fit its
-        config."""
+        """size: as for `read_codes`. ValueError: the folder's weights do not fit its config."""
         net = _make(folder, DECODER, size)
         self.codes, self.net, self._device = net.codes, net, device
         try:
@@ -235,7 +234,9 @@ class PictureTokenizer:
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ValueError(f"{DECODER}: the weights in {folder} cannot be used: {first_line(error)}") from None
         held.to(device).eval().requires_grad_(False)
-        self._range = read_range(folder) if net.codes.draws else None  # else pictures come as the processor makes them
+        self._range = (
+            read_range(folder) if net.codes.draws else None
+        )  # otherwise pictures arrive as the processor made them
         if self._range is not None:
             self._range = PixelRange(*(part.to(device) for part in self._range))
 
@@ -243,8 +244,8 @@ class PictureTokenizer:
     def encode(self, pixels: Tensor) -> Tensor:
         """The codes int64 [N, n], on the host, of pictures [N, 3, S, S] in [-1, 1].
 
-        Each is encoded by itself: products of larger matrices round otherwise, and a picture has the same codes in any
-        batch.
+        Each picture is encoded separately: batched matrix products round differently, and a picture must have the same
+        codes in any batch.
         """
         values = pixels.to(self._device, torch.float32)
         values = values if self._range is None else values * self._range.factor + self._range.shift
@@ -252,13 +253,13 @@ class PictureTokenizer:
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """The pictures [N, 3, S, S] in [-1, 1] that codes [N, n] stand for."""
+        """The pictures [N, 3, S, S] in [-1, 1] of codes [N, n]."""
         values = self.net.decode(codes.to(self._device))
         return values if self._range is None else (values - self._range.shift) / self._range.factor
 
 
 def copy_tokenizer(folder: Path, place: Path, size: int | None = None) -> None:
-    """Copy the tokenizer of pictures in a folder, which may be that of its model, to the folder `place`. size: as for
+    """Copy the picture tokenizer in a folder, which may be its model's, to the folder `place`. size: as for
     `read_codes`."""
     if (folder / WEIGHTS).is_file():
         for name in ("config.json", WEIGHTS):
@@ -268,7 +269,7 @@ def copy_tokenizer(folder: Path, place: Path, size: int | None = None) -> None:
 
 
 def _read(folder: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a tokenizer of pictures by their names in it, from the weights of its folder or its model's."""
+    """A picture tokenizer's tensors by their names in it, from the weights in its folder or its model's."""
     found: dict[str, Tensor] = {}
     for file in _files(folder):
         with safe_open(file, framework="pt") as opened:
