@@ -211,6 +211,43 @@ def _chameleon() -> Any:
     return transformers.ChameleonProcessor(transformers.ChameleonImageProcessor(**size), tokenizer, image_seq_length=16)
 
 
+def _aya_vision() -> Any:
+    """As the released tokenizers have it, each tile has a token with its number, and `TILE` is none."""
+    ends = ("<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "<|IMG_LINE_BREAK|>")
+    tokenizer = make_tokenizer("<image>", *ends, "TILE_1", "TILE_2", "TILE_GLOBAL")
+    images = transformers.GotOcr2ImageProcessor(
+        size={"height": 16, "width": 16}, crop_to_patches=True, min_patches=1, max_patches=2
+    )
+    return transformers.AyaVisionProcessor(images, tokenizer, patch_size=4, img_size=16, downsample_factor=2)
+
+
+def _cohere2_vision() -> Any:
+    names = {
+        "boi_token": "<|START_OF_IMG|>",
+        "eoi_token": "<|END_OF_IMG|>",
+        "img_line_break_token": "<|IMG_LINE_BREAK|>",
+    }
+    tokenizer = make_tokenizer("<|IMG_PATCH|>", *names.values(), **names)
+    images = transformers.Cohere2VisionImageProcessor(size={"height": 16, "width": 16}, max_patches=2, patch_size=2)
+    return transformers.Cohere2VisionProcessor(images, tokenizer)
+
+
+def _ovis2() -> Any:
+    """As the released tokenizers have it, the text's `<image>` is another token than that of an image's features."""
+    ends = ("<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>")
+    tokenizer = make_tokenizer("<IMG_ATOM>", *ends, marker="<image>")
+    images = transformers.Ovis2ImageProcessor(size={"height": 16, "width": 16}, crop_to_patches=True, max_patches=2)
+    return transformers.Ovis2Processor(images, tokenizer, image_seq_length=4)
+
+
+def _video_llama_3() -> Any:
+    tokenizer = make_tokenizer("<|image_pad|>", "<|video_pad|>", video="<|video_pad|>", video_token="<|video_pad|>")
+    sizes = {"patch_size": 4, "size": {"shortest_edge": 64, "longest_edge": 4096}}
+    images = transformers.VideoLlama3ImageProcessor(**sizes, merge_size=1)
+    videos = transformers.VideoLlama3VideoProcessor(**sizes, merge_size=2, use_token_compression=False)
+    return transformers.VideoLlama3Processor(images, tokenizer, videos)
+
+
 PROCESSORS = {
     "qwen2_vl": lambda: _qwen("Qwen2VLProcessor", "Qwen2VLImageProcessor", "Qwen2VLVideoProcessor"),
     "qwen2_5_vl": lambda: _qwen("Qwen2_5_VLProcessor", "Qwen2VLImageProcessor", "Qwen2VLVideoProcessor"),
@@ -232,4 +269,8 @@ PROCESSORS = {
     "janus": _janus,
     "emu3": _emu3,
     "chameleon": _chameleon,
+    "aya_vision": _aya_vision,
+    "cohere2_vision": _cohere2_vision,
+    "ovis2": _ovis2,
+    "video_llama_3": _video_llama_3,
 }

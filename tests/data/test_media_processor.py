@@ -18,6 +18,7 @@ from tutti.data.rows import BrokenMediaError, RowError
 TOGETHER = {
     "qwen2_vl": 1, "qwen2_5_vl": 1, "qwen3_vl": 1, "qwen2_5_omni": 1, "qwen3_omni": 1, "llava": 1, "internvl": 1,
     "gemma3": 1, "janus": 1, "llava_next": 1, "llava_onevision": 1, "pixtral": 1, "idefics3": 4, "smolvlm": 4,
+    "aya_vision": 1, "cohere2_vision": 1, "ovis2": 1, "video_llama_3": 1,
 }  # fmt: skip
 """The calls of each family's processor for four samples with images: once, or for each of them."""
 
@@ -57,6 +58,20 @@ def test_one_call_gives_the_values_of_many(family: str, monkeypatch: pytest.Monk
     held._images_together = False
     want = held.values(samples, length)
     assert got.keys() == want.keys() and all(got[name].equal(want[name]) for name in want)
+
+
+@pytest.mark.parametrize("family", ["aya_vision", "ovis2"])
+def test_the_tokens_of_an_image_are_found_where_its_placeholder_is_none_of_them(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, samples = make(family, monkeypatch)
+    for sample in samples:
+        written = [held.processor.tokenizer.decode(sample.input_ids[begin:end]) for begin, end in held.spans(sample)]
+        assert written == held._replaced(sample.media)
+        assert bool(held.count(sample.input_ids, sample.media)) == bool(sample.media)
+    with_one, without = samples[:2]
+    assert held.count(with_one.input_ids[2:-1], with_one.media) > held.count(with_one.input_ids[9:], with_one.media)
+    assert held.count(without.input_ids, with_one.media) == 0
 
 
 def test_the_sample_with_a_broken_image_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

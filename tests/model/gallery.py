@@ -147,6 +147,11 @@ _HEARING: dict[str, Any] = {
     "initializer_range": 0.1,
 }
 
+_COHERE2 = _TEXT | {
+    "model_type": "cohere2", "head_dim": 16, "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+
 _ENDS = {"vision_start_token_id": 252, "vision_end_token_id": 253, "audio_end_token_id": 254}
 
 FROM_FILES: dict[str, dict[str, Any]] = {
@@ -218,6 +223,26 @@ FROM_FILES: dict[str, dict[str, Any]] = {
         "vision_feature_select_strategy": "full",
         "vision_feature_layer": -1,
         "image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]],
+    },
+    "aya_vision": {
+        "text_config": _COHERE2,
+        "vision_config": _VISION | {"model_type": "siglip_vision_model", "vision_use_head": False},
+        "downsample_factor": 2,
+    },
+    "cohere2_vision": {
+        "text_config": _COHERE2,
+        "vision_config": _VISION | {"model_type": "siglip_vision_model", "vision_use_head": False},
+        "downsample_factor": 2,
+        "alignment_intermediate_size": 48,
+    },
+    "ovis2": {
+        "text_config": _TEXT | {"model_type": "qwen2"},
+        "vision_config": _VISION | {"vocab_size": 64, "hidden_stride": 2},
+        "hidden_size": 32,
+    },
+    "video_llama_3": {
+        "text_config": _TEXT | {"model_type": "qwen2"},
+        "vision_config": {key: value for key, value in _VISION.items() if key != "image_size"},
     },
 }
 """Families that are tried with files and their own processor alone."""

@@ -35,9 +35,10 @@ CONFIGS = {"pixtral": "mistral3"} | {name: name for name in ("qwen2_vl", "qwen2_
 CONFIGS |= {"qwen3_vl_moe": "qwen3_vl_moe", "glm4v": "glm4v"}
 OTHERS = {
     "gemma4": "gemma4", "janus": "janus", "qwen2_audio": "qwen2_audio", "qwen2_5_omni": "qwen2_5_omni_thinker",
-    "qwen3_omni": "qwen3_omni_moe_thinker",
+    "qwen3_omni": "qwen3_omni_moe_thinker", "video_llama_3": "video_llama_3",
 }  # fmt: skip
 CONFIGS |= {name: name for name in ("idefics3", "smolvlm", "internvl", "llava_next", "llava_onevision")}
+CONFIGS |= {name: name for name in ("aya_vision", "cohere2_vision", "ovis2")}
 
 
 def make_rows(counts: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -62,6 +63,10 @@ def fitted_config(name: str, processor: Any) -> Any:
         for name in (f"{kind}_token_id", f"{kind}_token_index"):
             if hasattr(config, name) and (ids := getattr(processor, f"{kind}_token_ids", None)) and ids[0] is not None:
                 setattr(config, name, ids[0])
+    if config.model_type == "ovis2":
+        special = ("<IMG_ATOM>", "<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>")
+        config.image_token_id, *config.visual_indicator_token_ids = processor.tokenizer.convert_tokens_to_ids(special)
+        config.vocab_size = config.text_config.vocab_size
     ends = {"start": "bos", "end": "eos"}
     for name in (f"{kind}_{end}_token_id" for kind in ("vision", "audio") for end in ends):
         if hasattr(config, name):

@@ -179,6 +179,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "qwen2_audio": ({}, [*SOUNDS.values()]),
     "qwen2_5_omni": ({}, [*SOUNDS.values(), VIDEOS["a file"], VIDEOS["an image"], ALL]),
     "gemma4": ({"video_fps": 1}, [*SOUNDS.values(), VIDEOS["a file"], VIDEOS["an image"], TWO, MIXED, ALL]),
+    "video_llama_3": ({"video_max_frames": 6}, [*VIDEOS.values(), TWO, MIXED]),
     "qwen3_omni": ({"video_fps": 1}, [*SOUNDS.values(), VIDEOS["a file"], VIDEOS["an image"], ALL]),
 }
 """The limits on data, and the rows, that a family is tried with."""
@@ -352,6 +353,16 @@ def test_kinds_that_a_processor_does_not_take_together_or_at_all_are_bad_rows(fo
     paligemma = encoder_of(transformers.PaliGemmaProcessor(seen, tokenizer))
     (bad,) = paligemma([Row(row(("image", "still.png")), str(folder / "rows.jsonl"), 1)])
     assert "PaliGemmaProcessor writes more into a text than its media" in bad.reason  # type: ignore[union-attr]
+    splits = transformers.Idefics2ImageProcessor(size={"shortest_edge": 16, "longest_edge": 32})
+    idefics2 = encoder_of(
+        transformers.Idefics2Processor(splits, make_tokenizer("<image>", image_boundary_token="<fake>"))
+    )
+    (bad,) = idefics2([Row(row(("image", "still.png")), str(folder / "rows.jsonl"), 1)])
+    assert "Idefics2Processor does not tell how it replaces placeholders" in bad.reason  # type: ignore[union-attr]
+    compressing = PROCESSORS["video_llama_3"]()
+    compressing.video_processor.use_token_compression = True
+    (bad,) = encoder_of(compressing)([Row(VIDEOS["a file"], str(folder / "rows.jsonl"), 1)])
+    assert "VideoLlama3Processor makes a number of tokens that depends on its content" in bad.reason  # type: ignore[union-attr]
     wanted = "set data.video_max_frames, of which every video"
     assert wanted in reason("llava_onevision", VIDEOS["a file"])
     assert wanted in reason("llava_onevision", VIDEOS["a file"], video_max_frames=3, video_fps=1)

@@ -29,8 +29,8 @@ from tutti.config import Config
 from tutti.core.batch import IGNORE, Media, Sample
 from tutti.data.media import MediaFolder, MediaSummary, described, plural
 from tutti.data.media_cache import MediaCache
-from tutti.data.media_places import literal_places, not_taken, with_media
-from tutti.data.media_processor import MediaProcessor, shift
+from tutti.data.media_places import literal_places, not_taken, shift, with_media
+from tutti.data.media_processor import MediaProcessor
 from tutti.data.rows import CONVERSATIONS, RowError, class_of, conversation_of, fill, half_surrogate, text_of
 from tutti.data.source import BadRow, Row, text_columns
 from tutti.data.template import ChatTemplate, read_template
@@ -168,8 +168,8 @@ class Encoder:
         if not media:
             return
         assert self.media is not None
-        needed = self.media.count(ids)
-        if self.media.count(kept) < needed:
+        needed = self.media.count(ids, media)
+        if self.media.count(kept, media) < needed:
             kinds = sorted({medium.kind for medium in media})
             raise RowError(
                 f"is longer than data.max_seq_len {max_seq_len}, and only text can be cut, of which it has too "

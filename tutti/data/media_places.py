@@ -8,16 +8,19 @@
 - A video may be a list of frames: an entry of `videos` that is a list, or all of `video`, unless it has as many entries
   as there are places for videos.
 
-Chat templates get parts without their media, `{"type": "image"}`, and write the model's placeholders.
+Chat templates get parts without their media, `{"type": "image"}`, and write the model's placeholders. When these are
+replaced by a medium's tokens, `shift` converts the trained spans.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from tutti.core.batch import Media
+from tutti.data.media import plural
 from tutti.data.rows import KINDS, MEDIA_PARTS, Conversation, RowError, kind_of
 
 _TEXT = ("text", "input_text", "output_text", None)
@@ -26,6 +29,8 @@ _NAMES = ("url", "path", "base64", "data", "bytes")
 
 Entry = tuple[str, Any]
 """A medium's kind, and its entry in the row."""
+
+Span = tuple[int, int]
 
 
 def with_media(conversation: Conversation, row: Mapping[str, Any]) -> tuple[Conversation, list[Entry]]:
@@ -197,3 +202,32 @@ def _entry(part: Mapping[str, Any], kind: str) -> Any:
             return {"frames": value, "video_fps": part.get("video_fps")}
         return value
     return None
+
+
+def shift(spans: Sequence[Span], places: Sequence[tuple[int, int, int]], media: Sequence[Media]) -> list[Span]:
+    """Convert spans of a text to spans after the replacements at `places` (from `MediaProcessor.expand`) of `media`.
+
+    RowError: a span contains a replacement that is not an image to draw, which cannot be trained on.
+    """
+    moved = []
+    seen = [place for place, medium in zip(places, media, strict=True) if medium.kind != "drawn"]
+    for begin, end in spans:
+        if any(start < end and begin < stop for start, stop, _ in seen):
+            raise RowError("an assistant message has media, which only models with a decoder for them are trained on")
+        moved.append(tuple(_moved(place, places) for place in (begin, end)))
+    return moved  # type: ignore[return-value]
+
+
+def _moved(at: int, places: Sequence[tuple[int, int, int]]) -> int:
+    """Convert a position in a text to one in the text with replacements."""
+    before = [(stop, end) for _, stop, end in places if stop <= at]
+    return at + before[-1][1] - before[-1][0] if before else at
+
+
+def mismatch(kinds: Sequence[str], media: Sequence[Media]) -> str:
+    """How the placeholders in a text, of these kinds, differ from the media of its row."""
+    for kind in (*KINDS, "drawn"):
+        said, given = kinds.count(kind), sum(medium.kind == kind for medium in media)
+        if said != given:
+            return f"the text has {said} places for {plural(kind)}, and the row has {given}"
+    return "images, videos and sounds come in another order in the text than in the row"

@@ -31,15 +31,22 @@ from torch import Tensor
 from tutti.config import DataConfig
 from tutti.core.batch import Frames, Media, Sample
 from tutti.data.audio import decode_sound, has_sound, load_sound
-from tutti.data.media import MediaFolder, identity, load_image, measure_image, plural, reference, resized
+from tutti.data.media import MediaFolder, identity, load_image, measure_image, reference, resized
 from tutti.data.media_cache import MediaCache
-from tutti.data.media_places import Entry, as_drawn
+from tutti.data.media_places import Entry, Span, as_drawn, mismatch
 from tutti.data.rows import KINDS, BrokenMediaError, Conversation, RowError
-from tutti.data.video import FRAMES_FPS, MAX_VIDEO_PIXELS, Header, load_video, measure_video, video_source
+from tutti.data.video import (
+    FRAMES_FPS,
+    MAX_VIDEO_PIXELS,
+    Header,
+    describe_video,
+    evenly,
+    load_video,
+    measure_video,
+    video_source,
+)
 
 _OF_TEXT = ("input_ids", "attention_mask", "text_replacement_offsets", "labels")
-
-Span = tuple[int, int]
 
 _KINDS = (*KINDS, "drawn")
 
@@ -49,11 +56,12 @@ REMEMBERED = 1024
 
 class _Layout(NamedTuple):
     """The form of a processor's values for a kind of media: `dims` along which samples are joined, and for values
-    that lie along tokens, their number for a token id (`along`). stacked: joined videos need equal numbers of
-    frames."""
+    that lie along tokens, their number for a token id (`along`). tokens: the ids that stand for a medium. stacked:
+    joined videos need equal numbers of frames."""
 
     dims: dict[str, int]
     along: dict[str, dict[int, int]]
+    tokens: frozenset[int]
     stacked: bool = False
 
 
@@ -125,14 +133,14 @@ class MediaProcessor:
                     f"has a video, and {self.name} packs videos of one number of frames alone: set "
                     "data.video_max_frames, of which every video then has exactly so many, and no data.video_fps"
                 )
-            return Frames(tuple(_evenly(limits.video_max_frames, total)), total, fps)
+            return Frames(tuple(evenly(limits.video_max_frames, total)), total, fps)
         if listed and said is None:
             indices = list(range(total))
         else:
             number = max(1, round(total / fps * (limits.video_fps or _FPS)))
-            indices = self._own_rule(header, fps) or _evenly(min(number, total), total)
+            indices = self._own_rule(header, fps) or evenly(min(number, total), total)
         if limits.video_max_frames is not None and len(indices) > limits.video_max_frames:
-            indices = _evenly(limits.video_max_frames, total)
+            indices = evenly(limits.video_max_frames, total)
         return Frames(tuple(indices), total, fps)
 
     def _own_rule(self, header: Header, fps: float) -> list[int]:
@@ -142,7 +150,7 @@ class MediaProcessor:
         if self.limits.video_fps is not None or not has_rule:
             return []
         width, height = header.size
-        metadata = _describe_video(header.total, fps, width, height)
+        metadata = describe_video(header.total, fps, width, height)
         try:
             return [int(index) for index in videos.sample_frames(metadata)]
         except (ValueError, ZeroDivisionError, RuntimeError):  # too few frames for the rule
@@ -164,7 +172,7 @@ class MediaProcessor:
         found = list(self._marker.finditer(text)) if self.markers else []
         kinds = [self._kind_of[match.group()] for match in found]
         if kinds != [medium.kind for medium in media]:
-            raise RowError(_mismatch(kinds, media))
+            raise RowError(mismatch(kinds, media))
         if len({medium.sound > 0 for medium in media if medium.kind == "video"}) > 1:
             raise RowError(f"has videos with sound and without, of which {self.name} takes one kind in a row")
         parts: list[str] = []
@@ -289,6 +297,8 @@ class MediaProcessor:
             kinds = " and ".join(f"{kind}s" for kind, found in of_kind.items() if found)
             line = (str(error) or repr(error)).splitlines()[0]
             raise RowError(f"{self.name} cannot take its {kinds}: {line}") from None
+        if "text_replacement_offsets" not in found:
+            raise RowError(f"{self.name} does not tell how it replaces placeholders: it cannot be trained with")
         offsets = found["text_replacement_offsets"][0]
         if len(offsets) != len(media):
             raise RowError(
@@ -307,6 +317,7 @@ class MediaProcessor:
             blank = self._small(kind)
             one, two = self._made_of_blanks(blank), self._made_of_blanks(blank, blank)
             self._check_text(one)
+            self._check_contents(blank, one)
             length = one["input_ids"].shape[-1]
             dims: dict[str, int] = {}
             along: dict[str, dict[int, int]] = {}
@@ -320,7 +331,10 @@ class MediaProcessor:
                 dims[name] = next(iter(_unlike(value, two[name])), 0)
             if kind == "video" and self._takes_for_images(one, dims):
                 raise RowError(f"has a video, whose tokens {self.name} marks as an image's: they can't be told apart")
-            self._layouts[kind] = _Layout(dims, along, kind == "video" and self._stacks(blank, one, dims))
+            ids = frozenset(one["input_ids"].flatten().tolist())
+            # Some processors do not name the tokens that they write (Ovis 2).
+            tokens = ids & {*self.placeholders} or ids & {*self.processor.tokenizer.get_added_vocab().values()}
+            self._layouts[kind] = _Layout(dims, along, tokens, kind == "video" and self._stacks(blank, one, dims))
         return self._layouts[kind]
 
     def _takes_for_images(self, made: Mapping[str, Any], dims: Mapping[str, int]) -> bool:
@@ -334,6 +348,23 @@ class MediaProcessor:
         tokens = self.processor.tokenizer(item["replacement"])["input_ids"]
         if made["input_ids"].flatten().tolist() != tokens:
             raise RowError(f"{self.name} writes more into a text than its media: it cannot be trained with")
+
+    def _check_contents(self, blank: Media, made: Mapping[str, Any]) -> None:
+        """Raise RowError if the number of a medium's tokens depends on what it shows, and not on its size alone."""
+        draws = np.random.default_rng(0)
+        noise = self._blank(blank)
+        if isinstance(noise, _Video):
+            noise = noise._replace(pixels=draws.integers(0, 256, noise.pixels.shape, np.uint8))
+        elif isinstance(noise, np.ndarray):
+            noise = draws.standard_normal(noise.shape).astype(np.float32)
+        else:
+            noise = Image.fromarray(draws.integers(0, 256, (noise.height, noise.width, 3), np.uint8))
+        if self._process([blank], [noise])["text_replacement_offsets"] != made["text_replacement_offsets"]:
+            raise RowError(
+                f"has {blank.kind}, of which {self.name} makes a number of tokens that depends on its content, while "
+                "rows are packed before media are decoded: turn this off in the processor's configuration (VideoLLaMA "
+                '3: "use_token_compression": false of its video processor)'
+            )
 
     def _stacks(self, video: Media, made: Mapping[str, Any], dims: Mapping[str, int]) -> bool:
         """True if videos are stacked with a frame dimension that the processor does not pad."""
@@ -370,27 +401,26 @@ class MediaProcessor:
 
     def spans(self, sample: Sample) -> list[Span]:
         """For each medium of a sample, where its tokens begin and end: from its first placeholder to its last."""
-        places = np.flatnonzero(self._stand_for_media(sample.input_ids))
-        texts = [self.processor.tokenizer.convert_ids_to_tokens(token) for token in self.placeholders]
+        tokens = self._tokens_of(sample.media)
+        places = np.flatnonzero(_among(sample.input_ids, tokens))
+        texts = {self.processor.tokenizer.convert_ids_to_tokens(token) for token in tokens}
         spans, used = [], 0
         for half in self._halves(sample):
             for replacement in self._replaced(half):
-                count = sum(replacement.count(text) for text in set(texts))
+                count = sum(replacement.count(text) for text in texts)
                 own = places[used : used + count]
                 spans.append((int(own[0]), int(own[-1]) + 1) if len(own) else (0, 0))
                 used += count
         return spans
 
-    def count(self, ids: np.ndarray) -> int:
-        """The number of media placeholders among `ids`."""
-        return int(self._stand_for_media(ids).sum())
+    def count(self, ids: np.ndarray, media: Iterable[Media]) -> int:
+        """The number of tokens among `ids` that stand for media of the kinds of `media`."""
+        return int(_among(ids, self._tokens_of(media)).sum())
 
-    def _stand_for_media(self, ids: np.ndarray) -> np.ndarray:
-        """Returns bool [n]: which tokens are media placeholders. Comparing with each kind is faster than isin."""
-        found = np.zeros(len(ids), bool)
-        for token in self.placeholders:
-            found |= ids == token
-        return found
+    def _tokens_of(self, media: Iterable[Media]) -> set[int]:
+        """The ids that stand for media of the kinds of `media`."""
+        kinds = {kind for medium in media for kind in (medium.kind, *(("audio",) if medium.sound else ()))}
+        return {token for kind in sorted(kinds) for token in self._layout(kind).tokens}
 
     def values(self, samples: Sequence[Sample], length: int) -> dict[str, Tensor]:
         """The model's inputs in addition to tokens for samples packed to `length` tokens: values by name, and [1,
@@ -511,7 +541,17 @@ class _Video(NamedTuple):
 def _placeholder_ids(processor: Any, kind: str) -> list[int]:
     """The ids of this kind's placeholder tokens: those that the processor names, or that of its marker."""
     named = [token for token in getattr(processor, f"{kind}_token_ids", None) or () if token is not None]
-    return named or [processor.tokenizer.convert_tokens_to_ids(getattr(processor, f"{kind}_token"))]
+    if not named:
+        named = [processor.tokenizer.convert_tokens_to_ids(getattr(processor, f"{kind}_token"))]
+    return [token for token in named if token is not None]
+
+
+def _among(ids: np.ndarray, tokens: Iterable[int]) -> np.ndarray:
+    """Returns bool [n]: which ids are among `tokens`. Comparing with each token is faster than isin."""
+    found = np.zeros(len(ids), bool)
+    for token in tokens:
+        found |= ids == token
+    return found
 
 
 def _has_images_alone(sample: Sample) -> bool:
@@ -542,43 +582,11 @@ def _unlike(value: Tensor, other: Tensor) -> list[int]:
     return [dim for dim in range(value.ndim) if other.shape[dim] != value.shape[dim]]
 
 
-def _describe_video(total: int, fps: float, width: int, height: int, **more: Any) -> Any:
-    """transformers' description of a video, whose module imports torchvision, which rows of text do not need."""
-    from tutti.core.compat import VideoMetadata
-
-    return VideoMetadata(total, fps, width, height, total / fps, **more)
-
-
 def _metadata(video: Media) -> Any:
     assert video.frames is not None
     width, height = video.size
     indices, total, fps = video.frames
-    return _describe_video(total, fps, width, height, frames_indices=list(indices))
-
-
-def _evenly(number: int, total: int) -> list[int]:
-    """`number` indices of `total`, evenly spaced from the first to the last, with repetitions if `total` is smaller."""
-    return [int(index) for index in np.linspace(0, total - 1, number).round()]
-
-
-def shift(spans: Sequence[Span], places: Sequence[tuple[int, int, int]], media: Sequence[Media]) -> list[Span]:
-    """Convert spans of a text to spans after the replacements at `places` (from `MediaProcessor.expand`) of `media`.
-
-    RowError: a span contains a replacement that is not an image to draw, which cannot be trained on.
-    """
-    moved = []
-    seen = [place for place, medium in zip(places, media, strict=True) if medium.kind != "drawn"]
-    for begin, end in spans:
-        if any(start < end and begin < stop for start, stop, _ in seen):
-            raise RowError("an assistant message has media, which only models with a decoder for them are trained on")
-        moved.append(tuple(_moved(place, places) for place in (begin, end)))
-    return moved  # type: ignore[return-value]
-
-
-def _moved(at: int, places: Sequence[tuple[int, int, int]]) -> int:
-    """Convert a position in a text to one in the text with replacements."""
-    before = [(stop, end) for _, stop, end in places if stop <= at]
-    return at + before[-1][1] - before[-1][0] if before else at
+    return describe_video(total, fps, width, height, frames_indices=list(indices))
 
 
 def _join(values: Sequence[Tensor], dim: int) -> Tensor:
@@ -590,11 +598,3 @@ def _join(values: Sequence[Tensor], dim: int) -> Tensor:
         flat = [amount for pair in reversed(pads) for amount in pair]
         padded.append(torch.nn.functional.pad(value, flat) if any(flat) else value)
     return torch.cat(padded, dim) if len(padded) > 1 else padded[0]
-
-
-def _mismatch(kinds: Sequence[str], media: Sequence[Media]) -> str:
-    for kind in _KINDS:
-        said, given = kinds.count(kind), sum(medium.kind == kind for medium in media)
-        if said != given:
-            return f"the text has {said} places for {plural(kind)}, and the row has {given}"
-    return "images, videos and sounds come in another order in the text than in the row"

@@ -191,3 +191,15 @@ def _image(frame: Any) -> Image.Image:
 def _upright(frame: Any) -> tuple[int, int]:
     turned = round(frame.rotation / 90) % 2
     return (frame.height, frame.width) if turned else (frame.width, frame.height)
+
+
+def describe_video(total: int, fps: float, width: int, height: int, **more: Any) -> Any:
+    """transformers' description of a video, whose module imports torchvision, which rows of text do not need."""
+    from tutti.core.compat import VideoMetadata
+
+    return VideoMetadata(total, fps, width, height, total / fps, **more)
+
+
+def evenly(number: int, total: int) -> list[int]:
+    """`number` indices of `total`, evenly spaced from the first to the last, with repetitions if `total` is smaller."""
+    return [int(index) for index in np.linspace(0, total - 1, number).round()]
