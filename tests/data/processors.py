@@ -145,16 +145,15 @@ def _gemma3() -> Any:
     return transformers.Gemma3Processor(images, tokenizer, image_seq_length=4)
 
 
-def _gemma4() -> Any:
+def _gemma4(cls: str, sounds: Any) -> Any:
     names = {f"{end}{kind}_token": f"<{end}{kind}>" for kind in "ia" for end in ("bo", "eo")}
     tokenizer = make_tokenizer(
         "<|image|>", "<|audio|>", "<|video|>", *names.values(), video="<|video|>", audio="<|audio|>",
         audio_token="<|audio|>", **names,
     )  # fmt: skip
     sizes = {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70}
-    sounds = transformers.Gemma4AudioFeatureExtractor(feature_size=32)
-    images, videos = transformers.Gemma4ImageProcessor(**sizes), transformers.Gemma4VideoProcessor(**sizes)
-    return transformers.Gemma4Processor(sounds, images, tokenizer, videos)
+    images, videos = (getattr(transformers, f"{cls}{kind}Processor")(**sizes) for kind in ("Image", "Video"))
+    return getattr(transformers, f"{cls}Processor")(sounds, images, tokenizer, videos)
 
 
 def _pixtral() -> Any:
@@ -264,7 +263,8 @@ PROCESSORS = {
     "qwen2_5_omni": lambda: _omni("Qwen2_5OmniProcessor"),
     "qwen3_omni": lambda: _omni("Qwen3OmniMoeProcessor"),
     "gemma3": _gemma3,
-    "gemma4": _gemma4,
+    "gemma4": lambda: _gemma4("Gemma4", transformers.Gemma4AudioFeatureExtractor(feature_size=32)),
+    "gemma4_unified": lambda: _gemma4("Gemma4Unified", transformers.Gemma4UnifiedAudioFeatureExtractor()),
     "pixtral": _pixtral,
     "janus": _janus,
     "emu3": _emu3,

@@ -240,6 +240,25 @@ FROM_FILES: dict[str, dict[str, Any]] = {
         "vision_config": _VISION | {"vocab_size": 64, "hidden_stride": 2},
         "hidden_size": 32,
     },
+    "gemma4_unified": {
+        "text_config": _TEXT
+        | {
+            "head_dim": 16,
+            "global_head_dim": 16,
+            "sliding_window": 64,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "use_bidirectional_attention": "vision",
+        },
+        "vision_config": {
+            "patch_size": 4,
+            "pooling_kernel_size": 2,
+            "mm_embed_dim": 32,
+            "mm_posemb_size": 64,
+            "output_proj_dims": 32,
+            "initializer_range": 0.1,
+        },
+        "audio_config": {"initializer_range": 0.1},
+    },
     "video_llama_3": {
         "text_config": _TEXT | {"model_type": "qwen2"},
         "vision_config": {key: value for key, value in _VISION.items() if key != "image_size"},

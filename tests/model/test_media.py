@@ -36,6 +36,7 @@ CONFIGS |= {"qwen3_vl_moe": "qwen3_vl_moe", "glm4v": "glm4v"}
 OTHERS = {
     "gemma4": "gemma4", "janus": "janus", "qwen2_audio": "qwen2_audio", "qwen2_5_omni": "qwen2_5_omni_thinker",
     "qwen3_omni": "qwen3_omni_moe_thinker", "video_llama_3": "video_llama_3",
+    "gemma4_unified": "gemma4_unified",
 }  # fmt: skip
 CONFIGS |= {name: name for name in ("idefics3", "smolvlm", "internvl", "llava_next", "llava_onevision")}
 CONFIGS |= {name: name for name in ("aya_vision", "cohere2_vision", "ovis2")}

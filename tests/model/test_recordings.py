@@ -180,6 +180,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "qwen2_5_omni": ({}, [*SOUNDS.values(), VIDEOS["a file"], VIDEOS["an image"], ALL]),
     "gemma4": ({"video_fps": 1}, [*SOUNDS.values(), VIDEOS["a file"], VIDEOS["an image"], TWO, MIXED, ALL]),
     "video_llama_3": ({"video_max_frames": 6}, [*VIDEOS.values(), TWO, MIXED]),
+    "gemma4_unified": ({"video_fps": 1}, [*SOUNDS.values(), VIDEOS["a file"], VIDEOS["an image"], TWO, MIXED, ALL]),
     "qwen3_omni": ({"video_fps": 1}, [*SOUNDS.values(), VIDEOS["a file"], VIDEOS["an image"], ALL]),
 }
 """The limits on data, and the rows, that a family is tried with."""

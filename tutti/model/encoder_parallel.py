@@ -42,6 +42,9 @@ _KINDS = (
 _LISTS = ("deepstack_features",)
 """Additional outputs of an encoder: a list of elements in the same form."""
 
+_FIXED = ("visual_indicator_features",)
+"""Additional outputs that do not depend on images: every rank has them."""
+
 
 class EncoderRanks(NamedTuple):
     """The ranks that get the same images. groups: the groups that they form, the innermost first. size: their
@@ -148,6 +151,6 @@ def _share(method: Any, values: str, sizes: str, images: _Images, ranks: Encoder
 
     lists = {name: [whole(item) for item in getattr(out, name)] for name in _LISTS if getattr(out, name, None)}
     result = BaseModelOutputWithPooling(pooler_output=whole(out.pooler_output))
-    for name, items in lists.items():
+    for name, items in (lists | {name: getattr(out, name) for name in _FIXED if hasattr(out, name)}).items():
         setattr(result, name, items)
     return result
