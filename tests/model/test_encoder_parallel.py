@@ -39,6 +39,7 @@ def compare_all() -> None:
     for family in FAMILIES:
         if family != "mistral3":  # which is given sizes beside images
             compare(family, [2, 0, 3])
+    compare("ovis2", [2, 0, 3])  # which has outputs that are no image's
     compare("llava", [1])  # a rank without an image of its own
     compare("qwen2_vl", [2, 1], video=True)
 
@@ -80,6 +81,8 @@ def compare(family: str, images: list[int], *, video: bool = False) -> None:
 def _rows(out: Any) -> list[torch.Tensor]:
     """All features that come out, each kind of them as one tensor."""
     kinds = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
+    if (fixed := getattr(out, "visual_indicator_features", None)) is not None:
+        kinds.append(fixed)
     return [torch.cat(list(item)) if isinstance(item, (list, tuple)) else item for item in kinds]
 
 

@@ -225,7 +225,7 @@ def _moved(at: int, places: Sequence[tuple[int, int, int]]) -> int:
 
 
 def mismatch(kinds: Sequence[str], media: Sequence[Media]) -> str:
-    """How the placeholders in a text, of these kinds, differ from the media of its row."""
+    """The difference between the placeholders in a text, of these kinds, and the media of its row, in words."""
     for kind in (*KINDS, "drawn"):
         said, given = kinds.count(kind), sum(medium.kind == kind for medium in media)
         if said != given:

@@ -356,7 +356,7 @@ class MediaProcessor:
         if isinstance(noise, _Video):
             noise = noise._replace(pixels=draws.integers(0, 256, noise.pixels.shape, np.uint8))
         elif isinstance(noise, np.ndarray):
-            noise = draws.standard_normal(noise.shape).astype(np.float32)
+            noise = draws.random(noise.shape, np.float32)
         else:
             noise = Image.fromarray(draws.integers(0, 256, (noise.height, noise.width, 3), np.uint8))
         if self._process([blank], [noise])["text_replacement_offsets"] != made["text_replacement_offsets"]:
