@@ -31,8 +31,7 @@ class Fixed(NamedTuple):
     """Constants of a compiled kernel. A P at the end of a name: filled up to a power of two.
 
     PER_BLOCK, WITHIN: strides of a block to select, and of a compressed one. WIDTH: of a row of blocks' scores. ROWS,
-    KEYS: of a tile. CHUNK: pairs of a program. KEYS_FIRST: tiles of scores are made as [keys, rows]. ADDS: gradients of
-    keys add to earlier ones.
+    KEYS: of a tile. CHUNK: pairs of a program. ADDS: gradients of keys add to earlier ones.
     """
 
     K: int
@@ -51,7 +50,6 @@ class Fixed(NamedTuple):
     ROWS: int = 128
     KEYS: int = 64
     CHUNK: int = 512
-    KEYS_FIRST: bool = False
     ADDS: bool = False
 
 
@@ -174,17 +172,6 @@ def _backward(left, right, seen, scalars, axis: tl.constexpr, c: tl.constexpr):
     weights = tl.exp2(_scores(left[0], right[0], seen, c) - tl.expand_dims(lse, axis)) * gate
     change = tl.dot(left[1], tl.trans(right[1]), input_precision="ieee") - tl.expand_dims(grad_gate, axis)
     return weights.to(left[0].dtype), (weights * change).to(left[0].dtype)
-
-
-@triton.jit
-def _backward_of_keys(keys, queries, seen, scalars, c: tl.constexpr):
-    """The results of `_backward` as [keys, rows], made so or with rows first."""
-    if c.KEYS_FIRST:
-        weights, change = _backward(keys, queries, seen, scalars, 0, c)
-    else:
-        by_rows, by_rows_change = _backward(queries, keys, tl.trans(seen), scalars, 1, c)
-        weights, change = tl.trans(by_rows), tl.trans(by_rows_change)
-    return weights, change
 
 
 @triton.jit(do_not_specialize=["stop"])
@@ -379,7 +366,7 @@ def selected_backward(heads, tokens, index, outer, parts, begin, num_blocks, c: 
             grad = _load(outer.grad, row, real, c.E, c.EP)
             scalars = _outer(outer, row, real, 1)
             shown = (keys < last)[:, None] & (keys[:, None] <= (begin + place)[None, :])
-            weights, change = _backward_of_keys((key, value), (query, grad), shown, scalars, c)
+            weights, change = _backward((key, value), (query, grad), shown, scalars, 0, c)
             grad_value += tl.dot(weights, grad, input_precision="ieee")
             grad_key += tl.dot(change, query, input_precision="ieee")
             grad_query = tl.dot(tl.trans(change), key, input_precision="ieee")
@@ -457,7 +444,7 @@ def compressed_backward(heads, seers, outer, parts, count, span, c: tl.constexpr
         grad = _load(outer.grad, row, real, c.E, c.EP)
         shown = (place[None, :] >= first[:, None]) & (place[None, :] < end[:, None])
         scalars = _outer(outer, row, real, 0)
-        weights, change = _backward_of_keys((key, value), (query, grad), shown, scalars, c)
+        weights, change = _backward((key, value), (query, grad), shown, scalars, 0, c)
         grad_value += tl.dot(weights, grad, input_precision="ieee")
         grad_key += tl.dot(change, query, input_precision="ieee")
     rows = (number * count + keys) * c.K + head

@@ -400,7 +400,8 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, is_inverse: boo
         rest = width - turned, triton.next_power_of_2(max(1, width - turned))
         is_rounded = is_inverse or cos.dtype == query.dtype
         form = RotaryForm(heads, kv_heads, turned // 2, rest, is_inverse, is_rounded, tile)
+        # Not fused to products and sums in one: that would not round a product before it is added.
         _rotary_kernel[(length, batch)](
-            query, key, out_query, out_key, cos, sin, strides, form, num_warps=tile.warps
+            query, key, out_query, out_key, cos, sin, strides, form, num_warps=tile.warps, enable_fp_fusion=False
         )  # fmt: skip
     return out_query.transpose(1, 2), out_key.transpose(1, 2)
