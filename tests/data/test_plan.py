@@ -249,3 +249,8 @@ def test_a_source_says_when_it_begins_again(tmp_path, caplog):
         list(data.train())
     again = [line for line in caplog.messages if "begins again" in line]
     assert again == ["step 5: few is read through and begins again, for pass 2"]
+
+
+def test_one_of_a_thing_is_singular_in_what_is_said_of_the_steps(tmp_path):
+    built = build(configure(write(tmp_path / "a.jsonl", [{"id": 1, "n": 8}]), micro_batch_size=1, global_batch_size=1))
+    assert built.steps_reason == "1 step: 1 epoch of 1 (one pass over 1 sample, 1 sample a step)"

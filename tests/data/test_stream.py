@@ -33,8 +33,8 @@ def test_rows_that_a_stream_leaves_out_are_counted_once_logged_and_kept_in_its_s
         running.close()
     first, last = states[0][1], states[-1][1]
     assert 0 < first.rows < last.rows == 320 and last.dropped == {"no good": 15}
-    for count in (1, 10):
-        assert caplog.text.count(f"left out {count} rows so far") == 1
+    for count in ("1 row", "10 rows"):
+        assert caplog.text.count(f"left out {count} so far") == 1
     assert caplog.text.count("data.train_path: left out 15 of 320 rows: no good") == 1
     for step in (3, 40, 100):
         state, report = states[step]

@@ -21,6 +21,7 @@ from tutti.checkpoint.hf_files import Checkpoint
 from tutti.checkpoint.hub import with_local_paths
 from tutti.config import Config
 from tutti.config.layout import Layout, fit
+from tutti.config.nouns import counted
 from tutti.config.rules import warnings_on_length
 from tutti.core.batch import Batch, GlobalBatch, Sample
 from tutti.core.compute_dtype import settle_compute_dtype
@@ -115,7 +116,7 @@ def _show_samples(
     legend.append("trained on", style="bold green").append(", ").append("only read", style="dim")
     out.print(legend)
     for number, sample in enumerate(samples[:SHOWN_SAMPLES], 1):
-        text = Text(f"  {number}. {sources[sample.source]}, {len(sample)} tokens: ", style="bold")
+        text = Text(f"  {number}. {sources[sample.source]}, {counted(len(sample), 'token')}: ", style="bold")
         left = SHOWN_CHARACTERS
         for piece, trained in describe(sample, tokenizer, media):
             text.append(piece[:left].replace("\n", "⏎\n"), style="green" if trained else "dim")
@@ -149,12 +150,12 @@ def _data_table(data: Data, first: GlobalBatch) -> Table:
         tokens = report.media.tokens[kind]
         table.add_row(f"  {kind}", f"{tokens:,} tokens ({tokens / report.tokens:.0%}) in {number:,}")
     for tokens, kind, what in report.media.largest:
-        table.add_row("  largest", f"{kind} of {tokens:,} tokens: {what}")
+        table.add_row("  largest", f"{kind} of {counted(tokens, 'token')}: {what}")
     if report.packing_efficiency is not None:
         table.add_row("packing", f"{report.packing_efficiency:.1%} of the slots hold a token")
     table.add_row("steps", data.steps_reason)
-    counts = f"{first.num_samples:,} samples, {first.num_tokens:,} tokens, {first.trained_tokens:,} trained on"
-    table.add_row("first step", counts)
+    counts = counted(first.num_samples, "sample"), counted(first.num_tokens, "token")
+    table.add_row("first step", f"{', '.join(counts)}, {first.trained_tokens:,} trained on")
     return table
 
 

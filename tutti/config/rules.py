@@ -10,6 +10,7 @@ from datetime import date
 from typing import NamedTuple
 
 from tutti.config import ARGUMENTS, Config, away_from_default, get
+from tutti.config.nouns import counted
 from tutti.config.tasks import TASKS
 
 _CREDENTIALS = re.compile(r"://[^/?#\s]*:[^/?#\s]*@|[?&](sig|[\w-]*(signature|token|secret|password|api_?key))=", re.I)
@@ -484,7 +485,7 @@ def warnings_on_length(config: Config, total_steps: int) -> list[str]:
     if train.enable_profiling and train.profile_start_step > total_steps:
         late["train.profile_start_step"] = f"the run ends with step {total_steps:,}"
     if 0 < train.lr_warmup_ratio * total_steps < 1:
-        late["train.lr_warmup_ratio"] = f"it is less than one of {total_steps:,} steps"
+        late["train.lr_warmup_ratio"] = f"it is less than one of {counted(total_steps, 'step')}"
     return [f"{name}: has no effect: {why}" for name, why in late.items() if name in config.explicit]
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tutti.config.nouns import counted
 from tutti.core.remote import NotCachedError, progress_bars
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ class Repo:
         if not missing:
             return
         if not hub.constants.HF_HUB_OFFLINE:
-            log.info("downloading %d files of %s to %s", len(missing), self, folder)
+            log.info("downloading %s of %s to %s", counted(len(missing), "file"), self, folder)
         with self._explained(None):
             hub.snapshot_download(
                 self.name,

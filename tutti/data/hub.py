@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
+from tutti.config.nouns import counted
 from tutti.core.hub import NAME, HubFiles, Repo, repo_named
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ def _downloaded(repo: Repo, commit: str, files: Sequence[str]) -> HubFiles:
         raise ValueError(f"{repo.argument}: {repo} has {files[0]}, but {gap} is missing; download it again")
     found = HubFiles(repo, commit, tuple(files))
     found.local(download=True)
-    log.info("%s: %s is commit %s, %d files", repo.argument, repo.name, commit, len(files))
+    log.info("%s: %s is commit %s, %s", repo.argument, repo.name, commit, counted(len(files), "file"))
     return found
 
 

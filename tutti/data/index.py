@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 
+from tutti.config.nouns import counted
 from tutti.core.batch import IGNORE, Media, Sample
 from tutti.core.dist import World
 from tutti.data.formats import BadRow, Row
@@ -276,7 +277,8 @@ def place_of(row: Row | BadRow) -> str:
 
 def bad_row_error(row: Any, more: int = 0) -> ValueError:
     """The error about a bad row, with advice."""
-    others = f" ({more} more bad rows follow)" if more else ""
+    follow = "follows" if more == 1 else "follow"
+    others = f" ({counted(more, 'more bad row')} {follow})" if more else ""
     return ValueError(f"{place_of(row)}: {row.reason}{others}; data.silent_exception: true skips bad rows")
 
 
@@ -289,7 +291,8 @@ def log_left_out(argument: str, rows: int, dropped: Mapping[str, int]) -> None:
 def left_out(rows: int, dropped: Mapping[str, int]) -> str:
     """The end of a message about `rows` rows that are all bad: the count for each reason."""
     reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.items())
-    return f": all {rows} were left out ({reasons})" if reasons else ""
+    all_rows = f"all {rows:,} were" if rows > 1 else "the only one was"
+    return f": {all_rows} left out ({reasons})" if reasons else ""
 
 
 def _num_media(chunk: Chunk) -> np.ndarray:
@@ -367,7 +370,7 @@ _inherited: tuple[Sequence[Any], Any] | None = None
 def _pool(sources: Sequence[Any], encoder: Any, num_workers: int) -> Iterator[ProcessPoolExecutor]:
     processes = max(1, min(num_workers, len(os.sched_getaffinity(0))))
     context = multiprocessing.get_context("fork")
-    log.info("tokenising in %d processes", processes)
+    log.info("tokenising in %s", counted(processes, "process", "processes"))
     with quiet_fork(), ProcessPoolExecutor(processes, context, _start_in_pool, (sources, encoder)) as pool:
         yield pool
 

@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 
 from tutti.config import Config
+from tutti.config.nouns import counted
 from tutti.core.dist import World
 from tutti.data.index import CHUNK, Index, bad_row_error, build_index, encode_chunk, log_left_out
 from tutti.data.media import MediaSummary
@@ -105,9 +106,10 @@ def make_index(
     if found is not None and not index.dropped:
         index = replace(index, digest=digests[0])  # so that other batch sizes, or leaving out bad rows, can resume
     log.info(
-        "%s: %s rows, %s samples, %s tokens, %s of them trained%s",
+        "%s: %s, %s, %s, %s of them trained%s",
         argument,
-        *(f"{count:,}" for count in (index.rows, len(index), index.length.sum(), index.targets.sum())),
+        *(counted(index.rows, "row"), counted(len(index), "sample"), counted(int(index.length.sum()), "token")),
+        f"{index.targets.sum():,}",
         "; kept in memory, no workers needed"
         if index.tokens is not None and data.num_workers and not index.num_media.any()
         else "",
@@ -115,7 +117,7 @@ def make_index(
     if world.is_main:
         log_left_out(argument, index.rows, index.dropped)
         for note, count in index.notes.items():
-            log.warning("%s: %s rows: %s", argument, f"{count:,}", note)
+            log.warning("%s: %s: %s", argument, counted(count, "row"), note)
     return index
 
 
@@ -234,7 +236,7 @@ class Learner:
     def _start(self) -> None:
         context = multiprocessing.get_context("fork")
         count = max(1, min(self.num_workers, len(os.sched_getaffinity(0))))
-        log.info("tokenising rows as they are drawn, in %d processes", count)
+        log.info("tokenising rows as they are drawn, in %s", counted(count, "process", "processes"))
         with quiet_fork():
             for number in range(count):
                 here, there = context.Pipe()

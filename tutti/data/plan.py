@@ -39,6 +39,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from tutti.config import Config
+from tutti.config.nouns import counted
 from tutti.core.batch import EMPTY_LENGTH
 from tutti.data.mix import Mix, SampleRef
 from tutti.data.pack import BestFit, Bucketed, Fixed, Packer, budget_at, deal_buckets, deal_samples, deal_tokens
@@ -370,11 +371,11 @@ class Planner:
         self._set_counted(self._count())
         if self.step == 0 and not any(self.counted.epoch_steps):
             size, batching = self.source.size, self.batching
-            needs = (
-                f"{batching.micro_batches} full micro batches" if batching.dynamic else f"{batching.global_batch_size}"
-            )
+            needs = str(batching.global_batch_size)
+            if batching.dynamic:
+                needs = counted(batching.micro_batches, "full micro batch", "full micro batches")
             raise ValueError(
-                f"data.train_path gives {size:,} samples, less than one global batch of {needs}: lower "
+                f"data.train_path gives {counted(size or 0, 'sample')}, less than one global batch of {needs}: lower "
                 "train.global_batch_size or train.micro_batch_size, or set data.drop_last false"
             )
         while (warmup := int(ratio * self.total_steps)) != self.warmup_steps:
@@ -574,20 +575,19 @@ def one_pass(batching: BatchingPlan) -> BatchingPlan:
 
 def describe_steps(planner: Planner) -> str:
     """The number of steps of the run, with the reason: one line."""
-    batching, counted = planner.batching, planner.counted
-    steps = counted.epoch_steps[planner.epoch :] or counted.epoch_steps[-1:]
+    batching, found = planner.batching, planner.counted
+    steps = found.epoch_steps[planner.epoch :] or found.epoch_steps[-1:]
     each = f"{min(steps):,}" if min(steps) == max(steps) else f"{min(steps):,} to {max(steps):,}"
     size = batching.global_batch_size
-    batch = f"{size} sample{'s' * (size > 1)}"
+    batch = counted(size, "sample")
     if batching.dynamic:
-        count = batching.micro_batches
-        batch = f"{count} micro batch{'es' * (count > 1)} of {batching.budget:,} tokens"
+        batch = f"{counted(batching.micro_batches, 'micro batch', 'micro batches')} of {batching.budget:,} tokens"
     if batching.epoch_steps is None:
-        why = f"one pass over {planner.source.size:,} samples, {batch} a step"
-        if counted.left_out:
-            why += f", {counted.left_out:,} left out at the end that fill no last step (data.drop_last)"
-        if counted.rest_steps > 1:
-            why += f", the last {counted.rest_steps} smaller"
+        why = f"one pass over {counted(planner.source.size or 0, 'sample')}, {batch} a step"
+        if found.left_out:
+            why += f", {found.left_out:,} left out at the end that fill no last step (data.drop_last)"
+        if found.rest_steps > 1:
+            why += f", the last {found.rest_steps} smaller"
     elif batching.dynamic:
         why = f"ceil(data.train_size * (1 + {batching.warmup_ratio:g} / 2) / ({size} * data.max_seq_len))"
     else:
@@ -595,5 +595,5 @@ def describe_steps(planner: Planner) -> str:
     if batching.max_steps is not None and max(steps) == batching.max_steps:
         why += f", no more than train.max_steps {batching.max_steps:,}"
     grows = f", the budget growing over the first {planner.warmup_steps:,}" if planner.warmup_steps else ""
-    epochs = "1 epoch" if batching.epochs == 1 else f"{batching.epochs} epochs"
-    return f"{planner.total_steps:,} steps: {epochs} of {each} ({why}){grows}"
+    epochs = counted(batching.epochs, "epoch")
+    return f"{counted(planner.total_steps, 'step')}: {epochs} of {each} ({why}){grows}"

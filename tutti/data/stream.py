@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from tutti.config.nouns import counted
 from tutti.core.batch import Sample
 from tutti.data.index import CHUNK, Chunk, bad_row_error, encode_chunk, left_out
 from tutti.data.mix import Mix, SampleRef, Weights, random_words
@@ -78,9 +79,10 @@ class RowCounts:
         for number, row in zip(chunk.bad_numbers, chunk.bad, strict=True):
             if number >= self.rows:
                 self.dropped[row.reason] += 1
-                count = str(self.dropped[row.reason])
-                if count.strip("0") == "1":
-                    log.info("left out %s rows so far, the last %s:%d: %s", count, row.file, row.line, row.reason)
+                count = self.dropped[row.reason]
+                if str(count).strip("0") == "1":
+                    rows = counted(count, "row")
+                    log.info("left out %s so far, the last %s:%d: %s", rows, row.file, row.line, row.reason)
         self.rows = max(self.rows, chunk.first + chunk.rows)
 
     def state_dict(self) -> dict[str, Any]:

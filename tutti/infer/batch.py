@@ -26,6 +26,7 @@ from rich import progress
 from rich.console import Console
 
 from tutti.config import Config
+from tutti.config.nouns import counted
 from tutti.core.files import replacing
 from tutti.data.formats import BadRow, JsonLines
 from tutti.data.media import identity
@@ -93,7 +94,9 @@ def answer_rows(
     world = generator.world
     journal = output.with_name(output.name + ".partial")
     if world.run_on_all_ranks(lambda: _is_done(output, rows)):
-        log.info("%s has the answers to all %d rows already; delete it to have them anew", output, len(rows))
+        log.info(
+            "%s has the answers to all of %s already; delete it to have them anew", output, counted(len(rows), "row")
+        )
         if world.is_main:
             journal.unlink(missing_ok=True)  # the previous run ended between its last two actions
         return
@@ -103,7 +106,7 @@ def answer_rows(
     header = _header(config, loaded, rows, requests) | {"date": day}
     answers: dict[int, str] = world.run_on_all_ranks(lambda: _read_journal(journal, header))
     if answers:
-        log.info("going on from %s: %d of %d rows are answered", journal, len(answers), len(rows))
+        log.info("going on from %s: %d of %s answered", journal, len(answers), counted(len(rows), "row"))
     left = sorted((item for item in requests if item.number not in answers), key=lambda item: -len(item.ids))
     folder = output.with_name(f"{output.stem}_pictures")
 
@@ -120,7 +123,9 @@ def answer_rows(
                 answers[number] = text
                 write({"line": number, RESPONSE: text})
         except KeyboardInterrupt:
-            log.info("stopped with %d of %d rows answered; the same command goes on", len(answers), len(rows))
+            log.info(
+                "stopped with %d of %s answered; the same command goes on", len(answers), counted(len(rows), "row")
+            )
             raise
 
     def finish() -> None:

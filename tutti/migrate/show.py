@@ -10,6 +10,7 @@ import yaml
 
 from tutti.config import ARGUMENTS, GROUPS, get
 from tutti.config.load import from_dict
+from tutti.config.nouns import counted
 from tutti.migrate import Migration, Row
 from tutti.migrate.rules import CHANGED, MAPPED, NONE
 
@@ -21,8 +22,8 @@ def account(migration: Migration, path: str) -> str:
     """Every key of the file at `path`, and what became of it."""
     counts = {kind: len(migration.of(kind)) for kind in (MAPPED, CHANGED, NONE)}
     lines = [
-        f"{path} is of {migration.framework}: {sum(counts.values())} keys, of which {counts[MAPPED]} are mapped, "
-        f"{counts[CHANGED]} changed meaning, and {counts[NONE]} have no counterpart"
+        f"{path} is of {migration.framework}: {counted(sum(counts.values()), 'key')}, of which {counts[MAPPED]} are "
+        f"mapped, {counts[CHANGED]} changed meaning, and {counts[NONE]} have no counterpart"
     ]
     for title, rows in (
         ("mapped", migration.of(MAPPED)),

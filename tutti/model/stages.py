@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tutti.config.layout import Layout
+from tutti.config.nouns import counted
 from tutti.core.structure import ModelStructure, StageTrace
 from tutti.model.multimodal import check_first
 from tutti.model.stage_trace import trace_stages
@@ -71,12 +72,13 @@ def cut_into_stages(
     tied = [p for p in structure.head.parameters() if id(p) in shared and p.requires_grad]
     num_experts = max((module.num_experts for module in structure.experts), default=0)  # type: ignore[type-var]
     stages = cut(model, structure, trace, borders, mesh.rank("pipeline"), layout.pipeline)
-    log.info("pipeline: %d stages on %d ranks, of blocks %s", len(borders), layout.pipeline, describe_stages(borders))
+    where = f"{counted(len(borders), 'stage')} on {counted(layout.pipeline, 'rank')}"
+    log.info("pipeline: %s, of blocks %s", where, describe_stages(borders))
     if layout.accumulation < layout.pipeline:
         log.warning(
-            "%d micro batches a step do not fill a pipeline of %d ranks, which wait for each other: raise "
+            "%s a step cannot fill a pipeline of %d ranks, which wait for each other: raise "
             "train.global_batch_size, or lower train.micro_batch_size",
-            layout.accumulation,
+            counted(layout.accumulation, "micro batch", "micro batches"),
             layout.pipeline,
         )
     return Pipeline(

@@ -22,6 +22,7 @@ from tutti.checkpoint.manager import Checkpointer, preview_resume
 from tutti.checkpoint.state import require_finite, trained_parts
 from tutti.config import Config
 from tutti.config.layout import fit
+from tutti.config.nouns import counted
 from tutti.config.rules import warnings_on_length
 from tutti.core.batch import GlobalBatch
 from tutti.core.compute_dtype import settle_compute_dtype
@@ -298,9 +299,9 @@ def _say_what_is_left(step: int, total: int, before: int) -> None:
         log.info("nothing is left to train after step %d, which the checkpoint is of", step)
     elif total != before:
         log.warning(
-            "the run has %d steps now, and had %d when the checkpoint was made: from step %d the learning rate "
+            "the run has %s now, and had %d when the checkpoint was made: from step %d the learning rate "
             "follows the schedule of %d",
-            total, before, step + 1, total,
+            counted(total, "step"), before, step + 1, total,
         )  # fmt: skip
 
 

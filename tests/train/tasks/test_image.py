@@ -213,7 +213,7 @@ def test_a_config_that_cannot_be_used(tmp_path: Path, case: str) -> None:
 def test_check_tells_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check(config_of(tmp_path))
     said = capsys.readouterr().out
-    assert "180 of 180" in said and "10,939 parameters" in said and "image of 1 tokens" in said
+    assert "180 of 180" in said and "10,939 parameters" in said and "image of 1 token" in said
 
 
 def test_a_folder_without_weights_and_one_of_another_model(tmp_path: Path) -> None:

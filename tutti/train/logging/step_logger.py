@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from tutti.config.nouns import counted
 from tutti.core.batch import GlobalBatch
 from tutti.core.device import memory_gib, peak_flops
 from tutti.model.experts import ExpertLoad
@@ -120,16 +121,17 @@ class StepLogger:
         record |= self._run.placed.objective.task.metrics(reduced.sums, totals.num_targets)
         if router_loss := reduced.sums.get("router_loss"):
             record["router_loss"] = router_loss / totals.num_tokens
+        steps = counted(totals.num_steps, "step")
         if reduced.spikes:
             record["spikes"] = reduced.spikes
-            log.warning("step %d: %d of the last %d steps were spikes", batch.step, reduced.spikes, totals.num_steps)
+            log.warning("step %d: %d of the last %s were spikes", batch.step, reduced.spikes, steps)
         if reduced.skipped:
             record["skipped_steps"] = reduced.skipped
-            log.warning("step %d: %d of the last %d steps skipped", batch.step, reduced.skipped, totals.num_steps)
+            log.warning("step %d: %d of the last %s skipped", batch.step, reduced.skipped, steps)
         self._metrics.log_step(record)
-        if reduced.consecutive_skips > self._config.train.max_nonfinite_steps:
+        if (skips := reduced.consecutive_skips) > self._config.train.max_nonfinite_steps:
             raise ValueError(
-                f"the gradient was not finite for the last {reduced.consecutive_skips} steps and nothing was learned "
+                f"the gradient was not finite for the last {counted(skips, 'step')} and nothing was learned "
                 "from them: lower train.lr, raise train.lr_warmup_ratio, or look at the data of these steps"
             )
         self.totals = self._fresh()
