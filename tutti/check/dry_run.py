@@ -1,23 +1,23 @@
-"""Predicting a step's memory and bytes on the wire, for any number of ranks and without having them.
+"""Predicting a step's memory and communicated bytes, for any number of ranks, without having them.
 
-Nothing of it is a formula. In one process, which torch's `fake` backend lets be any rank of any number, the model is
-cut, divided and stepped by the very functions that a run calls, as a rehearsal: tensors have shapes and no values (see
-`tutti.check.rehearsal`). So what is seen are this rank's own shares, and all that it sends:
+No formulas are involved. In one process, which torch's `fake` backend lets act as any rank of any number, the model is
+sharded and stepped by the same functions as in a run, as a rehearsal: tensors have shapes but no values (see
+`tutti.check.rehearsal`). So this rank's own shards are measured, and everything that it sends:
 
-1. parameters, gradients and optimizer state are the sizes of this rank's parts of them, after a step;
-2. the peak is that of all storages while the step runs; what it holds beside these three and gathered parameters is
-   activations, and whatever else is on its way (buffers of collectives, gradients before they are reduced);
-3. every collective is counted by the axis that it runs along (`tutti.check.comm_volume`).
+1. Parameters, gradients and optimizer state are the sizes of this rank's shards after a step.
+2. The peak is the maximum over all storages while the step runs; what it holds besides these three and gathered
+   parameters counts as activations (including buffers of collectives, and gradients before they are reduced).
+3. Every collective is counted by the axis it runs along (`tutti.check.comm_volume`).
 
-The micro batches are as full as the configuration lets them be, each token a target, and experts are chosen evenly.
-Kernels are an accelerator's, whose attention keeps no probabilities, or a CPU's. Compilation is left out, and so is a
-reference model beside the trained one. Where data has media, a micro batch is that of the first epoch which has most of
-them, filled up with text. All micro batches of a step are alike, so a long step is told from short ones: traffic grows
-by the same amount with each, and memory no longer once as many are under way at once as ever will be. Where nothing is
-sent, the longer of two short steps is enough.
+The micro batches are as full as the configuration allows, each token is a target, and experts are chosen evenly.
+Kernels are an accelerator's, whose attention stores no probabilities, or a CPU's. Compilation is left out, and so is a
+reference model. If data has media, the micro batch is the one in the first epoch with the most of them, filled up with
+text. All micro batches of a step are alike, so a long step follows from short ones: traffic grows by the same amount
+with each, and memory stops growing once the maximum number is in flight. If nothing is sent, the longer of two short
+steps is enough.
 
-Ranks differ in what they hold only along the pipeline, or by the remainder of what does not divide evenly, which the
-first ones have: of each pipeline rank the first is rehearsed, and the fullest is told of.
+Ranks differ only along the pipeline, or by the remainder of uneven sharding, which the first ranks have: the first rank
+of each pipeline stage is rehearsed, and the fullest is reported.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ from tutti.train.tasks import make_task
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes on one rank. parameters, gradients, optimizer: of its parts of them, after a step's backward passes.
+    """Bytes on one rank. parameters, gradients, optimizer: of its shards, after a step's backward passes.
 
-    peak: of all there is at once. At that time: gathered, parameters as they are computed with; activations, all that
-    is none of the others. sent: in a step, by axis.
+    peak: the maximum of everything at once. At that time: gathered: parameters gathered for computing; activations: all
+    the rest. sent: in a step, by axis.
     """
 
     rank: int
@@ -86,17 +86,17 @@ class Prediction:
 
 
 class Unpredictable(ValueError):
-    """A step of this model goes by what is in its tensors."""
+    """A step of this model depends on the values in its tensors."""
 
 
 def predict(
     config: Config, model: PreTrainedModel, world: int, full: Batch | None = None, *, on_cpu: bool = False
 ) -> Prediction:
-    """Predict what training `model`, which is whole and on the meta device, takes of the fullest of `world` ranks.
+    """Predict a training step of `model`, unsharded and on the meta device, on the fullest of `world` ranks.
 
-    full: the largest micro batch, where it is not to be that of `full_batch`. on_cpu: its memory as a CPU runs it,
-    rather than an accelerator; what is sent, which is the same, is then left out. There must be no process group.
-    ConfigError, ValueError: sizes that do not fit. Unpredictable: why.
+    full: the largest micro batch, if not that of `full_batch`. on_cpu: memory as on a CPU instead of an accelerator;
+    the bytes sent, which are the same, are then left out. There must be no process group. ConfigError, ValueError:
+    sizes that do not fit. Unpredictable: with the reason.
     """
     if not config.data.task.has_tokens:
         raise Unpredictable(f"not predicted for data.data_type {config.data.data_type}")
@@ -116,8 +116,8 @@ def predict_rank(
     *,
     on_cpu: bool = False,
 ) -> Prediction:
-    """Predict what it takes of one rank. batches: its micro batches of a step, where they are not to be full ones.
-    full, on_cpu: as in `predict`."""
+    """Predict a step on one rank. batches: its micro batches, if they are not to be full ones. full, on_cpu: as in
+    `predict`."""
     layout = fit(config, world)
     fuses = not (on_cpu or config.train.enable_compile)
     train = replace(config.train, enable_compile=False)
@@ -167,7 +167,7 @@ def predict_rank(
 def _combined(
     left: Mapping[str, Sent], right: Mapping[str, Sent], combine: Callable[[int, int], int]
 ) -> dict[str, Sent]:
-    """Bytes and messages of each axis, from those in both."""
+    """Bytes and messages of each axis, combined from both."""
     return {
         axis: Sent(*(combine(mine, other) for mine, other in zip(sent, right.get(axis, Sent()), strict=True)))
         for axis, sent in left.items()
@@ -176,10 +176,10 @@ def _combined(
 
 @contextmanager
 def _pretend(rank: int, world: int) -> Iterator[World]:
-    """Be `rank` of `world` ranks that there are not, silently."""
+    """Act as `rank` of `world` ranks that do not exist, without output."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    clear_sharding_cache()  # in which there are meshes of groups that have gone, and pass for new ones
+    clear_sharding_cache()  # it has meshes of closed groups, which would be taken for new ones
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         yield World(rank=rank, size=world, local_rank=0, device=torch.device("cpu"))
@@ -191,7 +191,7 @@ def _pretend(rank: int, world: int) -> Iterator[World]:
 
 @contextmanager
 def _answering_for(model: PreTrainedModel) -> Iterator[None]:
-    """Say in our words that something asked for values."""
+    """Raise our own error if something reads values."""
     try:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
@@ -200,7 +200,7 @@ def _answering_for(model: PreTrainedModel) -> Iterator[None]:
 
 
 class _Sizes:
-    """Looks at what a rank holds in the first of its steps."""
+    """Measures what a rank holds in its first step."""
 
     def __init__(self, objective: Objective, optimizer: Optimizer, memory: Memory) -> None:
         self._parameters, self._optimizer, self._memory = list(objective.parameters()), optimizer, memory
@@ -213,8 +213,7 @@ class _Sizes:
         self._memory.restart()
 
     def prediction(self, rank: int, sent: dict[str, Sent]) -> Prediction:
-        """The sizes that were seen, once the step is over. In it the optimizer's state came with the update; it then
-        stays."""
+        """The measured sizes, after the step. The optimizer's state is allocated in the update and then stays."""
         parameters = _num_bytes(map(local_part, self._parameters))
         states = (value for state in self._optimizer.state.values() for value in state.values())
         optimizer = _num_bytes(local_part(value) for value in states if isinstance(value, Tensor))
@@ -238,7 +237,7 @@ def _num_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _without_values(batch: Batch) -> Batch:
-    """The batch with the shapes alone of its media's values, in a rehearsal."""
+    """The batch with only the shapes of its media's values, in a rehearsal."""
     shapes = {
         key: torch.empty(value.shape, dtype=value.dtype) if value.is_floating_point() else value
         for key, value in batch.extras.items()
@@ -247,7 +246,7 @@ def _without_values(batch: Batch) -> Batch:
 
 
 def full_batch_of(config: Config, samples: Sequence[Sample], media: MediaProcessor) -> Batch:
-    """A micro batch of these samples with their media, and as many more trained tokens as there may be.
+    """A micro batch of these samples with their media, filled up with trained tokens.
 
     BrokenMediaError: a medium cannot be decoded.
     """
@@ -262,7 +261,7 @@ def full_batch_of(config: Config, samples: Sequence[Sample], media: MediaProcess
 
 
 def full_batch(config: Config, model: PreTrainedModel) -> Batch:
-    """A micro batch of as many tokens as there may be, all of them trained on; of pairs or classes, if the data is."""
+    """The largest possible micro batch, each token trained on; of pairs or classes, if the data is."""
     length = config.data.max_seq_len
     ids = np.zeros(length, np.int32)
     labels = np.zeros(length, np.int32)
@@ -276,7 +275,7 @@ def full_batch(config: Config, model: PreTrainedModel) -> Batch:
 
 
 def _global_batch(batches: Sequence[Batch]) -> GlobalBatch:
-    """A step of these micro batches; what only the log knows is left at one."""
+    """A step of these micro batches; values used only for logging are 1."""
     return GlobalBatch(
         micro_batches=tuple(batches),
         num_targets=1,
@@ -294,10 +293,10 @@ def _global_batch(batches: Sequence[Batch]) -> GlobalBatch:
 
 
 def _short_steps(count: int, layout: Layout, train: TrainConfig, rank: int) -> tuple[int, int]:
-    """Two numbers of micro batches that tell what a step of `count` takes of a pipeline's `rank`: the larger one as
-    much memory, and the difference between them how traffic grows. Both are `count` where that is no more.
+    """Two numbers of micro batches from which a step of `count` on a pipeline's `rank` follows: the larger takes as
+    much memory, and the difference between them shows how traffic grows. Both are `count` if that is no larger.
 
-    Interleaved stages take micro batches in groups of as many as there are ranks, and so it grows by groups.
+    Interleaved stages take micro batches in groups of the number of ranks, so traffic grows by groups.
     """
     ranks, per_rank = layout.pipeline, train.pipeline_stages_per_rank if layout.pipeline > 1 else 1
 
@@ -308,7 +307,7 @@ def _short_steps(count: int, layout: Layout, train: TrainConfig, rank: int) -> t
 
     most = most_alive(count)
     many = next(number for number in range(min(count, 2), count + 1) if most_alive(number) == most)
-    many += ranks > 1  # one more is received before one is done with
+    many += ranks > 1  # one more is received before one is finished
     few = 1
     if per_rank > 1:
         few = many + (count - many) % ranks

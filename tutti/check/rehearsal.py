@@ -1,22 +1,22 @@
-"""A rehearsal: the program runs as it is on tensors that have shapes and no values, and their memory is counted.
+"""A rehearsal: the real program runs on tensors that have shapes but no values, and their memory is counted.
 
-One process can tell what a step on many ranks takes of each, without the memory and in little time, if nothing is
-computed. torch has the two halves of that: fake tensors, and process groups that send nothing (the `fake` backend).
-But a program may ask for the values in a tensor. It does so all the time with integers (the borders of samples, the
-places of targets, the tokens of each expert), and hardly ever with floating-point numbers. So here integers are real;
-a floating-point tensor is fake from its creation, and so is all that is made from it, or from a tensor on the meta
-device. Two questions to tensors without values are left, and answered by convention:
+One process can measure what a step on many ranks takes, without the memory and quickly, if nothing is computed. torch
+has two tools for that: fake tensors, and process groups that send nothing (the `fake` backend). But a program may read
+the values of a tensor. It often does so with integers (the boundaries of samples, the positions of targets, the tokens
+of each expert), and almost never with floating-point numbers. So here integers are real; a floating-point tensor is
+fake from its creation, and so is everything made from it, or from a tensor on the meta device. Two remaining reads of
+fake tensors have fixed answers:
 
-- how many there are of each (`bincount`: of the tokens that chose an expert) is an even share;
-- what a single number is, is one: the gradient is finite, and an optimizer's step is the first.
+- counts (`bincount`: of the tokens that chose an expert) are equal;
+- a single number is 1: the gradient is finite, and an optimizer's step is the first.
 
-Anything else that takes values raises torch's error for fake tensors. Of our own operators the bodies run, since there
-may be communication in them, except for those that only compute (`_COMPUTE`): of these torch takes the fake forms that
-are registered with them. What is sent has arrived at once.
+Anything else that reads values raises torch's error for fake tensors. The bodies of our own operators run, because they
+may communicate, except for those that only compute (`_COMPUTE`), whose registered fake forms are used. Messages arrive
+at once.
 
-Memory is that of all storages that fake tensors have, from their first tensor to their last. Fake tensors are a CPU's,
-since there need not be another device; code that chooses by the device asks `tutti.core.device.on_accelerator`, and is
-told that it is one, unless a CPU's memory is asked for.
+Memory is counted over all storages of fake tensors, from their first tensor to their last. Fake tensors are on the CPU,
+since there may be no other device; code that depends on the device asks `tutti.core.device.on_accelerator`, which is
+true here unless a CPU's memory is requested.
 """
 
 from __future__ import annotations
@@ -59,14 +59,15 @@ _COMPUTE = {
     "tutti::gated_backward",
     "tutti::rotate",
 }
-"""Operators of our own that only compute. All others communicate."""
+"""Our operators that only compute. All others communicate."""
 
 _HOST = {"tutti::to_host"}
-"""Those whose results lie in host memory, and take none of the device's: in a rehearsal both are a CPU."""
+"""Operators whose results are in host memory and take no device memory: in a rehearsal both are a CPU."""
 
 
 def body_of(operator: Any) -> Callable[..., Any]:
-    """The function that an operator of our own (torch.library.custom_op) was made of, which a mode may run and see."""
+    """The Python function of one of our operators (torch.library.custom_op), which a dispatch mode can run and see
+    into."""
     own = get_opdef(operator)
     assert own is not None, f"{operator} is no custom operator"
     return own._init_fn
@@ -74,7 +75,7 @@ def body_of(operator: Any) -> Callable[..., Any]:
 
 @dataclass
 class _Storage:
-    """One storage that is alive. born: when, in operators. resized: whether it ever was, as gathered parameters are."""
+    """A live storage. born: counted in operators. resized: true if it ever was, as gathered parameters are."""
 
     alive: weakref.ref[torch.UntypedStorage]
     size: int
@@ -83,10 +84,10 @@ class _Storage:
 
 
 class Memory:
-    """Bytes of the storages of fake tensors. now: of those alive. peak: at most, since the start or `restart`.
+    """Bytes of the storages of fake tensors. now: of live ones. peak: the maximum since the start or `restart`.
 
-    gathered: what `now` has of storages that are emptied and filled again and again, as `fully_shard` does with
-    gathered parameters; gathered_at_peak: of `peak`.
+    gathered: the part of `now` in storages that are emptied and refilled repeatedly, as `fully_shard` does with
+    gathered parameters; gathered_at_peak: that part of `peak`.
     """
 
     def __init__(self) -> None:
@@ -99,7 +100,7 @@ class Memory:
         self.peak, self.gathered_at_peak, self._peak_time = self.now, self.gathered, self._time
 
     def at_peak(self, tensors: Iterable[Tensor]) -> int:
-        """Bytes of those of `tensors`, still alive, whose memory there was when the peak was reached."""
+        """Bytes of those of `tensors`, all still alive, that were allocated when the peak was reached."""
         return sum(
             tensor.numel() * tensor.element_size()
             for tensor in tensors
@@ -107,7 +108,7 @@ class Memory:
         )
 
     def note(self, tensor: Tensor) -> None:
-        """Something gave `tensor`, of a storage that is known or not."""
+        """Record that an operator returned `tensor`, of a known or new storage."""
         self._time += 1
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -138,9 +139,9 @@ class Memory:
 
 @contextmanager
 def rehearse(*, on_cpu: bool = False) -> Iterator[Memory]:
-    """Make what runs in the context, and in the backward passes it starts, be a rehearsal, and count its memory.
+    """Rehearse what runs in the context, and in the backward passes it starts, and count its memory.
 
-    on_cpu: as a CPU would run it, rather than an accelerator.
+    on_cpu: as a CPU would run it, instead of an accelerator.
     """
     memory = Memory()
     kind: Any = torch.UntypedStorage
@@ -151,7 +152,7 @@ def rehearse(*, on_cpu: bool = False) -> Iterator[Memory]:
         memory.resized(storage)
         return out
 
-    kind.resize_ = resize_and_note  # it is no operator, which a mode would see
+    kind.resize_ = resize_and_note  # it is not an operator, so a dispatch mode does not see it
     try:
         with nullcontext() if on_cpu else presume_accelerator(), _Rehearsal(memory):
             yield memory
@@ -167,10 +168,10 @@ class _Rehearsal(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # what it does with its local parts comes by here again
+            return NotImplemented  # operations on its local parts arrive here again
         kwargs = kwargs or {}
         if get_dispatch_mode(DispatchModeKey.FAKE) is not None:
-            return func(*args, **kwargs)  # DTensor works out the shape of a whole, which nobody holds
+            return func(*args, **kwargs)  # DTensor computes the shape of a full tensor, which no rank holds
         out = self._run(func, types, args, kwargs)
         for leaf in () if func.name() in _HOST else tree_leaves(out):
             if isinstance(leaf, FakeTensor) and leaf.device.type != "meta":
@@ -201,7 +202,7 @@ _INDEXING = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torc
 
 
 def _as_places(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
-    """Indices with the places that a mask chooses in place of the mask, where it has values."""
+    """Indices, with masks that have values replaced by the positions they select."""
     places: list[Tensor | None] = []
     for index in indices:
         if index is None or index.dtype != torch.bool or isinstance(index, FakeTensor):
@@ -212,7 +213,7 @@ def _as_places(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
 
 
 def _arrived() -> Any:
-    """The handle of a message that has been received: what waits to be, is kept."""
+    """The handle of a message that has already arrived."""
     future: torch.futures.Future[Any] = torch.futures.Future()
     future.set_result([])
     return work_from_future(future).boxed()
@@ -227,7 +228,7 @@ def _even_counts(tensor: Tensor, weights: Tensor | None = None, minlength: int =
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, borders: Tensor, sinks: Tensor | None, keep: bool, spec: list[float]
 ) -> tuple[Tensor, Tensor]:
-    """Attention's output and the probabilities that are saved, whose number the samples' borders tell."""
+    """Attention's output and the saved probabilities, whose number follows from the samples' boundaries."""
     size = num_saved(query, borders.tolist(), AttentionSpec.unpack(spec), sinks) if keep else 0
     return query.new_empty(query.shape[1], query.shape[0], value.shape[-1]), query.new_empty(size)
 
@@ -235,8 +236,8 @@ def _attend(
 def _grouped(
     left: Tensor, right: Tensor, offs: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """A grouped product, which torch has a form without values of in bf16 alone: [S, k] [E, k, n] -> [S, n], and of its
-    gradients [k, S] [S, n] -> [E, k, n]."""
+    """A grouped matrix product: [S, k] [E, k, n] -> [S, n], and its gradients' [k, S] [S, n] -> [E, k, n]. torch's
+    own fake form is for bf16 only."""
     shape = (len(offs), len(left), right.shape[-1]) if right.ndim == 2 else (len(left), right.shape[-1])
     return left.new_empty(shape, dtype=out_dtype or left.dtype)
 
@@ -247,4 +248,4 @@ _CONVENTIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.tutti.packed_attention.default: _attend,
     torch.ops.aten._grouped_mm.default: _grouped,
 }
-"""Answers of tensors without values about their values."""
+"""The fixed answers to reads of tensors without values."""

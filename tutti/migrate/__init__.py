@@ -1,11 +1,11 @@
-"""Moving in: the YAML of another framework turned into one of ours, with an account of every key.
+"""Migration: converts the configuration of another framework into ours, with an account of every key.
 
-Each framework has a table (`veomni`, `llamafactory`, `axolotl`, `huggingface`, `torchtitan`) from its own dotted key to
-a rule: a function of the key's value that gives our settings and says whether they mean the same. The steps: find out
-whose file it is by the keys in it; lay the file out as dotted keys; apply the rules; write out defaults of theirs that
-differ from ours; then load the result as any configuration is loaded, and give up what this version refuses, with its
-reason. Every key of the file ends up in exactly one of three lists: mapped, changed, or without a counterpart. Nothing
-is dropped silently.
+Each framework has a table (`veomni`, `llamafactory`, `axolotl`, `huggingface`, `torchtitan`) from its dotted keys to
+rules: a rule is a function of the key's value that returns our settings and says if they mean the same. The steps:
+recognise the framework by its keys; flatten the file to dotted keys; apply the rules; write out its defaults that
+differ from ours; then load the result like any configuration, and drop what this version refuses, with the reason.
+Every key of the file ends up in exactly one of three lists: mapped, changed, or without a counterpart. Nothing is
+dropped silently.
 
 The tables were written from the public documentation of these frameworks.
 """
@@ -38,9 +38,10 @@ FRAMEWORKS: tuple[Framework, ...] = (
 
 @dataclass(frozen=True)
 class Row:
-    """The outcome for one key. kind: mapped, changed or none. ours: settings by dotted name. note: what to know.
+    """The outcome for one key. kind: mapped, changed or none. ours: settings by dotted name. note: what to know about
+    it.
 
-    given: whether the file has it, or it is a default of theirs that is not ours.
+    given: true if the file has the key; false for a default of the framework that differs from ours.
     """
 
     key: str
@@ -53,7 +54,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Migration:
-    """A file of `framework`, key by key."""
+    """The outcomes for a file of `framework`, key by key."""
 
     framework: str
     rows: tuple[Row, ...]
@@ -64,17 +65,19 @@ class Migration:
 
     @property
     def defaults(self) -> list[Row]:
-        """Defaults of theirs that are not ours: settings, or what differs in another way."""
+        """Defaults of the framework that differ from ours."""
         return [row for row in self.rows if not row.given and (row.ours or row.kind != MAPPED)]
 
     def settings(self) -> dict[str, tuple[Any, Row]]:
-        """Our settings, each with the row it comes from; a key of the file beats a default, a later one an earlier."""
+        """Our settings, each with the row it comes from; a key of the file overrides a default, and a later key an
+        earlier one."""
         ranked = sorted(self.rows, key=lambda row: row.given)
         return {name: (value, row) for row in ranked for name, value in row.ours.items()}
 
 
 def migrate(path: str, ranks: int = 1) -> Migration:
-    """Read the file at `path`, made for `ranks` ranks.  ConfigError: it is no YAML or TOML, or of none of these."""
+    """Read the file at `path`, made for `ranks` ranks. ConfigError: it is not YAML or TOML, or of no known
+    framework."""
     tree = _read(path)
     framework = _recognise(tree, path)
     source = Source(_flatten(tree, framework), ranks, Path(path).parent)
@@ -86,7 +89,7 @@ def migrate(path: str, ranks: int = 1) -> Migration:
 
 
 def recognised(path: str) -> str | None:
-    """The framework whose file the YAML or TOML at `path` is, if it has keys of one that are none of ours."""
+    """The framework of the YAML or TOML file at `path`, if it has keys of one framework that are none of ours."""
     try:
         tree = _read(path)
         framework = _recognise(tree, path)
@@ -97,7 +100,7 @@ def recognised(path: str) -> str | None:
 
 
 def _read(path: str) -> Mapping[str, Any]:
-    """The mapping in a YAML, JSON or TOML file.  ConfigError: it is none."""
+    """The mapping in a YAML, JSON or TOML file. ConfigError: there is none."""
     if not path.endswith(".toml"):
         return read_file(path, "the keys of another framework")[0]
     try:
@@ -109,7 +112,7 @@ def _read(path: str) -> Mapping[str, Any]:
 
 
 def _with_length(migration: Migration, framework: Framework, ranks: int) -> Migration:
-    """The migration with the length of its one epoch, where the framework counts the steps of a whole run."""
+    """The migration with the length of its single epoch, if the framework counts the steps of an entire run."""
     settings = {name: value for name, (value, _) in migration.settings().items()}
     steps = settings.get("train.max_steps")
     if not framework.counts_whole_run or steps is None:
@@ -123,7 +126,7 @@ def _with_length(migration: Migration, framework: Framework, ranks: int) -> Migr
 
 
 def _recognise(tree: Mapping[str, Any], path: str) -> Framework:
-    """Whose file it is: the framework that knows the most of its keys, and one that no other has."""
+    """The framework that knows the most keys of the file, including one that no other framework has."""
     scores = {
         framework.name: sum(key in framework.rules for key in _flatten(tree, framework))
         for framework in FRAMEWORKS
@@ -137,7 +140,7 @@ def _recognise(tree: Mapping[str, Any], path: str) -> Framework:
 
 
 def _flatten(tree: Mapping[str, Any], framework: Framework, prefix: str = "") -> dict[str, Any]:
-    """The tree's leaves by dotted key; a mapping that a rule takes whole is a leaf."""
+    """The tree's leaves by dotted key; a mapping that has a rule of its own is a leaf."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -176,7 +179,7 @@ def _loadable(migration: Migration) -> Migration:
 
 
 def _without(row: Row, refused: Mapping[str, str]) -> Row:
-    """The row less its refused settings; it has no counterpart if they were all it had."""
+    """The row without its refused settings; its kind is none if nothing is left."""
     lost = [text for name, text in refused.items() if name in row.ours]
     if not lost:
         return row
@@ -186,7 +189,7 @@ def _without(row: Row, refused: Mapping[str, str]) -> Row:
 
 
 def _problems(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The problems with our settings, by the dotted name at fault."""
+    """The problems with our settings, by dotted name."""
     tree: dict[str, dict[str, Any]] = {}
     for name, value in settings.items():
         group, _, leaf = name.partition(".")

@@ -1,9 +1,9 @@
-"""Rules, of which the tables of `tutti.migrate` are made: they take the value of one of their keys to our settings.
+"""Rules, which make up the tables of `tutti.migrate`: each converts the value of one key to our settings.
 
-A rule is a function of the value and of the file around it (`Source`). Most are made by a handful of builders, so that
-a table reads as a list: `same` (their key under our name), `choice` (by a list of values), `changed` (ours means
-something else, and the note says what), `none` (there is no counterpart, and the note says what to do), `needless`
-(nothing has to be set here for it) and `off` (fine while it is off).
+A rule is a function of the value and of the file around it (`Source`). Most are made by a few builders, so that a table
+reads as a list: `same` (their key under our name), `choice` (by a list of values), `changed` (ours means something
+else, and the note says what), `none` (there is no counterpart, and the note says what to do), `needless` (nothing has
+to be set here) and `off` (fine while it is off).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAPPED, CHANGED, NONE = "mapped", "changed", "none"
 
 @dataclass(frozen=True)
 class Result:
-    """The setting that a value becomes. kind: mapped, changed or none. ours: settings by dotted name."""
+    """The settings for a value. kind: mapped, changed or none. ours: settings by dotted name."""
 
     kind: str
     ours: Mapping[str, Any] = field(default_factory=dict)
@@ -32,7 +32,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Source:
-    """The file: its values by dotted key, the ranks it was made for, and the folder it lies in."""
+    """The file: its values by dotted key, the number of ranks it was made for, and its folder."""
 
     values: Mapping[str, Any]
     ranks: int
@@ -48,11 +48,11 @@ Rule = Callable[[Any, Source], Result]
 
 @dataclass(frozen=True)
 class Framework:
-    """A framework whose files are known.
+    """A supported framework.
 
-    sign: by what its files are told, in words. is_meant: whether a file may be one. rules: by its own dotted key.
-    defaults: values that the framework takes where a file says nothing and that differ from ours. counts_whole_run:
-    its steps are those of all epochs together.
+    sign: how its files are recognised, in words. is_meant: true if a file may be one of its files. rules: by its own
+    dotted key. defaults: its defaults that differ from ours. counts_whole_run: its steps are those of all epochs
+    together.
     """
 
     name: str
@@ -69,7 +69,7 @@ def same(name: str, convert: Callable[[Any], Any] = lambda value: value) -> Rule
 
 
 def changed(note: str, *names: str) -> Rule:
-    """Our nearest settings, with what is different about them."""
+    """Our nearest settings, with the difference."""
     return lambda value, source: Result(CHANGED, dict.fromkeys(names, value), note)
 
 
@@ -79,7 +79,7 @@ def none(note: str) -> Rule:
 
 
 def needless(note: str) -> Rule:
-    """Nothing to set: what it asks for is so in any case, or does not arise."""
+    """Nothing to set: it always holds here, or does not arise."""
     return lambda value, source: Result(MAPPED, note=note)
 
 
@@ -95,9 +95,9 @@ def off(note: str) -> Rule:
 
 
 def frozen(parts: Mapping[str, Sequence[str]], by_default: Sequence[str] = ()) -> Rule:
-    """A rule for each of several switches that freeze parts of a model: the parts of all of them that are on.
+    """A rule for switches that freeze parts of a model: freezes the parts of all switches that are on.
 
-    parts: of our train.freeze, by their key. by_default: switches that are on where a file says nothing.
+    parts: names in our train.freeze, by their key. by_default: switches that are on if a file does not set them.
     """
 
     def rule(value: Any, source: Source) -> Result:
@@ -124,7 +124,8 @@ def quantized(kinds: Mapping[Any, str], adapted: Callable[[Source], bool]) -> Ru
 
 
 def choice(values: Mapping[Any, Mapping[str, Any] | tuple[Mapping[str, Any], str]], otherwise: str) -> Rule:
-    """Settings by value; a pair has a note, and means something else. `otherwise`: of a value that is not listed."""
+    """Settings by value; a pair has a note, and means something different. otherwise: the note for a value not
+    listed."""
 
     def rule(value: Any, source: Source) -> Result:
         key = value.lower() if isinstance(value, str) else value
@@ -152,7 +153,7 @@ def looks_remote(path: str) -> bool:
 
 
 def model_path(revision: str) -> Rule:
-    """A model: a local folder, or a name on the hub, at the revision that the key `revision` has."""
+    """A model: a local folder, or a name on the hub, at the revision given by the key `revision`."""
 
     def rule(value: Any, source: Source) -> Result:
         at = source.get(revision)
@@ -178,7 +179,7 @@ MUON_NOTE = "matrices of the blocks take train.lr, scaled to the size of AdamW's
 
 
 def optimizer(value: Any, source: Source) -> Result:
-    """Any flavour of AdamW, and Muon; others are not there."""
+    """Any variant of AdamW, and Muon; there are no others."""
     name = str(value).lower()
     if name == "muon":
         return Result(CHANGED, {"train.optimizer": "muon"}, MUON_NOTE)
@@ -207,12 +208,12 @@ def schedule(value: Any, source: Source) -> Result:
 
 
 def min_lr_rate(value: Any, source: Source) -> Result:
-    """The end of a cosine, as a part of the learning rate."""
+    """The end of a cosine, as a fraction of the learning rate."""
     return Result(MAPPED, {"train.lr_min": float(value) * float(source.get("learning_rate", 5e-5))})
 
 
 def warmup_steps(value: Any, source: Source) -> Result:
-    """Warmup is a part of all steps here, which are only known beforehand where the file counts steps."""
+    """Warmup is a fraction of all steps here, whose number is known in advance only if the file counts steps."""
     if _is_constant(source):
         return Result(MAPPED, note="of no effect with the schedule constant")
     total = source.get("max_steps", source.get("training.steps", 0))
@@ -220,7 +221,7 @@ def warmup_steps(value: Any, source: Source) -> Result:
         return Result(MAPPED, {"train.lr_warmup_ratio": float(value)})
     if isinstance(total, int) and total > 0:
         ratio = min(1.0, value / total)
-        # A run's warmup is the whole number below its part of the steps.
+        # A run's warmup is its fraction of the steps, rounded down.
         ratio = ratio if int(total * ratio) >= int(value) else math.nextafter(ratio, 1)
         return Result(CHANGED, {"train.lr_warmup_ratio": ratio}, f"a part of all {total} steps")
     return Result(
@@ -229,7 +230,7 @@ def warmup_steps(value: Any, source: Source) -> Result:
 
 
 def warmup_ratio(value: Any, source: Source) -> Result:
-    """The part of all steps; the schedule `constant` has no warmup, whatever this says."""
+    """The fraction of all steps; the schedule `constant` has no warmup, whatever this is."""
     if _is_constant(source):
         return Result(MAPPED, note="of no effect with the schedule constant")
     return Result(MAPPED, {"train.lr_warmup_ratio": float(value)})
@@ -240,24 +241,25 @@ def _is_constant(source: Source) -> bool:
 
 
 def decay(value: Any, source: Source) -> Result:
-    """Weight decay of transformers' trainer, which spares biases and norms."""
+    """Weight decay of transformers' Trainer, which excludes biases and norms."""
     spared = {"train.no_decay_params": ["bias", "norm"]} if float(value) else {}
     return Result(MAPPED, {"train.weight_decay": float(value), **spared})
 
 
 def max_steps(value: Any, source: Source) -> Result:
-    """Theirs counts the whole run, ours an epoch, whose length `whole_run` then sets."""
+    """Theirs counts the entire run, ours an epoch, whose length `whole_run` then sets."""
     if not isinstance(value, int) or value <= 0:
         return Result(MAPPED, note="off, and so it is here")
     return Result(MAPPED, {"train.max_steps": value, "train.num_train_epochs": 1})
 
 
 _SHARING = ("tensor", "pipeline", "context", "ulysses")
-"""Axes whose ranks share samples."""
+"""Axes whose ranks get the same samples."""
 
 
 def whole_run(steps: int, settings: Mapping[str, Any], ranks: int) -> dict[str, Any]:
-    """The length of one epoch of just `steps` steps, in which shorter data begins again; settings: ours, by name."""
+    """The settings for one epoch of exactly `steps` steps, in which shorter data is repeated; settings: ours, by
+    name."""
     sharing = math.prod(settings.get(f"train.{axis}_parallel_size", 1) for axis in _SHARING)
     micro = settings.get("train.micro_batch_size", 1)
     samples = steps * settings.get("train.global_batch_size", micro * (ranks // sharing or 1))
@@ -267,7 +269,7 @@ def whole_run(steps: int, settings: Mapping[str, Any], ranks: int) -> dict[str, 
 
 
 def epochs(value: Any, source: Source) -> Result:
-    """Whole passes; max_steps rules where it is given."""
+    """Full passes; max_steps overrides it."""
     if (source.get("max_steps", 0) or 0) > 0:
         return Result(MAPPED, note="max_steps rules")
     if float(value).is_integer():
@@ -276,7 +278,7 @@ def epochs(value: Any, source: Source) -> Result:
 
 
 def every(verb: str) -> Rule:
-    """`save_steps` or `eval_steps` of transformers, which hold where the strategy is `steps`."""
+    """`save_steps` or `eval_steps` of transformers, used if the strategy is `steps`."""
 
     def rule(value: Any, source: Source) -> Result:
         strategy = source.get(f"{verb}_strategy") or source.get("evaluation_strategy" if verb == "eval" else "")
@@ -307,7 +309,7 @@ def strategy(verb: str) -> Rule:
 
 
 def resume(value: Any, source: Source) -> Result:
-    """Going on from a checkpoint, which must be one of ours."""
+    """Resuming from a checkpoint, which must be one of ours."""
     if not value:
         return Result(MAPPED, note="off, and so it is here")
     if value is True:
@@ -317,7 +319,7 @@ def resume(value: Any, source: Source) -> Result:
 
 
 def fsdp(value: Any, source: Source) -> Result:
-    """FSDP's kind of sharding: words such as full_shard, shard_grad_op, offload."""
+    """FSDP's sharding strategy: words such as full_shard, shard_grad_op, offload."""
     words = "full_shard" if value is True else " ".join(names(value)) if isinstance(value, list | str) else ""
     ours: dict[str, Any] = {"train.data_parallel_mode": "fsdp2"}
     if "shard_grad_op" in words:
@@ -330,7 +332,7 @@ def fsdp(value: Any, source: Source) -> Result:
 
 
 def deepspeed(value: Any, source: Source) -> Result:
-    """A DeepSpeed configuration: its ZeRO stage by FSDP2."""
+    """A DeepSpeed configuration: its ZeRO stage as FSDP2."""
     if not value:
         return Result(MAPPED, note="off, and so it is here")
     stage, offload = _zero(value, source.folder)
@@ -349,7 +351,7 @@ def deepspeed(value: Any, source: Source) -> Result:
 
 
 def _zero(value: Any, folder: Path) -> tuple[int | None, bool]:
-    """The ZeRO stage of a DeepSpeed configuration (a mapping, a file, or else what its name says), and offloading."""
+    """The ZeRO stage of a DeepSpeed configuration (a mapping, a file, or what its name suggests), and offloading."""
     tree = value
     if isinstance(value, str):
         try:
@@ -364,7 +366,7 @@ def _zero(value: Any, folder: Path) -> tuple[int | None, bool]:
 
 
 def bf16(value: Any, source: Source) -> Result:
-    """bf16 with fp32 parameters; without it, and without another of its kind, everything is fp32."""
+    """bf16 with fp32 parameters; without it or a similar setting, everything is fp32."""
     if value in (True, "auto", "full", "true"):
         return Result(MAPPED, {"train.enable_mixed_precision": True})
     precise = not (source.get("fp16") or source.get("pure_bf16") or source.get("bfloat16") or source.get("float16"))
@@ -391,6 +393,6 @@ def report_to(value: Any, source: Source) -> Result:
 
 
 def names(value: Any) -> list[str]:
-    """A list of names, which may be written with commas."""
+    """A list of names, which may be written as one text with commas."""
     parts = value if isinstance(value, list) else str(value).split(",")
     return [str(part).strip() for part in parts if str(part).strip()]

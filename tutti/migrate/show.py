@@ -1,4 +1,4 @@
-"""A migration in words: the account of every key for the terminal, and our YAML with where each setting comes from."""
+"""A migration as text: the account of every key for the terminal, and our YAML with the origin of each setting."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _REQUIRED = ("data.train_path", "train.output_dir")
 
 
 def account(migration: Migration, path: str) -> str:
-    """Every key of the file at `path`, and what became of it."""
+    """Every key of the file at `path`, with its outcome."""
     counts = {kind: len(migration.of(kind)) for kind in (MAPPED, CHANGED, NONE)}
     lines = [
         f"{path} is of {migration.framework}: {counted(sum(counts.values()), 'key')}, of which {counts[MAPPED]} are "
@@ -39,7 +39,7 @@ def account(migration: Migration, path: str) -> str:
 
 
 def as_yaml(migration: Migration, path: str) -> str:
-    """Our configuration, to be loaded and to be read: each setting says where it comes from."""
+    """Our configuration as YAML, with the origin of each setting as a comment."""
     settings = migration.settings()
     lines = [f"# Made by `tutti migrate` from {path} ({migration.framework}). Have a look by `tutti check`."]
     for row in migration.of(NONE):
@@ -65,7 +65,7 @@ _COMMENT: dict[str, Any] = {"initial_indent": "# ", "subsequent_indent": "#   ",
 def _lines(row: Row) -> Iterator[str]:
     ours = ", ".join(f"{name}: {_shown(value)}" for name, value in row.ours.items())
     head = f"  {row.key}: {_shown(row.value)}"
-    # What needs no setting has its reason in place of one.
+    # Keys that need no setting show the reason instead.
     yield f"{head}  ->  {ours or row.note or 'nothing to set'}" if row.kind == MAPPED or ours else head
     if row.note and (ours or row.kind != MAPPED):
         yield from textwrap.wrap(

@@ -1,4 +1,4 @@
-"""torchtitan: a TOML of sections, for pretraining on text."""
+"""torchtitan: a TOML file with sections, for pretraining on text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SECTIONS = ("job", "training", "parallelism", "lr_scheduler", "metrics", "activ
 
 
 def _data(key: str) -> Rule:
-    """A data set by the name that torchtitan has for it; a path beside it wins."""
+    """A data set by torchtitan's name for it; a path overrides it."""
 
     def rule(value: Any, source: Source) -> Result:
         section = "training" if key == "data.train_path" else "validation"
@@ -104,7 +104,7 @@ def _validation(value: Any, source: Source) -> Result:
 
 
 def _tracker(name: str) -> Rule:
-    """A switch for one tracker; the settings are those of all that are on."""
+    """A switch for one tracker; sets all trackers that are on."""
     switches = {"metrics.enable_tensorboard": "tensorboard", "metrics.enable_wandb": "wandb"}
     return lambda value, source: (
         trackers([place for key, place in switches.items() if source.get(key)])
@@ -238,7 +238,7 @@ _RULES: dict[str, Rule] = {
 
 
 def _defaults(source: Source) -> Mapping[str, Any]:
-    """torchtitan's defaults that are not ours."""
+    """torchtitan's defaults that differ from ours."""
     return {
         "training.local_batch_size": 8,
         "training.seq_len": 2048,

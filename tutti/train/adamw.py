@@ -33,18 +33,19 @@ from tutti.core.device import on_accelerator
 from tutti.core.tensors import local_part
 
 BUCKET_ON_CPU, BUCKET_ON_DEVICE = 1 << 18, 1 << 24
-"""Elements that are widened to fp32 at once: within a CPU's caches; on an accelerator, enough to hide the launches."""
+"""Number of elements widened to fp32 at once: within a CPU's caches; on an accelerator, enough to hide launch costs.
+"""
 
 GOLDEN_RATIO = round((math.sqrt(5) - 1) / 2 * (1 << 32))
 """In units of 2^-32, so that a device multiplies by it exactly."""
 
 
 class AnyPrecisionAdamW(Optimizer):
-    """AdamW whose momentum and variance are kept in `state_dtype`, with compensation for parameters below fp32.
+    """AdamW with momentum and variance in `state_dtype`, and compensation for parameters below fp32.
 
     Works on the local shards of DTensors. With fp32 parameters and `state_dtype` fp32 it is AdamW. State per parameter:
-    `step` (a scalar where the parameter is), `exp_avg`, `exp_avg_sq`, and `compensation` where the parameter is not
-    fp32. A step changes nothing where `found_inf`, a tensor on the device, is 1, as with torch's fused AdamW.
+    `step` (a scalar on the parameter's device), `exp_avg`, `exp_avg_sq`, and `compensation` if the parameter is not
+    fp32. As with torch's fused AdamW, a step changes nothing if `found_inf`, a tensor on the device, is 1.
     """
 
     def __init__(
@@ -75,14 +76,15 @@ class AnyPrecisionAdamW(Optimizer):
         return loss
 
     def _refused(self) -> Tensor | None:
-        """True, where the parameters are, if the step is to change nothing; None: it is taken."""
+        """True, as a tensor on the parameters' device, if the step must change nothing; None: the step is always
+        taken."""
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
         first = next(parameters, None)
         return None if found_inf is None or first is None else found_inf.bool().to(first.device)
 
     def _advance(self, parameters: Iterable[Tensor], refused: Tensor | None) -> Iterator[Part]:
-        """Count the step of every parameter that has a gradient, and cut it up for the update."""
+        """Count the step of every parameter that has a gradient, and split the parameters into parts for the update."""
         for parameter in parameters:
             if parameter.grad is None:
                 continue
@@ -94,7 +96,7 @@ class AnyPrecisionAdamW(Optimizer):
             yield from self._parts(parameter, state, int(state["step"]) if on_host else state["step"].long())
 
     def _parts(self, parameter: Tensor, state: dict[str, Any], step: Tensor | int) -> Iterator[Part]:
-        """The parts of a parameter with a gradient; of one that is not contiguous, the whole."""
+        """The parts of a parameter with a gradient; if it is not contiguous, one part."""
         assert parameter.grad is not None
         whole = [local_part(tensor) for tensor in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
         if "compensation" in state:
@@ -118,8 +120,8 @@ class AnyPrecisionAdamW(Optimizer):
 
 
 def _restore_state_dtype(optimizer: Optimizer) -> None:
-    """Undo that torch's load_state_dict casts all state but `step` to its parameter's type, and leaves `step` where it
-    was."""
+    """Undo torch's load_state_dict, which casts all state but `step` to its parameter's dtype, and does not move
+    `step`."""
     assert isinstance(optimizer, AnyPrecisionAdamW)
     for parameter, state in optimizer.state.items():
         state["step"] = state["step"].to(parameter.device)
@@ -128,9 +130,10 @@ def _restore_state_dtype(optimizer: Optimizer) -> None:
 
 
 class Part(NamedTuple):
-    """At most a bucket's elements of a parameter on this rank, with gradient and state.
+    """Part of a parameter on this rank, of at most a bucket's elements, with gradient and state.
 
-    step: how many the parameter has taken with this one, an int64 tensor where the host would have to wait for it."""
+    step: the number of steps including this one, an int64 tensor where the host would otherwise have to wait for it.
+    """
 
     parameter: Tensor
     grad: Tensor
@@ -141,7 +144,7 @@ class Part(NamedTuple):
 
 
 def bucket_size(tensor: Tensor) -> int:
-    """The elements of a tensor that are widened at once, on its device: a multiple of any block's."""
+    """The number of elements of a tensor widened at once, on its device: a multiple of every block size."""
     return BUCKET_ON_DEVICE if on_accelerator(tensor) else BUCKET_ON_CPU
 
 
@@ -160,7 +163,7 @@ def _buckets(parts: Iterable[Part]) -> Iterator[list[Part]]:
 
 
 def _update(bucket: Sequence[Part], group: dict[str, Any], refused: Tensor | None) -> None:
-    """One AdamW step of a bucket, in fp32, of which nothing is kept if it is `refused`."""
+    """One AdamW step of a bucket, in fp32, discarded if `refused`."""
     lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
     wide = [_widened(part.parameter, refused) for part in bucket]
     grads = [part.grad.float() for part in bucket]
@@ -198,13 +201,13 @@ def _update(bucket: Sequence[Part], group: dict[str, Any], refused: Tensor | Non
 
 
 def _widened(held: Any, refused: Tensor | None) -> Tensor:
-    """`held` in fp32: itself, where it is that and a step is taken in any case."""
+    """`held` in fp32: itself, if it is fp32 and the step is always taken."""
     wide: Tensor = held.float()
     return wide.clone() if wide is held and refused is not None else wide
 
 
 def store(held: Any, new: Tensor, refused: Tensor | None) -> None:
-    """Put `new` in the place of `held`, a tensor or what else keeps a state, unless the step is `refused`."""
+    """Store `new` in `held`, a tensor or other holder of state, unless the step is `refused`."""
     if not isinstance(held, Tensor):
         held.store(new, refused)
     elif refused is not None:
@@ -214,16 +217,16 @@ def store(held: Any, new: Tensor, refused: Tensor | None) -> None:
 
 
 def _correction(beta: float, step: Tensor | int) -> Any:
-    """1 - beta^step, which a tensor of fp32 would not tell to enough digits: a number, or a tensor where `step` is."""
+    """1 - beta^step, in more digits than fp32 has: a number, or a tensor if `step` is one."""
     if not isinstance(step, Tensor):
         return 1 - beta**step
     return -torch.expm1(step * (math.log(beta) if beta else -math.inf))
 
 
 def _round_by_step(tensor: Tensor, step: Tensor | int) -> None:
-    """Round fp32 `tensor` in place to bf16 values, away from zero where the lost fraction is above a threshold.
+    """Round fp32 `tensor` in place to bf16 values, away from zero if the lost fraction is above a threshold.
 
-    bf16 is fp32 without its low 16 bits: adding an offset to them carries into the bits that stay, or is cut off.
+    bf16 is fp32 without its low 16 bits: an offset added to them carries into the remaining bits or is cut off.
     """
     bits = tensor.view(torch.int32)
     bits.add_((step * GOLDEN_RATIO >> 16) & ((1 << 16) - 1)).bitwise_and_(-(1 << 16))

@@ -1,14 +1,13 @@
-"""AdamW with its momentum and variance in 8 bits: 2 bytes a parameter where fp32 takes 8 (arXiv 2110.02861).
+"""AdamW with momentum and variance in 8 bits: 2 bytes per parameter instead of fp32's 8 (arXiv 2110.02861).
 
-Each block of at most 256 consecutive numbers of a row is held as codes of a byte, and one fp32 scale, the block's
-largest magnitude. A code is an entry of a table that spans seven decades, with more digits near the largest ("dynamic
+Each block of at most 256 consecutive numbers in a row is stored as one-byte codes and one fp32 scale, the block's
+largest magnitude. A code is an index into a table that spans seven decades, with more digits near the largest ("dynamic
 quantization"). Table and kernels are those of bitsandbytes. A step widens a bucket of state to fp32, does AdamW on it,
-and codes it again; that the parameters lose nothing of it is `AnyPrecisionAdamW`'s doing.
+and encodes it again; `AnyPrecisionAdamW` sees to it that the parameters lose nothing.
 
-bitsandbytes' own optimizer cuts blocks from what a rank happens to hold, and knows no DTensor. Here a block lies within
-a row: codes and scales are split among ranks as the parameter is, so that a step, a checkpoint, and a run that resumes
-on other ranks are the same in every layout. Rows of a length that 64 does not divide, vectors, and small parameters
-keep fp32.
+bitsandbytes' own optimizer makes blocks of a rank's local data, and does not support DTensor. Here a block is within a
+row: codes and scales are sharded like the parameter, so that a step, a checkpoint, and a run resumed on other ranks are
+the same in every layout. Rows whose length 64 does not divide, vectors, and small parameters keep fp32.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ from tutti.train.adamw import AnyPrecisionAdamW, Part, bucket_size, store
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 64, 256
 SMALLEST = 4096
-"""Elements below which a parameter's state is not worth coding."""
+"""Number of elements below which a parameter's state stays in fp32."""
 
 STATES = {"exp_avg": True, "exp_avg_sq": False}
-"""The state that is held in codes, and True where it has a sign."""
+"""The state stored as codes; True if signed."""
 
 
 class AdamW8bit(AnyPrecisionAdamW):
-    """AdamW whose state is held in codes where that pays.
+    """AdamW whose state is stored as codes if that saves memory.
 
-    State per parameter: `step`, `exp_avg` and `exp_avg_sq` (uint8 of the parameter's shape, each with a `..._scale`
-    [.., columns / block] beside it, or else fp32), and `compensation` where the parameter is not fp32.
+    State per parameter: `step`, `exp_avg` and `exp_avg_sq` (uint8 in the parameter's shape, each with a `..._scale`
+    [.., columns / block], or else fp32), and `compensation` if the parameter is not fp32.
     """
 
     def __init__(self, params: Any, **adam: Any) -> None:
@@ -83,7 +82,7 @@ class AdamW8bit(AnyPrecisionAdamW):
 
 
 class Coded:
-    """A stretch of state in codes, [n] bytes and [n / block] scales, that is read and written as fp32."""
+    """A part of the state as codes, [n] bytes and [n / block] scales, that is read and written as fp32."""
 
     dtype = torch.uint8
 
@@ -97,14 +96,14 @@ class Coded:
         return wide
 
     def store(self, wide: Tensor, refused: Tensor | None) -> None:
-        """Hold these numbers, fp32 [n], as nearly as there are codes, unless the step is `refused`."""
+        """Store these numbers, fp32 [n], as the nearest codes, unless the step is `refused`."""
         codes, scales = torch.ops.bitsandbytes.quantize_blockwise(wide, self._table, self._block)
         store(self._codes, codes, refused)
         store(self._scales, scales, refused)
 
 
 def block_of(parameter: Tensor) -> int:
-    """The numbers that share a scale in the state of a parameter of this (full) shape; 0 where it is not coded.
+    """The block size in the state of a parameter of this (full) shape; 0 if it is not stored as codes.
 
     ValueError: ranks split the rows within blocks.
     """
@@ -123,7 +122,7 @@ def block_of(parameter: Tensor) -> int:
 
 
 def _zero_scales(parameter: Tensor, block: int) -> Tensor:
-    """fp32 zeros [.., columns / block], split among ranks as `parameter` is."""
+    """fp32 zeros [.., columns / block], sharded like `parameter`."""
     part = local_part(parameter)
     shapes: Tensor = torch.empty(*part.shape[:-1], part.shape[-1] // block, device="meta")
     if isinstance(parameter, DTensor):
@@ -136,7 +135,7 @@ def _zero_scales(parameter: Tensor, block: int) -> Tensor:
 
 
 def _keep_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Note what is about to be loaded, which torch casts to the parameters' type."""
+    """Keep the state about to be loaded, which torch casts to the parameters' dtype."""
     assert isinstance(optimizer, AdamW8bit)
     optimizer._loading = state_dict
 

@@ -1,21 +1,21 @@
-"""Muon: momentum whose matrices are made orthogonal before they are added to the weights (arXiv 2502.16982).
+"""Muon: momentum whose matrices are orthogonalised before they are added to the weights (arXiv 2502.16982).
 
-The weight matrices of the repeated blocks take an update with singular values of about one, in place of Adam's
-elementwise one; everything else (embeddings, head, norms, biases, projectors of towers) is stepped by AdamW as ever.
-A matrix's update is scaled by 0.2 sqrt(max(rows, columns)), which gives it the size of AdamW's, so that train.lr and
-train.weight_decay serve both. A stack of experts [E, a, b] is E matrices; a matrix that holds several projections is
-one.
+The weight matrices of the repeated blocks get an update with singular values of about one, instead of Adam's
+elementwise update; everything else (embeddings, head, norms, biases, projectors of towers) is updated by AdamW. A
+matrix's update is scaled by 0.2 sqrt(max(rows, columns)), to the size of AdamW's, so that train.lr and
+train.weight_decay suit both. A stack of experts [E, a, b] is E matrices; a matrix that holds several projections is one
+matrix.
 
-Making a matrix orthogonal takes all of it, and matrices are sharded. One rank of a group of F shards works on one of F
-equal matrices at a time:
+Orthogonalising needs the full matrix, and matrices are sharded. With F shards, each rank of the group orthogonalises
+one of F equally shaped matrices at a time:
 
-1. all-to-all: every rank sends its shard of matrix j to rank j (of the experts' own grid, where experts are sharded);
-2. where the matrix is also split over tensor ranks, these gather the rest of it and each work on the whole;
-3. five steps of Newton-Schulz on the matrix, in the compute dtype;
-4. the shards travel back the way they came.
+1. all-to-all: every rank sends its shard of matrix j to rank j (in the experts' own mesh, if experts are sharded).
+2. If the matrix is also split over tensor ranks, these gather the rest of it and each orthogonalise all of it.
+3. Five Newton-Schulz steps on the matrix, in the compute dtype.
+4. The shards return the same way.
 
-So bytes on the wire are those of two reduce-scatters, the work is divided over the shards, and the result is that of
-one process whatever the layout. Copies (ddp, HSDP) and tensor ranks each do their own.
+So the communicated bytes are those of two reduce-scatters, the work is divided over the shards, and the result does not
+depend on the layout. Replicas (ddp, HSDP) and tensor ranks each repeat the work.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from tutti.core.collectives import RankGroup, all_to_all, gather_rows
 from tutti.core.tensors import local_part
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic a x + b x^3 + c x^5 on singular values, steepest at zero (https://kellerjordan.github.io/posts/muon)."""
+"""Coefficients of the quintic a x + b x^3 + c x^5 on singular values, steepest at zero
+(https://kellerjordan.github.io/posts/muon)."""
 
 NUM_STEPS = 5
 EPS = 1e-7
@@ -41,10 +42,10 @@ SIZE_OF_ADAM = 0.2
 
 
 class Muon(torch.optim.AdamW):
-    """Muon on the groups that say `matrices`, and torch's AdamW on the others, in one optimizer.
+    """Muon on the parameter groups with `matrices`, and torch's AdamW on the others, in one optimizer.
 
-    State of a matrix: `momentum_buffer`. dtype: what the orthogonalisation computes in. A step changes nothing where
-    `found_inf`, a tensor on the device, is 1, as with torch's fused AdamW.
+    State of a matrix: `momentum_buffer`. dtype: of the orthogonalisation. As with torch's fused AdamW, a step changes
+    nothing if `found_inf`, a tensor on the device, is 1.
     """
 
     def __init__(self, params: Iterable[Any], *, momentum: float, dtype: torch.dtype, **adam: Any) -> None:
@@ -53,7 +54,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient. A collective call where matrices are sharded."""
+        """Update every parameter that has a gradient. A collective call if matrices are sharded."""
         groups = self.param_groups
         try:
             self.param_groups = [group for group in groups if not group["matrices"]]
@@ -84,7 +85,7 @@ class Muon(torch.optim.AdamW):
                     weight.mul_(1 - decay * taken).add_(update.float() * (-rate * taken))
 
     def _advance(self, parameter: Tensor, refused: Tensor | None) -> Tensor:
-        """This rank's part of Nesterov's momentum after the step's gradient, which counts for nothing if `refused`."""
+        """This rank's shard of Nesterov's momentum after the step's gradient, which is ignored if `refused`."""
         assert parameter.grad is not None
         grad, buffer = local_part(parameter.grad), local_part(self.state[parameter]["momentum_buffer"])
         if refused is None:
@@ -108,14 +109,14 @@ def block_matrices(model: nn.Module) -> set[nn.Parameter]:
 
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """True for `weight` [a, b], an adapter's factor, or a stack [E, a, b], as against tables of other meanings."""
+    """True for `weight` [a, b], an adapter's factor, or a stack [E, a, b], but not for other tables."""
     if min(parameter.shape[-2:], default=0) < 2 or parameter.ndim not in (2, 3):
         return False
     return parameter.ndim == 3 or name == "weight" or "_lora_" in name
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix nearest in direction with singular values of about one, of [a, b] or each of [E, a, b], in `dtype`."""
+    """The nearest matrix with singular values of about one, of [a, b] or each of [E, a, b], in `dtype`."""
     a, b, c = COEFFICIENTS
     x = matrices.to(dtype)
     is_tall = x.shape[-2] > x.shape[-1]
@@ -129,19 +130,19 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Split(NamedTuple):
-    """A dimension (-2 or -1) along which ranks hold consecutive parts of a matrix, as torch.chunk makes them."""
+    """A dimension (-2 or -1) that is split over ranks in consecutive parts, as by torch.chunk."""
 
     ranks: RankGroup
     dim: int
 
     def widths(self, total: int) -> list[int]:
-        """The numbers of `total` that each rank holds."""
+        """The length that each rank holds of `total`."""
         width = -(-total // self.ranks.size)
         return [max(0, min(width, total - width * rank)) for rank in range(self.ranks.size)]
 
 
 def _splits(parameter: Tensor) -> list[_Split]:
-    """The ways in which a parameter's matrices are split, the last one that was made first."""
+    """The splits of a parameter's matrices, the most recent first."""
     if not isinstance(parameter, DTensor):
         return []
     found, mesh = [], parameter.device_mesh
@@ -155,7 +156,7 @@ def _splits(parameter: Tensor) -> list[_Split]:
 
 
 def _length(parameter: Tensor, splits: Sequence[_Split], dim: int) -> int:
-    """The length of `dim` in this rank's part of `parameter`, if it were split in these ways alone."""
+    """The length of `dim` in this rank's part of `parameter`, if split only in these ways."""
     length = parameter.shape[dim]
     for split in reversed(splits):
         if split.dim == dim:
@@ -164,9 +165,9 @@ def _length(parameter: Tensor, splits: Sequence[_Split], dim: int) -> int:
 
 
 def _orthogonal_parts(parts: Sequence[Tensor], like: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """This rank's parts of the orthogonalised matrices that it holds `parts` of.
+    """This rank's parts of orthogonalised matrices, from its `parts` of the matrices.
 
-    All lie as the parameter `like` does; they are no more than the ranks of its first split. A collective call.
+    All are split as the parameter `like`; there are at most as many as ranks in its first split. A collective call.
     """
     splits = _splits(like)
     if not splits:
@@ -191,7 +192,7 @@ def _orthogonal_parts(parts: Sequence[Tensor], like: Tensor, dtype: torch.dtype)
 
 
 def _over_others(part: Tensor, like: Tensor, splits: Sequence[_Split], dtype: torch.dtype) -> Tensor:
-    """This rank's part of an orthogonalised matrix of `like`, which is split in these ways. A collective call."""
+    """This rank's part of an orthogonalised matrix of `like`, split in these ways. A collective call."""
     if not splits:
         return orthogonalise(part, dtype)
     (ranks, dim), others = splits[0], splits[1:]
@@ -204,7 +205,7 @@ def _over_others(part: Tensor, like: Tensor, splits: Sequence[_Split], dtype: to
 
 
 def _alike(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """The parameters in lists of equal shape that lie equally, none longer than the ranks that share their work."""
+    """The parameters in lists of equal shape and split, none longer than the number of ranks that share the work."""
     lists: dict[Any, list[Tensor]] = defaultdict(list)
     for parameter in parameters:
         place = (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else None
