@@ -1,11 +1,11 @@
-"""A pretended accelerator, for machines that have none: torch takes it for a device, and the CPU does its work.
+"""A simulated accelerator for machines without one: to torch it is a device, but the CPU does its work.
 
-Its tensors say that they are on `npu` and hold a tensor of the CPU, on which each operator runs. So a program computes
-there what it computes on the CPU, and what an accelerator would not forgive is seen:
+Its tensors report the device `npu` and hold a CPU tensor, on which each operator runs. So a program computes the same
+as on the CPU, and mistakes that only matter on an accelerator become visible:
 
-- an operator is given tensors of both, which is an error;
-- the host waits for the device, because it asks for a value or copies it (`waits` counts by place);
-- the host reads what is still being copied to it (`non_blocking`): until it waits, there are other values.
+- an operator gets tensors of both devices, which is an error;
+- the host waits for the device, because it reads or copies a value (`waits` counts them by place);
+- the host reads memory before a `non_blocking` copy to it has finished: until it waits, the memory holds other values.
 
 torch's kernel of variable-length attention, which is CUDA's, is emulated in fp32, and the tensors say `is_cuda`, so
 that attention takes the path that it takes there. A device cannot be taken back: `pretend_accelerator` in a process of
@@ -50,7 +50,7 @@ _ASKS = {
     aten.masked_select.default,
     aten._unique2.default,
 }
-"""Operators whose result, or its shape, is on the host."""
+"""Operators that return a result on the host, or whose result's shape depends on values."""
 
 _COPIES = {aten.copy_.default, aten._to_copy.default}
 
@@ -60,10 +60,10 @@ _TAKES_BOTH = _COPIES | {
     aten.index_put_.default,
     aten._index_put_impl_.default,
 }
-"""Operators that take tensors of both devices: copies, and those with indices, which may be the host's."""
+"""Operators that accept tensors of both devices: copies, and indexing, whose indices may be on the host."""
 
 waits: Counter[str] = Counter()
-"""The times that the host waited for the device, by the function that had it wait: `train/step.py reduce`."""
+"""Number of times that the host waited for the device, by the function that caused it: `train/step.py reduce`."""
 
 
 def _wait() -> None:
@@ -74,7 +74,7 @@ def _wait() -> None:
 
 
 _pending: list[tuple[Tensor, Tensor]] = []
-"""Copies to the host that it has not waited for: where they go to, and what will be there."""
+"""Pending copies to the host: destination, and the values that will be there."""
 
 
 def _begin_copy(target: Tensor, source: Tensor) -> None:
@@ -150,7 +150,7 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     hosts = [leaf for leaf in leaves if leaf.ndim and not isinstance(leaf, OnDevice)]
     if ours and hosts and function not in _TAKES_BOTH and function.namespace == "aten":
         shapes = ", ".join(f"{tuple(leaf.shape)} on {leaf.device.type}" for leaf in leaves)
-        # In a backward pass an error ends the process without a word.
+        # In a backward pass, an error would end the process without a message.
         print(f"{function}: {shapes}", *traceback.format_stack(), file=sys.stderr, flush=True)
         raise RuntimeError(f"{function} was given tensors of two devices: {shapes}")
     plain_args, plain_kwargs = tree_map(_held, (args, kwargs))
@@ -212,7 +212,7 @@ class _Varlen(torch.autograd.Function):
 
 
 def _emulate(kernel: Any, args: Sequence[Any]) -> tuple[Any, ...]:
-    """The results of `kernel` in fp32, of which all but the log of the softmax's denominator are then rounded."""
+    """Run `kernel` in fp32, then round all results except the log of the softmax's denominator."""
     with _disable_current_modes():
         held = [_held(item) for item in args]
         wide = [item.float() if isinstance(item, Tensor) and item.is_floating_point() else item for item in held]
@@ -301,7 +301,7 @@ class _Module:
 
 
 def pretend_accelerator() -> None:
-    """Make this process run on the pretended accelerator from now on; its next process group is of `BACKEND`."""
+    """Make this process run on the simulated accelerator from now on; its next process group must use `BACKEND`."""
     import tutti.attention.varlen as varlen
     import tutti.train.logging.step_logger as step_logger
 

@@ -1,4 +1,4 @@
-"""Set before torch is imported anywhere: one thread a test process, no network, deterministic hashing."""
+"""Settings made before torch is imported: one thread per test process, no network, deterministic hashing."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ os.environ["WANDB_SILENT"] = "true"
 
 @pytest.fixture(autouse=True)
 def package_logger() -> Iterator[None]:
-    """A run sets up the package's logger for its process; the next test finds it as it was."""
+    """Restore the package's logger after each test, because a run sets it up for its process."""
     logger = logging.getLogger("tutti")
     handlers, level = list(logger.handlers), logger.level
     yield

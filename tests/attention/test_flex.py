@@ -1,4 +1,4 @@
-"""Soft-capped attention by FlexAttention, run without compiling it, against tiles; its mask in blocks; its trial."""
+"""Soft-capped attention with FlexAttention (not compiled) equals tiled attention; its block mask; its trial."""
 
 import logging
 import warnings
@@ -25,7 +25,7 @@ LONG_BORDERS = torch.tensor([0, 1, 130, 256, 650, 1000], dtype=torch.int32)
 
 @pytest.fixture
 def eager(monkeypatch):
-    """FlexAttention's plain form, on the CPU, where it refuses to be differentiated as it would be too slow."""
+    """FlexAttention's uncompiled form on the CPU, where it normally refuses a backward pass because that is slow."""
     monkeypatch.setattr(flex, "_kernel", lambda: flex._capped)
     monkeypatch.setattr(flex_module, "_validate_device", lambda *tensors: None)
     works = flex._works

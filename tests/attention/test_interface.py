@@ -1,4 +1,4 @@
-"""Packed attention in models, by the kernel that is chosen for it, against the models' own attention."""
+"""Packed attention in models, with the kernel chosen for it, equals the models' own attention."""
 
 import logging
 import sys
@@ -41,7 +41,7 @@ def test_a_package_that_is_not_there_is_replaced(device, instead, caplog):
 
 
 def test_an_installed_package_is_called_with_the_borders_or_not_at_all(monkeypatch):
-    """By a name of ours, which transformers does not take for its own."""
+    """Registered under a name of our own, which transformers does not mistake for one of its implementations."""
     calls = []
 
     def kernel(query, key, value, *borders, **options):

@@ -1,4 +1,4 @@
-"""Attention by tiles against an explicit masked softmax."""
+"""Tiled attention equals an explicit masked softmax."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Ring attention: exactly one rank's attention, wherever the samples' borders fall."""
+"""Ring attention equals the attention of a single rank, wherever sample boundaries are."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ SETTINGS = {
 
 
 def visible(borders: list[int], settings: AttentionSpec) -> torch.Tensor:
-    """Which key each query sees, [T, T]."""
+    """The mask [T, T] of the keys that each query attends to."""
     place = torch.arange(borders[-1])
     sample = torch.bucketize(place, torch.tensor(borders[1:]), right=True)
     distance = place[:, None] - place
@@ -81,7 +81,7 @@ def attention(query, key, value, borders, settings, sinks):
 
 
 def compare_with_one_rank(size):
-    """Every case on this rank's tokens against the whole; the largest error."""
+    """The largest error of this rank's tokens over all cases, compared with full attention."""
     import torch.distributed as dist
 
     from tutti.attention.ring import ring_attention

@@ -1,4 +1,4 @@
-"""Native sparse attention against its definition with dense masks, and one token at a time."""
+"""Native sparse attention equals its definition with dense masks; generating token by token equals one pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tutti.attention.sparse import NativeSparse, SparseSizes
 
 SIZES = SparseSizes(block=8, stride=4, selected_block=16, selected=4, window=24)
 LENGTHS = (5, 70, 300, 1, 64, 130, 33)
-"""Shorter than a block, than what is selected, and longer; ends within blocks and on their borders."""
+"""Samples shorter than a block, shorter than the selected tokens, and longer; with ends within and at block ends."""
 SCALE = 0.25
 
 

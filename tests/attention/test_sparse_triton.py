@@ -1,4 +1,4 @@
-"""The Triton kernels of native sparse attention against its definition with dense masks.
+"""The Triton kernels of native sparse attention equal its definition with dense masks.
 
 Where Triton is installed, which it is with torch for CUDA, they are run by its interpreter on the CPU: `python -m
 tests.attention.test_sparse_triton` does so in a process of its own, as it has to be told before Triton is imported, and
@@ -39,7 +39,7 @@ CASES = {
 
 
 def difference(name: str) -> float:
-    """The largest difference of the output and of gradients from those by masks, relative to the largest value."""
+    """The largest difference of output and gradients from the definition, relative to the largest value."""
     from tutti.attention import sparse_triton
 
     (heads, kv_heads, width, value_width), lengths, sizes = CASES[name]

@@ -1,4 +1,4 @@
-"""Ulysses: the exchange of tokens for heads, values that set out early, and what is refused."""
+"""Ulysses: exchange of tokens for heads, values that are sent early, and unsupported settings."""
 
 import logging
 
@@ -29,7 +29,7 @@ def ranks_of(size):
 
 
 def exchange_around_attention(size):
-    """The largest error of attention between two exchanges, against that of one rank, for many numbers of heads."""
+    """The largest error of Ulysses attention compared with a single rank, for many numbers of heads."""
     import torch.distributed as dist
 
     ranks, worst = ranks_of(size), 0.0
@@ -63,7 +63,7 @@ def test_attention_between_exchanges_equals_one_rank(size):
 
 
 class Recorder:
-    """Notes the order in which projections run and exchanges start."""
+    """Records the order in which projections run and exchanges start."""
 
     def __init__(self, monkeypatched, layer):
         import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""Variable-length attention: what the kernels are given, against tiles; which attention goes to them, and to which."""
+"""Variable-length attention equals tiled attention; its inputs; which layers use it, and which kernel they get."""
 
 import sys
 from types import SimpleNamespace
@@ -134,7 +134,7 @@ def test_a_packed_batch_by_torchs_kernel(monkeypatch, settings, widths):
 
 
 def emulated_package(query, key, value, cu_q, cu_k, *longest, **options):
-    """The results of the packages' function; some versions give the log of the denominator as well."""
+    """The results of flash-attn's function; some versions also return the log of the softmax's denominator."""
     assert options.keys() == {"softmax_scale", "causal", "window_size", "softcap", "deterministic"}
     assert longest == (46, 46) and options["deterministic"] is False
     check_limits(query, key, value, options["window_size"])

@@ -1,4 +1,4 @@
-"""Bytes counted as sent, against formulas: every kind of call, every axis, on real ranks and on imagined ones."""
+"""Counted bytes equal formulas: for each kind of call and each axis, on real and on simulated ranks."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_operators_of_our_own():
     assert first["ulysses"] == second["ulysses"] == {("ulysses", "all-to-all"): Sent(2 * block // 2, 2)}
     # Of chunks 0 and 3 on rank 0 and 1 and 2 on rank 1: chunk 3 sees both of rank 1's, and these see chunk 0 alone.
     chunk = 2 * 4 * (8 + 8) * 4
-    there, back = 2, 1  # keys travel in both passes, their gradients home in one
+    there, back = 2, 1  # keys travel in both passes, their gradients travel back in one
     assert first["context"] == {("context", "send"): Sent((there * 1 + back * 2) * chunk, there + back)}
     assert second["context"] == {("context", "send"): Sent((there * 2 + back * 1) * chunk, there + back)}
     with imagined_ranks(2):
@@ -129,8 +129,8 @@ LAYOUTS: list[dict[str, Any]] = [
 
 
 def calls_along_axes() -> list[dict[str, Sent]]:
-    """For each of LAYOUTS what eight numbers come to that are added up once along each axis of each part of the mesh,
-    on a pipeline's wires, and over all ranks."""
+    """For each of LAYOUTS, the traffic of all-reducing eight numbers once along each axis of each submesh, between
+    pipeline stages, and over all ranks."""
     counted = []
     for sizes in LAYOUTS:
         regroup()

@@ -1,4 +1,4 @@
-"""Predictions of `tutti check` for a step, beside what it takes on real ranks: sizes, to the last byte."""
+"""Predictions of `tutti check` for a step equal the measurements on real ranks, to the byte."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def configs_of(folder, cases: dict, world: int) -> list[Config]:
 
 
 def real_steps(configs: list[Config]) -> bytes:
-    """The needs of the first step of each configuration on this rank, as far as it can be seen, and its micro batches;
-    pickled, since tensors that are sent as such die with this process."""
+    """The measured needs of the first step of each configuration on this rank, and its micro batches; pickled, since
+    tensors sent to another process would be freed with this one."""
     import logging
 
     from tutti.core.dist import init_world
@@ -139,7 +139,7 @@ def model_of(config: Config):
 
 
 def pairs(folder, cases: dict, world: int):
-    """For each case, of the first rank and in stages of the last too: where, what was predicted, and what was seen."""
+    """For each case, on the first rank (and the last, with stages): the place, the prediction, and the measurement."""
     configs = configs_of(folder, cases, world)
     by_rank = [pickle.loads(seen) for seen in run_ranks(world, real_steps, configs, timeout=400)]
     for number, name in enumerate(cases):
@@ -199,7 +199,7 @@ def test_a_long_step_is_told_from_short_ones(tmp_path, world, changes):
 
 @pytest.mark.parametrize(("world", "on_cpu", "steps"), [(1, False, [2]), (2, False, [2, 1]), (2, True, [2])])
 def test_steps_are_rehearsed_as_often_as_needed(tmp_path, monkeypatch, world, on_cpu, steps):
-    """Shorter ones, to tell how traffic grows, only where there is any and it is asked for."""
+    """A second, shorter step, which shows how traffic grows, runs only if there is traffic and it is requested."""
     ran, step = [], TrainStep.step
 
     def noted(self: TrainStep, batch: Any, totals: Any) -> None:
@@ -225,7 +225,7 @@ def test_the_fullest_rank_is_told_of(tmp_path):
 
 def test_fused_kernels_keep_less_than_what_they_replace(tmp_path):
     config = family_config(tmp_path, "llama", 1, global_batch_size=4)
-    compiled = replace(config, train=replace(config.train, enable_compile=True))  # in which nothing is fused by us
+    compiled = replace(config, train=replace(config.train, enable_compile=True))  # in which we fuse no operations
     fused, plain = (predict(item, model_of(config), 1).activations for item in (config, compiled))
     assert 0 < fused < 0.95 * plain
 

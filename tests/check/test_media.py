@@ -1,4 +1,4 @@
-"""`tutti check` of data with media: what stands in the samples, and which media take the tokens."""
+"""`tutti check` on data with media: the contents of samples, and the tokens of each kind of media."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_media_are_shown_in_the_place_of_their_tokens(tmp_path: Path, capsys: py
     model = write_model(tmp_path / "model", "qwen2_5_vl")
     check(config_of(tmp_path, model, str(path), **{"data.row_template": {}, "data.media_root": None}))
     shown = " ".join(capsys.readouterr().out.split())
-    # Four patches of 4 x 4 make a token.
+    # Four patches of 4 x 4 pixels are one token.
     assert (
         "<|vision_start|>[image 1: 64x48, 48 tokens]<|vision_end|> or <|vision_start|>[image 2: 24x16, 6 tokens]"
         in shown

@@ -1,4 +1,4 @@
-"""A rehearsal: what is real and what is not, what is said of values, and whose memory is counted."""
+"""A rehearsal: which tensors are real, what is said about values, and whose memory is counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tutti check` finds what a run would stumble over."""
+"""`tutti check` finds errors that a run would meet."""
 
 from pathlib import Path
 

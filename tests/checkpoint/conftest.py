@@ -1,4 +1,4 @@
-"""Fixtures of tests of checkpoints, and the folders of the zoo's families, as in the tests of models."""
+"""Fixtures for checkpoint tests, and the model folders of the zoo's families, as in the model tests."""
 
 import logging
 

@@ -1,9 +1,9 @@
-"""File operations that fail, or end the process, wherever a test wants them to.
+"""Make a chosen file operation fail, or end the process.
 
 Everything that changes a file goes through `os` or `io.open`. Within the `with` block of a `Faults` these count the
 operations on paths under a folder, and the one with the number `at` does not happen: it raises an OSError, or the
-process "dies" in it. What dies stays dead: every later operation fails too, so that no handler on the way out can tidy
-up. Of a write that fails half of the bytes have arrived.
+process "dies" in it. A dead process stays dead: every later operation fails too, so that no handler can clean up. A
+write that fails has written half of its bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OPERATIONS = ("fsync", "mkdir", "rename", "replace", "unlink", "remove", "rmdir"
 
 
 class Died(BaseException):
-    """Stands for the end of the process: nothing catches it for good."""
+    """Simulates the end of the process; no handler may swallow it."""
 
 
 class Faults:
@@ -48,7 +48,7 @@ class Faults:
             one.stop()
 
     def happen(self, kind: str, path: Any, before: Callable[[], None] = lambda: None) -> None:
-        """Count one operation; `before` is what still happens of it if it is the one that fails."""
+        """Count one operation; if it is the one that fails, run `before`, its partial effect, first."""
         if self.dead:
             raise Died
         self.done.append((kind, Path(str(path)).name))

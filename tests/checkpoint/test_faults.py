@@ -1,4 +1,4 @@
-"""A save that is ended, or meets an error, at any of its file operations: the next start finds the old or new state."""
+"""A save that is killed or fails in any of its file operations: the next start finds the old or the new state."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def trained_to(step: int) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def save(root: Path, world: World, step: int, *, begin: bool = False, **settings: bool | int) -> None:
-    """Save the state after `step` steps as a run does that goes on there."""
+    """Save the state after `step` steps, as a run that continues from there does."""
     model, optimizer = trained_to(step)
     keeper = checkpointer(root, world, documents={"config.yaml": "train: {}"}, **settings)
     if begin:
@@ -60,7 +60,7 @@ def save(root: Path, world: World, step: int, *, begin: bool = False, **settings
 
 
 def found(root: Path, world: World) -> int:
-    """The step that the next start goes on from, 0 for afresh; its state is verified to be that of the step."""
+    """The step from which the next start resumes (0: from scratch); checks that its state is that of the step."""
     model, optimizer = small(seed=9)
     state = checkpointer(root, world).resume("auto", model, optimizer)
     if state is None:
@@ -75,7 +75,7 @@ SCENARIOS: dict[str, tuple[tuple[int, ...], int, dict[str, bool | int]]] = {
     "retention": ((1, 2), 3, {"max_checkpoints": 2}),
     "async": ((1,), 2, {"save_async": True}),
 }
-"""The steps saved before, the step whose save is disturbed, and settings."""
+"""The steps saved before, the step whose save is interrupted, and settings."""
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
 SOAK = bool(os.environ.get("SOAK"))
 _DEAD = 9
@@ -86,7 +86,7 @@ if SOAK:
 
 @pytest.fixture(params=SCENARIOS)
 def scenario(request, tmp_path, one_rank):
-    """A function that gives a folder as it is before the save, the save, and the number of its operations."""
+    """A function that returns a folder prepared for the save, the save itself, and the number of its operations."""
     before, step, settings = SCENARIOS[request.param]
     for number in before:
         save(tmp_path / "before", one_rank, number)
@@ -188,7 +188,7 @@ def swept(
 
 @pytest.mark.parametrize("name", SCENARIOS if SOAK else ["retention"])
 def test_a_rank_of_two_that_dies_at_any_operation_leaves_the_old_state_or_the_new(tmp_path, one_rank, name):
-    """In CI at every eighth operation of each."""
+    """By default, only every eighth operation is tried."""
     before, step, settings = SCENARIOS[name]
     for number in before:
         save(tmp_path / "before", one_rank, number)
@@ -225,7 +225,7 @@ def test_an_error_at_any_operation_is_told_in_a_line_and_loses_nothing(tmp_path,
 
 
 def test_a_crash_at_any_operation_of_a_start_loses_no_checkpoint(tmp_path, one_rank):
-    """Going back to step 1 where 2 and 3 were saved: `auto` then means the old branch or the new one."""
+    """Resume from step 1 although steps 2 and 3 were saved: `auto` then finds either the old branch or the new one."""
     from tutti.train.output import begin_branch
 
     for number in (1, 2, 3):

@@ -1,4 +1,4 @@
-"""Weight files are found, and what is missing or damaged is named."""
+"""Weight files are found, and missing or damaged files are reported by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Loaded weights equal from_pretrained's on any number of ranks; those that do not fit are refused by name."""
+"""Loaded weights equal those of from_pretrained on any number of ranks; tensors that do not fit are reported by
+name."""
 
 from __future__ import annotations
 
@@ -123,7 +124,7 @@ def _loaded(names: tuple[str, ...], root: Path, out: Path, broadcast: bool) -> l
 
 @pytest.mark.parametrize(("world", "broadcast"), [(2, True), (2, False), (5, False)])
 def test_loaded_and_exported_on_several_ranks(world: int, broadcast: bool, folders: Path, tmp_path: Path) -> None:
-    """With five ranks some have no row of a tensor, and no expert."""
+    """With five ranks, some have no row of a tensor and no expert."""
     for ranks in zip(SHARDED, *run_ranks(world, _loaded, SHARDED, folders, tmp_path, broadcast), strict=True):
         reference = AutoModelForCausalLM.from_pretrained(folders / ranks[0])
         expected = {**reference.state_dict(), "logits": logits(reference)}

@@ -1,4 +1,4 @@
-"""Exports are what transformers itself would have saved, in the files that were asked for."""
+"""Exports equal what transformers itself would save, in the requested files."""
 
 from __future__ import annotations
 

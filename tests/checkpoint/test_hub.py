@@ -1,4 +1,4 @@
-"""Models by name: which files are downloaded, and that train, infer and adapters take names where they take folders."""
+"""Models by hub name: which files are downloaded, and that train, infer and adapters accept names like folders."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def named(model_path: str) -> Config:
 
 
 def _ranks_find(endpoint: str, home: str, homes_differ: bool) -> Any:
-    """On one rank of two, as if each were a node of its own: the folder of org/tiny and what is in it."""
+    """On one of two ranks, as if each were on a separate node: the folder of org/tiny and its contents."""
     rank = int(os.environ["RANK"])
     os.environ["LOCAL_RANK"] = "0"
     with pytest.MonkeyPatch.context() as patch:
@@ -166,7 +166,7 @@ def test_code_in_a_repository_is_never_run(hub: HubServer, tmp_path: Path) -> No
 
 
 def test_an_adapter_names_its_base_on_the_hub(hub: HubServer, tmp_path: Path) -> None:
-    """Train an adapter on a model of the hub, publish it, and speak with it: its base is found by name and commit."""
+    """Train an adapter on a hub model, publish it, and generate with it: its base is found by name and commit."""
     commit = hub.add("models/org/base", Path(write_model(tmp_path / "base")))
     changes = {"model.model_path": "org/base", "model.tokenizer_path": None, "train.architecture": "lora"}
     config = tiny_config(tmp_path, **changes, **{"train.max_steps": 1, "train.save_hf_weights": True})
@@ -183,7 +183,7 @@ def test_an_adapter_names_its_base_on_the_hub(hub: HubServer, tmp_path: Path) ->
 def test_the_command_takes_names_and_then_needs_no_network(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two ranks that are told of the hub by the environment alone; then one process, offline, from the same cache."""
+    """Two ranks that know the hub only from the environment; then one process, offline, with the same cache."""
     hub.add("models/org/tiny", Path(write_model(tmp_path / "model")))
     hub.add("datasets/org/chats", {"data/train-00000-of-00001.jsonl": (QUICKSTART / "chat_eval.jsonl").read_bytes()})
     hub.private |= {"models/org/tiny", "datasets/org/chats"}

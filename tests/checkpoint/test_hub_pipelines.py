@@ -1,4 +1,5 @@
-"""Diffusion models by name: which files of a pipeline are downloaded, and that training and drawing take the name."""
+"""Diffusion models by hub name: which pipeline files are downloaded, and that training and inference accept the
+name."""
 
 from __future__ import annotations
 
@@ -85,7 +86,7 @@ def test_a_tokenizer_of_pictures_and_adapters_take_names(hub: HubServer) -> None
 
 
 def test_training_and_drawing_take_a_name(hub: HubServer, tmp_path: Path) -> None:
-    """Also a run's checkpoint, whose other parts lie in the hub's cache."""
+    """Also for a run's checkpoint, whose other parts are in the hub's cache."""
     short = {"train.num_train_epochs": 1, "train.save_hf_weights": True}
     train(config_of(tmp_path, **short))
     exported = tmp_path / "out/hf/final"

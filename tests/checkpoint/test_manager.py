@@ -182,7 +182,7 @@ def test_async_saves_share_their_memory(tmp_path, one_rank):
 
 @pytest.mark.skipif(not os.environ.get("SOAK"), reason="a measurement for a machine that does nothing else")
 def test_async_save_blocks_for_a_tenth_of_what_a_save_takes(tmp_path, one_rank):
-    """The best of several, since other processes take their share; the first one also gets its memory."""
+    """The best of several tries, since other processes use the cores; the first try also allocates memory."""
     model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8)))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for parameter in model.parameters():
@@ -320,7 +320,7 @@ def test_latest_passes_over_damage_and_says_why(tmp_path, one_rank, warnings, da
 
 
 def damaged_on_ranks(root: Path) -> list[str]:
-    """Rank 1 hashes the damaged file; both must hear of it."""
+    """Rank 1 hashes the damaged file; both ranks must get the error."""
     dist = init_world(torch.device("cpu"))
     model, optimizer, keeper = saved(root, dist, 1, 2, layout="shard")
     if dist.is_main:
@@ -338,7 +338,7 @@ def test_damage_is_found_on_all_ranks(tmp_path):
 
 
 def test_the_newest_is_the_one_committed_last(tmp_path, one_rank):
-    """After going back to an earlier step, the run that was gone on with counts, not the abandoned one."""
+    """After resuming from an earlier step, the continued branch counts, not the abandoned one."""
     _, _, keeper = saved(tmp_path, one_rank, 1, 5, 3)
     assert keeper.latest() == tmp_path / "checkpoints/global_step_3"
 
@@ -420,7 +420,7 @@ def test_missing_optimizer_state_is_listed(tmp_path, one_rank):
 
 
 def test_arguments_that_make_a_checkpoint_unfit_are_named(tmp_path, one_rank):
-    """Hundreds of tensors are told by a few, and by the arguments that their differing comes from."""
+    """If hundreds of tensors differ, the error names a few, and the arguments that cause the difference."""
 
     def keeper(**train):
         text = to_yaml(from_dict({"train": {"seed": 1, **train}}))

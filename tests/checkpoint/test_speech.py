@@ -1,4 +1,4 @@
-"""Models that speak: their thinker is loaded and exported within the whole, what speaks unchanged."""
+"""Models with speech output: their thinker is loaded and exported within the full model; the rest stays unchanged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WHOLE = {"qwen2_5_omni": "qwen2_5_omni", "qwen3_omni": "qwen3_omni_moe"}
 
 
 def write_whole(family: str, folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Write a checkpoint of a whole model, with some tensors for what speaks; its thinker, and the tensors."""
+    """Write a checkpoint of a full model with some tensors of its speech part; returns its thinker and the tensors."""
     thinker, _ = build(family, PROCESSORS[family]())
     thinker.save_pretrained(folder)
     tensors = {f"thinker.{key}": tensor for key, tensor in load_file(folder / "model.safetensors").items()}

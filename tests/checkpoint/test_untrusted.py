@@ -1,4 +1,4 @@
-"""Checkpoints from anybody: no pickle in one runs code, and none is loaded silently after it was changed."""
+"""Untrusted checkpoints: no pickle in them runs code, and modified checkpoints are never loaded silently."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def by_name(module: str, name: str, *args: str) -> bytes:
 
 
 def hostile(mark: Path) -> dict[str, bytes]:
-    """Pickles that make the file `mark`, or would let another one make it, by the way they take."""
+    """Pickles that create the file `mark`, or prepare another pickle to do so, by method."""
     touch, command = f"open({str(mark)!r}, 'w').close()", f"touch {mark}"
     stacked = (
         b"\x80\x04\x8c\x05posix\x8c\x06system\x93" + b"\x8c" + bytes([len(command)]) + command.encode() + b"\x85R."
@@ -101,7 +101,7 @@ def checkpoint(tmp_path, one_rank):
 
 
 def test_the_pickles_would_do_harm(tmp_path):
-    """Otherwise the tests below would show nothing."""
+    """Without this, the tests below would prove nothing."""
     harmed = 0
     for name in ("os.system", "posix.system", "stack-global", "eval", "exec", "open", "path-touch", "popen", "inst"):
         path = tmp_path / name
@@ -171,7 +171,7 @@ def patch(path: Path, draw: random.Random, change: Callable[[int], int]) -> None
 
 
 def swap_digit(path: Path, draw: random.Random) -> None:
-    """Another number where there is one: what a text still reads as JSON."""
+    """Change a number, so that the text stays valid JSON."""
     content = bytearray(path.read_bytes())
     places = [place for place, byte in enumerate(content) if chr(byte).isdigit()]
     if places:
@@ -187,7 +187,7 @@ def zero_block(path: Path, draw: random.Random) -> None:
 
 
 def test_no_corruption_is_loaded_silently(tmp_path, one_rank):
-    """Each is refused with a line that names the checkpoint, and `auto` takes the one before; or it changes nothing."""
+    """Either the checkpoint is refused by name and `auto` uses the one before, or the change has no effect."""
     _, _, keeper = saved(tmp_path, one_rank, 1, 2)
     whole, folder = tmp_path / "whole", tmp_path / "checkpoints/global_step_2"
     shutil.copytree(folder, whole)

@@ -1,4 +1,4 @@
-"""A tiny model and its checkpoints, for tests of what becomes of them."""
+"""A tiny model and its checkpoints, for tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tutti.train.adamw import AnyPrecisionAdamW
 
 
 class Tiny(nn.Module):
-    """Tied weights, a buffer, a parameter that is never used, and sizes that two ranks cannot share evenly."""
+    """A model with tied weights, a buffer, an unused parameter, and sizes that two ranks cannot split evenly."""
 
     def __init__(self):
         super().__init__()
@@ -103,7 +103,7 @@ def raising(error: BaseException):
 
 
 class Killed(BaseException):
-    """Stands for the process going away: nothing catches it."""
+    """Simulates the end of the process; nothing catches it."""
 
 
 def flip(path: Path) -> None:
@@ -113,7 +113,7 @@ def flip(path: Path) -> None:
 
 
 def forge(folder: Path, name: str, content: bytes) -> None:
-    """Replace a file and make the manifest agree with it."""
+    """Replace a file, and update the manifest to match."""
     (folder / name).write_bytes(content)
     found = manifest.read(folder)
     manifest.write(folder, replace(found, files={**found.files, name: manifest.describe(folder / name)}))

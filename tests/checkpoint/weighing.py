@@ -1,4 +1,4 @@
-"""Helpers of tests of weights: models on meta, sharded models, and what they and their files hold."""
+"""Helpers for tests of weights: models on meta, sharded models, and the tensors in models and files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tutti.model.structure import blocks
 CPU = torch.device("cpu")
 ONE = World(rank=0, size=1, local_rank=0, device=CPU)
 SHARDED = ("qwen3", "gpt2", "qwen3_moe")
-"""Families for the tests on several ranks: tied weights, biases, experts stacked from files of one each."""
+"""Families for the tests on several ranks: tied weights, biases, stacked experts that are stored separately."""
 IDS = torch.tensor([[5, 17, 3, 99, 42, 7, 250, 11, 64, 8, 9]])
 
 

@@ -1,6 +1,6 @@
-"""Machines for tests: network namespaces of this one, joined by a bridge, each with a name and an address of its own.
+"""Simulated machines for tests: network namespaces on this machine, joined by a bridge, each with a name and address.
 
-They share the file system, but for folders that a machine is given privately. Needs root and iproute2.
+They share the file system, except for private folders. Needs root and iproute2.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def available() -> bool:
 
 
 class Nodes:
-    """`count` machines node1, node2, ... at 10.77.X.1, 10.77.X.2, ...; gone with all their processes when left."""
+    """Create `count` machines node1, node2, ... at 10.77.X.1, 10.77.X.2, ...; on exit, remove them and their
+    processes."""
 
     def __init__(self, count: int, folder: Path) -> None:
         self.tag = os.getpid() % 250
@@ -81,8 +82,7 @@ class Nodes:
         return [*links, *(f"ip netns del {self.space(name)}" for name in self.names), f"ip link del tb{self.tag}"]
 
     def _cleaning(self) -> str:
-        """A script that waits for the end of this process, and then leaves nothing of the machines: a test may be
-        killed."""
+        """A script that waits for this process to end and then removes the machines, because a test may be killed."""
         ends = [f"ip netns pids {self.space(name)} | xargs -r kill -9" for name in self.names]
         wait = f"while kill -0 {os.getpid()}; do sleep 1; done"
         return f"exec 2>/dev/null; {'; '.join([wait, *ends, *self._removal()])}"
@@ -106,7 +106,7 @@ class Nodes:
         return f"10.77.{self.tag}.{name.removeprefix('node')}"
 
     def link(self, name: str, state: str) -> None:
-        """Cut the cable of a machine (`down`), or plug it in again (`up`)."""
+        """Disconnect a machine (`down`), or connect it again (`up`)."""
         self._ip(f"link set tv{self.tag}n{name.removeprefix('node')} {state}")
 
     def slow(self, name: str, shaping: str) -> None:
@@ -155,7 +155,7 @@ class Nodes:
         first = self.names[0]
         config, *overrides = arguments
         job = Job(name="test", config=config, overrides=tuple(overrides), nodes=nodes, port=PORT)
-        # Quicker than what is waited for between real machines, which have names.
+        # Shorter timeouts than between real machines.
         timeouts = "last_call_timeout=1,join_timeout=60,keep_alive_interval=1"
         return (
             job.torchrun(self.address(first), str(int(name == first)))
@@ -164,13 +164,13 @@ class Nodes:
         )
 
     def log(self, name: str) -> Path:
-        """All that the machine's processes say."""
+        """The output of the machine's processes."""
         return self.folder / f"{name}.log"
 
     def kill(self, name: str) -> None:
-        """Take the power from a machine: every process in its namespace ends at once."""
+        """Simulate a power failure: kill every process in the machine's namespace at once."""
         found = subprocess.run(["ip", "netns", "pids", self.space(name)], capture_output=True, text=True)
-        # Held first, so that none sees another one end, and tells other machines of it.
+        # Stop them first, so that none notices the end of another one and reports it to other machines.
         for number in (signal.SIGSTOP, signal.SIGKILL):
             for pid in found.stdout.split():
                 with suppress(ProcessLookupError):
@@ -180,11 +180,11 @@ class Nodes:
             del self.processes[name]
 
     def signal(self, name: str, number: signal.Signals) -> None:
-        """Signal the machine's torchrun, as a scheduler does that takes the machine away."""
+        """Signal the machine's torchrun, as a scheduler does before it takes the machine away."""
         os.kill(self.processes[name].pid, number)
 
     def wait(self, name: str, timeout: float) -> int:
-        """Wait for the end of the machine's torchrun; its exit status."""
+        """Wait for the machine's torchrun to end; returns its exit status."""
         process = self.processes[name]
         if isinstance(process, subprocess.Popen):
             return process.wait(timeout)

@@ -1,4 +1,4 @@
-"""Runs on several machines: what is left of them goes on from the newest checkpoint, and says what is wrong."""
+"""Runs on several machines: if some fail, the others resume from the newest checkpoint and report the problem."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_machine_that_dies_is_gone_on_without(tmp_path, arguments, start):
 
 @soak
 def test_a_cut_link_is_noticed_and_the_rest_goes_on(tmp_path, arguments):
-    """No connection is closed: only that nothing comes any more tells of it."""
+    """No connection is closed, so the failure shows only in missing messages."""
     words, output = arguments
     with Nodes(2, tmp_path) as nodes:
         for name in nodes.names:
@@ -144,7 +144,7 @@ def test_a_cut_link_is_noticed_and_the_rest_goes_on(tmp_path, arguments):
 @soak
 @pytest.mark.parametrize(("count", "how"), [(2, "killed"), (3, "killed"), (2, "told"), (3, "told")])
 def test_a_machine_that_comes_back_takes_part_again(tmp_path, arguments, count, how):
-    """The run goes on without the last of its machines, then with all again, until all are told to stop."""
+    """The run continues without its last machine, then with all of them again, until all are told to stop."""
     words, output = arguments
     words = [*words, "--train.max_steps=9999", "--train.num_train_epochs=200"]
     last = f"node{count}"

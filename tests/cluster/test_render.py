@@ -1,4 +1,4 @@
-"""Job files are of the shape that each scheduler publishes, and run torchrun on every machine with the right words.
+"""Job files have the format that each scheduler documents, and run torchrun on each machine with the right arguments.
 
 The shapes below are written down from the schedulers' documentation: sbatch(1) of Slurm, the TrainJob of Kubeflow
 Trainer 2.2 (trainer.kubeflow.org/v1alpha1) with the parts of Kubernetes that it takes, and SkyPilot's YAML.
@@ -144,7 +144,7 @@ def misfits(value: Any, shape: Any, place: str = "") -> list[str]:
 
 @pytest.fixture
 def render(tmp_path, capsys):
-    """The output of `tutti launch` for a job with these changes of its text."""
+    """The output of `tutti launch` for a job file with these text replacements."""
 
     def rendered(kind: str, *changes: tuple[str, str]) -> str:
         text = JOB
@@ -160,8 +160,7 @@ def render(tmp_path, capsys):
 
 @pytest.fixture
 def machine(tmp_path):
-    """Run a script as a machine would that has `torchrun` and Slurm's programs; the words that torchrun was given, and
-    its environment."""
+    """Run a script with stand-ins for `torchrun` and Slurm's programs; returns torchrun's arguments and environment."""
     programs = tmp_path / "programs"
     programs.mkdir()
     (tmp_path / "here").mkdir()
@@ -293,7 +292,7 @@ def test_one_scheduler_is_asked_for(tmp_path, capsys):
 
 
 def test_the_page_shows_what_is_printed(tmp_path):
-    """docs/cluster.md: its YAML is read, each of its files is what comes of it."""
+    """The YAML in docs/cluster.md is valid, and each file shown there is what it renders to."""
     page = (Path(__file__).parents[2] / "docs/cluster.md").read_text()
     blocks = re.findall(r"```(yaml|bash)\n(.*?)```", page, re.DOTALL)
     (tmp_path / "job.yaml").write_text(blocks[0][1])

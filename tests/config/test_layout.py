@@ -1,4 +1,4 @@
-"""Layouts made complete from the sizes of a configuration, and errors that name sizes that would do."""
+"""Layouts are completed from the sizes in a configuration, and errors name sizes that would work."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Sizes against ranks, batch and model: an oracle deals everything out, and the sizes that are named mend problems."""
+"""Layout checks agree with an oracle that assigns everything to ranks, and the sizes that errors name fix them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AXES = ("tensor_parallel_size", "pipeline_parallel_size", "ulysses_parallel_size
 
 
 def shares(things: Sequence[Any], hands: int) -> list[int]:
-    """The number that each hand holds after dealing the things out one by one."""
+    """The number of things per hand after dealing them out one by one."""
     held = [0] * hands
     for number, _ in enumerate(things):
         held[number % hands] += 1
@@ -33,12 +33,12 @@ def evenly(things: Sequence[Any], hands: int) -> bool:
 
 
 def batches(things: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    """So many consecutive ones at a time; the last may be fewer."""
+    """Split into groups of consecutive items; the last group may be smaller."""
     return [things[start : start + size] for start in range(0, len(things), size)]
 
 
 def fits(sizes: Sizes, facts: ModelFacts | None) -> bool:
-    """The oracle: ranks, experts, blocks, heads and samples are dealt out, and everyone's share is looked at."""
+    """The oracle: assign ranks, experts, blocks, heads and samples, and check what each rank gets."""
     axes = [getattr(sizes, name) for name in AXES]
     tensor, pipeline, ulysses, context = axes
     copies = batches(range(sizes.world), math.prod(axes))
@@ -109,7 +109,7 @@ def random_facts(draw: random.Random) -> ModelFacts:
 
 
 def random_sizes(draw: random.Random) -> Sizes:
-    """Some that fit, and some with one or several things wrong."""
+    """Random layouts: some valid, some with one or several errors."""
     axes = dict.fromkeys(AXES, 1)
     for name in draw.sample(AXES, draw.choice([0, 1, 1, 2, 2, 3])):
         axes[name] = draw.choice([2, 2, 3, 4])
@@ -142,7 +142,7 @@ PROBLEM = re.compile(r"train\.(\w+): ([^;]+); (?:(leave it at 1)|(.+) would)")
 
 
 def remedies(problem: str) -> tuple[str, str, list[dict[str, Any]]]:
-    """The argument that a problem is about, what is wrong with it, and the changes that are named."""
+    """The argument that a problem is about, the kind of problem, and the changes that the message names."""
     found = PROBLEM.fullmatch(problem)
     assert found, problem
     argument, wrong, leave, labels = found.groups()
@@ -162,7 +162,7 @@ def remedies(problem: str) -> tuple[str, str, list[dict[str, Any]]]:
 
 
 def every_size(problem: str, argument: str, sizes: Sizes) -> list[dict[str, Any]]:
-    """The arguments that a problem could name at all; it names all that fit."""
+    """The arguments that a message could name; it names all that work."""
     if argument == "data_parallel_replicate_size" and sizes.data_parallel_mode != "ddp":
         data = sizes.world // math.prod(getattr(sizes, name) for name in AXES)
         return [{"data_parallel_replicate_size": a, "data_parallel_shard_size": b} for a, b in data_grids(data)]

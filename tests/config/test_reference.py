@@ -67,7 +67,7 @@ def test_type(row: Row, ours: dict[str, Any]) -> None:
         values = re.findall(r'"([^"]+)"', row.description)[:4]
     assert sorted(ours["values"]) == sorted([*values, *ADDED_VALUES.get(row.name, ())])
     assert ours["type"].partition(":")[0] == row.type.partition(":")[0].replace('Literal["full", "lora"]', "str")
-    # Columns and data sets of one's own may be named as well.
+    # Users may also name columns and datasets of their own.
     assert ours["open"] == (not values or row.name in ("data.text_keys", "data.datasets_type"))
 
 
@@ -83,7 +83,7 @@ def test_default(row: Row, ours: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("row", reference(), ids=lambda row: row.name)
 def test_the_class_has_the_documented_default(row: Row) -> None:
-    """Documented plain values are the attributes' own defaults, not just the table's."""
+    """The documented default values are the attributes' defaults, not only the table's."""
     argument = ARGUMENTS[row.name]
     if argument.shown != argument.default:
         assert argument.default is None

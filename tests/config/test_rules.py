@@ -1,4 +1,4 @@
-"""Settings without an effect are warned of, with the reason; settings with one, and defaults, are not."""
+"""Settings without effect cause a warning with the reason; settings with an effect, and defaults, do not."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The JSON Schema of a configuration takes what the loader takes, and marks what it refuses."""
+"""The JSON Schema of configurations accepts what the loader accepts, and rejects what it refuses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TYPES = {
 
 
 def problems(value: Any, schema: dict[str, Any], place: str = "") -> list[str]:
-    """The places in `value` that break `schema`, by the keywords that ours is made of."""
+    """The paths in `value` that violate `schema`, for the keywords that our schema uses."""
     unknown = set(schema) - {
         "$schema", "title", "description", "default", "examples", "type", "properties", "additionalProperties", "items",
         "enum", "anyOf", "minimum", "maximum",

@@ -1,4 +1,4 @@
-"""Collectives: their backward pass is the adjoint of what they do, and their fake forms have the shapes of the real."""
+"""Collectives: the backward pass is the adjoint of the forward, and fake versions return the real shapes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Map = Callable[[Tensor], Tensor]
 
 
 def maps(rank: int, size: int) -> dict[str, tuple[tuple[int, ...], Map]]:
-    """Each collective over all ranks, with the shape of what this rank gives."""
+    """Each collective over all ranks, with the shape of this rank's input."""
     group = dist.group.WORLD.group_name
     ranks = RankGroup(rank, size, group)
     # Rank r sends (r + s) % 3 rows to rank s: some none, and nobody as many as are received.
@@ -98,7 +98,7 @@ def test_where_rows_go() -> None:
 
 
 def halves(size: int) -> bool:
-    """True if an exchange in two halves gives what one whole exchange does."""
+    """True if an exchange in two halves gives the same result as a single exchange."""
     group, rows = dist.group.WORLD.group_name, torch.arange(8.0).view(size, -1) + dist.get_rank()
     return torch.equal(finish_all_to_all(start_all_to_all(rows, group)), all_to_all(rows, [], [], group))
 
@@ -123,7 +123,7 @@ def test_a_sum_is_one_value_that_counts_once(size: int) -> None:
 
 
 def fake_shapes(size: int) -> dict[str, bool]:
-    """True for each operator that, given a tensor without values, says the shape and dtype that it has with them."""
+    """True for each operator whose fake version returns the shape and dtype of the real result."""
     rank, same = dist.get_rank(), {}
     for name, (shape, apply) in maps(rank, size).items():
         real = apply(torch.ones(shape, dtype=torch.bfloat16))

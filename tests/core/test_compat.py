@@ -1,4 +1,4 @@
-"""The inner parts of torch and transformers: all there, used from one place, and an error that names the versions."""
+"""Private parts of torch and transformers: they exist, are used from one place, and errors name the versions."""
 
 from __future__ import annotations
 

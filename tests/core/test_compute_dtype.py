@@ -1,4 +1,4 @@
-"""The dtype that a run computes in: the faster one, found once, equal on all ranks, also where bf16 is slow."""
+"""The compute dtype of a run is the faster one, measured once and equal on all ranks, also if bf16 is slow."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 SLOW_BF16 = {torch.float32: 80e9, torch.bfloat16: 1.25e9, torch.float16: 1e9}
 FAST_BF16 = {torch.float32: 80e9, torch.bfloat16: 200e9, torch.float16: 1e9}
 WITHOUT_BF16 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-"""Has a newer x86 processor multiply as one without bf16 instructions does."""
+"""Makes a newer x86 processor multiply like one without bf16 instructions."""
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, rates: dict[torch.dtype, float]) ->
         (FAST_BF16, {"compute_dtype": "float32"}, "bfloat16", "float32"),
         (SLOW_BF16, {"enable_mixed_precision": False}, None, "bfloat16"),
         (SLOW_BF16, {"enable_mixed_precision": False, "compute_dtype": "float32"}, None, "float32"),
-        # A checkpoint's dtype is kept where the two are about as fast, and left where it is out of the question.
+        # A checkpoint's dtype is kept if both are about as fast, but not if it is far slower.
         (SLOW_BF16 | {torch.bfloat16: 70e9}, {}, "bfloat16", "bfloat16"),
         (SLOW_BF16 | {torch.bfloat16: 90e9}, {}, "float32", "float32"),
         (SLOW_BF16, {}, "bfloat16", "float32"),
@@ -108,7 +108,7 @@ def test_measured_rates_and_threads_that_stay() -> None:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the variables are those of x86 processors")
 def test_a_run_on_a_processor_without_bf16(tmp_path: Path) -> None:
-    """From the command line: trains in fp32, says why, records it, and gives its configuration as it was asked for."""
+    """From the command line: trains in fp32, says why, records it, and writes the configuration as requested."""
     model = write_model_config(tmp_path / "model")
     arguments = {
         "model.config_path": model,

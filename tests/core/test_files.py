@@ -1,4 +1,4 @@
-"""Files that several processes want made: one makes it, and no trace is left of how they agreed on that."""
+"""Files that several processes need: one of them creates the file, and no lock files are left behind."""
 
 from __future__ import annotations
 

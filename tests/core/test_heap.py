@@ -1,4 +1,4 @@
-"""A process that starts anew with another setting of the C library's heap: the same one, with the same words, once."""
+"""A process that restarts itself with another heap setting of the C library: the same process and arguments, once."""
 
 import os
 import subprocess

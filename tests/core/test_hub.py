@@ -1,4 +1,4 @@
-"""Names of the hub, against a server of our own and a cache: commits, what is downloaded, and what errors say."""
+"""Hub names, tested with a local server and a cache: commits, downloaded files, and error messages."""
 
 from __future__ import annotations
 

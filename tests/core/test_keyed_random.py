@@ -1,4 +1,4 @@
-"""Draws by key: what they depend on, and what not."""
+"""Random draws by key, and the things on which they do not depend."""
 
 import torch
 
@@ -22,5 +22,5 @@ def test_every_element_of_a_key_counts() -> None:
 
 
 def test_numbers_stay_the_same_between_releases() -> None:
-    """A run that goes on draws what it would have drawn."""
+    """A resumed run draws the same as if it had not stopped."""
     assert generator(0, 1, "a").initial_seed() == 7896178022882239558

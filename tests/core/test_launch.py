@@ -89,7 +89,7 @@ def test_an_error_that_all_ranks_meet_is_shown_once(tmp_path: Path) -> None:
 
 
 def test_the_first_error_is_the_one_that_counts(tmp_path: Path) -> None:
-    """Rank 2 fails; the others notice and fail of that; rank 2's words and status are what is left."""
+    """Rank 2 fails, and the others fail because of it; rank 2's message and exit status are reported."""
     script = """
         if rank == 2:
             say("the cause\\n")
@@ -167,7 +167,7 @@ def test_what_was_told_to_end_is_not_run_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_reaches_every_rank_once(tmp_path: Path, number: signal.Signals) -> None:
-    """Also a Ctrl-C, which a terminal sends to the whole process group: ranks get it from the launcher alone."""
+    """Also for Ctrl-C, which a terminal sends to the whole process group: ranks get it only from the launcher."""
     script = """
         count = 0
         def on_signal(number, frame):

@@ -1,4 +1,4 @@
-"""Wrappers go around a module's forward in one order, and are listed; things are attached to one module at a time."""
+"""Wrappers of a module's forward have a fixed order and can be listed; extras are attached to a single module."""
 
 from __future__ import annotations
 
