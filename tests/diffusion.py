@@ -1,4 +1,4 @@
-"""Tiny diffusion models of each class, as folders, and data of small pictures for them."""
+"""Folders of tiny diffusion models of each class, and data with small pictures for them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Run a test's function on several ranks: real processes, gloo, one thread each.
 
-The processes are forked from a server that has torch and transformers loaded already and has never run a parallel
-region, so that starting a rank costs milliseconds and OpenMP is safe after the fork. A process group has three threads
-and a layout some fifteen groups, so a function that trains several layouts calls `regroup` before each.
+The processes are forked from a server that has already imported torch and transformers but never run a parallel region,
+so starting a rank takes milliseconds, and OpenMP is safe after the fork. A process group has three threads and a layout
+about fifteen groups, so a function that trains several layouts calls `regroup` before each.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ PRELOAD = [
 ]
 
 _generation = itertools.count()
-"""Numbers the process groups that are made one after the other."""
+"""Numbers consecutive process groups."""
 
 DIED = "died"
 
 MAX_THREADS = 120
-"""Threads that a rank may have when its function has ended: those of one layout's groups, and autograd's."""
+"""Maximum threads of a rank when its function has ended: those of one layout's groups, and autograd's."""
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
@@ -60,7 +60,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
 
 
 def regroup() -> None:
-    """Within `run_ranks`: end all process groups with their threads, and make a new one of the same ranks."""
+    """Within `run_ranks`: destroy all process groups with their threads, and create a new one of the same ranks."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -88,7 +88,7 @@ def _collect(pipes: list, timeout: float) -> list[Any]:
         if not ready:
             raise TimeoutError(f"ranks {sorted(waiting.values())} did not finish in {timeout} s")
         received = [(waiting[pipe], _receive(pipe)) for pipe in ready]
-        # One that died comes first: others fail because of it.
+        # A rank that died comes first: others fail because of it.
         for rank, (ok, value) in sorted(received, key=lambda item: item[1][1] is not DIED):
             if value is DIED:
                 raise AssertionError(f"rank {rank} {DIED}")
@@ -140,7 +140,7 @@ def _rank(sender: Any, rank: int, world: int, folder: str, function: Callable[..
 
 
 def _join() -> None:
-    """Make the next process group of the ranks that the environment tells of."""
+    """Create the next process group of the ranks that the environment describes."""
     import torch.distributed as dist
 
     place = f"file://{os.environ['STORE']}/{next(_generation)}"

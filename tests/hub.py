@@ -1,4 +1,4 @@
-"""A small server that speaks the Hugging Face hub's protocol on 127.0.0.1, for repositories that a test makes up."""
+"""A small server with the Hugging Face hub's protocol on 127.0.0.1, for repositories that a test defines."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def hub_server() -> Iterator[HubServer]:
 def use_hub(
     monkeypatch: pytest.MonkeyPatch, endpoint: str, home: Path, *, offline: bool = False, token: str | None = None
 ) -> None:
-    """Set in this process what HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and HF_TOKEN set before one begins."""
+    """Apply HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and HF_TOKEN to this process, as if set before its start."""
     template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

@@ -1,6 +1,6 @@
-"""Imports that the fork server does once for every rank of every test: all that a run imports, before it computes.
+"""Everything that a run imports, imported once by the fork server for all ranks of all tests.
 
-What is there then is left out of garbage collections, which in a rank would take a third of a second each.
+These objects are excluded from garbage collection, which would otherwise take a third of a second each time in a rank.
 """
 
 import gc

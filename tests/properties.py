@@ -1,4 +1,4 @@
-"""The number of examples that a property is tried on: few in CI, otherwise what the variable TUTTI_EXAMPLES says."""
+"""The number of examples per property: few by default, or the value of the variable TUTTI_EXAMPLES."""
 
 import os
 from typing import Any

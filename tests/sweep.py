@@ -129,7 +129,7 @@ EVEN_IF_NONE = {
 }  # fmt: skip
 
 OFF = re.compile("drop(out)?(_prob|_p|_rate)?$|pdrop$|layerdrop|jitter|aux_loss_coef|output_router_logits")
-"""Names of what is random or beside the loss of targets, which is turned off."""
+"""Names of settings for randomness and additional losses, which are turned off."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def families(kind: Kind = TOKENS) -> list[str]:
 
 
 def tiny_config(family: str) -> PreTrainedConfig:
-    """The default config of a family, made small."""
+    """The default config of a family with small sizes."""
     default = AutoConfig.for_model(family)
     text = default.get_text_config()
     if text is not default:
@@ -263,7 +263,7 @@ def packed_loss(
         kind.factory,
         copy.deepcopy(config),
         attn_implementation=resolve_attention(attention, torch.device("cpu")),
-        experts_implementation=resolve_experts("eager" if dtype == torch.float64 else None),  # by kernels without it
+        experts_implementation=resolve_experts("eager" if dtype == torch.float64 else None),  # kernels lack fp64
         dtype=dtype,
     ).eval()
     model.load_state_dict(state)
@@ -400,7 +400,7 @@ class _NoTokenizer:
 
 
 def check_quietly(family: str) -> dict[str, str]:
-    """As `check`, in a process that says nothing; a config that can't be made small is told in the first column."""
+    """As `check`, in a silent process; the first column reports a config that can't be made small."""
     logging.disable(logging.CRITICAL)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)

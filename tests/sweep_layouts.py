@@ -58,7 +58,7 @@ MARK = "layouts"
 SMALL = {"data.max_seq_len": 64, "train.global_batch_size": 4}
 """Two micro batches a step, of two samples or more."""
 USERS = ("ConfigError: ", "ValueError: ", "OtherRankError: ")
-"""The errors that a user is told by name."""
+"""The errors that count as clear messages to users."""
 
 VOCAB = 2048
 

@@ -1,6 +1,6 @@
-"""Setting an argument changes what the program does: for each one a test that would fail if it were ignored.
+"""Each argument has an effect: `SHOWN_BY` names, for each one, a test that would fail if it were ignored.
 
-Held complete: every argument of the contract is in `SHOWN_BY`, and every test exists.
+The tests here check that every argument of the contract is in `SHOWN_BY`, and that every named test exists.
 """
 
 import ast

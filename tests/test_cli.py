@@ -1,4 +1,4 @@
-"""The command line: verbs, help, exit status, one line an error, and nothing heavy imported before it is needed."""
+"""The command line: subcommands, help, exit status, one-line errors, and no heavy imports before they are needed."""
 
 import os
 import pty
@@ -294,7 +294,7 @@ def test_under_torchrun_a_configuration_error_is_shown_by_rank_0(
 
 
 def test_nproc_starts_ranks(tmp_path: Path) -> None:
-    """Real ranks of a stand-in for the run; what they are given, and one error of both shown once."""
+    """Real ranks with a stand-in for the run: what they get, and that an error of both is shown once."""
     package = tmp_path / "stand_in"
     package.mkdir()
     (package / "sitecustomize.py").write_text(
@@ -346,7 +346,7 @@ def test_a_crash_is_followed_by_a_restart_from_the_newest_checkpoint(tmp_path: P
     lines = done.stderr.splitlines()
     assert lines[1] == "tutti: restart 1 of 3: it had not begun"
     assert lines[3] == f"tutti: restart 2 of 3: going on from the newest checkpoint in {tmp_path}/checkpoints"
-    # What says before it begins what is wrong is not tried again, and no more restarts are made than asked for.
+    # A run that reports an error before it begins is not restarted, and there are at most the requested restarts.
     for options, tries, status in ((["train.seed=1"], 1, 1), (["--max-restarts=1"], 2, 137)):
         (tmp_path / "tries").unlink()
         done = run(*argv, *options, PYTHONPATH=str(package))
@@ -383,7 +383,7 @@ def test_a_closed_pipe_is_no_error() -> None:
 
 
 def test_a_process_with_torch_ends_before_the_interpreter_is_taken_apart() -> None:
-    """Exit handlers run and output arrives, but nothing that is left then can abort the process."""
+    """Exit handlers run and output is flushed, but nothing after that can abort the process."""
     code = """
 import atexit, os, sys
 import torch

@@ -1,4 +1,4 @@
-"""Every recipe in configs/ is a valid configuration, and names files that are there."""
+"""Every recipe in configs/ is a valid configuration and names existing files."""
 
 import base64
 import io
@@ -23,7 +23,7 @@ def test_recipe_loads(recipe: Path) -> None:
     config = load([str(recipe)])
     assert config.train.output_dir == f"runs/{recipe.stem}"
     for path in (config.model.config_path, config.model.tokenizer_path, config.data.train_path, config.data.eval_path):
-        # runs/ holds what an earlier recipe makes.
+        # runs/ contains the results of an earlier recipe.
         assert path is None or path.startswith("runs/") or (ROOT / path).exists(), path
 
 
@@ -36,7 +36,7 @@ def test_recipe_starts_with_its_launch_line(recipe: Path) -> None:
 
 @pytest.mark.parametrize("name", ["spoken", "animations"])
 def test_what_is_seen_and_heard_is_learned_from_and_asked_about(name: str, tmp_path: Path) -> None:
-    """Two steps of a recipe with media: known and unseen ones are told apart, and each known one is asked about."""
+    """Two steps of a recipe with media: trained and unseen media are disjoint, and all are asked about."""
     config = load([
         str(ROOT / "configs" / f"{name}.yaml"), f"train.output_dir={tmp_path}", "train.max_steps=2",
         "train.num_train_epochs=1", "train.eval_epochs=1", "train.save_hf_weights=off", "data.num_workers=0",
@@ -65,7 +65,7 @@ def two_steps_of_both(folder: Path) -> None:
 
 
 def test_a_tokenizer_of_pictures_is_trained_and_drawn_by(tmp_path: Path) -> None:
-    """Two steps of both recipes, the second by what the first has made."""
+    """Two steps of both recipes; the second uses the result of the first."""
     run_ranks(1, two_steps_of_both, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "draw" / "metrics.jsonl").read_text().splitlines()]
     assert [line["targets/code"] % 64 for line in lines if "loss" in line] == [0, 0]
@@ -73,7 +73,7 @@ def test_a_tokenizer_of_pictures_is_trained_and_drawn_by(tmp_path: Path) -> None
 
 
 def test_a_diffusion_decoder_is_led_and_draws_into_the_report(tmp_path: Path) -> None:
-    """Two steps of the recipe on two pictures, and two others that it is not trained on."""
+    """Two steps of the recipe with two pictures for training and two others."""
     folder = ROOT / "data/quickstart"
     for name in ("images", "images_eval"):
         rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()[:2]]
@@ -126,6 +126,6 @@ def test_the_quickstart_asks_each_fact_in_a_wording_that_it_is_not_trained_in() 
     assert wordings.keys() == {row["output"] for row in asked} and len(wordings) == len(asked)
     assert not {row["instruction"] for row in trained} & {row["instruction"] for row in asked}
     assert all(row["answer"] == row["output"] for row in asked)
-    # What the texts say.
+    # The texts give this number.
     for text in ((ROOT / name).read_text() for name in ("README.md", "docs/tutorial.md", "configs/quickstart.yaml")):
         assert f"{len(asked)} facts" in text

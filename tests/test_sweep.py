@@ -79,7 +79,7 @@ def test_rows_of_the_page_are_replaced() -> None:
 
 
 def test_every_family_of_transformers_is_on_the_page() -> None:
-    """One that transformers adds shows up as missing here: run `make sweep`."""
+    """A family that is new in transformers fails here: run `make sweep`."""
     assert not sweep.untried(sweep.PAGE.read_text(encoding="utf-8"))
 
 
@@ -92,7 +92,7 @@ def test_a_family_that_transformers_adds_gets_a_row_by_itself(monkeypatch: pytes
 
 
 def test_runs_know_the_families_of_the_page() -> None:
-    """Runs have a list of their own, which any sweep writes (`tests.sweep.write_compared`)."""
+    """Runs use a list of families that each sweep writes (`tests.sweep.write_compared`)."""
     found, known = set(sweep.compared()), families.COMPARED
     rows = sweep.rows_of(sweep.PAGE.read_text(encoding="utf-8"), "sweep")
     assert {"qwen3", "gemma3", "gpt_oss"} <= known <= found

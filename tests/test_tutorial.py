@@ -1,7 +1,7 @@
 """docs/tutorial.md: its commands run as they are written, in order, on a tiny model under the same name.
 
-Three things are other than in the text: of `make quickstart` the command is run that it ends in, nothing is downloaded,
-and each run is cut to one step, by a wrapper named `tutti`.
+Three things differ from the text: instead of `make quickstart`, only its last command runs; nothing is downloaded; and
+a wrapper named `tutti` limits each run to one step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Configs of families with their features at other values than by default.
+"""Configs of model families with their features at non-default values.
 
 By default many features of a family are not there to be seen: multipliers are one, layers have no bias, windows and
 caps are wider than any sample, experts are in one group. `varied_config` changes all that it knows by name: flags are

@@ -1,5 +1,5 @@
-"""Rows `{"id", "n", "pieces"?}`, an encoder of the tests' own that makes samples of n tokens which all carry the id, so
-that a batch shows which samples it holds, and configurations of their data. A row with `bad` cannot be used.
+"""Rows `{"id", "n", "pieces"?}`, a test encoder that turns each into a sample of n tokens, all equal to the id, so that
+batches show which samples they contain, and configurations for such data. A row with `bad` cannot be used.
 """
 
 import dataclasses
@@ -85,7 +85,7 @@ def facts(batch):
 
 
 def record(batches):
-    """Everything about global batches that a trainer could see."""
+    """All contents of global batches that a trainer can observe."""
     return [
         (batch.step, batch.epoch, batch.epoch_end, facts(batch), [samples_of(one) for one in batch.micro_batches])
         for batch in batches

@@ -1,4 +1,4 @@
-"""Tiny processors of multimodal families, made here: real processor classes over the quickstart tokenizer."""
+"""Tiny processors of multimodal families: the real processor classes with the quickstart tokenizer."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _omni(cls: str) -> Any:
     images = transformers.Qwen2VLImageProcessor(**_QWEN)
     videos = transformers.Qwen2VLVideoProcessor(**_QWEN | size, cap_pixels_per_frame=False)
     made = getattr(transformers, cls)(images, videos, _hearing(8), tokenizer)
-    made.videos_kwargs = size  # which of the full class are those of the large models
+    made.videos_kwargs = size  # whose defaults are those of the large models
     return made
 
 
@@ -177,7 +177,7 @@ def _glm4v() -> Any:
 def _janus() -> Any:
     names = {"boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"}
     tokenizer = make_tokenizer("<image_placeholder>", *names.values(), **names)
-    half = [0.5] * 3  # as real ones have it
+    half = [0.5] * 3  # as real processors do
     images = transformers.JanusImageProcessor(
         size={"height": 16, "width": 16}, min_size=2, image_mean=half, image_std=half
     )
@@ -197,7 +197,7 @@ def _emu3() -> Any:
     )
     processor = transformers.Emu3Processor(images, tokenizer)
     processor.downsample_ratio = 2
-    processor.bos_token = ""  # the tokenizer has none, of which the processor would make the text None
+    processor.bos_token = ""  # the tokenizer has none, and the processor would write the text "None"
     return processor
 
 

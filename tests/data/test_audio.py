@@ -1,4 +1,4 @@
-"""Sounds: one channel at the rate asked for, of any format, and one line for what cannot be read."""
+"""Audio of any format is read as one channel at the requested rate; unreadable files give a one-line error."""
 
 from __future__ import annotations
 

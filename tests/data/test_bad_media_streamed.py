@@ -1,4 +1,4 @@
-"""Bad media in streams of every format: one line that names the file, the row and the medium, or left out."""
+"""Bad media in streams of each format: an error that names the file, the row and the medium, or the row is skipped."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ BAD: dict[str, tuple[str, bytes | str, str]] = {
     "bad base64": ("image.jpg", "data:image/png;base64,@@@@", "a data URL that is not base64"),
     "a data URL of a text": ("image.jpg", "data:text/plain,hello", "a data URL that is not in base64"),
 }
-"""The name that a medium has, which begins with its kind; its bytes, or what the row says in their place; the error."""
+"""The medium's name, which begins with its kind; its bytes, or the row's value instead of them; the error."""
 
 
 def chat(kind: str) -> list[dict[str, str]]:
@@ -60,7 +60,7 @@ def chat(kind: str) -> list[dict[str, str]]:
 
 
 def write_rows(folder: Path, form: str, entries: list[tuple[str, bytes | str]]) -> Path:
-    """A file of rows with a medium each."""
+    """A file of rows with one medium each."""
     path, rows = folder / f"rows.{form}", []
     members: dict[str, bytes | str] = {}
     for number, (name, data) in enumerate(entries, 1):

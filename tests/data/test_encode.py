@@ -1,4 +1,4 @@
-"""Rows to samples: every row shape, labels, cutting, what makes a row bad, and tokens at the borders of spans."""
+"""Rows become samples: all row formats, labels, truncation, bad rows, and tokens at the boundaries of spans."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ CALLS = {
 
 @pytest.mark.parametrize("shape", CALLS)
 def test_tool_calls_in_every_spelling_give_the_same_sample(shape: str) -> None:
-    """The call is trained on as an object, its result is not."""
+    """A tool call is trained on as an object; its result is not."""
     tok = tokenizer()
     tok.chat_template = (Path(__file__).parent / "templates" / "qwen3.jinja").read_text()
     made = make_encoder(Config(), tok, vocab_size=2048)
@@ -161,7 +161,7 @@ def test_messages_that_are_not_to_be_trained_on(kind: str) -> None:
 
 
 def test_tokens_do_not_depend_on_the_rows_before() -> None:
-    """Templates that change some contents, which the first rows may not have: as on one rank, so on several."""
+    """Templates that change some texts, which the first rows may not contain: several ranks agree with one."""
     tok = tokenizer()
     tok.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'tool' %}{{ m.content | tojson }}{% else %}"
@@ -408,7 +408,7 @@ def test_bad_rows_pass_through() -> None:
 
 
 def test_of_a_prompt_and_its_completion_the_completion_is_trained_on() -> None:
-    """As TRL has it: texts or messages, and no answer that is part of the prompt."""
+    """TRL's format: texts or messages, without an answer inside the prompt."""
     before = [{"role": "system", "content": "Be kind."}, *CHAT, {"role": "user", "content": "Fine."}]
     answer = [{"role": "assistant", "content": "Good."}]
     rows = [
@@ -425,7 +425,7 @@ def test_of_a_prompt_and_its_completion_the_completion_is_trained_on() -> None:
 
 
 def test_a_column_that_rows_lack_is_told() -> None:
-    """Conversations found elsewhere than asked for are not taken without a word."""
+    """Conversations in another column than the configured one are not used silently."""
     made = encoder(text_keys="dialog")
     encode(made, {"messages": CHAT}, {"dialog": CHAT})
     assert dict(made.notes) == {"rows lack the column of data.text_keys (dialog); their conversation is in another": 1}
@@ -466,7 +466,7 @@ TRICKY = ["é", "e\u0301", "🙂🙂", "\u212b", "日本語", "a\nb", "  ", "x" 
 
 @pytest.mark.parametrize("normalizer", [None, normalizers.NFC(), normalizers.NFD()])
 def test_places_by_bytes_are_those_by_offsets(normalizer: Any) -> None:
-    """Trained tokens are the same whether their places come from byte lengths or from the library's offsets."""
+    """Trained tokens are the same if their positions come from byte lengths or from the library's offsets."""
     tok = tokenizer()
     tok.backend_tokenizer.normalizer = normalizer
     by_bytes = make_encoder(Config(data=DataConfig(chat_template="chatml")), tok, vocab_size=2048)

@@ -42,7 +42,7 @@ def open_file(path: Path) -> DataFile:
 
 
 def read(path: Path, block: int = 1 << 22, start: int = 0) -> list[Row | BadRow]:
-    """The rows of a file, the same by random access and in order, from `start` on."""
+    """The rows of a file from `start` on, checked to be equal by random access and in order."""
     before, formats._BLOCK = formats._BLOCK, block
     try:
         streamed = list(open_file(path).stream())
@@ -330,7 +330,7 @@ def test_cells_of_tables_that_python_cannot_hold_are_bad_rows(tmp_path: Path) ->
         assert "can't be read" in rows[1].reason
 
 
-# One type for a column's every value, with keys that some values do not have.
+# All values of a column have one type, with keys that some values lack.
 ARGUMENTS = st.fixed_dictionaries({}, optional={"to": st.text(max_size=2), "n": st.integers(0, 9)})
 CALLS = st.lists(st.fixed_dictionaries({"name": st.text(max_size=2)}, optional={"arguments": ARGUMENTS}), max_size=3)
 TABLE_ROWS = st.lists(

@@ -1,4 +1,4 @@
-"""Rows that are an image each, and how images vary."""
+"""Rows with one image each, and random variations of images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data that is tokenised as it is drawn: batches and their order are as if all had been tokenised first."""
+"""Data that is tokenized as it is drawn: batches and their order equal those of data that is tokenized first."""
 
 import json
 import os
@@ -251,7 +251,7 @@ def test_steps_of_as_many_samples_are_counted_as_planning_them_would(
     position = planner.position()
     for plan in islice(planner.steps(), steps):
         position = plan.position
-    # The count of a plan that goes on as it was is kept.
+    # A plan that continues unchanged keeps its count.
     for changed in (replace(batching, epochs=epochs + 1), replace(batching, micro_batches=2, micro_batch_size=5)):
         counts = []
         for one in (source, Unknown(source.index, source.weights, source.names, source.seed, shuffle=True)):

@@ -1,6 +1,6 @@
-"""Ten thousand samples over changing numbers of ranks: every one is trained on exactly once an epoch.
+"""Ten thousand samples on changing numbers of ranks: each is trained on exactly once per epoch.
 
-Here the data alone is asked for them; `make soak` takes runs that train, are told to stop, and go on.
+Here only the data is iterated; `make soak` uses runs that train, are told to stop, and resume.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def settings(folder: Path, streamed: bool, dynamic: bool) -> tuple[str, dict[str
 
 @KINDS
 def test_every_sample_once_an_epoch_however_many_ranks(tmp_path: Path, *, streamed: bool, dynamic: bool) -> None:
-    """A quarter of the steps on each number of ranks, each going on from the state that the one before it left."""
+    """A quarter of the steps on each number of ranks, each resuming from the state of the previous one."""
     path, data, train = settings(tmp_path, streamed, dynamic)
     config = configure(path, data=data, **train)
     steps = build(config).total_steps

@@ -1,4 +1,4 @@
-"""Media files: measured by their headers as they decode, and anything odd is one line."""
+"""Media files: sizes read from headers equal decoded sizes, and anything unusual gives a one-line error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoded media are kept in a bounded memory that workers share: later epochs decode nothing."""
+"""Decoded media are cached in bounded memory that workers share, so that later epochs decode nothing."""
 
 from __future__ import annotations
 

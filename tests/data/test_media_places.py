@@ -1,4 +1,4 @@
-"""Media among messages: every shape of row gives the same parts and entries, and what does not add up is said."""
+"""Media in messages: all row formats give the same parts and entries, and mismatches are reported."""
 
 from __future__ import annotations
 

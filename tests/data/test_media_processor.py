@@ -1,4 +1,4 @@
-"""Values of a micro batch's images: of one call of the processor where that changes nothing."""
+"""The images of a micro batch are processed in one call if that gives the same values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOGETHER = {
 """The calls of each family's processor for four samples with images: once, or for each of them."""
 
 SIZES = [((64, 48),), (), ((40, 56), (64, 48)), ((24, 24),), ((96, 40),)]
-"""Of the images of each sample."""
+"""Grouped by sample."""
 
 
 def make(family: str, monkeypatch: pytest.MonkeyPatch) -> tuple[MediaProcessor, list[Sample]]:

@@ -1,4 +1,4 @@
-"""Loss masks of chat templates that take media: golden texts of six, and properties over random ones.
+"""Loss masks of chat templates with media: golden texts of six templates, and properties over random ones.
 
 In golden texts what is trained on stands in [[double brackets]].
 """
@@ -73,7 +73,7 @@ TEMPLATES = {
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
 }
-"""As the models' cards have them, without what has no bearing on masks."""
+"""The templates of the model cards, without parts that do not affect masks."""
 
 CHAT = [SYSTEM, user("<image>One<image><image>"), assistant("A cat. "), user("And <image>?"), assistant("A dog.")]
 GOLDEN = {
@@ -115,7 +115,7 @@ def test_golden(name: str) -> None:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_rows_of_known_shapes_are_not_rendered(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all six it is proved what they do with texts, and how often a row is rendered decides how long it takes."""
+    """The treatment of texts is proved for all six, because rendering each row would be slow."""
     template = template_named(name)
     rows = [[user("<image>" + question), assistant(answer)] for question, answer in (("Who?", "A cat."), ("x", "y"))]
     first, second = (placed(row, image="a") for row in rows)
@@ -130,7 +130,7 @@ PIECES = ["a", " ", "\n", "<", "<image>", "text", "type", "image", "</think>", "
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_quick_way_is_exact(name: str) -> None:
-    """Whatever the texts: the text as the template renders it, and the spans that renderings give."""
+    """For any texts, the text is what the template renders, and the spans are those found by rendering."""
     random.seed(3)
     template, quick = template_named(name), 0
     for _ in range(40):
@@ -221,7 +221,7 @@ def test_every_row_is_what_the_template_gives_whatever_came_before(source: str, 
 
 
 def test_some_of_the_random_templates_are_proved() -> None:
-    """Else the property above would hold of nothing."""
+    """Without this, the property above would be empty."""
     chat = placed([user("<image>q"), assistant("a")], image="a")
     shapes = [template_of(source_of(content, PARTS[1]))._shape(chat) for content in CONTENTS]
     assert sum(shape is not None and shape.condition is not None for shape in shapes) >= 6

@@ -1,4 +1,4 @@
-"""Order and mixing: each sample once a pass, exact shares, and a state that goes on from anywhere."""
+"""Order and mixing: each sample once per pass, exact proportions, and a state that can resume anywhere."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The rows that docs/multimodal.md shows are read as it says."""
+"""The example rows in docs/multimodal.md are read as documented."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No row lost, none repeated, none changed: from files of any kind to steps, whatever reads them."""
+"""From files of any format to training steps, no row is lost, repeated or changed."""
 
 from __future__ import annotations
 

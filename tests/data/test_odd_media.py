@@ -1,4 +1,4 @@
-"""Bad and odd media in rows: what is read as it is meant, and what is one line, when rows are measured or decoded."""
+"""Bad and unusual media in rows: either read as intended, or a one-line error when measured or decoded."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ LATE: dict[str, tuple[str, Callable[[Path], bytes], str]] = {
     "a cut jpeg": ("image", lambda _: cut(picture("JPEG", (200, 200))), "cannot be read as an image: .*truncated"),
     "a cut mp4": ("video", lambda at: cut(video(60, path=str(at / "whole.mp4"))), "cannot be read as a video"),
 }
-"""Media with a good header: kind, bytes, and what is said when they are decoded."""
+"""Media with a valid header: kind, bytes, and the error when they are decoded."""
 
 
 @cache

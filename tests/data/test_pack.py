@@ -1,4 +1,4 @@
-"""Packers: nothing lost, nothing over budget, nobody starves, and the samples held back are the whole state."""
+"""Packers lose no sample, exceed no budget, delay none forever, and have only the waiting samples as state."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ def source_of(drawn):
 
 
 def packed(packer, draw, budget):
-    """The micro batches of a pass; last the one that it leaves open."""
+    """The micro batches of a pass; the last is the one that is still open."""
     for step in itertools.count():
         if (batch := packer.take(draw, budget, step)) is None:
             break
@@ -191,7 +191,7 @@ def test_ranks_get_as_much_work_also_where_images_differ_widely_in_size():
         dealt = works[deal_work(works.tolist(), ranks)]
         by_work.append(dealt.sum(1).max() / dealt.sum(1).mean())
         by_turns.append(works.reshape(a_rank, ranks).sum(0).max() / dealt.sum(1).mean())
-        # What ranks that wait for one another at each micro batch take, beside what they would if all were alike.
+        # Time of ranks that wait for each other at each micro batch, relative to equal micro batches.
         waits.append((dealt.max(0).sum() / works.mean(), works.reshape(a_rank, ranks).max(1).sum() / works.mean()))
     assert len(by_work) >= 2 and max(by_work) <= 1.15 < max(by_turns)
     assert all(now < before for now, before in waits)

@@ -1,4 +1,4 @@
-"""Plans: every step a fair draw from the data, epochs that hand what is left to the next one, runs that end evenly."""
+"""Plans: each step is a fair sample of the data, epochs pass leftovers to the next, and all ranks end together."""
 
 import json
 import logging
@@ -122,7 +122,7 @@ def test_no_place_of_a_stream_has_longer_samples(tmp_path, buffer_size, weights)
 
 @pytest.mark.parametrize("buffer_size", [20, 200, 10_000])
 def test_micro_batches_differ_as_much_as_without_choosing(buffer_size):
-    """Short and long samples are in each of them, not each kind in its own."""
+    """Each of them contains both short and long samples."""
     source = map_source(lognormal(4000))
     counts = []
     for size in (1, buffer_size):

@@ -1,4 +1,4 @@
-"""A dataset of the user's own: a factory of rows, or of samples that are ready."""
+"""User-defined datasets: a factory of rows, or of encoded samples."""
 
 import numpy as np
 import pytest

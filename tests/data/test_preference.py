@@ -1,4 +1,4 @@
-"""Pairs of answers: every shape of row gives the same pair, and what is wrong with a row is said."""
+"""Pairs of answers: all row formats give the same pair, and errors say what is wrong with a row."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""Fetching: how far workers prepare ahead, and where batches go."""
+"""Prefetching: how far workers prepare ahead, and how batches reach the trainer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tutti.data.worker import NICE
 
 
 class Echo(torch.utils.data.Dataset):
-    """Gives back what it is asked for."""
+    """Returns its input."""
 
     def __getitems__(self, ids):
         return ids
@@ -37,13 +37,13 @@ def test_each_worker_prepares_as_many_batches_ahead_as_asked(num_workers, factor
     assert next(batches) == [0]
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == num_workers
-    # The one that has answered leaves cores to the threads of the step.
+    # The worker that answered leaves the cores to the threads of the step.
     assert not workers or max(os.getpriority(os.PRIO_PROCESS, one.pid) for one in workers) == min(19, os.nice(0) + NICE)
     assert len(asked) == 1 + num_workers * factor
 
 
 class Large(torch.utils.data.Dataset):
-    """Micro batches of so many tokens, with values of which one kind is large."""
+    """Micro batches of these numbers of tokens, with values of which one kind is large."""
 
     def __getitems__(self, lengths):
         batch = pack([sample(0, length, 0) for length in lengths])

@@ -1,4 +1,4 @@
-"""Data that is not here: splits of data sets on a hub of our own, and files behind URLs in fsspec's memory."""
+"""Remote data: splits of datasets on a local hub server, and files behind URLs in fsspec's memory file system."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def config_of(train_path: str, **data: Any) -> Config:
 
 
 def read(train_path: str, **data: Any) -> dict[str, list[int]]:
-    """By source the numbers in the rows of data.train_path."""
+    """The numbers in the rows of data.train_path, by source."""
     config = config_of(train_path, **data)
     sources = open_sources(config, elsewhere=fetch_data(config, ONE))
     return {
@@ -87,7 +87,7 @@ def test_offline_what_was_downloaded_is_read(hub: HubServer, tmp_path: Path, mon
 def test_a_cache_that_says_not_what_there_is_must_have_every_shard(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An older huggingface_hub kept no list of a repository's files."""
+    """Old versions of huggingface_hub did not cache a repository's file list."""
     commit = hub.add("datasets/org/chats", SHARDS)
     read("org/chats")
     folder = tmp_path / "home" / "hub" / "datasets--org--chats"

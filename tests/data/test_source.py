@@ -1,4 +1,4 @@
-"""Sources: every file format by random access and in order, bad rows, set-up errors, and multi-source YAMLs."""
+"""Sources: all file formats by random access and in order, bad rows, setup errors, and multi-source YAML files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streams: rows left out are counted once, sources without rows and files that can't be read are errors."""
+"""Streams: skipped rows are counted once; sources without rows and unreadable files are errors."""
 
 import gzip
 import json

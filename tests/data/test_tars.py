@@ -1,4 +1,4 @@
-"""Tar archives of samples: the same rows by random access and in order, and media of a row's own."""
+"""Tar archives of samples: the same rows by random access and in order, and media inside the archive."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def write(path: Path, members: dict[str, bytes | str]) -> Path:
 
 
 def values(path: Path) -> list[Any]:
-    """The rows of an archive, the same by random access and in order, from anywhere."""
+    """The rows of an archive, checked to be equal by random access and in order, from any row."""
     file = pickle.loads(pickle.dumps(Tar(str(path))))
     rows = file.read(range(len(file)))
     assert list(Tar(str(path)).stream()) == rows and list(Tar(str(path)).stream(1)) == rows[1:]

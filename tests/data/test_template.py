@@ -67,7 +67,7 @@ def bracketed(text: str, spans: list[tuple[int, int]]) -> str:
 
 
 def golden(name: str, messages: list[dict[str, Any]], **row: Any) -> str:
-    """The bracketed text, by the quick way and the exact one, which must agree."""
+    """The bracketed text, found by the fast method and by the exact method, which must agree."""
     template = template_for(name)
     conversation = conversation_of({"messages": messages, **row}, ("messages",))
     exact = template._exact(conversation)
@@ -260,7 +260,7 @@ def test_what_precedes_a_trained_span_is_the_prompt_at_inference(name: str) -> N
 
 
 def test_a_template_with_whims_is_followed_row_by_row() -> None:
-    """A rule on length, which no trial with other contents would find."""
+    """A rule that depends on length, which trials with other texts would not find."""
     source = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content if m.content | length < 9 else 'long' }}<e>{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -293,14 +293,14 @@ def conversation(*messages: dict[str, Any], **row: Any) -> Any:
 
 
 def test_a_template_that_writes_a_piece_of_a_text_is_given_texts() -> None:
-    """It would write the whole of a part, but takes no text out of one."""
+    """From a list of content parts it would write a whole part, because it never extracts a text."""
     source = "{% for m in messages %}[{{ m.role }}]{{ (m.content | first) | tojson }}{% endfor %}"
     chat = [user("hello"), assistant("yes")]
     assert template_of(source).render(chat, conversation(*chat)) == '[user]"h"[assistant]"y"'
 
 
 def test_a_template_that_refuses_some_contents_says_that_spans_are_not_exact() -> None:
-    """It renders these, but not the marks by which turns are found."""
+    """It renders these texts, but not the markers that are used to find turns."""
     source = "{% for m in messages %}[{{ m.role }}]{{ m.content if 'a' in m.content else m.content | length | first }}"
     chat = template_of(f"{source}{{% endfor %}}")
     with pytest.raises(RowError, match=r"the chat template can't render it: .*can't be exact"):

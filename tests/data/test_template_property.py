@@ -1,8 +1,8 @@
 """Properties of chat templates over random templates and random conversations.
 
-Templates are put together from filters, slices, conditions and loops, messages from what templates look for. Whatever
-they do: the text is that of `apply_chat_template`, for every row and whatever rows came before it, and the trained
-spans are what the model writes after the prompt.
+Templates are composed of filters, slices, conditions and loops; messages contain what templates look for. In all cases
+the text equals `apply_chat_template`, for each row and after any earlier rows, and the trained spans are what the model
+writes after the prompt.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ expressions = st.tuples(st.sampled_from(FILTERS), st.sampled_from(FILTERS)).map(
 
 @st.composite
 def templates(draw: Any) -> str:
-    """A template of one loop; half of them are of the plain kind that all but a few are."""
+    """A template with one loop; half of them have the plain form that most real templates have."""
     plain = draw(st.booleans())
     loop = "messages" if plain else draw(st.sampled_from(LOOPS))
     written = "c" if plain else draw(expressions)
@@ -141,7 +141,7 @@ def rendered(source: str, messages: list[dict[str, Any]], *, prompt: bool = Fals
 
 
 def written(template: ChatTemplate, conversation: Conversation) -> Any:
-    """The text and the spans, or the reason why there are none."""
+    """The text and the spans, or the error."""
     try:
         return template(conversation)
     except RowError as error:

@@ -1,4 +1,4 @@
-"""Runs of placeholders are tokenised as one of them, with the same result."""
+"""Runs of placeholders are tokenized as a single placeholder, with the same result."""
 
 from __future__ import annotations
 

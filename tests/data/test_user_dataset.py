@@ -1,4 +1,4 @@
-"""Datasets of the user's own: each row once whatever the workers, ranks and epochs, items that raise as bad rows."""
+"""User-defined datasets: each row once for any workers, ranks and epochs; items that raise count as bad rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def hub_stream(path: str) -> Any:
 
 
 class SharesItself(IterableDataset):
-    """Gives each worker of a loader a part, as torch's documentation recommends; its length is that of the whole."""
+    """Gives each worker of a loader a part, as torch's documentation recommends; its length counts all rows."""
 
     def __init__(self, path: str) -> None:
         self.rows = rows(int(path))

@@ -1,4 +1,4 @@
-"""Videos: which frames there are, that these are the ones decoded, and one line for what cannot be read."""
+"""Videos: the right frames are selected and decoded; unreadable files give a one-line error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of a file answered into another: in order, going on after an interruption, and nobody else's output."""
+"""Answering the rows of a file into another: in order, resumable, and without touching other output."""
 
 from __future__ import annotations
 

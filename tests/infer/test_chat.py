@@ -1,4 +1,4 @@
-"""Talking to a model: a turn a line, commands, a history that fits the context, and Ctrl-C."""
+"""Chatting with a model: one turn per line, commands, a history that fits the context, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_history_is_given_with_each_turn(talk):
 
 @pytest.mark.parametrize("template", ["plain", "llama2"])
 def test_an_answer_is_fed_back_as_it_was_made(model, monkeypatch, capsys, template):
-    """Blanks that the template writes around an answer are made by the model too, but written once."""
+    """The model also generates the blanks that the template writes around an answer, but they are written once."""
     talk = Talk(model, monkeypatch, capsys, chat_template=template)
     tokenizer = talk._loaded.form.tokenizer
     words = iter([*tokenizer(" A cat ").input_ids, *tokenizer("abcdefghijkl" * 3).input_ids])
@@ -182,7 +182,8 @@ def test_in_a_terminal(model, ranks, at_start, tmp_path):
 
 
 def _press_ctrl_c(process: subprocess.Popen, screen: _Screen) -> None:
-    """Press until it is answered: where the mark is there and reading has not begun, Ctrl-C waits for the next key."""
+    """Press until there is a reaction: if the prompt is shown but reading has not begun, Ctrl-C waits for the next
+    key."""
     for _ in range(20):
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
@@ -202,7 +203,7 @@ class _Screen:
         assert self.shows(text, 60), f"no {text!r} in {self._unread!r}"
 
     def shows(self, text: str, seconds: float) -> bool:
-        """True once `text` has come, what is after it left unread."""
+        """Read until `text` has arrived, and leave what follows unread; True if it arrived."""
         deadline = time.monotonic() + seconds
         while text not in self._unread:
             if not select.select([self._master], [], [], max(0, deadline - time.monotonic()))[0]:

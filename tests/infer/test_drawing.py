@@ -1,4 +1,4 @@
-"""Pictures in answers: which tokens may follow, pictures from codes, guidance, and files beside the answers."""
+"""Pictures in answers: allowed next tokens, pictures from codes, guidance, and files next to the answers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_codes_become_pictures_and_leave_the_text() -> None:
 
 
 class Echo:
-    """Logits that tell of the prompt's first token."""
+    """Logits that depend on the prompt's first token."""
 
     joins = True
 

@@ -1,4 +1,4 @@
-"""Pictures drawn by diffusion in answers: those of the definition, with guidance and without, on any ranks."""
+"""Pictures that answers draw by diffusion equal the definition, with and without guidance, on any ranks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def answered(folder: Path, ranks: int, guidance: float) -> None:
 
 
 def trained_and_asked(folder: Path) -> None:
-    """Train a step, with prompts that are drawn before and after, and have pictures drawn by the export."""
+    """Train one step, drawing sample prompts before and after, and draw pictures with the export."""
     torch.set_num_threads(1)
     rows = (QUICKSTART / "images.jsonl").read_text().splitlines()[:2]
     (folder / "shown.jsonl").write_text("\n".join(rows))

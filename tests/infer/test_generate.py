@@ -1,4 +1,4 @@
-"""Our loop gives what transformers' generate gives, whatever a sequence shares its batch with."""
+"""Our loop generates the same as transformers' `generate`, whatever else is in the batch."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_the_budget_only_says_how_many_run_at_once(qwen, batch_tokens):
 
 
 def test_the_cache_stays_within_the_budget(qwen):
-    """Also after a long sequence has left others behind, and while sequences grow."""
+    """Also after a long sequence has ended before others, and while sequences grow."""
     config, loaded = open_model(qwen)
     held = []
 

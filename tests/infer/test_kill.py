@@ -1,4 +1,4 @@
-"""`--input` under SIGKILL: whenever it comes, no answer that was there is lost, and the end is that of a whole run."""
+"""`--input` under SIGKILL: no written answer is lost, and the final output equals that of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def write_rows(folder: Path) -> Path:
 
 
 def kill_again_and_again(tmp: Path, seed: int) -> int:
-    """The number of runs that it took until the output was there."""
+    """The number of runs that it took to complete the output."""
     logging.disable(logging.INFO)
     run(write_rows(tmp / "whole"))
     whole = (tmp / "whole/out.jsonl").read_bytes()
@@ -96,7 +96,7 @@ def kill_again_and_again(tmp: Path, seed: int) -> int:
         lines = there.split(b"\n")[:-1]
         assert lines[: len(before)] == before, "answers are kept, in the order in which they came"
         before = lines
-        if there and draw.random() < 0.5:  # the machine went down too, and the last line is there in part
+        if there and draw.random() < 0.5:  # as if the machine had failed too: the last line is incomplete
             journal.write_bytes(there + b'{"line": 7, "response": "on'[: draw.randrange(1, 27)])
     assert output.read_bytes() == whole
     run(folder)

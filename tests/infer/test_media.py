@@ -100,7 +100,7 @@ def by_transformers(
         chat = [{"role": "user", "content": parts}]
         prompt = processor.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         images = [Image.open(folder / name).convert("RGB") for name in names]
-        nested = [images] if images else None  # of one prompt: some families mind how many it has
+        nested = [images] if images else None  # of one prompt, since some families depend on its number of images
         inputs = processor(text=[prompt], images=nested, return_tensors="pt", add_special_tokens=False)
         out = model.generate(
             **inputs, do_sample=False, max_new_tokens=NEW, eos_token_id=None, pad_token_id=0, output_logits=True,
@@ -125,7 +125,7 @@ def test_greedy_equals_generate(tmp_path: Path, family: str) -> None:
     together = answers(loaded, config, requests)
     assert together == made
     assert len({tuple(answer) for answer in together}) >= 2, "the answers are to differ, or this shows little"
-    # One by one, and joining those under way.
+    # One by one, and joining sequences that are being generated.
     assert answers(loaded, config, requests, batch_tokens=1) == together
     assert answers(loaded, config, requests, batch_tokens=300) == together
 
@@ -192,7 +192,7 @@ def test_a_part_that_knows_no_sdpa_attends_by_its_own_code(tmp_path: Path) -> No
 def test_what_a_conversation_has_no_room_for_is_not_taken(
     tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Else no message could be sent any more, as what was taken waits for one that can."""
+    """Otherwise no message could be sent any more, because accepted media wait for the next message."""
     make_pictures(tmp_path)
     pictures = [f"/image {tmp_path / '1.png'}"] * 40
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([*pictures, "What?", ""])))
@@ -236,7 +236,7 @@ def test_rows_of_a_table_and_bounds_on_pixels(tmp_path: Path, model: str) -> Non
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "smolvlm", "qwen2_audio", "qwen2_5_omni"])
 def test_videos_and_sounds_are_asked_about(tmp_path: Path, family: str) -> None:
-    """The inputs are those of training, which are tested there; the answers those of the untouched class."""
+    """Inputs equal those of training, which are tested there; answers equal those of the original class."""
     (tmp_path / "long.mp4").write_bytes(recordings.video(12, 4))
     (tmp_path / "long.wav").write_bytes(recordings.sound(1.7))
     (tmp_path / "short.wav").write_bytes(recordings.sound(0.4, seed=1))

@@ -1,4 +1,4 @@
-"""`tutti infer` as a whole: what each argument changes, where a model may come from, and what is refused."""
+"""`tutti infer` as a whole: the effect of each argument, the sources of models, and errors."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_checkpoint_speaks_as_its_export_does(trained, say):
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory, model):
     """A short run that trained adapters on `model`."""
-    # What it is computed with in training, bf16, is no matter afterwards: it speaks in the precision of the base.
+    # The compute dtype of training, bf16, does not matter: inference uses the precision of the base.
     changes = {"train.architecture": "lora", "train.lora_rank": 4, "train.save_hf_weights": True, "train.lr": 0.1}
     changes |= {"train.compute_dtype": "bfloat16"}
     config = tiny_config(
@@ -147,7 +147,7 @@ def test_an_adapter_speaks_as_its_merged_model_does(adapted, model, say, tmp_pat
 
 
 def test_a_checkpoint_of_a_chat_run_is_asked_as_its_export_is(tmp_path, say):
-    """By a tokenizer without a template of its own, whose chats are written plainly."""
+    """With a tokenizer without a chat template, so chats are written in a plain format."""
     shutil.copytree(QUICKSTART, tmp_path / "tokenizer")
     config = json.loads((tmp_path / "tokenizer" / "tokenizer_config.json").read_text())
     del config["chat_template"]

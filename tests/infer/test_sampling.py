@@ -1,4 +1,4 @@
-"""Each sampling argument changes what is drawn, as it says."""
+"""Each sampling argument has its documented effect."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_top_k_keeps_the_most_likely():
     assert shares(sampler(top_k=1)) == [0, 1, 0, 0]
     assert shares(sampler(top_k=2)) == pytest.approx([0, 0.625, 0, 0.375], abs=0.03)
     assert shares(sampler(top_k=4)) == shares(sampler(top_k=400)) == shares(sampler())
-    # As transformers has it, top_p is of what top_k leaves: 0.6 is reached by the first of two.
+    # As in transformers, top_p applies to what top_k leaves: the first of two tokens reaches 0.6.
     assert shares(sampler(top_k=2, top_p=0.6)) == [0, 1, 0, 0]
 
 

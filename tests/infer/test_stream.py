@@ -1,4 +1,4 @@
-"""Streamed pieces put together are the text decoded at once, and never half a character."""
+"""Streamed pieces, joined, equal the text decoded at once, and never contain half a character."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,7 +48,7 @@ def test_pieces_add_up_to_the_text_before_the_first_stop(text, before, after, st
 
 
 def _pieces_words() -> PreTrainedTokenizerFast:
-    """A tokenizer that writes a token differently where a text begins, and leaves some out."""
+    """A tokenizer that decodes a token differently at the start of a text, and skips some tokens."""
     words = ["[UNK]", "[CLS]", "hel", "##lo", "wor", "##ld", ",", "don", "'", "t", "."]
     own = Tokenizer(models.WordPiece(vocab={word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
     own.decoder = decoders.WordPiece()

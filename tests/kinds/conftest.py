@@ -1,4 +1,4 @@
-"""Fixtures of tests of kinds of model: what the tests of checkpoints have."""
+"""Fixtures for tests of model kinds, shared with the checkpoint tests."""
 
 from tests.checkpoint.conftest import folders, one_rank, tokenizer, warnings
 

@@ -1,4 +1,4 @@
-"""`tutti export`: holds about a tensor at a time, and a folder of the final name is whole whatever happens."""
+"""`tutti export` holds about one tensor at a time, and a folder with the final name is always complete."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _status(name: str) -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_an_export_holds_few_tensors_at_a_time(tmp_path):
-    """A model of 64 MiB in matrices of 4: the largest file is all of it, and an export holds a fraction."""
+    """A model of 64 MiB with matrices of 4 MiB: it is a single file, but an export holds only a fraction."""
     wide = {"hidden_size": 256, "intermediate_size": 4096, "num_hidden_layers": 5}
     path = write_model_config(tmp_path / "wide", **wide)
     config = tiny_config(

@@ -1,4 +1,4 @@
-"""The sizes that a run reads off a model before it divides it."""
+"""The sizes that a run reads from a model before it shards it."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Files of other frameworks, as their users write them, and how tests read them."""
+"""Configuration files of other frameworks as users write them, and helpers to read them in tests."""
 
 from pathlib import Path
 from typing import Any

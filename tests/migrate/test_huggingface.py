@@ -1,4 +1,4 @@
-"""Files of TRL, of transformers' Trainer and of torchtitan become configurations that mean the same."""
+"""Files of TRL, transformers' Trainer and torchtitan become equivalent configurations."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Files of other frameworks become configurations that load, and every key of them is accounted for."""
+"""Files of other frameworks become valid configurations, and each of their keys is accounted for."""
 
 import tomllib
 from pathlib import Path
@@ -27,7 +27,7 @@ from tutti.migrate.show import account
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> set[str]:
-    """The dotted keys of everything that is no mapping."""
+    """The dotted keys of all values that are not mappings."""
     found: set[str] = set()
     for key, value in tree.items():
         found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}"}
@@ -162,7 +162,7 @@ def test_veomni_composed(tmp_path: Path) -> None:
 
 
 def test_veomni_decoders(tmp_path: Path) -> None:
-    """A decoder is used as it is; features have the language model's width in any case."""
+    """A decoder is used unchanged; features always have the language model's width."""
     text = (
         "model: {model_path: ./llm, input_encoder: encoder, output_encoder: decoder, encode_target: true,\n"
         "  encoders: {image: {model_path: ./vit, add_projector: false, output_size: 64}},\n"
@@ -184,7 +184,7 @@ def test_veomni_decoders(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("known_by", ["name", "field", "folder"])
 def test_veomni_decoders_by_diffusion(tmp_path: Path, known_by: str) -> None:
-    """They are told from tokenizers of pictures by their names, their fields, or the config in their folder."""
+    """They are distinguished from image tokenizers by their names, their fields, or the config in their folder."""
     path = "./ultra-edit-512" if known_by == "name" else "./drawer"
     field = ", patch_size1: 14" if known_by == "field" else ""
     if known_by == "folder":

@@ -1,4 +1,5 @@
-"""Tiny parts of composed models on disk: towers by name, and configurations that join them to a language model."""
+"""Tiny parts of composed models on disk: encoders by name, and configurations that combine them with a language
+model."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""name -> model_type and what its config sets; the last is that of a whole model, which has the tower as a part."""
+"""name -> model_type and config values; the last is a full model that contains the encoder."""
 
 WHISPER: dict[str, Any] = {
     "d_model": 24,
@@ -62,14 +63,14 @@ WHISPER: dict[str, Any] = {
 
 
 def write_tower(folder: Path, name: str) -> str:
-    """Write the config of a tower to `folder`/`name`; the path of that."""
+    """Write the config of an encoder to `folder`/`name`, and return this path."""
     kind, values = ("whisper", WHISPER) if name == "whisper" else TOWERS[name]
     AutoConfig.for_model(kind, **values).save_pretrained(folder / name)
     return str(folder / name)
 
 
 def write_foundation(folder: Path, name: str, *, vocab_size: int = 2048, **changes: Any) -> str:
-    """Write the config of a language model of `zoo` to `folder`/`name`; the path of that."""
+    """Write the config of a language model of `zoo` to `folder`/`name`, and return this path."""
     config = zoo.tiny(name, vocab_size=vocab_size, initializer_range=0.1, **changes)
     config.save_pretrained(folder / name)
     return str(folder / name)

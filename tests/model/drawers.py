@@ -1,4 +1,4 @@
-"""Tiny ready-made models that draw, in folders of their own, with processors made here."""
+"""Tiny models of existing classes that draw, in folders, with processors made here."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _VQ = {
 
 
 def janus_config(processor: Any) -> Any:
-    """A Janus whose pictures are 16 of 24 codes, for 16 pixels a side."""
+    """A Janus that draws pictures of 16 pixels a side as 16 of 24 codes."""
     vision = {
         "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 4,
         "projection_dim": 32, "num_image_tokens": 16, "mlp_ratio": 2.0,
@@ -54,7 +54,7 @@ EMU3_VQ: dict[str, Any] = {
 
 
 def emu3_config(processor: Any) -> Any:
-    """An Emu3 whose codes are 16, one for two pixels by two."""
+    """An Emu3 with 16 codes, one per 2 x 2 pixels."""
     text = {**_TEXT, "vocab_size": len(processor.tokenizer), "model_type": "emu3_text_model", "bos_token_id": 1}
     text["attention_dropout"] = 0.0
     names = processor.tokenizer.get_vocab()
@@ -62,7 +62,7 @@ def emu3_config(processor: Any) -> Any:
 
 
 def chameleon_config(processor: Any) -> Any:
-    """A Chameleon that sees pictures as 16 of 16 codes, for 16 pixels a side."""
+    """A Chameleon that reads pictures of 16 pixels a side as 16 of 16 codes."""
     vq = {**_VQ, "num_embeddings": 16, "resolution": 16}
     text = {**_TEXT, "vocab_size": len(processor.tokenizer) + 3, "bos_token_id": 1}
     names = processor.tokenizer.get_vocab()
@@ -73,7 +73,7 @@ CONFIGS = {"janus": janus_config, "emu3": emu3_config, "chameleon": chameleon_co
 
 
 def make_various(vq: Any) -> None:
-    """Give pictures various codes."""
+    """Change the weights so that pictures get different codes."""
     with torch.no_grad():
         torch.nn.init.normal_(vq.quantize.embedding.weight)
         next(vq.quant_conv.parameters()).mul_(20)

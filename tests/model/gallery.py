@@ -264,10 +264,10 @@ FROM_FILES: dict[str, dict[str, Any]] = {
         "vision_config": {key: value for key, value in _VISION.items() if key != "image_size"},
     },
 }
-"""Families that are tried with files and their own processor alone."""
+"""Families that are only tested with files and their own processor."""
 
 GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v")
-"""The families that take images as patches of any number, and positions of three rows."""
+"""Families that take images of any number of patches, and positions with three rows."""
 
 
 def tiny(name: str, **text: Any) -> PreTrainedConfig:

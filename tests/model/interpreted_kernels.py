@@ -1,7 +1,7 @@
-"""The Triton kernels in Triton's interpreter, on the CPU: `python -m tests.model.interpreted_kernels` prints, as JSON,
-by the name of a case what speaks against it.
+"""Run the Triton kernels in Triton's interpreter on the CPU: `python -m tests.model.interpreted_kernels` prints the
+failures of each case as JSON, by its name.
 
-A process of its own, since Triton decides when it is imported what its kernels are.
+This needs a separate process, since Triton chooses the interpreter when it is imported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ up in two matrices and in one."""
 
 
 def mend_interpreter() -> None:
-    """Make the interpreter round to bf16 as a GPU does, where it cuts digits off, and count with any numpy."""
+    """Make the interpreter round to bf16 as a GPU does, instead of truncating, and work with any numpy version."""
     from triton.runtime import interpreter
 
     convert, patch = interpreter._convert_float, interpreter._patch_lang_tensor
@@ -47,7 +47,7 @@ def mend_interpreter() -> None:
 
 
 def difference(kernel: Callable[..., Any], plain: Callable[..., Any], *args: Any) -> str:
-    """Where two functions that take no gradient differ."""
+    """The differences between two functions without gradients."""
     with torch.no_grad():
         first, second = (function(*args) for function in (kernel, plain))
     pairs = zip([first], [second], strict=True) if isinstance(first, Tensor) else zip(first, second, strict=True)

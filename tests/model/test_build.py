@@ -1,4 +1,4 @@
-"""Tokenizer, configuration and model come from local paths, fit one another, or one line says why not."""
+"""Tokenizer, configuration and model are built from local paths; a one-line error says if they do not fit."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_a_fresh_model_ends_its_texts_as_its_tokenizer_does(folder: Path, bare: 
     tokenizer = build_tokenizer(fresh)
     model = build_model(fresh, tokenizer=tokenizer, device=CPU)
     assert model.config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id == 0
-    # The config's padding token is now the end of text, whose embedding must be trained.
+    # The config's padding token is now the end-of-text token, whose embedding must be trained.
     assert model.config.pad_token_id is None and model.get_input_embeddings().padding_idx is None
     trained = build_model(_config({"model_path": str(folder)}), tokenizer=tokenizer, device=CPU)
     assert trained.config.eos_token_id == 2 and trained.config.pad_token_id == 0
@@ -213,7 +213,7 @@ def test_generation_settings_come_along(folder: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_is_dropped_once_dropout_is_off(family):
-    """With all that the family's config lets it drop: a model in training says what it says in evaluation."""
+    """With every dropout that the config has: a model in training mode gives the outputs of evaluation mode."""
     config = tiny(family)
     for name in config.to_dict():
         if any(part in name for part in ("drop", "jitter")):

@@ -1,4 +1,4 @@
-"""Captions as the text encoders of each family's own pipeline encode them."""
+"""Captions are encoded as by the text encoders of each family's own pipeline."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def make_pipeline(root: Path, name: str) -> Path:
 
 
 def encoded_by_pipeline(pipeline: Any, name: str, caption: str) -> dict[str, torch.Tensor]:
-    """The encoded caption that the pipeline gives its transformer when it is called, found by listening there."""
+    """The encoded caption that the pipeline passes to its transformer, captured from the call."""
     family, heard = FAMILIES[name], []
 
     class Stop(Exception):

@@ -29,7 +29,7 @@ STEPS = 3
 
 
 def net_of(name: str) -> Any:
-    """A transformer of the class whose output depends on all of its inputs: none of its weights is zero."""
+    """A transformer of the class without zero weights, so that its output depends on all inputs."""
     torch.manual_seed(0)
     net = make_net({"_class_name": name, **TRANSFORMERS[name]}).eval()
     for parameter in net.parameters():
@@ -161,7 +161,7 @@ def test_a_prediction_has_the_shape_of_the_latents_and_reaches_the_weights(name:
     assert out.shape == latents.shape
     out.square().sum().backward()
     lacking = [key for key, item in net.named_parameters() if item.grad is None]
-    # The text of Qwen-Image's last block goes nowhere.
+    # Nothing uses the text output of Qwen-Image's last block.
     assert all("1." in key for key in lacking) if name.startswith("Qwen") else not lacking, lacking
 
 
@@ -182,12 +182,12 @@ def test_a_model_that_draws_in_bf16_is_what_diffusers_loads(name: str, tmp_path:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_work_of_a_class_is_counted_without_storage(name: str) -> None:
-    """A forward pass is what torch counts of the model itself, and training thrice that; of frozen weights less."""
+    """A forward pass takes the operations that torch counts, training three times as many, and frozen weights fewer."""
     family, net = FAMILIES[name], net_of(name)
     config = {"_class_name": name, **TRANSFORMERS[name]}
     text, latents = texts(family)[0].map(lambda part: part[:1]), noise_for(family, net)[:1]
     pooled = None if text.pooled is None else text.pooled.shape[-1]
-    # Of CPUs' own attention torch counts nothing.
+    # torch does not count the operations of attention on CPUs.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         predict(family, net, latents, torch.tensor([100.0]), text)
     forward = counter.get_total_flops()

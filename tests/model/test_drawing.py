@@ -1,4 +1,4 @@
-"""Ready-made models that draw: losses and gradients of text and codes are those of the untouched class."""
+"""Existing models that draw: losses and gradients of text and codes equal those of the original class."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_pictures_of_any_size_are_tokenized_as_asked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["janus", "emu3"])
 def test_pictures_have_the_values_that_the_model_s_processor_makes(tmp_path: Path, family: str) -> None:
-    """Going in as its image processor prepares them, coming out as its `postprocess` turns values into bytes."""
+    """Inputs equal those of its image processor; outputs are converted to bytes as in its `postprocess`."""
     path = Path(write_drawer(tmp_path / "model", family))
     file = next(name for name in ("processor_config.json", "preprocessor_config.json") if (path / name).is_file())
     content = json.loads((path / file).read_text())

@@ -1,4 +1,4 @@
-"""Images that ranks encode for each other: features and gradients as if each rank had encoded all of them."""
+"""Images that ranks encode for each other: features and gradients equal those of encoding all on each rank."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def compare(family: str, images: list[int], *, video: bool = False) -> None:
     assert sum(seen) < extras[values].numel() or sum(images) == 1, f"{family}: a rank has encoded all images"
     for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6, msg=lambda text: f"{family}: {text}")
-    # Each rank has some of the loss, as it has some of the tokens.
+    # Each rank has a part of the tokens, and so a part of the loss.
     (_weighted(got) * (0.25 if dist.get_rank() == 0 else 0.75)).backward()
     for (name, parameter), wanted in zip(named, want_grads, strict=True):
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

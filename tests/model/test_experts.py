@@ -1,4 +1,4 @@
-"""Fused experts give what each model's own loop gives, in every layout of weights."""
+"""Fused experts equal each model's own loop, for every layout of weights."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ LAYOUTS = {
     "a norm after each expert": ("muse_spark", "MuseSparkExperts"),
     "clamped gate": ("deepseek_v4", "DeepseekV4Experts"),
 }
-"""Every combination of what transformers' decorator for experts can declare, by a class that has it."""
+"""Every combination of options of transformers' decorator for experts, with a class that uses it."""
 
 
 GATED_IN_HALVES = {"gate and up in halves", "transposed", "a norm after each expert"}
@@ -172,7 +172,7 @@ def mesh_of_one() -> MagicMock:
 
 @pytest.mark.parametrize("implementation", [FUSED, EAGER])
 def test_load_is_counted_in_training_and_told_as_multiples_of_an_even_share(implementation: str) -> None:
-    """Without padding, which would all go to expert 3, and once, however often a layer is run for its gradients."""
+    """Padding, which would all go to expert 3, is not counted, and recomputed layers count once."""
     resolve_experts(None)
     model = AutoModelForCausalLM.from_config(tiny("mixtral"), experts_implementation=implementation)
     root = Root(experts(model))

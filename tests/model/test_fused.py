@@ -1,4 +1,4 @@
-"""Fused norms, gated MLPs and rotary embeddings: what is recognised in which family, and that values stay."""
+"""Fused norms, gated MLPs and rotary embeddings: what is recognized in each family, with unchanged values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random weights follow the class and the seed alone, whatever the layout; buffers are recomputed."""
+"""Random weights depend only on the class and the seed, not on the layout; buffers are recomputed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tutti.model.initialize import init_weights, materialize
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_random_weights_follow_the_classes_rules(name: str) -> None:
-    """Each parameter is distributed as transformers' own initialisation of the same config has it."""
+    """Each parameter has the distribution of transformers' own initialization of the same config."""
     model = on_meta(name)
     init_weights(model, 3, CPU)
     assert nothing_on_meta(model)

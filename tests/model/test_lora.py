@@ -1,4 +1,4 @@
-"""Adapters compute what their formulas say and what peft computes, and travel to peft and back."""
+"""Adapters compute their formulas and the same as peft, and convert to peft's format and back."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def base_model(name="qwen3", auto=AutoModelForCausalLM, **overrides):
 
 
 def adapted(model, **settings):
-    """A copy of `model` with adapters that are away from where training begins."""
+    """A copy of `model` with adapters that differ from their initial values."""
     model = copy.deepcopy(model)
     add_adapters(model, Lora(**{"rank": 4, "alpha": 8.0, **settings}), torch.float32)
     init_adapters(model, seed=3)
@@ -187,7 +187,7 @@ def test_what_peft_wrote_is_read(tmp_path, family, settings):
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("family", [*EXPERTS, "qwen3", "gpt2", "phi3"])
 def test_merging_gives_a_model_of_the_original_class(family, dora):
-    """The merged weights are whole: for experts this is the reference that low-rank grouped products are held to."""
+    """Merged weights are full matrices: for experts, they are the reference for low-rank grouped products."""
     base = base_model(family)
     model = adapted(base, dora=dora)
     want = logits(model)
@@ -201,7 +201,7 @@ def test_merging_gives_a_model_of_the_original_class(family, dora):
 
 
 def _dense_gradients(base, model):
-    """Gradients of the adapters' parameters by way of whole weights that are functions of them."""
+    """Gradients of the adapters' parameters, computed through full weights as functions of them."""
     leaves = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if ADAPTER_MARK in name}
     weights = {}
     for module, adapter in adapters(model):

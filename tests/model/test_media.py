@@ -1,4 +1,4 @@
-"""Multimodal models from files on disk: packed samples equal the untouched class on its own processor's inputs."""
+"""Multimodal models from files on disk: packed samples equal the original class with its own processor's inputs."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def build(family: str, processor: Any) -> tuple[Any, Any]:
         config, attn_implementation=attention_by_part(config, resolve_attention("sdpa", CPU))
     ).eval()
     for parameter in plain.parameters():
-        if parameter.ndim >= 2 and not parameter.any():  # such as a projection of images, by which none would be seen
+        if parameter.ndim >= 2 and not parameter.any():  # such as an image projection, which would hide images
             torch.nn.init.normal_(parameter, std=0.1)
     packed.load_state_dict(plain.state_dict())
     return plain, packed
@@ -129,7 +129,7 @@ def test_packed_files_equal_the_family_s_own(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava_onevision"])
 def test_a_pair_has_the_inputs_of_both_its_answers(family: str) -> None:
-    """Also where how an image is cut up depends on how many there are."""
+    """Also if the tiling of an image depends on the number of images."""
     processor = PROCESSORS[family]()
     tree = {"train_path": "x", "data_type": "conversation", "max_seq_len": 4096}
     config = from_dict({"data": tree})

@@ -1,4 +1,4 @@
-"""Layers that carry a state along the tokens, in packed rows: each sample is as if it were alone."""
+"""Layers with a recurrent state, in packed rows: each sample gives the same results as alone."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def assert_alike(got: tuple[float, dict[str, torch.Tensor]], want: tuple[float, 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_blocks_that_run_again_see_the_borders_of_their_own_batch(reentrant: bool) -> None:
-    """Also where another batch ran in between, and where a class hands its blocks no borders (Mamba's)."""
+    """Also if another batch ran in between, and if a class does not pass sample boundaries to its blocks (Mamba)."""
     batches = [packed(3, 20, 1, 9), packed(18, 2, 13, seed=1)]
     for family in ("mamba", "lfm2"):
         want = gradients(separated(built(family)), batches)

@@ -1,4 +1,4 @@
-"""Models that take images, packed, against the untouched Hugging Face class sample by sample: loss and gradients."""
+"""Models with image input: packed loss and gradients equal those of the original class, sample by sample."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def build_pair(family: str, attention: str = "sdpa", **text: Any) -> tuple[Any, 
     config = tiny(family, **text)
     torch.manual_seed(0)
     plain = AutoModelForMultimodalLM.from_config(copy.deepcopy(config), attn_implementation="eager").eval()
-    with torch.no_grad():  # so that nothing that classes initialise with zero or one is without effect
+    with torch.no_grad():  # so that parameters that classes initialize with zero or one have an effect
         for parameter in plain.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     by_part = attention_by_part(config, resolve_attention(attention, CPU))
@@ -60,7 +60,7 @@ def assert_same_gradients(packed: Any, plain: Any) -> None:
         if want[name] is None:
             assert parameter.grad is None or not parameter.grad.any(), name
             continue
-        # Keys' biases cancel out in the softmax: their gradient is rounding alone. Those of steps nearly do.
+        # Key biases cancel in the softmax, so their gradient is only rounding. Those of steps nearly cancel.
         scale = want[name.replace("k_proj.bias", "k_proj.weight").replace("dt_bias", "A_log")].abs().max().item()
         error = (parameter.grad - want[name]).abs().max().item()
         assert error <= 1e-4 * scale, f"{name} is off by {error:.2e} of {scale:.2e}"

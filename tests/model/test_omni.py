@@ -1,4 +1,4 @@
-"""Composed models: packed rows with images equal the parts put together by hand, for many foundations and towers."""
+"""Composed models: packed rows with images equal the parts combined by hand, for many language models and encoders."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ def test_parts_are_frozen_by_name(tmp_path: Path, tower: str) -> None:
     model, _, _ = built(config_of(tmp_path, "llama", tower))
     freeze_parts(model, ["language_model", "towers"])
     left = {name.split(".")[2] for name, item in model.named_parameters() if item.requires_grad}
-    assert left == ({"projector"} if tower == "siglip" else {"projector", "tower"})  # Qwen2-VL's merger projects too
+    assert left == ({"projector"} if tower == "siglip" else {"projector", "tower"})  # its merger projects too
     assert all(name.startswith("encoders.") for name, item in model.named_parameters() if item.requires_grad)
 
 

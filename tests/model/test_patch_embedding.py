@@ -1,4 +1,4 @@
-"""Patches through a matrix product: the numbers of a convolution."""
+"""Patch embeddings as matrix products equal the convolution."""
 
 from __future__ import annotations
 

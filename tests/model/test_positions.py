@@ -36,7 +36,7 @@ ROPES = {
     ),
 }
 LENGTHS = (60, 9, 100, 30, 49)
-"""Some beyond the border and some within it, in such an order that a state that is kept shows."""
+"""Samples beyond and within the limit, in an order that reveals any state that is kept."""
 
 
 def config_of(name: str, **changes):

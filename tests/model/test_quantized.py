@@ -1,4 +1,4 @@
-"""A base in 8 or 4 bits computes as bitsandbytes' codes say, takes their room, and leaves autograd nothing to keep."""
+"""A base in 8 or 4 bits computes as bitsandbytes does, takes its size, and lets autograd save nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Videos and sounds from files on disk: packed samples equal the untouched class on its own processor's inputs."""
+"""Video and audio from files on disk: packed samples equal the original class with its own processor's inputs."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ HEARD: list[list[tuple[str, str]]] = [
 
 
 def heard_inputs(processor: Any, folder: Path, media: list[tuple[str, str]], sample: Sample) -> dict[str, Any]:
-    """The inputs that the class's own processor makes of a row whose videos are heard, at one frame rate."""
+    """The inputs of the class's own processor for a row whose videos have sound, at one frame rate."""
     of_kind: dict[str, list[Any]] = {kind: [] for kind in MARKS}
     slots: list[int | None] = []
     metadata = []

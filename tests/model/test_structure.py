@@ -1,4 +1,4 @@
-"""The facts that plan.py reads off a model are the model's own."""
+"""The facts that the structure reads from a model are correct."""
 
 from __future__ import annotations
 

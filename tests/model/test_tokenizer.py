@@ -1,4 +1,4 @@
-"""Chat templates by name, and the one place that says which tokens end a text."""
+"""Chat templates by name, and the tokens that end a text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of layouts that are trained beside one process: what is trained (`KINDS`), and where (`LAYOUTS`).
+"""The table of layouts that are compared with one process: the trainings (`KINDS`) and the layouts (`LAYOUTS`).
 
 Every run takes five steps of eight micro batches each, of packed samples of uneven lengths, accumulated wherever there
 are fewer data-parallel ranks than that. `tests.parallel.test_grid` sees to it that the table is complete.
@@ -168,7 +168,7 @@ def config_of(folder: Path, data: Path, layout: Layout) -> Config:
         "micro_batch_size": 1,
         "global_batch_size": 8,
         "max_steps": NUM_STEPS,
-        # With a small one, steps depend on the signs of gradients that are zero but for rounding.
+        # With a small one, steps depend on the signs of gradients that are zero except for rounding.
         "adam_eps": 1e-4,
         "save_hf_weights": True,
         "data.train_path": "chat",

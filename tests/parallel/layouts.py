@@ -1,4 +1,4 @@
-"""Runs of tiny models on several ranks beside the same on one, for tests of parallel layouts."""
+"""Runs of tiny models on several ranks and on one, for tests of parallel layouts."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def family_config(folder: Path, family: str, world: int = 1, overrides: dict | N
 def train_family(
     folder: Path, family: str, world: int = 1, overrides: dict | None = None, **changes: Any
 ) -> list[dict]:
-    """Lines of metrics of the run that `family_config` describes."""
+    """The metrics lines of the run that `family_config` describes."""
     return run(family_config(folder, family, world, overrides, **changes), world)
 
 
 def train_all(configs: list[Config], world: int) -> list[list[dict]]:
-    """The lines of metrics of several runs, one after the other on the same ranks: starting ranks takes longer."""
+    """The metrics lines of several runs, one after the other on the same ranks, because starting ranks takes longer."""
     problems = [problem for problem in try_all(configs, world) if problem is not None]
     assert not problems, problems[0]
     return [records(config) for config in configs]
@@ -61,7 +61,7 @@ def _train_each(configs: list[Config]) -> None:
 
 
 def _mark(config: Config) -> Path:
-    """A file that is there when the run has ended well."""
+    """A file that exists after a successful run."""
     return Path(config.train.output_dir or "") / "ended"
 
 

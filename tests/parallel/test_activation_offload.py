@@ -1,4 +1,4 @@
-"""Activations that leave the device: gradients the same bit for bit, each storage once, no more kept than allowed."""
+"""Offloaded activations: bit-equal gradients, each storage moved once, and no more kept than allowed."""
 
 import gc
 import logging
@@ -165,7 +165,7 @@ def test_a_graph_can_be_run_twice_and_micro_batches_can_overlap():
 
 
 def test_gradients_of_parameters_can_come_later():
-    """As zero bubble has it: of two micro batches, gradients of inputs first, and nothing is on the device between."""
+    """As in zero bubble: input gradients of two micro batches first; between them, nothing is on the device."""
     made, offloader = toys(*[lambda x, w: (x @ w).tanh()] * 3)
     plain, _ = toys(*[lambda x, w: (x @ w).tanh()] * 3, limit=1.0)
     found, on_device = [], []

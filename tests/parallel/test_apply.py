@@ -1,4 +1,4 @@
-"""`parallelize`: what it does to the process beside the model."""
+"""`parallelize`: its effects on the process, besides the model."""
 
 from __future__ import annotations
 

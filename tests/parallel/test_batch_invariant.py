@@ -1,4 +1,4 @@
-"""A sample's logits and losses, bit for bit the same alone, among others, and at any place in a batch."""
+"""A sample's logits and losses are bit-equal alone, among other samples, and at any position in a batch."""
 
 import numpy as np
 import pytest
@@ -142,7 +142,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def differences(tmp_path_factory):
-    """Of each layout: which samples were not the same; all layouts of as many ranks are tried together."""
+    """The samples that differ in each layout; layouts with equal numbers of ranks run together."""
     known: dict = {}
 
     def get(name):
@@ -179,7 +179,7 @@ def differences_of_all(configs):
 
 
 def differences_of(config):
-    """The samples of which this rank's logits are not what they are where all ranks run that sample alone."""
+    """The samples for which this rank's logits differ from those of all ranks running that sample alone."""
     ranks = init_world(torch.device("cpu"))
     parts = assemble(config, ranks)
     load_parameters(config, parts.placed, parts.mesh, ranks)
@@ -228,7 +228,7 @@ def test_a_run_on_ranks_equals_one_process_without_it(tmp_path, world):
 @pytest.mark.parametrize("lengths", [(7, 7, 7), (9, 1, 5)])
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
 def test_blocks_that_share_keys_read_those_of_their_own_sample(family, lengths, monkeypatch):
-    """Gemma 3n's hidden states are several streams besides."""
+    """Gemma 3n also has several streams of hidden states."""
     monkeypatch.setattr(sweep, "LENGTHS", lengths)
     layers = {
         "num_hidden_layers": 4,

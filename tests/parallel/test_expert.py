@@ -47,7 +47,7 @@ def test_runs_go_on_with_experts_divided_otherwise(tmp_path, alone):
 
 
 def test_weights_are_read_into_their_parts(tmp_path, alone):
-    """A run on divided experts that starts from an export begins with the loss that one process has with it."""
+    """A run on divided experts that starts from an export begins with the loss of one process."""
     changes = {"model.model_path": str(exported(alone[0])), "max_steps": 1, "save_hf_weights": False}
 
     def config(number, world, **train):
@@ -65,7 +65,7 @@ def exchanged(dtype):
     import torch.distributed as dist
 
     rank, generator = dist.get_rank(), torch.Generator().manual_seed(dist.get_rank())
-    # Nobody has rows for experts 2 and 3, and rank 1 has none at all.
+    # No rank has rows for experts 2 and 3, and rank 1 has no rows at all.
     experts = torch.tensor([0, 1, 4, 5])[torch.randint(4, (0 if rank == 1 else 20,), generator=generator)].sort().values
     rows = torch.randn(len(experts), 3, generator=generator).to(dtype).requires_grad_()
     scales = torch.tensor([2.0, 3.0]).requires_grad_()

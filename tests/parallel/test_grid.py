@@ -1,7 +1,7 @@
-"""Every layout trains as one process does: the same losses, gradient norms, and parameters after five steps.
+"""Every layout trains like one process: equal losses, gradient norms, and parameters after five steps.
 
-The layouts stand in the table of `tests.parallel.grid`; the first tests here hold the table to what there is to test.
-Layouts of as many ranks are run together, one after the other on the same ranks, when the first of them is asked for.
+The layouts are in the table of `tests.parallel.grid`; the first tests here check that the table is complete. Layouts
+with equal numbers of ranks run one after the other on the same ranks, when the first of them is needed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def used(config: Config, world: int) -> set[str]:
 def test_every_axis_pair_and_choice_is_in_the_table(configs):
     axes = {name: frozenset(used(configs[name], layout.world)) for name, layout in LAYOUTS.items()}
     refused = {frozenset(_axis(name) for name in pair) for pair in NOT_TOGETHER}
-    # Experts are divided among ranks of other axes: with them alone there is no layout, nor beside replicas or stages.
+    # Experts are divided among ranks of other axes, so they need one: replicas or stages are not enough.
     alone = {frozenset({axis}) for axis in AXES} | {frozenset({"expert", "shard"})}
     assert alone - set(axes.values()) == set()
     pairs = {frozenset(pair) for pair in itertools.combinations(ALL_AXES, 2)} - refused

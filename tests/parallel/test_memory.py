@@ -1,4 +1,4 @@
-"""First-generation FSDP and offloaded shards: both change where things are and when they move, and no number."""
+"""FSDP1 mode and offloaded shards: both change where tensors are and when they move, but no values."""
 
 import logging
 
@@ -38,7 +38,7 @@ MODES = {
 
 
 def train_and_look(config):
-    """Train, and say what the data-parallel engine did: its policy, reductions a unit and step, and what it logged."""
+    """Train, and report what the data-parallel engine did: its policy, reductions per unit and step, and its log."""
     from torch.distributed.fsdp import CPUOffloadPolicy
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group as engine
 

@@ -1,4 +1,4 @@
-"""The grid of ranks: coordinates, groups and what parameters are split over, for layouts of up to 16 ranks."""
+"""The device mesh: coordinates, groups and the axes that split parameters, for layouts of up to 16 ranks."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
-"""Steps in which some ranks have media and others none: no rank waits for a gradient that another does not have.
+"""Steps in which only some ranks have media: no rank waits for a gradient that another one does not have.
 
-For stretches of steps only the second rank has images, then none has, then all have, then the first alone. Losses and
+For some steps only the second rank has images, then none, then all, then only the first. Losses and
 gradient norms equal one process, every parameter has a gradient on every rank in every step, and towers run where there
 are images and nowhere else.
 """

@@ -1,4 +1,4 @@
-"""A model cut into stages evaluates, saves and exports as it does in one piece, and reads its weights."""
+"""A model split into stages loads weights, evaluates, saves and exports like the unsplit model."""
 
 import copy
 import itertools
@@ -49,7 +49,7 @@ def stage_costs(borders, share):
 
 
 def play(orders, num_stages, split):
-    """When the last action ends, if F takes 1, B 2, I and W 1; and that messages come in the order they are sent."""
+    """The time when the last action ends, if F takes 1, B 2, I and W 1; checks that messages arrive in order."""
     length = {"F": 1, "B": 2, "I": 1, "W": 1}
     ends, place, free = {}, [0] * len(orders), [0] * len(orders)
     while any(place[rank] < len(order) for rank, order in enumerate(orders)):
@@ -82,7 +82,7 @@ def test_schedules_run_through_in_the_time_they_should(split):
         for stage, batch in itertools.product(range(stages), range(batches)):
             kinds = {kind for kind in "FBIW" if (kind, stage, batch) in ends}
             assert kinds == (set("FIW") if split and stage else set("FB"))
-        for rank in range(ranks):  # what a rank takes from another comes in the order in which that one made it
+        for rank in range(ranks):  # a rank receives from another one in the order in which that one sent
             for kind, step in (("F", -1), ("I" if split else "B", 1)):
                 taken = [a for a in orders[rank] if a.kind in ("F" if kind == "F" else "BI")]
                 wanted = [(a.stage + step, a.batch) for a in taken if 0 <= a.stage + step < stages]
@@ -165,7 +165,7 @@ def test_saves_evaluates_and_exports_what_one_process_goes_on_with(tmp_path):
     assert set(final[0]) == set(final[1])
     for name, tensor in final[0].items():
         assert torch.allclose(final[1][name], tensor, rtol=1e-3, atol=2e-5), name
-    # One process goes on from the checkpoint that two stages wrote, and two stages from that of one process.
+    # One process resumes from the checkpoint of two stages, and two stages from that of one process.
     for writer, name, world, train in (("b", "c", 1, {}), ("a", "d", 2, staged)):
         middle = tmp_path / writer / "out" / "checkpoints" / "global_step_2"
         changes = {"train.load_checkpoint_path": str(middle)}

@@ -1,4 +1,4 @@
-"""Batches split over context and ulysses ranks: every token on one rank, and evaluation equal to one process."""
+"""Batches split over context and ulysses ranks: each token is on one rank, and evaluation equals one process."""
 
 from dataclasses import replace
 from itertools import pairwise

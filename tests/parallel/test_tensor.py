@@ -1,4 +1,4 @@
-"""Models split over a tensor axis: loss and gradients of every family, whole runs, and what travels between ranks."""
+"""Models split over a tensor axis: loss and gradients of every family, complete runs, and communication."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def config_for(folder: Any, world: int, **train: Any) -> Any:
     ],
 )  # fmt: skip
 def test_configs_without_a_plan_of_their_own_have_the_usual_one(family, linears):
-    """Experts run on a rank's own tokens, and so do matrices of the block itself; mixers run whole on all tokens."""
+    """Experts and matrices of the block itself run on a rank's own tokens; mixers run unsplit on all tokens."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(sweep.tiny_config(family))
     structure = read_structure(model)
@@ -251,7 +251,7 @@ def test_eight_ranks_split_and_copy_beside_the_tensor_axis(tmp_path):
 
 
 ODD = {"vocab_size": 2051, "tie_word_embeddings": True}
-"""Of a model whose vocabulary two does not divide, in whole runs."""
+"""Complete runs of a model whose vocabulary is not divisible by two."""
 
 TENSOR = {"tensor_parallel_size": 2, "data_parallel_mode": "fsdp2"}
 CHECKED = {
@@ -342,13 +342,13 @@ def test_compiled_blocks_are_one_graph_and_the_same(tmp_path):
 
 
 def compare_compiled(config: Any) -> None:
-    """With a backend that runs the graph as it is: what matters here is what graphs are made of."""
+    """With a backend that runs the graph unchanged, since only the contents of graphs matter here."""
     torch.compile = partial(torch.compile, backend="eager", fullgraph=True)
     compare("compiled", config, "qwen3", num_hidden_layers=1)
 
 
 def test_nothing_of_the_size_of_logits_travels(tmp_path):
-    """A gather and a sum for each part of a block, forward and backward; of the loss a few numbers a target."""
+    """One gather and one sum per part of a block, forward and backward, and a few numbers per target for the loss."""
     config = config_for(tmp_path, 2, tensor_parallel_size=2)
     batch = make_batch(0, lengths=(5, 33, 2, 22))
     rows, width, num_blocks, vocabulary = len(batch.input_ids), 32, 2, 4096

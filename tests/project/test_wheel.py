@@ -1,4 +1,4 @@
-"""The wheel, installed into an environment of its own: the command, and every file that it reads."""
+"""The wheel, installed into a separate environment: the command, and all files that it reads."""
 
 from __future__ import annotations
 

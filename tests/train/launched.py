@@ -24,14 +24,14 @@ from tutti.config.yamlfile import to_yaml
 
 @dataclass(frozen=True)
 class Launcher:
-    """A launcher that runs. output: the run's folder. said: the file of all that launcher and ranks print."""
+    """A running launcher. output: the run's folder. said: the file with the output of launcher and ranks."""
 
     process: Any
     output: Path
     said: Path
 
     def wait(self, timeout: float = 120) -> int:
-        """Wait for the end; the exit status. No rank or worker may be left then."""
+        """Wait for the end and return the exit status. No rank or worker may be left."""
         self.process.join(timeout)
         if self.process.exitcode is None:
             self.process.kill()
@@ -47,7 +47,7 @@ class Launcher:
         return [process for process in _processes() if _parent(process) == self.process.pid]
 
     def workers(self) -> list[int]:
-        """The process ids of what ranks started: all others that write where they do."""
+        """The process ids of the ranks' children: all other processes with the same output file."""
         mine = {self.process.pid, *self.ranks()}
         return [process for process in _processes() if process not in mine and _prints_to(process, self.said)]
 
@@ -87,7 +87,7 @@ def _launcher(argv: list[str], hook: Callable[..., None] | None, output: Path, s
 
 
 class _Forked:
-    """subprocess.Popen, of a function."""
+    """The interface of subprocess.Popen for a function."""
 
     def __init__(
         self,

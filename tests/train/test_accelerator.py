@@ -1,4 +1,4 @@
-"""Runs on the pretended accelerator (`tests.accelerator`) against the same runs on the CPU."""
+"""Runs on the simulated accelerator (`tests.accelerator`) equal the same runs on the CPU."""
 
 import pytest
 
@@ -7,10 +7,10 @@ from tests.model.zoo import tiny
 from tests.train.runs import records, tiny_config, train_quietly, write_pairs
 
 LOG = {"train/step.py reduce", "train/step.py reduce_sums", "train/step.py <dictcomp>", "model/experts.py take"}
-"""The functions that read a line's figures."""
+"""The functions that read the values of a metrics line."""
 
 SAVE = {"train/spike_guard.py state_dict", "train/step.py state_dict", "checkpoint/state.py require_finite"}
-"""The functions that read a run's state, beside the copies of its tensors."""
+"""The functions that read a run's state, besides the copies of its tensors."""
 
 ALONE = {
     "fused attention": {"train.compute_dtype": "bfloat16", "train.enable_gradient_checkpointing": True},
@@ -26,7 +26,7 @@ ALONE = {
     "state in 8 bits": {"train.optimizer": "adamw_8bit"},
     "pairs, compared on the fly": {"data.data_type": "dpo", "train.dpo_reference": "on_the_fly"},
 }
-"""One rank's runs, in which the host waits for the device for figures and for saves alone."""
+"""Runs on one rank, in which the host waits for the device only for metrics and saves."""
 
 SHARDED = {"train.data_parallel_mode": "fsdp2"}
 TOGETHER = {

@@ -1,4 +1,4 @@
-"""AdamW with its state in 8 bits: near AdamW, exact in every layout and over a restart."""
+"""AdamW with 8-bit state: close to AdamW, and exact in every layout and after a resume."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def error_of_own(configs) -> str:
 
 
 def test_ranks_that_were_started_with_other_arguments(tmp_path):
-    """Replicas with learning rates of their own would part without a word; ranks of other layouts would hang."""
+    """Replicas with different learning rates would silently diverge; ranks with different layouts would hang."""
     same = {"data.train_path": str(QUICKSTART / "chat.jsonl")}
     ours = tiny_config(tmp_path, world=2, **same)
     changes = {"train.lr": 0.5, "train.weight_decay": 0.1, "train.load_checkpoint_path": "auto"}

@@ -1,4 +1,4 @@
-"""A chat template that writes the date: a run keeps the day it began, whenever it goes on."""
+"""A chat template that writes the date: a run keeps the date on which it began, whenever it resumes."""
 
 from __future__ import annotations
 

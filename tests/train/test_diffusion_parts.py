@@ -1,5 +1,5 @@
-"""Diffusion training by the machinery that all models share: frozen parts and rates, compiled blocks, offload, adapters
-that training goes on with."""
+"""Diffusion training with features shared by all models: frozen parts, learning rates of parts, compiled blocks,
+offload, and continuing from adapters."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STILL = {"train.lr": 0.0, "train.lr_decay_style": "constant"}
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The steps of a run without any of it."""
+    """The steps of a run without any of these features."""
     return run(config_of(tmp_path_factory.mktemp("plain")))
 
 

@@ -1,4 +1,5 @@
-"""Whole runs on pairs: layouts, accumulation, both references and restarts agree, and preferences are learnt."""
+"""Complete runs on pairs: layouts, accumulation, both reference modes and resumes agree, and preferences are
+learned."""
 
 import json
 from pathlib import Path
@@ -109,7 +110,7 @@ def test_resume_is_bit_equal(tmp_path, rows, how, world):
 
 
 def test_a_run_that_goes_on_takes_what_it_computed(tmp_path, rows):
-    """And not what a file says that belongs to other data."""
+    """A file that belongs to other data is not used."""
     config = config_of(tmp_path, rows, **{"train.save_steps": 1, "train.max_steps": 1})
     run(config)
     path = Path(config.train.output_dir) / FILE

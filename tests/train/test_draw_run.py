@@ -1,4 +1,4 @@
-"""Models that draw: pictures of the assistant are trained on as codes, in any layout, saved and exchanged by parts."""
+"""Models that draw: the assistant's pictures are trained as codes in any layout; parts are saved and exchanged."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_the_tokenizers_of_models_that_draw_are_used_as_they_are(tmp_path: Path,
 
 
 def test_a_model_that_sees_by_codes_has_no_tower(tmp_path: Path, one: list[dict[str, Any]]) -> None:
-    """Pictures of the user's come as codes as well, and are not trained on."""
+    """The user's pictures are codes as well, but are not trained on."""
     made = run(config_of(tmp_path, **{"model.encoders": {}, "model.input_encoder": "decoder"}))
     assert made[0]["targets/code"] == one[0]["targets/code"]
     assert made[-1]["loss"] < made[0]["loss"] != one[0]["loss"]

@@ -1,9 +1,9 @@
-"""A run goes on in any layout from the checkpoint of any other: the same tensors, losses and samples.
+"""A run resumes in any layout from the checkpoint of any other: with the same tensors, losses and samples.
 
-Eight layouts, which are 56 ordered pairs. Each layout trains three steps and saves after two; from there each other one
-goes on in a folder of its own. Right after the load it saves again: that checkpoint must hold the tensors of the first,
-bit for bit. The losses must be those of the run that was not moved. Eight pairs, of which each layout is left once and
-entered once, stand for all of them here; `make soak` takes all.
+Eight layouts make 56 ordered pairs. Each layout trains three steps and saves after two; from there, each other layout
+resumes in a separate folder. Right after loading it saves again, and this checkpoint must have the same tensors, bit
+for bit. The losses must be those of the run that did not change its layout. By default eight pairs are tested, with
+each layout once as source and once as target; `make soak` tests all.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pictures of the assistant's as features (model.output_encoder encoder): any layout, saved and read back by parts."""
+"""The assistant's pictures as features (model.output_encoder encoder): any layout; parts are saved and loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that draw by diffusion: the loss, layouts, cached latents, resume, exports and what is refused."""
+"""Models that draw by diffusion: the loss, layouts, cached latents, resume, exports and errors."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ def test_parts_that_cannot_be_used_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_pictures_whose_latents_are_known_are_not_decoded(tmp_path: Path, made: Path) -> None:
-    """Training goes on as it did once they are gone."""
+    """Training continues unchanged after they are deleted."""
     config = config_of(tmp_path, **{"model.encode_target": True, "train.max_steps": 1, "train.num_train_epochs": 1})
     run_ranks(1, _train_twice, config, str(tmp_path / "again"))
     first, second = (lines_of(tmp_path / name)[0]["loss"] for name in (".", "again"))
@@ -251,7 +251,7 @@ def _train_twice(config: Config, again: str) -> None:
 
 
 def test_a_new_decoder_is_led_by_states_of_some_size(tmp_path: Path) -> None:
-    """Otherwise pictures would be learned without a look at what leads to them."""
+    """Otherwise pictures would be learned without their captions."""
     config = config_of(tmp_path)
     _, model = language.build(config, torch.device("cpu"))
     language.load(config, model, world=ONE, device=torch.device("cpu"))

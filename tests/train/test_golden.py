@@ -1,7 +1,7 @@
-"""A loss curve that must not move: 12 steps of the tiny model, fp32, from the first released state of the loop.
+"""A loss curve that must not change: 12 steps of the tiny model in fp32, recorded from the first release.
 
-A change that moves it changes what training does to everyone; write the new curve only for a reason that is named in
-the commit: `python -m tests.train.test_golden`.
+A change to it changes training for all users. Write a new curve with `python -m tests.train.test_golden` only for a
+reason that the commit message gives.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Every path of training on an accelerator against the same run on the CPU, in fp32.
+"""Every path of training on an accelerator equals the same run on the CPU, in fp32.
 
 Skipped where there is no accelerator. `python -m tests.train.test_gpu FOLDER` trains all cases on whatever device there
 is and writes the losses of each to FOLDER/NAME.json; one such process, to which no accelerator is visible, works beside

@@ -1,4 +1,4 @@
-"""Runs that look after themselves: spikes, gradients that are not finite, early stopping, the best checkpoint."""
+"""Automatic reactions of runs: to spikes, to non-finite gradients, early stopping, and the best checkpoint."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_the_best_checkpoint_is_replaced_by_a_better_one(tmp_path, one_rank):
 
 
 def test_a_run_keeps_its_best_checkpoint(tmp_path):
-    """With a rate so high that the model gets worse and worse, the first one stays."""
+    """With a learning rate so high that the model keeps getting worse, the first checkpoint stays the best."""
     changes = {**EVALUATED, "train.keep_best": True, "train.max_checkpoints": 1, "train.save_steps": 1}
     config = tiny_config(tmp_path, **changes, **{"train.lr": 3.0, "train.lr_decay_style": "constant"})
     losses = {line["step"]: line["eval_loss"] for line in run(config) if "eval_loss" in line}

@@ -1,4 +1,4 @@
-"""A rank that hangs is named, with its phase and stack, within the timeout and five seconds; then all ranks end."""
+"""A rank that hangs is reported with its phase and stack within five seconds after the timeout; then all ranks end."""
 
 from __future__ import annotations
 

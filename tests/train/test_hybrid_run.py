@@ -1,4 +1,4 @@
-"""Runs of hybrid models: alike in every layout, resumed, adapted, exported and generated from."""
+"""Runs of hybrid models: equal in every layout, with resume, adapters, export and generation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that are signalled, fail, or were started wrong: what is there afterwards is whole, and is gone on with."""
+"""Runs that get signals, fail, or start with errors: their output stays complete, and they can be resumed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_failed_resume_leaves_everything_as_it_was(tmp_path):
     run(config)
     output = Path(config.train.output_dir)
     before = files_of(output)
-    # The same folder with another model and other data: the data is what is found to be wrong, last of all.
+    # The same folder with another model and other data: the error in the data is found last.
     write_model_config(tmp_path / "other", rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
     wrong = tiny_config(
         tmp_path,
@@ -47,7 +47,7 @@ def test_a_failed_resume_leaves_everything_as_it_was(tmp_path):
     with pytest.raises(AssertionError, match="set it back to go on"):
         run(wrong)
     assert files_of(output) == before
-    # An export goes by what the checkpoint holds, whatever became of the files that it was made from.
+    # An export uses only the checkpoint, whatever happened to the original files.
     want = run_ranks(1, exported, output, tmp_path / "before")[0]
     (output / "config.yaml").write_text("train: {}\n")
     write_model_config(tmp_path / "model", rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
@@ -197,7 +197,7 @@ def stopped_in_evaluation(config: Config) -> None:
 
 
 def test_an_evaluation_that_was_left_is_made_up_for(tmp_path):
-    """Three batches an evaluation; the stop comes with the first one of the second, on one rank."""
+    """Evaluations have three batches; the stop comes in the first batch of the second one, on one rank."""
     rows = (QUICKSTART / "chat_eval.jsonl").read_text().splitlines()
     (tmp_path / "eval.jsonl").write_text("\n".join(rows[:24]))
     settings: dict[str, Any] = {
@@ -216,7 +216,7 @@ def test_an_evaluation_that_was_left_is_made_up_for(tmp_path):
 
 
 def test_two_runs_in_one_folder(tmp_path):
-    """The second stops, and the first does not notice."""
+    """The second run stops, and the first does not notice."""
     config = tiny_config(tmp_path, **{"train.max_steps": 2})
     (message,) = run_ranks(1, starts_a_second, config)
     assert "another run is going on there (process " in message

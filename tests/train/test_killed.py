@@ -1,4 +1,4 @@
-"""A run that is killed at random moments, again and again, ends as if nothing had happened: bit for bit.
+"""A run that is killed at random moments, again and again, gives bit-equal results.
 
 Forty kills, 200 with `make soak`. A start costs half a second of a core, since ranks are forked with all imports done.
 """
@@ -73,7 +73,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_bit_equal(tmp_path):
         config = config_in(tmp_path / str(round_number))
         while True:
             try:
-                # Of the time that a whole run takes: some die while they start, while they save, and near the end.
+                # Fractions of the time of a full run: some die while they start, while they save, and near the end.
                 run_ranks(
                     2, train_and_die, config, random_source.randrange(2), random_source.uniform(0.1, 0.6) * longest
                 )

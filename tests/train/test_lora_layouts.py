@@ -1,4 +1,4 @@
-"""Adapters train on every layout as in one process: loss, norm, samples, and what is written; and move between them."""
+"""Adapters train on every layout as in one process: equal loss, norm, samples and files; they move between layouts."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_runs_go_on_on_another_layout(alone, laid_out, make, tmp_path, variant, 
     middle = str(output / "checkpoints" / "global_step_2")
     resumed = make(tmp_path / "resumed", variant, world, **train, load_checkpoint_path=middle)
     path = str(output / "hf" / "final")
-    # What is adapted is the adapter's own, whatever train.lora_* say.
+    # The adapter's own settings apply, not train.lora_*.
     still = {"lr": 0.0, "lr_min": 0.0, "max_steps": 1, "model.adapter_path": path, "lora_targets": ["q_proj"]}
     taken = make(tmp_path / "taken", variant, world, **train | still)
     lines, again = train_all([resumed, taken], world)

@@ -1,4 +1,4 @@
-"""Runs that train adapters: resumed exactly, small in memory and on disk, and whole again when merged."""
+"""Runs that train adapters: exact resume, low memory, small checkpoints, and full models after merging."""
 
 import json
 from pathlib import Path
@@ -121,7 +121,7 @@ def test_training_goes_on_from_an_adapter(make):
     first = make("first", save_hf_weights=True, lora_rslora=True, lora_targets=["q_proj"])
     run(first)
     adapter = str(Path(first.train.output_dir) / "hf" / "final")
-    # What is adapted is the adapter's own, whatever train.lora_* say.
+    # The adapter's own settings apply, not train.lora_*.
     second = make("second", **{"model.adapter_path": adapter}, save_hf_weights=True, lr=0.0, lr_min=0.0)
     lines = run(second)
     assert lines[0]["loss"] < records(first)[0]["loss"] - 1e-3

@@ -1,4 +1,4 @@
-"""The fused head and loss against torch's own cross-entropy on full logits."""
+"""The fused head and loss equal torch's cross-entropy on full logits."""
 
 from functools import cache, partial
 

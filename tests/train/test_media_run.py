@@ -1,4 +1,4 @@
-"""Whole runs of a model that takes images, from a table of pictures and chats of text alone, mixed in one file."""
+"""Complete runs of a model with image input, on one file with pictures and text-only chats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Muon: torch's own on a matrix, stacks, which parameters it takes, and sharded matrices as whole ones."""
+"""Muon equals torch's own on a matrix; stacks; its choice of parameters; sharded matrices equal full ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The packed objective against the untouched Hugging Face class, sample by sample: loss and every gradient."""
+"""The packed objective equals the original Hugging Face class, sample by sample: loss and all gradients."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Whole runs of a composed model on pictures with captions: layouts, resume, exports and parts that are exchanged."""
+"""Complete runs of a composed model on pictures with captions: layouts, resume, exports, and exchange of parts."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def test_parts_can_be_exchanged(tmp_path: Path, exported: Path, caplog: pytest.L
 
 
 def answered_by_hand(model: Any, tokenizer: Any, processor: Any, row: dict[str, Any], count: int) -> list[int]:
-    """The greedy answer to a row: features in the place of placeholders, and the foundation run anew for each token."""
+    """The greedy answer to a row: features replace placeholders, and the full model runs for each token."""
     images = [Image.open(QUICKSTART / name).convert("RGB") for name in row.get("images", ())]
     parts = [{"type": "image"}] * len(images) + [{"type": "text", "text": "What is this?"}]
     chat = [{"role": "user", "content": parts}]

@@ -1,4 +1,4 @@
-"""The output folder: one run at a time in it, and one branch."""
+"""The output folder: it has one run at a time, and one branch of checkpoints and metrics."""
 
 import json
 import os
@@ -112,7 +112,7 @@ def test_every_rank_holds_the_lock(tmp_path):
 
 
 def test_a_restart_waits_for_the_ranks_before_it(tmp_path, one_rank, monkeypatch):
-    """Of the same job; another one is refused at once."""
+    """This holds for the same job; another job is refused immediately."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
@@ -205,7 +205,7 @@ def test_auto_follows_the_branch_of_the_last_start(tmp_path, one_rank, settings,
     assert sorted(path.name for path in (left / "hf").iterdir()) == ["final", *beyond]
     assert (not beyond and not (left / "checkpoints").exists()) or names(left) == beyond
     assert all((tmp_path / "hf" / f"global_step_{step}").exists() == (step <= origin) for step in (4, 6))
-    # What was set aside is whole, and can be gone on from.
+    # The branch that was set aside is complete, and can be resumed.
     for name in beyond:
         model, optimizer = build("plain", seed=5)
         assert checkpointer(tmp_path / "else", one_rank).resume(str(left / "checkpoints" / name), model, optimizer)

@@ -1,4 +1,4 @@
-"""train.part_lr: learning rates of parts, whatever the optimizer and the layout."""
+"""train.part_lr: learning rates of parts, for any optimizer and layout."""
 
 from __future__ import annotations
 

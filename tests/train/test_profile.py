@@ -1,4 +1,4 @@
-"""The profiler: which steps it records, on which ranks, and what its switches add to the trace."""
+"""The profiler: recorded steps and ranks, and the effect of its options on the trace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that train adapters on a base in 8 or 4 bits: equal on every layout, resumed exactly, merged into weights."""
+"""Runs that train adapters on a base in 8 or 4 bits: equal on every layout, exact resume, and merging."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Janus that draws, in whole runs: layouts, exports, what stays as it is, and pictures as transformers draws them."""
+"""Complete runs of Janus that draw: layouts, exports, unchanged parts, and pictures equal to transformers'."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_a_trained_model_draws(one: Path) -> None:
 
 
 def test_the_largest_micro_batch_is_found_where_no_step_ends_in_the_first_epoch(tmp_path: Path, model: str) -> None:
-    """Rows that are seen and rows that are drawn are both media."""
+    """Rows with input pictures and rows with drawn pictures both count as media."""
     config = drawer_config(tmp_path, model)
     tokenizer, built = language.build(config, torch.device("cpu"))
     inputs = language.read_inputs(config, tokenizer, read_structure(built))

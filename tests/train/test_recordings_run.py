@@ -1,4 +1,4 @@
-"""Whole runs of models that take videos or sounds, from the quickstart tables with chats of text alone mixed in."""
+"""Complete runs of models with video or audio input, on the quickstart tables mixed with text-only chats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--max-restarts`: a run that crashes goes on from its newest checkpoint, and ends as if it had not crashed."""
+"""`--max-restarts`: a run that crashes resumes from its newest checkpoint and ends as if it had not crashed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def at_step(action: Any) -> None:
 
 
 def crash_twice(output: Path) -> None:
-    """By the kernel in step 4 on rank 1, and by an error in step 6 on rank 0."""
+    """Crash by SIGKILL in step 4 on rank 1, and by an error in step 6 on rank 0."""
     rank = os.environ["RANK"]
 
     def crash(step: int) -> None:

@@ -1,4 +1,4 @@
-"""Whole runs: every layout trains as one process does, and what is written can be used."""
+"""Complete runs: every layout trains like one process, and the output can be used."""
 
 import json
 from pathlib import Path
@@ -115,7 +115,7 @@ def test_a_finished_run_is_done_and_a_longer_one_goes_on_by_its_own_schedule(tmp
 
 
 def test_a_checkpoint_beyond_the_runs_end_and_a_larger_batch(tmp_path):
-    """The steps that are said to be left are those that are taken."""
+    """The reported number of remaining steps equals the steps taken."""
     settings = {"train.save_steps": 2, "train.max_steps": None, "train.global_batch_size": 16}
     first = run(tiny_config(tmp_path, **settings))
     resumed = {

@@ -1,4 +1,4 @@
-"""Samples: what the model answers as it trains, on any layout, without a trace in the training."""
+"""Samples: the model answers prompts during training on any layout, without any effect on training."""
 
 import json
 from pathlib import Path
@@ -97,7 +97,7 @@ def test_expected_answers_are_counted(tmp_path: Path, sampled: Config) -> None:
     counted = {line["step"]: line for line in run(config) if "sample_accuracy" in line}
     assert list(counted) == [0, 2, 4, 5]
     assert counted[5] == {"step": 5, "sample_accuracy": 10 / 11, "sample_answers": 11}
-    # Of a file that is the evaluation data they are counted apart.
+    # Prompts from the evaluation file are counted separately.
     others = tmp_path / "others.jsonl"
     others.write_text(json.dumps(rows[1]))
     both = {"train.sample_prompts_path": f"{prompts}, {others}", "data.eval_path": str(others),

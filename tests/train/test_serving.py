@@ -1,4 +1,4 @@
-"""Exports are complete for those who serve them: plain transformers loads them, and generation ends with the turn."""
+"""Exports are ready for serving: plain transformers loads them, and generation ends with the turn."""
 
 import json
 from pathlib import Path

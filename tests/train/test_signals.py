@@ -1,6 +1,6 @@
-"""Requests to stop, whoever gets them and whatever the run is doing: no step is lost, and nothing is left behind.
+"""Stop signals, to any process and at any phase of the run: no step is lost, and no process is left.
 
-Three cases here that hold each value of each dimension; `make soak` takes all 36.
+By default three cases run, which cover each value of each dimension; `make soak` runs all 36.
 """
 
 from __future__ import annotations

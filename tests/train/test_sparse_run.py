@@ -1,4 +1,4 @@
-"""Runs with native sparse attention: alike in every layout, resumed, exported and generated from."""
+"""Runs with native sparse attention: equal in every layout, with resume, export and generation."""
 
 from __future__ import annotations
 

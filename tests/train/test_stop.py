@@ -1,4 +1,4 @@
-"""Who goes on after a stop on several machines."""
+"""Which ranks continue after a stop on several machines."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Every step of a run is a stop point: the rest of the run after it is bit-equal, whatever the data is like.
+"""A run can stop after any step: the rest of it is bit-equal, for any kind of data.
 
-Each run of a pairwise cover of the dimensions of data saves after every step; from every checkpoint another run goes on
-in a folder of its own. Losses, gradient norms, samples and weights after each step must be those of the run that was
-never stopped. `make soak` takes every combination, and more steps.
+The runs cover all pairs of values of the data settings. Each saves after every step, and from each checkpoint another
+run resumes in a separate folder. Losses, gradient norms, samples and weights after each step must be those of the run
+that never stopped. `make soak` tries all combinations, and more steps.
 """
 
 from __future__ import annotations

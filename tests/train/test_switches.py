@@ -1,4 +1,4 @@
-"""Switches of a run, each seen to act: in what the run writes, or in what its ranks do while it trains."""
+"""Each switch of a run has an effect, either on its output or on what its ranks do during training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EVAL = str(QUICKSTART / "chat_eval.jsonl")
 
 
 def watch(config: Config) -> dict[str, Any]:
-    """Train on this rank, and tell what it did that leaves no trace in the output folder: see `Watcher.seen`."""
+    """Train on this rank, and report what cannot be seen in the output folder (`Watcher.seen`)."""
     from tests.train.runs import train_quietly
     from tutti.checkpoint.hf_files import Checkpoint
     from tutti.checkpoint.manager import Checkpointer
@@ -76,7 +76,7 @@ def ignore(*_: Any, **__: Any) -> None:
 
 
 class Watcher:
-    """Notes what a run does.
+    """Records what a run does.
 
     seen, as it is at the first step: share (of all parameters, that this rank holds), dtypes, units (on one rank),
     decay (parameters by their weight decay), collects_by_itself, deterministic; mesh, experts (this rank's group).
@@ -418,7 +418,7 @@ def test_a_label_names_the_figures_of_the_one_source(others):
 
 
 def test_chats_are_rendered_by_the_template_asked_for(by_steps, by_epochs):
-    """Of which the exported tokenizer is the witness."""
+    """The exported tokenizer shows this."""
     exported = [Path(config.train.output_dir) / "hf" / "global_step_4" for config, _ in (by_steps, by_epochs)]
     own, llama = (AutoTokenizer.from_pretrained(folder).chat_template for folder in exported)
     assert "<|im_start|>" in own and "[INST]" not in own

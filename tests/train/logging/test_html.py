@@ -1,4 +1,4 @@
-"""report.html: what it holds, how large it grows, and what a browser makes of it."""
+"""report.html: its contents, its size, and how a browser shows it."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_charts_draw_every_point(looked_at: tuple[Page, str]) -> None:
     assert points["lr", "Learning rate"] == points["sample_length", "Sample length"] == STEPS
     assert points["rewards", "Chosen"] == points["rewards", "Rejected"] == STEPS
     assert points["source_loss", "books"] == points["source_loss", "code"] == STEPS
-    # The line breaks where a loss is not a number.
+    # The line has a gap where a loss is NaN.
     assert [len(re.findall("M", path["d"] or "")) for path in page.paths["loss"]] == [2, 2, 1]
     shares = {path["data-series"]: path["data-columns"] for path in page.paths["source_tokens"]}
     assert shares == {"books (75.0 %)": "40", "code (25.0 %)": "40"}

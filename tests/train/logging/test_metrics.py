@@ -1,4 +1,4 @@
-"""metrics.jsonl, going back on resume, bounded curves, the progress line, Weights & Biases."""
+"""metrics.jsonl, its truncation on resume, bounded curves, the progress line, Weights & Biases."""
 
 from __future__ import annotations
 

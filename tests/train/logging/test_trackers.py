@@ -1,4 +1,4 @@
-"""Services that follow a run: the same numbers under the same names, and no failure of theirs that costs a run."""
+"""Experiment trackers get the same numbers under the same names, and their failures never end a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tutti.train.run import train
 
 
 class Fake(accelerate.tracking.GeneralTracker):
-    """A tracker in the place of one of accelerate's; `fails` names the methods that raise."""
+    """A stand-in for one of accelerate's trackers; `fails` names the methods that raise."""
 
     name = "swanlab"
     requires_logging_directory = False

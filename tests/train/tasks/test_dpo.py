@@ -1,4 +1,4 @@
-"""The preference loss on packed pairs against the formula on the untouched Hugging Face class, one answer at a time."""
+"""The preference loss on packed pairs equals the formula on the original Hugging Face class, answer by answer."""
 
 import copy
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Autoencoders of images: their loss, codes that are put elsewhere, layouts, resume, exports and the report."""
+"""Image autoencoders: their loss, reset codes, layouts, resume, exports and the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reward modelling: loss and gradients equal the formula on the untouched class, on any layout, and it is learnt."""
+"""Reward models: loss and gradients equal the formula on the original class on any layout, and training works."""
 
 from __future__ import annotations
 
