@@ -1,4 +1,4 @@
-"""Every causal language model of transformers at tiny size: packed training equals the untouched class sample by
+"""Every causal language model of transformers at tiny size: packed training equals the original class sample by
 sample, or is refused by name. `make sweep` runs all families and writes the table in docs/models.md.
 
 A family's config is its class's default one, made small by one rule for all: sizes that are known by name are set, and

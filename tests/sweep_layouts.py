@@ -78,7 +78,7 @@ def write_family(family: str, folder: Path, kind: Kind = TOKENS) -> Path:
 
 
 def outcome(config: Any, world: int) -> tuple[str, list[dict[str, Any]]]:
-    """Equal as far as it ran, or why it did not; and its lines of metrics."""
+    """Equal as far as it ran, or why it did not; and its metrics lines."""
     try:
         run_ranks(world, train_quietly, config, timeout=100)
     except (AssertionError, TimeoutError) as error:
@@ -94,7 +94,7 @@ def outcome(config: Any, world: int) -> tuple[str, list[dict[str, Any]]]:
 
 
 def compare(got: list[dict[str, Any]], want: list[dict[str, Any]]) -> str:
-    """Equal, or what differs first in two runs' lines of metrics."""
+    """Equal, or what differs first in two runs' metrics lines."""
     for ours, theirs in zip(got, want, strict=True):
         for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):
             if ours[key] != pytest.approx(theirs[key], rel=tolerance):

@@ -1,4 +1,4 @@
-"""The sweep over families that take media, from files on disk: equal to the untouched class, or refused by name.
+"""The sweep over families that take media, from files on disk: equal to the original class, or refused by name.
 `make sweep-media` runs all families and writes the table in docs/multimodal.md.
 
 A family is one of `tests.data.processors`: a tiny model of its class, with a processor of its class over the quickstart
@@ -73,7 +73,7 @@ def rows_of(family: str, processor: Any) -> list[dict[str, Any]]:
 
 
 def compared(family: str, folder: Path) -> dict[str, str]:
-    """The loss and the gradients of samples alone and packed beside those of the untouched class."""
+    """The loss and the gradients of samples alone and packed beside those of the original class."""
     processor = PROCESSORS[family]()
     plain, packed = build(family, processor)
     rows, encoder = rows_of(family, processor), encoder_of(processor, **limits_of(family))

@@ -88,7 +88,7 @@ def answers(loaded: Any, config: Any, requests: list[Request], *, batch_tokens: 
 def by_transformers(
     path: str, family: str, rows: list[dict[str, Any]], folder: Path
 ) -> tuple[list[torch.Tensor], list[list[int]]]:
-    """The logits after each prompt and the answers of the untouched class, to each row alone as its own processor makes
+    """The logits after each prompt and the answers of the original class, to each row alone as its own processor makes
     inputs of it."""
     processor = PROCESSORS[family]()
     model: Any = AutoModelForMultimodalLM.from_pretrained(path, attn_implementation="eager").eval()

@@ -132,7 +132,7 @@ def test_janus_from_files_equals_the_untouched_class(tmp_path: Path) -> None:
 
 
 def vocabulary_losses(plain: Any, processor: Any, row: dict[str, Any], sample: Sample) -> dict[str, torch.Tensor]:
-    """The losses of a row's text and codes, of the tokens that the untouched class makes of it by itself."""
+    """The losses of a row's text and codes, of the tokens that the original class makes of it by itself."""
     chat = [{**message, "content": message["content"].replace("<image>", "IMAGE")} for message in row["messages"]]
     text = processor.tokenizer.apply_chat_template(chat, tokenize=False).replace("IMAGE", processor.image_token)
     ids = processor.tokenizer([text], return_tensors="pt")["input_ids"]

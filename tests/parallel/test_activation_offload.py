@@ -231,7 +231,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    """Lines of metrics for each size of a micro batch."""
+    """Metrics lines for each size of a micro batch."""
     folder = tmp_path_factory.mktemp("one")
     configs = [family_config(folder / str(size), "qwen3", 1, BLOCKS, micro_batch_size=size) for size in (1, 2)]
     return dict(enumerate(train_all(configs, 1), 1))
@@ -239,7 +239,7 @@ def one_process(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def offloaded(tmp_path_factory):
-    """Of each layout: lines of metrics, and of every rank what it says of its activations and keeps in the end."""
+    """Of each layout: metrics lines, and of every rank what it says of its activations and keeps in the end."""
     folders = [tmp_path_factory.mktemp("two") for _ in LAYOUTS]
     configs = [
         family_config(folder, "qwen3", 2, BLOCKS, **train, enable_activation_offload=True)

@@ -20,7 +20,7 @@ REMAT = {"enable_gradient_checkpointing": True, "enable_reentrant": False}
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The folder of a run on one process, and its lines of metrics."""
+    """The folder of a run on one process, and its metrics lines."""
     folder = tmp_path_factory.mktemp("alone")
     (lines,) = train_all([family_config(folder, "qwen3_moe", **COMMON)], 1)
     return folder, lines

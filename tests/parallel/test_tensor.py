@@ -264,7 +264,7 @@ CHECKED = {
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The folder of a run on one process, and its lines of metrics."""
+    """The folder of a run on one process, and its metrics lines."""
     folder = tmp_path_factory.mktemp("alone")
     return folder, *train_all([family_config(folder, "qwen3", 1, ODD, **CHECKED)], 1)
 

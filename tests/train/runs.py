@@ -80,7 +80,7 @@ def records(config: Config) -> list[dict[str, Any]]:
 
 
 def run(config: Config, world: int = 1) -> list[dict[str, Any]]:
-    """Train on `world` ranks, each a process of its own; the lines of metrics."""
+    """Train on `world` ranks, each a process of its own; the metrics lines."""
     run_ranks(world, train_quietly, config)
     return records(config)
 

@@ -71,7 +71,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lines_of(folder: Path, kind: str = "loss") -> list[dict[str, Any]]:
-    """The lines of metrics that have a figure of this name."""
+    """The metrics lines that have a figure of this name."""
     lines = (json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if kind in line]
 
@@ -113,7 +113,7 @@ def trained_in_turn(configs: list[Config]) -> None:
 
 
 def trained_on_two_ranks(folder: Path, config_of: Callable[..., Config]) -> list[list[dict[str, Any]]]:
-    """The lines of metrics of a training of `config_of` in each layout."""
+    """The metrics lines of a training of `config_of` in each layout."""
     configs = []
     for layout, sizes in LAYOUTS.items():
         changes = {f"train.{name}": value for name, value in sizes.items()}

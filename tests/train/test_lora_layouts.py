@@ -80,7 +80,7 @@ def make(bases):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, make):
-    """Of each variant: a run on one process, and its lines of metrics."""
+    """Of each variant: a run on one process, and its metrics lines."""
     configs = [make(tmp_path_factory.mktemp(name), name) for name in VARIANTS]
     return dict(zip(VARIANTS, zip(configs, train_all(configs, 1), strict=True), strict=True))
 

@@ -155,7 +155,7 @@ def test_machines_that_see_other_folders_are_named(tmp_path, stale):
 
 
 class Run:
-    """A run of the tiny model in a folder: `go` takes steps with a checkpoint and a line of metrics for each."""
+    """A run of the tiny model in a folder: `go` takes steps with a checkpoint and a metrics line for each."""
 
     def __init__(self, output: Path, world, load: str | None = None, **settings):
         self.output, self.world = output, world
