@@ -17,7 +17,7 @@ from tests.infer.models import ONE
 from tests.model.composed import write_foundation, write_tower
 from tests.model.drawers import write_drawer, write_emu3_vq
 from tests.train.runs import QUICKSTART, run, tiny_config, train_quietly
-from tests.train.tasks.test_image import write_net
+from tests.train.tasks.test_reconstruction import write_net
 from tests.train.test_run import assert_same_training
 from tutti.checkpoint.omni_files import CODE_DECODER
 from tutti.config import Config, ModelConfig

@@ -181,7 +181,7 @@ def _plan_table(config: Config, layout: Layout, model: PreTrainedModel, structur
         kept = ""
     elif reshards(train) and layout.shard > 1:
         kept = ", freed after the forward pass"
-    table.add_row("parameters", f"{stored}, computed with in {train.compute_dtype}{kept}")
+    table.add_row("parameters", f"{stored}, computing in {train.compute_dtype}{kept}")
     table.add_row("activations", "recomputed block by block" if train.enable_gradient_checkpointing else "kept")
     return table
 
@@ -228,10 +228,10 @@ def _show_prediction(
     held = ", in host memory" if offloads(config.train) else ""
     for name in ("parameters", "gradients", "optimizer"):
         memory.add_row(name, _size(getattr(found, name)) + held)
-    memory.add_row("gathered", f"{_size(found.gathered)}, parameters while they are computed with")
+    memory.add_row("gathered", f"{_size(found.gathered)}, parameters gathered for computing")
     memory.add_row("activations", f"{_size(found.activations)}, and buffers")
     device = found.gathered + found.activations if held else found.peak
-    memory.add_row("together", f"{_size(device)} of the device, at the peak of a full step")
+    memory.add_row("together", f"{_size(device)} of device memory, at the peak of a full step")
     if here is not None:
         total = f"{_size(program + here.peak)} resident, of which {_size(program).strip()} are the program's"
         memory.add_row("on this CPU", total)

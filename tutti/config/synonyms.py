@@ -9,7 +9,7 @@ from __future__ import annotations
 _EPOCHS = "train.num_train_epochs"
 _WARMUP = "the warmup is a part of all steps: train.lr_warmup_ratio (`tutti check` says how many steps there are)"
 _ACCUMULATION = "accumulation is train.global_batch_size / (train.micro_batch_size * data-parallel ranks)"
-_PRECISION = "parameters are fp32, computed with in train.compute_dtype; see train.enable_mixed_precision"
+_PRECISION = "parameters are fp32, computing is in train.compute_dtype; see train.enable_mixed_precision"
 _BETAS = "write train.adam_beta1 and train.adam_beta2"
 _TRACKERS = "write train.use_wandb: true, or train.trackers: [tensorboard]"
 _HELD_OUT = "rows to evaluate on have a file of their own, data.eval_path, with train.eval_steps or train.eval_epochs"

@@ -155,7 +155,7 @@ def _flatten(tree: Mapping[str, Any], framework: Framework, prefix: str = "") ->
 def _row(framework: Framework, source: Source, key: str, value: Any, *, given: bool) -> Row:
     rule = framework.rules.get(key)
     if value is None:
-        result = Result(MAPPED, note="unset, and so it is here")
+        result = Result(MAPPED, note="unset, as it is here")
     elif rule is None:
         guess = nearest(key, list(framework.rules), cutoff=0.75)
         hint = f"; did you mean {guess}?" if guess else ""

@@ -132,7 +132,7 @@ def _template(value: Any, source: Source) -> Result:
 
 def _adapter(value: Any, source: Source) -> Result:
     if not value:
-        return Result(MAPPED, note="off, and so it is here")
+        return Result(MAPPED, note="off, as it is here")
     if value in ("lora", "qlora"):
         return Result(MAPPED, {"train.architecture": "lora"})
     return Result(NONE, note="low-rank adapters are there (lora)")
@@ -169,7 +169,7 @@ def _watch(value: Any, source: Source) -> Result:
 def _tracker(value: Any, source: Source) -> Result:
     """A switch for one of several trackers; the setting is that of all that are on."""
     if not value:
-        return Result(MAPPED, note="off, and so it is here")
+        return Result(MAPPED, note="off, as it is here")
     names = ("tensorboard", "mlflow", "comet", "swanlab", "trackio")
     return Result(MAPPED, {"train.trackers": [name for name in names if source.get(f"use_{name}")]})
 

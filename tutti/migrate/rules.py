@@ -88,7 +88,7 @@ def off(note: str) -> Rule:
 
     def rule(value: Any, source: Source) -> Result:
         if not value or value in ("none", "no"):
-            return Result(MAPPED, note="off, and so it is here")
+            return Result(MAPPED, note="off, as it is here")
         return Result(NONE, note=note)
 
     return rule
@@ -102,7 +102,7 @@ def frozen(parts: Mapping[str, Sequence[str]], by_default: Sequence[str] = ()) -
 
     def rule(value: Any, source: Source) -> Result:
         if not value:
-            return Result(MAPPED, note="trained, and so it is here")
+            return Result(MAPPED, note="trained, as it is here")
         on = [key for key in parts if source.get(key, key in by_default)]
         return Result(MAPPED, {"train.freeze": list(dict.fromkeys(part for key in on for part in parts[key]))})
 
@@ -114,7 +114,7 @@ def quantized(kinds: Mapping[Any, str], adapted: Callable[[Source], bool]) -> Ru
 
     def rule(value: Any, source: Source) -> Result:
         if not value:
-            return Result(MAPPED, note="off, and so it is here")
+            return Result(MAPPED, note="off, as it is here")
         if value not in kinds or not adapted(source):
             return Result(NONE, note="what is quantized is the base model beside adapters, to 8 or 4 bits")
         note = "just the layers that have adapters; scales are kept in fp32, and nothing but weights is quantized"
@@ -249,7 +249,7 @@ def decay(value: Any, source: Source) -> Result:
 def max_steps(value: Any, source: Source) -> Result:
     """Theirs counts the entire run, ours an epoch, whose length `whole_run` then sets."""
     if not isinstance(value, int) or value <= 0:
-        return Result(MAPPED, note="off, and so it is here")
+        return Result(MAPPED, note="off, as it is here")
     return Result(MAPPED, {"train.max_steps": value, "train.num_train_epochs": 1})
 
 
@@ -311,7 +311,7 @@ def strategy(verb: str) -> Rule:
 def resume(value: Any, source: Source) -> Result:
     """Resuming from a checkpoint, which must be one of ours."""
     if not value:
-        return Result(MAPPED, note="off, and so it is here")
+        return Result(MAPPED, note="off, as it is here")
     if value is True:
         note = "the newest checkpoint that Tutti wrote to train.output_dir, if there is one"
         return Result(CHANGED, {"train.load_checkpoint_path": "auto"}, note)
@@ -327,14 +327,14 @@ def fsdp(value: Any, source: Source) -> Result:
     if "offload" in words:
         ours["train.enable_fsdp_offload"] = True
     if not words:
-        return Result(MAPPED, note="off, and so it is here")
+        return Result(MAPPED, note="off, as it is here")
     return Result(CHANGED, ours, "torch's FSDP2, with the blocks as its units")
 
 
 def deepspeed(value: Any, source: Source) -> Result:
     """A DeepSpeed configuration: its ZeRO stage as FSDP2."""
     if not value:
-        return Result(MAPPED, note="off, and so it is here")
+        return Result(MAPPED, note="off, as it is here")
     stage, offload = _zero(value, source.folder)
     if stage is None:
         return Result(NONE, note="which ZeRO stage it asks for cannot be told; see train.data_parallel_mode")

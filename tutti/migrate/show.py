@@ -41,7 +41,7 @@ def account(migration: Migration, path: str) -> str:
 def as_yaml(migration: Migration, path: str) -> str:
     """Our configuration as YAML, with the origin of each setting as a comment."""
     settings = migration.settings()
-    lines = [f"# Made by `tutti migrate` from {path} ({migration.framework}). Have a look by `tutti check`."]
+    lines = [f"# Made by `tutti migrate` from {path} ({migration.framework}). Check it with `tutti check`."]
     for row in migration.of(NONE):
         lines += textwrap.wrap(f"no counterpart: {row.key}: {_shown(row.value)} ({row.note})", _WIDTH, **_COMMENT)
     told: set[str] = set()

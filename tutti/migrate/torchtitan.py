@@ -85,7 +85,7 @@ def _decay_type(value: Any, source: Source) -> Result:
 
 
 def _enabled(value: Any, source: Source) -> Result:
-    return Result(MAPPED, note="by the other keys of its section" if value else "off, and so it is here")
+    return Result(MAPPED, note="by the other keys of its section" if value else "off, as it is here")
 
 
 def _checkpoints(value: Any, source: Source) -> Result:
@@ -109,7 +109,7 @@ def _tracker(name: str) -> Rule:
     return lambda value, source: (
         trackers([place for key, place in switches.items() if source.get(key)])
         if value
-        else Result(MAPPED, note="off, and so it is here")
+        else Result(MAPPED, note="off, as it is here")
     )
 
 

@@ -120,7 +120,7 @@ def _precision(value: Any, source: Source) -> Result:
 
 def _resume(value: Any, source: Source) -> Result:
     if not value:
-        return Result(MAPPED, note="off, and so it is here")
+        return Result(MAPPED, note="off, as it is here")
     if value == "auto":
         return Result(CHANGED, {"train.load_checkpoint_path": "auto"}, "of checkpoints that Tutti wrote")
     return Result(
@@ -131,7 +131,7 @@ def _resume(value: Any, source: Source) -> Result:
 def _lora(value: Any, source: Source) -> Result:
     """model.lora_config, as one mapping."""
     if not value:
-        return Result(MAPPED, note="no adapters, and so it is here")
+        return Result(MAPPED, note="no adapters, as it is here")
     taken = {
         "rank": "train.lora_rank", "r": "train.lora_rank", "alpha": "train.lora_alpha",
         "lora_alpha": "train.lora_alpha", "lora_dropout": "train.lora_dropout", "dropout": "train.lora_dropout",
@@ -238,7 +238,7 @@ def _decoders(value: Any, source: Source) -> Result:
     is trained."""
     parts = {kind: dict(spec or {}) for kind, spec in dict(value or {}).items()}
     if not parts:
-        return Result(MAPPED, note="none, and so it is here")
+        return Result(MAPPED, note="none, as it is here")
     kind = next((found for spec in parts.values() if (found := _diffusion_kind(spec, source))), None)
     if kind is not None:
         return _by_diffusion(kind, next(iter(parts.values())))
