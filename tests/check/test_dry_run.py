@@ -239,7 +239,7 @@ def test_check_shows_it(tmp_path, capsys):
     memory, sent = memory.split("Sent per rank and step")
     for name in ("parameters", "gradients", "optimizer", "gathered", "activations"):
         assert f"{getattr(found, name) / 2**20:.3f} MiB" in memory
-    assert f"{found.peak / 2**20:.3f} MiB of the device" in memory
+    assert f"{found.peak / 2**20:.3f} MiB of device memory" in memory
     ((total, unit, program, other),) = re.findall(
         r"on this CPU +([\d.]+) (.iB) resident, of which ([\d.]+) (.iB)", memory
     )
