@@ -15,6 +15,7 @@ from tests.checkpoint.tiny import build, checkpointer, names, saved
 from tests.harness import run_ranks
 from tests.train.runs import QUICKSTART, records, run, tiny_config, train_or_error, train_quietly
 from tutti.config import Config, TrainConfig
+from tutti.config.nouns import counted
 from tutti.core.dist import World
 from tutti.core.tensors import local_part
 from tutti.train.spike_guard import SpikeGuard
@@ -125,7 +126,7 @@ def test_steps_that_are_not_finite_on_one_rank_end_the_run_on_all(tmp_path, limi
     changes = {"train.max_nonfinite_steps": limit, "train.max_steps": 8, "train.save_steps": 1}
     config = tiny_config(tmp_path, world=2, **changes, **{"train.data_parallel_mode": "fsdp2"})
     for message in run_ranks(2, poisoned, config):
-        assert f"not finite for the last {limit + 1} steps" in message
+        assert f"not finite for the last {counted(limit + 1, 'step')}" in message
     assert [line["step"] for line in records(config)] == list(range(1, steps + 1))
 
 

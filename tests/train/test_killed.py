@@ -1,6 +1,6 @@
 """A run that is killed at random moments, again and again, gives bit-equal results.
 
-Forty kills, 200 with `make soak`. A start costs half a second of a core, since ranks are forked with all imports done.
+There are 24 kills, 200 with `make soak`. A start takes half a second, as forked ranks have imported everything.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.harness import run_ranks
 from tests.train.runs import records, tiny_config, train_quietly
 from tutti.config import Config
 
-KILLS, STEPS = 200 if os.environ.get("SOAK") else 40, 60
+KILLS, STEPS = 200 if os.environ.get("SOAK") else 24, 60
 
 
 def config_in(folder: Path, **changes: Any) -> Config:

@@ -233,7 +233,9 @@ def _show_prediction(
     device = found.gathered + found.activations if held else found.peak
     memory.add_row("total", f"{_size(device)} of device memory, at the peak of a full step")
     if here is not None:
-        total = f"{_size(program + here.peak)} resident, of which {_size(program).strip()} are used by the program itself"
+        total = (
+            f"{_size(program + here.peak)} resident, of which {_size(program).strip()} are used by the program itself"
+        )
         memory.add_row("on this CPU", total)
     compares = config.data.data_type == "dpo" and config.train.dpo_reference == "on_the_fly"
     left_out = ["images"] * (largest is None and bool(towers(model))) + ["the reference model"] * compares

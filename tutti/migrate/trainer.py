@@ -89,7 +89,9 @@ _OUTPUT: dict[str, Rule] = {
     "logging_steps": same("train.log_steps", lambda value: max(1, int(value))),
     "logging_strategy": choice({"steps": {}}, "by train.log_steps"),
     "logging_first_step": needless("the first step is in the log"),
-    "logging_nan_inf_filter": needless("steps that are not finite are left out and counted; see train.max_nonfinite_steps"),
+    "logging_nan_inf_filter": needless(
+        "steps that are not finite are left out and counted; see train.max_nonfinite_steps"
+    ),
     **dict.fromkeys(("log_level", "log_level_replica", "log_on_each_node", "disable_tqdm"), needless("rank 0 speaks")),
     **dict.fromkeys(("include_num_input_tokens_seen", "include_tokens_per_second"), _STEP_METRICS),
     "save_steps": every("save"),
