@@ -128,6 +128,19 @@ def _rows(first, end, c: tl.constexpr):
 
 
 @triton.jit
+def _queries(heads, seen, stop, c: tl.constexpr):
+    """The queries of this program's tile, the long ones first: their places, heads in the group, which are real, their
+    rows, themselves [ROWS, DP], and the compressed keys that each sees (from where to before where)."""
+    first_query = (tl.num_programs(0) - 1 - tl.program_id(0)) * (c.ROWS // c.GP)
+    place, group, real = _rows(first_query, stop, c)
+    row = place * (c.K * c.G) + tl.program_id(1) * c.G + group
+    query = _load(heads.query, row, real, c.D, c.DP)
+    first = tl.load(seen.first + place, mask=place < stop, other=FAR)
+    end = tl.load(seen.end + place, mask=place < stop, other=0)
+    return place, group, real, row, query, first, end
+
+
+@triton.jit
 def _load(pointer, rows, real, width: tl.constexpr, padded: tl.constexpr):
     """[rows, padded], 0 where there is nothing."""
     columns = tl.arange(0, padded)
@@ -177,13 +190,8 @@ def _backward(left, right, seen, scalars, axis: tl.constexpr, c: tl.constexpr):
 @triton.jit(do_not_specialize=["stop"])
 def compressed_forward(heads, seen, out, lse, stop, c: tl.constexpr):
     """Attention to compressed keys [M, K, D]: out [T, H, E] and lse [T, H], inf for queries that see none."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the long ones first
     head = tl.program_id(1)
-    place, group, real = _rows(tile * (c.ROWS // c.GP), stop, c)
-    row = place * (c.K * c.G) + head * c.G + group
-    query = _load(heads.query, row, real, c.D, c.DP)
-    first = tl.load(seen.first + place, mask=place < stop, other=FAR)
-    end = tl.load(seen.end + place, mask=place < stop, other=0)
+    _, _, real, row, query, first, end = _queries(heads, seen, stop, c)
     top = tl.full([c.ROWS], -float("inf"), tl.float32)
     total = tl.full([c.ROWS], 0.0, tl.float32)
     mixed = tl.full([c.ROWS, c.EP], 0.0, tl.float32)
@@ -215,11 +223,7 @@ def block_scores(heads, seen, blocks, lse, scores, stop, c: tl.constexpr):
     selected."""
     head = tl.program_id(1)
     first_query = (tl.num_programs(0) - 1 - tl.program_id(0)) * (c.ROWS // c.GP)
-    place, group, real = _rows(first_query, stop, c)
-    row = place * (c.K * c.G) + head * c.G + group
-    query = _load(heads.query, row, real, c.D, c.DP)
-    first = tl.load(seen.first + place, mask=place < stop, other=FAR)
-    end = tl.load(seen.end + place, mask=place < stop, other=0)
+    _, _, real, row, query, first, end = _queries(heads, seen, stop, c)
     sums = tl.load(lse + row, mask=real, other=float("inf"))
     some = first_query + tl.arange(0, c.ROWS // c.GP)
     first_block = tl.load(blocks.first + some, mask=some < stop, other=FAR)
@@ -399,14 +403,9 @@ def add_chunks(parts, tokens, chunks, sums, num_blocks, c: tl.constexpr):
 @triton.jit(do_not_specialize=["stop"])
 def query_backward(heads, seen, outer, part, chosen, grad_query, stop, c: tl.constexpr):
     """The gradient of queries: what compressed keys give, and the parts [pairs, G, D] of the selected branch."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
-    place, group, real = _rows(tile * (c.ROWS // c.GP), stop, c)
-    row = place * (c.K * c.G) + head * c.G + group
-    query = _load(heads.query, row, real, c.D, c.DP)
+    place, group, real, row, query, first, end = _queries(heads, seen, stop, c)
     grad = _load(outer.grad, row, real, c.E, c.EP)
-    first = tl.load(seen.first + place, mask=place < stop, other=FAR)
-    end = tl.load(seen.end + place, mask=place < stop, other=0)
     scalars = _outer(outer, row, real, 0)
     added = tl.full([c.ROWS, c.DP], 0.0, tl.float32)
     last = tl.max(end, 0)
