@@ -74,6 +74,7 @@ class _Trials:
     def __init__(self, device: torch.device | None, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
         self._known: dict[Hashable, Any] = {}
+        self._told: set[Hashable] = set()
 
     def once(self, key: Hashable, find: Callable[[], T]) -> T:
         """The result of `find` when it was first called with this key."""
@@ -87,9 +88,9 @@ class _Trials:
             return True
         device, dtype = self.device, self.dtype
         problem = self.once(key, lambda: _said(partial(find, device, dtype)))
-        if problem and self.once((key, "told"), lambda: True):
+        if problem and key not in self._told:
+            self._told.add(key)
             log.warning("%s run as torch's kernels, slower: a trial of the fused one says: %s", what, problem)
-            self._known[key, "told"] = False
         return not problem
 
 
@@ -149,10 +150,9 @@ def _fuse_rotary(module: Any, trials: _Trials) -> bool:
     if rotate is None:
         return False
     width = getattr(module, "head_dim", None) or 64
-    known = [item for item in trials.once(rotate, lambda: recognise_rotary(rotate))]
     known = [
         item
-        for item in known
+        for item in trials.once(rotate, lambda: recognise_rotary(rotate))
         if trials.passes((rotate, width, item), "rotary embeddings", partial(_rotary_differs, rotate, item, width))
     ]
     if WHOLE not in known:
@@ -444,7 +444,8 @@ def _said(trial: Callable[[], str]) -> str:
 
 
 def _difference(theirs: Callable[..., Any], ours: Callable[..., Any], given: Sequence[Tensor]) -> str:
-    """Where two functions of `given` differ in values or gradients by more than the order of sums; empty if nowhere."""
+    """Describes where two functions of `given` differ in values or gradients by more than the order of sums; empty if
+    they do not."""
     first, second = (list(_values(function, given)) for function in (theirs, ours))
     if len(first) != len(second):
         return f"{len(first)} and {len(second)} results"

@@ -21,10 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_WIDTH = 16_384
-"""The widest row that a norm's kernels hold at once."""
-
-
 _kernel = partial(triton.jit, do_not_specialize=["num_rows"])
 """A kernel that is compiled once for any number of rows: packed batches differ in it from one to the next."""
 

@@ -48,6 +48,8 @@ class AnyPrecisionAdamW(Optimizer):
     fp32. As with torch's fused AdamW, a step changes nothing if `found_inf`, a tensor on the device, is 1.
     """
 
+    _step_supports_amp_scaling = True  # torch's mark of optimizers that take `found_inf`
+
     def __init__(
         self,
         params: Iterable[Any],

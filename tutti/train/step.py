@@ -27,7 +27,6 @@ from tutti.core.dist import World
 from tutti.parallel.grads import clip_gradients
 from tutti.parallel.mesh import Mesh
 from tutti.parallel.pipeline.executor import Executor
-from tutti.train.adamw import AnyPrecisionAdamW
 from tutti.train.objective import Objective
 from tutti.train.spike_guard import SpikeGuard
 from tutti.train.tasks import Sums
@@ -88,9 +87,9 @@ class TrainStep:
 
 
 def _update(optimizer: Optimizer, admitted: Tensor) -> None:
-    """Run the optimizer's step if `admitted`; on an accelerator, fused optimizers decide this on the device."""
-    decides = optimizer.defaults.get("fused") or isinstance(optimizer, AnyPrecisionAdamW)
-    if decides and on_accelerator(admitted):
+    """Run the optimizer's step if `admitted`; on an accelerator, optimizers that take `found_inf`, which they mark as
+    torch's GradScaler expects it, decide this on the device."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False) and on_accelerator(admitted):
         optimizer.grad_scale, optimizer.found_inf = None, (~admitted).float()  # type: ignore[attr-defined]
         optimizer.step()
     elif admitted:
