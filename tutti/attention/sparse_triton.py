@@ -79,7 +79,7 @@ _AGREED = 0.95
 
 
 class Layout(NamedTuple):
-    """Where the samples of a batch, their compressed blocks and their blocks to select from are.
+    """Places of the samples of a batch, of their compressed blocks and of their blocks to select from.
 
     Compressed blocks begin at every stride of a row in which each sample fills whole strides; those that reach over a
     sample's end are seen by no query. source [row]: the token of each place of that row, T for none; None if the row is

@@ -43,8 +43,8 @@ _FRAMES, _STACKS = 8, 3
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is. count: number of phases entered. seconds: since the last one. stack: of its main thread, one
-    line per frame, the innermost last. waits: the collectives that it waits in."""
+    """The phase of a run that a rank is in. count: number of phases entered. seconds: since the last one. stack: of its
+    main thread, one line per frame, the innermost last. waits: the collectives that it waits in."""
 
     rank: int
     host: str

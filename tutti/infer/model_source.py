@@ -17,7 +17,7 @@ from tutti.core.dist import World
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model is loaded from.
+    """The place that a model is loaded from.
 
     config: describes the model and its tokenizer. trained: the checkpoint with the weights, unless they are at
     config.model.model_path. template: data.chat_template of the training. of_chats: it was trained on conversations.
